@@ -1,0 +1,121 @@
+"""The shapes that travel through the package: text first, then tokens, then arrays.
+
+Every job is a *group*: one prompt and N completions. Pairs have N = 2 (chosen, rejected),
+supervised rows N = 1, ranked rows N = K. Text and tokens are frozen dataclasses; batches of
+arrays are NamedTuples, because `mx.compile` takes those and refuses dataclasses.
+
+Units: log-probabilities are in nats, lengths in tokens. Shape letters: B groups in a batch,
+N completion rows in a batch, P prompt positions, C completion positions, D hidden size, V
+vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+import numpy as np
+import numpy.typing as npt
+
+TokenIds = npt.NDArray[np.int32]
+Logps = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One turn of a conversation: `role` is system, user, assistant or tool."""
+
+    role: str
+    content: str
+
+
+# Text as it stands in the data: a plain string, or the turns of a conversation.
+Text = str | tuple[Message, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class PromptGroup:
+    """One prompt and its completions, as text.
+
+    Attributes:
+        prompt: What the model is given. Conversations end on a user (or tool) turn.
+        completions: What it may answer; for a pair (chosen, rejected).
+        source: Where the row stands, for messages: `train.jsonl:17`.
+        scores: A rating per completion, where the data has one (higher is better).
+        label: For unpaired data: whether the one completion is desirable.
+        soft_label: For pairs: the probability that chosen is the better one, where known.
+        columns: The row's other fields, untouched (reward functions get them).
+    """
+
+    prompt: Text
+    completions: tuple[Text, ...]
+    source: str
+    scores: tuple[float, ...] | None = None
+    label: bool | None = None
+    soft_label: float | None = None
+    columns: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizedGroup:
+    """One prompt and its completions, as token ids.
+
+    Attributes:
+        prompt: Prompt ids, at least one (a model can score nothing from an empty prompt).
+        completions: Completion ids, each at least one; each ends with the end-of-turn or EOS
+            token exactly once, unless it was cut.
+        source: Where the row stands in the data.
+        scores: As in `PromptGroup`.
+        label: As in `PromptGroup`.
+        soft_label: As in `PromptGroup`.
+        loss_masks: Per completion, which tokens count; None where all do. (Supervised training
+            on every assistant turn leaves the user's turns in the completion, unscored.)
+    """
+
+    prompt: TokenIds
+    completions: tuple[TokenIds, ...]
+    source: str
+    scores: tuple[float, ...] | None = None
+    label: bool | None = None
+    soft_label: float | None = None
+    loss_masks: tuple[npt.NDArray[np.bool_], ...] | None = None
+
+
+class GroupBatch(NamedTuple):
+    """B prompts, padded on the right, and their N completions, padded on the right.
+
+    Which positions are real is told by lengths and masks, never by token ids: pad may equal EOS.
+    """
+
+    prompt_tokens: mx.array  # (B, P) int32
+    prompt_lengths: mx.array  # (B,) int32, at least 1
+    completion_tokens: mx.array  # (N, C) int32
+    completion_mask: mx.array  # (N, C) bool, true where a token counts
+    group: mx.array  # (N,) int32, the prompt row of each completion
+
+
+class PairBatch(NamedTuple):
+    """B pairs ready for a step. Completion rows alternate: chosen 0, rejected 0, chosen 1 …"""
+
+    groups: GroupBatch
+    reference_logps: mx.array  # (N, C) float32 nats per token; zeros for reference-free losses
+    weight: mx.array  # (B,) float32, 0 for the filler groups of a batch that is not full
+    soft_label: mx.array  # (B,) float32, probability that chosen is better; 1 where not given
+
+
+class PairLogps(NamedTuple):
+    """What a pairwise loss sees of B pairs.
+
+    The log-ratios are sums of per-token differences, which is not the same in float32 as the
+    difference of the sums: near −1,000 nats that loses 1e-4.
+    """
+
+    chosen: mx.array  # (B,) nats, policy log-prob of the chosen completion, summed over tokens
+    rejected: mx.array  # (B,)
+    chosen_logratio: mx.array  # (B,) nats, policy − reference, summed over tokens
+    rejected_logratio: mx.array  # (B,)
+    chosen_length: mx.array  # (B,) float32, scored tokens
+    rejected_length: mx.array  # (B,)
+    soft_label: mx.array  # (B,) probability that chosen is the better one
