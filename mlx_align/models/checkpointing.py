@@ -1,0 +1,138 @@
+"""Gradient checkpointing that is exact with a shared prompt and with dropout.
+
+mlx-lm's own checkpointing closes over the cache, so the gradient through the shared prefix is
+lost (the loss is right, the gradient wrong). Here a block's keys and values are explicit inputs
+and outputs of the checkpointed function. Dropout draws from a key that is an input too: a block
+recomputed in the backward pass drops the same units.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten, tree_map
+
+from mlx_align.models.compat import CompletionKV, PromptKV, StateCache, layer_calls
+from mlx_align.models.roles import acting_as
+
+# Keys of the blocks being (re)computed now, innermost last; empty outside checkpointed blocks.
+_keys: list[mx.array] = []
+
+
+class Dropout(nn.Module):
+    """Dropout (inverted scaling) that repeats itself when a checkpointed block is recomputed."""
+
+    def __init__(self, p: float) -> None:
+        super().__init__()
+        self.p = p
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """Zero each element with probability p while training; scale the others by 1/(1−p)."""
+        if self.p == 0 or not self.training:
+            return x
+        key = None
+        if _keys:
+            _keys[-1], key = mx.random.split(_keys[-1])
+        keep = mx.random.bernoulli(1 - self.p, x.shape, key=key)
+        return mx.where(keep, x / (1 - self.p), mx.array(0, x.dtype))
+
+
+def checkpointed(model: nn.Module) -> AbstractContextManager[None]:
+    """Within the block, every layer of `model` keeps its inputs only and is recomputed."""
+    has_dropout = any(isinstance(m, Dropout) and m.p > 0 for m in model.modules())
+
+    def wrap(call: Callable[..., Any]) -> Callable[..., Any]:
+        return _checkpoint_layer(call, has_dropout and model.training)
+
+    return layer_calls(model, wrap)
+
+
+def _checkpoint_layer(call: Callable[..., Any], random: bool) -> Callable[..., Any]:
+    def checkpointed_call(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        given, rebuild = _pull_out_arrays((args, kwargs))
+        caches = _filling_caches((args, kwargs))
+        shape_of: list[Any] = []  # filled while tracing: the structure of the layer's output
+
+        def run(parameters: Any, key: mx.array, arrays: list[mx.array]) -> list[mx.array]:
+            # Lengths and masks are inputs like the others, and have no gradient.
+            held = [a if mx.issubdtype(a.dtype, mx.floating) else mx.stop_gradient(a) for a in arrays]
+            inner_args, inner_kwargs = rebuild(held)
+            inner_caches = _filling_caches((inner_args, inner_kwargs))
+            _keys.append(mx.stop_gradient(key))
+            try:
+                with acting_as(layer, parameters):
+                    out = call(layer, *inner_args, **inner_kwargs)
+            finally:
+                _keys.pop()
+            outputs, rebuild_output = _pull_out_arrays(out)
+            kept = [cache.arrays() for cache in inner_caches]
+            shape_of[:] = [rebuild_output, len(outputs), [len(k) for k in kept]]
+            return [*outputs, *(array for k in kept for array in k)]
+
+        # A constant key where nothing is random: the state of the generator stays untouched.
+        key = _fresh_key() if random else mx.zeros((2,), mx.uint32)
+        results = mx.checkpoint(run)(layer.trainable_parameters(), key, given)
+        rebuild_output, n_outputs, kept_sizes = shape_of
+        position = n_outputs
+        for cache, size in zip(caches, kept_sizes, strict=True):
+            _refill(cache, results[position : position + size])
+            position += size
+        return rebuild_output(results[:n_outputs])
+
+    return checkpointed_call
+
+
+def _fresh_key() -> mx.array:
+    bits = mx.random.randint(0, 2**31 - 1, shape=(2,))
+    return mx.stop_gradient(bits.astype(mx.uint32))
+
+
+def _is_cache(leaf: Any) -> bool:
+    return isinstance(leaf, PromptKV | CompletionKV | StateCache)
+
+
+def _is_leaf(node: Any) -> bool:
+    return not isinstance(node, tuple | list | dict)
+
+
+def _filling_caches(tree: Any) -> list[Any]:
+    """The caches that a layer writes to; completions only read theirs."""
+    leaves = (leaf for _, leaf in tree_flatten(tree, is_leaf=_is_leaf))
+    return [leaf for leaf in leaves if isinstance(leaf, PromptKV | StateCache)]
+
+
+def _pull_out_arrays(tree: Any) -> tuple[list[mx.array], Callable[[list[mx.array]], Any]]:
+    """All arrays in `tree`, those inside caches too, and a function that puts others in."""
+    arrays: list[mx.array] = []
+    sizes: list[int] = []  # arrays of each leaf now: the caller's caches fill up later
+
+    def take(leaf: Any) -> Any:
+        own = [leaf] if isinstance(leaf, mx.array) else leaf.arrays() if _is_cache(leaf) else []
+        arrays.extend(own)
+        sizes.append(len(own))
+        return leaf
+
+    tree_map(take, tree, is_leaf=_is_leaf)
+
+    def rebuild(replacements: list[mx.array]) -> Any:
+        rest, counts = iter(replacements), iter(sizes)
+
+        def put(leaf: Any) -> Any:
+            own = [next(rest) for _ in range(next(counts))]
+            if _is_cache(leaf):
+                return leaf.with_arrays(own)
+            return own[0] if own else leaf
+
+        return tree_map(put, tree, is_leaf=_is_leaf)
+
+    return arrays, rebuild
+
+
+def _refill(cache: PromptKV | StateCache, arrays: list[mx.array]) -> None:
+    """Put what the checkpointed layer handed back into the caller's cache object."""
+    filled = cache.with_arrays(arrays)
+    cache.__dict__.update(filled.__dict__)

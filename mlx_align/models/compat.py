@@ -1,0 +1,406 @@
+"""Everything that touches mlx-lm's internals: model anatomy, caches, loading, generation.
+
+An mlx-lm release that moves something breaks this file and no other. What is assumed of a model
+is proven when it is loaded (`selfcheck.py`), not kept in a table of families.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten, tree_unflatten
+from mlx_lm.generate import BatchGenerator
+from mlx_lm.models.base import create_causal_mask
+from mlx_lm.models.cache import ArraysCache, KVCache, RotatingKVCache, make_prompt_cache
+from mlx_lm.sample_utils import make_sampler
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+from mlx_lm.tokenizer_utils import load as _load_tokenizer
+from mlx_lm.utils import _download, load_config, load_model
+
+from mlx_align.errors import ModelError
+
+# Attributes under which mlx-lm's families keep the part that ends with the final norm.
+_INNER_NAMES = ("model", "transformer", "backbone", "decoder")
+
+
+# --- anatomy -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """A language model taken apart at its last hidden state.
+
+    Attributes:
+        model: The whole model, as mlx-lm loads it.
+        owner: The module whose `__call__` runs the trunk and then the vocabulary head; the model
+            itself, or its `language_model`.
+        inner: The trunk: token ids (and caches) in, hidden states after the final norm out.
+        inner_name: The attribute of `owner` that holds the trunk.
+        mask_axes: Head axes of its attention scores: 1 as a rule, 2 where a family splits heads
+            into groups before masking (gemma2), so that a mask per row lines up.
+    """
+
+    model: nn.Module
+    owner: nn.Module
+    inner: nn.Module
+    inner_name: str
+    mask_axes: int = 1
+
+    def hidden(self, tokens: mx.array, cache: list[Any] | None = None) -> mx.array:
+        """Hidden states (rows, length, D) that the vocabulary head reads."""
+        out = self.inner(tokens, cache=cache)
+        return out[0] if isinstance(out, tuple) else out
+
+    def logits(self, hidden: mx.array) -> mx.array:
+        """Logits (…, V) of hidden states (…, D): all that the model does after its trunk.
+
+        The owner's own `__call__` runs with the trunk replaced by one that returns `hidden`, so
+        head scaling, soft caps and tied weights are the family's own code, never a copy.
+        """
+        flat = hidden.reshape(1, -1, hidden.shape[-1])
+        tokens = mx.zeros(flat.shape[:2], mx.int32)
+        # An instance attribute shadows the submodule without touching the module's dictionary:
+        # the order of its parameters, and so every compiled function's inputs, stay as they were.
+        self.owner.__dict__[self.inner_name] = _Passthrough(self.inner, flat)
+        try:
+            out = self.owner(tokens)
+        finally:
+            del self.owner.__dict__[self.inner_name]
+        return out.reshape(*hidden.shape[:-1], out.shape[-1])
+
+    def trainable_head(self) -> dict[str, Any]:
+        """Trainable parameters outside the blocks (an adapter on the head or embeddings)."""
+        blocks = {id(p) for layer in self.model.layers for p in _leaves(layer)}
+        flat = tree_flatten(self.owner.trainable_parameters())
+        outside = [(name, p) for name, p in flat if id(p) not in blocks]
+        return tree_unflatten(outside) if outside else {}
+
+
+class _Passthrough:
+    """Stands in for the trunk: returns given hidden states, has all its attributes."""
+
+    def __init__(self, inner: nn.Module, hidden: mx.array) -> None:
+        self._inner = inner
+        self._hidden = hidden
+
+    def __call__(self, *args: Any, **kwargs: Any) -> mx.array:
+        return self._hidden
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
+
+
+def dissect(model: nn.Module) -> Anatomy:
+    """Find the trunk and the head of an mlx-lm model.
+
+    Raises:
+        ModelError: The model is not built like any family this package knows.
+    """
+    owner = model
+    while "language_model" in owner:
+        owner = owner["language_model"]
+    for name in _INNER_NAMES:
+        if name in owner and isinstance(owner[name], nn.Module):
+            return Anatomy(model, owner, owner[name], name)
+    raise ModelError(
+        f"model type {getattr(model, 'model_type', type(model).__name__)}: no trunk found under "
+        f"{', '.join(_INNER_NAMES)}; this family is not supported"
+    )
+
+
+def _leaves(module: nn.Module) -> list[mx.array]:
+    return [p for _, p in tree_flatten(module.parameters())]
+
+
+# --- caches of a shared prompt -------------------------------------------------------------------
+
+
+class PromptKV:
+    """Cache of one attention layer while the prompt runs: records keys and values.
+
+    mlx-lm's own KVCache writes in place and pads to steps, which a gradient can't pass.
+    """
+
+    def __init__(self, window: int | None) -> None:
+        self.window = window
+        self.offset = 0
+        self.keys: mx.array | None = None
+        self.values: mx.array | None = None
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        """Record the prompt's keys and values (rows, heads, P, head size)."""
+        self.keys, self.values = keys, values
+        return keys, values
+
+    def make_mask(
+        self, n: int, return_array: bool = False, window_size: int | None = None
+    ) -> mx.array | str | None:
+        """Causal mask; padding stands after the prompt, where causality already hides it."""
+        window = window_size or self.window
+        if window is not None and n > window:
+            return create_causal_mask(n, window_size=window)
+        if return_array:
+            return create_causal_mask(n)
+        return "causal" if n > 1 else None
+
+    def completion_cache(
+        self, group: mx.array, prompt_lengths: mx.array, mask_axes: int
+    ) -> CompletionKV:
+        """The cache with which completions attend to this prompt; `group` (N,) names its row."""
+        # A layer that borrows another layer's keys never fills its own cache.
+        keys = None if self.keys is None else self.keys[group]
+        values = None if self.values is None else self.values[group]
+        return CompletionKV(keys, values, prompt_lengths[group], self.window, mask_axes)
+
+    def arrays(self) -> list[mx.array]:
+        """What a checkpointed layer must hand back."""
+        return [] if self.keys is None or self.values is None else [self.keys, self.values]
+
+    def with_arrays(self, arrays: Sequence[mx.array]) -> PromptKV:
+        """The same cache holding `arrays`."""
+        copy = PromptKV(self.window)
+        if arrays:
+            copy.keys, copy.values = arrays
+        return copy
+
+
+class CompletionKV:
+    """Cache of one attention layer while the completions run: prompt first, then themselves.
+
+    Prompts are ragged: `offset` (N,) is each row's own prompt length, so positions continue
+    where the prompt ended, and the mask hides the prompt's padding.
+    """
+
+    def __init__(
+        self,
+        keys: mx.array | None,
+        values: mx.array | None,
+        offset: mx.array,
+        window: int | None,
+        mask_axes: int,
+    ) -> None:
+        self.keys = keys
+        self.values = values
+        self.offset = offset
+        self.window = window
+        self.mask_axes = mask_axes
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        """Prompt and completion keys and values, (rows, heads, P + C, head size)."""
+        return (
+            mx.concatenate([self.keys, keys], axis=-2),
+            mx.concatenate([self.values, values], axis=-2),
+        )
+
+    def make_mask(
+        self, n: int, return_array: bool = False, window_size: int | None = None
+    ) -> mx.array:
+        """Mask (rows, 1…, n, P + n): true prompt positions, and the completion's own past."""
+        assert self.keys is not None
+        rows = self.offset.shape[0]
+        window = window_size or self.window
+        query = mx.arange(n)[:, None]
+        past = mx.arange(self.keys.shape[-2])[None, None]
+        length = self.offset[:, None, None]
+        to_prompt = mx.broadcast_to(past < length, (rows, n, past.shape[-1]))
+        to_self = query >= query.T
+        if window is not None:
+            to_prompt = to_prompt & (length + query[None] - past < window)
+            to_self = to_self & (query - query.T < window)
+        to_self = mx.broadcast_to(to_self[None], (rows, n, n))
+        mask = mx.concatenate([to_prompt, to_self], axis=-1)
+        return mask.reshape(rows, *[1] * self.mask_axes, n, mask.shape[-1])
+
+    def arrays(self) -> list[mx.array]:
+        """What a checkpointed layer must be given."""
+        if self.keys is None or self.values is None:
+            return [self.offset]
+        return [self.offset, self.keys, self.values]
+
+    def with_arrays(self, arrays: Sequence[mx.array]) -> CompletionKV:
+        """The same cache holding `arrays`."""
+        keys, values = arrays[1:] if len(arrays) > 1 else (None, None)
+        return CompletionKV(keys, values, arrays[0], self.window, self.mask_axes)
+
+
+class StateCache(ArraysCache):
+    """Cache of a recurrent layer (convolution and state), which mlx-lm's layers index."""
+
+    def completion_cache(
+        self, group: mx.array, prompt_lengths: mx.array, mask_axes: int
+    ) -> StateCache:
+        """Each completion starts from its prompt's state."""
+        copy = StateCache(len(self.cache))
+        copy.cache = [None if state is None else state[group] for state in self.cache]
+        return copy
+
+    def arrays(self) -> list[mx.array]:
+        """States and, during the prompt, the lengths that stop them at each row's end."""
+        states = [state for state in self.cache if state is not None]
+        return states if self.lengths is None else [self.lengths, *states]
+
+    def with_arrays(self, arrays: Sequence[mx.array]) -> StateCache:
+        """The same cache holding `arrays`."""
+        copy = StateCache(len(self.cache))
+        states = list(arrays)
+        if self.lengths is not None:
+            copy.lengths, *states = states
+        copy.cache = states or [None] * len(self.cache)
+        return copy
+
+
+LayerCache = PromptKV | CompletionKV | StateCache
+
+
+def prompt_caches(model: nn.Module, prompt_lengths: mx.array) -> list[PromptKV | StateCache]:
+    """Recording caches, one per layer of `model`'s own cache list.
+
+    Raises:
+        ModelError: The family's caches can't be shared (its rows are then run whole).
+    """
+    caches: list[PromptKV | StateCache] = []
+    for own in make_prompt_cache(model):
+        if type(own) is KVCache:
+            caches.append(PromptKV(None))
+        elif type(own) is RotatingKVCache and own.keep == 0:
+            caches.append(PromptKV(own.max_size))
+        elif type(own) is ArraysCache:
+            state = StateCache(len(own.cache))
+            state.lengths = prompt_lengths + 0  # a copy: the layers count it down in place
+            caches.append(state)
+        else:
+            raise ModelError(f"its {type(own).__name__} can't be shared between completions")
+    return caches
+
+
+# --- loading ---------------------------------------------------------------------------------------
+
+
+def resolve_model_path(path_or_name: str) -> Path:
+    """The local folder of a model: the path itself, or its snapshot from the hub.
+
+    Raises:
+        ModelError: There is no such folder and no such hub model, or it can't be fetched.
+    """
+    path = Path(path_or_name).expanduser()
+    if path.exists():
+        if not (path / "config.json").is_file():
+            raise ModelError(f"--model {path_or_name}: no config.json in it; is it a model folder?")
+        return path
+    looks_local = path_or_name.startswith((".", "/", "~")) or path_or_name.count("/") != 1
+    if looks_local:
+        raise ModelError(
+            f"--model {path_or_name}: no such folder (a hub model is named owner/name)"
+        )
+    try:
+        return Path(_download(path_or_name))
+    except Exception as error:  # the hub client raises a dozen kinds; all mean: not to be had
+        raise ModelError(
+            f"--model {path_or_name}: no such folder, and the hub did not give it "
+            f"({_first_line(error)})"
+        ) from error
+
+
+def read_model_config(path: Path) -> dict[str, Any]:
+    """The model's config.json (with the generation config's end tokens, as mlx-lm reads it).
+
+    Raises:
+        ModelError: It is not there or no JSON object with a `model_type`.
+    """
+    try:
+        config: dict[str, Any] = load_config(path)
+        if not isinstance(config, dict) or "model_type" not in config:
+            raise ValueError("no model_type in it")
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path / 'config.json'}: {_first_line(error)}") from error
+    return config
+
+
+def load_tokenizer(path: Path, config: dict[str, Any]) -> TokenizerWrapper:
+    """The tokenizer of a model folder, as mlx-lm wraps it.
+
+    Raises:
+        ModelError: It can't be loaded.
+    """
+    eos = config.get("eos_token_id")
+    try:
+        return _load_tokenizer(path, eos_token_ids=[eos] if isinstance(eos, int) else eos)
+    except Exception as error:  # transformers raises whatever its parsers raise
+        raise ModelError(f"{path}: its tokenizer can't be loaded ({_first_line(error)})") from error
+
+
+def load_weights(path: Path) -> nn.Module:
+    """The model of a folder, in evaluation mode, weights in memory.
+
+    Raises:
+        ModelError: mlx-lm can't build or fill it.
+    """
+    try:
+        model, _ = load_model(path)
+    except Exception as error:  # mlx-lm raises KeyError, ValueError, TypeError … for bad folders
+        raise ModelError(f"{path}: mlx-lm can't load this model ({_first_line(error)})") from error
+    model.eval()
+    return model
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0][:200] if lines else type(error).__name__
+
+
+# --- generation ------------------------------------------------------------------------------------
+
+
+def generate_batch(
+    model: nn.Module,
+    prompts: Sequence[Sequence[int]],
+    stop_tokens: Sequence[int],
+    *,
+    max_tokens: int,
+    temperature: float,
+    seed: int,
+    on_token: Callable[[], None] | None = None,
+) -> list[list[int]]:
+    """Completions of `prompts` by the live model (adapters as they are), end token included.
+
+    Temperature 0 is greedy. Sampling is untruncated: no top-p, no top-k. The same seed with
+    another number of prompts gives other samples.
+    """
+    mx.random.seed(seed)
+    generator = BatchGenerator(
+        model,
+        max_tokens=max_tokens,
+        stop_tokens=[[token] for token in stop_tokens],
+        sampler=make_sampler(temp=temperature),
+    )
+    try:
+        uids = generator.insert([list(prompt) for prompt in prompts])
+        completions: dict[int, list[int]] = {uid: [] for uid in uids}
+        while responses := generator.next_generated():
+            for response in responses:
+                completions[response.uid].append(response.token)
+                if on_token is not None:
+                    on_token()
+        return [completions[uid] for uid in uids]
+    finally:
+        generator.close()
+
+
+@contextmanager
+def layer_calls(model: nn.Module, wrap: Callable[[Any], Any]) -> Iterator[None]:
+    """Within the block, every block of `model` is called through `wrap(its own __call__)`."""
+    kinds = {type(layer) for layer in model.layers}
+    originals = {kind: kind.__call__ for kind in kinds}
+    for kind, call in originals.items():
+        kind.__call__ = wrap(call)
+    try:
+        yield
+    finally:
+        for kind, call in originals.items():
+            kind.__call__ = call

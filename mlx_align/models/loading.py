@@ -1,0 +1,94 @@
+"""A model ready for work: loaded, taken apart, and checked."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from mlx_align.models.compat import (
+    Anatomy,
+    dissect,
+    load_tokenizer,
+    load_weights,
+    read_model_config,
+    resolve_model_path,
+)
+from mlx_align.models.selfcheck import check_paths
+
+
+@dataclass(frozen=True)
+class ModelFolder:
+    """A model's folder, its configuration and tokenizer: all that data preparation needs."""
+
+    name: str
+    path: Path
+    config: dict[str, Any]
+    tokenizer: Any
+
+    @property
+    def vocab_size(self) -> int:
+        """Size of the vocabulary (text part of multimodal models)."""
+        config = self.config.get("text_config", self.config)
+        return int(config.get("vocab_size", self.config.get("vocab_size", 0)))
+
+
+@dataclass(frozen=True)
+class LanguageModel:
+    """A loaded model and the way its rows are run.
+
+    Attributes:
+        folder: Where it came from.
+        anatomy: Trunk and head.
+        shared: Whether completions share their prompt's keys and values; decided by the check
+            at load, False for families that can't.
+        check: What the check found, one line for people.
+    """
+
+    folder: ModelFolder
+    anatomy: Anatomy
+    shared: bool
+    check: str
+
+    @property
+    def module(self) -> nn.Module:
+        """The mlx-lm model."""
+        return self.anatomy.model
+
+    @property
+    def dtype(self) -> mx.Dtype:
+        """The floating dtype in which hidden states travel."""
+        for _, parameter in tree_flatten(self.anatomy.inner.parameters()):
+            if mx.issubdtype(parameter.dtype, mx.floating):
+                return parameter.dtype
+        return mx.float32
+
+    def in_flat_rows(self) -> LanguageModel:
+        """The same model, every completion run as a whole row."""
+        return replace(self, shared=False)
+
+
+def open_model(path_or_name: str) -> ModelFolder:
+    """Find a model and load its tokenizer, not its weights.
+
+    Raises:
+        ModelError: There is no such model, or its configuration or tokenizer is broken.
+    """
+    path = resolve_model_path(path_or_name)
+    config = read_model_config(path)
+    return ModelFolder(path_or_name, path, config, load_tokenizer(path, config))
+
+
+def load_language_model(folder: ModelFolder) -> LanguageModel:
+    """Load the weights and check the way through the model on random tokens.
+
+    Raises:
+        ModelError: mlx-lm can't load it, or no correct way through it was found.
+    """
+    dissected = dissect(load_weights(folder.path))
+    anatomy, shared, check = check_paths(dissected, folder.vocab_size)
+    return LanguageModel(folder, anatomy, shared, check)

@@ -1,0 +1,104 @@
+"""The check at load: is the shared prompt, and the chunked head, exact for this very model?
+
+On random tokens, the log-probs of completions that share a prompt are compared with those of
+whole rows, and the chunked head with the model's own logits. What two paddings of the same rows
+differ by is the measure: rounding in the model's own dtype, not an error.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import mlx.core as mx
+
+from mlx_align.errors import ModelError
+from mlx_align.models.compat import Anatomy
+from mlx_align.models.logps import batch_token_logps
+from mlx_align.models.trunk import flat_rows
+from mlx_align.types import GroupBatch
+
+# Shared may differ from flat by so many times what two flat paddings differ by …
+TOLERANCE = 3.0
+# … and always by this (nats), below which float32 itself is not better.
+FLOOR = 1e-5
+
+_PROMPT_LENGTHS = (5, 9)
+_COMPLETION_LENGTHS = (7, 3, 4, 6)
+
+
+def check_paths(anatomy: Anatomy, vocab_size: int) -> tuple[Anatomy, bool, str]:
+    """The anatomy to use, whether completions may share their prompt, and what was found.
+
+    Raises:
+        ModelError: Even whole rows through the chunked head disagree with the model's own logits.
+    """
+    narrow, wide = _random_batch(vocab_size, pad=0), _random_batch(vocab_size, pad=6)
+    try:
+        flat = batch_token_logps(anatomy, narrow, shared=False)
+        own = _own_logps(anatomy, narrow)
+        padded = batch_token_logps(anatomy, wide, shared=False)[:, : flat.shape[1]]
+        head_gap, rounding = _gap(flat, own), _gap(flat, padded)
+    except _FAILURES as error:
+        raise ModelError(f"this model can't be run here: {_words(error)}") from error
+    allowed = max(TOLERANCE * rounding, FLOOR * max(1.0, _largest(own)))
+    if not head_gap <= allowed:
+        raise ModelError(
+            f"the chunked vocabulary head differs from the model's own by {head_gap:.2g} nats "
+            f"(allowed {allowed:.2g}); this family is not supported"
+        )
+    reason = ""
+    for mask_axes in (1, 2):
+        candidate = replace(anatomy, mask_axes=mask_axes)
+        try:
+            gap = _gap(batch_token_logps(candidate, narrow, shared=True), flat)
+        except (ModelError, *_FAILURES) as error:
+            reason = reason or _words(error)
+            continue
+        if gap <= allowed:
+            note = f"prompts are shared (checked against whole rows: at most {gap:.1e} nats apart)"
+            return candidate, True, note
+        reason = f"sharing changes log-probs by {gap:.2g} nats, {allowed:.2g} allowed"
+    return anatomy, False, f"prompts are run once per completion: {reason}"
+
+
+# What mlx-lm's code raises when it is called in a way a family was not written for.
+_FAILURES = (TypeError, AttributeError, ValueError, RuntimeError, IndexError, KeyError)
+
+
+def _words(error: Exception) -> str:
+    return str(error).splitlines()[0][:120] if str(error) else type(error).__name__
+
+
+def _random_batch(vocab_size: int, pad: int) -> GroupBatch:
+    """Two ragged prompts with two ragged completions each, the same tokens whatever the padding."""
+    key = mx.random.key(0)
+    high = max(2, min(vocab_size, 32_000))
+    width = max(_COMPLETION_LENGTHS) + pad
+    tokens = mx.random.randint(1, high, (6, 16), key=key)
+    lengths = mx.array(_COMPLETION_LENGTHS)
+    return GroupBatch(
+        prompt_tokens=mx.pad(tokens[:2, : max(_PROMPT_LENGTHS)], [(0, 0), (0, pad)]),
+        prompt_lengths=mx.array(_PROMPT_LENGTHS),
+        completion_tokens=mx.pad(tokens[2:, : max(_COMPLETION_LENGTHS)], [(0, 0), (0, pad)]),
+        completion_mask=mx.arange(width)[None] < lengths[:, None],
+        group=mx.array([0, 0, 1, 1]),
+    )
+
+
+def _own_logps(anatomy: Anatomy, batch: GroupBatch) -> mx.array:
+    """Log-probs (N, C) from the model's own full logits."""
+    rows, starts = flat_rows(batch)
+    logits = anatomy.model(rows).astype(mx.float32)
+    logps = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+    positions = starts[:, None] - 1 + mx.arange(batch.completion_tokens.shape[1])[None]
+    of_token = mx.take_along_axis(logps, positions[..., None], axis=1)
+    of_token = mx.take_along_axis(of_token, batch.completion_tokens[..., None], axis=-1)[..., 0]
+    return mx.where(batch.completion_mask, of_token, 0)
+
+
+def _gap(a: mx.array, b: mx.array) -> float:
+    return float(mx.abs(a - b).max().item())
+
+
+def _largest(a: mx.array) -> float:
+    return float(mx.abs(a).max().item())
