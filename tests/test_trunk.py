@@ -119,9 +119,7 @@ def test_shared_prompt_equals_plain_rows(family):
     for shared in (True, False):
         for checkpoint in (False, True):
             for compiled in (False, True):
-                way = partial(
-                    batch_token_logps, anatomy, shared=shared, grad_checkpoint=checkpoint
-                )
+                way = partial(batch_token_logps, anatomy, shared=shared, grad_checkpoint=checkpoint)
                 got_value, got = gradient(model, way, batch, compiled=compiled)
                 assert got_value == pytest.approx(value, rel=1e-5)
                 gap = difference(got, grads)

@@ -59,7 +59,9 @@ def _checkpoint_layer(call: Callable[..., Any], random: bool) -> Callable[..., A
 
         def run(parameters: Any, key: mx.array, arrays: list[mx.array]) -> list[mx.array]:
             # Lengths and masks are inputs like the others, and have no gradient.
-            held = [a if mx.issubdtype(a.dtype, mx.floating) else mx.stop_gradient(a) for a in arrays]
+            held = [
+                a if mx.issubdtype(a.dtype, mx.floating) else mx.stop_gradient(a) for a in arrays
+            ]
             inner_args, inner_kwargs = rebuild(held)
             inner_caches = _filling_caches((inner_args, inner_kwargs))
             _keys.append(mx.stop_gradient(key))

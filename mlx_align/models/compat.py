@@ -372,6 +372,7 @@ def generate_batch(
     Temperature 0 is greedy. Sampling is untruncated: no top-p, no top-k. The same seed with
     another number of prompts gives other samples.
     """
+    high, low = mx.random.state[0].tolist()
     mx.random.seed(seed)
     generator = BatchGenerator(
         model,
@@ -390,6 +391,8 @@ def generate_batch(
         return [completions[uid] for uid in uids]
     finally:
         generator.close()
+        # Training goes on with the draws it would have had.
+        mx.random.seed((high << 32) | low)
 
 
 @contextmanager

@@ -30,9 +30,7 @@ def batch_token_logps(
 ) -> mx.array:
     """Log-prob (N, C) float32, nats, of every completion token; 0 where the mask is false."""
     hidden = completion_hidden(anatomy, batch, shared=shared, grad_checkpoint=grad_checkpoint)
-    return mx.where(
-        batch.completion_mask, token_logps(anatomy, hidden, batch.completion_tokens), 0
-    )
+    return mx.where(batch.completion_mask, token_logps(anatomy, hidden, batch.completion_tokens), 0)
 
 
 def token_logps(anatomy: Anatomy, hidden: mx.array, targets: mx.array) -> mx.array:

@@ -32,7 +32,7 @@ def check_paths(anatomy: Anatomy, vocab_size: int) -> tuple[Anatomy, bool, str]:
     Raises:
         ModelError: Even whole rows through the chunked head disagree with the model's own logits.
     """
-    narrow, wide = _random_batch(vocab_size, pad=0), _random_batch(vocab_size, pad=6)
+    narrow, wide = random_batch(vocab_size, pad=0), random_batch(vocab_size, pad=6)
     try:
         flat = batch_token_logps(anatomy, narrow, shared=False)
         own = _own_logps(anatomy, narrow)
@@ -69,7 +69,7 @@ def _words(error: Exception) -> str:
     return str(error).splitlines()[0][:120] if str(error) else type(error).__name__
 
 
-def _random_batch(vocab_size: int, pad: int) -> GroupBatch:
+def random_batch(vocab_size: int, pad: int) -> GroupBatch:
     """Two ragged prompts with two ragged completions each, the same tokens whatever the padding."""
     key = mx.random.key(0)
     high = max(2, min(vocab_size, 32_000))

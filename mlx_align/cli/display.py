@@ -1,0 +1,125 @@
+"""The terminal: progress while something runs, and tables when it is done."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+from rich.text import Text
+
+from mlx_align.train.display import Bar
+
+
+class Terminal:
+    """Shows a run to a person. With `json`, standard output is left to the result."""
+
+    def __init__(self, json: bool = False) -> None:
+        self.console = Console(stderr=json, highlight=False, soft_wrap=True)
+
+    def note(self, text: str) -> None:
+        """Print finished lines, as they are."""
+        self.console.print(Text(text))
+
+    @contextmanager
+    def bar(self, label: str, total: int, done: int = 0) -> Iterator[Bar]:
+        """A progress bar with time left; on no terminal (a log file), nothing but the notes."""
+        if total == 0 or not self.console.is_terminal:
+            yield _Silent()
+            return
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns, console=self.console, transient=True) as progress:
+            yield _RichBar(progress, progress.add_task(label, total=total, completed=done))
+
+    def outcome(self, summary: Mapping[str, Any]) -> None:
+        """Before and after on held-out data, and what the model says to a few prompts."""
+        before, after = summary["eval_before"], summary["eval"]
+        if after:
+            self.console.print(_metric_table(before, after, summary["kl"]))
+        for row in summary["samples"][:4]:
+            self.console.print()
+            for name, text in (
+                ("prompt", row["prompt"]),
+                ("before", row["before"]),
+                ("after", row["after"]),
+            ):
+                self.console.print(Text(f"  {name:>6}  ", "dim") + Text(_one_line(text)))
+
+
+class _RichBar:
+    def __init__(self, progress: Progress, task: TaskID) -> None:
+        self._progress, self._task = progress, task
+
+    def __enter__(self) -> _RichBar:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        return None
+
+    def advance(self, count: int = 1, text: str | None = None) -> None:
+        self._progress.advance(self._task, count)
+
+
+class _Silent:
+    def __enter__(self) -> _Silent:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        return None
+
+    def advance(self, count: int = 1, text: str | None = None) -> None:
+        return None
+
+
+_ROWS = (
+    ("prefers the chosen (own log-prob)", "logps/accuracies", "{:.1%}"),
+    ("log-prob margin, nats", "logps/margins", "{:+.2f}"),
+    ("log-prob of chosen, nats", "logps/chosen", "{:.2f}"),
+    ("log-prob of rejected, nats", "logps/rejected", "{:.2f}"),
+    ("reward accuracy (implicit)", "rewards/accuracies", "{:.1%}"),
+    ("reward margin (implicit)", "rewards/margins", "{:+.3f}"),
+    ("loss", "loss", "{:.4f}"),
+)
+
+
+def _metric_table(
+    before: Mapping[str, float], after: Mapping[str, float], kl: Mapping[str, Any] | None
+) -> Table:
+    table = Table(title="Held-out data", title_justify="left", box=None, pad_edge=False)
+    table.add_column("")
+    table.add_column("before", justify="right")
+    table.add_column("after", justify="right")
+    for label, key, pattern in _ROWS:
+        if key in after:
+            first = before.get(key)
+            # All implicit rewards are 0 before training: an accuracy would say nothing.
+            shown = "–" if first is None or key == "rewards/accuracies" else pattern.format(first)
+            table.add_row(label, shown, pattern.format(after[key]))
+    if kl is not None:
+        error = kl["standard_error"]
+        spread = "" if error is None or error != error else f" ± {error:.2f}"
+        table.add_row("KL from the reference, nats per answer", "0.00", f"{kl['mean']:.2f}{spread}")
+    return table
+
+
+def _one_line(text: str, limit: int = 160) -> str:
+    flat = " ".join(text.split())
+    return flat if len(flat) <= limit else flat[: limit - 1] + "…"

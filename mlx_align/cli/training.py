@@ -1,0 +1,164 @@
+"""What the training commands share: their configuration, resuming, and being interrupted."""
+
+from __future__ import annotations
+
+import json as json_module
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from mlx_align.cli.options import config_options, given
+from mlx_align.config import TrainConfig, flag_of, resolve, to_yaml
+from mlx_align.errors import ConfigError
+from mlx_align.shipped import shipped_file, shipped_or_given
+
+if TYPE_CHECKING:
+    from mlx_align.cli.display import Terminal
+    from mlx_align.train.offline import Task
+
+Config = TypeVar("Config", bound=TrainConfig)
+Command = Callable[..., Any]
+
+
+def training_options(kind: type[TrainConfig]) -> Callable[[Command], Command]:
+    """All options of a training command: those of its dataclass, and -c, --resume, --json."""
+
+    def decorate(function: Command) -> Command:
+        function = click.option(
+            "--json", is_flag=True, help="Print the summary as JSON; all else goes to stderr."
+        )(function)
+        function = click.option(
+            "--resume",
+            is_flag=False,
+            flag_value="",
+            metavar="[RUN]",
+            help="Go on with an interrupted run; as a bare flag, with that of --output.",
+        )(function)
+        function = click.option(
+            "-c", "--config", "config_file", metavar="FILE", help="YAML file with options."
+        )(function)
+        return config_options(kind)(function)
+
+    return decorate
+
+
+def run_training(
+    kind: type[Config],
+    command: str,
+    make_task: Callable[[Config], Task],
+    options: Mapping[str, Any],
+    *,
+    config_file: str | None,
+    resume: str | None,
+    json: bool,
+    starter: str | None = None,
+) -> None:
+    """Resolve the options, train, and print what came out.
+
+    Args:
+        kind: The command's dataclass.
+        command: Its name, for the run folder.
+        make_task: Checks the loss, before anything is read or made.
+        options: What click parsed.
+        config_file: The `-c` file.
+        resume: The run to go on with, "" for that of --output, None for a new one.
+        json: Whether to print the summary as JSON.
+        starter: The shipped configuration to use when neither model nor data is named.
+    """
+    # Imported late: `--help` should not wait for mlx-lm.
+    from mlx_align.cli.display import Terminal
+    from mlx_align.train.offline import run_offline
+    from mlx_align.train.runlog import new_run_folder
+
+    terminal = Terminal(json)
+    asked = given(dict(options))
+    if resume is not None:
+        config, run = _resumed(kind, resume, asked, config_file)
+        task = make_task(config)
+    else:
+        config = _configured(kind, asked, config_file, starter, terminal)
+        task = make_task(config)
+        run = new_run_folder(config.output, command)
+    config = replace(config, output=str(run))
+    with _saying_how_to_go_on(run, command, terminal):
+        summary = run_offline(task, config, run, terminal, resume=resume is not None)
+    if json:
+        click.echo(json_module.dumps(summary, indent=2))
+        return
+    terminal.outcome(summary)
+    terminal.note(
+        f"\nRun folder: {run}\nTalk to the result with stock mlx-lm:\n"
+        f"  mlx_lm.chat --model {config.model} --adapter-path {run}"
+    )
+
+
+def _configured(
+    kind: type[Config],
+    asked: dict[str, Any],
+    config_file: str | None,
+    starter: str | None,
+    terminal: Terminal,
+) -> Config:
+    if config_file is not None:
+        config = resolve(kind, asked, Path(config_file))
+    elif starter is not None and "model" not in asked and "data" not in asked:
+        config = resolve(kind, asked, shipped_file(starter))
+        terminal.note(f"No --model and no --data: training the starter.\n\n{to_yaml(config)}")
+    else:
+        config = resolve(kind, asked)
+    for name in ("model", "data"):
+        value = getattr(config, name)
+        if value is None:
+            raise ConfigError(f"{flag_of(name)} is missing; name a folder, a file or a hub name")
+        config = replace(config, **{name: shipped_or_given(value, name)})
+    return config
+
+
+def _resumed(
+    kind: type[Config], resume: str, asked: dict[str, Any], config_file: str | None
+) -> tuple[Config, Path]:
+    """The configuration of an earlier run, which must not be asked to change."""
+    from mlx_align.train.runlog import CONFIG_FILE
+
+    if config_file is not None:
+        raise ConfigError("-c and --resume: a resumed run has its own config.yaml; leave -c out")
+    folder = resume or asked.pop("output", None)
+    if not folder:
+        raise ConfigError("--resume: say which run, --resume RUN or --output RUN --resume")
+    run = Path(folder).expanduser()
+    if not (run / CONFIG_FILE).is_file():
+        raise ConfigError(f"--resume {folder}: no {CONFIG_FILE} in it; is it a run folder?")
+    config = resolve(kind, {}, run / CONFIG_FILE)
+    wanted = resolve(kind, {k: v for k, v in asked.items() if v is not None})
+    changed = {}
+    for entry in fields(kind):
+        if entry.name not in asked:
+            continue
+        value = getattr(wanted, entry.name)
+        if not entry.metadata["training"]:
+            changed[entry.name] = value
+        elif value != getattr(config, entry.name):
+            raise ConfigError(
+                f"{flag_of(entry.name)} {value}: the run has {getattr(config, entry.name)}, and a "
+                "resumed run can't change it; leave it out, or start a new run"
+            )
+    return replace(config, **changed), run
+
+
+@contextmanager
+def _saying_how_to_go_on(run: Path, command: str, terminal: Terminal) -> Iterator[None]:
+    from mlx_align.train.checkpoint import has_checkpoint
+    from mlx_align.train.loop import Interrupted
+
+    try:
+        yield
+    except (Interrupted, KeyboardInterrupt):
+        if has_checkpoint(run):
+            terminal.note(f"stopped; go on with: mlx-align {command} --resume {run}")
+        else:
+            terminal.note("stopped before the first update; nothing is lost")
+        raise

@@ -1,0 +1,330 @@
+"""Every command's options: names, defaults, ranges, help, and why a default is what it is.
+
+The only place that knows defaults. The command line and the YAML reader are both made from these
+dataclasses. Precedence: command line > `-c file.yaml` > defaults.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+from mlx_align.errors import ConfigError
+
+# Loss hyperparameters common enough to have an option of their own.
+LOSS_SHORTCUTS = ("beta", "label_smoothing")
+
+
+def option(
+    default: Any,
+    help: str,  # the click word for it
+    *,
+    choices: Sequence[str] | None = None,
+    at_least: float | None = None,
+    above: float | None = None,
+    below: float | None = None,
+    metavar: str | None = None,
+    training: bool = True,
+) -> Any:
+    """A dataclass field that is also a command-line option and a YAML key.
+
+    `training` says whether it decides what is trained: such options can't change on resume.
+    """
+    return field(
+        default=default,
+        metadata={
+            "help": help,
+            "choices": choices,
+            "at_least": at_least,
+            "above": above,
+            "below": below,
+            "metavar": metavar,
+            "training": training,
+        },
+    )
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """What all training commands share. Defaults are for a 4-bit 7B model on a 16 GB laptop."""
+
+    model: str | None = option(None, "Model folder, or a hub name (owner/name).")
+    data: str | None = option(
+        None, "Folder with train/valid.jsonl, a .jsonl, .json or .parquet file, or a hub name."
+    )
+    output: str | None = option(
+        None, "Run folder to write; default runs/<command>-<date>-<time>.", training=False
+    )
+    init_adapter: str | None = option(
+        None, "Adapter folder from which the policy, and its reference, start (after SFT, say)."
+    )
+    format: str | None = option(None, "Force a data format instead of recognising it.")
+    fine_tune_type: str | None = option(
+        None,
+        "lora, dora, or full (all weights of the chosen blocks). Default: lora, or the init "
+        "adapter's.",
+        choices=("lora", "dora", "full"),
+    )
+    # r 16, alpha 32 are TRL's; all linear layers: adapting attention alone learns less (Biderman
+    # et al. 2024, "LoRA learns less and forgets less", find targets to matter more than rank).
+    lora_rank: int | None = option(
+        None, "Rank of the adapters. Default: 16, or the init adapter's.", at_least=1
+    )
+    lora_alpha: float | None = option(
+        None,
+        "Update is scaled by alpha / rank. Default: 2 x rank, or the init adapter's.",
+        above=0,
+    )
+    # A reference has no dropout; with it on, the policy's log-probs are noisy ones.
+    lora_dropout: float = option(0.0, "Dropout on the adapters' input.", at_least=0, below=1)
+    lora_keys: tuple[str, ...] | None = option(
+        None,
+        "Layers of a block to adapt, by name, comma-separated (self_attn.q_proj,mlp.up_proj). "
+        "Default: all linear ones.",
+        metavar="KEYS",
+    )
+    num_layers: int | None = option(
+        None, "Blocks to train, from the last; -1 for all. Default: -1, or the init adapter's."
+    )
+    iters: int | None = option(
+        None, "Optimizer updates (mlx-lm counts microbatches). Default: one epoch.", at_least=1
+    )
+    epochs: float | None = option(
+        None, "Passes over the data, instead of --iters. Default: 1.", above=0
+    )
+    # One pair at a time is what fits 16 GB; 8 accumulated steady the gradient.
+    batch_size: int = option(1, "Prompts (with their completions) per microbatch.", at_least=1)
+    grad_accumulation_steps: int = option(
+        8, "Microbatches per update; exactly as if they were one batch.", at_least=1
+    )
+    # 10 x TRL's rate for full fine-tuning, as TRL advises for LoRA.
+    learning_rate: float = option(1e-5, "Peak learning rate of AdamW.", above=0)
+    lr_schedule: str = option(
+        "linear",
+        "Course of the learning rate after warm-up.",
+        choices=("constant", "linear", "cosine"),
+    )
+    # Adam's first steps have no second moment to speak of; a tenth of the run is usual.
+    warmup: float = option(
+        0.1, "Warm-up: a share of the updates if below 1, else updates.", at_least=0
+    )
+    weight_decay: float = option(0.0, "AdamW's decoupled weight decay.", at_least=0)
+    max_grad_norm: float = option(1.0, "Gradients are scaled down to this norm.", above=0)
+    # 7.4 GB at peak for a 7B 4-bit pair of 1024 tokens with checkpointing (computed).
+    max_seq_length: int = option(
+        1024, "Tokens of prompt and completion; longer rows are dropped and counted.", at_least=2
+    )
+    max_completion_length: int | None = option(
+        None, "Cut completions to this many tokens instead of dropping the row.", at_least=1
+    )
+    # Without it a 7B pair of 1024 tokens needs 18 GB of activations, with it 2 (computed).
+    grad_checkpoint: bool = option(
+        True, "Recompute activations in the backward pass: a third slower, far less memory."
+    )
+    steps_per_report: int = option(10, "Updates between reports.", at_least=1, training=False)
+    steps_per_eval: int = option(
+        100, "Updates between evaluations on held-out pairs; 0 for none but the last.", at_least=0
+    )
+    save_every: int = option(
+        100, "Updates between checkpoints; 0 for none but the last.", at_least=0, training=False
+    )
+    val_batches: int = option(
+        25, "Microbatches of an evaluation; -1 for all held-out data.", at_least=-1
+    )
+    valid_fraction: float = option(
+        0.05, "Share of the data held out where it has no valid split.", at_least=0, below=1
+    )
+    samples: int = option(
+        8,
+        "Held-out prompts answered before and after, for the table and the KL estimate.",
+        at_least=0,
+    )
+    sample_tokens: int = option(128, "Longest answer among those samples, tokens.", at_least=1)
+    seed: int = option(0, "Seed of adapters, order and samples.", at_least=0)
+
+
+@dataclass(frozen=True)
+class DpoConfig(TrainConfig):
+    """Options of `mlx-align dpo`."""
+
+    loss: str = option("sigmoid", "Loss, or several with weights: sigmoid=1,sft=0.2.")
+    loss_option: dict[str, Any] = field(
+        default_factory=dict,
+        metadata={
+            "help": "Hyperparameter of the loss, name=value; may be given several times.",
+            "metavar": "NAME=VALUE",
+            "training": True,
+        },
+    )
+    beta: float | None = option(
+        None, "Short for --loss-option beta=...; how strongly the reference holds.", above=0
+    )
+    label_smoothing: float | None = option(
+        None, "Short for --loss-option label_smoothing=...", at_least=0, below=0.5
+    )
+    reference_cache: str | None = option(
+        None,
+        "Folder that keeps the reference's log-probs; default in the user's cache directory.",
+        training=False,
+    )
+
+    def loss_options(self) -> dict[str, Any]:
+        """Hyperparameters given, from `--loss-option` and its short forms.
+
+        Raises:
+            ConfigError: One was given both ways.
+        """
+        options = dict(self.loss_option)
+        for name in LOSS_SHORTCUTS:
+            value = getattr(self, name)
+            if value is None:
+                continue
+            if name in options:
+                raise ConfigError(
+                    f"--{name.replace('_', '-')} and --loss-option {name}: the same twice; give one"
+                )
+            options[name] = value
+        return options
+
+
+Config = TypeVar("Config", bound=TrainConfig)
+
+
+def flag_of(name: str) -> str:
+    """The command-line spelling of an option."""
+    return "--" + name.replace("_", "-")
+
+
+def resolve(
+    kind: type[Config], command_line: Mapping[str, Any], file: Path | None = None
+) -> Config:
+    """Options from the command line over those of a YAML file over defaults, all checked.
+
+    Args:
+        kind: The command's dataclass.
+        command_line: Only what was given, by field name.
+        file: The `-c` file.
+
+    Raises:
+        ConfigError: A key is unknown, a value has the wrong type or is out of range, or two
+            options exclude each other; the text names it.
+    """
+    values = {} if file is None else read_yaml(file, kind)
+    values.update(_checked(kind, command_line, where=""))
+    if "iters" in command_line and "epochs" not in command_line:
+        values.pop("epochs", None)
+    if "epochs" in command_line and "iters" not in command_line:
+        values.pop("iters", None)
+    if values.get("iters") is not None and values.get("epochs") is not None:
+        raise ConfigError("--iters and --epochs exclude each other; give one")
+    return kind(**values)
+
+
+def read_yaml(file: Path, kind: type[TrainConfig]) -> dict[str, Any]:
+    """The checked options of a YAML file.
+
+    Raises:
+        ConfigError: It can't be read or parsed, or holds a wrong key or value.
+    """
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not UTF-8 text"
+        raise ConfigError(f"-c {file}: can't be read ({reason})") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f":{mark.line + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or str(error).splitlines()[0][:120]
+        raise ConfigError(f"{file}{line}: not YAML ({problem})") from error
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise ConfigError(f"{file}: expected option: value lines, found {type(content).__name__}")
+    given = {str(key).replace("-", "_"): value for key, value in content.items()}
+    return _checked(kind, given, where=f"{file}: ")
+
+
+def to_yaml(config: TrainConfig) -> str:
+    """The resolved options as a YAML file that `-c` takes; those left to None are not named."""
+    values = {
+        name: list(value) if isinstance(value, tuple) else value
+        for name, value in dataclasses.asdict(config).items()
+        if value is not None and value != {}
+    }
+    return yaml.safe_dump(values, sort_keys=False)
+
+
+def _checked(kind: type[TrainConfig], given: Mapping[str, Any], where: str) -> dict[str, Any]:
+    fields = {f.name: f for f in dataclasses.fields(kind)}
+    hints = typing.get_type_hints(kind)
+    values = {}
+    for name, value in given.items():
+        if name not in fields:
+            close = difflib.get_close_matches(name, fields, n=1)
+            hint = f"; did you mean {close[0]}?" if close else ""
+            raise ConfigError(f"{where}unknown option {name}{hint}")
+        label = f"{where}{name}" if where else flag_of(name)
+        values[name] = _value(hints[name], value, fields[name].metadata, label)
+    return values
+
+
+def _value(hint: Any, value: Any, rules: Mapping[str, Any], label: str) -> Any:
+    """`value` as the type `hint` says, within `rules`; or a ConfigError that names `label`."""
+    kinds = set(typing.get_args(hint)) if isinstance(hint, types.UnionType) else {hint}
+    if value is None and type(None) in kinds:
+        return None
+    kind = next(k for k in kinds if k is not type(None))
+    origin = typing.get_origin(kind) or kind
+    if origin is tuple:
+        items = value.split(",") if isinstance(value, str) else value
+        if not isinstance(items, list | tuple) or not all(isinstance(i, str) for i in items):
+            raise ConfigError(f"{label}: {value!r} is not a list of names")
+        return tuple(item.strip() for item in items if item.strip())
+    if origin is dict:
+        if not isinstance(value, dict):
+            raise ConfigError(f"{label}: {value!r} is not a list of name: value")
+        return {str(k): v for k, v in value.items()}
+    converted = _scalar(origin, value)
+    if converted is None:
+        names = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
+        raise ConfigError(f"{label}: {value!r} is not {names[origin]}")
+    _check_range(converted, rules, label)
+    return converted
+
+
+def _scalar(kind: type, value: Any) -> Any:
+    """`value` as `kind`, or None where it isn't one. YAML reads 1e-5 as text: taken as number."""
+    if kind is bool:
+        return value if isinstance(value, bool) else None
+    if kind is str:
+        return value if isinstance(value, str) and value else None
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        return None
+    try:
+        number = float(value)
+    except (ValueError, OverflowError):
+        return None
+    if not math.isfinite(number) or (kind is int and number != int(number)):
+        return None
+    return kind(value) if isinstance(value, int) else kind(number)
+
+
+def _check_range(value: Any, rules: Mapping[str, Any], label: str) -> None:
+    if rules.get("choices") and value not in rules["choices"]:
+        raise ConfigError(f"{label}: {value} is unknown; choose from {', '.join(rules['choices'])}")
+    for word, rule, holds in (
+        ("at least", rules.get("at_least"), lambda v, bound: v >= bound),
+        ("above", rules.get("above"), lambda v, bound: v > bound),
+        ("below", rules.get("below"), lambda v, bound: v < bound),
+    ):
+        if rule is not None and not holds(value, rule):
+            raise ConfigError(f"{label}: {value} is out of range; it must be {word} {rule:g}")

@@ -1,0 +1,66 @@
+"""Log-probs of given completions under a role, batch after batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_align.data.batching import Shape, collate_groups, epoch_order
+from mlx_align.models.loading import LanguageModel
+from mlx_align.models.logps import batch_token_logps
+from mlx_align.models.roles import Tree, acting_as
+from mlx_align.types import GroupBatch, Logps, TokenizedGroup
+
+Scorer = Callable[[Tree, GroupBatch], mx.array]
+
+
+def make_scorer(model: LanguageModel) -> Scorer:
+    """A compiled function (tree, batch) -> log-probs (N, C) of the role `tree`, no dropout.
+
+    One scorer serves all roles of a run: the tree is an argument, so nothing is baked in.
+    """
+
+    def score(tree: Tree, batch: GroupBatch) -> mx.array:
+        with acting_as(model.module, tree):
+            return batch_token_logps(model.anatomy, batch, shared=model.shared)
+
+    compiled = mx.compile(score)
+
+    def scorer(tree: Tree, batch: GroupBatch) -> mx.array:
+        was_training = model.module.training
+        model.module.eval()
+        try:
+            return compiled(tree, batch)
+        finally:
+            model.module.train(was_training)
+
+    return scorer
+
+
+def score_groups(
+    scorer: Scorer,
+    tree: Tree,
+    groups: Sequence[TokenizedGroup],
+    shapes: Sequence[Shape],
+    batch_size: int,
+    on_batch: Callable[[list[int], list[tuple[Logps, ...]]], None] | None = None,
+) -> list[tuple[Logps, ...]]:
+    """Per group and completion, the log-prob of each token in nats, in the groups' order.
+
+    `on_batch` is told the groups' positions and log-probs as they come, to save or to show.
+    """
+    scores: list[tuple[Logps, ...]] = [()] * len(groups)
+    for batch in epoch_order(groups, shapes, batch_size, seed=None):
+        members = [groups[i] for i in batch.indices]
+        logps = np.array(scorer(tree, collate_groups(members, batch.shape, batch_size)))
+        rows = len(members[0].completions)
+        for b, (index, group) in enumerate(zip(batch.indices, members, strict=True)):
+            scores[index] = tuple(
+                logps[b * rows + k, : len(completion)].astype(np.float32)
+                for k, completion in enumerate(group.completions)
+            )
+        if on_batch is not None:
+            on_batch(list(batch.indices), [scores[i] for i in batch.indices])
+    return scores

@@ -1,0 +1,393 @@
+"""An offline run from options to run folder: what dpo, kto and sft have in common.
+
+A command is a `Task`: how its data is read, what it optimises, how it is measured. Everything
+else (reference, order, loop, checkpoints, samples, summary) is here, once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+import numpy as np
+from mlx.utils import tree_flatten
+
+from mlx_align.config import TrainConfig, to_yaml
+from mlx_align.data.batching import (
+    Shape,
+    epoch_order,
+    microbatch_stream,
+    padding_waste,
+    plan_shapes,
+)
+from mlx_align.data.checks import render_facts
+from mlx_align.inference.score import Scorer, make_scorer, score_groups
+from mlx_align.models.adapters import AdapterLayout, save_adapter
+from mlx_align.models.loading import ModelFolder, open_model
+from mlx_align.models.roles import Tree
+from mlx_align.rollout.sample import Samples, as_groups, sample
+from mlx_align.train import runlog
+from mlx_align.train.checkpoint import load_checkpoint, save_checkpoint
+from mlx_align.train.display import Bar, Display
+from mlx_align.train.loop import (
+    LoopHooks,
+    LoopSettings,
+    Objective,
+    Progress,
+    make_optimizer,
+    make_schedule,
+    train,
+)
+from mlx_align.train.reference import (
+    ReferenceCache,
+    default_cache_folder,
+    reference_key,
+    reference_logps,
+)
+from mlx_align.train.setup import (
+    Policy,
+    PreparedData,
+    Reader,
+    make_policy,
+    prepare_data,
+    resolve_layout,
+)
+from mlx_align.types import Logps, TokenizedGroup
+
+GroupLogps = Sequence[tuple[Logps, ...]]
+
+
+class Task(NamedTuple):
+    """What makes one command differ from another.
+
+    Attributes:
+        command: Its name.
+        title: What the progress bar says.
+        read: (data, split, format) -> groups and how they were read.
+        check: Refuses data that the loss can't use, before the model is loaded.
+        needs_reference: Whether training needs the reference's log-probs.
+        objective: What to optimise; the reference is None where it is not needed.
+        measure: Log-probs of policy and reference, and the groups -> held-out metrics.
+    """
+
+    command: str
+    title: str
+    read: Reader
+    check: Callable[[PreparedData], None]
+    needs_reference: bool
+    objective: Callable[[Policy, Sequence[TokenizedGroup], GroupLogps | None, Scorer], Objective]
+    measure: Callable[[GroupLogps, GroupLogps, Sequence[TokenizedGroup]], dict[str, float]]
+
+
+def run_offline(
+    task: Task, config: TrainConfig, run: Path, display: Display, *, resume: bool = False
+) -> dict[str, Any]:
+    """Train and write the run folder; the content of its summary.json, and the samples.
+
+    What can be wrong with options, data and tokenizer is found before the weights are loaded.
+
+    Args:
+        task: The command.
+        config: Resolved options; `model` and `data` are set.
+        run: The run folder, which exists.
+        display: Where the run speaks.
+        resume: Go on from the folder's last checkpoint.
+
+    Raises:
+        MlxAlignError: Something is the user's to mend.
+        Interrupted: A signal ended the run, after a checkpoint.
+    """
+    assert config.model is not None
+    began = time.perf_counter()
+    layout = resolve_layout(config)
+    folder = open_model(config.model)
+    data = prepare_data(config, folder, task.read)
+    task.check(data)
+    display.note(render_facts(data.facts))
+    runlog.write_atomically(run / runlog.CONFIG_FILE, to_yaml(config))
+
+    policy = make_policy(config, folder, layout)
+    display.note(_say_policy(policy, layout))
+    scorer = make_scorer(policy.model)
+    held_out = _held_out(data.valid, config)
+    shapes = plan_shapes(data.train, config.batch_size)
+    settings = _loop_settings(config, data.train, shapes)
+    used = _used_groups(config, data.train, shapes, settings) if task.needs_reference else []
+    reference, reference_valid = _references(
+        config, folder, policy, scorer, data.train, used, held_out, shapes, display
+    )
+    optimizer = make_optimizer(policy.start, config.weight_decay)
+    progress, tree = Progress(), policy.start
+    if resume:
+        progress, tree = load_checkpoint(run, policy.start, optimizer)
+        policy.model.module.update(tree)
+        runlog.drop_rows_after(run, progress.step)
+        display.note(f"Going on after update {progress.step} of {settings.total_steps}.")
+    evaluation = _Evaluation(task, config, scorer, held_out, reference_valid, run, display)
+    if not resume:
+        evaluation.record(0, reference_valid)
+    prompts = held_out[: config.samples]
+    before = _answers(policy, policy.start, prompts, config)
+    objective = task.objective(policy, data.train, reference, scorer)
+    stream = microbatch_stream(
+        data.train, shapes, config.batch_size, seed=config.seed, start=progress.microbatches
+    )
+    mx.reset_peak_memory()
+    rows: list[dict[str, float]] = []
+    with display.bar(task.title, settings.total_steps, progress.step) as bar:
+        hooks = LoopHooks(
+            report=lambda _, row: _report(run, row, rows, bar, display),
+            evaluate=lambda at, now: evaluation(at.step, now),
+            save=lambda at, now, opt: _save(run, at, now, opt, policy, config),
+            tick=lambda _: bar.advance(),
+        )
+        tree = train(policy.model, tree, optimizer, objective, stream, settings, hooks, progress)
+    peak = mx.get_peak_memory()
+    save_adapter(run, tree, layout, str(folder.path))
+
+    after = _answers(policy, tree, prompts, config)
+    samples = [
+        {"source": group.source, "prompt": prompt, "before": old, "after": new}
+        for group, prompt, old, new in zip(
+            prompts, _texts(folder, prompts), before.texts, after.texts, strict=True
+        )
+    ]
+    runlog.write_samples(run, samples)
+    order = epoch_order(data.train, shapes, config.batch_size, seed=config.seed)
+    summary = {
+        "command": task.command,
+        "model": config.model,
+        "data": config.data,
+        "steps": progress.step,
+        "groups": progress.groups,
+        "tokens": progress.tokens,
+        "seconds": progress.seconds,
+        "seconds_in_all": time.perf_counter() - began,
+        "tokens_per_second": progress.tokens / max(progress.seconds, 1e-9),
+        "peak_memory_bytes": peak,
+        "trained_parameters": sum(array.size for _, array in tree_flatten(tree)),
+        "prompts_shared": policy.model.shared,
+        "shapes": [list(shape) for shape in shapes],
+        "padding_share": padding_waste(order, data.train, config.batch_size),
+        "train": rows[-1] if rows else {},
+        "eval_before": evaluation.first(),
+        "eval": evaluation.last(),
+        "kl": _kl(scorer, policy, tree, prompts, config),
+        "data_facts": dataclasses.asdict(data.facts),
+        "versions": runlog.versions(),
+        "seed": config.seed,
+    }
+    runlog.write_json(run / runlog.SUMMARY_FILE, summary)
+    return {**summary, "samples": samples}
+
+
+def _say_policy(policy: Policy, layout: AdapterLayout) -> str:
+    trained = sum(array.size for _, array in tree_flatten(policy.start))
+    kind = {"lora": "LoRA", "dora": "DoRA", "full": "full fine-tuning"}[layout.fine_tune_type]
+    rank = (
+        "" if layout.fine_tune_type == "full" else f" rank {layout.rank}, scale {layout.scale:g},"
+    )
+    return f"{kind},{rank} {trained:,} parameters; {policy.model.check}."
+
+
+def _held_out(valid: Sequence[TokenizedGroup], config: TrainConfig) -> list[TokenizedGroup]:
+    """The held-out groups an evaluation looks at: the same ones every time."""
+    if config.val_batches == -1 or len(valid) <= config.val_batches * config.batch_size:
+        return list(valid)
+    order = np.random.default_rng(config.seed).permutation(len(valid))
+    return [valid[i] for i in sorted(order[: config.val_batches * config.batch_size])]
+
+
+def _used_groups(
+    config: TrainConfig,
+    groups: Sequence[TokenizedGroup],
+    shapes: Sequence[Shape],
+    settings: LoopSettings,
+) -> list[int]:
+    """The groups that training will see; a short run leaves most of a large data set alone."""
+    stream = microbatch_stream(groups, shapes, config.batch_size, seed=config.seed)
+    used: set[int] = set()
+    for batch in islice(stream, settings.total_steps * settings.accumulation):
+        used.update(batch.indices)
+        if len(used) == len(groups):
+            break
+    return sorted(used)
+
+
+def _references(
+    config: TrainConfig,
+    folder: ModelFolder,
+    policy: Policy,
+    scorer: Scorer,
+    train_groups: Sequence[TokenizedGroup],
+    used: Sequence[int],
+    held_out: Sequence[TokenizedGroup],
+    shapes: Sequence[Shape],
+    display: Display,
+) -> tuple[GroupLogps | None, GroupLogps]:
+    """The reference's log-probs of used training and held-out groups, cached or computed now."""
+    cache_folder = Path(getattr(config, "reference_cache", None) or default_cache_folder())
+    adapter = Path(config.init_adapter) if config.init_adapter else None
+    cache = ReferenceCache(cache_folder.expanduser(), reference_key(folder.path, adapter))
+
+    def refer(groups: Sequence[TokenizedGroup], shapes: Sequence[Shape], what: str) -> GroupLogps:
+        if not groups:
+            return []
+        with display.bar(f"Reference, {what}", len(groups)) as bar:
+            return reference_logps(
+                scorer, policy.start, groups, shapes, config.batch_size, cache, bar.advance
+            )
+
+    try:
+        on_used = refer([train_groups[i] for i in used], shapes, "training data")
+        held_out_shapes = plan_shapes(held_out, config.batch_size) if held_out else []
+        on_valid = refer(held_out, held_out_shapes, "held-out data")
+        display.note(f"Reference log-probs: {cache.nbytes / 1e6:.1f} MB in {cache.file.parent}.")
+    finally:
+        cache.close()
+    if not used:
+        return None, on_valid
+    reference: list[tuple[Logps, ...]] = [()] * len(train_groups)
+    for index, logps in zip(used, on_used, strict=True):
+        reference[index] = logps
+    return reference, on_valid
+
+
+def _loop_settings(
+    config: TrainConfig, groups: Sequence[TokenizedGroup], shapes: Sequence[Shape]
+) -> LoopSettings:
+    per_epoch = len(epoch_order(groups, shapes, config.batch_size, seed=config.seed))
+    epochs = config.epochs or 1.0
+    total = config.iters or max(1, round(epochs * per_epoch / config.grad_accumulation_steps))
+    return LoopSettings(
+        total_steps=total,
+        accumulation=config.grad_accumulation_steps,
+        learning_rate=make_schedule(config.lr_schedule, config.learning_rate, total, config.warmup),
+        max_grad_norm=config.max_grad_norm,
+        steps_per_report=config.steps_per_report,
+        steps_per_eval=config.steps_per_eval,
+        save_every=config.save_every,
+    )
+
+
+class _Evaluation:
+    """Measures the policy on held-out groups and keeps the first and the last result."""
+
+    def __init__(
+        self,
+        task: Task,
+        config: TrainConfig,
+        scorer: Scorer,
+        groups: Sequence[TokenizedGroup],
+        reference: GroupLogps,
+        run: Path,
+        display: Display,
+    ) -> None:
+        self.task, self.config, self.scorer = task, config, scorer
+        self.groups, self.reference = groups, reference
+        self.run, self.display = run, display
+        self.shapes = plan_shapes(groups, config.batch_size) if groups else []
+
+    def __call__(self, step: int, tree: Tree) -> None:
+        if self.groups:
+            size = self.config.batch_size
+            self.record(step, score_groups(self.scorer, tree, self.groups, self.shapes, size))
+
+    def record(self, step: int, logps: GroupLogps) -> None:
+        """Write the metrics that follow from the policy's log-probs."""
+        if not self.groups:
+            return
+        metrics = self.task.measure(logps, self.reference, self.groups)
+        runlog.append_row(
+            self.run, {"step": step, **{f"eval/{name}": v for name, v in metrics.items()}}
+        )
+        if step:
+            self.display.note(f"  held-out after {step}: {runlog.say_metrics(metrics)}")
+
+    def first(self) -> dict[str, float]:
+        """Metrics of the first evaluation of the run, resumed or not."""
+        rows = runlog.eval_rows(self.run)
+        return rows[0] if rows else {}
+
+    def last(self) -> dict[str, float]:
+        """Metrics of the last evaluation."""
+        rows = runlog.eval_rows(self.run)
+        return rows[-1] if rows else {}
+
+
+def _report(
+    run: Path, row: dict[str, float], rows: list[dict[str, float]], bar: Bar, display: Display
+) -> None:
+    runlog.append_row(run, row)
+    rows.append(row)
+    bar.advance(0, runlog.say_metrics(row))
+    display.note(f"  update {int(row['step'])}: {runlog.say_metrics(row)}")
+
+
+def _save(
+    run: Path,
+    progress: Progress,
+    tree: Tree,
+    optimizer: Any,
+    policy: Policy,
+    config: TrainConfig,
+) -> None:
+    model = str(policy.model.folder.path)
+    save_checkpoint(run, progress, tree, optimizer, policy.layout, model)
+
+
+def _answers(
+    policy: Policy, tree: Tree, prompts: Sequence[TokenizedGroup], config: TrainConfig
+) -> Samples:
+    """What the role says to held-out prompts, greedily."""
+    if not prompts:
+        return Samples([], [])
+    return sample(
+        policy.model,
+        tree,
+        prompts,
+        max_tokens=config.sample_tokens,
+        temperature=0.0,
+        seed=config.seed,
+    )
+
+
+def _texts(folder: ModelFolder, groups: Sequence[TokenizedGroup]) -> list[str]:
+    return [folder.tokenizer.decode([int(t) for t in group.prompt]) for group in groups]
+
+
+def _kl(
+    scorer: Scorer,
+    policy: Policy,
+    tree: Tree,
+    prompts: Sequence[TokenizedGroup],
+    config: TrainConfig,
+) -> dict[str, float] | None:
+    """KL(policy‖reference) in nats per sequence, with its standard error, from own samples.
+
+    The k1 estimator on samples at temperature 1, cut at `sample_tokens`: unbiased for the
+    distribution over such completions.
+    """
+    if not prompts:
+        return None
+    drawn = sample(
+        policy.model,
+        tree,
+        prompts,
+        max_tokens=config.sample_tokens,
+        temperature=1.0,
+        seed=config.seed + 1,
+    )
+    groups = as_groups(prompts, drawn)
+    shapes = plan_shapes(groups, config.batch_size)
+    ours = score_groups(scorer, tree, groups, shapes, config.batch_size)
+    theirs = score_groups(scorer, policy.start, groups, shapes, config.batch_size)
+    k1 = np.array([(o[0] - t[0]).sum(dtype=np.float64) for o, t in zip(ours, theirs, strict=True)])
+    spread = float(k1.std(ddof=1) / math.sqrt(len(k1))) if len(k1) > 1 else float("nan")
+    return {"mean": float(k1.mean()), "standard_error": spread, "samples": len(k1)}

@@ -1,0 +1,256 @@
+"""The objective of preference pairs: from a microbatch to its share of the update's loss."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_align.config import DpoConfig
+from mlx_align.data.batching import Microbatch, collate_pairs
+from mlx_align.data.formats import Reading, read_preferences
+from mlx_align.data.groups import to_pairs
+from mlx_align.errors import ConfigError
+from mlx_align.inference.score import Scorer
+from mlx_align.losses.coupled import linear_loss, loss_and_logps_gradient
+from mlx_align.losses.masking import pair_logps, weighted_sum
+from mlx_align.losses.registry import CombinedLoss, combine, parse_losses
+from mlx_align.models.loading import LanguageModel
+from mlx_align.models.logps import batch_token_logps
+from mlx_align.models.roles import Tree, acting_as
+from mlx_align.train.loop import Objective, Sums
+from mlx_align.train.offline import Task
+from mlx_align.train.setup import Policy, PreparedData
+from mlx_align.types import (
+    GroupBatch,
+    Logps,
+    PairBatch,
+    PairLogps,
+    PromptGroup,
+    TokenizedGroup,
+)
+
+
+class Totals(NamedTuple):
+    """Denominators of an update, known from its masks before anything is computed."""
+
+    pairs: mx.array
+    mean_chosen_length: mx.array
+
+
+def pair_metrics(logps: PairLogps, beta: float) -> dict[str, mx.array]:
+    """Per-pair metrics (B,) under TRL's names; rewards are implicit, β·log-ratio, in nats."""
+    chosen, rejected = beta * logps.chosen_logratio, beta * logps.rejected_logratio
+    return {
+        "rewards/chosen": chosen,
+        "rewards/rejected": rejected,
+        "rewards/accuracies": (chosen > rejected).astype(mx.float32),
+        "rewards/margins": chosen - rejected,
+        "logps/chosen": logps.chosen,
+        "logps/rejected": logps.rejected,
+        "logps/accuracies": (logps.chosen > logps.rejected).astype(mx.float32),
+        "logps/margins": logps.chosen - logps.rejected,
+    }
+
+
+def preference_objective(
+    model: LanguageModel,
+    loss: CombinedLoss,
+    groups: Sequence[TokenizedGroup],
+    reference: Sequence[tuple[Logps, ...]] | None,
+    batch_size: int,
+    scorer: Scorer,
+    *,
+    grad_checkpoint: bool,
+) -> Objective:
+    """The objective of pairs under `loss`.
+
+    Args:
+        model: The base, with adapters installed.
+        loss: What `registry.combine` gave.
+        groups: The training pairs.
+        reference: Per pair and completion the reference's token log-probs; None where the loss
+            needs none.
+        batch_size: Pairs per microbatch.
+        scorer: For losses that couple the pairs of an update.
+        grad_checkpoint: Recompute activations in the backward pass.
+    """
+
+    def collate(micro: Microbatch) -> PairBatch:
+        chosen = [groups[i] for i in micro.indices]
+        logps = None if reference is None else [reference[i] for i in micro.indices]
+        return collate_pairs(chosen, logps, micro.shape, batch_size)
+
+    def totals(batches: Sequence[PairBatch]) -> Totals:
+        pairs = sum(batch.weight.sum() for batch in batches)
+        chosen_tokens = sum(batch.groups.completion_mask[0::2].sum() for batch in batches)
+        return Totals(mx.array(pairs), chosen_tokens / mx.array(pairs))
+
+    def share(tree: Tree, batch: PairBatch, totals: Totals) -> tuple[mx.array, Sums]:
+        logps = _pair_logps(_token_logps(model, tree, batch.groups, grad_checkpoint), batch)
+        values = loss(logps, totals.mean_chosen_length)
+        sums = _weighted(pair_metrics(logps, loss.beta or 1.0), batch.weight)
+        return weighted_sum(values, batch.weight) / totals.pairs, sums
+
+    def coupled_share(tree: Tree, batch: CoupledBatch, _totals: Totals) -> tuple[mx.array, Sums]:
+        pairs = batch.pairs
+        logps = _pair_logps(_token_logps(model, tree, pairs.groups, grad_checkpoint), pairs)
+        linear = linear_loss(logps, batch.gradient)
+        sums = _weighted(pair_metrics(logps, loss.beta or 1.0), pairs.weight)
+        # The gradient is the linear loss's, the value the true one's.
+        return linear - mx.stop_gradient(linear) + batch.share, sums
+
+    def couple(tree: Tree, batches: Sequence[PairBatch], totals: Totals) -> list[CoupledBatch]:
+        logps = [_pair_logps(scorer(tree, batch.groups), batch) for batch in batches]
+        return _couple(loss, logps, batches, totals)
+
+    return Objective(
+        collate=collate,
+        totals=totals,
+        loss=coupled_share if loss.couples_batch else share,
+        prepare=couple if loss.couples_batch else None,
+        count=lambda micro: _count(groups, micro),
+        sources=lambda micro: [groups[i].source for i in micro.indices],
+    )
+
+
+class CoupledBatch(NamedTuple):
+    """A microbatch of a loss that sorts over the update, with what the update said of it."""
+
+    pairs: PairBatch
+    gradient: PairLogps  # of the update's loss by this microbatch's log-probs; 0 for fillers
+    share: mx.array  # of the update's loss, scalar
+
+
+def _couple(
+    loss: CombinedLoss,
+    logps: Sequence[PairLogps],
+    batches: Sequence[PairBatch],
+    totals: Totals,
+) -> list[CoupledBatch]:
+    """The update's loss on all its pairs at once, handed back to its microbatches."""
+    weight = mx.concatenate([batch.weight for batch in batches])
+    real = mx.array(np.flatnonzero(np.array(weight)))
+    every = PairLogps(*(mx.concatenate(column)[real] for column in zip(*logps, strict=True)))
+    values, gradient = loss_and_logps_gradient(loss, every, totals.mean_chosen_length)
+
+    def spread(column: mx.array) -> mx.array:
+        # An explicit scatter: rows of fillers stay 0.
+        return mx.zeros(weight.shape).at[real].add(column)
+
+    size = len(batches[0].weight)
+    values, columns = spread(values), [spread(column) for column in gradient]
+    coupled = []
+    for i, batch in enumerate(batches):
+        rows = slice(i * size, (i + 1) * size)
+        part = PairLogps(*(column[rows] for column in columns))
+        coupled.append(CoupledBatch(batch, part, values[rows].sum() / totals.pairs))
+    mx.eval(coupled)
+    return coupled
+
+
+def _pair_logps(token_logps: mx.array, batch: PairBatch) -> PairLogps:
+    return pair_logps(
+        token_logps, batch.reference_logps, batch.groups.completion_mask, batch.soft_label
+    )
+
+
+def _token_logps(
+    model: LanguageModel, tree: Tree, batch: GroupBatch, grad_checkpoint: bool
+) -> mx.array:
+    with acting_as(model.module, tree):
+        return batch_token_logps(
+            model.anatomy, batch, shared=model.shared, grad_checkpoint=grad_checkpoint
+        )
+
+
+def _weighted(metrics: Mapping[str, mx.array], weight: mx.array) -> Sums:
+    sums = {name: weighted_sum(mx.stop_gradient(v), weight) for name, v in metrics.items()}
+    return {**sums, "weight": weight.sum()}
+
+
+def _count(groups: Sequence[TokenizedGroup], micro: Microbatch) -> tuple[int, int]:
+    tokens = sum(
+        len(groups[i].prompt) + sum(len(c) for c in groups[i].completions) for i in micro.indices
+    )
+    return len(micro.indices), tokens
+
+
+def evaluate_pairs(
+    logps: Sequence[tuple[Logps, ...]],
+    reference: Sequence[tuple[Logps, ...]],
+    groups: Sequence[TokenizedGroup],
+    loss: CombinedLoss,
+) -> dict[str, float]:
+    """Loss and metrics, means over pairs, from per-token log-probs of policy and reference."""
+
+    def total(rows: Sequence[tuple[Logps, ...]], k: int) -> np.ndarray:
+        return np.array([row[k].sum(dtype=np.float64) for row in rows], np.float32)
+
+    def logratio(k: int) -> np.ndarray:
+        pairs = zip(logps, reference, strict=True)
+        return np.array([(p[k] - r[k]).sum(dtype=np.float64) for p, r in pairs], np.float32)
+
+    def length(k: int) -> np.ndarray:
+        return np.array([len(row[k]) for row in logps], np.float32)
+
+    soft = [1.0 if group.soft_label is None else group.soft_label for group in groups]
+    pairs = PairLogps(
+        chosen=mx.array(total(logps, 0)),
+        rejected=mx.array(total(logps, 1)),
+        chosen_logratio=mx.array(logratio(0)),
+        rejected_logratio=mx.array(logratio(1)),
+        chosen_length=mx.array(length(0)),
+        rejected_length=mx.array(length(1)),
+        soft_label=mx.array(np.array(soft, np.float32)),
+    )
+    values = {"loss": loss(pairs, pairs.chosen_length.mean())}
+    values.update(pair_metrics(pairs, loss.beta or 1.0))
+    return {name: float(value.mean().item()) for name, value in values.items()}
+
+
+def read_pairs(data: str, split: str, format: str | None) -> tuple[list[PromptGroup], Reading]:
+    """Preference data as pairs; ranked lists become every strictly ordered pair."""
+    groups, reading = read_preferences(data, split, format)
+    return to_pairs(groups), reading
+
+
+def dpo_task(config: DpoConfig) -> Task:
+    """What `mlx-align dpo` trains and measures.
+
+    Raises:
+        ConfigError: The loss is unknown, or an option has no effect on it.
+    """
+    loss = combine(parse_losses(config.loss), config.loss_options())
+
+    def check(data: PreparedData) -> None:
+        if not loss.soft_labels and any(g.soft_label is not None for g in data.train):
+            raise ConfigError(f"--loss {config.loss}: takes no soft labels, which the data has")
+
+    def objective(
+        policy: Policy,
+        groups: Sequence[TokenizedGroup],
+        reference: Sequence[tuple[Logps, ...]] | None,
+        scorer: Scorer,
+    ) -> Objective:
+        return preference_objective(
+            policy.model,
+            loss,
+            groups,
+            reference,
+            config.batch_size,
+            scorer,
+            grad_checkpoint=config.grad_checkpoint,
+        )
+
+    return Task(
+        command="dpo",
+        title=f"DPO ({config.loss})" if config.loss != "sigmoid" else "DPO",
+        read=read_pairs,
+        check=check,
+        needs_reference=loss.needs_reference,
+        objective=objective,
+        measure=lambda logps, reference, groups: evaluate_pairs(logps, reference, groups, loss),
+    )

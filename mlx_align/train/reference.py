@@ -1,0 +1,152 @@
+"""The reference as data: its log-probs per token, computed once before step 1 and kept.
+
+A step needs no reference forward, and full fine-tuning no second copy of the weights. The store
+is one SQLite file per (base weights, adapter); a row is keyed by its tokens. So an interrupted
+pass goes on where it was, data that grew costs only its new rows, and other data, another
+adapter or another model never meets stale numbers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sqlite3
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from pathlib import Path
+
+import numpy as np
+
+from mlx_align.data.batching import Shape
+from mlx_align.errors import ConfigError
+from mlx_align.inference.score import Scorer, score_groups
+from mlx_align.models.adapters import fingerprint_folder
+from mlx_align.models.roles import Tree
+from mlx_align.types import Logps, TokenizedGroup
+
+# Part of every key: raised when the numbers would come out otherwise for the same inputs.
+VERSION = 1
+
+
+def default_cache_folder() -> Path:
+    """Where reference log-probs are kept unless told otherwise."""
+    if sys.platform == "darwin":
+        base = Path.home() / "Library" / "Caches"
+    else:
+        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return base / "mlx-align" / "reference"
+
+
+def reference_key(model_folder: Path, adapter_folder: Path | None) -> str:
+    """Identity of a reference: a hash of the base's weights and of the adapter it started from."""
+    parts = [f"v{VERSION}", fingerprint_folder(model_folder)]
+    if adapter_folder is not None:
+        parts.append(fingerprint_folder(adapter_folder, "adapter*"))
+    return hashlib.blake2b("/".join(parts).encode(), digest_size=16).hexdigest()
+
+
+class ReferenceCache:
+    """Log-probs of one reference on disk, by tokens. Close it after use."""
+
+    def __init__(self, folder: Path, key: str) -> None:
+        self.file = folder / f"{key}.sqlite"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._db = sqlite3.connect(self.file)
+            self._db.execute("CREATE TABLE IF NOT EXISTS logps (row BLOB PRIMARY KEY, nats BLOB)")
+        except (OSError, sqlite3.Error) as error:
+            raise ConfigError(
+                f"--reference-cache {folder}: can't be used ({error}); name a folder you can "
+                "write to, or empty it with mlx-align cache --purge"
+            ) from error
+
+    def close(self) -> None:
+        """Let go of the file."""
+        self._db.close()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes on disk."""
+        return self.file.stat().st_size
+
+    def get(self, group: TokenizedGroup) -> tuple[Logps, ...] | None:
+        """The log-probs of a group's completions, or None if one is not there."""
+        found = []
+        for completion in group.completions:
+            row = self._db.execute(
+                "SELECT nats FROM logps WHERE row = ?", (_row_key(group, completion),)
+            ).fetchone()
+            if row is None or len(row[0]) != 4 * len(completion):
+                return None
+            found.append(np.frombuffer(row[0], np.float32))
+        return tuple(found)
+
+    def put(self, groups: Sequence[TokenizedGroup], logps: Sequence[tuple[Logps, ...]]) -> None:
+        """Keep the log-probs of some groups; all of them or, if interrupted, none."""
+        rows = [
+            (_row_key(group, completion), nats.tobytes())
+            for group, per_completion in zip(groups, logps, strict=True)
+            for completion, nats in zip(group.completions, per_completion, strict=True)
+        ]
+        with self._db:
+            self._db.executemany("INSERT OR REPLACE INTO logps VALUES (?, ?)", rows)
+
+
+def _row_key(group: TokenizedGroup, completion: np.ndarray) -> bytes:
+    digest = hashlib.blake2b(digest_size=16)
+    digest.update(len(group.prompt).to_bytes(4, "little"))
+    digest.update(np.ascontiguousarray(group.prompt, np.int32).tobytes())
+    digest.update(np.ascontiguousarray(completion, np.int32).tobytes())
+    return digest.digest()
+
+
+def reference_logps(
+    scorer: Scorer,
+    start: Tree,
+    groups: Sequence[TokenizedGroup],
+    shapes: Sequence[Shape],
+    batch_size: int,
+    cache: ReferenceCache,
+    on_progress: Callable[[int], None] | None = None,
+) -> list[tuple[Logps, ...]]:
+    """Per group and completion, the reference's log-prob of each token (nats).
+
+    Args:
+        scorer: How a role is scored; the reference is scored in evaluation mode.
+        start: The tree the policy starts from, which is the reference.
+        groups: Tokenised data.
+        shapes: The shapes of training, so that both see the same padding.
+        batch_size: Groups per forward pass.
+        cache: Where they are looked up and kept.
+        on_progress: Told how many more groups are there, as they come.
+    """
+    found = [cache.get(group) for group in groups]
+    missing = [i for i, logps in enumerate(found) if logps is None]
+    if on_progress is not None:
+        on_progress(len(groups) - len(missing))
+
+    def keep(positions: list[int], logps: list[tuple[Logps, ...]]) -> None:
+        cache.put([groups[missing[p]] for p in positions], logps)
+        if on_progress is not None:
+            on_progress(len(positions))
+
+    computed = score_groups(
+        scorer, start, [groups[i] for i in missing], shapes, batch_size, on_batch=keep
+    )
+    for index, logps in zip(missing, computed, strict=True):
+        found[index] = logps
+    return [logps for logps in found if logps is not None]
+
+
+def stored_caches(folder: Path) -> list[tuple[Path, int, int]]:
+    """Every store in `folder`: its file, bytes, and completions held."""
+    stores = []
+    for file in sorted(folder.glob("*.sqlite")):
+        try:
+            with closing(sqlite3.connect(file)) as db:
+                rows = db.execute("SELECT COUNT(*) FROM logps").fetchone()[0]
+        except sqlite3.Error:
+            rows = 0
+        stores.append((file, file.stat().st_size, rows))
+    return stores

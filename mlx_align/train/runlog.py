@@ -1,0 +1,131 @@
+"""The run folder: what a run writes while it goes and when it ends."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from mlx_align.errors import ConfigError
+
+CONFIG_FILE = "config.yaml"
+METRICS_FILE = "metrics.jsonl"
+SUMMARY_FILE = "summary.json"
+SAMPLES_FILE = "samples.jsonl"
+
+
+def new_run_folder(output: str | None, command: str) -> Path:
+    """Make the folder a run writes to.
+
+    Raises:
+        ConfigError: It can't be made, or holds another run.
+    """
+    if output is None:
+        output = f"runs/{command}-{datetime.now():%Y%m%d-%H%M%S}"
+    folder = Path(output).expanduser()
+    if (folder / METRICS_FILE).exists() or (folder / CONFIG_FILE).exists():
+        raise ConfigError(
+            f"--output {output}: holds another run; name a new folder, or add --resume to go on"
+        )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".write-test"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ConfigError(f"--output {output}: can't be written ({error.strerror})") from error
+    return folder
+
+
+def append_row(folder: Path, row: Mapping[str, Any]) -> None:
+    """Add one row to metrics.jsonl."""
+    with (folder / METRICS_FILE).open("a", encoding="utf-8") as stream:
+        stream.write(json.dumps(_plain(row)) + "\n")
+
+
+def eval_rows(folder: Path) -> list[dict[str, float]]:
+    """Held-out metrics of every evaluation so far, without their `eval/`."""
+    file = folder / METRICS_FILE
+    if not file.exists():
+        return []
+    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    return [
+        {key.removeprefix("eval/"): value for key, value in row.items() if key != "step"}
+        for row in rows
+        if "eval/loss" in row
+    ]
+
+
+def say_metrics(row: Mapping[str, float]) -> str:
+    """A row of metrics as a person reads it."""
+    parts = [f"loss {row['loss']:.4f}"]
+    if "rewards/accuracies" in row:
+        parts.append(f"accuracy {row['rewards/accuracies']:.0%}")
+        parts.append(f"margin {row['rewards/margins']:+.3f}")
+    if row.get("tokens_per_second"):
+        parts.append(f"{row['tokens_per_second']:,.0f} tokens/s")
+        parts.append(f"{row['peak_memory_bytes'] / 1e9:.2f} GB")
+    return ", ".join(parts)
+
+
+def drop_rows_after(folder: Path, step: int) -> None:
+    """Forget metrics of updates that a resumed run will do again."""
+    file = folder / METRICS_FILE
+    if not file.exists():
+        return
+    kept = []
+    for line in file.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line)
+        except (ValueError, KeyError, TypeError):
+            continue  # the torn last line of a killed run
+    write_atomically(file, "".join(line + "\n" for line in kept))
+
+
+def write_json(file: Path, content: Mapping[str, Any]) -> None:
+    """Write an object as JSON, whole or not at all."""
+    write_atomically(file, json.dumps(_plain(content), indent=2) + "\n")
+
+
+def write_samples(folder: Path, samples: Sequence[Mapping[str, Any]]) -> None:
+    """Write samples.jsonl."""
+    lines = "".join(json.dumps(_plain(s), ensure_ascii=False) + "\n" for s in samples)
+    write_atomically(folder / SAMPLES_FILE, lines)
+
+
+def write_atomically(file: Path, text: str) -> None:
+    """Write text so that a reader sees the old file or the new one, never half."""
+    partial = file.with_name(f".{file.name}.partial")
+    with partial.open("w", encoding="utf-8") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+    partial.replace(file)
+
+
+def versions() -> dict[str, str]:
+    """Versions of this package and of what its numbers depend on."""
+    found = {}
+    for name in ("mlx-align", "mlx", "mlx-lm", "numpy", "datasets"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def _plain(value: Any) -> Any:
+    """The value as JSON has it: no NaN or infinity, which other programs refuse to read."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

@@ -1,0 +1,125 @@
+"""From options to what a run works with: tokenised data, and a policy with its start."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import mlx.core as mx
+
+from mlx_align.config import TrainConfig
+from mlx_align.data.checks import DataFacts, describe
+from mlx_align.data.formats import Reading
+from mlx_align.data.groups import split_validation
+from mlx_align.data.sources import has_split
+from mlx_align.data.tokenize import tokenize_groups
+from mlx_align.errors import ConfigError
+from mlx_align.models.adapters import AdapterLayout, install, load_tree, read_layout
+from mlx_align.models.loading import LanguageModel, ModelFolder, load_language_model
+from mlx_align.models.roles import Tree
+from mlx_align.types import PromptGroup, TokenizedGroup
+
+Reader = Callable[[str, str, str | None], tuple[list[PromptGroup], Reading]]
+
+
+class PreparedData(NamedTuple):
+    """Tokenised data of a run, and what is to be known about it."""
+
+    train: list[TokenizedGroup]
+    valid: list[TokenizedGroup]
+    facts: DataFacts
+
+
+class Policy(NamedTuple):
+    """A model with adapters in it, and the tree they start from, which is the reference."""
+
+    model: LanguageModel
+    layout: AdapterLayout
+    start: Tree
+
+
+def prepare_data(config: TrainConfig, folder: ModelFolder, read: Reader) -> PreparedData:
+    """Read, split where the data has no valid split, tokenise, and count.
+
+    Args:
+        config: Names the data and its limits.
+        folder: Whose tokenizer to use.
+        read: (data, split, format) -> groups and how they were read.
+
+    Raises:
+        DataError: The data can't be used; the text names file and line.
+    """
+    assert config.data is not None
+    groups, reading = read(config.data, "train", config.format)
+    if has_split(config.data, "valid"):
+        held_out, _ = read(config.data, "valid", config.format)
+    elif config.valid_fraction > 0:
+        groups, held_out = split_validation(groups, config.valid_fraction, config.seed)
+    else:
+        held_out = []
+    limits = {
+        "max_seq_length": config.max_seq_length,
+        "max_completion_length": config.max_completion_length,
+    }
+    train, report = tokenize_groups(groups, folder.tokenizer, **limits)
+    valid = tokenize_groups(held_out, folder.tokenizer, **limits)[0] if held_out else []
+    facts = describe(groups, train, report, folder.tokenizer, reading=reading, valid=held_out)
+    return PreparedData(train, valid, facts)
+
+
+def resolve_layout(config: TrainConfig) -> AdapterLayout:
+    """What is trained: as asked, else as the init adapter has it, else the defaults.
+
+    Raises:
+        ConfigError: What was asked can't hold the init adapter.
+        ModelError: The init adapter can't be read.
+    """
+    init = None if config.init_adapter is None else read_layout(Path(config.init_adapter))
+    layout = init or AdapterLayout()
+    if config.fine_tune_type is not None:
+        layout = replace(layout, fine_tune_type=config.fine_tune_type)
+    _refuse_without_effect(config, layout)
+    rank = config.lora_rank or layout.rank
+    if init is not None and rank < init.rank:
+        raise ConfigError(
+            f"--lora-rank {rank}: the init adapter has rank {init.rank}; give that or more"
+        )
+    if config.lora_alpha is not None:
+        scale = config.lora_alpha / rank
+    else:
+        scale = layout.scale if init is not None else AdapterLayout().scale
+    return AdapterLayout(
+        fine_tune_type=layout.fine_tune_type,
+        rank=rank,
+        scale=scale,
+        dropout=config.lora_dropout,
+        num_layers=layout.num_layers if config.num_layers is None else config.num_layers,
+        keys=layout.keys if config.lora_keys is None else config.lora_keys,
+    )
+
+
+def _refuse_without_effect(config: TrainConfig, layout: AdapterLayout) -> None:
+    if layout.fine_tune_type != "full":
+        return
+    for name in ("lora_rank", "lora_alpha", "lora_keys", "lora_dropout"):
+        if getattr(config, name):
+            flag = "--" + name.replace("_", "-")
+            raise ConfigError(f"{flag}: has no effect on --fine-tune-type full; leave it out")
+
+
+def make_policy(config: TrainConfig, folder: ModelFolder, layout: AdapterLayout) -> Policy:
+    """Load the model, put adapters in, and fill them from the init adapter if there is one.
+
+    Raises:
+        ModelError: The model or the init adapter can't be used.
+        ConfigError: The layout does not fit the model.
+    """
+    model = load_language_model(folder)
+    mx.random.seed(config.seed)
+    start = install(model.module, layout)
+    if config.init_adapter is not None:
+        start = load_tree(Path(config.init_adapter), start, layout)
+        model.module.update(start)
+    return Policy(model, layout, start)
