@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import operator
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -322,9 +323,9 @@ def _check_range(value: Any, rules: Mapping[str, Any], label: str) -> None:
     if rules.get("choices") and value not in rules["choices"]:
         raise ConfigError(f"{label}: {value} is unknown; choose from {', '.join(rules['choices'])}")
     for word, rule, holds in (
-        ("at least", rules.get("at_least"), lambda v, bound: v >= bound),
-        ("above", rules.get("above"), lambda v, bound: v > bound),
-        ("below", rules.get("below"), lambda v, bound: v < bound),
+        ("at least", rules.get("at_least"), operator.ge),
+        ("above", rules.get("above"), operator.gt),
+        ("below", rules.get("below"), operator.lt),
     ):
         if rule is not None and not holds(value, rule):
             raise ConfigError(f"{label}: {value} is out of range; it must be {word} {rule:g}")

@@ -97,7 +97,7 @@ class GroupBatch(NamedTuple):
 
 
 class PairBatch(NamedTuple):
-    """B pairs ready for a step. Completion rows alternate: chosen 0, rejected 0, chosen 1 …"""
+    """B pairs ready for a step. Completion rows alternate: chosen, rejected, chosen, rejected."""
 
     groups: GroupBatch
     reference_logps: mx.array  # (N, C) float32 nats per token; zeros for reference-free losses

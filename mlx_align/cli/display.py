@@ -68,23 +68,11 @@ class _RichBar:
     def __init__(self, progress: Progress, task: TaskID) -> None:
         self._progress, self._task = progress, task
 
-    def __enter__(self) -> _RichBar:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        return None
-
     def advance(self, count: int = 1, text: str | None = None) -> None:
         self._progress.advance(self._task, count)
 
 
 class _Silent:
-    def __enter__(self) -> _Silent:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        return None
-
     def advance(self, count: int = 1, text: str | None = None) -> None:
         return None
 

@@ -111,11 +111,15 @@ def _configured(
     else:
         config = resolve(kind, asked)
     for name in ("model", "data"):
-        value = getattr(config, name)
-        if value is None:
+        if getattr(config, name) is None:
             raise ConfigError(f"{flag_of(name)} is missing; name a folder, a file or a hub name")
-        config = replace(config, **{name: shipped_or_given(value, name)})
-    return config
+    assert config.model is not None
+    assert config.data is not None
+    return replace(
+        config,
+        model=shipped_or_given(config.model, "model"),
+        data=shipped_or_given(config.data, "data"),
+    )
 
 
 def _resumed(

@@ -1,8 +1,9 @@
 """Adapters: what is trained, put into a model, read from and written to mlx-lm's folders.
 
-All trees of a run have one layout, because `LoRALinear.scale` is no parameter and stays with the modules: an adapter made at
-another scale is folded into lora_b, a smaller rank is padded with zeros, a layer it does not
-cover contributes zeros. What can't be mapped without changing the function is refused.
+All trees of a run have one layout, because `LoRALinear.scale` is no parameter and stays with the
+modules: an adapter made at another scale is folded into lora_b, a smaller rank is padded with
+zeros, a layer it does not cover contributes zeros. What can't be mapped without changing the
+function is refused.
 """
 
 from __future__ import annotations
@@ -86,7 +87,11 @@ def install(model: nn.Module, layout: AdapterLayout) -> Tree:
         for layer in model.layers[-max(layout.num_layers, 0) :]:
             layer.unfreeze()
     else:
-        parameters = {"rank": layout.rank, "scale": layout.scale, "dropout": layout.dropout}
+        parameters: dict[str, Any] = {
+            "rank": layout.rank,
+            "scale": layout.scale,
+            "dropout": layout.dropout,
+        }
         if layout.keys is not None:
             _check_keys(model, layout.keys)
             parameters["keys"] = set(layout.keys)

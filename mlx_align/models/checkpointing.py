@@ -16,7 +16,8 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map
 
-from mlx_align.models.compat import CompletionKV, PromptKV, StateCache, layer_calls
+from mlx_align.models.caches import CompletionKV, PromptKV, StateCache
+from mlx_align.models.compat import layer_calls
 from mlx_align.models.roles import acting_as
 
 # Keys of the blocks being (re)computed now, innermost last; empty outside checkpointed blocks.

@@ -1,7 +1,7 @@
-"""Everything that touches mlx-lm's internals: model anatomy, caches, loading, generation.
+"""What touches mlx-lm's internals: model anatomy, loading, generation (caches: `caches.py`).
 
-An mlx-lm release that moves something breaks this file and no other. What is assumed of a model
-is proven when it is loaded (`selfcheck.py`), not kept in a table of families.
+An mlx-lm release that moves something breaks these two files and no other. What is assumed of a
+model is proven when it is loaded (`selfcheck.py`), not kept in a table of families.
 """
 
 from __future__ import annotations
@@ -16,8 +16,6 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.generate import BatchGenerator
-from mlx_lm.models.base import create_causal_mask
-from mlx_lm.models.cache import ArraysCache, KVCache, RotatingKVCache, make_prompt_cache
 from mlx_lm.sample_utils import make_sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.tokenizer_utils import load as _load_tokenizer
@@ -27,9 +25,6 @@ from mlx_align.errors import ModelError
 
 # Attributes under which mlx-lm's families keep the part that ends with the final norm.
 _INNER_NAMES = ("model", "transformer", "backbone", "decoder")
-
-
-# --- anatomy -----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -118,170 +113,6 @@ def _leaves(module: nn.Module) -> list[mx.array]:
     return [p for _, p in tree_flatten(module.parameters())]
 
 
-# --- caches of a shared prompt -------------------------------------------------------------------
-
-
-class PromptKV:
-    """Cache of one attention layer while the prompt runs: records keys and values.
-
-    mlx-lm's own KVCache writes in place and pads to steps, which a gradient can't pass.
-    """
-
-    def __init__(self, window: int | None) -> None:
-        self.window = window
-        self.offset = 0
-        self.keys: mx.array | None = None
-        self.values: mx.array | None = None
-
-    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        """Record the prompt's keys and values (rows, heads, P, head size)."""
-        self.keys, self.values = keys, values
-        return keys, values
-
-    def make_mask(
-        self, n: int, return_array: bool = False, window_size: int | None = None
-    ) -> mx.array | str | None:
-        """Causal mask; padding stands after the prompt, where causality already hides it."""
-        window = window_size or self.window
-        if window is not None and n > window:
-            return create_causal_mask(n, window_size=window)
-        if return_array:
-            return create_causal_mask(n)
-        return "causal" if n > 1 else None
-
-    def completion_cache(
-        self, group: mx.array, prompt_lengths: mx.array, mask_axes: int
-    ) -> CompletionKV:
-        """The cache with which completions attend to this prompt; `group` (N,) names its row."""
-        # A layer that borrows another layer's keys never fills its own cache.
-        keys = None if self.keys is None else self.keys[group]
-        values = None if self.values is None else self.values[group]
-        return CompletionKV(keys, values, prompt_lengths[group], self.window, mask_axes)
-
-    def arrays(self) -> list[mx.array]:
-        """What a checkpointed layer must hand back."""
-        return [] if self.keys is None or self.values is None else [self.keys, self.values]
-
-    def with_arrays(self, arrays: Sequence[mx.array]) -> PromptKV:
-        """The same cache holding `arrays`."""
-        copy = PromptKV(self.window)
-        if arrays:
-            copy.keys, copy.values = arrays
-        return copy
-
-
-class CompletionKV:
-    """Cache of one attention layer while the completions run: prompt first, then themselves.
-
-    Prompts are ragged: `offset` (N,) is each row's own prompt length, so positions continue
-    where the prompt ended, and the mask hides the prompt's padding.
-    """
-
-    def __init__(
-        self,
-        keys: mx.array | None,
-        values: mx.array | None,
-        offset: mx.array,
-        window: int | None,
-        mask_axes: int,
-    ) -> None:
-        self.keys = keys
-        self.values = values
-        self.offset = offset
-        self.window = window
-        self.mask_axes = mask_axes
-
-    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        """Prompt and completion keys and values, (rows, heads, P + C, head size)."""
-        return (
-            mx.concatenate([self.keys, keys], axis=-2),
-            mx.concatenate([self.values, values], axis=-2),
-        )
-
-    def make_mask(
-        self, n: int, return_array: bool = False, window_size: int | None = None
-    ) -> mx.array:
-        """Mask (rows, 1…, n, P + n): true prompt positions, and the completion's own past."""
-        assert self.keys is not None
-        rows = self.offset.shape[0]
-        window = window_size or self.window
-        query = mx.arange(n)[:, None]
-        past = mx.arange(self.keys.shape[-2])[None, None]
-        length = self.offset[:, None, None]
-        to_prompt = mx.broadcast_to(past < length, (rows, n, past.shape[-1]))
-        to_self = query >= query.T
-        if window is not None:
-            to_prompt = to_prompt & (length + query[None] - past < window)
-            to_self = to_self & (query - query.T < window)
-        to_self = mx.broadcast_to(to_self[None], (rows, n, n))
-        mask = mx.concatenate([to_prompt, to_self], axis=-1)
-        return mask.reshape(rows, *[1] * self.mask_axes, n, mask.shape[-1])
-
-    def arrays(self) -> list[mx.array]:
-        """What a checkpointed layer must be given."""
-        if self.keys is None or self.values is None:
-            return [self.offset]
-        return [self.offset, self.keys, self.values]
-
-    def with_arrays(self, arrays: Sequence[mx.array]) -> CompletionKV:
-        """The same cache holding `arrays`."""
-        keys, values = arrays[1:] if len(arrays) > 1 else (None, None)
-        return CompletionKV(keys, values, arrays[0], self.window, self.mask_axes)
-
-
-class StateCache(ArraysCache):
-    """Cache of a recurrent layer (convolution and state), which mlx-lm's layers index."""
-
-    def completion_cache(
-        self, group: mx.array, prompt_lengths: mx.array, mask_axes: int
-    ) -> StateCache:
-        """Each completion starts from its prompt's state."""
-        copy = StateCache(len(self.cache))
-        copy.cache = [None if state is None else state[group] for state in self.cache]
-        return copy
-
-    def arrays(self) -> list[mx.array]:
-        """States and, during the prompt, the lengths that stop them at each row's end."""
-        states = [state for state in self.cache if state is not None]
-        return states if self.lengths is None else [self.lengths, *states]
-
-    def with_arrays(self, arrays: Sequence[mx.array]) -> StateCache:
-        """The same cache holding `arrays`."""
-        copy = StateCache(len(self.cache))
-        states = list(arrays)
-        if self.lengths is not None:
-            copy.lengths, *states = states
-        copy.cache = states or [None] * len(self.cache)
-        return copy
-
-
-LayerCache = PromptKV | CompletionKV | StateCache
-
-
-def prompt_caches(model: nn.Module, prompt_lengths: mx.array) -> list[PromptKV | StateCache]:
-    """Recording caches, one per layer of `model`'s own cache list.
-
-    Raises:
-        ModelError: The family's caches can't be shared (its rows are then run whole).
-    """
-    caches: list[PromptKV | StateCache] = []
-    for own in make_prompt_cache(model):
-        if type(own) is KVCache:
-            caches.append(PromptKV(None))
-        elif type(own) is RotatingKVCache and own.keep == 0:
-            caches.append(PromptKV(own.max_size))
-        elif type(own) is ArraysCache:
-            state = StateCache(len(own.cache))
-            state.lengths = prompt_lengths + 0  # a copy: the layers count it down in place
-            caches.append(state)
-        else:
-            raise ModelError(f"its {type(own).__name__} can't be shared between completions")
-    return caches
-
-
-# --- loading ---------------------------------------------------------------------------------------
-
-
 def resolve_model_path(path_or_name: str) -> Path:
     """The local folder of a model: the path itself, or its snapshot from the hub.
 
@@ -354,9 +185,6 @@ def _first_line(error: BaseException) -> str:
     return lines[0][:200] if lines else type(error).__name__
 
 
-# --- generation ------------------------------------------------------------------------------------
-
-
 def generate_batch(
     model: nn.Module,
     prompts: Sequence[Sequence[int]],
@@ -372,7 +200,7 @@ def generate_batch(
     Temperature 0 is greedy. Sampling is untruncated: no top-p, no top-k. The same seed with
     another number of prompts gives other samples.
     """
-    high, low = mx.random.state[0].tolist()
+    high, low = random_key()
     mx.random.seed(seed)
     generator = BatchGenerator(
         model,
@@ -392,7 +220,7 @@ def generate_batch(
     finally:
         generator.close()
         # Training goes on with the draws it would have had.
-        mx.random.seed((high << 32) | low)
+        restore_random_key(high, low)
 
 
 @contextmanager
@@ -407,3 +235,15 @@ def layer_calls(model: nn.Module, wrap: Callable[[Any], Any]) -> Iterator[None]:
     finally:
         for kind, call in originals.items():
             kind.__call__ = call
+
+
+def random_key() -> tuple[int, int]:
+    """The two words of the global generator's state; `restore_random_key` takes them back."""
+    state: Any = mx.random.state  # a list of one key, which the stubs call an object
+    high, low = state[0].tolist()
+    return high, low
+
+
+def restore_random_key(high: int, low: int) -> None:
+    """Put the global generator where it was (assigning to its state is silently wrong)."""
+    mx.random.seed((high << 32) | low)

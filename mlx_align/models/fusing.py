@@ -13,6 +13,7 @@ from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 from mlx.utils import tree_unflatten
 from mlx_lm.utils import save
 
@@ -96,7 +97,7 @@ def fuse_adapter(
     mx.eval(adapted)
     layers = _fuse_layers(model, dequantize, on_layer)
     fused = batch_token_logps(dissect(model.module), tokens, shared=False)
-    gap = float(mx.abs(fused - adapted).max().item())
+    gap = _furthest(fused, adapted)
     config = dict(folder.config)
     for layer in layers:
         if layer.quantized and not layer.kept_quantized:
@@ -105,7 +106,7 @@ def fuse_adapter(
                     config[key] = {**config[key], layer.name: False}
     output.mkdir(parents=True, exist_ok=True)
     save(output, str(folder.path), model.module, folder.tokenizer, config, donate_model=False)
-    change = float(mx.abs(adapted - base).max().item())
+    change = _furthest(adapted, base)
     return FuseReport(tuple(layers), gap, change)
 
 
@@ -131,22 +132,30 @@ def _fuse_layer(
     name: str, module: nn.Module, base: nn.Module, dequantize: bool
 ) -> tuple[nn.Module, FusedLayer]:
     exact = module.fuse(dequantize=True)
-    before = _weight(base).astype(mx.float32)
-    delta = exact.weight.astype(mx.float32) - before
-    size = float(mx.linalg.norm(delta.reshape(-1)).item())
-    change = size / max(float(mx.linalg.norm(before.reshape(-1)).item()), 1e-30)
+    before = _weight(base)
+    size = _norm(_weight(exact) - before)
+    change = size / max(_norm(before), 1e-30)
     if not hasattr(base, "bits"):
         return exact, FusedLayer(name, False, change, 0.0, False)
     rounded = module.fuse(dequantize=False)
-    missing = _weight(rounded).astype(mx.float32) - exact.weight.astype(mx.float32)
-    lost = float(mx.linalg.norm(missing.reshape(-1)).item()) / size if size else 0.0
+    lost = _norm(_weight(rounded) - _weight(exact)) / size if size else 0.0
     keep = not dequantize and lost <= LOSS_ALLOWED
     return (rounded if keep else exact), FusedLayer(name, True, change, lost, keep)
 
 
+def _norm(array: mx.array) -> float:
+    return float(np.linalg.norm(np.array(array)))
+
+
+def _furthest(a: mx.array, b: mx.array) -> float:
+    return float(np.abs(np.array(a) - np.array(b)).max())
+
+
 def _weight(layer: nn.Module) -> mx.array:
+    """A layer's weight in float32."""
     if not hasattr(layer, "bits"):
-        return layer.weight
+        weight: mx.array = layer.weight.astype(mx.float32)
+        return weight
     return mx.dequantize(
         layer.weight,
         layer.scales,
@@ -154,4 +163,4 @@ def _weight(layer: nn.Module) -> mx.array:
         group_size=layer.group_size,
         bits=layer.bits,
         mode=layer.mode,
-    )
+    ).astype(mx.float32)

@@ -64,7 +64,8 @@ class LanguageModel:
         """The floating dtype in which hidden states travel."""
         for _, parameter in tree_flatten(self.anatomy.inner.parameters()):
             if mx.issubdtype(parameter.dtype, mx.floating):
-                return parameter.dtype
+                dtype: mx.Dtype = parameter.dtype
+                return dtype
         return mx.float32
 
     def in_flat_rows(self) -> LanguageModel:

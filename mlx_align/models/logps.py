@@ -24,6 +24,8 @@ from mlx_align.types import GroupBatch
 # Logits held at a time, in elements: 64 MB of float32, and the same again for their exponential.
 CHUNK_ELEMENTS = 1 << 24
 
+_custom_function: Any = mx.custom_function  # the stubs lose the signature of what it wraps
+
 
 def batch_token_logps(
     anatomy: Anatomy, batch: GroupBatch, *, shared: bool = True, grad_checkpoint: bool = False
@@ -50,7 +52,7 @@ def _frozen_head_logps(anatomy: Anatomy, hidden: mx.array, targets: mx.array) ->
         return _chunked(anatomy, _logps, hidden, targets)[0]
 
     # Integer targets are closed over: a custom function's inputs all get gradients.
-    @mx.custom_function
+    @_custom_function
     def logps_and_gradient(hidden: mx.array) -> tuple[mx.array, ...]:
         return _chunked(anatomy, _logps_and_gradient, mx.stop_gradient(hidden), targets)
 
@@ -69,7 +71,7 @@ def _trainable_head_logps(
 ) -> mx.array:
     """As above where the head learns too: its parameters are inputs, the backward recomputes."""
 
-    @mx.custom_function
+    @_custom_function
     def logps(hidden: mx.array, head: dict[str, Any]) -> mx.array:
         with acting_as(anatomy.owner, head):
             return _chunked(anatomy, _logps, hidden, targets)[0]
@@ -136,7 +138,7 @@ def _chunked(
             # Without this all chunks may be evaluated, and their logits held, at once.
             part = mx.depends([part], [parts[-1][0]])[0]
         parts.append(compute(anatomy, part, targets[rows]))
-    return tuple(mx.concatenate(column) for column in zip(*parts, strict=True))
+    return tuple(mx.concatenate(list(column)) for column in zip(*parts, strict=True))
 
 
 def _chunks(anatomy: Anatomy, hidden: mx.array) -> list[slice]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import mlx.core as mx
+import numpy as np
 
 from mlx_align.errors import ModelError
 from mlx_align.models.compat import Anatomy
@@ -97,8 +98,8 @@ def _own_logps(anatomy: Anatomy, batch: GroupBatch) -> mx.array:
 
 
 def _gap(a: mx.array, b: mx.array) -> float:
-    return float(mx.abs(a - b).max().item())
+    return float(np.abs(np.array(a) - np.array(b)).max())
 
 
 def _largest(a: mx.array) -> float:
-    return float(mx.abs(a).max().item())
+    return float(np.abs(np.array(a)).max())

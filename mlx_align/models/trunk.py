@@ -11,8 +11,9 @@ from contextlib import nullcontext
 
 import mlx.core as mx
 
+from mlx_align.models.caches import prompt_caches
 from mlx_align.models.checkpointing import checkpointed
-from mlx_align.models.compat import Anatomy, prompt_caches
+from mlx_align.models.compat import Anatomy
 from mlx_align.types import GroupBatch
 
 

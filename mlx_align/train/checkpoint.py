@@ -19,6 +19,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_align.errors import ConfigError, ModelError
 from mlx_align.models.adapters import ADAPTER_WEIGHTS, AdapterLayout, save_adapter
+from mlx_align.models.compat import random_key, restore_random_key
 from mlx_align.models.roles import Tree
 from mlx_align.train.loop import Progress
 
@@ -44,10 +45,9 @@ def save_checkpoint(
     save_adapter(partial, tree, layout, model)
     state = dict(sorted(tree_flatten(optimizer.state)))
     mx.save_safetensors(str(partial / "optimizer.safetensors"), state)
-    key = mx.random.state[0]
     content = {
         "progress": dataclasses.asdict(progress),
-        "random_key": [int(word) for word in key.tolist()],
+        "random_key": list(random_key()),
     }
     (partial / "state.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     for file in partial.iterdir():
@@ -84,8 +84,7 @@ def load_checkpoint(run: Path, fresh: Tree, optimizer: optim.Optimizer) -> tuple
     if {name: array.shape for name, array in weights.items()} != shapes:
         raise ModelError(f"{folder}: its adapters do not fit this model; was --model changed?")
     optimizer.state = tree_unflatten(list(state.items()))
-    # Assigning to mx.random.state is silently wrong; this seed gives exactly this key.
-    mx.random.seed((high << 32) | low)
+    restore_random_key(high, low)
     tree: Tree = tree_unflatten(list(weights.items()))
     return progress, tree
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
 
 
@@ -13,18 +13,12 @@ class Display(Protocol):
     def note(self, text: str) -> None:
         """A finished line, or several."""
 
-    def bar(self, label: str, total: int, done: int = 0) -> Bar:
-        """Begin counting to `total`; enter the bar as a context."""
+    def bar(self, label: str, total: int, done: int = 0) -> AbstractContextManager[Bar]:
+        """Count to `total` within a with block."""
 
 
 class Bar(Protocol):
     """One piece of counted work."""
-
-    def __enter__(self) -> Bar:
-        """Begin."""
-
-    def __exit__(self, *error: object) -> None:
-        """End."""
 
     def advance(self, count: int = 1, text: str | None = None) -> None:
         """So much more is done; `text` is what to say beside it."""
@@ -37,7 +31,7 @@ class Quiet:
         """Say nothing."""
 
     @contextmanager
-    def bar(self, label: str, total: int, done: int = 0) -> Iterator[Quiet]:  # noqa: ARG002
+    def bar(self, label: str, total: int, done: int = 0) -> Iterator[Quiet]:
         """Count nothing."""
         yield self
 

@@ -42,14 +42,14 @@ class Objective(NamedTuple):
             metrics; shares add up to the loss of one big batch.
         prepare: For losses that couple the pairs of an update: (tree, batches, totals) ->
             batches with what the coupling needs in them; None as a rule.
-        count: (batch) -> real groups, tokens run.
+        size: (microbatch) -> its groups and their tokens, padding not counted.
         sources: Where the rows of a microbatch stand in the data, for messages.
     """
 
     collate: Callable[[Microbatch], Any]
     totals: Callable[[Sequence[Any]], Any]
     loss: Callable[[Tree, Any, Any], tuple[mx.array, Sums]]
-    count: Callable[[Microbatch], tuple[int, int]]
+    size: Callable[[Microbatch], tuple[int, int]]
     sources: Callable[[Microbatch], list[str]]
     prepare: Callable[[Tree, Sequence[Any], Any], list[Any]] | None = None
 
@@ -211,7 +211,7 @@ def _due(step: int, every: int) -> bool:
 def _compiled_gradient(objective: Objective) -> Callable[..., Any]:
     # Dropout draws from the global generator: its state goes in and comes out.
     state = [mx.random.state]
-    return mx.compile(mx.value_and_grad(objective.loss), inputs=state, outputs=state)  # type: ignore[no-any-return]
+    return mx.compile(mx.value_and_grad(objective.loss), inputs=state, outputs=state)
 
 
 def _compiled_update(optimizer: optim.Optimizer, max_norm: float) -> Callable[..., Any]:
@@ -219,7 +219,7 @@ def _compiled_update(optimizer: optim.Optimizer, max_norm: float) -> Callable[..
         grads, norm = optim.clip_grad_norm(grads, max_norm)
         return optimizer.apply_gradients(grads, tree), norm
 
-    return mx.compile(update, inputs=[optimizer.state], outputs=[optimizer.state])  # type: ignore[no-any-return]
+    return mx.compile(update, inputs=[optimizer.state], outputs=[optimizer.state])
 
 
 def _accumulate(
@@ -266,7 +266,7 @@ def _advance(
     progress.microbatches += len(micro)
     progress.seconds += seconds
     for members in micro:
-        groups, tokens = objective.count(members)
+        groups, tokens = objective.size(members)
         progress.groups += groups
         progress.tokens += tokens
 

@@ -111,7 +111,7 @@ def preference_objective(
         totals=totals,
         loss=coupled_share if loss.couples_batch else share,
         prepare=couple if loss.couples_batch else None,
-        count=lambda micro: _count(groups, micro),
+        size=lambda micro: _size(groups, micro),
         sources=lambda micro: [groups[i].source for i in micro.indices],
     )
 
@@ -133,7 +133,8 @@ def _couple(
     """The update's loss on all its pairs at once, handed back to its microbatches."""
     weight = mx.concatenate([batch.weight for batch in batches])
     real = mx.array(np.flatnonzero(np.array(weight)))
-    every = PairLogps(*(mx.concatenate(column)[real] for column in zip(*logps, strict=True)))
+    columns = zip(*logps, strict=True)
+    every = PairLogps(*(mx.concatenate(list(column))[real] for column in columns))
     values, gradient = loss_and_logps_gradient(loss, every, totals.mean_chosen_length)
 
     def spread(column: mx.array) -> mx.array:
@@ -141,11 +142,11 @@ def _couple(
         return mx.zeros(weight.shape).at[real].add(column)
 
     size = len(batches[0].weight)
-    values, columns = spread(values), [spread(column) for column in gradient]
+    values, factors = spread(values), [spread(column) for column in gradient]
     coupled = []
     for i, batch in enumerate(batches):
         rows = slice(i * size, (i + 1) * size)
-        part = PairLogps(*(column[rows] for column in columns))
+        part = PairLogps(*(column[rows] for column in factors))
         coupled.append(CoupledBatch(batch, part, values[rows].sum() / totals.pairs))
     mx.eval(coupled)
     return coupled
@@ -171,7 +172,7 @@ def _weighted(metrics: Mapping[str, mx.array], weight: mx.array) -> Sums:
     return {**sums, "weight": weight.sum()}
 
 
-def _count(groups: Sequence[TokenizedGroup], micro: Microbatch) -> tuple[int, int]:
+def _size(groups: Sequence[TokenizedGroup], micro: Microbatch) -> tuple[int, int]:
     tokens = sum(
         len(groups[i].prompt) + sum(len(c) for c in groups[i].completions) for i in micro.indices
     )
@@ -208,7 +209,7 @@ def evaluate_pairs(
     )
     values = {"loss": loss(pairs, pairs.chosen_length.mean())}
     values.update(pair_metrics(pairs, loss.beta or 1.0))
-    return {name: float(value.mean().item()) for name, value in values.items()}
+    return {name: float(np.array(value).mean()) for name, value in values.items()}
 
 
 def read_pairs(data: str, split: str, format: str | None) -> tuple[list[PromptGroup], Reading]:

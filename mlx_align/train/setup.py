@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -59,12 +60,14 @@ def prepare_data(config: TrainConfig, folder: ModelFolder, read: Reader) -> Prep
         groups, held_out = split_validation(groups, config.valid_fraction, config.seed)
     else:
         held_out = []
-    limits = {
-        "max_seq_length": config.max_seq_length,
-        "max_completion_length": config.max_completion_length,
-    }
-    train, report = tokenize_groups(groups, folder.tokenizer, **limits)
-    valid = tokenize_groups(held_out, folder.tokenizer, **limits)[0] if held_out else []
+    tokenize = partial(
+        tokenize_groups,
+        tokenizer=folder.tokenizer,
+        max_seq_length=config.max_seq_length,
+        max_completion_length=config.max_completion_length,
+    )
+    train, report = tokenize(groups)
+    valid = tokenize(held_out)[0] if held_out else []
     facts = describe(groups, train, report, folder.tokenizer, reading=reading, valid=held_out)
     return PreparedData(train, valid, facts)
 
