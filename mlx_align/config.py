@@ -15,14 +15,11 @@ import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import yaml
 
 from mlx_align.errors import ConfigError
-
-# Loss hyperparameters common enough to have an option of their own.
-LOSS_SHORTCUTS = ("beta", "label_smoothing")
 
 
 def option(
@@ -133,7 +130,7 @@ class TrainConfig:
     )
     steps_per_report: int = option(10, "Updates between reports.", at_least=1, training=False)
     steps_per_eval: int = option(
-        100, "Updates between evaluations on held-out pairs; 0 for none but the last.", at_least=0
+        100, "Updates between evaluations on held-out data; 0 for none but the last.", at_least=0
     )
     save_every: int = option(
         100, "Updates between checkpoints; 0 for none but the last.", at_least=0, training=False
@@ -154,10 +151,13 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
-class DpoConfig(TrainConfig):
-    """Options of `mlx-align dpo`."""
+class LossConfig(TrainConfig):
+    """What dpo and kto share: a loss with hyperparameters, and a reference."""
 
-    loss: str = option("sigmoid", "Loss, or several with weights: sigmoid=1,sft=0.2.")
+    # Hyperparameters common enough to have an option of their own.
+    shortcuts: ClassVar[tuple[str, ...]] = ("beta",)
+
+    loss: str = option("", "The loss.")
     loss_option: dict[str, Any] = field(
         default_factory=dict,
         metadata={
@@ -168,9 +168,6 @@ class DpoConfig(TrainConfig):
     )
     beta: float | None = option(
         None, "Short for --loss-option beta=...; how strongly the reference holds.", above=0
-    )
-    label_smoothing: float | None = option(
-        None, "Short for --loss-option label_smoothing=...", at_least=0, below=0.5
     )
     reference_cache: str | None = option(
         None,
@@ -185,7 +182,7 @@ class DpoConfig(TrainConfig):
             ConfigError: One was given both ways.
         """
         options = dict(self.loss_option)
-        for name in LOSS_SHORTCUTS:
+        for name in self.shortcuts:
             value = getattr(self, name)
             if value is None:
                 continue
@@ -195,6 +192,62 @@ class DpoConfig(TrainConfig):
                 )
             options[name] = value
         return options
+
+
+@dataclass(frozen=True)
+class DpoConfig(LossConfig):
+    """Options of `mlx-align dpo`."""
+
+    shortcuts: ClassVar[tuple[str, ...]] = ("beta", "label_smoothing")
+
+    loss: str = option("sigmoid", "Loss, or several with weights: sigmoid=1,sft=0.2.")
+    label_smoothing: float | None = option(
+        None, "Short for --loss-option label_smoothing=...", at_least=0, below=0.5
+    )
+    wpo: bool = option(
+        False, "Weigh each pair by how likely the policy would have written it itself (WPO)."
+    )
+    # At 1 it would be plain DPO.
+    ld_alpha: float | None = option(
+        None,
+        "What tokens past the shorter completion's length count (LD-DPO); default: all in full.",
+        at_least=0,
+        below=1,
+    )
+
+
+@dataclass(frozen=True)
+class KtoConfig(LossConfig):
+    """Options of `mlx-align kto`."""
+
+    shortcuts: ClassVar[tuple[str, ...]] = ("beta", "desirable_weight", "undesirable_weight")
+
+    loss: str = option("kto", "Loss.", choices=("kto", "apo_zero_unpaired"))
+    desirable_weight: float | None = option(
+        None, "Short for --loss-option desirable_weight=...; weight of good answers.", above=0
+    )
+    undesirable_weight: float | None = option(
+        None, "Short for --loss-option undesirable_weight=...; weight of bad answers.", above=0
+    )
+
+
+@dataclass(frozen=True)
+class SftConfig(TrainConfig):
+    """Options of `mlx-align sft`."""
+
+    # 10 x TRL's rate for full fine-tuning, as TRL advises for LoRA.
+    learning_rate: float = option(2e-4, "Peak learning rate of AdamW.", above=0)
+    loss: str = option(
+        "nll",
+        "Loss of a token: nll, or dft, by which unlikely tokens pull less.",
+        choices=("nll", "dft"),
+    )
+    loss_on: str = option(
+        "completion",
+        "What is learned of a conversation: its last answer (completion) or every turn of the "
+        "assistant.",
+        choices=("completion", "assistant"),
+    )
 
 
 Config = TypeVar("Config", bound=TrainConfig)

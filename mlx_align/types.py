@@ -105,6 +105,15 @@ class PairBatch(NamedTuple):
     soft_label: mx.array  # (B,) float32, probability that chosen is better; 1 where not given
 
 
+class LabelledBatch(NamedTuple):
+    """B prompts with one labelled completion each, ready for a step."""
+
+    groups: GroupBatch
+    reference_logps: mx.array  # (B, C) float32 nats per token
+    weight: mx.array  # (B,) float32, 0 for fillers
+    desirable: mx.array  # (B,) bool
+
+
 class PairLogps(NamedTuple):
     """What a pairwise loss sees of B pairs.
 

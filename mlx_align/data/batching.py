@@ -8,12 +8,13 @@ Every new shape is traced and compiled anew and never forgotten, so a data set g
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import mlx.core as mx
 import numpy as np
 
-from mlx_align.types import GroupBatch, Logps, PairBatch, TokenizedGroup
+from mlx_align.types import GroupBatch, LabelledBatch, Logps, PairBatch, TokenizedGroup
 
 MAX_SHAPES = 12
 # Widths are rounded up to this many tokens: what vector units like, and fewer odd shapes.
@@ -175,18 +176,50 @@ def collate_pairs(
 ) -> PairBatch:
     """Pad pairs, with the reference's log-prob of each completion token where there is one."""
     batch = collate_groups(groups, shape, batch_size)
-    reference = np.zeros(batch.completion_tokens.shape, np.float32)
-    for b, logps in enumerate(reference_logps or ()):
-        for k, row in enumerate(logps):
-            reference[2 * b + k, : len(row)] = row
+    rows = [row for logps in reference_logps or () for row in logps]
     filled = np.arange(batch_size) < len(groups)
     soft = [1.0 if group.soft_label is None else group.soft_label for group in groups]
     return PairBatch(
         groups=batch,
-        reference_logps=mx.array(reference),
+        reference_logps=_padded(rows, batch.completion_tokens),
         weight=mx.array(filled.astype(np.float32)),
         soft_label=mx.array(np.array(soft + [1.0] * (batch_size - len(groups)), np.float32)),
     )
+
+
+def collate_labelled(
+    groups: Sequence[TokenizedGroup],
+    reference_logps: Sequence[tuple[Logps, ...]],
+    shape: Shape,
+    batch_size: int,
+    completion: int = 0,
+) -> LabelledBatch:
+    """Pad groups, one completion of each, with the reference's log-probs of its tokens."""
+    batch = collate_groups([_single(group, completion) for group in groups], shape, batch_size)
+    labels = np.zeros((batch_size,), np.bool_)
+    labels[: len(groups)] = [bool(group.label) for group in groups]
+    filled = np.arange(batch_size) < len(groups)
+    return LabelledBatch(
+        groups=batch,
+        reference_logps=_padded([r[completion] for r in reference_logps], batch.completion_tokens),
+        weight=mx.array(filled.astype(np.float32)),
+        desirable=mx.array(labels),
+    )
+
+
+def _single(group: TokenizedGroup, completion: int) -> TokenizedGroup:
+    """The group with one of its completions."""
+    one = slice(completion, completion + 1)
+    masks = None if group.loss_masks is None else group.loss_masks[one]
+    return replace(group, completions=group.completions[one], loss_masks=masks)
+
+
+def _padded(rows: Sequence[Logps], like: mx.array) -> mx.array:
+    """Rows of floats in an array of the shape of `like` (N, C); 0 where nothing is given."""
+    padded = np.zeros(like.shape, np.float32)
+    for n, row in enumerate(rows):
+        padded[n, : len(row)] = row
+    return mx.array(padded)
 
 
 def padding_waste(

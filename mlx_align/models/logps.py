@@ -10,7 +10,8 @@ log-prob is off by up to 0.1 nats.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -35,26 +36,50 @@ def batch_token_logps(
     return mx.where(batch.completion_mask, token_logps(anatomy, hidden, batch.completion_tokens), 0)
 
 
+def batch_token_statistics(
+    anatomy: Anatomy, batch: GroupBatch, *, shared: bool = True, grad_checkpoint: bool = False
+) -> tuple[mx.array, mx.array]:
+    """Log-probs as above, and log Σ_v p_v² of the distribution at every completion token.
+
+    The second (N, C) float32, nats, has no gradient; both come from one pass over the vocabulary
+    and are 0 where the mask is false.
+    """
+    hidden = completion_hidden(anatomy, batch, shared=shared, grad_checkpoint=grad_checkpoint)
+    logps, squares = _head(anatomy, hidden, batch.completion_tokens, log_squares=True)
+    mask = batch.completion_mask
+    return mx.where(mask, logps, 0), mx.stop_gradient(mx.where(mask, squares, 0))
+
+
 def token_logps(anatomy: Anatomy, hidden: mx.array, targets: mx.array) -> mx.array:
     """Log-prob (…,) float32, nats, of `targets` (…,) predicted by `hidden` (…, D)."""
+    return _head(anatomy, hidden, targets)[0]
+
+
+def _head(
+    anatomy: Anatomy, hidden: mx.array, targets: mx.array, *, log_squares: bool = False
+) -> list[mx.array]:
+    """Log-probs (…,) of `targets`, and if asked log Σ_v p_v² (…,) in the same pass."""
     flat_hidden = hidden.reshape(-1, hidden.shape[-1])
     flat_targets = targets.reshape(-1)
     head = anatomy.trainable_head()
     if head:
-        logps = _trainable_head_logps(anatomy, head, flat_hidden, flat_targets)
+        outputs = _trainable_head(anatomy, head, flat_hidden, flat_targets, log_squares)
     else:
-        logps = _frozen_head_logps(anatomy, flat_hidden, flat_targets)
-    return logps.reshape(targets.shape)
+        outputs = _frozen_head(anatomy, flat_hidden, flat_targets, log_squares)
+    return [output.reshape(targets.shape) for output in outputs]
 
 
-def _frozen_head_logps(anatomy: Anatomy, hidden: mx.array, targets: mx.array) -> mx.array:
+def _frozen_head(
+    anatomy: Anatomy, hidden: mx.array, targets: mx.array, log_squares: bool
+) -> Sequence[mx.array]:
     if not anatomy.model.training:
-        return _chunked(anatomy, _logps, hidden, targets)[0]
+        return _chunked(anatomy, partial(_logps, log_squares), hidden, targets)
 
     # Integer targets are closed over: a custom function's inputs all get gradients.
     @_custom_function
     def logps_and_gradient(hidden: mx.array) -> tuple[mx.array, ...]:
-        return _chunked(anatomy, _logps_and_gradient, mx.stop_gradient(hidden), targets)
+        compute = partial(_logps_and_gradient, log_squares)
+        return _chunked(anatomy, compute, mx.stop_gradient(hidden), targets)
 
     @logps_and_gradient.vjp
     def backward(
@@ -63,31 +88,39 @@ def _frozen_head_logps(anatomy: Anatomy, hidden: mx.array, targets: mx.array) ->
         gradient = outputs[1]
         return (cotangents[0][:, None] * gradient.astype(mx.float32)).astype(gradient.dtype)
 
-    return logps_and_gradient(hidden)[0]
+    logps, _gradient, *squares = logps_and_gradient(hidden)
+    return [logps, *squares]
 
 
-def _trainable_head_logps(
-    anatomy: Anatomy, head: dict[str, Any], hidden: mx.array, targets: mx.array
-) -> mx.array:
+def _trainable_head(
+    anatomy: Anatomy,
+    head: dict[str, Any],
+    hidden: mx.array,
+    targets: mx.array,
+    log_squares: bool,
+) -> Sequence[mx.array]:
     """As above where the head learns too: its parameters are inputs, the backward recomputes."""
 
     @_custom_function
-    def logps(hidden: mx.array, head: dict[str, Any]) -> mx.array:
+    def logps(hidden: mx.array, head: dict[str, Any]) -> tuple[mx.array, ...]:
         with acting_as(anatomy.owner, head):
-            return _chunked(anatomy, _logps, hidden, targets)[0]
+            return _chunked(anatomy, partial(_logps, log_squares), hidden, targets)
 
     @logps.vjp
     def backward(
-        primals: tuple[mx.array, dict[str, Any]], cotangent: mx.array, _output: mx.array
+        primals: tuple[mx.array, dict[str, Any]],
+        cotangents: tuple[mx.array, ...],
+        _outputs: tuple[mx.array, ...],
     ) -> tuple[mx.array, dict[str, Any]]:
         hidden, head = primals
+        cotangent = cotangents[0]
         by_head = tree_map(mx.zeros_like, head)
         by_hidden: list[mx.array] = []
         for rows in _chunks(anatomy, hidden):
 
             def weighted(h: mx.array, head: dict[str, Any], rows: slice = rows) -> mx.array:
                 with acting_as(anatomy.owner, head):
-                    return (_logps(anatomy, h, targets[rows])[0] * cotangent[rows]).sum()
+                    return (_logps(False, anatomy, h, targets[rows])[0] * cotangent[rows]).sum()
 
             part = hidden[rows]
             if by_hidden:
@@ -100,17 +133,24 @@ def _trainable_head_logps(
     return logps(hidden, head)
 
 
-def _logps(anatomy: Anatomy, hidden: mx.array, targets: mx.array) -> tuple[mx.array]:
-    """Log-probs (n,) of one chunk, as a tuple of one."""
+def _logps(
+    log_squares: bool, anatomy: Anatomy, hidden: mx.array, targets: mx.array
+) -> tuple[mx.array, ...]:
+    """Log-probs (n,) of one chunk and, if asked, log Σ_v p_v² (n,)."""
     logits = anatomy.logits(hidden).astype(mx.float32)
     target = mx.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
-    return (target - mx.logsumexp(logits, axis=-1),)
+    normaliser = mx.logsumexp(logits, axis=-1)
+    squares = (mx.logsumexp(2 * logits, axis=-1) - 2 * normaliser,) if log_squares else ()
+    return (target - normaliser, *squares)
 
 
 def _logps_and_gradient(
-    anatomy: Anatomy, hidden: mx.array, targets: mx.array
-) -> tuple[mx.array, mx.array]:
-    """Log-probs (n,) and their gradients by the hidden states (n, D), one exponential for both."""
+    log_squares: bool, anatomy: Anatomy, hidden: mx.array, targets: mx.array
+) -> tuple[mx.array, ...]:
+    """Log-probs (n,), their gradients by the hidden states (n, D), if asked log Σ_v p_v² (n,).
+
+    One exponential serves them all.
+    """
     raw = anatomy.logits(hidden)
     logits = raw.astype(mx.float32)
     top = logits.max(axis=-1, keepdims=True)
@@ -121,7 +161,10 @@ def _logps_and_gradient(
     is_target = mx.arange(logits.shape[-1])[None] == targets[:, None]
     by_logits = is_target - exponential / total
     _, gradients = mx.vjp(anatomy.logits, [hidden], [by_logits.astype(raw.dtype)])
-    return logps, gradients[0]
+    if not log_squares:
+        return logps, gradients[0]
+    squares = mx.log(mx.square(exponential).sum(axis=-1)) - 2 * mx.log(total[:, 0])
+    return logps, gradients[0], squares
 
 
 def _chunked(

@@ -95,7 +95,7 @@ def run_offline(
     Args:
         task: The command.
         config: Resolved options; `model` and `data` are set.
-        run: The run folder, which exists.
+        run: The run folder; made once data and options are found good.
         display: Where the run speaks.
         resume: Go on from the folder's last checkpoint.
 
@@ -110,6 +110,7 @@ def run_offline(
     data = prepare_data(config, folder, task.read)
     task.check(data)
     display.note(render_facts(data.facts))
+    run.mkdir(parents=True, exist_ok=True)
     runlog.write_atomically(run / runlog.CONFIG_FILE, to_yaml(config))
 
     policy = make_policy(config, folder, layout)

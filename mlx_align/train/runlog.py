@@ -20,10 +20,10 @@ SAMPLES_FILE = "samples.jsonl"
 
 
 def new_run_folder(output: str | None, command: str) -> Path:
-    """Make the folder a run writes to.
+    """The folder a run will write to, free and writable; it is not made yet.
 
     Raises:
-        ConfigError: It can't be made, or holds another run.
+        ConfigError: It holds another run, or can't be made or written.
     """
     if output is None:
         output = f"runs/{command}-{datetime.now():%Y%m%d-%H%M%S}"
@@ -32,13 +32,9 @@ def new_run_folder(output: str | None, command: str) -> Path:
         raise ConfigError(
             f"--output {output}: holds another run; name a new folder, or add --resume to go on"
         )
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".write-test"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise ConfigError(f"--output {output}: can't be written ({error.strerror})") from error
+    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        raise ConfigError(f"--output {output}: {nearest} is no folder that can be written to")
     return folder
 
 

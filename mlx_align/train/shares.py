@@ -1,0 +1,50 @@
+"""What the offline objectives have in common: log-probs under a role, sums of metrics, counts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import mlx.core as mx
+
+from mlx_align.data.batching import Microbatch
+from mlx_align.losses.masking import weighted_sum
+from mlx_align.models.loading import LanguageModel
+from mlx_align.models.logps import batch_token_logps, batch_token_statistics
+from mlx_align.models.roles import Tree, acting_as
+from mlx_align.train.loop import Sums
+from mlx_align.types import GroupBatch, TokenizedGroup
+
+
+def role_logps(
+    model: LanguageModel, tree: Tree, batch: GroupBatch, *, grad_checkpoint: bool
+) -> mx.array:
+    """Log-probs (N, C) of the completions' tokens under the role `tree`, with gradient, nats."""
+    with acting_as(model.module, tree):
+        return batch_token_logps(
+            model.anatomy, batch, shared=model.shared, grad_checkpoint=grad_checkpoint
+        )
+
+
+def role_statistics(
+    model: LanguageModel, tree: Tree, batch: GroupBatch, *, grad_checkpoint: bool
+) -> tuple[mx.array, mx.array]:
+    """As above, and log Σ_v p_v² (N, C) at every token, without gradient."""
+    with acting_as(model.module, tree):
+        return batch_token_statistics(
+            model.anatomy, batch, shared=model.shared, grad_checkpoint=grad_checkpoint
+        )
+
+
+def weighted_metrics(metrics: Mapping[str, mx.array], weight: mx.array) -> Sums:
+    """Sums of per-row metrics (B,) over rows that count, and the sum of their weights."""
+    sums = {name: weighted_sum(mx.stop_gradient(v), weight) for name, v in metrics.items()}
+    return {**sums, "weight": weight.sum()}
+
+
+def count_tokens(
+    groups: Sequence[TokenizedGroup], micro: Microbatch, completions: int | None = None
+) -> tuple[int, int]:
+    """Groups of a microbatch and their tokens, counting the first `completions` of each group."""
+    chosen = [groups[i] for i in micro.indices]
+    tokens = sum(len(g.prompt) + sum(map(len, g.completions[:completions])) for g in chosen)
+    return len(chosen), tokens

@@ -1,0 +1,405 @@
+"""Compare the package's DPO gradient with a plain one, family by family, and print the table.
+
+For every family of tests/families.py (tiny, random, adapters far from the identity), in float32,
+bf16 and 4-bit, the gradient of one DPO update is computed in eight ways: {plain, checkpointed} x
+{eager, compiled} x {one batch of 8 pairs, 8 batches of 1 pair accumulated}, through
+`preference_objective` and the training loop's own accumulation. Each is compared with the
+gradient of the textbook formula: every row by itself, whole, no cache, the model's own full
+logits, log-softmax in float32, eager. The number is ‖ours − plain‖ / ‖plain‖ over all adapter
+weights; the table shows the largest of the eight.
+
+Allowed in float32: 1e-5. The 4-bit models have 4-bit weights and float32 scales, so their
+activations are float32 and the same 1e-5 holds. In bf16 rounding is the measure: `plain` is then
+the gradient in float32 at the very same (bf16) weights, and ours may be off by at most 3 times
+what the plain formula in bf16 is off by, or what two paddings of it differ by if that is more.
+
+    python scripts/verify_families.py                          # everything, as a text table
+    python scripts/verify_families.py --markdown               # the table of the README
+    python scripts/verify_families.py --families llama,qwen3 --ways   # all eight numbers
+
+Ends with 1 if anything is above what is allowed.
+"""
+
+import argparse
+import json
+import multiprocessing
+import sys
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, field
+from itertools import product
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_flatten, tree_map
+from mlx_lm.utils import quantize_model
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+from families import (  # noqa: E402
+    FAMILIES,
+    FLAT_FAMILIES,
+    LORA_KEYS,
+    REFUSED_FAMILIES,
+    VOCAB,
+    config_of,
+    make_model,
+)
+
+from mlx_align.data.batching import Microbatch, Shape  # noqa: E402
+from mlx_align.errors import ModelError  # noqa: E402
+from mlx_align.inference.score import make_scorer  # noqa: E402
+from mlx_align.losses.registry import combine, parse_losses  # noqa: E402
+from mlx_align.models.adapters import AdapterLayout, install  # noqa: E402
+from mlx_align.models.compat import dissect  # noqa: E402
+from mlx_align.models.loading import LanguageModel, ModelFolder  # noqa: E402
+from mlx_align.models.roles import Tree, acting_as  # noqa: E402
+from mlx_align.models.selfcheck import check_paths  # noqa: E402
+from mlx_align.train.loop import _accumulate, _compiled_gradient  # noqa: E402
+from mlx_align.train.preference import preference_objective  # noqa: E402
+from mlx_align.types import Logps, TokenizedGroup  # noqa: E402
+
+BETA = 0.1
+EXACT = 1e-5
+TIMES_ROUNDING = 3.0
+PRECISIONS = ("float32", "bf16", "4-bit")
+# Ragged, from a prompt of one token and completions of one to rows far beyond every window.
+PROMPTS = (1, 4, 12, 7, 9, 3, 14, 6)
+COMPLETIONS = ((9, 5), (1, 12), (6, 3), (2, 8), (11, 4), (10, 7), (5, 1), (12, 9))
+SHAPE = Shape(16, 16)
+
+
+class Way(NamedTuple):
+    """One of the eight ways to a gradient."""
+
+    checkpoint: bool
+    compiled: bool
+    accumulated: bool
+
+    def __str__(self) -> str:
+        return (
+            f"{'checkpoint' if self.checkpoint else 'plain'}, "
+            f"{'compiled' if self.compiled else 'eager'}, {'8x1' if self.accumulated else '1x8'}"
+        )
+
+
+WAYS = tuple(Way(*flags) for flags in product((False, True), repeat=3))
+
+
+@dataclass
+class Result:
+    """What was found for one family in one precision.
+
+    Attributes:
+        family: Its name in mlx-lm.
+        precision: One of `PRECISIONS`.
+        shared: Whether its completions share their prompt.
+        note: What the check at load said.
+        gaps: Per way, the relative difference of the gradient.
+        loss_gap: The largest relative difference of the loss.
+        allowed: How much the gaps may be.
+        rounding: In bf16: what the plain formula is itself off by.
+        paddings: In bf16: what two paddings of the plain formula differ by.
+        refused: The error with which the package refuses the family, if it does.
+        seconds: Time for all of it.
+    """
+
+    family: str
+    precision: str
+    shared: bool = False
+    note: str = ""
+    gaps: dict[str, float] = field(default_factory=dict)
+    loss_gap: float = 0.0
+    allowed: float = EXACT
+    rounding: float = 0.0
+    paddings: float = 0.0
+    refused: str = ""
+    seconds: float = 0.0
+
+    @property
+    def worst(self) -> float:
+        """The largest gap; NaN counts as infinite."""
+        return max((g if g == g else float("inf") for g in self.gaps.values()), default=0.0)
+
+    @property
+    def passed(self) -> bool:
+        """Whether the gradients are right, or the family is one that is refused."""
+        if self.refused:
+            return self.family in REFUSED_FAMILIES
+        return bool(self.gaps) and self.worst <= self.allowed
+
+
+def make_pairs(vocab: int = VOCAB, seed: int = 5) -> list[TokenizedGroup]:
+    """Eight ragged pairs of random tokens."""
+    random = np.random.default_rng(seed)
+
+    def tokens(length: int) -> np.ndarray:
+        return random.integers(1, vocab, length).astype(np.int32)
+
+    return [
+        TokenizedGroup(tokens(prompt), tuple(tokens(c) for c in completions), f"pair {i}")
+        for i, (prompt, completions) in enumerate(zip(PROMPTS, COMPLETIONS, strict=True))
+    ]
+
+
+def prepare(family: str, precision: str) -> LanguageModel:
+    """A tiny model in `precision`, checked as at load, with adapters far from the identity.
+
+    Raises:
+        ModelError: The package refuses the family.
+    """
+    model = make_model(family, mx.bfloat16 if precision == "bf16" else mx.float32)
+    if precision == "4-bit":
+        model, _ = quantize_model(model, config_of(family), group_size=32, bits=4)
+    anatomy, shared, note = check_paths(dissect(model), VOCAB)
+    mx.random.seed(1)
+    install(model, AdapterLayout(rank=4, keys=LORA_KEYS.get(family)))
+    # mlx-lm starts lora_b at zero, where no gradient reaches lora_a.
+    moved = tree_map(
+        lambda p: p + (0.15 * mx.random.normal(p.shape)).astype(p.dtype),
+        model.trainable_parameters(),
+    )
+    model.update(moved)
+    mx.eval(model.parameters())
+    return LanguageModel(ModelFolder(family, Path(), config_of(family), None), anatomy, shared, note)
+
+
+def plain_logps(model: nn.Module, groups: Sequence[TokenizedGroup], width: int) -> list[mx.array]:
+    """Per pair and completion, in turn: the token log-probs, by the model's own full logits.
+
+    Every row runs by itself; `width` tokens of padding stand to its right.
+    """
+    rows = []
+    for group in groups:
+        for completion in group.completions:
+            row = np.concatenate([group.prompt, completion, np.zeros(width, np.int32)])
+            first = len(group.prompt) - 1
+            logits = model(mx.array(row)[None, :-1])[0, first : first + len(completion)]
+            logits = logits.astype(mx.float32)
+            target = mx.take_along_axis(logits, mx.array(completion)[:, None], axis=-1)[:, 0]
+            rows.append(target - mx.logsumexp(logits, axis=-1))
+    return rows
+
+
+def plain_gradient(
+    model: nn.Module,
+    tree: Tree,
+    groups: Sequence[TokenizedGroup],
+    reference: Sequence[tuple[Logps, ...]],
+    width: int = 1,
+) -> tuple[float, Tree]:
+    """DPO's loss, −log σ(β(chosen log-ratio − rejected log-ratio)), mean over pairs; its gradient."""
+
+    def loss(tree: Tree) -> mx.array:
+        with acting_as(model, tree):
+            rows = plain_logps(model, groups, width)
+        total = mx.array(0.0)
+        for i, logps in enumerate(reference):
+            chosen, rejected = (
+                (row - mx.array(ref)).sum()
+                for row, ref in zip(rows[2 * i : 2 * i + 2], logps, strict=True)
+            )
+            total = total + nn.softplus(-BETA * (chosen - rejected))
+        return total / len(groups)
+
+    value, grads = mx.value_and_grad(loss)(tree)
+    mx.eval(value, grads)
+    return value.item(), grads
+
+
+def package_gradient(
+    model: LanguageModel,
+    tree: Tree,
+    groups: Sequence[TokenizedGroup],
+    reference: Sequence[tuple[Logps, ...]],
+    way: Way,
+    batch_size: int | None = None,
+) -> tuple[float, Tree]:
+    """The same by the package: its objective, and its loop's accumulation."""
+    size = batch_size or (1 if way.accumulated else len(groups))
+    objective = preference_objective(
+        model,
+        combine(parse_losses("sigmoid"), {"beta": BETA}),
+        groups,
+        reference,
+        size,
+        make_scorer(model),
+        grad_checkpoint=way.checkpoint,
+    )
+    starts = range(0, len(groups), size)
+    micro = [Microbatch(tuple(range(s, min(s + size, len(groups)))), SHAPE) for s in starts]
+    batches = [objective.collate(m) for m in micro]
+    totals = objective.totals(batches)
+    gradient: Callable[..., Any] = mx.value_and_grad(objective.loss)
+    if way.compiled:
+        gradient = _compiled_gradient(objective)
+    loss, _, grads = _accumulate(gradient, tree, batches, totals, micro, objective)
+    return loss, grads
+
+
+def difference(ours: Tree, plain: Tree) -> float:
+    """‖ours − plain‖ / ‖plain‖ over all weights."""
+    flat_ours, flat_plain = dict(tree_flatten(ours)), dict(tree_flatten(plain))
+    assert set(flat_ours) == set(flat_plain)
+    off = norm = 0.0
+    for name, b in flat_plain.items():
+        a, b = (np.array(x.astype(mx.float32), np.float64) for x in (flat_ours[name], b))
+        off += ((a - b) ** 2).sum()
+        norm += (b**2).sum()
+    assert norm > 0
+    return float((off / norm) ** 0.5)
+
+
+def reference_near(model: nn.Module, groups: Sequence[TokenizedGroup]) -> list[tuple[Logps, ...]]:
+    """Reference log-probs: near the policy's own, so that no pair's loss is saturated."""
+    random = np.random.default_rng(9)
+    rows = [np.array(row) for row in plain_logps(model, groups, 1)]
+    noisy = [(row + random.normal(0, 0.5, row.shape)).astype(np.float32) for row in rows]
+    return [(noisy[2 * i], noisy[2 * i + 1]) for i in range(len(groups))]
+
+
+def in_float32(model: nn.Module) -> nn.Module:
+    """Cast all weights, in place, up to float32."""
+    model.update(
+        tree_map(
+            lambda p: p.astype(mx.float32) if mx.issubdtype(p.dtype, mx.floating) else p,
+            model.parameters(),
+        )
+    )
+    return model
+
+
+def verify(family: str, precision: str, ways: Sequence[Way] = WAYS) -> Result:
+    """All `ways` of one family in one precision."""
+    began = time.perf_counter()
+    result = Result(family, precision)
+    try:
+        model = prepare(family, precision)
+    except ModelError as error:
+        result.refused = str(error)
+        return result
+    result.shared, result.note = model.shared, model.check
+    groups = make_pairs()
+    module = model.module
+    tree: Tree = module.trainable_parameters()
+    reference = reference_near(module, groups)
+    module.train()
+    losses: dict[str, float] = {}
+    grads: dict[str, Tree] = {}
+    for way in ways:
+        losses[str(way)], grads[str(way)] = package_gradient(model, tree, groups, reference, way)
+    value, plain = plain_gradient(module, tree, groups, reference)
+    if precision == "bf16":
+        padded = plain_gradient(module, tree, groups, reference, width=19)[1]
+        rounded = plain
+        value, plain = plain_gradient(in_float32(module), tree, groups, reference)
+        result.paddings = difference(padded, rounded)
+        result.rounding = difference(rounded, plain)
+        result.allowed = TIMES_ROUNDING * max(result.paddings, result.rounding)
+    result.gaps = {way: difference(g, plain) for way, g in grads.items()}
+    result.loss_gap = max(abs(loss - value) / abs(value) for loss in losses.values())
+    result.seconds = time.perf_counter() - began
+    return result
+
+
+def _verify(job: tuple[str, str]) -> Result:
+    family, precision = job
+    try:
+        return verify(family, precision)
+    except Exception as error:  # one family's crash is a line of the table, not its end
+        text = str(error).splitlines()[0] if str(error) else ""
+        return Result(family, precision, refused=f"{type(error).__name__}: {text}")
+
+
+def table(results: Sequence[Result], markdown: bool) -> str:
+    """One line per family: the way it runs, and its largest gap in each precision."""
+    by_family: dict[str, dict[str, Result]] = {}
+    for result in results:
+        by_family.setdefault(result.family, {})[result.precision] = result
+    precisions = [p for p in PRECISIONS if any(p in found for found in by_family.values())]
+    rows = [["family", "prompt", *precisions]]
+    for family, found in by_family.items():
+        first = next(iter(found.values()))
+        if first.refused:
+            way = "refused"
+        else:
+            way = "shared" if all(r.shared for r in found.values()) else "whole rows"
+        rows.append([family, way, *(_cell(found.get(p)) for p in precisions)])
+    if markdown:
+        lines = ["| " + " | ".join(row) + " |" for row in rows]
+        lines.insert(1, "|---|---|" + "---:|" * len(precisions))
+    else:
+        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+        lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) for row in rows]
+    reasons = []
+    for family, found in by_family.items():
+        first = next(iter(found.values()))
+        # A precision may fall back where another does not: the reason is then its own.
+        flat = next((r for r in found.values() if r.refused or not r.shared), first)
+        if flat.refused or not flat.shared:
+            reasons.append(f"- {family}: {flat.refused or flat.note}")
+    return "\n".join([*lines, "", *reasons]).rstrip()
+
+
+def _cell(result: Result | None) -> str:
+    if result is None or (result.refused and result.passed):
+        return "–"
+    if result.refused:
+        return "FAILED"
+    mark = "" if result.passed else " FAILED"
+    if result.precision == "bf16":
+        return f"{result.worst:.1e} ({result.worst / (result.allowed / 3):.2f}x){mark}"
+    return f"{result.worst:.1e}{mark}"
+
+
+def main() -> int:
+    """Run what the command line asks for; the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--families", help="comma-separated; all by default")
+    parser.add_argument("--precisions", default=",".join(PRECISIONS))
+    parser.add_argument("--markdown", action="store_true", help="print the table as markdown")
+    parser.add_argument("--ways", action="store_true", help="also print all eight numbers")
+    parser.add_argument("--json", type=Path, help="also write every number to this file")
+    parser.add_argument("--jobs", type=int, default=1, help="processes (default 1)")
+    options = parser.parse_args()
+    everything = [*FAMILIES, *FLAT_FAMILIES, *REFUSED_FAMILIES]
+    families = options.families.split(",") if options.families else everything
+    if strange := [name for name in families if name not in everything]:
+        parser.error(f"no such family: {', '.join(strange)}")
+    jobs = list(product(families, options.precisions.split(",")))
+    began = time.perf_counter()
+    results = []
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(options.jobs, mp_context=context) as pool:
+        for result in pool.map(_verify, jobs):
+            results.append(result)
+            print(
+                f"{result.family} {result.precision}: "
+                f"{result.refused or f'{result.worst:.1e} of {result.allowed:.1e}'} "
+                f"({result.seconds:.1f} s)",
+                file=sys.stderr,
+                flush=True,
+            )
+    print(table(results, options.markdown))
+    if options.ways:
+        for result in results:
+            for way, gap in result.gaps.items():
+                print(f"{result.family} {result.precision} {way}: {gap:.2e}")
+    if options.json:
+        rows = [asdict(r) | {"worst": r.worst, "passed": r.passed} for r in results]
+        options.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    failed = [f"{r.family} {r.precision}" for r in results if not r.passed]
+    checked = sum(len(r.gaps) for r in results)
+    seconds = time.perf_counter() - began
+    print(f"\n{checked} gradients of {len(families)} families in {seconds:.0f} s; ", end="")
+    print(f"above what is allowed: {', '.join(failed)}" if failed else "all within what is allowed")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,128 @@
+"""Mistakes: one clear line, exit 1, no traceback, and before the model where that is possible."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from mlx_align.cli.main import run
+from mlx_align.models import loading
+
+TINY = Path(__file__).parent / "oracle" / "models" / "policy"
+GOOD = {"prompt": "Say yes.", "chosen": " yes", "rejected": " no"}
+
+
+@pytest.fixture
+def fails(tmp_path, monkeypatch, capsys):
+    """Runs `mlx-align`, expects exit 1 and one line; that line. The weights are never loaded."""
+    monkeypatch.chdir(tmp_path)
+
+    def no_weights(*_):
+        raise AssertionError("the model was loaded before the mistake was found")
+
+    monkeypatch.setattr(loading, "load_weights", no_weights)
+
+    def call(*arguments):
+        assert run([str(a) for a in arguments]) == 1
+        captured = capsys.readouterr()
+        assert captured.err.startswith("error: ")
+        assert captured.err.count("\n") == 1
+        assert "Traceback" not in captured.err + captured.out
+        return captured.err
+
+    return call
+
+
+@pytest.fixture
+def write(tmp_path):
+    def call(*rows, name="pairs.jsonl"):
+        file = tmp_path / name
+        file.write_text(
+            "".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows)
+        )
+        return file
+
+    return call
+
+
+def many(n=20, **changes):
+    return [{**GOOD, "prompt": f"Say yes {i}.", **changes} for i in range(n)]
+
+
+def test_wrong_paths(fails, write, tmp_path):
+    data = write(*many())
+    assert "--model ./nowhere: no such folder" in fails(
+        "dpo", "--model", "./nowhere", "--data", data
+    )
+    assert "no config.json" in fails("dpo", "--model", tmp_path, "--data", data)
+    assert "nowhere.jsonl" in fails("dpo", "--model", TINY, "--data", "./nowhere.jsonl")
+    assert "--data is missing" in fails("dpo", "--model", TINY)
+    assert "--model is missing" in fails("dpo", "--data", data)
+    assert "not an adapter folder" in fails(
+        "dpo", "--model", TINY, "--data", data, "--init-adapter", tmp_path
+    )
+    assert "is it a run folder?" in fails("dpo", "--resume", tmp_path)
+    assert "say which run" in fails("dpo", "--resume")
+
+
+def test_wrong_rows(fails, write):
+    def dpo(file):
+        return fails("dpo", "--model", TINY, "--data", file)
+
+    broken = many()
+    broken[16] = '{"prompt": "Say yes.", "chosen": '
+    assert "pairs.jsonl:17: not JSON" in dpo(write(*broken))
+    lacking = many()
+    del lacking[4]["rejected"]
+    message = dpo(write(*lacking))
+    assert "pairs.jsonl:5" in message
+    assert "rejected" in message
+    assert "identical" in dpo(write(*many(chosen="same", rejected="same")))
+    assert not Path("runs").exists()  # nothing is made before the data is found good
+    too_long = dpo(write(*many(chosen="x " * 3000)))
+    assert "--max-seq-length" in too_long
+    assert "holds no rows" in dpo(write())
+
+
+def test_wrong_options(fails, write, tmp_path):
+    data = write(*many())
+    given = ("dpo", "--model", TINY, "--data", data)
+    config = tmp_path / "c.yaml"
+    config.write_text("learning_rte: 1\n")
+    message = fails(*given, "-c", config)
+    assert "c.yaml: unknown option learning_rte; did you mean learning_rate?" in message
+    message = fails(*given, "--loss", "sigmiod")
+    assert "did you mean sigmoid?" in message
+    assert "gamma" in fails(*given, "--loss-option", "gamma=1")
+    assert "expected name=value" in fails(*given, "--loss-option", "gamma")
+    assert "label_smoothing" in fails(*given, "--loss", "hinge", "--label-smoothing", "0.1")
+    assert "--iters and --epochs" in fails(*given, "--iters", 3, "--epochs", 1)
+    assert "No such option" in fails(*given, "--lerning-rate", 1)
+    assert "--batch-size: 0 is out of range" in fails(*given, "--batch-size", 0)
+    full = ("--fine-tune-type", "full", "--lora-rank", 4)
+    assert "--lora-rank: has no effect on --fine-tune-type full" in fails(*given, *full)
+    assert "--format" in fails(*given, "--format", "nonsense")
+    assert "No such command" in fails("dop")
+
+
+def test_a_run_folder_is_not_overwritten(fails, write, tmp_path):
+    data = write(*many())
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").write_text("{}\n")
+    message = fails("dpo", "--model", TINY, "--data", data, "--output", "run")
+    assert "holds another run" in message
+    (tmp_path / "file").write_text("")
+    assert "no folder that can be written to" in fails(
+        "dpo", "--model", TINY, "--data", data, "--output", "file/run"
+    )
+
+
+def test_help_names_every_command(capsys):
+    assert run(["--help"]) == 0
+    text = capsys.readouterr().out
+    for command in ("dpo", "fuse", "data", "cache"):
+        assert command in text
+    assert run(["dpo", "--help"]) == 0
+    text = capsys.readouterr().out
+    assert "--learning-rate" in text
+    assert "1e-05" in text

@@ -1,0 +1,138 @@
+"""The chunked head: chunks, dtypes and dropout don't change what is computed."""
+
+from functools import partial
+
+import mlx.core as mx
+import mlx.nn as nn
+import pytest
+from families import make_model
+from mlx.utils import tree_flatten, tree_map
+from test_trunk import difference, gradient, plain_logps, ragged_batch, scramble
+
+from mlx_align.models import logps as logps_module
+from mlx_align.models.adapters import AdapterLayout, install
+from mlx_align.models.compat import dissect
+from mlx_align.models.logps import batch_token_logps
+from mlx_align.models.roles import acting_as
+from mlx_align.models.selfcheck import check_paths
+
+
+def prepared(family="qwen2", dtype=mx.float32, bits=None, **layout):
+    model = make_model(family, dtype)
+    if bits:
+        nn.quantize(model, group_size=32, bits=bits)
+    install(model, AdapterLayout(rank=4, **layout))
+    scramble(model, 0.1)
+    return model, dissect(model)
+
+
+@pytest.mark.parametrize("family", ["qwen2", "gemma2"])
+def test_chunk_size_changes_nothing(monkeypatch, family):
+    model, anatomy = prepared(family)
+    anatomy, shared, _ = check_paths(anatomy, 160)
+    assert shared
+    model.train()
+    results = []
+    for elements in (1, 160 * 23, 1 << 24):
+        monkeypatch.setattr(logps_module, "CHUNK_ELEMENTS", elements)
+        results.append(gradient(model, partial(batch_token_logps, anatomy), ragged_batch()))
+    for value, grads in results[1:]:
+        assert value == pytest.approx(results[0][0], rel=1e-6)
+        assert difference(grads, results[0][1]) < 2e-6
+
+
+def test_log_softmax_is_float32_in_a_bf16_model():
+    model, anatomy = prepared(dtype=mx.bfloat16)
+    batch = ragged_batch()
+    got = batch_token_logps(anatomy, batch, shared=False)
+    assert got.dtype == mx.float32
+    expected = plain_logps(model, batch)  # float32 log-softmax of the model's bf16 logits
+
+    def lazy(logits):
+        return (logits - mx.logsumexp(logits, axis=-1, keepdims=True)).astype(mx.float32)
+
+    hidden = mx.random.normal((64, 64), key=mx.random.key(1)).astype(mx.bfloat16)
+    logits = anatomy.logits(hidden)
+    assert logits.dtype == mx.bfloat16
+    trap = mx.abs(lazy(logits) - lazy(logits.astype(mx.float32))).max().item()
+    assert trap > 0.03  # what log-softmax in bf16 would lose
+    assert mx.abs(got - expected).max().item() < trap
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_quantised_model_with_quantised_head(bits):
+    model, anatomy = prepared(bits=bits)
+    model.train()
+    value, grads = gradient(model, partial(plain_logps, model), ragged_batch())
+    for checkpoint in (False, True):
+        way = partial(batch_token_logps, anatomy, grad_checkpoint=checkpoint)
+        got_value, got = gradient(model, way, ragged_batch(), compiled=True)
+        assert got_value == pytest.approx(value, rel=1e-5)
+        assert difference(got, grads) < 1e-5
+
+
+def test_padding_and_company_change_no_log_prob():
+    _, anatomy = prepared()
+    alone = ragged_batch(prompts=(4,), completions=((9, 5),))
+    padded = alone._replace(
+        prompt_tokens=mx.pad(alone.prompt_tokens, [(0, 0), (0, 9)], constant_values=3),
+        completion_tokens=mx.pad(alone.completion_tokens, [(0, 0), (0, 6)], constant_values=3),
+        completion_mask=mx.pad(alone.completion_mask, [(0, 0), (0, 6)]),
+    )
+    expected = batch_token_logps(anatomy, alone)
+    got = batch_token_logps(anatomy, padded)
+    assert mx.allclose(got[:, :9], expected, atol=1e-5)
+    assert mx.all(got[:, 9:] == 0)
+
+
+def test_dropout_repeats_itself_in_recomputed_blocks():
+    # The derivative along a direction, by differences with the same draws, knows no checkpoint.
+    model, anatomy = prepared(dropout=0.4)
+    model.train()
+    batch = ragged_batch()
+    tree = model.trainable_parameters()
+    direction = tree_map(lambda p: mx.random.normal(p.shape, key=mx.random.key(5)), tree)
+
+    def value(tree):
+        mx.random.seed(9)
+        with acting_as(model, tree):
+            return batch_token_logps(anatomy, batch, grad_checkpoint=True).sum()
+
+    _, grads = mx.value_and_grad(value)(tree)
+    along = sum(
+        (g * d).sum().item() for g, d in zip(_leaves(grads), _leaves(direction), strict=True)
+    )
+    h = 1e-3
+    up, down = (
+        value(tree_map(lambda p, d, s=s: p + s * h * d, tree, direction)).item() for s in (1, -1)
+    )
+    assert along == pytest.approx((up - down) / (2 * h), rel=0.02)
+    assert value(tree).item() == value(tree).item()
+    model.eval()
+    assert value(tree).item() != pytest.approx(along)
+
+
+def _leaves(tree):
+    return [leaf for _, leaf in tree_flatten(tree)]
+
+
+def test_a_family_that_cannot_share_falls_back_and_says_so(monkeypatch):
+    from mlx_align.models import caches
+
+    model, anatomy = prepared()
+    monkeypatch.setattr(caches, "make_prompt_cache", lambda _: [object() for _ in model.layers])
+    _, shared, note = check_paths(anatomy, 160)
+    assert not shared
+    assert "once per completion" in note
+    monkeypatch.undo()
+    # Sharing that is wrong (positions that don't continue) is found out too.
+    monkeypatch.setattr(
+        caches.PromptKV,
+        "completion_cache",
+        lambda self, group, lengths, axes: caches.CompletionKV(
+            self.keys[group], self.values[group], lengths[group] + 2, None, axes
+        ),
+    )
+    _, shared, note = check_paths(anatomy, 160)
+    assert not shared
+    assert "sharing changes log-probs" in note
