@@ -334,3 +334,31 @@ def test_data_check_prints_the_screen(models, pairs, capsys):
     assert "40 pairs kept of 40" in out
     assert "prompt" in out
     assert "⟧" in out
+
+
+def test_a_loss_that_is_not_finite_stops_names_rows_and_keeps_what_was_good(
+    train, models, tmp_path, capsys
+):
+    from mlx_align.train import preference
+
+    original = preference.collate_pairs
+    calls = []
+
+    def poisoned(*arguments):
+        calls.append(arguments)
+        batch = original(*arguments)
+        # The second microbatch of the third update.
+        return batch if len(calls) != 6 else batch._replace(weight=batch.weight * mx.nan)
+
+    preference.collate_pairs = poisoned
+    try:
+        code, folder = train(models["float32"], *HOT, "--iters", 40, "--save-every", 0)
+    finally:
+        preference.collate_pairs = original
+    assert code == 1
+    message = capsys.readouterr().err
+    assert "the loss is not finite on rows train.jsonl:" in message
+    [kept] = (folder / "checkpoints").glob("*/adapters.safetensors")
+    assert kept.parent.name == "0000002"
+    for weight in mx.load(str(kept)).values():
+        assert np.isfinite(np.array(weight)).all()

@@ -68,12 +68,12 @@ class _RichBar:
     def __init__(self, progress: Progress, task: TaskID) -> None:
         self._progress, self._task = progress, task
 
-    def advance(self, count: int = 1, text: str | None = None) -> None:
+    def advance(self, count: int = 1) -> None:
         self._progress.advance(self._task, count)
 
 
 class _Silent:
-    def advance(self, count: int = 1, text: str | None = None) -> None:
+    def advance(self, count: int = 1) -> None:
         return None
 
 

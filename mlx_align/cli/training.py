@@ -130,7 +130,10 @@ def _resumed(
 
     if config_file is not None:
         raise ConfigError("-c and --resume: a resumed run has its own config.yaml; leave -c out")
-    folder = resume or asked.pop("output", None)
+    output = asked.pop("output", None)
+    if resume and output is not None and Path(resume) != Path(output):
+        raise ConfigError(f"--resume {resume} and --output {output}: a run goes on where it is")
+    folder = resume or output
     if not folder:
         raise ConfigError("--resume: say which run, --resume RUN or --output RUN --resume")
     run = Path(folder).expanduser()

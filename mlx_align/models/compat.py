@@ -19,7 +19,12 @@ from mlx_lm.generate import BatchGenerator
 from mlx_lm.sample_utils import make_sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.tokenizer_utils import load as _load_tokenizer
-from mlx_lm.utils import _download, load_config, load_model
+from mlx_lm.utils import (
+    _download,
+    load_config,
+    load_model,
+    maybe_set_recommended_wired_limit,
+)
 
 from mlx_align.errors import ModelError
 
@@ -235,6 +240,11 @@ def layer_calls(model: nn.Module, wrap: Callable[[Any], Any]) -> Iterator[None]:
     finally:
         for kind, call in originals.items():
             kind.__call__ = call
+
+
+def use_recommended_memory() -> None:
+    """On Metal, keep up to the recommended working set resident, as mlx-lm's own trainer does."""
+    maybe_set_recommended_wired_limit()
 
 
 def random_key() -> tuple[int, int]:

@@ -20,8 +20,8 @@ class Display(Protocol):
 class Bar(Protocol):
     """One piece of counted work."""
 
-    def advance(self, count: int = 1, text: str | None = None) -> None:
-        """So much more is done; `text` is what to say beside it."""
+    def advance(self, count: int = 1) -> None:
+        """So much more is done."""
 
 
 class Quiet:
@@ -35,5 +35,5 @@ class Quiet:
         """Count nothing."""
         yield self
 
-    def advance(self, count: int = 1, text: str | None = None) -> None:
+    def advance(self, count: int = 1) -> None:
         """Count nothing."""

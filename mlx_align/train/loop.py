@@ -19,10 +19,12 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.optimizers as optim
-from mlx.utils import tree_map
+import numpy as np
+from mlx.utils import tree_flatten, tree_map
 
 from mlx_align.data.batching import Microbatch
 from mlx_align.errors import TrainingError
+from mlx_align.models.compat import use_recommended_memory
 from mlx_align.models.loading import LanguageModel
 from mlx_align.models.roles import Tree
 
@@ -167,8 +169,9 @@ def train(
         Interrupted: SIGINT or SIGTERM came; a checkpoint was written.
     """
     mx.set_cache_limit(CACHE_LIMIT_BYTES)
+    use_recommended_memory()
     accumulate = _compiled_gradient(objective)
-    apply = _compiled_update(optimizer, settings.max_grad_norm)
+    apply = _compiled_update(optimizer)
     window = _Window()
     with _signals() as pending:
         while progress.step < settings.total_steps:
@@ -179,17 +182,21 @@ def train(
             if objective.prepare is not None:
                 batches = objective.prepare(tree, batches, totals)
             model.module.train()
-            loss, sums, grads = _accumulate(accumulate, tree, batches, totals, micro, objective)
-            optimizer.learning_rate = mx.array(settings.learning_rate(progress.step))
-            updated, norm = apply(tree, grads)
-            mx.eval(updated, optimizer.state, norm)
-            if not math.isfinite(norm.item()):
-                raise TrainingError(_not_finite("gradient", progress.step + 1, micro, objective))
-            tree = updated
+            try:
+                loss, sums, grads = _accumulate(accumulate, tree, batches, totals, micro, objective)
+                norm = _norm(grads, micro, objective)
+            except TrainingError:
+                if progress.step:
+                    hooks.save(progress, tree, optimizer)
+                raise
+            rate = settings.learning_rate(progress.step)
+            optimizer.learning_rate = mx.array(rate)
+            tree = apply(tree, grads, mx.array(min(1.0, settings.max_grad_norm / (norm + 1e-6))))
+            mx.eval(tree, optimizer.state)
             model.module.update(tree)
             model.module.eval()
             _advance(progress, micro, objective, time.perf_counter() - began)
-            window.add(loss, sums, norm.item(), settings.learning_rate(progress.step - 1))
+            window.add(loss, sums, norm, rate)
             hooks.tick(progress)
             last = progress.step == settings.total_steps
             if progress.step == 1 or progress.step % settings.steps_per_report == 0 or last:
@@ -214,10 +221,11 @@ def _compiled_gradient(objective: Objective) -> Callable[..., Any]:
     return mx.compile(mx.value_and_grad(objective.loss), inputs=state, outputs=state)
 
 
-def _compiled_update(optimizer: optim.Optimizer, max_norm: float) -> Callable[..., Any]:
-    def update(tree: Tree, grads: Tree) -> tuple[Tree, mx.array]:
-        grads, norm = optim.clip_grad_norm(grads, max_norm)
-        return optimizer.apply_gradients(grads, tree), norm
+def _compiled_update(optimizer: optim.Optimizer) -> Callable[..., Any]:
+    def update(tree: Tree, grads: Tree, scale: mx.array) -> Tree:
+        scaled = tree_map(lambda grad: (grad * scale).astype(grad.dtype), grads)
+        updated: Tree = optimizer.apply_gradients(scaled, tree)
+        return updated
 
     return mx.compile(update, inputs=[optimizer.state], outputs=[optimizer.state])
 
@@ -239,7 +247,7 @@ def _accumulate(
         grads = part if grads is None else tree_map(mx.add, grads, part)
         mx.eval(share, metrics, grads)
         if not math.isfinite(share.item()):
-            raise TrainingError(_not_finite("loss", None, [members], objective))
+            raise TrainingError(_not_finite("loss", [members], objective))
         loss += share.item()
         for name, value in metrics.items():
             sums[name] = sums.get(name, 0.0) + value.item()
@@ -247,15 +255,21 @@ def _accumulate(
     return loss, sums, grads
 
 
-def _not_finite(
-    what: str, step: int | None, micro: Sequence[Microbatch], objective: Objective
-) -> str:
+def _norm(grads: Tree, micro: Sequence[Microbatch], objective: Objective) -> float:
+    """The gradient's Euclidean norm over all parameters."""
+    squares = [grad.astype(mx.float32).square().sum() for _, grad in tree_flatten(grads)]
+    norm = float(np.sqrt(np.array(mx.stack(squares)).sum(dtype=np.float64)))
+    if not math.isfinite(norm):
+        raise TrainingError(_not_finite("gradient", micro, objective))
+    return norm
+
+
+def _not_finite(what: str, micro: Sequence[Microbatch], objective: Objective) -> str:
     rows = [source for members in micro for source in objective.sources(members)]
     shown = ", ".join(rows[:8]) + (f" and {len(rows) - 8} more" if len(rows) > 8 else "")
-    at = f" at step {step}" if step else ""
     return (
-        f"the {what} is not finite{at}, on rows {shown}; the last checkpoint is good: lower "
-        "--learning-rate, or look at these rows"
+        f"the {what} is not finite on rows {shown}; nothing was updated with it, and what was "
+        "trained before is in the last checkpoint: look at these rows, or lower --learning-rate"
     )
 
 

@@ -69,6 +69,15 @@ def say_metrics(row: Mapping[str, float]) -> str:
     return ", ".join(parts)
 
 
+def say_seconds(seconds: float) -> str:
+    """A duration as a person reads it."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    if seconds < 5400:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h"
+
+
 def drop_rows_after(folder: Path, step: int) -> None:
     """Forget metrics of updates that a resumed run will do again."""
     file = folder / METRICS_FILE
