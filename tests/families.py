@@ -348,10 +348,11 @@ FLAT_FAMILIES: dict[str, dict[str, Any]] = {
         "gate_low_rank_dim": 8,
         "decay_low_rank_dim": 8,
     },
+    # Within its trained length: beyond that the frequencies, and so the log-probs, depend on how
+    # far the rows are padded.
     "internlm2-dynamic": {
         "model_type": "internlm2",
         "bias": False,
-        "max_position_embeddings": 10,
         "rope_scaling": {"type": "dynamic", "factor": 2.0},
     },
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -20,6 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mlx_align.train.display import Bar
+from mlx_align.train.runlog import say_seconds
 
 
 class Terminal:
@@ -34,9 +36,9 @@ class Terminal:
 
     @contextmanager
     def bar(self, label: str, total: int, done: int = 0) -> Iterator[Bar]:
-        """A progress bar with time left; on no terminal (a log file), nothing but the notes."""
-        if total == 0 or not self.console.is_terminal:
-            yield _Silent()
+        """A progress bar with time left; where there is no terminal, a line every minute."""
+        if not self.console.is_terminal:
+            yield _Lines(self.console, label, total, done)
             return
         columns = (
             TextColumn("{task.description}"),
@@ -72,9 +74,25 @@ class _RichBar:
         self._progress.advance(self._task, count)
 
 
-class _Silent:
+class _Lines:
+    """For a log file: a line now and then instead of a bar."""
+
+    EVERY_SECONDS = 60.0
+
+    def __init__(self, console: Console, label: str, total: int, done: int) -> None:
+        self._console, self._label, self._total = console, label, total
+        self._done = self._first = done
+        self._began = self._said = time.monotonic()
+
     def advance(self, count: int = 1) -> None:
-        return None
+        self._done += count
+        now = time.monotonic()
+        if now - self._said < self.EVERY_SECONDS or self._done == self._first:
+            return
+        self._said = now
+        each = (now - self._began) / (self._done - self._first)
+        left = say_seconds(each * (self._total - self._done))
+        self._console.print(Text(f"  {self._label}: {self._done}/{self._total}, {left} left"))
 
 
 _ROWS = (

@@ -22,6 +22,8 @@ from mlx_align.cli.cache import cache
 from mlx_align.cli.data import data
 from mlx_align.cli.dpo import dpo
 from mlx_align.cli.fuse import fuse
+from mlx_align.cli.kto import kto
+from mlx_align.cli.sft import sft
 from mlx_align.errors import MlxAlignError
 
 
@@ -34,7 +36,7 @@ def cli() -> None:
     """
 
 
-for command in (dpo, fuse, data, cache):
+for command in (dpo, kto, sft, fuse, data, cache):
     cli.add_command(command)
 
 

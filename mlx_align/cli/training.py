@@ -91,8 +91,7 @@ def run_training(
         return
     terminal.outcome(summary)
     terminal.note(
-        f"\nRun folder: {run}\nTalk to the result with stock mlx-lm:\n"
-        f"  mlx_lm.chat --model {config.model} --adapter-path {run}"
+        f"\nRun folder: {run}\nTalk to the result with stock mlx-lm:\n  {summary['talk']}"
     )
 
 

@@ -30,6 +30,10 @@ class PromptKV:
         self.keys, self.values = keys, values
         return keys, values
 
+    def keys_and_values(self) -> tuple[mx.array | None, mx.array | None]:
+        """What was recorded, for layers that borrow it (gemma3n's)."""
+        return self.keys, self.values
+
     def make_mask(
         self, n: int, return_array: bool = False, window_size: int | None = None
     ) -> mx.array | str | None:

@@ -74,11 +74,16 @@ def _checkpoint_layer(call: Callable[..., Any], random: bool) -> Callable[..., A
             outputs, rebuild_output = _pull_out_arrays(out)
             kept = [cache.arrays() for cache in inner_caches]
             shape_of[:] = [rebuild_output, len(outputs), [len(k) for k in kept]]
-            return [*outputs, *(array for k in kept for array in k)]
+            # mx.checkpoint keeps one cotangent per output array, and a block may hand out the keys
+            # that its cache records too (gemma4 lends them to later blocks): each output becomes
+            # an array of its own, by a view that costs nothing.
+            every = [*outputs, *(array for arrays in kept for array in arrays)]
+            return [mx.expand_dims(array, 0) for array in every]
 
         # A constant key where nothing is random: the state of the generator stays untouched.
         key = _fresh_key() if random else mx.zeros((2,), mx.uint32)
-        results = mx.checkpoint(run)(layer.trainable_parameters(), key, given)
+        wrapped = mx.checkpoint(run)(layer.trainable_parameters(), key, given)
+        results = [mx.squeeze(array, 0) for array in wrapped]
         rebuild_output, n_outputs, kept_sizes = shape_of
         position = n_outputs
         for cache, size in zip(caches, kept_sizes, strict=True):

@@ -16,6 +16,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.generate import BatchGenerator
+from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.sample_utils import make_sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.tokenizer_utils import load as _load_tokenizer
@@ -44,6 +45,8 @@ class Anatomy:
         inner_name: The attribute of `owner` that holds the trunk.
         mask_axes: Head axes of its attention scores: 1 as a rule, 2 where a family splits heads
             into groups before masking (gemma2), so that a mask per row lines up.
+        flat_caches: Whether whole rows need caches: later layers of some families (gemma3n) borrow
+            keys, and find them nowhere else.
     """
 
     model: nn.Module
@@ -51,11 +54,19 @@ class Anatomy:
     inner: nn.Module
     inner_name: str
     mask_axes: int = 1
+    flat_caches: bool = False
 
     def hidden(self, tokens: mx.array, cache: list[Any] | None = None) -> mx.array:
         """Hidden states (rows, length, D) that the vocabulary head reads."""
         out = self.inner(tokens, cache=cache)
         return out[0] if isinstance(out, tuple) else out
+
+    def generation_logits(self, tokens: mx.array) -> mx.array:
+        """Logits (rows, length, V) as mlx-lm generates with them: through its own caches.
+
+        With some families (gemma3n) these are not the logits of a call without caches.
+        """
+        return self.model(tokens, cache=make_prompt_cache(self.model))
 
     def logits(self, hidden: mx.array) -> mx.array:
         """Logits (…, V) of hidden states (…, D): all that the model does after its trunk.

@@ -51,8 +51,9 @@ def _shared(anatomy: Anatomy, batch: GroupBatch) -> mx.array:
 
 def _flat(anatomy: Anatomy, batch: GroupBatch) -> mx.array:
     rows, starts = flat_rows(batch)
-    hidden = anatomy.hidden(rows)
     length = batch.completion_tokens.shape[1]
+    caches = prompt_caches(anatomy.model, starts + length) if anatomy.flat_caches else None
+    hidden = anatomy.hidden(rows, cache=caches)
     positions = starts[:, None] - 1 + mx.arange(length)[None]
     return mx.take_along_axis(hidden, positions[..., None], axis=1)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import shlex
 import time
 from collections.abc import Callable, Sequence
 from itertools import islice
@@ -34,7 +35,7 @@ from mlx_align.models.roles import Tree
 from mlx_align.rollout.sample import Samples, as_groups, sample
 from mlx_align.train import runlog
 from mlx_align.train.checkpoint import load_checkpoint, save_checkpoint
-from mlx_align.train.display import Bar, Display
+from mlx_align.train.display import Display
 from mlx_align.train.loop import (
     LoopHooks,
     LoopSettings,
@@ -70,19 +71,26 @@ class Task(NamedTuple):
         command: Its name.
         title: What the progress bar says.
         read: (data, split, format) -> groups and how they were read.
-        check: Refuses data that the loss can't use, before the model is loaded.
+        check: Refuses data that the loss can't use, before the model is loaded; lines to show.
         needs_reference: Whether training needs the reference's log-probs.
         objective: What to optimise; the reference is None where it is not needed.
         measure: Log-probs of policy and reference, and the groups -> held-out metrics.
+        arrange: What to make of tokenised groups before they are batched.
+        refine: Of a row of training metrics, means over the update's weight, what is reported.
+        has_reference: Whether the policy is held to where it started: held-out data is measured
+            against that, and the KL from it is estimated. Without it `measure` gets no reference.
     """
 
     command: str
     title: str
     read: Reader
-    check: Callable[[PreparedData], None]
+    check: Callable[[PreparedData], list[str]]
     needs_reference: bool
     objective: Callable[[Policy, Sequence[TokenizedGroup], GroupLogps | None, Scorer], Objective]
     measure: Callable[[GroupLogps, GroupLogps, Sequence[TokenizedGroup]], dict[str, float]]
+    arrange: Callable[[Sequence[TokenizedGroup]], list[TokenizedGroup]] = list
+    refine: Callable[[dict[str, float]], dict[str, float]] = dict
+    has_reference: bool = True
 
 
 def run_offline(
@@ -108,21 +116,24 @@ def run_offline(
     layout = resolve_layout(config)
     folder = open_model(config.model)
     data = prepare_data(config, folder, task.read)
-    task.check(data)
-    display.note(render_facts(data.facts))
+    remarks = task.check(data)
+    train_groups, held_out = task.arrange(data.train), _held_out(task.arrange(data.valid), config)
+    display.note("\n".join([render_facts(data.facts), *remarks]))
     run.mkdir(parents=True, exist_ok=True)
     runlog.write_atomically(run / runlog.CONFIG_FILE, to_yaml(config))
 
     policy = make_policy(config, folder, layout)
     display.note(_say_policy(policy, layout))
     scorer = make_scorer(policy.model)
-    held_out = _held_out(data.valid, config)
-    shapes = plan_shapes(data.train, config.batch_size)
-    settings = _loop_settings(config, data.train, shapes)
-    used = _used_groups(config, data.train, shapes, settings) if task.needs_reference else []
-    reference, reference_valid = _references(
-        config, folder, policy, scorer, data.train, used, held_out, shapes, display
-    )
+    shapes = plan_shapes(train_groups, config.batch_size)
+    settings = _loop_settings(config, train_groups, shapes)
+    reference: GroupLogps | None = None
+    reference_valid: GroupLogps = []
+    if task.has_reference:
+        used = _used_groups(config, train_groups, shapes, settings) if task.needs_reference else []
+        reference, reference_valid = _references(
+            config, folder, policy, scorer, train_groups, used, held_out, shapes, display
+        )
     optimizer = make_optimizer(policy.start, config.weight_decay)
     progress, tree = Progress(), policy.start
     if resume:
@@ -131,19 +142,23 @@ def run_offline(
         runlog.drop_rows_after(run, progress.step)
         display.note(f"Going on after update {progress.step} of {settings.total_steps}.")
     evaluation = _Evaluation(task, config, scorer, held_out, reference_valid, run, display)
-    if not resume:
+    if not resume and task.has_reference:
         evaluation.record(0, reference_valid)
+    elif not resume:
+        evaluation(0, policy.start)
     prompts = held_out[: config.samples]
     before = _answers(policy, policy.start, prompts, config)
-    objective = task.objective(policy, data.train, reference, scorer)
+    objective = task.objective(policy, train_groups, reference, scorer)
     stream = microbatch_stream(
-        data.train, shapes, config.batch_size, seed=config.seed, start=progress.microbatches
+        train_groups, shapes, config.batch_size, seed=config.seed, start=progress.microbatches
     )
     mx.reset_peak_memory()
     rows: list[dict[str, float]] = []
     with display.bar(task.title, settings.total_steps, progress.step) as bar:
         hooks = LoopHooks(
-            report=lambda _, row: _report(run, row, rows, bar, display),
+            report=lambda at, row: _report(
+                run, at, settings.total_steps, task.refine(row), rows, display
+            ),
             evaluate=lambda at, now: evaluation(at.step, now),
             save=lambda at, now, opt: _save(run, at, now, opt, policy, config),
             tick=lambda _: bar.advance(),
@@ -160,7 +175,7 @@ def run_offline(
         )
     ]
     runlog.write_samples(run, samples)
-    order = epoch_order(data.train, shapes, config.batch_size, seed=config.seed)
+    order = epoch_order(train_groups, shapes, config.batch_size, seed=config.seed)
     summary = {
         "command": task.command,
         "model": config.model,
@@ -175,17 +190,26 @@ def run_offline(
         "trained_parameters": sum(array.size for _, array in tree_flatten(tree)),
         "prompts_shared": policy.model.shared,
         "shapes": [list(shape) for shape in shapes],
-        "padding_share": padding_waste(order, data.train, config.batch_size),
+        "padding_share": padding_waste(order, train_groups, config.batch_size),
         "train": rows[-1] if rows else {},
         "eval_before": evaluation.first(),
         "eval": evaluation.last(),
-        "kl": _kl(scorer, policy, tree, prompts, config),
+        "kl": _kl(scorer, policy, tree, prompts, config) if task.has_reference else None,
         "data_facts": dataclasses.asdict(data.facts),
+        "talk": _how_to_talk(folder, run),
         "versions": runlog.versions(),
         "seed": config.seed,
     }
     runlog.write_json(run / runlog.SUMMARY_FILE, summary)
     return {**summary, "samples": samples}
+
+
+def _how_to_talk(folder: ModelFolder, run: Path) -> str:
+    """The command that lets a person try the result with stock mlx-lm."""
+    where = f"--model {shlex.quote(folder.name)} --adapter-path {shlex.quote(str(run))}"
+    if folder.tokenizer.has_chat_template:
+        return f"mlx_lm.chat {where}"
+    return f"mlx_lm.generate {where} --prompt 'Once upon a time'"
 
 
 def _say_policy(policy: Policy, layout: AdapterLayout) -> str:
@@ -323,12 +347,17 @@ class _Evaluation:
 
 
 def _report(
-    run: Path, row: dict[str, float], rows: list[dict[str, float]], bar: Bar, display: Display
+    run: Path,
+    progress: Progress,
+    total: int,
+    row: dict[str, float],
+    rows: list[dict[str, float]],
+    display: Display,
 ) -> None:
     runlog.append_row(run, row)
     rows.append(row)
-    bar.advance(0, runlog.say_metrics(row))
-    display.note(f"  update {int(row['step'])}: {runlog.say_metrics(row)}")
+    left = runlog.say_seconds((total - progress.step) * progress.seconds / progress.step)
+    display.note(f"  update {progress.step}/{total}: {runlog.say_metrics(row)}, {left} left")
 
 
 def _save(
@@ -360,7 +389,8 @@ def _answers(
 
 
 def _texts(folder: ModelFolder, groups: Sequence[TokenizedGroup]) -> list[str]:
-    return [folder.tokenizer.decode([int(t) for t in group.prompt]) for group in groups]
+    decode = folder.tokenizer.decode
+    return [decode(group.prompt.tolist(), skip_special_tokens=True) for group in groups]
 
 
 def _kl(

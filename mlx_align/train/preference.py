@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -15,22 +15,27 @@ from mlx_align.data.groups import to_pairs
 from mlx_align.errors import ConfigError
 from mlx_align.inference.score import Scorer
 from mlx_align.losses.coupled import linear_loss, loss_and_logps_gradient
-from mlx_align.losses.masking import pair_logps, weighted_sum
-from mlx_align.losses.registry import CombinedLoss, combine, parse_losses
+from mlx_align.losses.masking import (
+    ld_mask,
+    pair_logps,
+    shared_lengths,
+    weighted_sum,
+    wpo_weight,
+)
+from mlx_align.losses.registry import PAIRWISE_LOSSES, CombinedLoss, combine, parse_losses
 from mlx_align.models.loading import LanguageModel
-from mlx_align.models.logps import batch_token_logps
-from mlx_align.models.roles import Tree, acting_as
+from mlx_align.models.roles import Tree
 from mlx_align.train.loop import Objective, Sums
 from mlx_align.train.offline import Task
 from mlx_align.train.setup import Policy, PreparedData
-from mlx_align.types import (
-    GroupBatch,
-    Logps,
-    PairBatch,
-    PairLogps,
-    PromptGroup,
-    TokenizedGroup,
+from mlx_align.train.shares import (
+    role_logps,
+    role_statistics,
+    scored,
+    size_of,
+    weighted_metrics,
 )
+from mlx_align.types import Logps, PairBatch, PairLogps, PromptGroup, TokenizedGroup
 
 
 class Totals(NamedTuple):
@@ -64,6 +69,8 @@ def preference_objective(
     scorer: Scorer,
     *,
     grad_checkpoint: bool,
+    wpo: bool = False,
+    ld_alpha: float | None = None,
 ) -> Objective:
     """The objective of pairs under `loss`.
 
@@ -76,6 +83,8 @@ def preference_objective(
         batch_size: Pairs per microbatch.
         scorer: For losses that couple the pairs of an update.
         grad_checkpoint: Recompute activations in the backward pass.
+        wpo: Weigh each pair by how likely the policy would have written its completions.
+        ld_alpha: What tokens past the shorter completion's length count; None for all in full.
     """
 
     def collate(micro: Microbatch) -> PairBatch:
@@ -89,29 +98,44 @@ def preference_objective(
         return Totals(mx.array(pairs), chosen_tokens / mx.array(pairs))
 
     def share(tree: Tree, batch: PairBatch, totals: Totals) -> tuple[mx.array, Sums]:
-        logps = _pair_logps(_token_logps(model, tree, batch.groups, grad_checkpoint), batch)
+        token_logps = role_logps(model, tree, batch.groups, grad_checkpoint=grad_checkpoint)
+        logps = _pair_logps(token_logps, batch, ld_alpha)
         values = loss(logps, totals.mean_chosen_length)
-        sums = _weighted(pair_metrics(logps, loss.beta or 1.0), batch.weight)
+        sums = weighted_metrics(pair_metrics(logps, loss.beta or 1.0), batch.weight)
+        return weighted_sum(values, batch.weight) / totals.pairs, sums
+
+    def wpo_share(tree: Tree, batch: PairBatch, totals: Totals) -> tuple[mx.array, Sums]:
+        token_logps, log_squares = role_statistics(
+            model, tree, batch.groups, grad_checkpoint=grad_checkpoint
+        )
+        logps = _pair_logps(token_logps, batch, ld_alpha)
+        rows = wpo_weight(token_logps, log_squares, batch.groups.completion_mask)
+        pairs = rows[0::2] * rows[1::2]
+        values = loss(logps, totals.mean_chosen_length) * pairs
+        metrics = {**pair_metrics(logps, loss.beta or 1.0), "wpo/weight": pairs}
+        sums = weighted_metrics(metrics, batch.weight)
         return weighted_sum(values, batch.weight) / totals.pairs, sums
 
     def coupled_share(tree: Tree, batch: CoupledBatch, _totals: Totals) -> tuple[mx.array, Sums]:
         pairs = batch.pairs
-        logps = _pair_logps(_token_logps(model, tree, pairs.groups, grad_checkpoint), pairs)
+        token_logps = role_logps(model, tree, pairs.groups, grad_checkpoint=grad_checkpoint)
+        logps = _pair_logps(token_logps, pairs, ld_alpha)
         linear = linear_loss(logps, batch.gradient)
-        sums = _weighted(pair_metrics(logps, loss.beta or 1.0), pairs.weight)
+        sums = weighted_metrics(pair_metrics(logps, loss.beta or 1.0), pairs.weight)
         # The gradient is the linear loss's, the value the true one's.
         return linear - mx.stop_gradient(linear) + batch.share, sums
 
     def couple(tree: Tree, batches: Sequence[PairBatch], totals: Totals) -> list[CoupledBatch]:
-        logps = [_pair_logps(scorer(tree, batch.groups), batch) for batch in batches]
+        logps = [_pair_logps(scorer(tree, batch.groups), batch, ld_alpha) for batch in batches]
         return _couple(loss, logps, batches, totals)
 
+    plain = wpo_share if wpo else share
     return Objective(
         collate=collate,
         totals=totals,
-        loss=coupled_share if loss.couples_batch else share,
+        loss=coupled_share if loss.couples_batch else plain,
         prepare=couple if loss.couples_batch else None,
-        size=lambda micro: _size(groups, micro),
+        size=lambda micro: size_of(groups, micro),
         sources=lambda micro: [groups[i].source for i in micro.indices],
     )
 
@@ -152,31 +176,10 @@ def _couple(
     return coupled
 
 
-def _pair_logps(token_logps: mx.array, batch: PairBatch) -> PairLogps:
-    return pair_logps(
-        token_logps, batch.reference_logps, batch.groups.completion_mask, batch.soft_label
-    )
-
-
-def _token_logps(
-    model: LanguageModel, tree: Tree, batch: GroupBatch, grad_checkpoint: bool
-) -> mx.array:
-    with acting_as(model.module, tree):
-        return batch_token_logps(
-            model.anatomy, batch, shared=model.shared, grad_checkpoint=grad_checkpoint
-        )
-
-
-def _weighted(metrics: Mapping[str, mx.array], weight: mx.array) -> Sums:
-    sums = {name: weighted_sum(mx.stop_gradient(v), weight) for name, v in metrics.items()}
-    return {**sums, "weight": weight.sum()}
-
-
-def _size(groups: Sequence[TokenizedGroup], micro: Microbatch) -> tuple[int, int]:
-    tokens = sum(
-        len(groups[i].prompt) + sum(len(c) for c in groups[i].completions) for i in micro.indices
-    )
-    return len(micro.indices), tokens
+def _pair_logps(token_logps: mx.array, batch: PairBatch, ld_alpha: float | None) -> PairLogps:
+    mask = batch.groups.completion_mask
+    weight = None if ld_alpha is None else ld_mask(mask, shared_lengths(mask), ld_alpha)
+    return pair_logps(token_logps, batch.reference_logps, mask, batch.soft_label, weight)
 
 
 def evaluate_pairs(
@@ -184,23 +187,31 @@ def evaluate_pairs(
     reference: Sequence[tuple[Logps, ...]],
     groups: Sequence[TokenizedGroup],
     loss: CombinedLoss,
+    ld_alpha: float | None = None,
 ) -> dict[str, float]:
-    """Loss and metrics, means over pairs, from per-token log-probs of policy and reference."""
+    """Loss and metrics, means over pairs, from per-token log-probs of policy and reference.
 
-    def total(rows: Sequence[tuple[Logps, ...]], k: int) -> np.ndarray:
-        return np.array([row[k].sum(dtype=np.float64) for row in rows], np.float32)
+    Without WPO's weights, which need whole distributions.
+    """
+    masks = [[scored(group, k) for k in range(2)] for group in groups]
+    weights = [_token_weights(pair, ld_alpha) for pair in masks]
+
+    def total(k: int) -> np.ndarray:
+        rows = zip(logps, weights, strict=True)
+        return np.array([(w[k] * p[k]).sum(dtype=np.float64) for p, w in rows], np.float32)
 
     def logratio(k: int) -> np.ndarray:
-        pairs = zip(logps, reference, strict=True)
-        return np.array([(p[k] - r[k]).sum(dtype=np.float64) for p, r in pairs], np.float32)
+        rows = zip(logps, reference, weights, strict=True)
+        sums = [(w[k] * (p[k] - r[k])).sum(dtype=np.float64) for p, r, w in rows]
+        return np.array(sums, np.float32)
 
     def length(k: int) -> np.ndarray:
-        return np.array([len(row[k]) for row in logps], np.float32)
+        return np.array([pair[k].sum() for pair in masks], np.float32)
 
     soft = [1.0 if group.soft_label is None else group.soft_label for group in groups]
     pairs = PairLogps(
-        chosen=mx.array(total(logps, 0)),
-        rejected=mx.array(total(logps, 1)),
+        chosen=mx.array(total(0)),
+        rejected=mx.array(total(1)),
         chosen_logratio=mx.array(logratio(0)),
         rejected_logratio=mx.array(logratio(1)),
         chosen_length=mx.array(length(0)),
@@ -210,6 +221,14 @@ def evaluate_pairs(
     values = {"loss": loss(pairs, pairs.chosen_length.mean())}
     values.update(pair_metrics(pairs, loss.beta or 1.0))
     return {name: float(np.array(value).mean()) for name, value in values.items()}
+
+
+def _token_weights(masks: Sequence[np.ndarray], ld_alpha: float | None) -> list[np.ndarray]:
+    """What each token of a pair's completions counts in their sums (see `masking.ld_mask`)."""
+    if ld_alpha is None:
+        return [mask.astype(np.float32) for mask in masks]
+    shared = min(mask.sum() for mask in masks)
+    return [mask * np.where(mask.cumsum() <= shared, 1.0, ld_alpha) for mask in masks]
 
 
 def read_pairs(data: str, split: str, format: str | None) -> tuple[list[PromptGroup], Reading]:
@@ -225,10 +244,12 @@ def dpo_task(config: DpoConfig) -> Task:
         ConfigError: The loss is unknown, or an option has no effect on it.
     """
     loss = combine(parse_losses(config.loss), config.loss_options())
+    _refuse_without_effect(config, loss)
 
-    def check(data: PreparedData) -> None:
+    def check(data: PreparedData) -> list[str]:
         if not loss.soft_labels and any(g.soft_label is not None for g in data.train):
             raise ConfigError(f"--loss {config.loss}: takes no soft labels, which the data has")
+        return []
 
     def objective(
         policy: Policy,
@@ -244,7 +265,16 @@ def dpo_task(config: DpoConfig) -> Task:
             config.batch_size,
             scorer,
             grad_checkpoint=config.grad_checkpoint,
+            wpo=config.wpo,
+            ld_alpha=config.ld_alpha,
         )
+
+    def measure(
+        logps: Sequence[tuple[Logps, ...]],
+        reference: Sequence[tuple[Logps, ...]],
+        groups: Sequence[TokenizedGroup],
+    ) -> dict[str, float]:
+        return evaluate_pairs(logps, reference, groups, loss, config.ld_alpha)
 
     return Task(
         command="dpo",
@@ -253,5 +283,24 @@ def dpo_task(config: DpoConfig) -> Task:
         check=check,
         needs_reference=loss.needs_reference,
         objective=objective,
-        measure=lambda logps, reference, groups: evaluate_pairs(logps, reference, groups, loss),
+        measure=measure,
     )
+
+
+def _refuse_without_effect(config: DpoConfig, loss: CombinedLoss) -> None:
+    """Refuse WPO and LD-DPO where they would not be what their papers define."""
+    for name, _ in loss.parts:
+        part = PAIRWISE_LOSSES[name]
+        if config.wpo and part.couples_batch:
+            raise ConfigError(
+                f"--wpo: it weighs single pairs, and --loss {name} sorts over all of an update's"
+            )
+        if config.wpo and part.mean_over_tokens:
+            raise ConfigError(
+                f"--wpo: it weighs pairs, and --loss {name} holds a mean over tokens; leave one out"
+            )
+        if config.ld_alpha is not None and not part.needs_reference:
+            raise ConfigError(
+                f"--ld-alpha: defined for losses of log-ratios, and --loss {name} has none; leave "
+                "one out"
+            )

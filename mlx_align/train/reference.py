@@ -73,9 +73,9 @@ class ReferenceCache:
     def get(self, group: TokenizedGroup) -> tuple[Logps, ...] | None:
         """The log-probs of a group's completions, or None if one is not there."""
         found = []
-        for completion in group.completions:
+        for k, completion in enumerate(group.completions):
             row = self._db.execute(
-                "SELECT nats FROM logps WHERE row = ?", (_row_key(group, completion),)
+                "SELECT nats FROM logps WHERE row = ?", (_row_key(group, k),)
             ).fetchone()
             if row is None or len(row[0]) != 4 * len(completion):
                 return None
@@ -85,19 +85,22 @@ class ReferenceCache:
     def put(self, groups: Sequence[TokenizedGroup], logps: Sequence[tuple[Logps, ...]]) -> None:
         """Keep the log-probs of some groups; all of them or, if interrupted, none."""
         rows = [
-            (_row_key(group, completion), nats.tobytes())
+            (_row_key(group, k), nats.tobytes())
             for group, per_completion in zip(groups, logps, strict=True)
-            for completion, nats in zip(group.completions, per_completion, strict=True)
+            for k, nats in enumerate(per_completion)
         ]
         with self._db:
             self._db.executemany("INSERT OR REPLACE INTO logps VALUES (?, ?)", rows)
 
 
-def _row_key(group: TokenizedGroup, completion: np.ndarray) -> bytes:
+def _row_key(group: TokenizedGroup, k: int) -> bytes:
+    """Identity of completion `k`: its prompt, its tokens, and which of them are scored."""
     digest = hashlib.blake2b(digest_size=16)
     digest.update(len(group.prompt).to_bytes(4, "little"))
     digest.update(np.ascontiguousarray(group.prompt, np.int32).tobytes())
-    digest.update(np.ascontiguousarray(completion, np.int32).tobytes())
+    digest.update(np.ascontiguousarray(group.completions[k], np.int32).tobytes())
+    if group.loss_masks is not None and not group.loss_masks[k].all():
+        digest.update(np.packbits(group.loss_masks[k]).tobytes())
     return digest.digest()
 
 

@@ -1,0 +1,355 @@
+"""TRL's numbers again, through the package's own way: what a training step really runs.
+
+`test_losses_oracle.py` holds the losses to them on log-probs of a plain slow function. Here the
+recorded batches become tokenised groups, and go through collating, the shared trunk, the chunked
+head and the objective's shares, as one batch and accumulated one group at a time. All weights
+are trained, embeddings and head too, as the recorded gradients are of all of them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from families import VOCAB, make_model
+from mlx.utils import tree_flatten, tree_map
+from mlx_lm.tuner.lora import LoRALinear
+from test_losses_oracle import (
+    BATCHES,
+    DPO_CASES,
+    ORACLE,
+    case,
+    check_numbers,
+    collated_rows,
+    dpo_loss_of,
+    load,
+    pair_rows,
+)
+
+from mlx_align.data.batching import Microbatch, Shape
+from mlx_align.errors import ConfigError
+from mlx_align.inference.score import make_scorer, score_groups
+from mlx_align.losses.registry import (
+    PAIRWISE_LOSSES,
+    UNPAIRED_LOSSES,
+    combine,
+    parse_losses,
+    resolve_options,
+)
+from mlx_align.models.adapters import AdapterLayout, install
+from mlx_align.models.compat import dissect
+from mlx_align.models.loading import LanguageModel
+from mlx_align.train.preference import preference_objective
+from mlx_align.train.supervised import supervised_objective
+from mlx_align.train.unpaired import KtoLoss, unpaired_objective
+from mlx_align.types import TokenizedGroup
+
+SHAPE = Shape(32, 40)
+# How the four groups of a recorded batch come: at once, or one after the other.
+TOGETHER, ONE_BY_ONE = (4,), (1, 1, 1, 1)
+WAYS = pytest.mark.parametrize("sizes", [TOGETHER, ONE_BY_ONE], ids=["batch", "accumulated"])
+
+
+def language_model(module) -> LanguageModel:
+    """A loaded module as the package holds it, its prompts shared."""
+    return LanguageModel(None, dissect(module), True, "")
+
+
+def microbatches(sizes, shape=SHAPE) -> list[Microbatch]:
+    starts = np.cumsum([0, *sizes])
+    return [
+        Microbatch(tuple(range(start, start + size)), shape)
+        for start, size in zip(starts, sizes, strict=False)
+    ]
+
+
+def update(model, objective, tree, micro) -> tuple[float, dict[str, mx.array], dict[str, float]]:
+    """Loss, gradient and metric sums of one update, as the loop accumulates them."""
+    batches = [objective.collate(m) for m in micro]
+    totals = objective.totals(batches)
+    if objective.prepare is not None:
+        batches = objective.prepare(tree, batches, totals)
+    model.module.train()
+    loss, sums, grads = 0.0, {}, None
+    for batch in batches:
+        (share, metrics), part = mx.value_and_grad(objective.loss)(tree, batch, totals)
+        grads = part if grads is None else tree_map(mx.add, grads, part)
+        mx.eval(share, grads)
+        loss += share.item()
+        for name, value in metrics.items():
+            sums[name] = sums.get(name, 0.0) + value.item()
+    model.module.eval()
+    return loss, dict(tree_flatten(grads)), sums
+
+
+def scores(model, tree, groups):
+    return score_groups(make_scorer(model), tree, groups, [SHAPE], 4)
+
+
+# ---------------------------------------------------------------- TRL's cases
+
+
+@pytest.fixture(scope="module")
+def models() -> dict[str, LanguageModel]:
+    """Policy and reference with all weights trainable."""
+    return {name: language_model(load(name)) for name in ("policy", "reference")}
+
+
+def tree_of(model) -> dict[str, Any]:
+    return model.module.trainable_parameters()
+
+
+def group_of(rows, **fields) -> TokenizedGroup:
+    """Flat rows of one prompt as a group."""
+    assert all(row.prompt == rows[0].prompt for row in rows)
+    return TokenizedGroup(
+        np.array(rows[0].prompt, np.int32),
+        tuple(np.array(row.completion, np.int32) for row in rows),
+        "oracle",
+        loss_masks=tuple(np.array(row.mask) for row in rows),
+        **fields,
+    )
+
+
+def pair_groups(key, limit=None) -> list[TokenizedGroup]:
+    rows = pair_rows(key, limit)
+    return [group_of(pair) for pair in zip(rows[0::2], rows[1::2], strict=True)]
+
+
+def zeros_like(groups):
+    return [tuple(np.zeros(len(c), np.float32) for c in g.completions) for g in groups]
+
+
+@WAYS
+@pytest.mark.parametrize("name", DPO_CASES)
+def test_dpo_family(name, sizes, models):
+    config, policy = case(name)["config"], models["policy"]
+    key = "dpo_chat" if name.endswith("chat") else "dpo_text"
+    key = "dpo_implicit" if "implicit" in name else key
+    groups = pair_groups(key, config.get("max_length"))
+    objective = preference_objective(
+        policy,
+        dpo_loss_of(config),
+        groups,
+        scores(models["reference"], tree_of(models["reference"]), groups),
+        sizes[0],
+        make_scorer(policy),
+        grad_checkpoint=False,
+        wpo=config.get("use_weighting", False),
+        ld_alpha=config.get("ld_alpha"),
+    )
+    loss, gradient, _ = update(policy, objective, tree_of(policy), microbatches(sizes))
+    # As in test_losses_oracle.py: e^(−a) is near 70 there, and TRL's own number 1.2e-5 off.
+    check_numbers(case(name), name, loss, gradient, 2e-5 if "forward_kl" in name else 1e-5)
+
+
+@WAYS
+def test_dpo_with_lora(sizes, models):
+    module, base = load("policy"), models["policy"]
+    module.freeze()
+    adapter, names = mx.load(str(ORACLE / "dpo_lora_r4_a8_adapter.safetensors")), {}
+    for index, layer in enumerate(module.layers):
+        for target in ("q_proj", "v_proj"):
+            lora = LoRALinear.from_base(layer.self_attn[target], r=4, scale=8 / 4)
+            stem = f"base_model.model.model.layers.{index}.self_attn.{target}"
+            for ours, theirs in (("lora_a", "lora_A"), ("lora_b", "lora_B")):
+                (key,) = (k for k in adapter if k.startswith(f"{stem}.{theirs}."))
+                lora[ours] = adapter[key].T
+                names[f"model.layers.{index}.self_attn.{target}.{ours}"] = key
+            layer.self_attn[target] = lora
+    policy, groups = language_model(module), pair_groups("dpo_text")
+    objective = preference_objective(
+        policy,
+        combine(parse_losses("sigmoid"), {}),
+        groups,
+        scores(base, tree_of(base), groups),
+        sizes[0],
+        make_scorer(policy),
+        grad_checkpoint=True,
+    )
+    loss, gradient, _ = update(policy, objective, tree_of(policy), microbatches(sizes))
+    gradient = {names[key]: part.T for key, part in gradient.items()}
+    check_numbers(case("dpo_lora_r4_a8"), "dpo_lora_r4_a8", loss, gradient)
+
+
+@WAYS
+@pytest.mark.parametrize(
+    ("name", "losses", "options"),
+    [
+        ("cpo_sigmoid", "cpo", {}),
+        ("cpo_hinge", "hinge,sft", {}),
+        ("cpo_ipo", "ipo,sft", {}),
+        ("cpo_simpo_alpha0", "simpo", {"gamma": 0.5}),
+        ("cpo_simpo_alpha1", "simpo=1,sft=1", {"gamma": 0.5}),
+        ("cpo_alphapo", "alphapo", {"gamma": 0.5}),
+    ],
+)
+def test_reference_free(name, losses, options, sizes, models):
+    policy, groups = models["policy"], pair_groups("cpotrainer_text")
+    loss = combine(parse_losses(losses), options)
+    # TRL's hinge and ipo without a reference: log-ratios against a log-prob of 0.
+    reference = zeros_like(groups) if loss.needs_reference else None
+    objective = preference_objective(
+        policy, loss, groups, reference, sizes[0], make_scorer(policy), grad_checkpoint=False
+    )
+    check_numbers(
+        case(name), name, *update(policy, objective, tree_of(policy), microbatches(sizes))[:2]
+    )
+
+
+@WAYS
+def test_orpo(sizes, models):
+    """TRL's NLL runs over the prompt too: ours is taken off, and one of whole rows put there."""
+    policy, groups = models["policy"], pair_groups("orpotrainer_text")
+    chosen = [(group.prompt, group.completions[0]) for group in groups]
+    answers = [TokenizedGroup(prompt, (ids,), "") for prompt, ids in chosen]
+    whole = [TokenizedGroup(p[:1], (np.concatenate([p[1:], ids]),), "") for p, ids in chosen]
+    loss = combine(parse_losses("orpo"), {})
+    size, checkpoint = sizes[0], {"grad_checkpoint": False}
+    parts = (
+        (preference_objective(policy, loss, groups, None, size, None, **checkpoint), 1),
+        (supervised_objective(policy, "nll", answers, size, **checkpoint), -1),
+        (supervised_objective(policy, "nll", whole, size, **checkpoint), 1),
+    )
+    total, gradient = 0.0, {}
+    for objective, sign in parts:
+        value, part, _ = update(policy, objective, tree_of(policy), microbatches(sizes))
+        total += sign * value
+        gradient = {key: gradient.get(key, 0) + sign * g for key, g in part.items()}
+    check_numbers(case("orpo"), "orpo", total, gradient)
+
+
+@WAYS
+@pytest.mark.parametrize("name", ["kto", "kto_swapped", "kto_weights", "kto_apo_zero_unpaired"])
+def test_kto(name, sizes, models):
+    config, batch = case(name)["config"], BATCHES["kto_text"]["collated"]
+    policy, reference = (models[config.pop(role).split("/")[1]] for role in ("policy", "ref"))
+    rows = zip(collated_rows(batch), collated_rows(batch, "KL_"), strict=True)
+    groups = [
+        group_of(pair, label=label) for pair, label in zip(rows, batch["label"], strict=True)
+    ]
+    loss = config.pop("loss_type", "kto")
+    objective = unpaired_objective(
+        policy,
+        KtoLoss(loss, UNPAIRED_LOSSES[loss], resolve_options(loss, config)),
+        groups,
+        scores(reference, tree_of(reference), groups),
+        sizes[0],
+        make_scorer(policy),
+        grad_checkpoint=False,
+    )
+    value, gradient, sums = update(policy, objective, tree_of(policy), microbatches(sizes))
+    check_numbers(case(name), name, value, gradient)
+    metrics = case(name)["metrics"]
+    if loss == "kto":
+        assert sums["kl"] / 4 == pytest.approx(metrics["kl"], abs=1e-5)
+    for kind in ("chosen", "rejected"):
+        assert sums[f"rewards/{kind}"] / 2 == pytest.approx(metrics[f"rewards/{kind}"], abs=1e-5)
+        assert sums[f"logps/{kind}"] / 2 == pytest.approx(metrics[f"logps/{kind}"], rel=1e-6)
+
+
+@WAYS
+@pytest.mark.parametrize(
+    "name", ["sft_prompt_completion", "sft_full", "sft_dft", "sft_chat_assistant_only"]
+)
+def test_sft(name, sizes, models):
+    policy = models["policy"]
+    groups = [group_of([row]) for row in collated_rows(BATCHES[name]["collated"])]
+    objective = supervised_objective(
+        policy, "dft" if name == "sft_dft" else "nll", groups, sizes[0], grad_checkpoint=False
+    )
+    check_numbers(
+        case(name), name, *update(policy, objective, tree_of(policy), microbatches(sizes))[:2]
+    )
+
+
+# ---------------------------------------------------------------- 8 x 1 is 1 x 8
+
+
+def random_groups(count: int, completions: int, seed: int = 0) -> list[TokenizedGroup]:
+    """Groups of unequal lengths."""
+    random = np.random.default_rng(seed)
+
+    def ids(low, high):
+        return random.integers(1, VOCAB, random.integers(low, high)).astype(np.int32)
+
+    return [
+        TokenizedGroup(
+            ids(2, 9), tuple(ids(1, 14) for _ in range(completions)), f"row {i}", label=i % 3 > 0
+        )
+        for i in range(count)
+    ]
+
+
+@pytest.fixture(scope="module")
+def tiny() -> LanguageModel:
+    """A tiny random model whose adapters are no longer at their start."""
+    module = make_model("llama")
+    start = install(module, AdapterLayout(rank=4))
+    mx.random.seed(1)
+    module.update(tree_map(lambda p: p + 0.1 * mx.random.normal(p.shape), start))
+    return language_model(module)
+
+
+SMALL = Shape(16, 16)
+# Seven groups: one batch of 8 with a filler, two of 4 with one, and seven of 1.
+SPLITS = ((8, (7,)), (4, (4, 3)), (1, (1,) * 7))
+
+
+def assert_accumulation_is_exact(model, make_objective):
+    """The update is the same however its groups are split into microbatches."""
+    results = [
+        update(model, make_objective(size), tree_of(model), microbatches(sizes, SMALL))
+        for size, sizes in SPLITS
+    ]
+    whole, whole_gradient, whole_sums = results[0]
+    norm = sum(mx.sum(mx.square(g)).item() for g in whole_gradient.values()) ** 0.5
+    assert norm > 0
+    for loss, gradient, sums in results[1:]:
+        assert loss == pytest.approx(whole, rel=1e-5)
+        gaps = [mx.sum(mx.square(g - whole_gradient[name])).item() for name, g in gradient.items()]
+        assert sum(gaps) ** 0.5 < 1e-5 * max(norm, 1.0)
+        assert sums == pytest.approx(whole_sums, rel=1e-4, abs=1e-4)
+
+
+REFERENCE = np.random.default_rng(5)
+
+
+def near(model, groups):
+    """Reference log-probs a little off the model's own."""
+    own = score_groups(make_scorer(model), tree_of(model), groups, [SMALL], 4)
+    noise = np.random.default_rng(5)
+    return [
+        tuple(row + noise.normal(0, 0.1, row.shape).astype(np.float32) for row in rows)
+        for rows in own
+    ]
+
+
+@pytest.mark.parametrize("loss", [*PAIRWISE_LOSSES, "sigmoid=1,sft=0.2", "wpo", "ld"])
+def test_pairs_accumulate_exactly(loss, tiny):
+    groups = random_groups(7, 2)
+    extra = {"wpo": {"wpo": True}, "ld": {"ld_alpha": 0.3}}.get(loss, {})
+    combined = combine(parse_losses("sigmoid" if extra else loss), {})
+    reference = near(tiny, groups)
+    assert_accumulation_is_exact(
+        tiny,
+        lambda size: preference_objective(
+            tiny,
+            combined,
+            groups,
+            reference if combined.needs_reference else None,
+            size,
+            make_scorer(tiny),
+            grad_checkpoint=False,
+            **extra,
+        ),
+    )
+
+
+def test_the_list_of_losses_is_whole():
+    """What is held here is all there is, so a new loss can't come without these tests."""
+    with pytest.raises(ConfigError):
+        parse_losses("wpo")
+    assert len(DPO_CASES) >= 25
