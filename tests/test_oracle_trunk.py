@@ -28,8 +28,7 @@ from test_losses_oracle import (
     pair_rows,
 )
 
-from mlx_align.data.batching import Microbatch, Shape
-from mlx_align.errors import ConfigError
+from mlx_align.data.batching import Microbatch, Shape, collate_groups
 from mlx_align.inference.score import make_scorer, score_groups
 from mlx_align.losses.registry import (
     PAIRWISE_LOSSES,
@@ -41,6 +40,8 @@ from mlx_align.losses.registry import (
 from mlx_align.models.adapters import AdapterLayout, install
 from mlx_align.models.compat import dissect
 from mlx_align.models.loading import LanguageModel
+from mlx_align.models.logps import batch_token_logps, batch_token_statistics
+from mlx_align.models.trunk import completion_hidden
 from mlx_align.train.preference import preference_objective
 from mlx_align.train.supervised import supervised_objective
 from mlx_align.train.unpaired import KtoLoss, unpaired_objective
@@ -227,9 +228,7 @@ def test_kto(name, sizes, models):
     config, batch = case(name)["config"], BATCHES["kto_text"]["collated"]
     policy, reference = (models[config.pop(role).split("/")[1]] for role in ("policy", "ref"))
     rows = zip(collated_rows(batch), collated_rows(batch, "KL_"), strict=True)
-    groups = [
-        group_of(pair, label=label) for pair, label in zip(rows, batch["label"], strict=True)
-    ]
+    groups = [group_of(pair, label=label) for pair, label in zip(rows, batch["label"], strict=True)]
     loss = config.pop("loss_type", "kto")
     objective = unpaired_objective(
         policy,
@@ -314,9 +313,6 @@ def assert_accumulation_is_exact(model, make_objective):
         assert sums == pytest.approx(whole_sums, rel=1e-4, abs=1e-4)
 
 
-REFERENCE = np.random.default_rng(5)
-
-
 def near(model, groups):
     """Reference log-probs a little off the model's own."""
     own = score_groups(make_scorer(model), tree_of(model), groups, [SMALL], 4)
@@ -348,8 +344,33 @@ def test_pairs_accumulate_exactly(loss, tiny):
     )
 
 
-def test_the_list_of_losses_is_whole():
-    """What is held here is all there is, so a new loss can't come without these tests."""
-    with pytest.raises(ConfigError):
-        parse_losses("wpo")
-    assert len(DPO_CASES) >= 25
+def test_square_sums_come_from_the_same_pass(tiny, monkeypatch):
+    """log Σ p² under both heads, equal to the full distribution's, without a pass of its own."""
+    groups = random_groups(3, 2)
+    batch = collate_groups(groups, SMALL, 3)
+    full = language_model(make_model("llama", seed=3))
+    for model in (tiny, full):
+        hidden = completion_hidden(model.anatomy, batch)
+        logits = model.anatomy.logits(hidden)
+        logps = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+        expected = mx.where(batch.completion_mask, mx.logsumexp(2 * logps, axis=-1), 0)
+        passes = []
+        original = type(model.anatomy).logits
+
+        def counting(self, hidden, original=original, passes=passes):
+            passes.append(hidden.shape[0])
+            return original(self, hidden)
+
+        monkeypatch.setattr(type(model.anatomy), "logits", counting)
+        for training in (False, True):
+            model.module.train(training)
+            passes.clear()
+            plain = batch_token_logps(model.anatomy, batch)
+            asked_nothing = len(passes)
+            passes.clear()
+            values, squares = batch_token_statistics(model.anatomy, batch)
+            assert len(passes) == asked_nothing
+            assert mx.abs(values - plain).max().item() < 1e-6
+            assert mx.abs(squares - expected).max().item() < 1e-5
+        model.module.eval()
+        monkeypatch.setattr(type(model.anatomy), "logits", original)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import importlib.util
 from functools import partial
+from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
-from families import FAMILIES, VOCAB, make_model
+from families import FAMILIES, FLAT_FAMILIES, REFUSED_FAMILIES, VOCAB, make_model
 from mlx.utils import tree_flatten, tree_map
 
+from mlx_align.errors import ModelError
 from mlx_align.models.adapters import AdapterLayout, install
 from mlx_align.models.compat import dissect
 from mlx_align.models.logps import batch_token_logps
@@ -100,7 +103,21 @@ def gradient(model, logps_of, batch, *, compiled: bool = False):
     return value.item(), grads
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+# One of each kind, for the tests that go every way.
+KINDS = (
+    "llama",
+    "qwen2",
+    "gemma2",
+    "gemma3_text",
+    "gemma4_text",
+    "phi3",
+    "mixtral",
+    "deepseek_v2",
+    "qwen3_5",
+)
+
+
+@pytest.mark.parametrize("family", KINDS)
 def test_shared_prompt_equals_plain_rows(family):
     model = make_model(family)
     install(model, AdapterLayout(rank=4))
@@ -124,3 +141,74 @@ def test_shared_prompt_equals_plain_rows(family):
                 assert got_value == pytest.approx(value, rel=1e-5)
                 gap = difference(got, grads)
                 assert gap < 1e-5, (family, shared, checkpoint, compiled, gap)
+
+
+@pytest.fixture(scope="module")
+def script():
+    file = Path(__file__).resolve().parent.parent / "scripts" / "verify_families.py"
+    spec = importlib.util.spec_from_file_location("verify_families", file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+# Why a family's rows are run whole: a part of what the check at load says.
+REASONS = {
+    "mamba": "sharing changes log-probs",
+    "nemotron_h": "sharing changes log-probs",
+    "jamba": "sharing changes log-probs",
+    "rwkv7": "sharing changes log-probs",
+    "falcon_h1": "CacheList",
+    "baichuan_m1": "CacheList",
+    "deepseek_v32": "CacheList",
+    "llama4": "ChunkedKVCache",
+    "gemma3n": "keys_and_values",
+    "internlm2-dynamic": "can't run them together",
+}
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, *FLAT_FAMILIES])
+def test_dpo_gradient_of_every_family(script, family):
+    # The whole product of ways is the script's; here, two opposite corners of it.
+    ways = [script.Way(checkpoint=c, compiled=False, accumulated=c) for c in (False, True)]
+    result = script.verify(family, "float32", ways)
+    assert result.shared == (family in FAMILIES), result.note
+    assert REASONS.get(family, "prompts are shared") in result.note
+    assert result.worst <= 1e-5, result.gaps
+    assert result.loss_gap <= 1e-5
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma4_text", "mamba2", "gemma3n"])
+def test_dpo_gradient_checkpointed_compiled_and_accumulated(script, family):
+    result = script.verify(family, "float32", [script.Way(True, True, True)])
+    assert result.worst <= 1e-5, result.gaps
+
+
+@pytest.mark.parametrize("precision", ["bf16", "4-bit"])
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_dpo_gradient_in_low_precision(script, family, precision):
+    ways = [script.Way(False, False, False), script.Way(True, True, True)]
+    result = script.verify(family, precision, ways)
+    assert result.shared, result.note
+    assert result.worst <= result.allowed, result.gaps
+    # In bf16 the plain formula is off by some percent: more would prove nothing.
+    assert result.allowed < (0.2 if precision == "bf16" else 1.1e-5)
+
+
+def test_a_batch_that_is_not_full_has_the_same_gradient(script):
+    model = script.prepare("qwen3_5", "float32")
+    pairs = script.make_pairs()
+    tree = model.module.trainable_parameters()
+    reference = script.reference_near(model.module, pairs)
+    model.module.train()
+    loss, grads = script.plain_gradient(model.module, tree, pairs, reference)
+    way = script.Way(checkpoint=True, compiled=False, accumulated=True)
+    got_loss, got = script.package_gradient(model, tree, pairs, reference, way, batch_size=3)
+    assert got_loss == pytest.approx(loss, rel=1e-6)
+    assert difference(got, grads) < 1e-5
+
+
+@pytest.mark.parametrize("family", REFUSED_FAMILIES)
+def test_a_family_that_cannot_be_run_is_refused(script, family):
+    with pytest.raises(ModelError, match="can't be run here"):
+        script.prepare(family, "float32")

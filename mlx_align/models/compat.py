@@ -29,6 +29,9 @@ from mlx_lm.utils import (
 
 from mlx_align.errors import ModelError
 
+# Freed buffers kept for reuse. Without a bound, every new padded length leaves its own behind.
+CACHE_LIMIT_BYTES = 1 << 30
+
 # Attributes under which mlx-lm's families keep the part that ends with the final norm.
 _INNER_NAMES = ("model", "transformer", "backbone", "decoder")
 
@@ -253,8 +256,9 @@ def layer_calls(model: nn.Module, wrap: Callable[[Any], Any]) -> Iterator[None]:
             kind.__call__ = call
 
 
-def use_recommended_memory() -> None:
-    """On Metal, keep up to the recommended working set resident, as mlx-lm's own trainer does."""
+def set_memory_limits() -> None:
+    """Bound what the allocator keeps, and on Metal keep the recommended working set resident."""
+    mx.set_cache_limit(CACHE_LIMIT_BYTES)
     maybe_set_recommended_wired_limit()
 
 

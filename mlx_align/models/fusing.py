@@ -8,7 +8,7 @@ would lose more than `LOSS_ALLOWED` of its change stays dequantised.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import mlx.core as mx
@@ -18,7 +18,7 @@ from mlx.utils import tree_unflatten
 from mlx_lm.utils import save
 
 from mlx_align.errors import ConfigError, ModelError
-from mlx_align.models.adapters import AdapterLayout, install, load_tree, read_layout
+from mlx_align.models.adapters import install, load_tree, read_layout
 from mlx_align.models.compat import dissect
 from mlx_align.models.loading import LanguageModel, ModelFolder, load_language_model
 from mlx_align.models.logps import batch_token_logps
@@ -91,7 +91,7 @@ def fuse_adapter(
     tokens = random_batch(folder.vocab_size, pad=0)
     base = batch_token_logps(model.anatomy, tokens, shared=False)
     mx.eval(base)
-    start = install(model.module, AdapterLayout(**{**layout.__dict__, "dropout": 0.0}))
+    start = install(model.module, replace(layout, dropout=0.0))
     model.module.update(load_tree(adapter, start, layout))
     adapted = batch_token_logps(model.anatomy, tokens, shared=False)
     mx.eval(adapted)

@@ -17,6 +17,7 @@ from mlx_align.models.compat import (
     load_weights,
     read_model_config,
     resolve_model_path,
+    set_memory_limits,
 )
 from mlx_align.models.selfcheck import check_paths
 
@@ -90,6 +91,7 @@ def load_language_model(folder: ModelFolder) -> LanguageModel:
     Raises:
         ModelError: mlx-lm can't load it, or no correct way through it was found.
     """
+    set_memory_limits()
     dissected = dissect(load_weights(folder.path))
     anatomy, shared, check = check_paths(dissected, folder.vocab_size)
     return LanguageModel(folder, anatomy, shared, check)

@@ -53,8 +53,11 @@ def check_paths(anatomy: Anatomy, vocab_size: int) -> tuple[Anatomy, bool, str]:
         candidate = replace(anatomy, mask_axes=mask_axes)
         try:
             gap = _gap(batch_token_logps(candidate, narrow, shared=True), flat)
-        except (ModelError, *_FAILURES) as error:
-            reason = reason or _words(error)
+        except ModelError as error:
+            reason = reason or str(error)
+            continue
+        except _FAILURES as error:
+            reason = reason or f"its code can't run them together ({_words(error)})"
             continue
         if gap <= allowed:
             note = f"prompts are shared (checked against whole rows: at most {gap:.1e} nats apart)"

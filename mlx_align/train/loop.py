@@ -24,12 +24,8 @@ from mlx.utils import tree_flatten, tree_map
 
 from mlx_align.data.batching import Microbatch
 from mlx_align.errors import TrainingError
-from mlx_align.models.compat import use_recommended_memory
 from mlx_align.models.loading import LanguageModel
 from mlx_align.models.roles import Tree
-
-# Freed buffers kept for reuse. Without a bound, every new padded length leaves its own behind.
-CACHE_LIMIT_BYTES = 1 << 30
 
 Sums = dict[str, mx.array]
 
@@ -168,8 +164,6 @@ def train(
         TrainingError: A loss or gradient is not finite; the tree is the last good one, saved.
         Interrupted: SIGINT or SIGTERM came; a checkpoint was written.
     """
-    mx.set_cache_limit(CACHE_LIMIT_BYTES)
-    use_recommended_memory()
     accumulate = _compiled_gradient(objective)
     apply = _compiled_update(optimizer)
     window = _Window()
