@@ -70,6 +70,7 @@ _DELTA = {
     "tie_word_embeddings": True,
 }
 _GRANITE = {
+    "intermediate_size": 128,  # its experts and MLP are quantised in groups of 64
     "logits_scaling": 3.0,
     "attention_multiplier": 0.25,
     "embedding_multiplier": 2.0,
@@ -140,7 +141,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "rope_traditional": False,
     },
     "gemma4_text": {
-        "num_hidden_layers": 6,
+        "num_hidden_layers": 4,
         "sliding_window": WINDOW,
         "sliding_window_pattern": 2,
         "num_kv_shared_layers": 2,

