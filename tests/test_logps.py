@@ -136,3 +136,16 @@ def test_a_family_that_cannot_share_falls_back_and_says_so(monkeypatch):
     _, shared, note = check_paths(anatomy, 160)
     assert not shared
     assert "sharing changes log-probs" in note
+
+
+def test_a_layer_that_can_not_be_adapted_is_one_line():
+    from families import make_model as make
+
+    from mlx_align.errors import ModelError
+    from mlx_align.models.selfcheck import check_adapted
+
+    model = make("gemma3n")
+    anatomy = dissect(model)
+    install(model, AdapterLayout(rank=4))
+    with pytest.raises(ModelError, match="--lora-keys"):
+        check_adapted(anatomy, 160)

@@ -20,8 +20,10 @@ from mlx_align.types import GroupBatch
 
 # Shared may differ from flat by so many times what two flat paddings differ by …
 TOLERANCE = 3.0
-# … and always by this (nats), below which float32 itself is not better.
+# … and always by this share of the largest log-prob: below it float32 itself is not better. In
+# 16 bits it is half a unit in the last place of a logit; wrong paths were 0.3 to 17 nats off.
 FLOOR = 1e-5
+FLOOR_16_BIT = 2e-3
 
 _PROMPT_LENGTHS = (5, 9)
 _COMPLETION_LENGTHS = (7, 3, 4, 6)
@@ -35,11 +37,12 @@ def check_paths(anatomy: Anatomy, vocab_size: int) -> tuple[Anatomy, bool, str]:
     """
     narrow, wide = random_batch(vocab_size, pad=0), random_batch(vocab_size, pad=6)
     try:
-        own = _own_logps(anatomy, narrow)
-        flat, allowed = _whole_rows(anatomy, narrow, wide)
+        own, dtype = _own_logps(anatomy, narrow)
+        floor = FLOOR if dtype == mx.float32 else FLOOR_16_BIT
+        flat, allowed = _whole_rows(anatomy, narrow, wide, floor)
         if not _gap(flat, own) <= allowed:
             anatomy = replace(anatomy, flat_caches=True)
-            flat, allowed = _whole_rows(anatomy, narrow, wide)
+            flat, allowed = _whole_rows(anatomy, narrow, wide, floor)
     except (ModelError, *_FAILURES) as error:
         raise ModelError(f"this model can't be run here: {_words(error)}") from error
     own_gap = _gap(flat, own)
@@ -66,6 +69,21 @@ def check_paths(anatomy: Anatomy, vocab_size: int) -> tuple[Anatomy, bool, str]:
     return anatomy, False, f"prompts are run once per completion: {reason}"
 
 
+def check_adapted(model: Anatomy, vocab_size: int) -> None:
+    """Run a few tokens through a model that has adapters in it now.
+
+    Raises:
+        ModelError: Its code reads weights where an adapter stands.
+    """
+    try:
+        mx.eval(batch_token_logps(model, random_batch(vocab_size, pad=0), shared=False))
+    except _FAILURES as error:
+        raise ModelError(
+            f"this model does not run with these adapters ({_words(error)}); name the layers to "
+            "adapt with --lora-keys, self_attn.q_proj,self_attn.v_proj for example"
+        ) from error
+
+
 # What mlx-lm's code raises when it is called in a way a family was not written for.
 _FAILURES = (TypeError, AttributeError, ValueError, RuntimeError, IndexError, KeyError)
 
@@ -90,22 +108,25 @@ def random_batch(vocab_size: int, pad: int) -> GroupBatch:
     )
 
 
-def _whole_rows(anatomy: Anatomy, narrow: GroupBatch, wide: GroupBatch) -> tuple[mx.array, float]:
+def _whole_rows(
+    anatomy: Anatomy, narrow: GroupBatch, wide: GroupBatch, floor: float
+) -> tuple[mx.array, float]:
     """Log-probs (N, C) of whole rows, and by how much others may differ from them."""
     flat = batch_token_logps(anatomy, narrow, shared=False)
     padded = batch_token_logps(anatomy, wide, shared=False)[:, : flat.shape[1]]
-    return flat, max(TOLERANCE * _gap(flat, padded), FLOOR * max(1.0, _largest(flat)))
+    return flat, max(TOLERANCE * _gap(flat, padded), floor * max(1.0, _largest(flat)))
 
 
-def _own_logps(anatomy: Anatomy, batch: GroupBatch) -> mx.array:
-    """Log-probs (N, C) from the full logits of the model as it generates."""
+def _own_logps(anatomy: Anatomy, batch: GroupBatch) -> tuple[mx.array, mx.Dtype]:
+    """Log-probs (N, C) from the full logits of the model as it generates; the logits' dtype."""
     rows, starts = flat_rows(batch)
-    logits = anatomy.generation_logits(rows).astype(mx.float32)
+    raw = anatomy.generation_logits(rows)
+    logits = raw.astype(mx.float32)
     logps = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
     positions = starts[:, None] - 1 + mx.arange(batch.completion_tokens.shape[1])[None]
     of_token = mx.take_along_axis(logps, positions[..., None], axis=1)
     of_token = mx.take_along_axis(of_token, batch.completion_tokens[..., None], axis=-1)[..., 0]
-    return mx.where(batch.completion_mask, of_token, 0)
+    return mx.where(batch.completion_mask, of_token, 0), raw.dtype
 
 
 def _gap(a: mx.array, b: mx.array) -> float:

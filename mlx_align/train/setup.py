@@ -20,6 +20,7 @@ from mlx_align.errors import ConfigError
 from mlx_align.models.adapters import AdapterLayout, install, load_tree, read_layout
 from mlx_align.models.loading import LanguageModel, ModelFolder, load_language_model
 from mlx_align.models.roles import Tree
+from mlx_align.models.selfcheck import check_adapted
 from mlx_align.types import PromptGroup, TokenizedGroup
 
 Reader = Callable[[str, str, str | None], tuple[list[PromptGroup], Reading]]
@@ -122,6 +123,7 @@ def make_policy(config: TrainConfig, folder: ModelFolder, layout: AdapterLayout)
     model = load_language_model(folder)
     mx.random.seed(config.seed)
     start = install(model.module, layout)
+    check_adapted(model.anatomy, folder.vocab_size)
     if config.init_adapter is not None:
         start = load_tree(Path(config.init_adapter), start, layout)
         model.module.update(start)
