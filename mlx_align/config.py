@@ -222,7 +222,7 @@ class KtoConfig(LossConfig):
 
     shortcuts: ClassVar[tuple[str, ...]] = ("beta", "desirable_weight", "undesirable_weight")
 
-    loss: str = option("kto", "Loss.", choices=("kto", "apo_zero_unpaired"))
+    loss: str = option("kto", "Loss of an answer.", choices=("kto", "apo_zero_unpaired"))
     desirable_weight: float | None = option(
         None, "Short for --loss-option desirable_weight=...; weight of good answers.", above=0
     )

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import mlx.core as mx
 import numpy as np
+import numpy.typing as npt
 
 from mlx_align.types import GroupBatch, LabelledBatch, Logps, PairBatch, TokenizedGroup
 
@@ -220,6 +221,13 @@ def _padded(rows: Sequence[Logps], like: mx.array) -> mx.array:
     for n, row in enumerate(rows):
         padded[n, : len(row)] = row
     return mx.array(padded)
+
+
+def scored(group: TokenizedGroup, completion: int) -> npt.NDArray[np.bool_]:
+    """Which tokens of a completion count, (length,) bool."""
+    if group.loss_masks is not None:
+        return group.loss_masks[completion]
+    return np.ones(len(group.completions[completion]), np.bool_)
 
 
 def padding_waste(

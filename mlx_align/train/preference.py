@@ -9,7 +9,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_align.config import DpoConfig
-from mlx_align.data.batching import Microbatch, collate_pairs
+from mlx_align.data.batching import Microbatch, collate_pairs, scored
 from mlx_align.data.formats import Reading, read_preferences
 from mlx_align.data.groups import to_pairs
 from mlx_align.errors import ConfigError
@@ -28,13 +28,7 @@ from mlx_align.models.roles import Tree
 from mlx_align.train.loop import Objective, Sums
 from mlx_align.train.offline import Task
 from mlx_align.train.setup import Policy, PreparedData
-from mlx_align.train.shares import (
-    role_logps,
-    role_statistics,
-    scored,
-    size_of,
-    weighted_metrics,
-)
+from mlx_align.train.shares import role_logps, role_statistics, size_of, weighted_metrics
 from mlx_align.types import Logps, PairBatch, PairLogps, PromptGroup, TokenizedGroup
 
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import mlx.core as mx
-import numpy as np
-import numpy.typing as npt
 
 from mlx_align.data.batching import Microbatch
 from mlx_align.losses.masking import weighted_sum
@@ -50,10 +48,3 @@ def size_of(
     chosen = [groups[i] for i in micro.indices]
     tokens = sum(len(g.prompt) + sum(map(len, g.completions[:completions])) for g in chosen)
     return len(chosen), tokens
-
-
-def scored(group: TokenizedGroup, completion: int) -> npt.NDArray[np.bool_]:
-    """Which tokens of a completion count, (length,) bool."""
-    if group.loss_masks is not None:
-        return group.loss_masks[completion]
-    return np.ones(len(group.completions[completion]), np.bool_)

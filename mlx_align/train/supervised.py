@@ -11,7 +11,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_align.config import SftConfig
-from mlx_align.data.batching import Microbatch, collate_groups
+from mlx_align.data.batching import Microbatch, collate_groups, scored
 from mlx_align.data.formats import Reading, read_supervised
 from mlx_align.errors import ConfigError
 from mlx_align.inference.score import Scorer
@@ -22,7 +22,7 @@ from mlx_align.models.roles import Tree
 from mlx_align.train.loop import Objective, Sums
 from mlx_align.train.offline import GroupLogps, Task
 from mlx_align.train.setup import Policy
-from mlx_align.train.shares import role_logps, scored, size_of
+from mlx_align.train.shares import role_logps, size_of
 from mlx_align.types import GroupBatch, PromptGroup, TokenizedGroup
 
 # e to this is still a float32.

@@ -18,8 +18,9 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_align.config import KtoConfig
-from mlx_align.data.batching import ROUND, Microbatch, collate_labelled
+from mlx_align.data.batching import Microbatch, collate_labelled
 from mlx_align.data.formats import Reading, read_unpaired
+from mlx_align.data.mismatched import MISMATCHED, OWN, with_mismatched
 from mlx_align.errors import DataError
 from mlx_align.inference.score import Scorer
 from mlx_align.losses.masking import masked_sum, weighted_sum
@@ -31,15 +32,15 @@ from mlx_align.models.roles import Tree
 from mlx_align.train.loop import Objective, Sums
 from mlx_align.train.offline import GroupLogps, Task
 from mlx_align.train.setup import Policy, PreparedData
-from mlx_align.train.shares import role_logps, scored, size_of, weighted_metrics
+from mlx_align.train.shares import role_logps, size_of, weighted_metrics
 from mlx_align.types import LabelledBatch, PromptGroup, TokenizedGroup
 
 # What good answers should weigh in all, as a multiple of bad ones (Ethayarajh et al. 2024).
 BALANCE = (1.0, 4 / 3)
+# A split and a few dropped rows move it by so much without meaning anything.
+SLACK = 0.05
 # Rows per update below which the reference point is mostly noise.
 FEW_ROWS = 8
-
-OWN, MISMATCHED = 0, 1
 
 
 class KtoLoss(NamedTuple):
@@ -84,50 +85,6 @@ def read_labelled(data: str, split: str, format: str | None) -> tuple[list[Promp
     """Labelled answers; pairs are taken apart, and count as two rows from then on."""
     groups, reading = read_unpaired(data, split, format)
     return groups, replace(reading, rows=len(groups) + sum(reading.dropped.values()))
-
-
-def with_mismatched(groups: Sequence[TokenizedGroup], seed: int) -> list[TokenizedGroup]:
-    """Each group with a second completion: the answer of another prompt.
-
-    Partners are neighbours in an order shuffled by `seed`, among answers of about the same
-    length, so that pairing costs no padding. Neither the partner's prompt nor, where there is a
-    choice, its answer is the group's own.
-
-    Raises:
-        DataError: All groups have the same prompt.
-    """
-    shuffled = np.random.default_rng((seed, 1)).permutation(len(groups))
-    width = np.array([-(-len(group.completions[OWN]) // ROUND) for group in groups])
-    order = [int(i) for i in shuffled[np.argsort(width[shuffled], kind="stable")]]
-    prompts = [group.prompt.tobytes() for group in groups]
-    answers = [group.completions[OWN].tobytes() for group in groups]
-    paired = list(groups)
-    for place, index in enumerate(order):
-        fallback: int | None = None
-        for step in range(1, len(order)):
-            other = order[(place + step) % len(order)]
-            if prompts[other] == prompts[index]:
-                continue
-            if answers[other] != answers[index]:
-                break
-            fallback = other if fallback is None else fallback
-        else:
-            if fallback is None:
-                raise DataError(
-                    "all rows of a split have one prompt; the KL point of kto needs two at least "
-                    "(--loss apo_zero_unpaired needs none)"
-                )
-            other = fallback
-        paired[index] = _joined(groups[index], groups[other])
-    return paired
-
-
-def _joined(group: TokenizedGroup, partner: TokenizedGroup) -> TokenizedGroup:
-    masks = None
-    if group.loss_masks is not None or partner.loss_masks is not None:
-        masks = (scored(group, OWN), scored(partner, OWN))
-    completions = (group.completions[OWN], partner.completions[OWN])
-    return replace(group, completions=completions, loss_masks=masks)
 
 
 def unpaired_objective(
@@ -344,7 +301,7 @@ def check_rows(data: PreparedData, config: KtoConfig, loss: KtoLoss) -> list[str
     weights = [float(loss.options[f"{kind}_weight"]) for kind in ("desirable", "undesirable")]
     ratio = weights[0] * good / (weights[1] * bad)
     low, high = BALANCE
-    if loss.name == "kto" and not low <= round(ratio, 2) <= round(high, 2):
+    if loss.name == "kto" and not low - SLACK <= ratio <= high + SLACK:
         fitting = weights[1] * bad / good
         lines.append(
             f"! good answers weigh {ratio:.2g} times as much as bad ones in all; KTO's authors "
