@@ -111,7 +111,7 @@ def test_a_run_starts_at_ln2_learns_and_loads_in_stock_mlx_lm(
     assert min(moved) > 0
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["steps"] == 12
-    assert summary["groups"] == 96
+    assert summary["pairs"] == 96
     assert summary["prompts_shared"] is True
     assert summary["kl"]["mean"] > 0
     assert summary["eval"]["loss"] == held_out[-1]["eval/loss"]

@@ -102,6 +102,9 @@ _ROWS = (
     ("log-prob of rejected, nats", "logps/rejected", "{:.2f}"),
     ("reward accuracy (implicit)", "rewards/accuracies", "{:.1%}"),
     ("reward margin (implicit)", "rewards/margins", "{:+.3f}"),
+    ("a good answer's reward beats a bad one's", "rewards/auc", "{:.1%}"),
+    ("KL point of mismatched answers, nats", "kl", "{:.2f}"),
+    ("perplexity", "perplexity", "{:.3f}"),
     ("loss", "loss", "{:.4f}"),
 )
 

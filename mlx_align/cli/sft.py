@@ -20,7 +20,7 @@ def sft(config_file: str | None, resume: str | None, json: bool, **options: Any)
     """
     from mlx_align.train.supervised import sft_task
 
-    run_training(
+    run = run_training(
         SftConfig,
         "sft",
         sft_task,
@@ -29,3 +29,5 @@ def sft(config_file: str | None, resume: str | None, json: bool, **options: Any)
         resume=resume,
         json=json,
     )
+    if not json:
+        click.echo(f"Prefer from here: mlx-align dpo … --init-adapter {run}")

@@ -18,7 +18,7 @@ from mlx_align.shipped import shipped_file, shipped_or_given
 
 if TYPE_CHECKING:
     from mlx_align.cli.display import Terminal
-    from mlx_align.train.offline import Task
+    from mlx_align.train.task import Task
 
 Config = TypeVar("Config", bound=TrainConfig)
 Command = Callable[..., Any]
@@ -56,8 +56,8 @@ def run_training(
     resume: str | None,
     json: bool,
     starter: str | None = None,
-) -> None:
-    """Resolve the options, train, and print what came out.
+) -> Path:
+    """Resolve the options, train, and print what came out; the run folder.
 
     Args:
         kind: The command's dataclass.
@@ -88,11 +88,12 @@ def run_training(
         summary = run_offline(task, config, run, terminal, resume=resume is not None)
     if json:
         click.echo(json_module.dumps(summary, indent=2))
-        return
+        return run
     terminal.outcome(summary)
     terminal.note(
         f"\nRun folder: {run}\nTalk to the result with stock mlx-lm:\n  {summary['talk']}"
     )
+    return run
 
 
 def _configured(

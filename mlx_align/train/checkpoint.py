@@ -34,7 +34,7 @@ def save_checkpoint(
     optimizer: optim.Optimizer,
     layout: AdapterLayout,
     model: str,
-) -> Path:
+) -> None:
     """Write `run`/checkpoints/<step> and forget all but the last `KEPT`."""
     folder = run / FOLDER
     folder.mkdir(exist_ok=True)
@@ -57,7 +57,6 @@ def save_checkpoint(
     _sync(folder)
     for old in _checkpoints(run)[:-KEPT]:
         shutil.rmtree(old, ignore_errors=True)
-    return final
 
 
 def load_checkpoint(run: Path, fresh: Tree, optimizer: optim.Optimizer) -> tuple[Progress, Tree]:

@@ -1,22 +1,20 @@
 """An offline run from options to run folder: what dpo, kto and sft have in common.
 
-A command is a `Task`: how its data is read, what it optimises, how it is measured. Everything
-else (reference, order, loop, checkpoints, samples, summary) is here, once.
+A command is a `Task`: how its data is read, what it optimises, how it is measured. The rest
+(reference, order, loop, checkpoints, samples, summary) is here, once.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
 import shlex
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import mlx.core as mx
-import numpy as np
 from mlx.utils import tree_flatten
 
 from mlx_align.config import TrainConfig, to_yaml
@@ -28,18 +26,22 @@ from mlx_align.data.batching import (
     plan_shapes,
 )
 from mlx_align.data.checks import render_facts
-from mlx_align.inference.score import Scorer, make_scorer, score_groups
+from mlx_align.inference.score import Scorer, make_scorer
 from mlx_align.models.adapters import AdapterLayout, save_adapter
 from mlx_align.models.loading import ModelFolder, open_model
-from mlx_align.models.roles import Tree
-from mlx_align.rollout.sample import Samples, as_groups, sample
 from mlx_align.train import runlog
 from mlx_align.train.checkpoint import load_checkpoint, save_checkpoint
 from mlx_align.train.display import Display
+from mlx_align.train.heldout import (
+    Evaluation,
+    answers,
+    held_out_groups,
+    kl_from_reference,
+    prompt_texts,
+)
 from mlx_align.train.loop import (
     LoopHooks,
     LoopSettings,
-    Objective,
     Progress,
     make_optimizer,
     make_schedule,
@@ -51,46 +53,9 @@ from mlx_align.train.reference import (
     reference_key,
     reference_logps,
 )
-from mlx_align.train.setup import (
-    Policy,
-    PreparedData,
-    Reader,
-    make_policy,
-    prepare_data,
-    resolve_layout,
-)
+from mlx_align.train.setup import Policy, make_policy, prepare_data, resolve_layout
+from mlx_align.train.task import GroupLogps, Task
 from mlx_align.types import Logps, TokenizedGroup
-
-GroupLogps = Sequence[tuple[Logps, ...]]
-
-
-class Task(NamedTuple):
-    """What makes one command differ from another.
-
-    Attributes:
-        command: Its name.
-        title: What the progress bar says.
-        read: (data, split, format) -> groups and how they were read.
-        check: Refuses data that the loss can't use, before the model is loaded; lines to show.
-        needs_reference: Whether training needs the reference's log-probs.
-        objective: What to optimise; the reference is None where it is not needed.
-        measure: Log-probs of policy and reference, and the groups -> held-out metrics.
-        arrange: What to make of tokenised groups before they are batched.
-        refine: Of a row of training metrics, means over the update's weight, what is reported.
-        has_reference: Whether the policy is held to where it started: held-out data is measured
-            against that, and the KL from it is estimated. Without it `measure` gets no reference.
-    """
-
-    command: str
-    title: str
-    read: Reader
-    check: Callable[[PreparedData], list[str]]
-    needs_reference: bool
-    objective: Callable[[Policy, Sequence[TokenizedGroup], GroupLogps | None, Scorer], Objective]
-    measure: Callable[[GroupLogps, GroupLogps, Sequence[TokenizedGroup]], dict[str, float]]
-    arrange: Callable[[Sequence[TokenizedGroup]], list[TokenizedGroup]] = list
-    refine: Callable[[dict[str, float]], dict[str, float]] = dict
-    has_reference: bool = True
 
 
 def run_offline(
@@ -117,7 +82,8 @@ def run_offline(
     folder = open_model(config.model)
     data = prepare_data(config, folder, task.read)
     remarks = task.check(data)
-    train_groups, held_out = task.arrange(data.train), _held_out(task.arrange(data.valid), config)
+    train_groups = task.arrange(data.train)
+    held_out = held_out_groups(task.arrange(data.valid), config)
     display.note("\n".join([render_facts(data.facts), *remarks]))
     run.mkdir(parents=True, exist_ok=True)
     runlog.write_atomically(run / runlog.CONFIG_FILE, to_yaml(config))
@@ -141,13 +107,13 @@ def run_offline(
         policy.model.module.update(tree)
         runlog.drop_rows_after(run, progress.step)
         display.note(f"Going on after update {progress.step} of {settings.total_steps}.")
-    evaluation = _Evaluation(task, config, scorer, held_out, reference_valid, run, display)
+    evaluation = Evaluation(task, config, scorer, held_out, reference_valid, run, display)
     if not resume and task.has_reference:
         evaluation.record(0, reference_valid)
     elif not resume:
         evaluation(0, policy.start)
     prompts = held_out[: config.samples]
-    before = _answers(policy, policy.start, prompts, config)
+    before = answers(policy, policy.start, prompts, config)
     objective = task.objective(policy, train_groups, reference, scorer)
     stream = microbatch_stream(
         train_groups, shapes, config.batch_size, seed=config.seed, start=progress.microbatches
@@ -160,28 +126,29 @@ def run_offline(
                 run, at, settings.total_steps, task.refine(row), rows, display
             ),
             evaluate=lambda at, now: evaluation(at.step, now),
-            save=lambda at, now, opt: _save(run, at, now, opt, policy, config),
+            save=lambda at, now, opt: save_checkpoint(run, at, now, opt, layout, str(folder.path)),
             tick=lambda _: bar.advance(),
         )
         tree = train(policy.model, tree, optimizer, objective, stream, settings, hooks, progress)
     peak = mx.get_peak_memory()
     save_adapter(run, tree, layout, str(folder.path))
 
-    after = _answers(policy, tree, prompts, config)
+    after = answers(policy, tree, prompts, config)
     samples = [
         {"source": group.source, "prompt": prompt, "before": old, "after": new}
         for group, prompt, old, new in zip(
-            prompts, _texts(folder, prompts), before.texts, after.texts, strict=True
+            prompts, prompt_texts(folder, prompts), before.texts, after.texts, strict=True
         )
     ]
     runlog.write_samples(run, samples)
+    kl = kl_from_reference(scorer, policy, tree, prompts, config) if task.has_reference else None
     order = epoch_order(train_groups, shapes, config.batch_size, seed=config.seed)
     summary = {
         "command": task.command,
         "model": config.model,
         "data": config.data,
         "steps": progress.step,
-        "groups": progress.groups,
+        task.unit: progress.groups,
         "tokens": progress.tokens,
         "seconds": progress.seconds,
         "seconds_in_all": time.perf_counter() - began,
@@ -194,7 +161,7 @@ def run_offline(
         "train": rows[-1] if rows else {},
         "eval_before": evaluation.first(),
         "eval": evaluation.last(),
-        "kl": _kl(scorer, policy, tree, prompts, config) if task.has_reference else None,
+        "kl": kl,
         "data_facts": dataclasses.asdict(data.facts),
         "talk": _how_to_talk(folder, run),
         "versions": runlog.versions(),
@@ -219,14 +186,6 @@ def _say_policy(policy: Policy, layout: AdapterLayout) -> str:
         "" if layout.fine_tune_type == "full" else f" rank {layout.rank}, scale {layout.scale:g},"
     )
     return f"{kind},{rank} {trained:,} parameters; {policy.model.check}."
-
-
-def _held_out(valid: Sequence[TokenizedGroup], config: TrainConfig) -> list[TokenizedGroup]:
-    """The held-out groups an evaluation looks at: the same ones every time."""
-    if config.val_batches == -1 or len(valid) <= config.val_batches * config.batch_size:
-        return list(valid)
-    order = np.random.default_rng(config.seed).permutation(len(valid))
-    return [valid[i] for i in sorted(order[: config.val_batches * config.batch_size])]
 
 
 def _used_groups(
@@ -301,51 +260,6 @@ def _loop_settings(
     )
 
 
-class _Evaluation:
-    """Measures the policy on held-out groups and keeps the first and the last result."""
-
-    def __init__(
-        self,
-        task: Task,
-        config: TrainConfig,
-        scorer: Scorer,
-        groups: Sequence[TokenizedGroup],
-        reference: GroupLogps,
-        run: Path,
-        display: Display,
-    ) -> None:
-        self.task, self.config, self.scorer = task, config, scorer
-        self.groups, self.reference = groups, reference
-        self.run, self.display = run, display
-        self.shapes = plan_shapes(groups, config.batch_size) if groups else []
-
-    def __call__(self, step: int, tree: Tree) -> None:
-        if self.groups:
-            size = self.config.batch_size
-            self.record(step, score_groups(self.scorer, tree, self.groups, self.shapes, size))
-
-    def record(self, step: int, logps: GroupLogps) -> None:
-        """Write the metrics that follow from the policy's log-probs."""
-        if not self.groups:
-            return
-        metrics = self.task.measure(logps, self.reference, self.groups)
-        runlog.append_row(
-            self.run, {"step": step, **{f"eval/{name}": v for name, v in metrics.items()}}
-        )
-        if step:
-            self.display.note(f"  held-out after {step}: {runlog.say_metrics(metrics)}")
-
-    def first(self) -> dict[str, float]:
-        """Metrics of the first evaluation of the run, resumed or not."""
-        rows = runlog.eval_rows(self.run)
-        return rows[0] if rows else {}
-
-    def last(self) -> dict[str, float]:
-        """Metrics of the last evaluation."""
-        rows = runlog.eval_rows(self.run)
-        return rows[-1] if rows else {}
-
-
 def _report(
     run: Path,
     progress: Progress,
@@ -358,67 +272,3 @@ def _report(
     rows.append(row)
     left = runlog.say_seconds((total - progress.step) * progress.seconds / progress.step)
     display.note(f"  update {progress.step}/{total}: {runlog.say_metrics(row)}, {left} left")
-
-
-def _save(
-    run: Path,
-    progress: Progress,
-    tree: Tree,
-    optimizer: Any,
-    policy: Policy,
-    config: TrainConfig,
-) -> None:
-    model = str(policy.model.folder.path)
-    save_checkpoint(run, progress, tree, optimizer, policy.layout, model)
-
-
-def _answers(
-    policy: Policy, tree: Tree, prompts: Sequence[TokenizedGroup], config: TrainConfig
-) -> Samples:
-    """What the role says to held-out prompts, greedily."""
-    if not prompts:
-        return Samples([], [])
-    return sample(
-        policy.model,
-        tree,
-        prompts,
-        max_tokens=config.sample_tokens,
-        temperature=0.0,
-        seed=config.seed,
-    )
-
-
-def _texts(folder: ModelFolder, groups: Sequence[TokenizedGroup]) -> list[str]:
-    decode = folder.tokenizer.decode
-    return [decode(group.prompt.tolist(), skip_special_tokens=True) for group in groups]
-
-
-def _kl(
-    scorer: Scorer,
-    policy: Policy,
-    tree: Tree,
-    prompts: Sequence[TokenizedGroup],
-    config: TrainConfig,
-) -> dict[str, float] | None:
-    """KL(policy‖reference) in nats per sequence, with its standard error, from own samples.
-
-    The k1 estimator on samples at temperature 1, cut at `sample_tokens`: unbiased for the
-    distribution over such completions.
-    """
-    if not prompts:
-        return None
-    drawn = sample(
-        policy.model,
-        tree,
-        prompts,
-        max_tokens=config.sample_tokens,
-        temperature=1.0,
-        seed=config.seed + 1,
-    )
-    groups = as_groups(prompts, drawn)
-    shapes = plan_shapes(groups, config.batch_size)
-    ours = score_groups(scorer, tree, groups, shapes, config.batch_size)
-    theirs = score_groups(scorer, policy.start, groups, shapes, config.batch_size)
-    k1 = np.array([(o[0] - t[0]).sum(dtype=np.float64) for o, t in zip(ours, theirs, strict=True)])
-    spread = float(k1.std(ddof=1) / math.sqrt(len(k1))) if len(k1) > 1 else float("nan")
-    return {"mean": float(k1.mean()), "standard_error": spread, "samples": len(k1)}

@@ -63,6 +63,8 @@ def say_metrics(row: Mapping[str, float]) -> str:
     if "rewards/accuracies" in row:
         parts.append(f"accuracy {row['rewards/accuracies']:.0%}")
         parts.append(f"margin {row['rewards/margins']:+.3f}")
+    if "perplexity" in row:
+        parts.append(f"perplexity {row['perplexity']:.3f}")
     if row.get("tokens_per_second"):
         parts.append(f"{row['tokens_per_second']:,.0f} tokens/s")
         parts.append(f"{row['peak_memory_bytes'] / 1e9:.2f} GB")

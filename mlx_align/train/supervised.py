@@ -20,9 +20,9 @@ from mlx_align.losses.registry import TOKEN_LOSSES
 from mlx_align.models.loading import LanguageModel
 from mlx_align.models.roles import Tree
 from mlx_align.train.loop import Objective, Sums
-from mlx_align.train.offline import GroupLogps, Task
 from mlx_align.train.setup import Policy
 from mlx_align.train.shares import role_logps, size_of
+from mlx_align.train.task import GroupLogps, Task
 from mlx_align.types import GroupBatch, PromptGroup, TokenizedGroup
 
 # e to this is still a float32.
@@ -158,4 +158,5 @@ def sft_task(config: SftConfig) -> Task:
         measure=lambda logps, _, groups: evaluate_demonstrations(logps, groups, config.loss),
         refine=with_perplexity,
         has_reference=False,
+        unit="rows",
     )

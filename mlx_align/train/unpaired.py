@@ -30,9 +30,9 @@ from mlx_align.losses.unpaired import kto_kl
 from mlx_align.models.loading import LanguageModel
 from mlx_align.models.roles import Tree
 from mlx_align.train.loop import Objective, Sums
-from mlx_align.train.offline import GroupLogps, Task
 from mlx_align.train.setup import Policy, PreparedData
 from mlx_align.train.shares import role_logps, size_of, weighted_metrics
+from mlx_align.train.task import GroupLogps, Task
 from mlx_align.types import LabelledBatch, PromptGroup, TokenizedGroup
 
 # What good answers should weigh in all, as a multiple of bad ones (Ethayarajh et al. 2024).
@@ -268,6 +268,7 @@ def kto_task(config: KtoConfig) -> Task:
         )
 
     return Task(
+        unit="rows",
         command="kto",
         title="KTO" if config.loss == "kto" else f"KTO ({config.loss})",
         read=read_labelled,

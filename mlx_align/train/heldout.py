@@ -1,0 +1,128 @@
+"""What a run looks at beside its training data: held-out metrics, answers, and the KL."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from mlx_align.config import TrainConfig
+from mlx_align.data.batching import plan_shapes
+from mlx_align.inference.score import Scorer, score_groups
+from mlx_align.models.loading import ModelFolder
+from mlx_align.models.roles import Tree
+from mlx_align.rollout.sample import Samples, as_groups, sample
+from mlx_align.train import runlog
+from mlx_align.train.display import Display
+from mlx_align.train.setup import Policy
+from mlx_align.train.task import GroupLogps, Task
+from mlx_align.types import TokenizedGroup
+
+
+def held_out_groups(valid: Sequence[TokenizedGroup], config: TrainConfig) -> list[TokenizedGroup]:
+    """The held-out groups an evaluation looks at: the same ones every time."""
+    if config.val_batches == -1 or len(valid) <= config.val_batches * config.batch_size:
+        return list(valid)
+    order = np.random.default_rng(config.seed).permutation(len(valid))
+    return [valid[i] for i in sorted(order[: config.val_batches * config.batch_size])]
+
+
+class Evaluation:
+    """Measures the policy on held-out groups and keeps the first and the last result."""
+
+    def __init__(
+        self,
+        task: Task,
+        config: TrainConfig,
+        scorer: Scorer,
+        groups: Sequence[TokenizedGroup],
+        reference: GroupLogps,
+        run: Path,
+        display: Display,
+    ) -> None:
+        self.task, self.config, self.scorer = task, config, scorer
+        self.groups, self.reference = groups, reference
+        self.run, self.display = run, display
+        self.shapes = plan_shapes(groups, config.batch_size) if groups else []
+
+    def __call__(self, step: int, tree: Tree) -> None:
+        """Score the held-out groups under `tree` and record the metrics of update `step`."""
+        if self.groups:
+            size = self.config.batch_size
+            self.record(step, score_groups(self.scorer, tree, self.groups, self.shapes, size))
+
+    def record(self, step: int, logps: GroupLogps) -> None:
+        """Write the metrics that follow from the policy's log-probs."""
+        if not self.groups:
+            return
+        metrics = self.task.measure(logps, self.reference, self.groups)
+        runlog.append_row(
+            self.run, {"step": step, **{f"eval/{name}": v for name, v in metrics.items()}}
+        )
+        if step:
+            self.display.note(f"  held-out after {step}: {runlog.say_metrics(metrics)}")
+
+    def first(self) -> dict[str, float]:
+        """Metrics of the first evaluation of the run, resumed or not."""
+        rows = runlog.eval_rows(self.run)
+        return rows[0] if rows else {}
+
+    def last(self) -> dict[str, float]:
+        """Metrics of the last evaluation."""
+        rows = runlog.eval_rows(self.run)
+        return rows[-1] if rows else {}
+
+
+def answers(
+    policy: Policy, tree: Tree, prompts: Sequence[TokenizedGroup], config: TrainConfig
+) -> Samples:
+    """What the role says to held-out prompts, greedily."""
+    if not prompts:
+        return Samples([], [])
+    return sample(
+        policy.model,
+        tree,
+        prompts,
+        max_tokens=config.sample_tokens,
+        temperature=0.0,
+        seed=config.seed,
+    )
+
+
+def prompt_texts(folder: ModelFolder, groups: Sequence[TokenizedGroup]) -> list[str]:
+    """The prompts as people read them, without special tokens."""
+    decode = folder.tokenizer.decode
+    return [decode(group.prompt.tolist(), skip_special_tokens=True) for group in groups]
+
+
+def kl_from_reference(
+    scorer: Scorer,
+    policy: Policy,
+    tree: Tree,
+    prompts: Sequence[TokenizedGroup],
+    config: TrainConfig,
+) -> dict[str, float] | None:
+    """KL(policy‖reference) in nats per sequence, with its standard error, from own samples.
+
+    The k1 estimator on samples at temperature 1, cut at `sample_tokens`: unbiased for the
+    distribution over such completions.
+    """
+    if not prompts:
+        return None
+    drawn = sample(
+        policy.model,
+        tree,
+        prompts,
+        max_tokens=config.sample_tokens,
+        temperature=1.0,
+        seed=config.seed + 1,
+    )
+    groups = as_groups(prompts, drawn)
+    shapes = plan_shapes(groups, config.batch_size)
+    ours = score_groups(scorer, tree, groups, shapes, config.batch_size)
+    theirs = score_groups(scorer, policy.start, groups, shapes, config.batch_size)
+    k1 = np.array([(o[0] - t[0]).sum(dtype=np.float64) for o, t in zip(ours, theirs, strict=True)])
+    spread = float(k1.std(ddof=1) / math.sqrt(len(k1))) if len(k1) > 1 else float("nan")
+    return {"mean": float(k1.mean()), "standard_error": spread, "samples": len(k1)}
