@@ -56,8 +56,8 @@ def test_chatml_loses_the_newline_after_the_end_token(stops):
 
 
 def test_end_token_at_which_generation_does_not_stop_is_told():
-    assert "<|im_end|>" in chat_style(tiny_tokenizer(CHATML)).notes[0]
-    assert chat_style(tiny_tokenizer(CHATML, stops=("<|im_end|>",))).notes == ()
+    assert "<|im_end|>" in chat_style(tiny_tokenizer(CHATML)).chat_notes[0]
+    assert chat_style(tiny_tokenizer(CHATML, stops=("<|im_end|>",))).chat_notes == ()
 
 
 def test_template_bos_is_not_doubled():
@@ -176,7 +176,7 @@ def test_without_a_template_turns_are_plain_text():
         " four, hello<eos>",
         " no<eos>",
     ]
-    assert "no chat template" in chat_style(tokenizer).notes[0]
+    assert "no chat template" in chat_style(tokenizer).chat_notes[0]
 
 
 def test_strings_are_tokenised_as_they_stand():

@@ -35,7 +35,7 @@ class DataFacts:
 
     Attributes:
         read_as: The line on the format, empty if not given.
-        rows: Groups that were read.
+        rows: Groups of this split, those dropped by reading and tokenising included.
         groups: Groups that were kept.
         completions: Completions in them.
         tokens: Tokens of the kept groups, every prompt counted once.
@@ -123,7 +123,7 @@ def describe(
     prompts = {group.prompt for group in groups}
     return DataFacts(
         read_as=str(reading) if reading is not None else "",
-        rows=reading.rows if reading is not None else len(groups),
+        rows=len(groups) + sum(read_dropped.values()),
         groups=len(tokenized),
         completions=sum(len(group.completions) for group in tokenized),
         tokens=sum(len(g.prompt) + sum(map(len, g.completions)) for g in tokenized),
@@ -172,6 +172,7 @@ def render_facts(facts: DataFacts) -> str:
     lines.append(
         f"{facts.groups:,} {kind} kept of {facts.rows:,}, {facts.tokens:,} tokens "
         f"({facts.scored_tokens:,} scored)"
+        + (f"; {facts.valid_groups:,} held out" if facts.valid_groups else "")
     )
     for name, lengths in (
         ("prompts", facts.prompt_lengths),

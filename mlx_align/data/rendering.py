@@ -42,6 +42,7 @@ class ChatStyle:
             where it writes none.
         eos: The id that ends an answer where the template writes nothing to end it.
         notes: What a user should know about it, a sentence each.
+        chat_notes: The same, where there are conversations to render.
     """
 
     tokenizer: Any
@@ -50,6 +51,7 @@ class ChatStyle:
     ending: tuple[int, ...]
     eos: int | None
     notes: tuple[str, ...]
+    chat_notes: tuple[str, ...] = ()
 
 
 def chat_style(tokenizer: Any) -> ChatStyle:
@@ -65,24 +67,25 @@ def chat_style(tokenizer: Any) -> ChatStyle:
     warned["sequence-length-is-longer-than-the-specified-maximum"] = True
     stops = set(tokenizer.eos_token_ids)
     eos = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else min(stops, default=None)
-    notes = []
+    notes: tuple[str, ...] = ()
     if eos is None:
-        notes.append("The tokenizer has no end token: answers end without one.")
+        notes = ("The tokenizer has no end token: answers end without one.",)
     if not tokenizer.has_chat_template:
-        notes.append(
+        plain = (
             "The tokenizer has no chat template: conversations are written as plain "
             "Human/Assistant turns."
         )
-        return ChatStyle(tokenizer, False, False, (), eos, tuple(notes))
+        return ChatStyle(tokenizer, False, False, (), eos, notes, (plain,))
     ending = _ending(tokenizer, stops)
+    chat_notes: tuple[str, ...] = ()
     if ending and ending[0] not in stops:
         token = tokenizer.convert_ids_to_tokens(ending[0])
-        notes.append(
+        chat_notes = (
             f"Answers end with {token}, at which generation does not stop: name it as an EOS token "
-            "in the model's generation_config.json."
+            "in the model's generation_config.json.",
         )
     folds = not _takes_system(tokenizer)
-    return ChatStyle(tokenizer, True, folds, ending, eos, tuple(notes))
+    return ChatStyle(tokenizer, True, folds, ending, eos, notes, chat_notes)
 
 
 def _ending(tokenizer: Any, stops: set[int]) -> tuple[int, ...]:

@@ -154,15 +154,18 @@ def tokenize_groups(
         DataError: More than a tenth of the groups would be dropped, or none is left.
     """
     style = chat_style(tokenizer)
-    results = [
-        try_tokenize_group(
-            group,
-            style,
-            max_seq_length=max_seq_length,
-            max_completion_length=max_completion_length,
+    results = []
+    chats = False
+    for group in groups:
+        chats = chats or not isinstance(group.prompt, str)
+        results.append(
+            try_tokenize_group(
+                group,
+                style,
+                max_seq_length=max_seq_length,
+                max_completion_length=max_completion_length,
+            )
         )
-        for group in groups
-    ]
     kept = [result.group for result in results if result.group is not None]
     report = TokenizeReport(
         rows=len(results),
@@ -174,7 +177,7 @@ def tokenize_groups(
         thinking_off=sum(r.thinking_off for r in results),
         system_folded=sum(r.system_folded for r in results),
         lengths=percentiles([r.length for r in results if r.length]),
-        notes=style.notes,
+        notes=style.notes + (style.chat_notes if chats else ()),
     )
     _refuse_great_loss(results, report, max_seq_length)
     return kept, report

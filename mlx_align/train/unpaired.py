@@ -11,7 +11,6 @@ update is its reference point: 8 microbatches of 1 row give what 1 of 8 gives.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -19,7 +18,7 @@ import numpy as np
 
 from mlx_align.config import KtoConfig
 from mlx_align.data.batching import Microbatch, collate_labelled
-from mlx_align.data.formats import Reading, read_unpaired
+from mlx_align.data.formats import read_unpaired
 from mlx_align.data.mismatched import MISMATCHED, OWN, with_mismatched
 from mlx_align.errors import DataError
 from mlx_align.inference.score import Scorer
@@ -33,7 +32,7 @@ from mlx_align.train.loop import Objective, Sums
 from mlx_align.train.setup import Policy, PreparedData
 from mlx_align.train.shares import role_logps, size_of, weighted_metrics
 from mlx_align.train.task import GroupLogps, Task
-from mlx_align.types import LabelledBatch, PromptGroup, TokenizedGroup
+from mlx_align.types import LabelledBatch, TokenizedGroup
 
 # What good answers should weigh in all, as a multiple of bad ones (Ethayarajh et al. 2024).
 BALANCE = (1.0, 4 / 3)
@@ -79,12 +78,6 @@ class Totals(NamedTuple):
     """What an update's microbatches divide by."""
 
     rows: mx.array
-
-
-def read_labelled(data: str, split: str, format: str | None) -> tuple[list[PromptGroup], Reading]:
-    """Labelled answers; pairs are taken apart, and count as two rows from then on."""
-    groups, reading = read_unpaired(data, split, format)
-    return groups, replace(reading, rows=len(groups) + sum(reading.dropped.values()))
 
 
 def unpaired_objective(
@@ -271,7 +264,7 @@ def kto_task(config: KtoConfig) -> Task:
         unit="rows",
         command="kto",
         title="KTO" if config.loss == "kto" else f"KTO ({config.loss})",
-        read=read_labelled,
+        read=read_unpaired,
         check=lambda data: check_rows(data, config, loss),
         needs_reference=True,
         objective=objective,
