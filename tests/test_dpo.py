@@ -219,6 +219,13 @@ def test_dora_and_full_fine_tuning(train, models, kind):
     model, tokenizer = mlx_lm_load(str(models["float32"]), adapter_path=str(folder))
     assert mlx_lm_generate(model, tokenizer, "is sun good?", max_tokens=4)
 
+    fused = folder.parent / "fused"
+    where = ["--adapter-path", str(folder), "--output", str(fused)]
+    assert run(["fuse", "--model", str(models["float32"]), *where]) == 0
+    merged, _ = mlx_lm_load(str(fused))
+    tokens = mx.array([tokenizer.encode("is the sun good?")])
+    assert mx.allclose(merged(tokens), model(tokens), atol=1e-4)
+
 
 def test_resumed_run_ends_with_the_same_bytes(train, models, tmp_path, capsys):
     options = (*HOT, "--iters", 8, "--lora-dropout", 0.1, "--steps-per-report", 2)
@@ -245,6 +252,13 @@ def test_resumed_run_ends_with_the_same_bytes(train, models, tmp_path, capsys):
     for name in ("whole", "parts"):
         steps = [row["step"] for row in rows_of(tmp_path / name) if "loss" in row]
         assert steps == [1, 2, 4, 6, 8]
+    # Nothing is left to do: the same adapter, and a summary as full as before.
+    before = json.loads((tmp_path / "parts" / "summary.json").read_text())
+    assert run(["dpo", "--resume", parts]) == 0
+    after = json.loads((tmp_path / "parts" / "summary.json").read_text())
+    assert (tmp_path / "parts" / "adapters.safetensors").read_bytes() == whole
+    assert after["train"] == before["train"]
+    assert after["eval_before"] == before["eval_before"]
     losses = [[r.get("loss") for r in rows_of(tmp_path / n)] for n in ("whole", "parts")]
     assert losses[0] == losses[1]
 

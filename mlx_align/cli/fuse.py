@@ -33,7 +33,10 @@ def fuse(model: str, adapter_path: str, output: str, dequantize: bool, json: boo
         click.echo(json_module.dumps(dataclasses.asdict(report), indent=2))
         return
     quantized = [layer for layer in report.layers if layer.quantized]
-    terminal.note(f"Fused {len(report.layers)} layers into {output}.")
+    if report.layers:
+        terminal.note(f"Fused {len(report.layers)} layers into {output}.")
+    else:
+        terminal.note(f"The run trained whole weights; the model with them is in {output}.")
     if quantized:
         kept = sum(layer.kept_quantized for layer in quantized)
         worst = max(layer.lost for layer in quantized)

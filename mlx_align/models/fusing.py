@@ -124,7 +124,8 @@ def _fuse_layers(
         on_layer()
     if not reports and any("lora_a" in module for module in model.module.modules()):
         raise ModelError("mlx-lm can't fuse the adapters of this model")
-    model.module.update_modules(tree_unflatten(fused))
+    if fused:
+        model.module.update_modules(tree_unflatten(fused))
     return reports
 
 

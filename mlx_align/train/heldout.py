@@ -30,7 +30,7 @@ def held_out_groups(valid: Sequence[TokenizedGroup], config: TrainConfig) -> lis
 
 
 class Evaluation:
-    """Measures the policy on held-out groups and keeps the first and the last result."""
+    """Measures the policy on held-out groups, writes the metrics and says them."""
 
     def __init__(
         self,
@@ -63,16 +63,6 @@ class Evaluation:
         )
         if step:
             self.display.note(f"  held-out after {step}: {runlog.say_metrics(metrics)}")
-
-    def first(self) -> dict[str, float]:
-        """Metrics of the first evaluation of the run, resumed or not."""
-        rows = runlog.eval_rows(self.run)
-        return rows[0] if rows else {}
-
-    def last(self) -> dict[str, float]:
-        """Metrics of the last evaluation."""
-        rows = runlog.eval_rows(self.run)
-        return rows[-1] if rows else {}
 
 
 def answers(

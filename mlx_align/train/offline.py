@@ -119,11 +119,10 @@ def run_offline(
         train_groups, shapes, config.batch_size, seed=config.seed, start=progress.microbatches
     )
     mx.reset_peak_memory()
-    rows: list[dict[str, float]] = []
     with display.bar(task.title, settings.total_steps, progress.step) as bar:
         hooks = LoopHooks(
             report=lambda at, row: _report(
-                run, at, settings.total_steps, task.refine(row), rows, display
+                run, at, settings.total_steps, task.refine(row), display
             ),
             evaluate=lambda at, now: evaluation(at.step, now),
             save=lambda at, now, opt: save_checkpoint(run, at, now, opt, layout, str(folder.path)),
@@ -143,6 +142,7 @@ def run_offline(
     runlog.write_samples(run, samples)
     kl = kl_from_reference(scorer, policy, tree, prompts, config) if task.has_reference else None
     order = epoch_order(train_groups, shapes, config.batch_size, seed=config.seed)
+    held_out_rows = runlog.eval_rows(run)
     summary = {
         "command": task.command,
         "model": config.model,
@@ -158,9 +158,9 @@ def run_offline(
         "prompts_shared": policy.model.shared,
         "shapes": [list(shape) for shape in shapes],
         "padding_share": padding_waste(order, train_groups, config.batch_size),
-        "train": rows[-1] if rows else {},
-        "eval_before": evaluation.first(),
-        "eval": evaluation.last(),
+        "train": runlog.training_rows(run)[-1],
+        "eval_before": next(iter(held_out_rows), {}),
+        "eval": held_out_rows[-1] if held_out_rows else {},
         "kl": kl,
         "data_facts": dataclasses.asdict(data.facts),
         "talk": _how_to_talk(folder, run),
@@ -265,10 +265,8 @@ def _report(
     progress: Progress,
     total: int,
     row: dict[str, float],
-    rows: list[dict[str, float]],
     display: Display,
 ) -> None:
     runlog.append_row(run, row)
-    rows.append(row)
     left = runlog.say_seconds((total - progress.step) * progress.seconds / progress.step)
     display.note(f"  update {progress.step}/{total}: {runlog.say_metrics(row)}, {left} left")

@@ -46,15 +46,23 @@ def append_row(folder: Path, row: Mapping[str, Any]) -> None:
 
 def eval_rows(folder: Path) -> list[dict[str, float]]:
     """Held-out metrics of every evaluation so far, without their `eval/`."""
+    return [
+        {key.removeprefix("eval/"): value for key, value in row.items() if key != "step"}
+        for row in _rows(folder)
+        if "eval/loss" in row
+    ]
+
+
+def training_rows(folder: Path) -> list[dict[str, float]]:
+    """Every report of training so far."""
+    return [row for row in _rows(folder) if "loss" in row]
+
+
+def _rows(folder: Path) -> list[dict[str, float]]:
     file = folder / METRICS_FILE
     if not file.exists():
         return []
-    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-    return [
-        {key.removeprefix("eval/"): value for key, value in row.items() if key != "step"}
-        for row in rows
-        if "eval/loss" in row
-    ]
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
 
 
 def say_metrics(row: Mapping[str, float]) -> str:
