@@ -14,7 +14,7 @@ from typing import Any
 
 # The line of a runner's output that the benchmark reads.
 MARK = "RESULT "
-# LoRA as all packages get it. The multiplier of the low-rank update; mlx-lm's word for alpha / rank.
+# LoRA as all packages get it; the scale is mlx-lm's, alpha / rank.
 RANK = 8
 SCALE = 10.0
 LEARNING_RATE = 1e-5

@@ -1,7 +1,9 @@
 """Steps of this package, on the way that `mlx-align dpo` takes: its objective, reference, loop."""
 
-# First, as the command does: it tells mlx how to order evaluation, which mlx reads once.
-import mlx_align.cli.main  # noqa: F401  isort: split
+# The command itself comes first: it tells mlx how to order evaluation, which mlx reads once.
+import mlx_align.cli.main
+
+# isort: split
 import tempfile
 import time
 from pathlib import Path
@@ -11,6 +13,7 @@ import mlx.core as mx
 import numpy as np
 
 import mlx_align
+import mlx_align.cli.main
 from mlx_align.config import DpoConfig
 from mlx_align.data.batching import microbatch_stream, plan_shapes
 from mlx_align.inference.score import make_scorer

@@ -57,11 +57,12 @@ class Callback:
         self.losses = losses
 
     def on_train_loss_report(self, info: dict[str, Any]) -> None:
+        """A step has ended."""
         self.clock.tick()
         self.losses.append(float(info["train_loss"]))
 
     def on_val_loss_report(self, info: dict[str, Any]) -> None:
-        pass
+        """There is no validation data."""
 
 
 def main() -> None:
@@ -86,9 +87,7 @@ def main() -> None:
     train_dpo(
         model=model,
         ref_model=reference,
-        optimizer=optim.AdamW(
-            learning_rate=common.LEARNING_RATE, weight_decay=common.WEIGHT_DECAY
-        ),
+        optimizer=optim.AdamW(learning_rate=common.LEARNING_RATE, weight_decay=common.WEIGHT_DECAY),
         train_dataset=CacheDataset(Rows(common.synthetic_pairs(args))),
         val_dataset=None,
         args=DPOTrainingArgs(
