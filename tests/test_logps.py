@@ -33,8 +33,9 @@ def test_chunk_size_changes_nothing(monkeypatch, family):
     assert shared
     model.train()
     results = []
-    for elements in (1, 160 * 23, 1 << 24):
-        monkeypatch.setattr(logps_module, "CHUNK_ELEMENTS", elements)
+    monkeypatch.setattr(logps_module, "MIN_CHUNK_ROWS", 1)
+    for rows in (5, 23, 1000):
+        monkeypatch.setattr(logps_module, "CHUNK_ELEMENTS", 160 * rows)
         results.append(gradient(model, partial(batch_token_logps, anatomy), ragged_batch()))
     for value, grads in results[1:]:
         assert value == pytest.approx(results[0][0], rel=1e-6)
