@@ -148,6 +148,9 @@ class TrainConfig:
     )
     sample_tokens: int = option(128, "Longest answer among those samples, tokens.", at_least=1)
     seed: int = option(0, "Seed of adapters, order and samples.", at_least=0)
+    force: bool = option(
+        False, "Run although the plan says that memory will not do.", training=False
+    )
 
 
 @dataclass(frozen=True)

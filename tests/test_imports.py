@@ -19,9 +19,10 @@ ALLOWED = {
     "models": GROUND,
     "rollout": GROUND | {"losses", "data", "models"},
     "inference": GROUND | {"losses", "data", "models", "rollout"},
-    "train": GROUND | {"losses", "data", "models", "rollout", "inference"},
+    "plan": GROUND | {"data", "models"},
+    "train": GROUND | {"losses", "data", "models", "rollout", "inference", "plan"},
     "cli": GROUND
-    | {"losses", "data", "models", "rollout", "inference", "train", "shipped", "__init__"},
+    | {"losses", "data", "models", "rollout", "inference", "plan", "train", "shipped", "__init__"},
     "__init__": {"losses"},
 }
 

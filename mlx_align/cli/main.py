@@ -23,6 +23,7 @@ from mlx_align.cli.data import data
 from mlx_align.cli.dpo import dpo
 from mlx_align.cli.fuse import fuse
 from mlx_align.cli.kto import kto
+from mlx_align.cli.plan import plan
 from mlx_align.cli.sft import sft
 from mlx_align.errors import MlxAlignError
 
@@ -36,7 +37,7 @@ def cli() -> None:
     """
 
 
-for command in (dpo, kto, sft, fuse, data, cache):
+for command in (dpo, kto, sft, fuse, data, cache, plan):
     cli.add_command(command)
 
 

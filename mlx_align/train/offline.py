@@ -29,6 +29,7 @@ from mlx_align.data.checks import render_facts
 from mlx_align.inference.score import Scorer, make_scorer
 from mlx_align.models.adapters import AdapterLayout, save_adapter
 from mlx_align.models.loading import ModelFolder, open_model
+from mlx_align.plan.check import check_fits
 from mlx_align.train import runlog
 from mlx_align.train.checkpoint import load_checkpoint, save_checkpoint
 from mlx_align.train.display import Display
@@ -85,6 +86,7 @@ def run_offline(
     train_groups = task.arrange(data.train)
     held_out = held_out_groups(task.arrange(data.valid), config)
     display.note("\n".join([render_facts(data.facts), *remarks]))
+    display.note(check_fits(config, layout, folder, train_groups))
     run.mkdir(parents=True, exist_ok=True)
     runlog.write_atomically(run / runlog.CONFIG_FILE, to_yaml(config))
 
