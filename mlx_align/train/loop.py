@@ -187,6 +187,7 @@ def train(
             optimizer.learning_rate = mx.array(rate)
             tree = apply(tree, grads, mx.array(min(1.0, settings.max_grad_norm / (norm + 1e-6))))
             mx.eval(tree, optimizer.state)
+            del grads  # or it would live through the next update's computation
             model.module.update(tree)
             model.module.eval()
             _advance(progress, micro, objective, time.perf_counter() - began)
@@ -239,6 +240,7 @@ def _accumulate(
     for batch, members in zip(batches, micro, strict=True):
         (share, metrics), part = gradient(tree, batch, totals)
         grads = part if grads is None else tree_map(mx.add, grads, part)
+        del part
         mx.eval(share, metrics, grads)
         if not math.isfinite(share.item()):
             raise TrainingError(_not_finite("loss", [members], objective))

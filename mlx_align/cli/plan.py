@@ -1,0 +1,243 @@
+"""`mlx-align plan`: memory and time of a run before it starts."""
+
+from __future__ import annotations
+
+import json as json_module
+from collections.abc import Callable
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from mlx_align.cli.options import config_options, given
+from mlx_align.config import (
+    DpoConfig,
+    KtoConfig,
+    LossConfig,
+    SftConfig,
+    TrainConfig,
+    flag_of,
+    resolve,
+)
+from mlx_align.errors import ConfigError
+from mlx_align.shipped import shipped_or_given
+
+if TYPE_CHECKING:
+    from mlx_align.plan.check import Plan
+    from mlx_align.plan.timing import Duration
+    from mlx_align.train.setup import PreparedData
+    from mlx_align.train.task import Task
+
+_KINDS: dict[str, type[TrainConfig]] = {"dpo": DpoConfig, "kto": KtoConfig, "sft": SftConfig}
+# Updates of --measure; the first also compiles, and is not counted.
+MEASURED_UPDATES = 3
+_BASIS = (
+    "Computed, from measurements of mlx's CPU backend: within 10% there, not yet compared with "
+    "Metal. On a Mac, python scripts/verify_plan.py (in a checkout) does that."
+)
+
+
+def _all_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Options of dpo, and those that kto and sft have besides."""
+    names = {entry.name for entry in fields(DpoConfig)}
+    for kind in (KtoConfig, SftConfig):
+        for entry in fields(kind):
+            if entry.name not in names:
+                names.add(entry.name)
+                function = click.option(
+                    flag_of(entry.name), help=f"As in {kind.__name__[:3].lower()}."
+                )(function)
+    return config_options(DpoConfig)(function)
+
+
+@click.command(short_help="Memory and time of a run before it starts.")
+@_all_options
+@click.option("-c", "--config", "config_file", metavar="FILE", help="YAML file with options.")
+@click.option(
+    "--command",
+    type=click.Choice(sorted(_KINDS)),
+    default="dpo",
+    show_default=True,
+    help="The command whose run to plan.",
+)
+@click.option("--machine", metavar="TEXT", help='Plan for another Mac, like "16 GB M2".')
+@click.option("--measure", is_flag=True, help="Load the model and time a few real steps here.")
+@click.option("--run", "run_folder", metavar="RUN", help="Take the speed of this finished run.")
+@click.option("--json", is_flag=True, help="Print as JSON.")
+def plan(
+    config_file: str | None,
+    command: str,
+    machine: str | None,
+    measure: bool,
+    run_folder: str | None,
+    json: bool,
+    **options: Any,
+) -> None:
+    """Say what a training run would need, whether it fits, and what makes it fit.
+
+    Takes the options of the training command. Reads the model's configuration and the headers of
+    its weights, never the weights (but with --measure). Without --data, rows of --max-seq-length.
+    """
+    from mlx_align.models.loading import open_model
+    from mlx_align.plan.check import make_plan
+    from mlx_align.plan.machine import parse_machine, this_machine
+    from mlx_align.plan.timing import expected
+    from mlx_align.train.setup import prepare_data, resolve_layout
+
+    if machine is not None and (measure or run_folder):
+        flag = "--measure" if measure else "--run"
+        raise ConfigError(f"{flag}: measures this machine, not that of --machine; leave one out")
+    where = this_machine() if machine is None else parse_machine(machine)
+    kind = _KINDS[command]
+    config = resolve(kind, given(options), None if config_file is None else Path(config_file))
+    if config.model is None:
+        raise ConfigError("--model is missing; name a folder or a hub name")
+    if config.data is None and (measure or run_folder):
+        raise ConfigError("--data is missing; a run's time follows from its data")
+    config = replace(config, model=shipped_or_given(config.model, "model"))
+    assert config.model is not None
+    layout = resolve_layout(config)
+    folder = open_model(config.model)
+    task = _task(command, config)
+    data: PreparedData | None = None
+    groups = None
+    if config.data is not None:
+        config = replace(config, data=shipped_or_given(config.data, "data"))
+        data = prepare_data(config, folder, task.read)
+        groups = task.arrange(data.train)
+    made = make_plan(config, layout, folder, groups, where)
+    duration = None
+    if groups and machine is None:
+        found = _rate(command, config, measure, run_folder, task, groups)
+        if found is not None:
+            has_reference = isinstance(config, LossConfig) and task.needs_reference
+            duration = expected(config, groups, *found, has_reference=has_reference)
+    if json:
+        click.echo(json_module.dumps(as_json(made, duration), indent=2))
+    else:
+        click.echo(render(made, duration))
+
+
+def _task(command: str, config: Any) -> Task:
+    from mlx_align.train.preference import dpo_task
+    from mlx_align.train.supervised import sft_task
+    from mlx_align.train.unpaired import kto_task
+
+    tasks: dict[str, Callable[[Any], Task]] = {"dpo": dpo_task, "kto": kto_task, "sft": sft_task}
+    return tasks[command](config)
+
+
+def _rate(
+    command: str,
+    config: TrainConfig,
+    measure: bool,
+    run_folder: str | None,
+    task: Task,
+    groups: list[Any],
+) -> tuple[float, str] | None:
+    """Tokens per second and where they come from: a run, a measurement now, or an earlier one."""
+    from mlx_align.models.compat import resolve_model_path
+    from mlx_align.plan.machine import this_machine
+    from mlx_align.plan.timing import rate_key, rate_of_run, store_rate, stored_rate
+    from mlx_align.train.setup import resolve_layout
+
+    if run_folder is not None:
+        return rate_of_run(Path(run_folder).expanduser()), f"run {run_folder}"
+    assert config.model is not None
+    path = resolve_model_path(config.model)
+    key = rate_key(command, path, config, resolve_layout(config), this_machine().name)
+    if measure:
+        rate = measured_rate(config, task, groups)
+        store_rate(key, rate)
+        return rate, "measured now"
+    earlier = stored_rate(key)
+    return None if earlier is None else (earlier, "measured before (--measure does it again)")
+
+
+def measured_rate(config: TrainConfig, task: Task, groups: list[Any]) -> float:
+    """Tokens per second of a few real updates of the run; nothing is written."""
+    import numpy as np
+
+    from mlx_align.data.batching import microbatch_stream, plan_shapes
+    from mlx_align.inference.score import make_scorer
+    from mlx_align.models.loading import open_model
+    from mlx_align.train.loop import LoopHooks, LoopSettings, Progress, make_optimizer, train
+    from mlx_align.train.setup import make_policy, resolve_layout
+
+    assert config.model is not None
+    policy = make_policy(config, open_model(config.model), resolve_layout(config))
+    # What the reference says does not change how long a step takes.
+    zeros = [tuple(np.zeros(len(c), np.float32) for c in group.completions) for group in groups]
+    scorer = make_scorer(policy.model)
+    objective = task.objective(policy, groups, zeros if task.needs_reference else None, scorer)
+    size = config.batch_size
+    stream = microbatch_stream(groups, plan_shapes(groups, size), size, seed=config.seed)
+    accumulation = min(config.grad_accumulation_steps, 4)
+    settings = LoopSettings(MEASURED_UPDATES, accumulation, lambda _: 0.0, 1.0, 1, 0, 0)
+    rates: list[float] = []
+    hooks = LoopHooks(
+        report=lambda _, row: rates.append(row["tokens_per_second"]),
+        evaluate=lambda *_: None,
+        save=lambda *_: None,
+    )
+    optimizer = make_optimizer(policy.start, config.weight_decay)
+    train(policy.model, policy.start, optimizer, objective, stream, settings, hooks, Progress())
+    # A batch of a new shape compiles anew: the fastest update is one that did not.
+    return max(rates[1:])
+
+
+def as_json(plan: Plan, duration: Duration | None) -> dict[str, Any]:
+    """The plan for programs; sizes in bytes, times in seconds."""
+    from mlx_align.plan.machine import remarks, software
+
+    return {
+        "peak_bytes": plan.memory.peak_bytes,
+        "parts": dict(plan.memory.parts),
+        "moment": plan.memory.moment,
+        "shape": list(plan.memory.shape),
+        "trained_parameters": plan.memory.trained_parameters,
+        "machine": asdict(plan.machine),
+        "fits": plan.fits,
+        "advice": [asdict(step) for step in plan.steps],
+        "time": None if duration is None else asdict(duration),
+        "remarks": remarks(plan.machine, plan.model.activation_dtype),
+        "software": software(),
+        "basis": _BASIS,
+    }
+
+
+def render(plan: Plan, duration: Duration | None) -> str:
+    """The plan for people."""
+    from mlx_align.plan.check import say_bytes
+    from mlx_align.plan.machine import remarks, software
+    from mlx_align.train.runlog import say_seconds
+
+    memory, machine = plan.memory, plan.machine
+    prompt, completion = memory.shape
+    lines = [f"Peak memory, in {memory.moment} (prompts of {prompt}, answers of {completion}):"]
+    lines += [f"  {name:<24}{say_bytes(n):>10}" for name, n in memory.parts.items()]
+    lines.append(f"  {'in all':<24}{say_bytes(memory.peak_bytes):>10}")
+    verdict = "It fits" if plan.fits else "It does not fit"
+    room = "recommended working set" if machine.metal else "memory"
+    lines += [f"{verdict}: {machine.name}, {room} {say_bytes(machine.working_set_bytes)}.", ""]
+    if plan.steps:
+        end = "" if plan.steps[-1].fits else " (even all of it is not enough)"
+        lines.append(f"What makes it fit, cheapest first, each on top of those before{end}:")
+        lines += [
+            f"  {say_bytes(s.peak_bytes):>9}  {s.options}  ({s.cost})" for s in plan.steps
+        ] + [""]
+    elif not plan.fits:
+        lines += ["No option makes it fit: take a smaller model.", ""]
+    if duration is not None:
+        lines.append(
+            f"Time: {say_seconds(duration.training_seconds)} of training, at most "
+            f"{say_seconds(duration.reference_seconds)} for the reference, at "
+            f"{duration.tokens_per_second:,.0f} tokens/s ({duration.source})."
+        )
+    elif machine.here:
+        lines.append("Time: not known; --measure times a few steps, --run RUN takes a run's speed.")
+    lines += [f"- {remark}" for remark in remarks(machine, plan.model.activation_dtype)]
+    lines.append(f"- {', '.join(f'{name} {what}' for name, what in software().items())}")
+    lines.append(f"- {_BASIS}")
+    return "\n".join(lines)

@@ -1,0 +1,184 @@
+"""Which options make a run fit, cheapest first: each step costs more than the one before."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from mlx_align.data.batching import Shape
+from mlx_align.plan.headers import ModelShape
+from mlx_align.plan.memory import Workload, plan_memory
+
+# Shares of --max-seq-length that are tried, and the shortest worth training on, tokens.
+SHORTER = (0.75, 0.5, 0.25, 0.125)
+SHORTEST = 64
+RANKS = (8, 4)
+LAYER_SHARES = (0.5, 0.25)
+BITS = (8, 4, 3)
+GROUP_SIZE = 64
+# A scale and a bias of 16 bits each per group of weights.
+GROUP_OVERHEAD_BITS = 32 / GROUP_SIZE
+# A step that saves less than this share of the peak is not worth what it costs.
+WORTH = 0.01
+
+# The batch shapes that are left when rows longer than so many tokens are dropped.
+ShapesWithin = Callable[[int], Sequence[Shape]]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One change of options, on top of those before it.
+
+    Attributes:
+        options: What to type.
+        cost: What it costs.
+        peak_bytes: The peak with this and all steps before it.
+        fits: Whether that fits.
+    """
+
+    options: str
+    cost: str
+    peak_bytes: int
+    fits: bool
+
+
+def advise(
+    model: ModelShape,
+    work: Workload,
+    max_seq_length: int,
+    shapes_within: ShapesWithin,
+    available_bytes: int,
+) -> list[Step]:
+    """The cheapest steps that together make a run fit; [] where it fits as it is.
+
+    Steps that would save next to nothing are left out. Where all of them together are not enough,
+    they are all returned, and the last one does not fit.
+    """
+    peak = plan_memory(model, work).peak_bytes
+    steps: list[Step] = []
+    for ladder in (
+        _to_lora(work),
+        _checkpoint(work),
+        _smaller_batch(work),
+        _shorter(work, max_seq_length, shapes_within),
+        _lower_rank(work),
+        _fewer_layers(model, work),
+        _fewer_bits(model),
+    ):
+        best: tuple[Step, ModelShape, Workload] | None = None
+        for options, cost, change_model, change_work in ladder:
+            if peak <= available_bytes:
+                return steps
+            now_model, now_work = change_model(model), change_work(work)
+            now = plan_memory(now_model, now_work).peak_bytes
+            if now > (best[0].peak_bytes if best else peak) * (1 - WORTH):
+                continue
+            best = Step(options, cost, now, now <= available_bytes), now_model, now_work
+            if now <= available_bytes:
+                break
+        if best is not None:
+            steps.append(best[0])
+            peak, model, work = best[0].peak_bytes, best[1], best[2]
+    return steps
+
+
+ChangeModel = Callable[[ModelShape], ModelShape]
+ChangeWork = Callable[[Workload], Workload]
+Ladder = Iterator[tuple[str, str, ChangeModel, ChangeWork]]
+
+
+def _same(model: ModelShape) -> ModelShape:
+    return model
+
+
+def _same_work(work: Workload) -> Workload:
+    return work
+
+
+def _to_lora(work: Workload) -> Ladder:
+    if work.fine_tune_type != "lora":
+        yield (
+            "--fine-tune-type lora",
+            "adapters instead of all weights"
+            if work.fine_tune_type == "full"
+            else "another adapter",
+            _same,
+            lambda now: replace(now, fine_tune_type="lora"),
+        )
+
+
+def _checkpoint(work: Workload) -> Ladder:
+    if not work.grad_checkpoint:
+        yield (
+            "--grad-checkpoint",
+            "a third slower",
+            _same,
+            lambda now: replace(now, grad_checkpoint=True),
+        )
+
+
+def _smaller_batch(work: Workload) -> Ladder:
+    if work.batch_size > 1:
+        accumulation = work.batch_size * work.accumulation
+        yield (
+            f"--batch-size 1 --grad-accumulation-steps {accumulation}",
+            "the same update, a little slower",
+            _same,
+            lambda now: replace(now, batch_size=1, accumulation=accumulation),
+        )
+
+
+def _shorter(work: Workload, max_seq_length: int, shapes_within: ShapesWithin) -> Ladder:
+    for share in SHORTER:
+        length = int(max_seq_length * share) // 8 * 8
+        shapes = tuple(shapes_within(length)) if length >= SHORTEST else ()
+        if shapes:
+
+            def change(now: Workload, shapes: tuple[Shape, ...] = shapes) -> Workload:
+                return replace(now, shapes=shapes)
+
+            yield f"--max-seq-length {length}", "longer rows are dropped", _same, change
+
+
+def _lower_rank(work: Workload) -> Ladder:
+    if work.fine_tune_type == "full":
+        return
+    for rank in RANKS:
+        if rank < work.rank:
+
+            def change(now: Workload, rank: int = rank) -> Workload:
+                return replace(now, rank=rank)
+
+            yield f"--lora-rank {rank}", "learns a little less", _same, change
+
+
+def _fewer_layers(model: ModelShape, work: Workload) -> Ladder:
+    trained = model.blocks if work.num_layers < 0 else work.num_layers
+    for share in LAYER_SHARES:
+        layers = max(1, int(model.blocks * share))
+        if layers < trained:
+
+            def change(now: Workload, layers: int = layers) -> Workload:
+                return replace(now, num_layers=layers)
+
+            yield f"--num-layers {layers}", "learns less", _same, change
+
+
+def _fewer_bits(model: ModelShape) -> Ladder:
+    weights = sum(linear.inputs * linear.outputs * linear.experts for linear in model.linears)
+    for bits in BITS:
+        nbytes = int(weights * (bits + GROUP_OVERHEAD_BITS) / 8)
+        if nbytes < model.linear_bytes:
+
+            def change(now: ModelShape, nbytes: int = nbytes, bits: int = bits) -> ModelShape:
+                saved = now.linear_bytes - nbytes
+                return replace(
+                    now, weights_bytes=now.weights_bytes - saved, linear_bytes=nbytes, bits=bits
+                )
+
+            yield (
+                f"a {bits}-bit model (mlx_lm.convert -q --q-bits {bits})",
+                "the model itself gets worse" if bits < 4 else "the model itself changes a little",
+                change,
+                _same_work,
+            )

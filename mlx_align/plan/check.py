@@ -1,0 +1,155 @@
+"""The plan of a run from its options, and the refusal of one that does not fit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from mlx_align.config import KtoConfig, SftConfig, TrainConfig
+from mlx_align.data.batching import Shape, plan_shapes
+from mlx_align.errors import ConfigError, ModelError
+from mlx_align.models.adapters import AdapterLayout
+from mlx_align.models.loading import ModelFolder
+from mlx_align.plan.advice import Step, advise
+from mlx_align.plan.headers import ModelShape, read_shape
+from mlx_align.plan.machine import Machine, this_machine
+from mlx_align.plan.memory import MemoryPlan, Workload, plan_memory
+from mlx_align.types import TokenizedGroup
+
+# A run that needs less is never refused: the plan's error is larger than what it could spare.
+ALWAYS_FITS_BYTES = 1_000_000_000
+# Families whose caches can't be shared: their completions run as whole rows.
+WHOLE_ROWS = ("rwkv7", "gemma3n", "deepseek_v32", "llama4", "mamba", "mamba2", "nemotron_h")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run will need, whether that fits, and what to do if not.
+
+    Attributes:
+        machine: Where it would run.
+        model: What is known of the model.
+        work: What the run does with it.
+        memory: At the peak.
+        fits: Whether it fits the machine's working set.
+        steps: What makes it fit, cheapest first; [] where it fits.
+    """
+
+    machine: Machine
+    model: ModelShape
+    work: Workload
+    memory: MemoryPlan
+    fits: bool
+    steps: list[Step]
+
+
+def make_plan(
+    config: TrainConfig,
+    layout: AdapterLayout,
+    folder: ModelFolder,
+    groups: Sequence[TokenizedGroup] | None,
+    machine: Machine,
+) -> Plan:
+    """Plan a run from its options, the headers of its model and its tokenised data.
+
+    Args:
+        config: The options.
+        layout: What is trained.
+        folder: The model; its weights stay on disk.
+        groups: The training data; None for rows of `max_seq_length`, half of each a prompt.
+        machine: Where it would run.
+
+    Raises:
+        ModelError: The model's files can't be read.
+    """
+    model = read_shape(folder.path, folder.config)
+    within = _shapes_within(groups, config.batch_size)
+    rows = 2 if not groups else max(len(group.completions) for group in groups)
+    if isinstance(config, KtoConfig | SftConfig):
+        rows = 1  # of KTO's two completions the mismatched one runs by itself, without gradient
+    work = Workload(
+        shapes=tuple(within(config.max_seq_length)),
+        rows=rows,
+        batch_size=config.batch_size,
+        accumulation=config.grad_accumulation_steps,
+        fine_tune_type=layout.fine_tune_type,
+        rank=layout.rank,
+        num_layers=layout.num_layers,
+        keys=layout.keys,
+        dropout=layout.dropout > 0,
+        grad_checkpoint=config.grad_checkpoint,
+        shared=folder.config.get("model_type") not in WHOLE_ROWS,
+    )
+    memory = plan_memory(model, work)
+    available = max(machine.working_set_bytes, ALWAYS_FITS_BYTES if machine.here else 0)
+    fits = memory.peak_bytes <= available
+    steps = [] if fits else advise(model, work, config.max_seq_length, within, available)
+    return Plan(machine, model, work, memory, fits, steps)
+
+
+def check_fits(
+    config: TrainConfig,
+    layout: AdapterLayout,
+    folder: ModelFolder,
+    groups: Sequence[TokenizedGroup],
+) -> str:
+    """The line that says what a run will need; refuses one that does not fit this machine.
+
+    Raises:
+        ConfigError: It does not fit, and --force was not given.
+    """
+    try:
+        plan = make_plan(config, layout, folder, groups, this_machine())
+    except ModelError as error:
+        # A family that names its sizes otherwise may train all the same; a damaged file is refused
+        # when it is loaded.
+        return f"! Memory can't be planned: {error}."
+    if plan.fits or config.force:
+        but = "" if plan.fits else ", which does not fit: --force runs it all the same"
+        return f"Memory: about {say_verdict(plan)}{but}."
+    raise ConfigError(
+        f"this run needs about {say_verdict(plan)}; {say_steps(plan)}; or --force to try"
+    )
+
+
+def say_verdict(plan: Plan) -> str:
+    """What is needed, and what there is."""
+    return (
+        f"{say_bytes(plan.memory.peak_bytes)} at its peak, "
+        f"{plan.machine.name} has {say_bytes(plan.machine.working_set_bytes)} for it"
+    )
+
+
+def say_steps(plan: Plan) -> str:
+    """What makes it fit, on one line."""
+    if not plan.steps:
+        return "no option makes it fit: take a smaller model"
+    steps = ", then ".join(f"{s.options} ({say_bytes(s.peak_bytes)})" for s in plan.steps)
+    if plan.steps[-1].fits:
+        return f"what makes it fit, cheapest first: {steps}"
+    return f"even all of these do not make it fit: {steps}; take a smaller model"
+
+
+def say_bytes(count: float) -> str:
+    """Bytes as a person reads them."""
+    if count < 0.1e9:
+        return f"{count / 1e6:.1f} MB"
+    return f"{count / 1e9:.2f} GB" if count < 10e9 else f"{count / 1e9:.1f} GB"
+
+
+def _shapes_within(
+    groups: Sequence[TokenizedGroup] | None, batch_size: int
+) -> Callable[[int], list[Shape]]:
+    """The batch shapes of the rows of at most so many tokens; [] where none is left."""
+
+    def within(length: int) -> list[Shape]:
+        if groups is None:
+            return [Shape(-(-length // 16) * 8, -(-length // 16) * 8)]
+        short = [
+            group
+            for group in groups
+            if len(group.prompt) + max(map(len, group.completions)) <= length
+        ]
+        return plan_shapes(short, batch_size) if short else []
+
+    return within

@@ -1,0 +1,215 @@
+"""What a model folder says of itself without its weights: config.json and safetensors headers."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from mlx_align.errors import ModelError
+
+# safetensors' own limit; a longer header is a damaged file.
+MAX_HEADER_BYTES = 100_000_000
+_FLOAT_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+_BLOCK = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.(.+)\.weight$")
+_EXPERT = re.compile(r"\bexperts?\.\d+\.")
+# Parts of multimodal files that a language model leaves on disk.
+_NOT_TEXT = ("vision", "visual", "audio", "image", "multi_modal_projector", "embed_vision")
+
+
+class Tensor(NamedTuple):
+    """One entry of a safetensors header."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    nbytes: int
+
+
+class Linear(NamedTuple):
+    """A linear layer within a block; `experts` of the same shape where they are stacked."""
+
+    block: int
+    name: str
+    inputs: int
+    outputs: int
+    experts: int
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """All that the plan needs to know of a model. Sizes are elements, unless they say bytes.
+
+    Attributes:
+        weights_bytes: Of all tensors that are loaded.
+        blocks: Number of blocks.
+        hidden: Width of the residual stream.
+        intermediate: Width inside the MLP; of all experts that a token visits, where there are.
+        heads: Attention heads.
+        kv_width: Key (and value) elements of a token: key-value heads × head size.
+        query_width: Query elements of a token: heads × head size.
+        vocabulary: Rows of the vocabulary head.
+        activation_bytes: Of one element of the hidden state: 2 or 4.
+        activation_dtype: Its name in safetensors: F32, F16 or BF16.
+        quantised: Whether linear layers are stored quantised.
+        bits: Of a quantised weight; None where the configuration does not say.
+        linears: The linear layers of all blocks.
+        linear_bytes: What they take in the file.
+    """
+
+    weights_bytes: int
+    blocks: int
+    hidden: int
+    intermediate: int
+    heads: int
+    kv_width: int
+    query_width: int
+    vocabulary: int
+    activation_bytes: int
+    activation_dtype: str
+    quantised: bool
+    bits: int | None
+    linears: tuple[Linear, ...]
+    linear_bytes: int
+
+
+def read_header(file: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, by name, read from its header alone.
+
+    Raises:
+        ModelError: It is no safetensors file, or damaged.
+    """
+    try:
+        size = file.stat().st_size
+        with file.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            if not 2 <= length <= min(MAX_HEADER_BYTES, size - 8):
+                raise ValueError(f"its header would take {length} bytes of {size}")
+            header = json.loads(stream.read(length))
+        tensors = {}
+        for name, entry in header.items():
+            if name == "__metadata__":
+                continue
+            begin, end = (int(offset) for offset in entry["data_offsets"])
+            if not 0 <= begin <= end <= size - 8 - length:
+                raise ValueError(f"{name} ends after the file does; fetch the file again")
+            shape = tuple(int(n) for n in entry["shape"])
+            tensors[name] = Tensor(str(entry["dtype"]), shape, end - begin)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        what = str(error).splitlines()[0][:160] if str(error) else type(error).__name__
+        raise ModelError(f"{file}: not a whole safetensors file ({what})") from error
+    return tensors
+
+
+def read_shape(folder: Path, config: Mapping[str, Any]) -> ModelShape:
+    """The shape of the model in `folder`, whose config.json is `config`.
+
+    Raises:
+        ModelError: No weights are there, a file is damaged, or the configuration names no sizes.
+    """
+    files = sorted(folder.glob("model*.safetensors"))
+    if not files:
+        raise ModelError(f"{folder}: no model*.safetensors in it; its memory can't be planned")
+    tensors: dict[str, Tensor] = {}
+    for file in files:
+        tensors.update(read_header(file))
+    text = {**config, **(config.get("text_config") or {})}
+    if text.get("tie_word_embeddings"):
+        # mlx-lm drops the copy that some files hold.
+        tensors = {name: t for name, t in tensors.items() if not name.endswith("lm_head.weight")}
+    tensors = {n: t for n, t in tensors.items() if not any(part in n for part in _NOT_TEXT)}
+    linears, linear_bytes = _linears(tensors, config.get("quantization") or {})
+    embedding = next(
+        (t for n, t in tensors.items() if re.search(r"(embed_tokens|wte|embeddings?)\.weight$", n)),
+        None,
+    )
+    blocks = _size(text, "num_hidden_layers", "n_layer", "n_layers") or (
+        1 + max((linear.block for linear in linears), default=0)
+    )
+    hidden = _size(text, "hidden_size", "n_embd", "d_model", "dim")
+    vocabulary = _size(text, "vocab_size") or (embedding.shape[0] if embedding else 0)
+    if not hidden or not vocabulary:
+        missing = "vocab_size" if hidden else "hidden_size"
+        raise ModelError(f"{folder / 'config.json'}: it names no {missing}")
+    heads = _size(text, "num_attention_heads", "n_head", "n_heads") or 1
+    head = _size(text, "head_dim") or hidden // heads
+    if "qk_nope_head_dim" in text:  # multi-head latent attention
+        head = _size(text, "qk_nope_head_dim") + _size(text, "qk_rope_head_dim")
+    dtype = _activation_dtype(tensors)
+    kv_heads = _size(text, "num_key_value_heads", "num_kv_heads") or heads
+    return ModelShape(
+        weights_bytes=sum(t.nbytes for t in tensors.values()),
+        blocks=blocks,
+        hidden=hidden,
+        intermediate=_intermediate(text, linears, hidden),
+        heads=heads,
+        kv_width=kv_heads * head,
+        query_width=heads * head,
+        vocabulary=vocabulary,
+        activation_bytes=min(4, _FLOAT_BYTES[dtype]),
+        activation_dtype=dtype,
+        quantised=any(name.endswith(".scales") for name in tensors),
+        bits=_size(config.get("quantization") or {}, "bits") or None,
+        linears=tuple(linears),
+        linear_bytes=linear_bytes,
+    )
+
+
+def _size(config: Mapping[str, Any], *names: str) -> int:
+    """The first of `names` that is a number in `config`; 0 where none is."""
+    for name in names:
+        value = config.get(name)
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            return int(value)
+    return 0
+
+
+def _linears(
+    tensors: Mapping[str, Tensor], quantization: Mapping[str, Any]
+) -> tuple[list[Linear], int]:
+    found, nbytes = [], 0
+    for name, tensor in tensors.items():
+        match = _BLOCK.search(name)
+        if (
+            match is None
+            or len(tensor.shape) not in (2, 3)
+            or "conv" in match[2].rsplit(".", 1)[-1]
+        ):
+            continue
+        base = name.removesuffix(".weight")
+        scales = tensors.get(base + ".scales")
+        inputs = tensor.shape[-1]
+        if scales is not None:
+            own = quantization.get(base)
+            group = (own if isinstance(own, dict) else quantization).get("group_size", 64)
+            inputs = scales.shape[-1] * int(group)
+            nbytes += scales.nbytes + getattr(tensors.get(base + ".biases"), "nbytes", 0)
+        nbytes += tensor.nbytes
+        experts = tensor.shape[0] if len(tensor.shape) == 3 else 1
+        found.append(Linear(int(match[1]), match[2], inputs, tensor.shape[-2], experts))
+    return found, nbytes
+
+
+def _intermediate(text: Mapping[str, Any], linears: list[Linear], hidden: int) -> int:
+    active = _size(text, "num_experts_per_tok", "num_experts_per_token", "top_k_experts")
+    routed = any(_EXPERT.search(linear.name) or linear.experts > 1 for linear in linears)
+    if active and routed:
+        width = _size(text, "moe_intermediate_size", "intermediate_size")
+        shared = _size(text, "shared_expert_intermediate_size") or width * _size(
+            text, "n_shared_experts"
+        )
+        return active * width + shared
+    width = _size(text, "intermediate_size", "n_inner", "ffn_hidden_size", "ffn_dim")
+    return width or max((linear.outputs for linear in linears), default=4 * hidden)
+
+
+def _activation_dtype(tensors: Mapping[str, Tensor]) -> str:
+    """The dtype of a hidden state: that of what the embedding gives."""
+    for suffix in ("embed_tokens.scales", "wte.scales", "embed_tokens.weight", "wte.weight"):
+        for name, tensor in tensors.items():
+            if name.endswith(suffix) and tensor.dtype in _FLOAT_BYTES:
+                return tensor.dtype
+    found = {t.dtype for t in tensors.values() if t.dtype in _FLOAT_BYTES}
+    return max(found, key=lambda dtype: _FLOAT_BYTES[dtype], default="BF16")

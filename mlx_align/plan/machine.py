@@ -1,0 +1,166 @@
+"""The machine a run would have: its memory, and what is known to hurt on it."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from mlx_align.errors import ConfigError
+
+# Apple's recommended working set, as Metal reports it: two thirds of up to 32 GB, three quarters
+# of more (newer systems allow up to four fifths there).
+SMALL_MAC_BYTES = 34e9
+SMALL_SHARE, LARGE_SHARE = 2 / 3, 3 / 4
+# mlx before it took the wrong positions for batch rows after the first.
+OLDEST_MLX = (0, 32)
+# Memory is kept resident (wired) from this macOS on; before, a large model may be paged out.
+WIRED_MACOS = (15, 0)
+# The first chip generation whose GPU computes in bf16; M1 and M2 emulate it.
+NATIVE_BF16 = 3
+
+_MEMORY = re.compile(r"(\d+(?:\.\d+)?)\s*(?:gb|gib|g)\b", re.IGNORECASE)
+_CHIP = re.compile(r"\bM(\d)(?:\s*(Pro|Max|Ultra))?\b", re.IGNORECASE)
+_IGNORED = re.compile(r"\b(?:apple|i?mac\w*|air|mini|pro|studio|ram|memory|with|of)\b|[,/+]")
+
+
+@dataclass(frozen=True)
+class Machine:
+    """A machine to plan for.
+
+    Attributes:
+        name: What to call it.
+        memory_bytes: Its memory.
+        working_set_bytes: What a run may use of it.
+        metal: Whether mlx runs on a Mac's GPU there.
+        chip: Generation of an Apple chip (2 for an M2); None for others or where not told.
+        macos: Its system's version; None where it is no Mac or another one than this.
+        here: Whether it is the one this runs on.
+    """
+
+    name: str
+    memory_bytes: int
+    working_set_bytes: int
+    metal: bool
+    chip: int | None = None
+    macos: tuple[int, ...] | None = None
+    here: bool = True
+
+
+def this_machine() -> Machine:
+    """The machine this runs on: Metal's recommended working set, elsewhere all memory."""
+    if mx.metal.is_available():
+        info: dict[str, Any] = dict(mx.device_info())
+        name = str(info.get("device_name", "Apple GPU"))
+        memory = int(info["memory_size"])
+        chip = _CHIP.search(name)
+        return Machine(
+            name=f"{name}, {memory / 2**30:.0f} GB",
+            memory_bytes=memory,
+            working_set_bytes=int(info["max_recommended_working_set_size"]),
+            metal=True,
+            chip=int(chip[1]) if chip else None,
+            macos=_numbers(platform.mac_ver()[0]),
+        )
+    memory = _total_memory()
+    name = f"{platform.system()} {platform.machine()}, {memory / 2**30:.0f} GB, no Metal"
+    return Machine(name, memory, memory, metal=False)
+
+
+def parse_machine(text: str) -> Machine:
+    """The Mac that `text` describes, like "16 GB M2" or "M3 Max 64GB".
+
+    Its 16 GB are counted as 16e9 bytes, 7% less than the 2^30 each that Apple means: a margin.
+
+    Raises:
+        ConfigError: It names no memory that a Mac has, or something else besides.
+    """
+    memory, chip = _MEMORY.search(text), _CHIP.search(text)
+    rest = _CHIP.sub(" ", _MEMORY.sub(" ", text, count=1), count=1)
+    rest = _IGNORED.sub(" ", rest.lower()).strip()
+    if memory is None or rest or not 4 <= float(memory[1]) <= 2048:
+        raise ConfigError(
+            f'--machine {text!r}: expected memory and chip of a Mac, like "16 GB M2" or '
+            '"M3 Max 64GB"'
+        )
+    total = int(float(memory[1]) * 1e9)
+    share = SMALL_SHARE if total <= SMALL_MAC_BYTES else LARGE_SHARE
+    kind = f" {chip[2].title()}" if chip and chip[2] else ""
+    named = f"Apple M{chip[1]}{kind}" if chip else "Mac"
+    return Machine(
+        name=f"{named}, {float(memory[1]):g} GB",
+        memory_bytes=total,
+        working_set_bytes=int(total * share),
+        metal=True,
+        chip=int(chip[1]) if chip else None,
+        here=False,
+    )
+
+
+def remarks(machine: Machine, activation_dtype: str) -> list[str]:
+    """What commonly hurts on such a machine, a line each.
+
+    Args:
+        machine: The machine.
+        activation_dtype: Of the model's hidden states, as safetensors calls it: F32, F16, BF16.
+    """
+    found = []
+    mlx_version = _version("mlx")
+    if _numbers(mlx_version) < OLDEST_MLX:
+        found.append(
+            f"mlx {mlx_version} gives wrong positions to batch rows after the first; "
+            "pip install -U mlx"
+        )
+    if not machine.metal:
+        found.append("No Metal here: a run takes many times longer than on a Mac.")
+        return found
+    if machine.macos is not None and machine.macos < WIRED_MACOS:
+        text = ".".join(map(str, machine.macos))
+        found.append(f"macOS {text} may page a large model out; from 15 on it stays resident.")
+    if activation_dtype == "BF16" and machine.chip is not None and machine.chip < NATIVE_BF16:
+        found.append(
+            f"M{machine.chip} emulates bf16: mlx_lm.convert --dtype float16 makes a faster copy "
+            "(which overflows past 65,504: watch the first losses)."
+        )
+    found.append(
+        "Long runs: plug it in and start with caffeinate -is mlx-align …; let the display sleep, "
+        "for one that is on can trip the GPU's watchdog."
+    )
+    return found
+
+
+def software() -> dict[str, str]:
+    """Versions that matter, and the system, for the plan's page."""
+    mac = platform.mac_ver()[0]
+    return {
+        "mlx": _version("mlx"),
+        "mlx-lm": _version("mlx-lm"),
+        "system": f"macOS {mac}" if mac else f"{platform.system()} {platform.release()}",
+    }
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "0"
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(int(n) for n in re.findall(r"\d+", text)[:2])
+
+
+def _total_memory() -> int:
+    """Bytes of memory, or of the container's share of it."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    try:
+        limit = Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii").strip()
+    except (OSError, ValueError):
+        return total
+    return min(total, int(limit)) if limit.isdigit() else total

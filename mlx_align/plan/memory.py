@@ -1,0 +1,327 @@
+"""Peak memory of a training step, from the model's shape and the batch's, by part.
+
+What is counted is what `mx.get_peak_memory` counts. A step has two moments that can be the peak:
+
+*The vocabulary head*: everything the backward pass will need is held, and one chunk of logits.
+*The backward pass of a block*: the same, and what is being worked on in that block, where either
+its MLP or its attention takes more.
+
+What a block holds for its backward pass follows from what mlx-lm's blocks compute: see
+`_held_by_block`. What is being worked on (`*_WORK`) was measured on mlx's CPU backend: mlx runs
+some 50 operations ahead of what it has freed, so of a recomputed block nearly every temporary is
+still there. `scripts/verify_plan.py` compares both with real steps, on any machine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from mlx_align.data.batching import Shape
+from mlx_align.models.logps import CHUNK_ELEMENTS, MIN_CHUNK_ROWS
+from mlx_align.plan.headers import Linear, ModelShape
+
+PARTS = ("weights", "adapters and optimizer", "activations", "attention", "vocabulary head")
+
+# What is being worked on at once beyond what is held, in arrays of a block's MLP width (F), hidden
+# width (D) and attention scores (S); measured, see above. Without checkpointing, where a moment in
+# attention is one in which the MLP's held arrays are already gone:
+PLAIN_MLP_F, PLAIN_MLP_D = 6.4, 3.0
+PLAIN_ATTENTION_F, PLAIN_ATTENTION_D, PLAIN_ATTENTION_S = -4.0, 3.0, 4.0
+# With it the recomputed block itself is part of it, of prompts and completions together:
+MLP_F, MLP_D, MLP_S = 11.2, 6.0, 1.64
+ATTENTION_D, ATTENTION_S = 18.0, 3.0
+# Beside a 16-bit model, float32 adapters make these times as many bytes of the MLP's and of the
+# other arrays as 16-bit ones would be.
+PLAIN_MIXED_F, MIXED_F, MIXED_D = 1.25, 1.475, 2.3
+# Logits of a chunk in float32 held at once: themselves, their exponential, the gradient by them.
+# Of further chunks nearly as much, as far as mlx runs ahead of what it has freed: 1, 2, 4 and 16
+# chunks were measured as 3.0, 5.8, 11.0 and 11 such arrays.
+HEAD_ARRAYS, NEXT_CHUNK_ARRAYS, CHUNKS_AHEAD = 3.0, 2.67, 4
+# Adapters are float32 whatever the model's dtype, and what they multiply is float32 with them.
+ADAPTER_BYTES = 4
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What a run puts through the model at once, and what it trains.
+
+    Attributes:
+        shapes: The shapes of its microbatches.
+        rows: Completions of a prompt that run together: 2 for pairs.
+        batch_size: Prompts of a microbatch.
+        accumulation: Microbatches of an update.
+        fine_tune_type: lora, dora or full.
+        rank: Of the adapters.
+        num_layers: Blocks trained, from the last; −1 for all.
+        keys: Names of the layers adapted within a block; None for all.
+        dropout: Whether adapters drop inputs.
+        grad_checkpoint: Whether blocks are recomputed in the backward pass.
+        shared: Whether completions share their prompt's keys and values.
+    """
+
+    shapes: tuple[Shape, ...]
+    rows: int = 2
+    batch_size: int = 1
+    accumulation: int = 8
+    fine_tune_type: str = "lora"
+    rank: int = 16
+    num_layers: int = -1
+    keys: tuple[str, ...] | None = None
+    dropout: bool = False
+    grad_checkpoint: bool = True
+    shared: bool = True
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes at the peak.
+
+    Attributes:
+        parts: By the names of `PARTS`; they add up to the peak.
+        moment: When the peak is reached.
+        shape: The batch shape that reaches it.
+        trained_parameters: Elements of the adapters, or of the blocks trained whole.
+    """
+
+    parts: Mapping[str, int]
+    moment: str
+    shape: Shape
+    trained_parameters: int
+
+    @property
+    def peak_bytes(self) -> int:
+        """All parts together."""
+        return sum(self.parts.values())
+
+
+def plan_memory(model: ModelShape, work: Workload) -> MemoryPlan:
+    """The peak of the costliest of the run's shapes."""
+    plans = [_plan_shape(model, work, shape) for shape in work.shapes]
+    return max(plans, key=lambda plan: plan.peak_bytes)
+
+
+def trained_parameters(model: ModelShape, work: Workload) -> int:
+    """Elements of the tree that is trained."""
+    layers = _trained(model.linears, model, work)
+    if work.fine_tune_type == "full":
+        return sum(linear.inputs * linear.outputs * linear.experts for linear in layers)
+    extra = 1 if work.fine_tune_type == "dora" else 0  # a magnitude per output
+    return sum(
+        linear.experts * (work.rank * (linear.inputs + linear.outputs) + extra * linear.outputs)
+        for linear in layers
+    )
+
+
+def _trained(linears: Sequence[Linear], model: ModelShape, work: Workload) -> list[Linear]:
+    first = 0 if work.num_layers < 0 else model.blocks - work.num_layers
+    keys = None if work.fine_tune_type == "full" else work.keys
+    return [
+        linear
+        for linear in linears
+        if linear.block >= first and (keys is None or linear.name in keys)
+    ]
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """One of the two ways through the blocks: the prompts, or the completions on top of them.
+
+    Attributes:
+        tokens: Positions that run, of all rows.
+        rows: Rows.
+        keys: Keys and values that a row attends to, tokens.
+    """
+
+    tokens: int
+    rows: int
+    keys: int
+
+    @property
+    def scores(self) -> int:
+        """Attention scores of one head, of all rows."""
+        return self.tokens * self.keys
+
+    @property
+    def stored(self) -> int:
+        """Positions with keys of their own in memory."""
+        return self.rows * self.keys
+
+
+def _passes(work: Workload, shape: Shape) -> list[_Pass]:
+    prompts, rows = work.batch_size, work.batch_size * work.rows
+    if not work.shared:
+        width = shape.prompt + shape.completion
+        return [_Pass(rows * width, rows, width)]
+    # The last token of a completion is predicted, never read.
+    width = shape.completion - 1
+    return [
+        _Pass(prompts * shape.prompt, prompts, shape.prompt),
+        _Pass(rows * width, rows, shape.prompt + width),
+    ]
+
+
+@dataclass(frozen=True)
+class _Bytes:
+    """Bytes of a moment beside weights and what is trained."""
+
+    activations: float = 0.0
+    attention: float = 0.0
+    head: float = 0.0
+
+    def __add__(self, other: _Bytes) -> _Bytes:
+        return _Bytes(
+            self.activations + other.activations,
+            self.attention + other.attention,
+            self.head + other.head,
+        )
+
+    def __mul__(self, times: float) -> _Bytes:
+        return _Bytes(self.activations * times, self.attention * times, self.head * times)
+
+    @property
+    def total(self) -> float:
+        return self.activations + self.attention + self.head
+
+
+def _plan_shape(model: ModelShape, work: Workload, shape: Shape) -> MemoryPlan:
+    passes = _passes(work, shape)
+    trained = model.blocks if work.num_layers < 0 else min(work.num_layers, model.blocks)
+    if work.grad_checkpoint:
+        held = _held_checkpointed(model, work, shape) * trained
+    else:
+        held = sum((_held_by_block(model, work, p) for p in passes), _Bytes()) * trained
+    held += _dense_copies(model, work)
+    scored = work.batch_size * work.rows * shape.completion
+    # Per completion token: the gradient by its hidden state, which waits for the loss.
+    gradient = _Bytes(head=scored * model.hidden * model.activation_bytes)
+    moments = {"vocabulary head": held + gradient * 3 + _chunks(model, scored)}
+    if work.grad_checkpoint:
+        # The last block's arrays are not yet freed when the first logits are made.
+        moments["vocabulary head"] += _held_by_block(model, work, passes[-1])
+    for where, worked in _worked_on(model, work, passes).items():
+        moments[f"backward pass of {where}"] = held + gradient + worked
+    moment, most = max(moments.items(), key=lambda item: item[1].total)
+    parameters = trained_parameters(model, work)
+    return MemoryPlan(
+        parts={
+            "weights": model.weights_bytes,
+            "adapters and optimizer": _trained_bytes(model, work, parameters),
+            "activations": int(most.activations),
+            "attention": int(most.attention),
+            "vocabulary head": int(most.head),
+        },
+        moment=moment,
+        shape=shape,
+        trained_parameters=parameters,
+    )
+
+
+def _trained_bytes(model: ModelShape, work: Workload, parameters: int) -> int:
+    """The trees of a run: where it started, where it is, Adam's two, and the sum of gradients.
+
+    A sum is held while a microbatch runs, where an update has several.
+    """
+    trees = 4 + (work.accumulation > 1)
+    if work.fine_tune_type == "full":
+        # The tree it starts from is the weights themselves.
+        return (trees - 1) * parameters * model.activation_bytes
+    return trees * parameters * ADAPTER_BYTES
+
+
+def _held_by_block(model: ModelShape, work: Workload, one: _Pass) -> _Bytes:
+    """What the backward pass of one block needs, without checkpointing.
+
+    Per token: its input, the input after the norm, queries, what attention gives, the sum before
+    the second norm and after it (6 D; queries and what attention gives have their own width); gate,
+    up, their sigmoid, SiLU and product (5 F). Inputs of adapters are held in float32: beside the
+    model's own where that is narrower (three of width D), instead of it for the product. The low
+    rank of each adapter. Keys and values; attention probabilities.
+    """
+    size = model.activation_bytes
+    adapters = work.fine_tune_type != "full"
+    wide, queries = model.hidden, model.query_width
+    per_token = (4 * wide + 2 * queries + 4 * model.intermediate) * size
+    if adapters:
+        per_token += model.intermediate * ADAPTER_BYTES
+        if size < ADAPTER_BYTES:
+            per_token += (2 * wide + queries) * ADAPTER_BYTES
+        in_block = [linear for linear in model.linears if linear.block == model.blocks - 1]
+        per_token += len(in_block) * work.rank * ADAPTER_BYTES
+        if work.fine_tune_type == "dora":
+            # Outputs before their magnitude, for its gradient.
+            per_token += sum(linear.outputs for linear in in_block) * size
+        if work.dropout:
+            # Each adapter has dropped inputs of its own, and which they were.
+            per_token += sum(linear.inputs for linear in in_block) * (size + 1)
+    else:
+        per_token += model.intermediate * size
+    return _Bytes(
+        activations=one.tokens * per_token,
+        attention=(2 * model.kv_width * one.stored + model.heads * one.scores) * size,
+    )
+
+
+def _held_checkpointed(model: ModelShape, work: Workload, shape: Shape) -> _Bytes:
+    """What a checkpointed block holds: its inputs, and the prompt's keys and values for each row.
+
+    A prompt's keys are held once as they were made and once per completion.
+    """
+    passes = _passes(work, shape)
+    size = model.activation_bytes
+    inputs = sum(one.tokens for one in passes) * model.hidden * size
+    if not work.shared:
+        return _Bytes(activations=inputs)
+    prompts = passes[0].rows + passes[1].rows
+    return _Bytes(inputs, 2 * model.kv_width * prompts * shape.prompt * size)
+
+
+def _dense_copies(model: ModelShape, work: Workload) -> _Bytes:
+    """What DoRA on a quantised model holds of every adapted layer at once, checkpointed or not.
+
+    Its dequantised weight and that with the adapter in it, in float32, whose norm it needs: the
+    compiler sees that the backward pass makes the same ones again, and keeps them (measured: 6.05
+    bytes a weight, for each of 2, 4 and 6 blocks).
+    """
+    if work.fine_tune_type != "dora" or not model.quantised:
+        return _Bytes()
+    adapted = _trained(model.linears, model, work)
+    weights = sum(linear.inputs * linear.outputs * linear.experts for linear in adapted)
+    return _Bytes(activations=weights * (model.activation_bytes + ADAPTER_BYTES))
+
+
+def _worked_on(model: ModelShape, work: Workload, passes: Sequence[_Pass]) -> dict[str, _Bytes]:
+    """What a block's backward pass has in work, by where it is."""
+    size = model.activation_bytes
+    mixed = size < ADAPTER_BYTES and work.fine_tune_type != "full"
+    times_d = MIXED_D if mixed else 1.0
+    if work.grad_checkpoint:
+        tokens = sum(one.tokens for one in passes)
+        scores = sum(one.scores for one in passes) * model.heads * size
+        wide = tokens * model.hidden * size * times_d
+        middle = tokens * model.intermediate * size * (MIXED_F if mixed else 1.0)
+        return {
+            "a block's MLP": _Bytes(MLP_F * middle + MLP_D * wide, MLP_S * scores),
+            "a block's attention": _Bytes(ATTENTION_D * wide, ATTENTION_S * scores),
+        }
+    found = {}
+    for one in passes:
+        name = "completions" if one is passes[-1] else "prompts"
+        wide = one.tokens * model.hidden * size * times_d
+        middle = one.tokens * model.intermediate * size
+        scores = one.scores * model.heads * size
+        found[f"a block's MLP, {name}"] = _Bytes(
+            PLAIN_MLP_F * middle * (PLAIN_MIXED_F if mixed else 1.0) + PLAIN_MLP_D * wide
+        )
+        found[f"a block's attention, {name}"] = _Bytes(
+            PLAIN_ATTENTION_F * middle + PLAIN_ATTENTION_D * wide, PLAIN_ATTENTION_S * scores
+        )
+    return found
+
+
+def _chunks(model: ModelShape, scored: int) -> _Bytes:
+    """The chunks of logits in memory at once, and what is made of them, float32."""
+    rows = min(scored, max(MIN_CHUNK_ROWS, CHUNK_ELEMENTS // model.vocabulary))
+    ahead = min(scored, CHUNKS_AHEAD * rows) - rows
+    arrays = HEAD_ARRAYS * rows + NEXT_CHUNK_ARRAYS * ahead
+    return _Bytes(head=arrays * model.vocabulary * 4)

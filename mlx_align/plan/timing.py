@@ -1,0 +1,123 @@
+"""How long a run will take, at a rate that was measured: here, or by an earlier run."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from mlx_align.config import TrainConfig
+from mlx_align.errors import ConfigError
+from mlx_align.models.adapters import AdapterLayout
+from mlx_align.types import TokenizedGroup
+
+# A forward pass, of a step's forward pass and a backward pass of about twice that.
+FORWARD_SHARE = 1 / 3
+
+
+@dataclass(frozen=True)
+class Duration:
+    """Expected seconds of a run, beside evaluations and samples.
+
+    Attributes:
+        tokens_per_second: The measured rate, padding not counted.
+        source: Where the rate comes from.
+        training_seconds: Of all updates.
+        reference_seconds: Of the reference's log-probs, if none are stored.
+    """
+
+    tokens_per_second: float
+    source: str
+    training_seconds: float
+    reference_seconds: float
+
+
+def expected(
+    config: TrainConfig,
+    groups: Sequence[TokenizedGroup],
+    rate: float,
+    source: str,
+    *,
+    has_reference: bool,
+) -> Duration:
+    """The time that a run over `groups` takes at `rate` tokens per second."""
+    per_epoch = sum(len(g.prompt) + sum(map(len, g.completions)) for g in groups)
+    if config.iters is not None:
+        seen = config.iters * config.grad_accumulation_steps * config.batch_size / len(groups)
+    else:
+        seen = config.epochs or 1.0
+    once = min(1.0, seen) * per_epoch if has_reference else 0.0
+    return Duration(rate, source, seen * per_epoch / rate, once * FORWARD_SHARE / rate)
+
+
+def rate_of_run(folder: Path) -> float:
+    """Tokens per second of a finished run, from its summary.
+
+    Raises:
+        ConfigError: The folder holds no summary with a rate.
+    """
+    try:
+        rate = float(json.loads((folder / "summary.json").read_text("utf-8"))["tokens_per_second"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"--run {folder}: no summary.json with tokens_per_second in it; name the folder of a "
+            "finished run"
+        ) from error
+    if rate <= 0:
+        raise ConfigError(f"--run {folder}: it was measured as {rate} tokens per second")
+    return rate
+
+
+def rates_file() -> Path:
+    """Where measured rates are kept."""
+    if sys.platform == "darwin":
+        base = Path.home() / "Library" / "Caches"
+    else:
+        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return base / "mlx-align" / "rates.json"
+
+
+def rate_key(
+    command: str, model: Path, config: TrainConfig, layout: AdapterLayout, machine: str
+) -> str:
+    """Identity of a rate: all that makes a step faster or slower, beside the data."""
+    facts = [
+        command,
+        str(model.resolve()),
+        config.batch_size,
+        config.grad_checkpoint,
+        config.max_seq_length,
+        layout.to_mlx_lm(),
+        machine,
+    ]
+    return hashlib.blake2b(json.dumps(facts).encode(), digest_size=12).hexdigest()
+
+
+def stored_rate(key: str) -> float | None:
+    """The rate measured before under `key`, tokens per second; None if there is none."""
+    rate = _stored().get(key)
+    return float(rate) if isinstance(rate, int | float) and rate > 0 else None
+
+
+def store_rate(key: str, rate: float) -> None:
+    """Keep a rate for later plans; where the folder can't be written, it is not kept."""
+    file = rates_file()
+    partial = file.with_name(f".{file.name}.{os.getpid()}")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(json.dumps({**_stored(), key: rate}, indent=1), encoding="utf-8")
+        partial.replace(file)
+    except OSError:
+        return
+
+
+def _stored() -> dict[str, object]:
+    try:
+        content = json.loads(rates_file().read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}

@@ -1,0 +1,329 @@
+"""The plan of a run: headers, memory by part, advice, machines, the refusal, and the page."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+
+from mlx_align.cli.main import run
+from mlx_align.data.batching import Shape
+from mlx_align.errors import ConfigError, ModelError
+from mlx_align.models import loading
+from mlx_align.models.adapters import AdapterLayout, install
+from mlx_align.models.compat import load_weights, read_model_config
+from mlx_align.plan import check
+from mlx_align.plan.advice import advise
+from mlx_align.plan.headers import Linear, ModelShape, read_header, read_shape
+from mlx_align.plan.machine import Machine, parse_machine, remarks, this_machine
+from mlx_align.plan.memory import PARTS, Workload, plan_memory, trained_parameters
+
+TINY = Path(__file__).parent / "oracle" / "models" / "policy"
+GIB = 2**30
+
+
+def seven_b(bits=4):
+    """Qwen2.5-7B, 4-bit unless told otherwise (16: not quantised)."""
+    d, f, kv, v, blocks = 3584, 18944, 512, 152064, 28
+    names = (("q", d, d), ("k", d, kv), ("v", d, kv), ("o", d, d), ("gate", d, f), ("up", d, f))
+    linears = tuple(
+        Linear(block, name, inputs, outputs, 1)
+        for block in range(blocks)
+        for name, inputs, outputs in (*names, ("down", f, d))
+    )
+    width = (bits + 0.5 if bits < 16 else 16) / 8
+    linear_bytes = int(width * sum(linear.inputs * linear.outputs for linear in linears))
+    weights = linear_bytes + int(2 * v * d * width)
+    return ModelShape(
+        weights, blocks, d, f, 28, kv, d, v, 2, "BF16", bits < 16, bits, linears, linear_bytes
+    )
+
+
+PAIR = Workload((Shape(512, 512),), accumulation=8)
+
+
+def test_header_is_read_without_the_weights(tmp_path):
+    file = tmp_path / "model.safetensors"
+    mx.save_safetensors(
+        str(file), {"a": mx.zeros((3, 5)), "b": mx.zeros((4,), mx.bfloat16)}, {"format": "mlx"}
+    )
+    header = read_header(file)
+    assert header["a"] == ("F32", (3, 5), 60)
+    assert header["b"] == ("BF16", (4,), 8)
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"\xff" * 16, (4).to_bytes(8, "little") + b"[1]]", b"\x02" + b"\0" * 7 + b"{]"]
+)
+def test_damaged_header(tmp_path, content):
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(content)
+    with pytest.raises(ModelError, match="not a whole safetensors file"):
+        read_header(file)
+
+
+def test_cut_file(tmp_path):
+    file = tmp_path / "model.safetensors"
+    mx.save_safetensors(str(file), {"a": mx.zeros((300, 5))})
+    file.write_bytes(file.read_bytes()[:-9])
+    with pytest.raises(ModelError, match="fetch the file again"):
+        read_header(file)
+
+
+def test_no_weights(tmp_path):
+    with pytest.raises(ModelError, match="no model"):
+        read_shape(tmp_path, {"hidden_size": 8})
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora", "full"])
+@pytest.mark.parametrize("quantised", [False, True])
+def test_shape_and_trained_parameters_are_the_loaded_models(tmp_path, kind, quantised):
+    from mlx.utils import tree_flatten
+    from mlx_lm.convert import convert
+
+    folder = TINY
+    if quantised:
+        folder = tmp_path / "4-bit"
+        convert(str(TINY), str(folder), quantize=True, q_bits=4, q_group_size=32)
+        if kind == "full":
+            pytest.skip("quantised weights can't be trained")
+    config = read_model_config(folder)
+    shape = read_shape(folder, config)
+    model = load_weights(folder)
+    assert shape.weights_bytes == sum(a.nbytes for _, a in tree_flatten(model.parameters()))
+    assert shape.blocks == len(model.layers)
+    assert shape.quantised is quantised
+    assert shape.activation_dtype == "F32"
+    layout = AdapterLayout(kind, rank=4, num_layers=1)
+    tree = tree_flatten(install(model, layout))
+    if kind == "full":
+        tree = [(name, array) for name, array in tree if array.ndim > 1]
+    work = replace(PAIR, fine_tune_type=kind, rank=4, num_layers=1)
+    assert trained_parameters(shape, work) == sum(array.size for _, array in tree)
+
+
+def test_parts_add_up():
+    plan = plan_memory(seven_b(), PAIR)
+    assert tuple(plan.parts) == PARTS
+    assert plan.peak_bytes == sum(plan.parts.values())
+    assert all(value > 0 for value in plan.parts.values())
+    # 40,370,176 parameters of rank 16 on all linear layers of this model.
+    assert plan.trained_parameters == 40_370_176
+
+
+def test_what_should_cost_costs():
+    base = plan_memory(seven_b(), PAIR).peak_bytes
+    for change in (
+        {"grad_checkpoint": False},
+        {"batch_size": 2},
+        {"rank": 64},
+        {"shapes": (Shape(1024, 1024),)},
+        {"shared": False},
+        {"accumulation": 8, "rows": 4},
+        {"dropout": True, "grad_checkpoint": False},
+    ):
+        assert plan_memory(seven_b(), replace(PAIR, **change)).peak_bytes > base, change
+    for change in ({"rank": 4}, {"num_layers": 4}, {"shapes": (Shape(128, 128),)}, {"rows": 1}):
+        assert plan_memory(seven_b(), replace(PAIR, **change)).peak_bytes < base, change
+    assert plan_memory(seven_b(16), PAIR).peak_bytes > base + 5e9
+
+
+def test_the_costliest_shape_counts():
+    small, large = Shape(64, 64), Shape(512, 512)
+    both = plan_memory(seven_b(), replace(PAIR, shapes=(small, large)))
+    assert both.shape == large
+    assert both.peak_bytes == plan_memory(seven_b(), PAIR).peak_bytes
+
+
+def halves(length):
+    return [Shape(length // 2, length // 2)]
+
+
+def test_a_7b_pair_fits_16_gb_with_checkpointing_only():
+    available = parse_machine("16 GB M2").working_set_bytes
+    assert advise(seven_b(), PAIR, 1024, halves, available) == []
+    steps = advise(seven_b(), replace(PAIR, grad_checkpoint=False), 1024, halves, available)
+    assert [step.options for step in steps] == ["--grad-checkpoint"]
+    assert steps[0].fits
+    assert steps[0].peak_bytes == plan_memory(seven_b(), PAIR).peak_bytes
+
+
+def test_advice_is_cheapest_first_and_goes_on_until_it_fits():
+    work = replace(PAIR, grad_checkpoint=False, batch_size=4, accumulation=2, rank=64)
+    steps = advise(seven_b(16), work, 1024, halves, int(10.7e9))
+    words = [step.options.split()[0] for step in steps]
+    order = [
+        *("--grad-checkpoint", "--batch-size", "--max-seq-length"),
+        *("--lora-rank", "--num-layers", "a"),
+    ]
+    assert words == [word for word in order if word in words]
+    assert words[:2] == ["--grad-checkpoint", "--batch-size"]
+    assert steps[1].options == "--batch-size 1 --grad-accumulation-steps 8"
+    assert words[-1] == "a"
+    assert [step.fits for step in steps] == [False] * (len(steps) - 1) + [True]
+    peaks = [step.peak_bytes for step in steps]
+    assert peaks == sorted(peaks, reverse=True)
+
+
+def test_advice_admits_when_nothing_helps():
+    steps = advise(seven_b(), PAIR, 1024, halves, int(1e9))
+    assert steps
+    assert not any(step.fits for step in steps)
+
+
+@pytest.mark.parametrize(
+    ("text", "memory", "working_set", "chip"),
+    [
+        ("16 GB M2", 16e9, 16e9 * 2 / 3, 2),
+        ("16GB", 16e9, 16e9 * 2 / 3, None),
+        ("M3 Max 64GB", 64e9, 48e9, 3),
+        ("Apple M4 Pro, 48 GB", 48e9, 36e9, 4),
+        ("m1 8gb", 8e9, 8e9 * 2 / 3, 1),
+        ("MacBook Pro M1 32 GB", 32e9, 32e9 * 2 / 3, 1),
+    ],
+)
+def test_machines(text, memory, working_set, chip):
+    machine = parse_machine(text)
+    assert machine.memory_bytes == memory
+    assert machine.working_set_bytes == int(working_set)
+    assert machine.chip == chip
+    assert machine.metal
+    assert not machine.here
+
+
+@pytest.mark.parametrize(
+    "text", ["", "toaster", "M2", "16", "16 GB Pentium", "0 GB M1", "M2 9999 GB"]
+)
+def test_nonsense_machines(text):
+    with pytest.raises(ConfigError, match="--machine"):
+        parse_machine(text)
+
+
+def test_this_machine_has_memory():
+    machine = this_machine()
+    assert machine.here
+    assert 0 < machine.working_set_bytes <= machine.memory_bytes
+
+
+def test_remarks():
+    m2 = " ".join(remarks(parse_machine("16 GB M2"), "BF16"))
+    assert "bf16" in m2
+    assert "caffeinate" in m2
+    assert "bf16" not in " ".join(remarks(parse_machine("16 GB M3"), "BF16"))
+    assert "bf16" not in " ".join(remarks(parse_machine("16 GB M2"), "F16"))
+    old = replace(parse_machine("64 GB M2"), macos=(14, 6))
+    assert "macOS 14.6" in " ".join(remarks(old, "F16"))
+
+
+def pairs_file(folder, n=20):
+    row = {"chosen": " yes", "rejected": " no"}
+    file = folder / "pairs.jsonl"
+    lines = [json.dumps({"prompt": f"Say yes {i}.", **row}) for i in range(n)]
+    file.write_text("\n".join(lines) + "\n")
+    return file
+
+
+SCHEMA = {
+    *("peak_bytes", "parts", "moment", "shape", "trained_parameters", "machine", "fits"),
+    *("advice", "time", "remarks", "software", "basis"),
+}
+
+
+def test_json(tmp_path, capsys, monkeypatch):
+    def no_weights(*_):
+        raise AssertionError("the plan loaded the weights")
+
+    monkeypatch.setattr(loading, "load_weights", no_weights)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    options = ["--model", str(TINY), "--data", str(pairs_file(tmp_path)), "--json"]
+    assert run(["plan", *options]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert set(plan) == SCHEMA
+    assert plan["fits"] is True
+    assert plan["advice"] == []
+    assert plan["time"] is None
+    assert sum(plan["parts"].values()) == plan["peak_bytes"]
+    assert run(["plan", *options, "--machine", "8 GB M1", "--command", "sft"]) in (0, 1)
+
+
+def test_page_without_data(capsys):
+    arguments = ["--model", str(TINY), "--machine", "16 GB M2", "--max-seq-length", "262144"]
+    assert run(["plan", *arguments, "--batch-size", "64"]) == 0
+    page = capsys.readouterr().out
+    assert "It does not fit: Apple M2, 16 GB" in page
+    assert "--batch-size 1 --grad-accumulation-steps 512" in page
+    assert "scripts/verify_plan.py" in page
+    assert "caffeinate" in page
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--machine", "toaster"], "--machine 'toaster'"),
+        (["--machine", "16 GB M2", "--measure"], "--measure"),
+        (["--run", "nowhere"], "--data is missing"),
+        (["--loss", "nonsense"], "nonsense"),
+        (["--desirable-weight", "2"], "desirable_weight"),
+    ],
+)
+def test_mistakes_are_one_line(arguments, said, capsys):
+    assert run(["plan", "--model", str(TINY), *arguments]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    assert said in error
+
+
+def test_time_of_a_run_and_of_a_measurement(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr("pathlib.Path.home", lambda: tmp_path)
+    earlier = tmp_path / "run"
+    earlier.mkdir()
+    (earlier / "summary.json").write_text(json.dumps({"tokens_per_second": 100.0}))
+    options = ["--model", str(TINY), "--data", str(pairs_file(tmp_path)), "--epochs", "2", "--json"]
+    assert run(["plan", *options, "--run", str(earlier)]) == 0
+    time = json.loads(capsys.readouterr().out)["time"]
+    assert time["tokens_per_second"] == 100
+    assert time["training_seconds"] == pytest.approx(6 * time["reference_seconds"])
+    assert run(["plan", *options, "--run", str(tmp_path)]) == 1
+    assert "summary.json" in capsys.readouterr().err
+    assert run(["plan", *options, "--measure"]) == 0
+    measured = json.loads(capsys.readouterr().out)["time"]
+    assert measured["source"] == "measured now"
+    assert run(["plan", *options]) == 0
+    again = json.loads(capsys.readouterr().out)["time"]
+    assert again["tokens_per_second"] == measured["tokens_per_second"]
+
+
+def test_dpo_refuses_what_does_not_fit_and_force_overrides(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tiny = Machine("toy, 0.001 GB", 1_000_000, 1_000_000, metal=False)
+    monkeypatch.setattr(check, "this_machine", lambda: tiny)
+    monkeypatch.setattr(check, "ALWAYS_FITS_BYTES", 0)
+    loads = []
+    real = loading.load_weights
+    monkeypatch.setattr(loading, "load_weights", lambda path: loads.append(path) or real(path))
+    command = ["dpo", "--model", str(TINY), "--data", str(pairs_file(tmp_path))]
+    command += ["--output", "out", "--iters", "1", "--samples", "0", "--batch-size", "2"]
+    command += ["--reference-cache", str(tmp_path / "cache"), "--grad-accumulation-steps", "1"]
+    assert run(command) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: this run needs about")
+    assert "--batch-size 1 --grad-accumulation-steps 2" in error
+    assert "--force" in error
+    assert not loads
+    assert not (tmp_path / "out").exists()
+    assert run([*command, "--force"]) == 0
+    assert loads
+    assert (tmp_path / "out" / "summary.json").exists()
+
+
+def test_tiny_models_are_never_refused(monkeypatch):
+    machine = Machine("toy", 1000, 1000, metal=False)
+    monkeypatch.setattr(check, "this_machine", lambda: machine)
+    config = read_model_config(TINY)
+    folder = loading.ModelFolder(str(TINY), TINY, config, None)
+    from mlx_align.config import DpoConfig
+
+    assert check.make_plan(DpoConfig(), AdapterLayout(), folder, None, machine).fits
