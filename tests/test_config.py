@@ -2,8 +2,9 @@
 
 import pytest
 
-from mlx_align.config import DpoConfig, read_yaml, resolve, to_yaml
+from mlx_align.config import DpoConfig
 from mlx_align.errors import ConfigError
+from mlx_align.settings import read_yaml, resolve, to_yaml
 
 
 def test_command_line_over_file_over_defaults(tmp_path):

@@ -8,8 +8,9 @@ import json as json_module
 import click
 
 from mlx_align.cli.options import given
-from mlx_align.config import TrainConfig, resolve
+from mlx_align.config import TrainConfig
 from mlx_align.errors import ConfigError
+from mlx_align.settings import resolve
 from mlx_align.shipped import shipped_or_given
 
 

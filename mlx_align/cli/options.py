@@ -10,8 +10,9 @@ from typing import Any
 
 import click
 
-from mlx_align.config import TrainConfig, flag_of
+from mlx_align.config import TrainConfig
 from mlx_align.errors import ConfigError
+from mlx_align.settings import flag_of
 
 _TYPES = {str: str, int: int, float: float}
 

@@ -17,10 +17,9 @@ from mlx_align.config import (
     LossConfig,
     SftConfig,
     TrainConfig,
-    flag_of,
-    resolve,
 )
 from mlx_align.errors import ConfigError
+from mlx_align.settings import flag_of, resolve
 from mlx_align.shipped import shipped_or_given
 
 if TYPE_CHECKING:

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from mlx_align.cli.options import config_options, given
-from mlx_align.config import TrainConfig, flag_of, resolve, to_yaml
+from mlx_align.config import TrainConfig
 from mlx_align.errors import ConfigError
+from mlx_align.settings import flag_of, resolve, to_yaml
 from mlx_align.shipped import shipped_file, shipped_or_given
 
 if TYPE_CHECKING:

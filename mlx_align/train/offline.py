@@ -17,7 +17,7 @@ from typing import Any
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
-from mlx_align.config import TrainConfig, to_yaml
+from mlx_align.config import TrainConfig
 from mlx_align.data.batching import (
     Shape,
     epoch_order,
@@ -30,6 +30,7 @@ from mlx_align.inference.score import Scorer, make_scorer
 from mlx_align.models.adapters import AdapterLayout, save_adapter
 from mlx_align.models.loading import ModelFolder, open_model
 from mlx_align.plan.check import check_fits
+from mlx_align.settings import to_yaml
 from mlx_align.train import runlog
 from mlx_align.train.checkpoint import load_checkpoint, save_checkpoint
 from mlx_align.train.display import Display

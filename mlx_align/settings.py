@@ -1,0 +1,184 @@
+"""Options as dataclass fields: how one is declared, and how values given for them are checked.
+
+Knows no option by name but the two that exclude each other; those stand in `config.py`.
+Precedence: command line > `-c file.yaml` > defaults.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import operator
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+from mlx_align.errors import ConfigError
+
+Config = TypeVar("Config")
+
+
+def option(
+    default: Any,
+    help: str,  # the click word for it
+    *,
+    choices: Sequence[str] | None = None,
+    at_least: float | None = None,
+    above: float | None = None,
+    below: float | None = None,
+    metavar: str | None = None,
+    training: bool = True,
+) -> Any:
+    """A dataclass field that is also a command-line option and a YAML key.
+
+    `training` says whether it decides what is trained: such options can't change on resume.
+    """
+    return field(
+        default=default,
+        metadata={
+            "help": help,
+            "choices": choices,
+            "at_least": at_least,
+            "above": above,
+            "below": below,
+            "metavar": metavar,
+            "training": training,
+        },
+    )
+
+
+def flag_of(name: str) -> str:
+    """The command-line spelling of an option."""
+    return "--" + name.replace("_", "-")
+
+
+def resolve(
+    kind: type[Config], command_line: Mapping[str, Any], file: Path | None = None
+) -> Config:
+    """Options from the command line over those of a YAML file over defaults, all checked.
+
+    Args:
+        kind: The command's dataclass.
+        command_line: Only what was given, by field name.
+        file: The `-c` file.
+
+    Raises:
+        ConfigError: A key is unknown, a value has the wrong type or is out of range, or two
+            options exclude each other; the text names it.
+    """
+    values = {} if file is None else read_yaml(file, kind)
+    values.update(_checked(kind, command_line, where=""))
+    if "iters" in command_line and "epochs" not in command_line:
+        values.pop("epochs", None)
+    if "epochs" in command_line and "iters" not in command_line:
+        values.pop("iters", None)
+    if values.get("iters") is not None and values.get("epochs") is not None:
+        raise ConfigError("--iters and --epochs exclude each other; give one")
+    return kind(**values)
+
+
+def read_yaml(file: Path, kind: type[Any]) -> dict[str, Any]:
+    """The checked options of a YAML file.
+
+    Raises:
+        ConfigError: It can't be read or parsed, or holds a wrong key or value.
+    """
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not UTF-8 text"
+        raise ConfigError(f"-c {file}: can't be read ({reason})") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f":{mark.line + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or str(error).splitlines()[0][:120]
+        raise ConfigError(f"{file}{line}: not YAML ({problem})") from error
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise ConfigError(f"{file}: expected option: value lines, found {type(content).__name__}")
+    given = {str(key).replace("-", "_"): value for key, value in content.items()}
+    return _checked(kind, given, where=f"{file}: ")
+
+
+def to_yaml(config: Any) -> str:
+    """The resolved options as a YAML file that `-c` takes; those left to None are not named."""
+    values = {
+        name: list(value) if isinstance(value, tuple) else value
+        for name, value in dataclasses.asdict(config).items()
+        if value is not None and value != {}
+    }
+    return yaml.safe_dump(values, sort_keys=False)
+
+
+def _checked(kind: type[Any], given: Mapping[str, Any], where: str) -> dict[str, Any]:
+    fields = {f.name: f for f in dataclasses.fields(kind)}
+    hints = typing.get_type_hints(kind)
+    values = {}
+    for name, value in given.items():
+        if name not in fields:
+            close = difflib.get_close_matches(name, fields, n=1)
+            hint = f"; did you mean {close[0]}?" if close else ""
+            raise ConfigError(f"{where}unknown option {name}{hint}")
+        label = f"{where}{name}" if where else flag_of(name)
+        values[name] = _value(hints[name], value, fields[name].metadata, label)
+    return values
+
+
+def _value(hint: Any, value: Any, rules: Mapping[str, Any], label: str) -> Any:
+    """`value` as the type `hint` says, within `rules`; or a ConfigError that names `label`."""
+    kinds = set(typing.get_args(hint)) if isinstance(hint, types.UnionType) else {hint}
+    if value is None and type(None) in kinds:
+        return None
+    kind = next(k for k in kinds if k is not type(None))
+    origin = typing.get_origin(kind) or kind
+    if origin is tuple:
+        items = value.split(",") if isinstance(value, str) else value
+        if not isinstance(items, list | tuple) or not all(isinstance(i, str) for i in items):
+            raise ConfigError(f"{label}: {value!r} is not a list of names")
+        return tuple(item.strip() for item in items if item.strip())
+    if origin is dict:
+        if not isinstance(value, dict):
+            raise ConfigError(f"{label}: {value!r} is not a list of name: value")
+        return {str(k): v for k, v in value.items()}
+    converted = _scalar(origin, value)
+    if converted is None:
+        names = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
+        raise ConfigError(f"{label}: {value!r} is not {names[origin]}")
+    _check_range(converted, rules, label)
+    return converted
+
+
+def _scalar(kind: type, value: Any) -> Any:
+    """`value` as `kind`, or None where it isn't one. YAML reads 1e-5 as text: taken as number."""
+    if kind is bool:
+        return value if isinstance(value, bool) else None
+    if kind is str:
+        return value if isinstance(value, str) and value else None
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        return None
+    try:
+        number = float(value)
+    except (ValueError, OverflowError):
+        return None
+    if not math.isfinite(number) or (kind is int and number != int(number)):
+        return None
+    return kind(value) if isinstance(value, int) else kind(number)
+
+
+def _check_range(value: Any, rules: Mapping[str, Any], label: str) -> None:
+    if rules.get("choices") and value not in rules["choices"]:
+        raise ConfigError(f"{label}: {value} is unknown; choose from {', '.join(rules['choices'])}")
+    for word, rule, holds in (
+        ("at least", rules.get("at_least"), operator.ge),
+        ("above", rules.get("above"), operator.gt),
+        ("below", rules.get("below"), operator.lt),
+    ):
+        if rule is not None and not holds(value, rule):
+            raise ConfigError(f"{label}: {value} is out of range; it must be {word} {rule:g}")
