@@ -1,7 +1,6 @@
 """`mlx-align dpo` from options to run folder, on a tiny model with a chat template."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -279,7 +278,6 @@ def _interrupting(train_function, step):
     return interrupted
 
 
-@pytest.mark.skipif(os.name != "posix", reason="signals")
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_leaves_a_checkpoint_and_its_exit_code(models, pairs, tmp_path, signum, code):
     folder = tmp_path / "run"

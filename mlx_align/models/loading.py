@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
 
 from mlx_align.models.compat import (
     Anatomy,
@@ -59,19 +57,6 @@ class LanguageModel:
     def module(self) -> nn.Module:
         """The mlx-lm model."""
         return self.anatomy.model
-
-    @property
-    def dtype(self) -> mx.Dtype:
-        """The floating dtype in which hidden states travel."""
-        for _, parameter in tree_flatten(self.anatomy.inner.parameters()):
-            if mx.issubdtype(parameter.dtype, mx.floating):
-                dtype: mx.Dtype = parameter.dtype
-                return dtype
-        return mx.float32
-
-    def in_flat_rows(self) -> LanguageModel:
-        """The same model, every completion run as a whole row."""
-        return replace(self, shared=False)
 
 
 def open_model(path_or_name: str) -> ModelFolder:

@@ -288,7 +288,7 @@ class _Window:
         self.updates = 0
         self.loss = self.norm = self.rate = 0.0
         self.sums: dict[str, float] = {}
-        self.tokens = since.tokens if since else None
+        self.tokens = since.tokens if since else 0
         self.seconds = since.seconds if since else 0.0
 
     def add(self, loss: float, sums: Mapping[str, float], norm: float, rate: float) -> None:
@@ -302,7 +302,7 @@ class _Window:
     def row(self, progress: Progress) -> dict[str, float]:
         weight = self.sums.get("weight", 1.0) or 1.0
         means = {name: value / weight for name, value in self.sums.items() if name != "weight"}
-        tokens = progress.tokens - (self.tokens or 0)
+        tokens = progress.tokens - self.tokens
         seconds = progress.seconds - self.seconds
         return {
             "step": progress.step,

@@ -28,8 +28,8 @@ from mlx_align.models.roles import Tree
 from mlx_align.train.loop import Objective, Sums
 from mlx_align.train.setup import Policy, PreparedData
 from mlx_align.train.shares import role_logps, role_statistics, size_of, weighted_metrics
-from mlx_align.train.task import Task
-from mlx_align.types import Logps, PairBatch, PairLogps, PromptGroup, TokenizedGroup
+from mlx_align.train.task import GroupLogps, Task
+from mlx_align.types import PairBatch, PairLogps, PromptGroup, TokenizedGroup
 
 
 class Totals(NamedTuple):
@@ -58,7 +58,7 @@ def preference_objective(
     model: LanguageModel,
     loss: CombinedLoss,
     groups: Sequence[TokenizedGroup],
-    reference: Sequence[tuple[Logps, ...]] | None,
+    reference: GroupLogps | None,
     batch_size: int,
     scorer: Scorer,
     *,
@@ -177,8 +177,8 @@ def _pair_logps(token_logps: mx.array, batch: PairBatch, ld_alpha: float | None)
 
 
 def evaluate_pairs(
-    logps: Sequence[tuple[Logps, ...]],
-    reference: Sequence[tuple[Logps, ...]],
+    logps: GroupLogps,
+    reference: GroupLogps,
     groups: Sequence[TokenizedGroup],
     loss: CombinedLoss,
     ld_alpha: float | None = None,
@@ -248,7 +248,7 @@ def dpo_task(config: DpoConfig) -> Task:
     def objective(
         policy: Policy,
         groups: Sequence[TokenizedGroup],
-        reference: Sequence[tuple[Logps, ...]] | None,
+        reference: GroupLogps | None,
         scorer: Scorer,
     ) -> Objective:
         return preference_objective(
@@ -264,8 +264,8 @@ def dpo_task(config: DpoConfig) -> Task:
         )
 
     def measure(
-        logps: Sequence[tuple[Logps, ...]],
-        reference: Sequence[tuple[Logps, ...]],
+        logps: GroupLogps,
+        reference: GroupLogps,
         groups: Sequence[TokenizedGroup],
     ) -> dict[str, float]:
         return evaluate_pairs(logps, reference, groups, loss, config.ld_alpha)
