@@ -86,6 +86,7 @@ class TokenizedGroup:
 class GroupBatch(NamedTuple):
     """B prompts, padded on the right, and their N completions, padded on the right.
 
+    Every prompt has as many completions, N / B, and they stand together, in the prompts' order.
     Which positions are real is told by lengths and masks, never by token ids: pad may equal EOS.
     """
 
@@ -93,7 +94,11 @@ class GroupBatch(NamedTuple):
     prompt_lengths: mx.array  # (B,) int32, at least 1
     completion_tokens: mx.array  # (N, C) int32
     completion_mask: mx.array  # (N, C) bool, true where a token counts
-    group: mx.array  # (N,) int32, the prompt row of each completion
+
+    def for_each_completion(self, by_prompt: mx.array) -> mx.array:
+        """Of something by prompt (B, …), each completion's own, (N, …)."""
+        each = self.completion_tokens.shape[0] // self.prompt_tokens.shape[0]
+        return mx.repeat(by_prompt, each, axis=0)
 
 
 class PairBatch(NamedTuple):

@@ -86,7 +86,7 @@ def test_collate_pads_and_masks():
     shape = plan_shapes(groups, 4)[-1]
     batch = collate_groups(groups, shape, 4)
     assert batch.prompt_lengths.tolist() == [2, 1, 1, 1]
-    assert batch.group.tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert batch.for_each_completion(mx.arange(4)).tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
     assert batch.completion_mask[:, :3].tolist() == [
         [True, False, False],
         [True, False, False],

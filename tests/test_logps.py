@@ -12,7 +12,7 @@ from test_trunk import difference, gradient, plain_logps, ragged_batch, scramble
 from mlx_align.models import logps as logps_module
 from mlx_align.models.adapters import AdapterLayout, install
 from mlx_align.models.compat import dissect
-from mlx_align.models.logps import batch_token_logps
+from mlx_align.models.logps import batch_token_logps, token_logps
 from mlx_align.models.roles import acting_as
 from mlx_align.models.selfcheck import check_paths
 
@@ -43,21 +43,21 @@ def test_chunk_size_changes_nothing(monkeypatch, family):
 
 
 def test_log_softmax_is_float32_in_a_bf16_model():
-    model, anatomy = prepared(dtype=mx.bfloat16)
-    batch = ragged_batch()
-    got = batch_token_logps(anatomy, batch, shared=False)
-    assert got.dtype == mx.float32
-    expected = plain_logps(model, batch)  # float32 log-softmax of the model's bf16 logits
-
-    def lazy(logits):
-        return (logits - mx.logsumexp(logits, axis=-1, keepdims=True)).astype(mx.float32)
-
+    _, anatomy = prepared(dtype=mx.bfloat16)
     hidden = mx.random.normal((64, 64), key=mx.random.key(1)).astype(mx.bfloat16)
+    targets = mx.random.randint(0, 160, (64,), key=mx.random.key(2))
     logits = anatomy.logits(hidden)
     assert logits.dtype == mx.bfloat16
-    trap = mx.abs(lazy(logits) - lazy(logits.astype(mx.float32))).max().item()
-    assert trap > 0.03  # what log-softmax in bf16 would lose
-    assert mx.abs(got - expected).max().item() < trap
+
+    def logps(logits):
+        every = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+        return mx.take_along_axis(every, targets[:, None], axis=-1)[:, 0].astype(mx.float32)
+
+    exact = logps(logits.astype(mx.float32))
+    assert mx.abs(logps(logits) - exact).max().item() > 0.03  # what it would lose in bf16
+    got = token_logps(anatomy, hidden, targets)
+    assert got.dtype == mx.float32
+    assert mx.abs(got - exact).max().item() < 1e-5
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -130,8 +130,8 @@ def test_a_family_that_cannot_share_falls_back_and_says_so(monkeypatch):
     monkeypatch.setattr(
         caches.PromptKV,
         "completion_cache",
-        lambda self, group, lengths, axes: caches.CompletionKV(
-            self.keys[group], self.values[group], lengths[group] + 2, None, axes
+        lambda self, rows, lengths, axes: caches.CompletionKV(
+            self.keys, self.values, lengths + 2, rows, None, axes
         ),
     )
     _, shared, note = check_paths(anatomy, 160)

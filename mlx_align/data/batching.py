@@ -165,7 +165,6 @@ def collate_groups(groups: Sequence[TokenizedGroup], shape: Shape, batch_size: i
         prompt_lengths=mx.array(lengths),
         completion_tokens=mx.array(completions),
         completion_mask=mx.array(mask),
-        group=mx.array(np.repeat(np.arange(batch_size, dtype=np.int32), rows)),
     )
 
 

@@ -7,6 +7,7 @@ can't serve here: those write in place and pad to steps, and a gradient can't pa
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -45,14 +46,10 @@ class PromptKV:
             return create_causal_mask(n)
         return "causal" if n > 1 else None
 
-    def completion_cache(
-        self, group: mx.array, prompt_lengths: mx.array, mask_axes: int
-    ) -> CompletionKV:
-        """The cache with which completions attend to this prompt; `group` (N,) names its row."""
+    def completion_cache(self, rows: int, lengths: mx.array, mask_axes: int) -> CompletionKV:
+        """The cache with which `rows` completions attend to these prompts of `lengths` (B,)."""
         # A layer that borrows another layer's keys never fills its own cache.
-        keys = None if self.keys is None else self.keys[group]
-        values = None if self.values is None else self.values[group]
-        return CompletionKV(keys, values, prompt_lengths[group], self.window, mask_axes)
+        return CompletionKV(self.keys, self.values, lengths, rows, self.window, mask_axes)
 
     def arrays(self) -> list[mx.array]:
         """What a checkpointed layer must hand back."""
@@ -71,71 +68,109 @@ class CompletionKV:
 
     Prompts are ragged: `offset` (N,) is each row's own prompt length, so positions continue
     where the prompt ended, and the mask hides the prompt's padding.
+
+    Attributes:
+        keys: The prompts' keys (B, heads, P, head size); None where the layer borrows them.
+        values: Likewise.
+        lengths: The prompts' lengths (B,).
+        own: Keys and values of the completions (N, heads, C, head size), once the layer has them.
     """
+
+    # The one that a layer filled last, and the keys it was handed: by them, attention knows it.
+    _filled: ClassVar[tuple[mx.array, CompletionKV] | None] = None
 
     def __init__(
         self,
         keys: mx.array | None,
         values: mx.array | None,
-        offset: mx.array,
+        lengths: mx.array,
+        rows: int,
         window: int | None,
         mask_axes: int,
     ) -> None:
         self.keys = keys
         self.values = values
-        self.offset = offset
+        self.lengths = lengths
+        self.rows = rows
         self.window = window
         self.mask_axes = mask_axes
+        self.own: tuple[mx.array, mx.array] | None = None
+
+    @property
+    def offset(self) -> mx.array:
+        """Position of each row's first completion token, (N,)."""
+        return self._for_each(self.lengths)
+
+    def _for_each(self, by_prompt: mx.array) -> mx.array:
+        return mx.repeat(by_prompt, self.rows // self.lengths.shape[0], axis=0)
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        """Prompt and completion keys and values, (rows, heads, P + C, head size)."""
+        """Prompt and completion keys and values, (rows, heads, P + C, head size).
+
+        They are never made where attention takes the prompts' and `own` instead.
+        """
         assert self.keys is not None
         assert self.values is not None
-        return (
-            mx.concatenate([self.keys, keys], axis=-2),
-            mx.concatenate([self.values, values], axis=-2),
-        )
+        self.own = (keys, values)
+        every_key = mx.concatenate([self._for_each(self.keys), keys], axis=-2)
+        CompletionKV._filled = (every_key, self)
+        return every_key, mx.concatenate([self._for_each(self.values), values], axis=-2)
+
+    @classmethod
+    def that_handed_out(cls, keys: mx.array) -> CompletionKV | None:
+        """The cache whose layer attends to `keys` now; None where they are something else."""
+        if cls._filled is None or cls._filled[0] is not keys:
+            return None
+        return cls._filled[1]
 
     def make_mask(
         self, n: int, return_array: bool = False, window_size: int | None = None
-    ) -> mx.array:
-        """Mask (rows, 1…, n, P + n): true prompt positions, and the completion's own past."""
+    ) -> mx.array | str:
+        """Mask (rows, 1…, n, P + n): true prompt positions, and the completion's own past.
+
+        Where the family takes the word for it: "causal".
+        """
         assert self.keys is not None
-        rows = self.offset.shape[0]
         window = window_size or self.window
+        width = self.keys.shape[-2]
+        if window is not None and width + n <= window:
+            window = None
+        if self.mask_axes == 0 and window is None and not return_array:
+            return "causal"
         query = mx.arange(n)[:, None]
-        past = mx.arange(self.keys.shape[-2])[None, None]
+        past = mx.arange(width)[None, None]
         length = self.offset[:, None, None]
-        to_prompt = mx.broadcast_to(past < length, (rows, n, past.shape[-1]))
+        to_prompt = mx.broadcast_to(past < length, (self.rows, n, width))
         to_self = query >= query.T
         if window is not None:
             to_prompt = to_prompt & (length + query[None] - past < window)
             to_self = to_self & (query - query.T < window)
-        to_self = mx.broadcast_to(to_self[None], (rows, n, n))
+        to_self = mx.broadcast_to(to_self[None], (self.rows, n, n))
         mask = mx.concatenate([to_prompt, to_self], axis=-1)
-        return mask.reshape(rows, *[1] * self.mask_axes, n, mask.shape[-1])
+        return mask.reshape(self.rows, *[1] * max(1, self.mask_axes), n, width + n)
 
     def arrays(self) -> list[mx.array]:
         """What a checkpointed layer must be given."""
         if self.keys is None or self.values is None:
-            return [self.offset]
-        return [self.offset, self.keys, self.values]
+            return [self.lengths]
+        return [self.lengths, self.keys, self.values]
 
     def with_arrays(self, arrays: Sequence[mx.array]) -> CompletionKV:
         """The same cache holding `arrays`."""
         keys, values = arrays[1:] if len(arrays) > 1 else (None, None)
-        return CompletionKV(keys, values, arrays[0], self.window, self.mask_axes)
+        return CompletionKV(keys, values, arrays[0], self.rows, self.window, self.mask_axes)
 
 
 class StateCache(ArraysCache):
     """Cache of a recurrent layer (convolution and state), which mlx-lm's layers index."""
 
-    def completion_cache(
-        self, group: mx.array, prompt_lengths: mx.array, mask_axes: int
-    ) -> StateCache:
-        """Each completion starts from its prompt's state."""
+    def completion_cache(self, rows: int, lengths: mx.array, mask_axes: int) -> StateCache:
+        """Each of `rows` completions starts from its prompt's state."""
+        each = rows // lengths.shape[0]
         copy = StateCache(len(self.cache))
-        copy.cache = [None if state is None else state[group] for state in self.cache]
+        copy.cache = [
+            None if state is None else mx.repeat(state, each, axis=0) for state in self.cache
+        ]
         return copy
 
     def arrays(self) -> list[mx.array]:

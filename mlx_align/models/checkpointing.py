@@ -42,17 +42,24 @@ class Dropout(nn.Module):
         return mx.where(keep, x / (1 - self.p), mx.array(0, x.dtype))
 
 
-def checkpointed(model: nn.Module) -> AbstractContextManager[None]:
-    """Within the block, every layer of `model` keeps its inputs only and is recomputed."""
+# A context in which blocks are called.
+Within = Callable[[], AbstractContextManager[None]]
+
+
+def checkpointed(model: nn.Module, within: Within) -> AbstractContextManager[None]:
+    """Within the block, every layer of `model` keeps its inputs only and is recomputed.
+
+    That happens after the block has ended: `within` gives the context that a layer's code needs.
+    """
     has_dropout = any(isinstance(m, Dropout) and m.p > 0 for m in model.modules())
 
     def wrap(call: Callable[..., Any]) -> Callable[..., Any]:
-        return _checkpoint_layer(call, has_dropout and model.training)
+        return _checkpoint_layer(call, has_dropout and model.training, within)
 
     return layer_calls(model, wrap)
 
 
-def _checkpoint_layer(call: Callable[..., Any], random: bool) -> Callable[..., Any]:
+def _checkpoint_layer(call: Callable[..., Any], random: bool, within: Within) -> Callable[..., Any]:
     def checkpointed_call(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
         given, rebuild = _pull_out_arrays((args, kwargs))
         caches = _filling_caches((args, kwargs))
@@ -67,7 +74,7 @@ def _checkpoint_layer(call: Callable[..., Any], random: bool) -> Callable[..., A
             inner_caches = _filling_caches((inner_args, inner_kwargs))
             _keys.append(mx.stop_gradient(key))
             try:
-                with acting_as(layer, parameters):
+                with acting_as(layer, parameters), within():
                     out = call(layer, *inner_args, **inner_kwargs)
             finally:
                 _keys.pop()

@@ -46,8 +46,9 @@ class Anatomy:
             itself, or its `language_model`.
         inner: The trunk: token ids (and caches) in, hidden states after the final norm out.
         inner_name: The attribute of `owner` that holds the trunk.
-        mask_axes: Head axes of its attention scores: 1 as a rule, 2 where a family splits heads
-            into groups before masking (gemma2), so that a mask per row lines up.
+        mask_axes: Head axes of the masks that completions of a shared prompt get: 0 for no mask but
+            the word "causal", where the family leaves the rest to attention; else 1, or 2 where
+            it splits heads into groups before masking (gemma2), so that a mask per row lines up.
         flat_caches: Whether whole rows need caches: later layers of some families (gemma3n) borrow
             keys, and find them nowhere else.
     """

@@ -159,13 +159,15 @@ def _logps_and_gradient(
     One exponential serves them all.
     """
     raw = anatomy.logits(hidden)
-    logits = raw.astype(mx.float32)
-    top = logits.max(axis=-1, keepdims=True)
-    exponential = mx.exp(logits - top)
+    top = raw.max(axis=-1, keepdims=True).astype(mx.float32)
+    target = mx.take_along_axis(raw, targets[:, None], axis=-1).astype(mx.float32)
+    # All that reads the logits, but the exponential, comes before it, which can then take their
+    # memory for its own; and what is made of it likewise.
+    (raw,) = mx.depends([raw], [top, target])
+    exponential = mx.exp(raw.astype(mx.float32) - top)
     total = exponential.sum(axis=-1, keepdims=True)
-    target = mx.take_along_axis(logits, targets[:, None], axis=-1)
     logps = (target - top - mx.log(total))[:, 0]
-    is_target = mx.arange(logits.shape[-1])[None] == targets[:, None]
+    is_target = mx.arange(raw.shape[-1])[None] == targets[:, None]
     by_logits = is_target - exponential / total
     _, gradients = mx.vjp(anatomy.logits, [hidden], [by_logits.astype(raw.dtype)])
     if not log_squares:

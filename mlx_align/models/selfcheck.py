@@ -2,7 +2,8 @@
 
 On random tokens, the log-probs of completions that share a prompt are compared with those of
 whole rows, and the chunked head with the model's own logits. What two paddings of the same rows
-differ by is the measure: rounding in the model's own dtype, not an error.
+differ by is the measure, and by how much attention in float32 changes the model's own: rounding in
+the model's dtype, not an error.
 """
 
 from __future__ import annotations
@@ -13,12 +14,14 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_align.errors import ModelError
+from mlx_align.models.attention import float32_attention
 from mlx_align.models.compat import Anatomy
 from mlx_align.models.logps import batch_token_logps
 from mlx_align.models.trunk import flat_rows
 from mlx_align.types import GroupBatch
 
-# Shared may differ from flat by so many times what two flat paddings differ by …
+# Shared may differ from flat by so many times what two flat paddings, or two precisions of
+# attention, differ by …
 TOLERANCE = 3.0
 # … and always by this share of the largest log-prob: below it float32 itself is not better. In
 # 16 bits it is half a unit in the last place of a logit; wrong paths were 0.3 to 17 nats off.
@@ -38,11 +41,14 @@ def check_paths(anatomy: Anatomy, vocab_size: int) -> tuple[Anatomy, bool, str]:
     narrow, wide = random_batch(vocab_size, pad=0), random_batch(vocab_size, pad=6)
     try:
         own, dtype = _own_logps(anatomy, narrow)
-        floor = FLOOR if dtype == mx.float32 else FLOOR_16_BIT
-        flat, allowed = _whole_rows(anatomy, narrow, wide, floor)
+        with float32_attention():
+            rounding = _gap(_own_logps(anatomy, narrow)[0], own)
+        floor = (FLOOR if dtype == mx.float32 else FLOOR_16_BIT) * max(1.0, _largest(own))
+        least = max(TOLERANCE * rounding, floor)
+        flat, allowed = _whole_rows(anatomy, narrow, wide, least)
         if not _gap(flat, own) <= allowed:
             anatomy = replace(anatomy, flat_caches=True)
-            flat, allowed = _whole_rows(anatomy, narrow, wide, floor)
+            flat, allowed = _whole_rows(anatomy, narrow, wide, least)
     except (ModelError, *_FAILURES) as error:
         raise ModelError(f"this model can't be run here: {_words(error)}") from error
     own_gap = _gap(flat, own)
@@ -52,16 +58,20 @@ def check_paths(anatomy: Anatomy, vocab_size: int) -> tuple[Anatomy, bool, str]:
             f"by {own_gap:.2g} nats (allowed {allowed:.2g}); this family is not supported"
         )
     reason = ""
-    for mask_axes in (1, 2):
+    for mask_axes in (0, 1, 2):
         candidate = replace(anatomy, mask_axes=mask_axes)
         try:
-            gap = _gap(batch_token_logps(candidate, narrow, shared=True), flat)
+            gaps = [
+                _gap(batch_token_logps(candidate, narrow, shared=True, grad_checkpoint=way), flat)
+                for way in (False, True)
+            ]
         except ModelError as error:
             reason = reason or str(error)
             continue
         except _FAILURES as error:
             reason = reason or f"its code can't run them together ({_words(error)})"
             continue
+        gap = max(gaps)
         if gap <= allowed:
             note = f"prompts are shared (checked against whole rows: at most {gap:.1e} nats apart)"
             return candidate, True, note
@@ -104,17 +114,16 @@ def random_batch(vocab_size: int, pad: int) -> GroupBatch:
         prompt_lengths=mx.array(_PROMPT_LENGTHS),
         completion_tokens=mx.pad(tokens[2:, : max(_COMPLETION_LENGTHS)], [(0, 0), (0, pad)]),
         completion_mask=mx.arange(width)[None] < lengths[:, None],
-        group=mx.array([0, 0, 1, 1]),
     )
 
 
 def _whole_rows(
-    anatomy: Anatomy, narrow: GroupBatch, wide: GroupBatch, floor: float
+    anatomy: Anatomy, narrow: GroupBatch, wide: GroupBatch, least: float
 ) -> tuple[mx.array, float]:
-    """Log-probs (N, C) of whole rows, and by how much others may differ from them."""
+    """Log-probs (N, C) of whole rows, and by how much, `least` or more, others may differ."""
     flat = batch_token_logps(anatomy, narrow, shared=False)
     padded = batch_token_logps(anatomy, wide, shared=False)[:, : flat.shape[1]]
-    return flat, max(TOLERANCE * _gap(flat, padded), floor * max(1.0, _largest(flat)))
+    return flat, max(TOLERANCE * _gap(flat, padded), least)
 
 
 def _own_logps(anatomy: Anatomy, batch: GroupBatch) -> tuple[mx.array, mx.Dtype]:

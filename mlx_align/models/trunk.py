@@ -7,13 +7,18 @@ head. Where a family can't share a prompt, the same hidden states come from whol
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from functools import partial
 
 import mlx.core as mx
 
-from mlx_align.models.caches import prompt_caches
+from mlx_align.errors import ModelError
+from mlx_align.models.attention import attend_to_prompt, attend_within, causal_attention
+from mlx_align.models.caches import CompletionKV, prompt_caches
 from mlx_align.models.checkpointing import checkpointed
 from mlx_align.models.compat import Anatomy
+from mlx_align.models.gated import lean_gates
 from mlx_align.types import GroupBatch
 
 
@@ -30,23 +35,56 @@ def completion_hidden(
         grad_checkpoint: Keep only each block's inputs and recompute it in the backward pass.
     """
     way = _shared if shared else _flat
-    with checkpointed(anatomy.model) if grad_checkpoint else nullcontext():
+    within = partial(_own_parts, anatomy)
+    with within(), checkpointed(anatomy.model, within) if grad_checkpoint else nullcontext():
         return way(anatomy, batch)
+
+
+@contextmanager
+def _own_parts(anatomy: Anatomy) -> Iterator[None]:
+    """Within the block, the model's code meets our attention and our gates."""
+    with causal_attention(_fused if _is_fused(anatomy) else _ours), lean_gates(anatomy.model):
+        yield
+
+
+def _is_fused(anatomy: Anatomy) -> bool:
+    """Whether mlx's own attention makes no scores: on a GPU, where no gradient is needed."""
+    return not anatomy.model.training and mx.default_device() == mx.gpu
+
+
+def _ours(queries: mx.array, keys: mx.array, values: mx.array, scale: float) -> mx.array | None:
+    out = _fused(queries, keys, values, scale)
+    return attend_within(queries, keys, values, scale) if out is None else out
+
+
+def _fused(queries: mx.array, keys: mx.array, values: mx.array, scale: float) -> mx.array | None:
+    """Attention of completions to shared prompts, which mlx has not; the rest is mlx's.
+
+    Raises:
+        ModelError: The keys are not those of a cache: whose padding to hide, nobody knows.
+    """
+    if queries.shape[2] == keys.shape[2]:
+        return None
+    cache = CompletionKV.that_handed_out(keys)
+    if cache is None or cache.own is None or cache.keys is None or cache.values is None:
+        raise ModelError("its blocks attend to keys that are not their cache's")
+    prompt = (cache.keys, cache.values)
+    return attend_to_prompt(queries, cache.own, prompt, cache.lengths, scale)
 
 
 def _shared(anatomy: Anatomy, batch: GroupBatch) -> mx.array:
     caches = prompt_caches(anatomy.model, batch.prompt_lengths)
     prompt = anatomy.hidden(batch.prompt_tokens, cache=caches)
-    last = batch.prompt_lengths[batch.group] - 1
-    first = prompt[batch.group, last][:, None]
+    rows = batch.completion_tokens.shape[0]
+    last = mx.take_along_axis(prompt, batch.prompt_lengths[:, None, None] - 1, axis=1)
     completions = anatomy.hidden(
         batch.completion_tokens[:, :-1],
         cache=[
-            cache.completion_cache(batch.group, batch.prompt_lengths, anatomy.mask_axes)
+            cache.completion_cache(rows, batch.prompt_lengths, anatomy.mask_axes)
             for cache in caches
         ],
     )
-    return mx.concatenate([first, completions], axis=1)
+    return mx.concatenate([batch.for_each_completion(last), completions], axis=1)
 
 
 def _flat(anatomy: Anatomy, batch: GroupBatch) -> mx.array:
@@ -65,8 +103,9 @@ def flat_rows(batch: GroupBatch) -> tuple[mx.array, mx.array]:
     """
     prompt_width = batch.prompt_tokens.shape[1]
     width = prompt_width + batch.completion_tokens.shape[1]
-    both = mx.concatenate([batch.prompt_tokens[batch.group], batch.completion_tokens], axis=1)
-    starts = batch.prompt_lengths[batch.group]
+    prompts = batch.for_each_completion(batch.prompt_tokens)
+    both = mx.concatenate([prompts, batch.completion_tokens], axis=1)
+    starts = batch.for_each_completion(batch.prompt_lengths)
     position = mx.arange(width)[None]
     in_prompt = position < starts[:, None]
     source = mx.where(in_prompt, position, position - starts[:, None] + prompt_width)

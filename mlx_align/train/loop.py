@@ -26,6 +26,7 @@ from mlx_align.data.batching import Microbatch
 from mlx_align.errors import TrainingError
 from mlx_align.models.loading import LanguageModel
 from mlx_align.models.roles import Tree
+from mlx_align.train.run_ahead import RunAhead
 
 Sums = dict[str, mx.array]
 
@@ -167,7 +168,8 @@ def train(
     accumulate = _compiled_gradient(objective)
     apply = _compiled_update(optimizer)
     window = _Window()
-    with _signals() as pending:
+    memory = RunAhead()
+    with _signals() as pending, memory:
         while progress.step < settings.total_steps:
             began = time.perf_counter()
             micro = [next(stream) for _ in range(settings.accumulation)]
@@ -177,7 +179,10 @@ def train(
                 batches = objective.prepare(tree, batches, totals)
             model.module.train()
             try:
-                loss, sums, grads = _accumulate(accumulate, tree, batches, totals, micro, objective)
+                with memory.bounded(micro):
+                    loss, sums, grads = _accumulate(
+                        accumulate, tree, batches, totals, micro, objective
+                    )
                 norm = _norm(grads, micro, objective)
             except TrainingError:
                 if progress.step:
@@ -195,7 +200,7 @@ def train(
             hooks.tick(progress)
             last = progress.step == settings.total_steps
             if progress.step == 1 or progress.step % settings.steps_per_report == 0 or last:
-                hooks.report(progress, window.row(progress))
+                hooks.report(progress, window.row(progress, memory.peak_bytes))
                 window = _Window(progress)
             if last or _due(progress.step, settings.steps_per_eval):
                 hooks.evaluate(progress, tree)
@@ -299,7 +304,7 @@ class _Window:
         for name, value in sums.items():
             self.sums[name] = self.sums.get(name, 0.0) + value
 
-    def row(self, progress: Progress) -> dict[str, float]:
+    def row(self, progress: Progress, peak_bytes: int) -> dict[str, float]:
         weight = self.sums.get("weight", 1.0) or 1.0
         means = {name: value / weight for name, value in self.sums.items() if name != "weight"}
         tokens = progress.tokens - self.tokens
@@ -312,7 +317,7 @@ class _Window:
             "grad_norm": self.norm / self.updates,
             "num_tokens": progress.tokens,
             "tokens_per_second": tokens / seconds if seconds else 0.0,
-            "peak_memory_bytes": mx.get_peak_memory(),
+            "peak_memory_bytes": peak_bytes,
         }
 
 
