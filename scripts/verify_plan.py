@@ -176,7 +176,7 @@ def measure(case: Case) -> dict[str, Any]:
         optimizer,
         objective,
         microbatch_stream(groups, [shape], case.batch_size, seed=0),
-        LoopSettings(2, case.accumulation, lambda _: 1e-4, 1.0, 1, 0, 0),
+        LoopSettings(1, case.accumulation, lambda _: 1e-4, 1.0, 1, 0, 0),
         LoopHooks(lambda *_: None, lambda *_: None, lambda *_: None),
         Progress(),
     )
