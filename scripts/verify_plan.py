@@ -116,7 +116,8 @@ def measure(case: Case) -> dict[str, Any]:
     import mlx.core as mx
     import numpy as np
 
-    from mlx_align.data.batching import Shape, microbatch_stream
+    from mlx_align.data.batching import microbatch_stream
+    from mlx_align.data.shapes import Shape
     from mlx_align.inference.score import make_scorer
     from mlx_align.losses.registry import combine, parse_losses
     from mlx_align.models.adapters import AdapterLayout, install
@@ -127,13 +128,12 @@ def measure(case: Case) -> dict[str, Any]:
     from mlx_align.train.preference import preference_objective
     from mlx_align.types import TokenizedGroup
 
-    shape = Shape(case.prompt, case.completion)
+    shape = Shape(case.prompt, case.completion, case.batch_size)
     with tempfile.TemporaryDirectory() as name:
         config = write_model(case, Path(name))
         mx.clear_cache()
         work = Workload(
             (shape,),
-            batch_size=case.batch_size,
             accumulation=case.accumulation,
             fine_tune_type=case.fine_tune_type,
             rank=case.rank,
@@ -162,7 +162,6 @@ def measure(case: Case) -> dict[str, Any]:
         combine(parse_losses("sigmoid"), {}),
         groups,
         [(zeros, zeros)] * len(groups),
-        case.batch_size,
         make_scorer(model),
         grad_checkpoint=case.grad_checkpoint,
     )
@@ -175,7 +174,7 @@ def measure(case: Case) -> dict[str, Any]:
         start,
         optimizer,
         objective,
-        microbatch_stream(groups, [shape], case.batch_size, seed=0),
+        microbatch_stream(groups, [shape], seed=0),
         LoopSettings(2, case.accumulation, lambda _: 1e-4, 1.0, 1, 0, 0),
         LoopHooks(lambda *_: None, lambda *_: None, lambda *_: None),
         Progress(),

@@ -5,14 +5,13 @@ import numpy as np
 import pytest
 
 from mlx_align.data.batching import (
-    MAX_SHAPES,
     collate_groups,
     collate_pairs,
     epoch_order,
     microbatch_stream,
     padding_waste,
-    plan_shapes,
 )
+from mlx_align.data.shapes import MAX_SHAPES, BatchLimit, plan_shapes
 from mlx_align.types import TokenizedGroup
 
 
@@ -29,13 +28,13 @@ def make_groups(n, seed=0, longest=400):
 @pytest.mark.parametrize(("n", "batch_size"), [(1, 1), (3, 8), (97, 4), (500, 1), (500, 8)])
 def test_every_group_once_per_epoch(n, batch_size):
     groups = make_groups(n)
-    shapes = plan_shapes(groups, batch_size)
+    shapes = plan_shapes(groups, BatchLimit(batch_size))
     assert len(shapes) <= MAX_SHAPES
     for seed in (None, 0, 1):
-        batches = epoch_order(groups, shapes, batch_size, seed=seed)
+        batches = epoch_order(groups, shapes, seed=seed)
         seen = [index for batch in batches for index in batch.indices]
         assert sorted(seen) == list(range(n))
-        assert sum(len(batch.indices) < batch_size for batch in batches) <= 1
+        assert sum(len(batch.indices) < batch.shape.groups for batch in batches) <= 1
         for batch in batches:
             for index in batch.indices:
                 assert len(groups[index].prompt) <= batch.shape.prompt
@@ -45,32 +44,32 @@ def test_every_group_once_per_epoch(n, batch_size):
 
 def test_order_depends_on_seed_and_epoch_alone():
     groups = make_groups(60)
-    shapes = plan_shapes(groups, 4)
-    first = epoch_order(groups, shapes, 4, seed=0, epoch=0)
-    assert first == epoch_order(groups, shapes, 4, seed=0, epoch=0)
-    assert first != epoch_order(groups, shapes, 4, seed=0, epoch=1)
-    assert first != epoch_order(groups, shapes, 4, seed=1, epoch=0)
+    shapes = plan_shapes(groups, BatchLimit(4))
+    first = epoch_order(groups, shapes, seed=0, epoch=0)
+    assert first == epoch_order(groups, shapes, seed=0, epoch=0)
+    assert first != epoch_order(groups, shapes, seed=0, epoch=1)
+    assert first != epoch_order(groups, shapes, seed=1, epoch=0)
 
 
 def test_stream_can_be_entered_anywhere():
     groups = make_groups(23)
-    shapes = plan_shapes(groups, 4)
-    stream = microbatch_stream(groups, shapes, 4, seed=5)
+    shapes = plan_shapes(groups, BatchLimit(4))
+    stream = microbatch_stream(groups, shapes, seed=5)
     batches = [next(stream) for _ in range(30)]
     for start in (0, 1, 5, 6, 13, 29):
-        assert next(microbatch_stream(groups, shapes, 4, seed=5, start=start)) == batches[start]
+        assert next(microbatch_stream(groups, shapes, seed=5, start=start)) == batches[start]
 
 
 def test_padding_stays_small_on_ragged_data():
     groups = make_groups(600)
     for batch_size in (1, 4):
-        shapes = plan_shapes(groups, batch_size)
-        order = epoch_order(groups, shapes, batch_size, seed=0)
-        one_shape = epoch_order(groups, plan_shapes(groups, batch_size, 1), batch_size, seed=0)
-        waste = padding_waste(order, groups, batch_size)
+        shapes = plan_shapes(groups, BatchLimit(batch_size))
+        order = epoch_order(groups, shapes, seed=0)
+        one_shape = epoch_order(groups, plan_shapes(groups, BatchLimit(batch_size), 1), seed=0)
+        waste = padding_waste(order, groups)
         # The two completions of a pair differ in length: that part no shape can save.
         assert waste < 0.45
-        assert waste < 0.6 * padding_waste(one_shape, groups, batch_size)
+        assert waste < 0.6 * padding_waste(one_shape, groups)
 
 
 def test_collate_pads_and_masks():
@@ -83,8 +82,8 @@ def test_collate_pads_and_masks():
             loss_masks=(np.array([True, False, True]), np.array([True, True])),
         ),
     ]
-    shape = plan_shapes(groups, 4)[-1]
-    batch = collate_groups(groups, shape, 4)
+    shape = plan_shapes(groups, BatchLimit(4))[-1]
+    batch = collate_groups(groups, shape)
     assert batch.prompt_lengths.tolist() == [2, 1, 1, 1]
     assert batch.group.tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
     assert batch.completion_mask[:, :3].tolist() == [
@@ -103,7 +102,7 @@ def test_collate_pairs_puts_the_reference_beside_its_tokens():
         tuple(np.arange(len(c), dtype=np.float32) + 100 * i for c in group.completions)
         for i, group in enumerate(groups)
     ]
-    batch = collate_pairs(groups, reference, plan_shapes(groups, 4)[-1], 4)
+    batch = collate_pairs(groups, reference, plan_shapes(groups, BatchLimit(4))[-1])
     assert batch.weight.tolist() == [1, 1, 1, 0]
     for i, group in enumerate(groups):
         for k, completion in enumerate(group.completions):

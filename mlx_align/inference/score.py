@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 import mlx.core as mx
 import numpy as np
 
-from mlx_align.data.batching import Shape, collate_groups, epoch_order
+from mlx_align.data.batching import collate_groups, epoch_order
+from mlx_align.data.shapes import Shape
 from mlx_align.models.loading import LanguageModel
 from mlx_align.models.logps import batch_token_logps
 from mlx_align.models.roles import Tree, acting_as
@@ -44,7 +45,6 @@ def score_groups(
     tree: Tree,
     groups: Sequence[TokenizedGroup],
     shapes: Sequence[Shape],
-    batch_size: int,
     on_batch: Callable[[list[int], list[tuple[Logps, ...]]], None] | None = None,
 ) -> list[tuple[Logps, ...]]:
     """Per group and completion, the log-prob of each token in nats, in the groups' order.
@@ -52,9 +52,9 @@ def score_groups(
     `on_batch` is told the groups' positions and log-probs as they come, to save or to show.
     """
     scores: list[tuple[Logps, ...]] = [()] * len(groups)
-    for batch in epoch_order(groups, shapes, batch_size, seed=None):
+    for batch in epoch_order(groups, shapes, seed=None):
         members = [groups[i] for i in batch.indices]
-        logps = np.array(scorer(tree, collate_groups(members, batch.shape, batch_size)))
+        logps = np.array(scorer(tree, collate_groups(members, batch.shape)))
         rows = len(members[0].completions)
         for b, (index, group) in enumerate(zip(batch.indices, members, strict=True)):
             scores[index] = tuple(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from mlx_align.data.batching import Shape
+from mlx_align.data.shapes import BatchLimit, Shape
 from mlx_align.plan.headers import ModelShape
 from mlx_align.plan.memory import Workload, plan_memory
 
@@ -22,7 +22,7 @@ GROUP_OVERHEAD_BITS = 32 / GROUP_SIZE
 WORTH = 0.01
 
 # The batch shapes that are left when rows longer than so many tokens are dropped.
-ShapesWithin = Callable[[int], Sequence[Shape]]
+ShapesWithin = Callable[[int, BatchLimit], Sequence[Shape]]
 
 
 @dataclass(frozen=True)
@@ -118,24 +118,30 @@ def _checkpoint(work: Workload) -> Ladder:
 
 
 def _smaller_batch(work: Workload) -> Ladder:
-    if work.batch_size > 1:
-        accumulation = work.batch_size * work.accumulation
+    size = work.limit.groups
+    if size > 1:
+        accumulation = size * work.accumulation
+
+        def change(now: Workload) -> Workload:
+            shapes = tuple(shape._replace(groups=1) for shape in now.shapes)
+            return replace(now, shapes=shapes, limit=BatchLimit(1), accumulation=accumulation)
+
         yield (
             f"--batch-size 1 --grad-accumulation-steps {accumulation}",
             "the same update, a little slower",
             _same,
-            lambda now: replace(now, batch_size=1, accumulation=accumulation),
+            change,
         )
 
 
 def _shorter(work: Workload, max_seq_length: int, shapes_within: ShapesWithin) -> Ladder:
     for share in SHORTER:
         length = int(max_seq_length * share) // 8 * 8
-        shapes = tuple(shapes_within(length)) if length >= SHORTEST else ()
-        if shapes:
+        if length >= SHORTEST and shapes_within(length, work.limit):
 
-            def change(now: Workload, shapes: tuple[Shape, ...] = shapes) -> Workload:
-                return replace(now, shapes=shapes)
+            def change(now: Workload, length: int = length) -> Workload:
+                # The limit may be a smaller one by now.
+                return replace(now, shapes=tuple(shapes_within(length, now.limit)))
 
             yield f"--max-seq-length {length}", "longer rows are dropped", _same, change
 

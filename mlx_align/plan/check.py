@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from mlx_align.config import KtoConfig, SftConfig, TrainConfig
-from mlx_align.data.batching import Shape, plan_shapes
+from mlx_align.data.shapes import BatchLimit, Shape, plan_shapes
 from mlx_align.errors import ConfigError, ModelError
 from mlx_align.models.adapters import AdapterLayout
 from mlx_align.models.loading import ModelFolder
@@ -63,14 +63,14 @@ def make_plan(
         ModelError: The model's files can't be read.
     """
     model = read_shape(folder.path, folder.config)
-    within = _shapes_within(groups, config.batch_size)
+    within, limit = _shapes_within(groups), BatchLimit(config.batch_size)
     rows = 2 if not groups else max(len(group.completions) for group in groups)
     if isinstance(config, KtoConfig | SftConfig):
         rows = 1  # of KTO's two completions the mismatched one runs by itself, without gradient
     work = Workload(
-        shapes=tuple(within(config.max_seq_length)),
+        shapes=tuple(within(config.max_seq_length, limit)),
+        limit=limit,
         rows=rows,
-        batch_size=config.batch_size,
         accumulation=config.grad_accumulation_steps,
         fine_tune_type=layout.fine_tune_type,
         rank=layout.rank,
@@ -138,18 +138,19 @@ def say_bytes(count: float) -> str:
 
 
 def _shapes_within(
-    groups: Sequence[TokenizedGroup] | None, batch_size: int
-) -> Callable[[int], list[Shape]]:
+    groups: Sequence[TokenizedGroup] | None,
+) -> Callable[[int, BatchLimit], list[Shape]]:
     """The batch shapes of the rows of at most so many tokens; [] where none is left."""
 
-    def within(length: int) -> list[Shape]:
+    def within(length: int, limit: BatchLimit) -> list[Shape]:
         if groups is None:
-            return [Shape(-(-length // 16) * 8, -(-length // 16) * 8)]
+            half = -(-length // 16) * 8
+            return [Shape(half, half, limit.of(3 * half))]
         short = [
             group
             for group in groups
             if len(group.prompt) + max(map(len, group.completions)) <= length
         ]
-        return plan_shapes(short, batch_size) if short else []
+        return plan_shapes(short, limit) if short else []
 
     return within

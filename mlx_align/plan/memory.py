@@ -15,9 +15,9 @@ still there. `scripts/verify_plan.py` compares both with real steps, on any mach
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from mlx_align.data.batching import Shape
+from mlx_align.data.shapes import BatchLimit, Shape
 from mlx_align.models.logps import CHUNK_ELEMENTS, MIN_CHUNK_ROWS
 from mlx_align.plan.headers import Linear, ModelShape
 
@@ -48,8 +48,8 @@ class Workload:
 
     Attributes:
         shapes: The shapes of its microbatches.
+        limit: What decided how many prompts a shape holds.
         rows: Completions of a prompt that run together: 2 for pairs.
-        batch_size: Prompts of a microbatch.
         accumulation: Microbatches of an update.
         fine_tune_type: lora, dora or full.
         rank: Of the adapters.
@@ -61,8 +61,8 @@ class Workload:
     """
 
     shapes: tuple[Shape, ...]
+    limit: BatchLimit = field(default_factory=BatchLimit)
     rows: int = 2
-    batch_size: int = 1
     accumulation: int = 8
     fine_tune_type: str = "lora"
     rank: int = 16
@@ -149,7 +149,7 @@ class _Pass:
 
 
 def _passes(work: Workload, shape: Shape) -> list[_Pass]:
-    prompts, rows = work.batch_size, work.batch_size * work.rows
+    prompts, rows = shape.groups, shape.groups * work.rows
     if not work.shared:
         width = shape.prompt + shape.completion
         return [_Pass(rows * width, rows, width)]
@@ -192,7 +192,7 @@ def _plan_shape(model: ModelShape, work: Workload, shape: Shape) -> MemoryPlan:
     else:
         held = sum((_held_by_block(model, work, p) for p in passes), _Bytes()) * trained
     held += _dense_copies(model, work)
-    scored = work.batch_size * work.rows * shape.completion
+    scored = shape.groups * work.rows * shape.completion
     # Per completion token: the gradient by its hidden state, which waits for the loss.
     gradient = _Bytes(head=scored * model.hidden * model.activation_bytes)
     moments = {"vocabulary head": held + gradient * 3 + _chunks(model, scored)}

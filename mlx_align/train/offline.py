@@ -18,14 +18,9 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from mlx_align.config import TrainConfig
-from mlx_align.data.batching import (
-    Shape,
-    epoch_order,
-    microbatch_stream,
-    padding_waste,
-    plan_shapes,
-)
+from mlx_align.data.batching import epoch_order, microbatch_stream, padding_waste
 from mlx_align.data.checks import render_facts
+from mlx_align.data.shapes import BatchLimit, Shape, plan_shapes
 from mlx_align.inference.score import Scorer, make_scorer
 from mlx_align.models.adapters import AdapterLayout, save_adapter
 from mlx_align.models.loading import ModelFolder, open_model
@@ -94,7 +89,7 @@ def run_offline(
     policy = make_policy(config, folder, layout)
     display.note(_say_policy(policy, layout))
     scorer = make_scorer(policy.model)
-    shapes = plan_shapes(train_groups, config.batch_size)
+    shapes = plan_shapes(train_groups, BatchLimit(config.batch_size))
     settings = _loop_settings(config, train_groups, shapes)
     reference: GroupLogps | None = None
     reference_valid: GroupLogps = []
@@ -118,9 +113,7 @@ def run_offline(
     prompts = held_out[: config.samples]
     before = answers(policy, policy.start, prompts, config)
     objective = task.objective(policy, train_groups, reference, scorer)
-    stream = microbatch_stream(
-        train_groups, shapes, config.batch_size, seed=config.seed, start=progress.microbatches
-    )
+    stream = microbatch_stream(train_groups, shapes, seed=config.seed, start=progress.microbatches)
     mx.reset_peak_memory()
     with display.bar(task.title, settings.total_steps, progress.step) as bar:
         hooks = LoopHooks(
@@ -144,7 +137,7 @@ def run_offline(
     ]
     runlog.write_samples(run, samples)
     kl = kl_from_reference(scorer, policy, tree, prompts, config) if task.has_reference else None
-    order = epoch_order(train_groups, shapes, config.batch_size, seed=config.seed)
+    order = epoch_order(train_groups, shapes, seed=config.seed)
     held_out_rows = runlog.eval_rows(run)
     summary = {
         "command": task.command,
@@ -160,7 +153,7 @@ def run_offline(
         "trained_parameters": sum(array.size for _, array in tree_flatten(tree)),
         "prompts_shared": policy.model.shared,
         "shapes": [list(shape) for shape in shapes],
-        "padding_share": padding_waste(order, train_groups, config.batch_size),
+        "padding_share": padding_waste(order, train_groups),
         "train": runlog.training_rows(run)[-1],
         "eval_before": next(iter(held_out_rows), {}),
         "eval": held_out_rows[-1] if held_out_rows else {},
@@ -198,7 +191,7 @@ def _used_groups(
     settings: LoopSettings,
 ) -> list[int]:
     """The groups that training will see; a short run leaves most of a large data set alone."""
-    stream = microbatch_stream(groups, shapes, config.batch_size, seed=config.seed)
+    stream = microbatch_stream(groups, shapes, seed=config.seed)
     used: set[int] = set()
     for batch in islice(stream, settings.total_steps * settings.accumulation):
         used.update(batch.indices)
@@ -227,13 +220,11 @@ def _references(
         if not groups:
             return []
         with display.bar(f"Reference, {what}", len(groups)) as bar:
-            return reference_logps(
-                scorer, policy.start, groups, shapes, config.batch_size, cache, bar.advance
-            )
+            return reference_logps(scorer, policy.start, groups, shapes, cache, bar.advance)
 
     try:
         on_used = refer([train_groups[i] for i in used], shapes, "training data")
-        held_out_shapes = plan_shapes(held_out, config.batch_size) if held_out else []
+        held_out_shapes = plan_shapes(held_out, BatchLimit(config.batch_size)) if held_out else []
         on_valid = refer(held_out, held_out_shapes, "held-out data")
         display.note(f"Reference log-probs: {cache.nbytes / 1e6:.1f} MB in {cache.file.parent}.")
     finally:
@@ -249,7 +240,7 @@ def _references(
 def _loop_settings(
     config: TrainConfig, groups: Sequence[TokenizedGroup], shapes: Sequence[Shape]
 ) -> LoopSettings:
-    per_epoch = len(epoch_order(groups, shapes, config.batch_size, seed=config.seed))
+    per_epoch = len(epoch_order(groups, shapes, seed=config.seed))
     epochs = config.epochs or 1.0
     total = config.iters or max(1, round(epochs * per_epoch / config.grad_accumulation_steps))
     return LoopSettings(

@@ -85,7 +85,6 @@ def unpaired_objective(
     loss: KtoLoss,
     groups: Sequence[TokenizedGroup],
     reference: GroupLogps,
-    batch_size: int,
     scorer: Scorer,
     *,
     grad_checkpoint: bool,
@@ -97,7 +96,6 @@ def unpaired_objective(
         loss: The loss and its hyperparameters.
         groups: The training rows, as `with_mismatched` gives them where the loss needs a KL.
         reference: Per row and completion the reference's token log-probs.
-        batch_size: Rows per microbatch.
         scorer: Runs the mismatched completions.
         grad_checkpoint: Recompute activations in the backward pass.
     """
@@ -105,7 +103,7 @@ def unpaired_objective(
     def rows(micro: Microbatch, completion: int) -> LabelledBatch:
         members = [groups[i] for i in micro.indices]
         logps = [reference[i] for i in micro.indices]
-        return collate_labelled(members, logps, micro.shape, batch_size, completion)
+        return collate_labelled(members, logps, micro.shape, completion)
 
     def collate(micro: Microbatch) -> WithMismatched | WithPoint:
         if loss.loss.needs_kl:
@@ -255,7 +253,6 @@ def kto_task(config: KtoConfig) -> Task:
             loss,
             groups,
             reference,
-            config.batch_size,
             scorer,
             grad_checkpoint=config.grad_checkpoint,
         )

@@ -15,7 +15,8 @@ import numpy as np
 import mlx_align
 import mlx_align.cli.main
 from mlx_align.config import DpoConfig
-from mlx_align.data.batching import microbatch_stream, plan_shapes
+from mlx_align.data.batching import microbatch_stream
+from mlx_align.data.shapes import BatchLimit, plan_shapes
 from mlx_align.inference.score import make_scorer
 from mlx_align.models.loading import open_model
 from mlx_align.train.loop import (
@@ -58,7 +59,7 @@ def main() -> None:
         )
         for i, pair in enumerate(common.synthetic_pairs(args))
     ]
-    shapes = plan_shapes(groups, config.batch_size)
+    shapes = plan_shapes(groups, BatchLimit(args.batch_size))
     policy = make_policy(config, open_model(args.model), resolve_layout(config))
     mx.eval(policy.model.module.parameters())
     result.model_bytes = mx.get_active_memory()
@@ -75,7 +76,6 @@ def main() -> None:
             policy.start,
             groups,
             shapes,
-            config.batch_size,
             cache,
             lambda count: clock.tick() if count else None,
         )
@@ -101,7 +101,7 @@ def main() -> None:
         tick=lambda _: clock.tick(),
     )
     objective = task.objective(policy, groups, reference, scorer)
-    stream = microbatch_stream(groups, shapes, config.batch_size, seed=config.seed)
+    stream = microbatch_stream(groups, shapes, seed=config.seed)
     optimizer = make_optimizer(policy.start, config.weight_decay)
     clock.start()
     train(policy.model, policy.start, optimizer, objective, stream, settings, hooks, Progress())
