@@ -20,6 +20,9 @@ MAX_SHAPES = 12
 ROUND = 8
 # A shape that saves less than this share of all tokens is not worth a compilation.
 MIN_SAVING = 0.01
+# Widths that are tried, of prompts and of completions. On 1,124 pairs of up to 512 tokens 16 left
+# 39.7% padding, 32 38.7%, 64 38.5%.
+CANDIDATES = 32
 
 
 class Shape(NamedTuple):
@@ -52,43 +55,87 @@ def plan_shapes(
 ) -> list[Shape]:
     """At most `max_shapes` shapes that hold every group with little padding, cheapest first.
 
-    Greedy: from one shape that holds all, add the shape that saves most padded tokens, until it
-    would save less than `MIN_SAVING` or the groups would not fill its batches.
+    From one shape that holds all, the shape is added that saves most padded tokens, until it
+    would save less than `MIN_SAVING`; then each in turn is exchanged for whatever serves better
+    beside the others, until nothing does. No shape has fewer groups than two of its batches: with
+    filler in a batch that is never full it would cost what it saves.
     """
     lengths = np.array([lengths_of(group) for group in groups])
     rows = max(len(group.completions) for group in groups)
-    rounded = -(-lengths // ROUND) * ROUND
-
-    def shape_of(widths: npt.NDArray[np.int64]) -> Shape:
-        prompt, completion = (int(width) for width in widths)
-        return Shape(prompt, completion, limit.of(prompt + rows * completion))
-
-    shapes = [shape_of(rounded.max(axis=0))]
-    quantiles = np.unique(
-        np.quantile(rounded, np.linspace(0, 1, 13), axis=0, method="higher"), axis=0
-    )
-    candidates = [
-        shape_of(np.array([p, c]))
-        for p in np.unique(quantiles[:, 0])
-        for c in np.unique(quantiles[:, 1])
-    ]
-    cost = np.full(len(groups), tokens_of(shapes[0], rows))
-    while len(shapes) < max_shapes:
-        best: tuple[int, Shape, np.ndarray] | None = None
-        for shape in candidates:
-            tokens = tokens_of(shape, rows)
-            better = (rounded <= shape[:2]).all(axis=1) & (tokens < cost)
-            # Filler in a batch that is never full would eat what the shape saves.
-            if better.sum() < 2 * shape.groups:
-                continue
-            saved = int((cost[better] - tokens).sum())
-            if best is None or saved > best[0]:
-                best = (saved, shape, np.where(better, tokens, cost))
-        if best is None or best[0] < MIN_SAVING * cost.sum():
+    table = _Table(lengths, rows, limit)
+    chosen = [table.largest]
+    while len(chosen) < max_shapes:
+        paid = table.paid(chosen)
+        best = table.best_beside(chosen)
+        if best is None or paid.sum() - table.paid([*chosen, best]).sum() < MIN_SAVING * paid.sum():
             break
-        shapes.append(best[1])
-        cost = best[2]
+        chosen.append(best)
+    improved = True
+    while improved:
+        improved = False
+        for place in range(1, len(chosen)):
+            rest = chosen[:place] + chosen[place + 1 :]
+            best = table.best_beside(rest)
+            if best is not None and table.paid([*rest, best]).sum() < table.paid(chosen).sum():
+                chosen[place] = best
+                improved = True
+    shapes = [table.shapes[index] for index in chosen]
     return sorted(shapes, key=lambda shape: tokens_of(shape, rows))
+
+
+class _Table:
+    """What groups would cost in shapes of candidate widths, tokens.
+
+    Groups whose lengths have the same candidate widths above them are one *cell*: so the table
+    stays small however many groups there are.
+    """
+
+    def __init__(self, lengths: npt.NDArray[np.int64], rows: int, limit: BatchLimit) -> None:
+        prompts, completions = (_widths(column) for column in lengths.T)
+        grid = [(int(p), int(c)) for p in prompts for c in completions]
+        self.shapes = [Shape(p, c, limit.of(p + rows * c)) for p, c in grid]
+        widths = np.array(grid)
+        cells, self._count = np.unique(
+            np.stack(
+                [
+                    prompts[np.searchsorted(prompts, lengths[:, 0])],
+                    completions[np.searchsorted(completions, lengths[:, 1])],
+                ],
+                axis=1,
+            ),
+            axis=0,
+            return_counts=True,
+        )
+        tokens = widths @ np.array([1, rows])
+        fits = (cells[:, None] <= widths[None]).all(axis=2)
+        # (cells, shapes): tokens of one group, more than any where it does not fit.
+        self._cost = np.where(fits, tokens[None], tokens.max() + 1)
+        self._least = 2 * np.array([shape.groups for shape in self.shapes])
+
+    @property
+    def largest(self) -> int:
+        """The shape that holds all."""
+        return len(self.shapes) - 1
+
+    def paid(self, chosen: Sequence[int]) -> npt.NDArray[np.int64]:
+        """Per cell, the tokens of its groups, each in the cheapest of the chosen shapes."""
+        paid: npt.NDArray[np.int64] = self._count * self._cost[:, list(chosen)].min(axis=1)
+        return paid
+
+    def best_beside(self, chosen: Sequence[int]) -> int | None:
+        """The shape that saves most beside the chosen ones; None if none has groups enough."""
+        now = self._cost[:, list(chosen)].min(axis=1)[:, None]
+        saved = np.maximum(now - self._cost, 0)
+        enough = self._count @ (saved > 0) >= self._least
+        total = np.where(enough, self._count @ saved, 0)
+        best = int(total.argmax())
+        return best if total[best] > 0 else None
+
+
+def _widths(lengths: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """Candidate widths: quantiles of the lengths rounded up, the longest among them."""
+    rounded = -(-lengths // ROUND) * ROUND
+    return np.unique(np.quantile(rounded, np.linspace(0, 1, CANDIDATES), method="higher"))
 
 
 def lengths_of(group: TokenizedGroup) -> tuple[int, int]:
