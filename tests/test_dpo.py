@@ -262,6 +262,35 @@ def test_resumed_run_ends_with_the_same_bytes(train, models, tmp_path, capsys):
     assert losses[0] == losses[1]
 
 
+def test_token_budget_from_options_to_summary_and_resumed(pairs, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def train(output, *options):
+        command = ["dpo", "--model", str(TINY), "--data", str(pairs), "--output", output]
+        command += ["--batch-tokens", "300", "--grad-accumulation-steps", "2", "--samples", "0"]
+        command += ["--reference-cache", "cache", "--epochs", "2", "--steps-per-report", "1"]
+        return run([*command, *map(str, (*HOT, *options))])
+
+    assert train("whole") == 0
+    summary = json.loads(Path("whole/summary.json").read_text())
+    assert all(g == max(1, 300 // (p + 2 * c)) for p, c, g in summary["shapes"])
+    assert len({groups for _, _, groups in summary["shapes"]}) > 1
+    assert summary["pairs"] == pytest.approx(80, abs=8)
+    rows = [row for row in rows_of(Path("whole")) if "loss" in row]
+    assert rows[0]["loss"] == pytest.approx(LN2, abs=1e-6)
+    assert rows[-1]["loss"] < 0.5
+
+    from mlx_align.train import offline
+
+    monkeypatch.setattr(offline, "train", _interrupting(offline.train, 3))
+    assert train("parts") == 130
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    assert run(["dpo", "--resume", "parts"]) == 0
+    adapters = [Path(name, "adapters.safetensors").read_bytes() for name in ("whole", "parts")]
+    assert adapters[0] == adapters[1]
+
+
 def _interrupting(train_function, step):
     def interrupted(*arguments, **named):
         *rest, hooks, progress = arguments

@@ -28,7 +28,7 @@ from test_losses_oracle import (
     pair_rows,
 )
 
-from mlx_align.data.batching import Microbatch, collate_groups
+from mlx_align.data.batching import Microbatch, collate_groups, epoch_order
 from mlx_align.data.shapes import Shape
 from mlx_align.inference.score import make_scorer, score_groups
 from mlx_align.losses.registry import (
@@ -302,14 +302,19 @@ def assert_accumulation_is_exact(model, objective):
         update(model, objective, tree_of(model), microbatches(sizes, SMALL, room))
         for room, sizes in SPLITS
     ]
-    whole, whole_gradient, whole_sums = results[0]
+    for result in results[1:]:
+        assert_same_update(result, results[0])
+
+
+def assert_same_update(result, expected):
+    """Loss and gradient to 1e-5, and the sums of metrics."""
+    (loss, gradient, sums), (whole, whole_gradient, whole_sums) = result, expected
     norm = sum(mx.sum(mx.square(g)).item() for g in whole_gradient.values()) ** 0.5
     assert norm > 0
-    for loss, gradient, sums in results[1:]:
-        assert loss == pytest.approx(whole, rel=1e-5)
-        gaps = [mx.sum(mx.square(g - whole_gradient[name])).item() for name, g in gradient.items()]
-        assert sum(gaps) ** 0.5 < 1e-5 * max(norm, 1.0)
-        assert sums == pytest.approx(whole_sums, rel=1e-4, abs=1e-4)
+    assert loss == pytest.approx(whole, rel=1e-5)
+    gaps = [mx.sum(mx.square(g - whole_gradient[name])).item() for name, g in gradient.items()]
+    assert sum(gaps) ** 0.5 < 1e-5 * max(norm, 1.0)
+    assert sums == pytest.approx(whole_sums, rel=1e-4, abs=1e-4)
 
 
 def near(model, groups):
@@ -340,6 +345,33 @@ def test_pairs_accumulate_exactly(loss, tiny):
             **extra,
         ),
     )
+
+
+@pytest.mark.parametrize("loss", ["sigmoid", "aot", "kto", "nll"])
+def test_batches_of_different_sizes_and_shapes_are_one_big_batch(loss, tiny):
+    """As many groups as fit so many tokens: the update is that of all of them at once."""
+    groups = random_groups(13, 1 if loss == "nll" else 2)
+    log_probs = near(tiny, groups)
+    checkpoint = {"grad_checkpoint": False}
+    if loss == "nll":
+        objective = supervised_objective(tiny, loss, groups, **checkpoint)
+    elif loss == "kto":
+        kto = KtoLoss(loss, UNPAIRED_LOSSES[loss], resolve_options(loss, {}))
+        scorer = make_scorer(tiny)
+        objective = unpaired_objective(tiny, kto, groups, log_probs, scorer, **checkpoint)
+    else:
+        made = combine(parse_losses(loss), {})
+        scorer = make_scorer(tiny)
+        objective = preference_objective(tiny, made, groups, log_probs, scorer, **checkpoint)
+    more = loss == "nll"  # so that a batch is not full there either
+    shapes = [Shape(8, 8, 3 + more), Shape(8, 16, 2 + more)]
+    several = epoch_order(groups, shapes, seed=0)
+    assert {batch.shape for batch in several} == set(shapes)
+    assert sorted(i for batch in several for i in batch.indices) == list(range(13))
+    assert any(len(batch.indices) < batch.shape.groups for batch in several)
+    whole = [Microbatch(tuple(range(13)), Shape(16, 16, 13))]
+    results = [update(tiny, objective, tree_of(tiny), micro) for micro in (several, whole)]
+    assert_same_update(*results)
 
 
 def test_square_sums_come_from_the_same_pass(tiny, monkeypatch):

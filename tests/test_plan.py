@@ -167,6 +167,22 @@ def test_advice_is_cheapest_first_and_goes_on_until_it_fits():
     assert peaks == sorted(peaks, reverse=True)
 
 
+def test_advice_on_token_budgets_speaks_of_them():
+    within = replace(PAIR, shapes=(Shape(256, 256, 10), Shape(512, 512, 5)))
+    work = replace(within, limit=BatchLimit(tokens=8000), accumulation=2)
+    half = replace(work, shapes=(Shape(256, 256, 5), Shape(512, 512, 2)), accumulation=4)
+    available = plan_memory(seven_b(), half).peak_bytes
+    steps = advise(seven_b(), work, 1024, halves, available)
+    assert [step.options for step in steps] == ["--batch-tokens 4000 --grad-accumulation-steps 4"]
+    assert steps[0].fits
+    # A further step keeps the smaller budget.
+    steps = advise(seven_b(), work, 1024, halves, int(0.97 * available))
+    assert steps[0].options == "--batch-tokens 2000 --grad-accumulation-steps 8"
+    limits = []
+    advise(seven_b(), work, 1024, lambda n, limit: limits.append(limit) or halves(n, limit), 1)
+    assert BatchLimit(tokens=2000) in limits
+
+
 def test_advice_admits_when_nothing_helps():
     steps = advise(seven_b(), PAIR, 1024, halves, int(1e9))
     assert steps
@@ -246,6 +262,20 @@ def test_json(tmp_path, capsys, monkeypatch):
     assert plan["time"] is None
     assert sum(plan["parts"].values()) == plan["peak_bytes"]
     assert run(["plan", *options, "--machine", "8 GB M1", "--command", "sft"]) in (0, 1)
+
+
+def test_token_budget_on_the_page(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    options = ["--model", str(TINY), "--data", str(pairs_file(tmp_path)), "--json"]
+    shapes = []
+    for batch in (["--batch-tokens", "100"], ["--batch-size", "3"]):
+        assert run(["plan", *options, *batch]) == 0
+        shapes.append(json.loads(capsys.readouterr().out)["shape"])
+    prompt, completion, groups = shapes[0]
+    assert groups == 100 // (prompt + 2 * completion) > 1
+    assert shapes[1][2] == 3
+    assert run(["plan", *options, *batch, "--batch-tokens", "100"]) == 1
+    assert "--batch-size and --batch-tokens exclude each other" in capsys.readouterr().err
 
 
 def test_page_without_data(capsys):

@@ -159,7 +159,7 @@ def measured_rate(config: TrainConfig, task: Task, groups: list[Any]) -> float:
     import numpy as np
 
     from mlx_align.data.batching import microbatch_stream
-    from mlx_align.data.shapes import BatchLimit, plan_shapes
+    from mlx_align.data.shapes import batch_limit, plan_shapes
     from mlx_align.inference.score import make_scorer
     from mlx_align.models.loading import open_model
     from mlx_align.train.loop import LoopHooks, LoopSettings, Progress, make_optimizer, train
@@ -171,7 +171,7 @@ def measured_rate(config: TrainConfig, task: Task, groups: list[Any]) -> float:
     zeros = [tuple(np.zeros(len(c), np.float32) for c in group.completions) for group in groups]
     scorer = make_scorer(policy.model)
     objective = task.objective(policy, groups, zeros if task.needs_reference else None, scorer)
-    shapes = plan_shapes(groups, BatchLimit(config.batch_size))
+    shapes = plan_shapes(groups, batch_limit(config))
     stream = microbatch_stream(groups, shapes, seed=config.seed)
     accumulation = min(config.grad_accumulation_steps, 4)
     settings = LoopSettings(MEASURED_UPDATES, accumulation, lambda _: 0.0, 1.0, 1, 0, 0)

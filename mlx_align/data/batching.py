@@ -13,7 +13,7 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
-from mlx_align.data.shapes import Shape, lengths_of, tokens_of
+from mlx_align.data.shapes import BatchLimit, Shape, lengths_of, plan_shapes, tokens_of
 from mlx_align.types import GroupBatch, LabelledBatch, Logps, PairBatch, TokenizedGroup
 
 
@@ -33,8 +33,9 @@ def epoch_order(
 ) -> list[Microbatch]:
     """Every group once, in microbatches of one shape each, shuffled by (seed, epoch).
 
-    Groups left over in one shape move on to the next that holds them. `seed=None` keeps the
-    order of the data, for evaluation.
+    Groups left over in one shape move on to the next that holds them, which has room for as many
+    or fewer: so fillers are needed once at most. `seed=None` keeps the order of the data, for
+    evaluation.
     """
     random = None if seed is None else np.random.default_rng((seed, epoch))
     order = np.arange(len(groups)) if random is None else random.permutation(len(groups))
@@ -49,13 +50,31 @@ def epoch_order(
         batches += [Microbatch(tuple(row[i : i + size]), shape) for i in range(0, full, size)]
         for index in row[full:]:
             if position == len(shapes) - 1:
-                batches.append(Microbatch(tuple(row[full:]), shape))
+                batches.append(_last(row[full:], groups, shapes))
                 break
             target = _fitting(lengths_of(groups[index]), shapes[position + 1 :])
             waiting[target].append(index)
     if random is None:
         return sorted(batches, key=lambda batch: min(batch.indices))
     return [batches[i] for i in random.permutation(len(batches))]
+
+
+def _last(
+    indices: Sequence[int], groups: Sequence[TokenizedGroup], shapes: Sequence[Shape]
+) -> Microbatch:
+    """The batch of what is left over at the end, in whichever shape runs fewest tokens."""
+    lengths = [lengths_of(groups[index]) for index in indices]
+    longest = max(p for p, _ in lengths), max(c for _, c in lengths)
+    rows = len(groups[indices[0]].completions)
+    holding = [
+        shape
+        for shape in shapes
+        if shape.groups >= len(indices)
+        and longest[0] <= shape.prompt
+        and longest[1] <= shape.completion
+    ]
+    cheapest = min(holding, key=lambda shape: shape.groups * tokens_of(shape, rows))
+    return Microbatch(tuple(indices), cheapest)
 
 
 def _fitting(lengths: tuple[int, int], shapes: Sequence[Shape]) -> Shape:
@@ -73,12 +92,16 @@ def microbatch_stream(
     seed: int,
     start: int = 0,
 ) -> Iterator[Microbatch]:
-    """Microbatches without end, epoch after epoch, from the `start`-th on."""
-    per_epoch = len(epoch_order(groups, shapes, seed=seed))
-    epoch, position = divmod(start, per_epoch)
+    """Microbatches without end, epoch after epoch, from the `start`-th on.
+
+    Epochs may differ in length: which groups are left over depends on their order.
+    """
+    epoch = 0
     while True:
-        yield from epoch_order(groups, shapes, seed=seed, epoch=epoch)[position:]
-        epoch, position = epoch + 1, 0
+        order = epoch_order(groups, shapes, seed=seed, epoch=epoch)
+        yield from order[start:]
+        start = max(0, start - len(order))
+        epoch += 1
 
 
 def collate_groups(groups: Sequence[TokenizedGroup], shape: Shape) -> GroupBatch:
@@ -162,6 +185,13 @@ def scored(group: TokenizedGroup, completion: int) -> npt.NDArray[np.bool_]:
     if group.loss_masks is not None:
         return group.loss_masks[completion]
     return np.ones(len(group.completions[completion]), np.bool_)
+
+
+def groups_per_batch(groups: Sequence[TokenizedGroup], limit: BatchLimit) -> float:
+    """Groups of a microbatch: the number asked for, or the mean of what fits."""
+    if limit.tokens is None:
+        return limit.groups
+    return len(groups) / len(epoch_order(groups, plan_shapes(groups, limit), seed=None))
 
 
 def padding_waste(batches: Sequence[Microbatch], groups: Sequence[TokenizedGroup]) -> float:

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from mlx_align.config import DEFAULT_BATCH_SIZE, TrainConfig
 from mlx_align.types import TokenizedGroup
 
 MAX_SHAPES = 12
@@ -41,13 +42,28 @@ class Shape(NamedTuple):
 
 @dataclass(frozen=True)
 class BatchLimit:
-    """How many groups a microbatch holds: always the same number."""
+    """How many groups a microbatch holds: always as many, or as many as fit.
+
+    Attributes:
+        groups: The number, whatever their shape.
+        tokens: Where it is set, what decides instead: as many groups as fit so many tokens, at
+            least one. Padding counts, and so do all completions of a group, those that do not run
+            beside each other too (KTO's mismatched ones).
+    """
 
     groups: int = 1
+    tokens: int | None = None
 
     def of(self, tokens: int) -> int:
         """Groups of a microbatch whose groups take `tokens` each, padding counted."""
-        return self.groups
+        return self.groups if self.tokens is None else max(1, self.tokens // tokens)
+
+
+def batch_limit(config: TrainConfig) -> BatchLimit:
+    """What --batch-size or --batch-tokens says."""
+    if config.batch_tokens is not None:
+        return BatchLimit(tokens=config.batch_tokens)
+    return BatchLimit(config.batch_size or DEFAULT_BATCH_SIZE)
 
 
 def plan_shapes(
@@ -93,7 +109,8 @@ class _Table:
     def __init__(self, lengths: npt.NDArray[np.int64], rows: int, limit: BatchLimit) -> None:
         prompts, completions = (_widths(column) for column in lengths.T)
         grid = [(int(p), int(c)) for p in prompts for c in completions]
-        self.shapes = [Shape(p, c, limit.of(p + rows * c)) for p, c in grid]
+        most = len(lengths)
+        self.shapes = [Shape(p, c, min(limit.of(p + rows * c), most)) for p, c in grid]
         widths = np.array(grid)
         cells, self._count = np.unique(
             np.stack(

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from mlx_align.config import KtoConfig, SftConfig, TrainConfig
-from mlx_align.data.shapes import BatchLimit, Shape, plan_shapes
+from mlx_align.data.shapes import BatchLimit, Shape, batch_limit, plan_shapes
 from mlx_align.errors import ConfigError, ModelError
 from mlx_align.models.adapters import AdapterLayout
 from mlx_align.models.loading import ModelFolder
@@ -63,7 +63,7 @@ def make_plan(
         ModelError: The model's files can't be read.
     """
     model = read_shape(folder.path, folder.config)
-    within, limit = _shapes_within(groups), BatchLimit(config.batch_size)
+    within, limit = _shapes_within(groups), batch_limit(config)
     rows = 2 if not groups else max(len(group.completions) for group in groups)
     if isinstance(config, KtoConfig | SftConfig):
         rows = 1  # of KTO's two completions the mismatched one runs by itself, without gradient

@@ -7,10 +7,12 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 
 from mlx_align.config import TrainConfig
+from mlx_align.data.batching import groups_per_batch
+from mlx_align.data.shapes import batch_limit
 from mlx_align.errors import ConfigError
 from mlx_align.models.adapters import AdapterLayout
 from mlx_align.types import TokenizedGroup
@@ -47,7 +49,8 @@ def expected(
     """The time that a run over `groups` takes at `rate` tokens per second."""
     per_epoch = sum(len(g.prompt) + sum(map(len, g.completions)) for g in groups)
     if config.iters is not None:
-        seen = config.iters * config.grad_accumulation_steps * config.batch_size / len(groups)
+        per_update = config.grad_accumulation_steps * groups_per_batch(groups, batch_limit(config))
+        seen = config.iters * per_update / len(groups)
     else:
         seen = config.epochs or 1.0
     once = min(1.0, seen) * per_epoch if has_reference else 0.0
@@ -88,7 +91,7 @@ def rate_key(
     facts = [
         command,
         str(model.resolve()),
-        config.batch_size,
+        *astuple(batch_limit(config)),
         config.grad_checkpoint,
         config.max_seq_length,
         layout.to_mlx_lm(),

@@ -20,7 +20,7 @@ from mlx.utils import tree_flatten
 from mlx_align.config import TrainConfig
 from mlx_align.data.batching import epoch_order, microbatch_stream, padding_waste
 from mlx_align.data.checks import render_facts
-from mlx_align.data.shapes import BatchLimit, Shape, plan_shapes
+from mlx_align.data.shapes import Shape, batch_limit, plan_shapes
 from mlx_align.inference.score import Scorer, make_scorer
 from mlx_align.models.adapters import AdapterLayout, save_adapter
 from mlx_align.models.loading import ModelFolder, open_model
@@ -89,7 +89,7 @@ def run_offline(
     policy = make_policy(config, folder, layout)
     display.note(_say_policy(policy, layout))
     scorer = make_scorer(policy.model)
-    shapes = plan_shapes(train_groups, BatchLimit(config.batch_size))
+    shapes = plan_shapes(train_groups, batch_limit(config))
     settings = _loop_settings(config, train_groups, shapes)
     reference: GroupLogps | None = None
     reference_valid: GroupLogps = []
@@ -224,7 +224,7 @@ def _references(
 
     try:
         on_used = refer([train_groups[i] for i in used], shapes, "training data")
-        held_out_shapes = plan_shapes(held_out, BatchLimit(config.batch_size)) if held_out else []
+        held_out_shapes = plan_shapes(held_out, batch_limit(config)) if held_out else []
         on_valid = refer(held_out, held_out_shapes, "held-out data")
         display.note(f"Reference log-probs: {cache.nbytes / 1e6:.1f} MB in {cache.file.parent}.")
     finally:
