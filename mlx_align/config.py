@@ -54,6 +54,13 @@ class TrainConfig:
         "Default: all linear ones.",
         metavar="KEYS",
     )
+    # bfloat16 keeps a bf16 model's activations at 2 bytes; float32, its whole precision.
+    adapter_dtype: str = option(
+        "float32",
+        "What LoRA adapters compute in: bfloat16 takes less memory beside a bf16 model. They are "
+        "trained and saved in float32 either way.",
+        choices=("float32", "bfloat16"),
+    )
     num_layers: int | None = option(
         None, "Blocks to train, from the last; -1 for all. Default: -1, or the init adapter's."
     )

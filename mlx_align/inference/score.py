@@ -11,7 +11,7 @@ from mlx_align.data.batching import collate_groups, epoch_order
 from mlx_align.data.shapes import Shape
 from mlx_align.models.loading import LanguageModel
 from mlx_align.models.logps import batch_token_logps
-from mlx_align.models.roles import Tree, acting_as
+from mlx_align.models.roles import Tree
 from mlx_align.types import GroupBatch, Logps, TokenizedGroup
 
 Scorer = Callable[[Tree, GroupBatch], mx.array]
@@ -24,7 +24,7 @@ def make_scorer(model: LanguageModel) -> Scorer:
     """
 
     def score(tree: Tree, batch: GroupBatch) -> mx.array:
-        with acting_as(model.module, tree):
+        with model.acting_as(tree):
             return batch_token_logps(model.anatomy, batch, shared=model.shared)
 
     compiled = mx.compile(score)

@@ -5,15 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import mlx.core as mx
+
 from mlx_align.config import KtoConfig, SftConfig, TrainConfig
 from mlx_align.data.shapes import BatchLimit, Shape, batch_limit, plan_shapes
 from mlx_align.errors import ConfigError, ModelError
-from mlx_align.models.adapters import AdapterLayout
+from mlx_align.models.adapters import AdapterLayout, compute_dtype
 from mlx_align.models.loading import ModelFolder
 from mlx_align.plan.advice import Step, advise
 from mlx_align.plan.headers import ModelShape, read_shape
 from mlx_align.plan.machine import Machine, this_machine
-from mlx_align.plan.memory import MemoryPlan, Workload, plan_memory
+from mlx_align.plan.memory import ADAPTER_BYTES, MemoryPlan, Workload, plan_memory
 from mlx_align.types import TokenizedGroup
 
 # A run that needs less is never refused: the plan's error is larger than what it could spare.
@@ -61,8 +63,11 @@ def make_plan(
 
     Raises:
         ModelError: The model's files can't be read.
+        ConfigError: Its adapters can't compute as asked.
     """
     model = read_shape(folder.path, folder.config)
+    dtypes = [mx.bfloat16] if model.activation_dtype == "BF16" else []
+    computed = compute_dtype(config.adapter_dtype, dtypes)
     within, limit = _shapes_within(groups), batch_limit(config)
     rows = 2 if not groups else max(len(group.completions) for group in groups)
     if isinstance(config, KtoConfig | SftConfig):
@@ -78,6 +83,7 @@ def make_plan(
         keys=layout.keys,
         dropout=layout.dropout > 0,
         grad_checkpoint=config.grad_checkpoint,
+        adapter_bytes=ADAPTER_BYTES if computed is None else computed.size,
         shared=folder.config.get("model_type") not in WHOLE_ROWS,
     )
     memory = plan_memory(model, work)

@@ -93,6 +93,7 @@ def rate_key(
         str(model.resolve()),
         *astuple(batch_limit(config)),
         config.grad_checkpoint,
+        config.adapter_dtype,
         config.max_seq_length,
         layout.to_mlx_lm(),
         machine,

@@ -214,7 +214,8 @@ def _references(
     """The reference's log-probs of used training and held-out groups, cached or computed now."""
     cache_folder = Path(getattr(config, "reference_cache", None) or default_cache_folder())
     adapter = Path(config.init_adapter) if config.init_adapter else None
-    cache = ReferenceCache(cache_folder.expanduser(), reference_key(folder.path, adapter))
+    key = reference_key(folder.path, adapter, config.adapter_dtype)
+    cache = ReferenceCache(cache_folder.expanduser(), key)
 
     def refer(groups: Sequence[TokenizedGroup], shapes: Sequence[Shape], what: str) -> GroupLogps:
         if not groups:

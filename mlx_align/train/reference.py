@@ -38,11 +38,16 @@ def default_cache_folder() -> Path:
     return base / "mlx-align" / "reference"
 
 
-def reference_key(model_folder: Path, adapter_folder: Path | None) -> str:
-    """Identity of a reference: a hash of the base's weights and of the adapter it started from."""
+def reference_key(model_folder: Path, adapter_folder: Path | None, adapter_dtype: str) -> str:
+    """Identity of a reference: a hash of the base's weights and of the adapter it started from.
+
+    Together with what the adapter computes in.
+    """
     parts = [f"v{VERSION}", fingerprint_folder(model_folder)]
     if adapter_folder is not None:
         parts.append(fingerprint_folder(adapter_folder, "adapter*"))
+    if adapter_dtype != "float32":
+        parts.append(adapter_dtype)
     return hashlib.blake2b("/".join(parts).encode(), digest_size=16).hexdigest()
 
 
