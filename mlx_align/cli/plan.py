@@ -151,7 +151,7 @@ def _rate(
         store_rate(key, rate)
         return rate, "measured now"
     earlier = stored_rate(key)
-    return None if earlier is None else (earlier, "measured before (--measure does it again)")
+    return None if earlier is None else (earlier, "measured before, by a run or --measure")
 
 
 def measured_rate(config: TrainConfig, task: Task, groups: list[Any]) -> float:
@@ -237,7 +237,10 @@ def render(plan: Plan, duration: Duration | None) -> str:
             f"{duration.tokens_per_second:,.0f} tokens/s ({duration.source})."
         )
     elif machine.here:
-        lines.append("Time: not known; --measure times a few steps, --run RUN takes a run's speed.")
+        lines.append(
+            "Time: not known before such a run was made; --measure times a few steps, --run RUN "
+            "takes another run's speed."
+        )
     lines += [f"- {remark}" for remark in remarks(machine, plan.model.activation_dtype)]
     lines.append(f"- {', '.join(f'{name} {what}' for name, what in software().items())}")
     lines.append(f"- {_BASIS}")

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import astuple, dataclass
 from pathlib import Path
 
-from mlx_align.config import TrainConfig
+from mlx_align.config import KtoConfig, TrainConfig
 from mlx_align.data.batching import groups_per_batch
 from mlx_align.data.shapes import batch_limit
 from mlx_align.errors import ConfigError
@@ -47,13 +47,16 @@ def expected(
     has_reference: bool,
 ) -> Duration:
     """The time that a run over `groups` takes at `rate` tokens per second."""
-    per_epoch = sum(len(g.prompt) + sum(map(len, g.completions)) for g in groups)
+    # Of KTO's two completions the mismatched one is not counted in a run's tokens.
+    trained = 1 if isinstance(config, KtoConfig) else None
+    per_epoch = sum(len(g.prompt) + sum(map(len, g.completions[:trained])) for g in groups)
+    referred = sum(len(g.prompt) + sum(map(len, g.completions)) for g in groups)
     if config.iters is not None:
         per_update = config.grad_accumulation_steps * groups_per_batch(groups, batch_limit(config))
         seen = config.iters * per_update / len(groups)
     else:
         seen = config.epochs or 1.0
-    once = min(1.0, seen) * per_epoch if has_reference else 0.0
+    once = min(1.0, seen) * referred if has_reference else 0.0
     return Duration(rate, source, seen * per_epoch / rate, once * FORWARD_SHARE / rate)
 
 

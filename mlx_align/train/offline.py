@@ -25,6 +25,8 @@ from mlx_align.inference.score import Scorer, make_scorer
 from mlx_align.models.adapters import AdapterLayout, save_adapter
 from mlx_align.models.loading import ModelFolder, open_model
 from mlx_align.plan.check import check_fits
+from mlx_align.plan.machine import this_machine
+from mlx_align.plan.timing import rate_key, store_rate
 from mlx_align.settings import to_yaml
 from mlx_align.train import runlog
 from mlx_align.train.checkpoint import load_checkpoint, save_checkpoint
@@ -44,6 +46,7 @@ from mlx_align.train.loop import (
     make_schedule,
     train,
 )
+from mlx_align.train.pace import Pace
 from mlx_align.train.reference import (
     ReferenceCache,
     default_cache_folder,
@@ -114,19 +117,29 @@ def run_offline(
     before = answers(policy, policy.start, prompts, config)
     objective = task.objective(policy, train_groups, reference, scorer)
     stream = microbatch_stream(train_groups, shapes, seed=config.seed, start=progress.microbatches)
+    pace = Pace(progress)
     mx.reset_peak_memory()
     with display.bar(task.title, settings.total_steps, progress.step) as bar:
+
+        def tick(at: Progress) -> None:
+            pace.tick(at)
+            bar.advance()
+
         hooks = LoopHooks(
             report=lambda at, row: _report(
                 run, at, settings.total_steps, task.refine(row), display
             ),
             evaluate=lambda at, now: evaluation(at.step, now),
             save=lambda at, now, opt: save_checkpoint(run, at, now, opt, layout, str(folder.path)),
-            tick=lambda _: bar.advance(),
+            tick=tick,
         )
-        tree = train(policy.model, tree, optimizer, objective, stream, settings, hooks, progress)
+        watched = pace.watched(stream)
+        tree = train(policy.model, tree, optimizer, objective, watched, settings, hooks, progress)
     peak = mx.get_peak_memory()
     save_adapter(run, tree, layout, str(folder.path))
+    if (rate := pace.rate()) is not None:
+        machine = this_machine().name
+        store_rate(rate_key(task.command, folder.path, config, layout, machine), rate)
 
     after = answers(policy, tree, prompts, config)
     samples = [
