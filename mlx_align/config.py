@@ -12,6 +12,8 @@ from typing import Any, ClassVar
 from mlx_align.errors import ConfigError
 from mlx_align.settings import option
 
+DEFAULT_BATCH_SIZE = 1
+
 
 @dataclass(frozen=True)
 class TrainConfig:
@@ -52,6 +54,13 @@ class TrainConfig:
         "Default: all linear ones.",
         metavar="KEYS",
     )
+    # bfloat16 keeps a bf16 model's activations at 2 bytes; float32, its whole precision.
+    adapter_dtype: str = option(
+        "float32",
+        "What LoRA adapters compute in: bfloat16 takes less memory beside a bf16 model. They are "
+        "trained and saved in float32 either way.",
+        choices=("float32", "bfloat16"),
+    )
     num_layers: int | None = option(
         None, "Blocks to train, from the last; -1 for all. Default: -1, or the init adapter's."
     )
@@ -61,8 +70,19 @@ class TrainConfig:
     epochs: float | None = option(
         None, "Passes over the data, instead of --iters. Default: 1.", above=0
     )
-    # One pair at a time is what fits 16 GB; 8 accumulated steady the gradient.
-    batch_size: int = option(1, "Prompts (with their completions) per microbatch.", at_least=1)
+    # One pair at a time is what fits 16 GB; 8 accumulated steady the gradient. None here, so that
+    # it can be told from one that was given beside --batch-tokens.
+    batch_size: int | None = option(
+        None,
+        f"Prompts (with their completions) per microbatch. Default: {DEFAULT_BATCH_SIZE}.",
+        at_least=1,
+    )
+    batch_tokens: int | None = option(
+        None,
+        "Instead of --batch-size: as many prompts per microbatch as fit so many tokens, with "
+        "their completions and padding; at least one.",
+        at_least=1,
+    )
     grad_accumulation_steps: int = option(
         8, "Microbatches per update; exactly as if they were one batch.", at_least=1
     )

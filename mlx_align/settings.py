@@ -1,6 +1,6 @@
 """Options as dataclass fields: how one is declared, and how values given for them are checked.
 
-Knows no option by name but the two that exclude each other; those stand in `config.py`.
+Knows no option by name but those that exclude each other; they stand in `config.py`.
 Precedence: command line > `-c file.yaml` > defaults.
 """
 
@@ -22,6 +22,8 @@ import yaml
 from mlx_align.errors import ConfigError
 
 Config = TypeVar("Config")
+# Two ways to say one thing.
+EXCLUSIVE = (("iters", "epochs"), ("batch_size", "batch_tokens"))
 
 
 def option(
@@ -74,12 +76,13 @@ def resolve(
     """
     values = {} if file is None else read_yaml(file, kind)
     values.update(_checked(kind, command_line, where=""))
-    if "iters" in command_line and "epochs" not in command_line:
-        values.pop("epochs", None)
-    if "epochs" in command_line and "iters" not in command_line:
-        values.pop("iters", None)
-    if values.get("iters") is not None and values.get("epochs") is not None:
-        raise ConfigError("--iters and --epochs exclude each other; give one")
+    for one, other in EXCLUSIVE:
+        if one in command_line and other not in command_line:
+            values.pop(other, None)
+        if other in command_line and one not in command_line:
+            values.pop(one, None)
+        if values.get(one) is not None and values.get(other) is not None:
+            raise ConfigError(f"{flag_of(one)} and {flag_of(other)} exclude each other; give one")
     return kind(**values)
 
 

@@ -54,7 +54,8 @@ from families import (  # noqa: E402
     make_model,
 )
 
-from mlx_align.data.batching import Microbatch, Shape  # noqa: E402
+from mlx_align.data.batching import Microbatch  # noqa: E402
+from mlx_align.data.shapes import Shape  # noqa: E402
 from mlx_align.errors import ModelError  # noqa: E402
 from mlx_align.inference.score import make_scorer  # noqa: E402
 from mlx_align.losses.registry import combine, parse_losses  # noqa: E402
@@ -74,7 +75,7 @@ PRECISIONS = ("float32", "bf16", "4-bit")
 # Ragged, from a prompt of one token and completions of one to rows far beyond every window.
 PROMPTS = (1, 4, 12, 7, 9, 3, 14, 6)
 COMPLETIONS = ((9, 5), (1, 12), (6, 3), (2, 8), (11, 4), (10, 7), (5, 1), (12, 9))
-SHAPE = Shape(16, 16)
+WIDTH = 16
 # What mlx says of experts in bf16 where there is no GPU.
 NOT_ON_CPU = "GatherMM::eval] Currently only supports float32"
 
@@ -236,12 +237,11 @@ def package_gradient(
         combine(parse_losses("sigmoid"), {"beta": BETA}),
         groups,
         reference,
-        size,
         make_scorer(model),
         grad_checkpoint=way.checkpoint,
     )
-    starts = range(0, len(groups), size)
-    micro = [Microbatch(tuple(range(s, min(s + size, len(groups)))), SHAPE) for s in starts]
+    starts, shape = range(0, len(groups), size), Shape(WIDTH, WIDTH, size)
+    micro = [Microbatch(tuple(range(s, min(s + size, len(groups)))), shape) for s in starts]
     batches = [objective.collate(m) for m in micro]
     totals = objective.totals(batches)
     gradient: Callable[..., Any] = mx.value_and_grad(objective.loss)

@@ -20,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,7 @@ class Case:
     num_layers: int = -1
     fine_tune_type: str = "lora"
     grad_checkpoint: bool = True
+    adapter_dtype: str = "float32"
 
 
 CASES = (
@@ -62,6 +63,15 @@ CASES = (
     Case("batch 4", batch_size=4, prompt=64, completion=64, rank=32),
     Case("bf16", dtype="bf16", prompt=64, completion=64),
     Case("bf16, no checkpointing", dtype="bf16", prompt=64, completion=64, grad_checkpoint=False),
+    Case("bf16 adapters", dtype="bf16", prompt=64, completion=64, adapter_dtype="bfloat16"),
+    Case(
+        "bf16 adapters, no checkpointing",
+        dtype="bf16",
+        prompt=64,
+        completion=64,
+        adapter_dtype="bfloat16",
+        grad_checkpoint=False,
+    ),
     Case("4-bit", dtype="4-bit", prompt=64, completion=64),
     Case("4-bit, last 2 of 4 blocks", dtype="4-bit", prompt=64, completion=64, num_layers=2),
     Case("full fine-tuning", fine_tune_type="full"),
@@ -116,10 +126,11 @@ def measure(case: Case) -> dict[str, Any]:
     import mlx.core as mx
     import numpy as np
 
-    from mlx_align.data.batching import Shape, microbatch_stream
+    from mlx_align.data.batching import microbatch_stream
+    from mlx_align.data.shapes import Shape
     from mlx_align.inference.score import make_scorer
     from mlx_align.losses.registry import combine, parse_losses
-    from mlx_align.models.adapters import AdapterLayout, install
+    from mlx_align.models.adapters import AdapterLayout, compute_dtype, install
     from mlx_align.models.loading import ModelFolder, load_language_model
     from mlx_align.plan.headers import read_shape
     from mlx_align.plan.memory import Workload, plan_memory
@@ -127,21 +138,23 @@ def measure(case: Case) -> dict[str, Any]:
     from mlx_align.train.preference import preference_objective
     from mlx_align.types import TokenizedGroup
 
-    shape = Shape(case.prompt, case.completion)
+    shape = Shape(case.prompt, case.completion, case.batch_size)
     with tempfile.TemporaryDirectory() as name:
         config = write_model(case, Path(name))
         mx.clear_cache()
         work = Workload(
             (shape,),
-            batch_size=case.batch_size,
             accumulation=case.accumulation,
             fine_tune_type=case.fine_tune_type,
             rank=case.rank,
             num_layers=case.num_layers,
             grad_checkpoint=case.grad_checkpoint,
+            adapter_bytes=4 if case.adapter_dtype == "float32" else 2,
         )
         planned = plan_memory(read_shape(Path(name), config), work)
         model = load_language_model(ModelFolder(case.name, Path(name), config, None))
+        computed = compute_dtype(case.adapter_dtype, [mx.bfloat16])
+        model = replace(model, adapter_dtype=computed)
     weights = mx.get_active_memory()
     layout = AdapterLayout(case.fine_tune_type, rank=case.rank, num_layers=case.num_layers)
     start = install(model.module, layout)
@@ -162,7 +175,6 @@ def measure(case: Case) -> dict[str, Any]:
         combine(parse_losses("sigmoid"), {}),
         groups,
         [(zeros, zeros)] * len(groups),
-        case.batch_size,
         make_scorer(model),
         grad_checkpoint=case.grad_checkpoint,
     )
@@ -175,7 +187,7 @@ def measure(case: Case) -> dict[str, Any]:
         start,
         optimizer,
         objective,
-        microbatch_stream(groups, [shape], case.batch_size, seed=0),
+        microbatch_stream(groups, [shape], seed=0),
         LoopSettings(1, case.accumulation, lambda _: 1e-4, 1.0, 1, 0, 0),
         LoopHooks(lambda *_: None, lambda *_: None, lambda *_: None),
         Progress(),

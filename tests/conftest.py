@@ -2,6 +2,17 @@
 
 import os
 
+import pytest
+
 # The hub is never asked: what a test needs, it makes or the repository holds.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+@pytest.fixture(autouse=True)
+def own_rates(tmp_path, monkeypatch):
+    """Runs remember their speed: here, and not beside the user's own."""
+    from mlx_align.plan import timing
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user-cache"))
+    monkeypatch.setattr(timing, "rates_file", lambda: tmp_path / "user-cache" / "rates.json")

@@ -5,14 +5,14 @@ import numpy as np
 import pytest
 
 from mlx_align.data.batching import (
-    MAX_SHAPES,
     collate_groups,
     collate_pairs,
     epoch_order,
+    groups_per_batch,
     microbatch_stream,
     padding_waste,
-    plan_shapes,
 )
+from mlx_align.data.shapes import MAX_SHAPES, BatchLimit, Shape, plan_shapes
 from mlx_align.types import TokenizedGroup
 
 
@@ -29,13 +29,14 @@ def make_groups(n, seed=0, longest=400):
 @pytest.mark.parametrize(("n", "batch_size"), [(1, 1), (3, 8), (97, 4), (500, 1), (500, 8)])
 def test_every_group_once_per_epoch(n, batch_size):
     groups = make_groups(n)
-    shapes = plan_shapes(groups, batch_size)
+    shapes = plan_shapes(groups, BatchLimit(batch_size))
     assert len(shapes) <= MAX_SHAPES
+    assert {shape.groups for shape in shapes} == {min(batch_size, n)}
     for seed in (None, 0, 1):
-        batches = epoch_order(groups, shapes, batch_size, seed=seed)
+        batches = epoch_order(groups, shapes, seed=seed)
         seen = [index for batch in batches for index in batch.indices]
         assert sorted(seen) == list(range(n))
-        assert sum(len(batch.indices) < batch_size for batch in batches) <= 1
+        assert sum(len(batch.indices) < batch.shape.groups for batch in batches) <= 1
         for batch in batches:
             for index in batch.indices:
                 assert len(groups[index].prompt) <= batch.shape.prompt
@@ -43,34 +44,100 @@ def test_every_group_once_per_epoch(n, batch_size):
                 assert longest <= batch.shape.completion
 
 
+@pytest.mark.parametrize("tokens", [1, 700, 3000, 20_000])
+def test_as_many_groups_as_fit_so_many_tokens(tokens):
+    groups = make_groups(300)
+    limit = BatchLimit(tokens=tokens)
+    shapes = plan_shapes(groups, limit)
+    assert len(shapes) <= MAX_SHAPES
+    for shape in shapes:
+        one = shape.prompt + 2 * shape.completion
+        assert shape.groups == max(1, tokens // one)
+    sizes = [shape.groups for shape in shapes]
+    assert sizes == sorted(sizes, reverse=True)
+    if tokens == 3000:
+        assert len(set(sizes)) > 3
+    order = epoch_order(groups, shapes, seed=0)
+    assert sorted(i for batch in order for i in batch.indices) == list(range(300))
+    # What is left over in a shape fills batches of larger ones: one batch at most is not full.
+    assert sum(len(batch.indices) < batch.shape.groups for batch in order) <= 1
+    assert groups_per_batch(groups, limit) == pytest.approx(300 / len(order), rel=0.05)
+    batch = collate_groups([groups[i] for i in order[0].indices], order[0].shape)
+    assert batch.prompt_tokens.shape == (order[0].shape.groups, order[0].shape.prompt)
+    assert batch.completion_tokens.shape[0] == 2 * order[0].shape.groups
+
+
+def test_no_batch_has_more_room_than_there_are_groups():
+    for limit in (BatchLimit(64), BatchLimit(tokens=10**6)):
+        assert plan_shapes(make_groups(5), limit)[-1].groups == 5
+
+
+def test_shapes_are_never_worse_than_one_and_each_pays():
+    """Against all ways to choose two shapes of few lengths, tried one by one."""
+    random = np.random.default_rng(3)
+    lengths = random.choice([8, 16, 40, 80], (40, 2))
+    groups = [
+        TokenizedGroup(np.ones(p, np.int32), (np.ones(c, np.int32),) * 2, "") for p, c in lengths
+    ]
+    lengths[0] = (80, 80)
+    groups[0] = TokenizedGroup(np.ones(80, np.int32), (np.ones(80, np.int32),) * 2, "")
+
+    def waste(shapes):
+        return padding_waste(epoch_order(groups, shapes, seed=0), groups)
+
+    largest = Shape(80, 80, 1)
+    tried = [
+        waste([Shape(p, c, 1), largest])
+        for p in (8, 16, 40, 80)
+        for c in (8, 16, 40, 80)
+        if (p, c) != (80, 80)
+    ]
+    assert waste(plan_shapes(groups, BatchLimit(), 2)) == pytest.approx(min(tried))
+    assert waste(plan_shapes(groups, BatchLimit(), 3)) < min(tried)
+
+
+def test_the_last_batch_takes_the_shape_that_runs_fewest_tokens():
+    small = [TokenizedGroup(np.ones(8, np.int32), (np.ones(8, np.int32),) * 2, "") for _ in "abc"]
+    shapes = [Shape(8, 8, 2), Shape(80, 80, 2)]
+    order = epoch_order(small, shapes, seed=None)
+    assert [(batch.indices, batch.shape) for batch in order] == [
+        ((0, 1), shapes[0]),
+        ((2,), shapes[0]),
+    ]
+
+
 def test_order_depends_on_seed_and_epoch_alone():
     groups = make_groups(60)
-    shapes = plan_shapes(groups, 4)
-    first = epoch_order(groups, shapes, 4, seed=0, epoch=0)
-    assert first == epoch_order(groups, shapes, 4, seed=0, epoch=0)
-    assert first != epoch_order(groups, shapes, 4, seed=0, epoch=1)
-    assert first != epoch_order(groups, shapes, 4, seed=1, epoch=0)
+    shapes = plan_shapes(groups, BatchLimit(4))
+    first = epoch_order(groups, shapes, seed=0, epoch=0)
+    assert first == epoch_order(groups, shapes, seed=0, epoch=0)
+    assert first != epoch_order(groups, shapes, seed=0, epoch=1)
+    assert first != epoch_order(groups, shapes, seed=1, epoch=0)
 
 
-def test_stream_can_be_entered_anywhere():
-    groups = make_groups(23)
-    shapes = plan_shapes(groups, 4)
-    stream = microbatch_stream(groups, shapes, 4, seed=5)
-    batches = [next(stream) for _ in range(30)]
-    for start in (0, 1, 5, 6, 13, 29):
-        assert next(microbatch_stream(groups, shapes, 4, seed=5, start=start)) == batches[start]
+@pytest.mark.parametrize("limit", [BatchLimit(4), BatchLimit(tokens=700)])
+def test_stream_can_be_entered_anywhere(limit):
+    groups = make_groups(300)
+    shapes = plan_shapes(groups, limit)
+    epochs = [epoch_order(groups, shapes, seed=5, epoch=epoch) for epoch in range(4)]
+    if limit.tokens:
+        assert len({len(epoch) for epoch in epochs}) > 1  # what is left over differs
+    batches = [batch for epoch in epochs for batch in epoch]
+    ends = np.cumsum([len(epoch) for epoch in epochs[:-1]])
+    for start in [0, 1, 50, *ends - 1, *ends, *ends + 1]:
+        assert next(microbatch_stream(groups, shapes, seed=5, start=start)) == batches[start]
 
 
 def test_padding_stays_small_on_ragged_data():
     groups = make_groups(600)
     for batch_size in (1, 4):
-        shapes = plan_shapes(groups, batch_size)
-        order = epoch_order(groups, shapes, batch_size, seed=0)
-        one_shape = epoch_order(groups, plan_shapes(groups, batch_size, 1), batch_size, seed=0)
-        waste = padding_waste(order, groups, batch_size)
+        shapes = plan_shapes(groups, BatchLimit(batch_size))
+        order = epoch_order(groups, shapes, seed=0)
+        one_shape = epoch_order(groups, plan_shapes(groups, BatchLimit(batch_size), 1), seed=0)
+        waste = padding_waste(order, groups)
         # The two completions of a pair differ in length: that part no shape can save.
         assert waste < 0.45
-        assert waste < 0.6 * padding_waste(one_shape, groups, batch_size)
+        assert waste < 0.6 * padding_waste(one_shape, groups)
 
 
 def test_collate_pads_and_masks():
@@ -83,8 +150,8 @@ def test_collate_pads_and_masks():
             loss_masks=(np.array([True, False, True]), np.array([True, True])),
         ),
     ]
-    shape = plan_shapes(groups, 4)[-1]
-    batch = collate_groups(groups, shape, 4)
+    shape = Shape(8, 8, 4)
+    batch = collate_groups(groups, shape)
     assert batch.prompt_lengths.tolist() == [2, 1, 1, 1]
     assert batch.for_each_completion(mx.arange(4)).tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
     assert batch.completion_mask[:, :3].tolist() == [
@@ -103,7 +170,7 @@ def test_collate_pairs_puts_the_reference_beside_its_tokens():
         tuple(np.arange(len(c), dtype=np.float32) + 100 * i for c in group.completions)
         for i, group in enumerate(groups)
     ]
-    batch = collate_pairs(groups, reference, plan_shapes(groups, 4)[-1], 4)
+    batch = collate_pairs(groups, reference, Shape(16, 16, 4))
     assert batch.weight.tolist() == [1, 1, 1, 0]
     for i, group in enumerate(groups):
         for k, completion in enumerate(group.completions):

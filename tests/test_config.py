@@ -3,6 +3,7 @@
 import pytest
 
 from mlx_align.config import DpoConfig
+from mlx_align.data.shapes import BatchLimit, batch_limit
 from mlx_align.errors import ConfigError
 from mlx_align.settings import read_yaml, resolve, to_yaml
 
@@ -17,6 +18,14 @@ def test_command_line_over_file_over_defaults(tmp_path):
     assert config.iters == 50
     # The command line's choice between the two replaces the file's.
     assert resolve(DpoConfig, {"epochs": 2.0}, file).iters is None
+    tokens = resolve(DpoConfig, {"batch_tokens": 2048}, file)
+    assert batch_limit(tokens) == BatchLimit(tokens=2048)
+    assert batch_limit(config) == BatchLimit(5)
+    assert batch_limit(DpoConfig()) == BatchLimit(1)
+    # A finished run's file, with all that was left to defaults in it, takes either, too.
+    written = tmp_path / "config.yaml"
+    written.write_text(to_yaml(tokens))
+    assert resolve(DpoConfig, {}, written) == tokens
 
 
 def test_written_options_read_back(tmp_path):
@@ -42,6 +51,7 @@ def test_written_options_read_back(tmp_path):
         ({"lr_schedule": "cosin"}, "--lr-schedule: cosin is unknown; choose from constant"),
         ({"grad_checkpoint": "yes"}, "--grad-checkpoint: 'yes' is not true or false"),
         ({"iters": 3, "epochs": 1.0}, "--iters and --epochs exclude each other"),
+        ({"batch_size": 1, "batch_tokens": 99}, "--batch-size and --batch-tokens exclude each"),
         ({"loss_option": "beta=1"}, "--loss-option: 'beta=1' is not a list of name: value"),
     ],
 )

@@ -176,34 +176,55 @@ def _sequence_logp(model, ids, start):
     return sum(logps[t - 1, ids[t]] for t in range(start, len(ids)))
 
 
-def test_reference_log_probs_are_computed_once(train, models, monkeypatch, tmp_path):
-    computed = []
-    original = reference.score_groups
+def test_reference_log_probs_are_computed_once(train, models, pairs, tmp_path, monkeypatch):
+    """Counted where they run: each pair's once, whatever the epochs; none on the same again."""
+    from mlx_align.train import offline
 
-    def counting(scorer, tree, groups, *rest, **named):
-        computed.append(len(groups))
-        return original(scorer, tree, groups, *rest, **named)
+    rows = []
+    original = offline.make_scorer
 
-    monkeypatch.setattr(reference, "score_groups", counting)
-    epochs = ("--epochs", 2, "--samples", 0)
-    assert train(models["float32"], *epochs, output="a")[0] == 0
-    assert sum(computed) == 48
-    computed.clear()
-    assert train(models["float32"], *epochs, output="b")[0] == 0
-    assert sum(computed) == 0
-    # The adapter of a run, as a start, is another reference; so is another model.
-    again = (*epochs, "--init-adapter", tmp_path / "a")
-    assert train(models["float32"], *again, output="c")[0] == 0
-    assert sum(computed) == 48
-    computed.clear()
-    assert train(models["4-bit"], *epochs, output="d")[0] == 0
-    assert sum(computed) == 48
+    def counting(model):
+        scorer = original(model)
+
+        def counted(tree, batch):
+            rows.append(int(batch.completion_mask.any(axis=1).sum().item()))
+            return scorer(tree, batch)
+
+        return counted
+
+    monkeypatch.setattr(offline, "make_scorer", counting)
+
+    def passes(output, *options, **named):
+        rows.clear()
+        model = named.pop("model", "float32")
+        # One evaluation, after the last update: 8 held-out pairs.
+        options = ("--samples", 0, "--steps-per-eval", 0, *options)
+        assert train(models[model], *options, output=output, **named)[0] == 0
+        assert rows.count(0) == 0
+        return sum(rows) - 16
+
+    every = 2 * (40 + 8)
+    assert passes("a", "--epochs", 3) == every
+    assert passes("b", "--epochs", 3) == 0
+    assert passes("c", "--epochs", 1, "--loss", "ipo") == 0
+    assert passes("d", "--init-adapter", tmp_path / "a") == every
+    assert passes("e", "--init-adapter", tmp_path / "a") == 0
+    # Another adapter in the same folder; another model; two answers that changed.
+    weights = tmp_path / "a" / "adapters.safetensors"
+    mx.save_safetensors(str(weights), {k: 2 * v for k, v in mx.load(str(weights)).items()})
+    assert passes("f", "--init-adapter", tmp_path / "a") == every
+    assert passes("g", model="bfloat16") == every
+    assert passes("h", "--adapter-dtype", "bfloat16", model="bfloat16") == every
+    changed = tmp_path / "changed"
+    changed.mkdir()
+    (changed / "valid.jsonl").write_text((pairs / "valid.jsonl").read_text())
+    lines = (pairs / "train.jsonl").read_text().splitlines()
+    lines[3:5] = [line.replace("never", "not now") for line in lines[3:5]]
+    (changed / "train.jsonl").write_text("\n".join(lines) + "\n")
+    assert passes("i", data=changed) == 4
     # A run that sees a part of the data computes that part.
-    monkeypatch.setattr(reference, "default_cache_folder", lambda: tmp_path / "other")
-    computed.clear()
-    short = ("--iters", 1, "--samples", 0, "--reference-cache", tmp_path / "other")
-    assert train(models["float32"], *short, output="e")[0] == 0
-    assert sum(computed) == 16
+    other = ("--reference-cache", tmp_path / "other")
+    assert passes("j", "--iters", 1, *other) == 2 * (8 + 8)
 
 
 @pytest.mark.parametrize("kind", [("--fine-tune-type", "dora"), ("--fine-tune-type", "full")])
@@ -260,6 +281,35 @@ def test_resumed_run_ends_with_the_same_bytes(train, models, tmp_path, capsys):
     assert after["eval_before"] == before["eval_before"]
     losses = [[r.get("loss") for r in rows_of(tmp_path / n)] for n in ("whole", "parts")]
     assert losses[0] == losses[1]
+
+
+def test_token_budget_from_options_to_summary_and_resumed(pairs, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def train(output, *options):
+        command = ["dpo", "--model", str(TINY), "--data", str(pairs), "--output", output]
+        command += ["--batch-tokens", "300", "--grad-accumulation-steps", "2", "--samples", "0"]
+        command += ["--reference-cache", "cache", "--epochs", "2", "--steps-per-report", "1"]
+        return run([*command, *map(str, (*HOT, *options))])
+
+    assert train("whole") == 0
+    summary = json.loads(Path("whole/summary.json").read_text())
+    assert all(g == max(1, 300 // (p + 2 * c)) for p, c, g in summary["shapes"])
+    assert len({groups for _, _, groups in summary["shapes"]}) > 1
+    assert summary["pairs"] == pytest.approx(80, abs=8)
+    rows = [row for row in rows_of(Path("whole")) if "loss" in row]
+    assert rows[0]["loss"] == pytest.approx(LN2, abs=1e-6)
+    assert rows[-1]["loss"] < 0.5
+
+    from mlx_align.train import offline
+
+    monkeypatch.setattr(offline, "train", _interrupting(offline.train, 3))
+    assert train("parts") == 130
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    assert run(["dpo", "--resume", "parts"]) == 0
+    adapters = [Path(name, "adapters.safetensors").read_bytes() for name in ("whole", "parts")]
+    assert adapters[0] == adapters[1]
 
 
 def _interrupting(train_function, step):

@@ -21,8 +21,8 @@ from test_oracle_trunk import (
 )
 
 from mlx_align.cli.main import run
-from mlx_align.data.batching import ROUND
 from mlx_align.data.mismatched import with_mismatched
+from mlx_align.data.shapes import ROUND
 from mlx_align.errors import DataError
 from mlx_align.inference.score import make_scorer
 from mlx_align.losses.registry import UNPAIRED_LOSSES, resolve_options
@@ -98,9 +98,7 @@ def test_rows_accumulate_exactly(name, tiny):  # noqa: F811
     loss = kto_loss(name, undesirable_weight=1.3)
     assert_accumulation_is_exact(
         tiny,
-        lambda size: unpaired_objective(
-            tiny, loss, groups, log_probs, size, make_scorer(tiny), grad_checkpoint=False
-        ),
+        unpaired_objective(tiny, loss, groups, log_probs, make_scorer(tiny), grad_checkpoint=False),
     )
 
 
@@ -111,9 +109,7 @@ def test_no_gradient_goes_through_the_point(tiny):  # noqa: F811
     for rows in log_probs:
         rows[1][...] -= 0.5
     made = [
-        unpaired_objective(
-            tiny, loss, groups, log_probs, 4, make_scorer(tiny), grad_checkpoint=False
-        )
+        unpaired_objective(tiny, loss, groups, log_probs, make_scorer(tiny), grad_checkpoint=False)
         for loss in (kto_loss(), kto_loss("apo_zero_unpaired"))
     ]
     tree, micro = tree_of(tiny), microbatches((4,), SMALL)
@@ -123,7 +119,7 @@ def test_no_gradient_goes_through_the_point(tiny):  # noqa: F811
     # apo_zero is KTO at the point 0: with references shifted by the point it is the same loss.
     shifted = [(own + kl / len(own), other) for own, other in log_probs]
     again = unpaired_objective(
-        tiny, kto_loss("apo_zero_unpaired"), groups, shifted, 4, None, grad_checkpoint=False
+        tiny, kto_loss("apo_zero_unpaired"), groups, shifted, None, grad_checkpoint=False
     )
     same_value, same, _ = update(tiny, again, tree, micro)
     assert same_value == pytest.approx(value, rel=1e-5)

@@ -28,7 +28,8 @@ from test_losses_oracle import (
     pair_rows,
 )
 
-from mlx_align.data.batching import Microbatch, Shape, collate_groups
+from mlx_align.data.batching import Microbatch, collate_groups, epoch_order
+from mlx_align.data.shapes import Shape
 from mlx_align.inference.score import make_scorer, score_groups
 from mlx_align.losses.registry import (
     PAIRWISE_LOSSES,
@@ -47,7 +48,7 @@ from mlx_align.train.supervised import supervised_objective
 from mlx_align.train.unpaired import KtoLoss, unpaired_objective
 from mlx_align.types import TokenizedGroup
 
-SHAPE = Shape(32, 40)
+SHAPE = Shape(32, 40, 4)
 # How the four groups of a recorded batch come: at once, or one after the other.
 TOGETHER, ONE_BY_ONE = (4,), (1, 1, 1, 1)
 WAYS = pytest.mark.parametrize("sizes", [TOGETHER, ONE_BY_ONE], ids=["batch", "accumulated"])
@@ -58,8 +59,9 @@ def language_model(module) -> LanguageModel:
     return LanguageModel(None, dissect(module), True, "")
 
 
-def microbatches(sizes, shape=SHAPE) -> list[Microbatch]:
-    starts = np.cumsum([0, *sizes])
+def microbatches(sizes, shape=SHAPE, room=None) -> list[Microbatch]:
+    """Consecutive groups in microbatches of such sizes, each with room for the largest."""
+    starts, shape = np.cumsum([0, *sizes]), shape._replace(groups=room or max(sizes))
     return [
         Microbatch(tuple(range(start, start + size)), shape)
         for start, size in zip(starts, sizes, strict=False)
@@ -86,7 +88,7 @@ def update(model, objective, tree, micro) -> tuple[float, dict[str, mx.array], d
 
 
 def scores(model, tree, groups):
-    return score_groups(make_scorer(model), tree, groups, [SHAPE], 4)
+    return score_groups(make_scorer(model), tree, groups, [SHAPE])
 
 
 # ---------------------------------------------------------------- TRL's cases
@@ -135,7 +137,6 @@ def test_dpo_family(name, sizes, models):
         dpo_loss_of(config),
         groups,
         scores(models["reference"], tree_of(models["reference"]), groups),
-        sizes[0],
         make_scorer(policy),
         grad_checkpoint=False,
         wpo=config.get("use_weighting", False),
@@ -166,7 +167,6 @@ def test_dpo_with_lora(sizes, models):
         combine(parse_losses("sigmoid"), {}),
         groups,
         scores(base, tree_of(base), groups),
-        sizes[0],
         make_scorer(policy),
         grad_checkpoint=True,
     )
@@ -193,7 +193,7 @@ def test_reference_free(name, losses, options, sizes, models):
     # TRL's hinge and ipo without a reference: log-ratios against a log-prob of 0.
     reference = zeros_like(groups) if loss.needs_reference else None
     objective = preference_objective(
-        policy, loss, groups, reference, sizes[0], make_scorer(policy), grad_checkpoint=False
+        policy, loss, groups, reference, make_scorer(policy), grad_checkpoint=False
     )
     check_numbers(
         case(name), name, *update(policy, objective, tree_of(policy), microbatches(sizes))[:2]
@@ -208,11 +208,11 @@ def test_orpo(sizes, models):
     answers = [TokenizedGroup(prompt, (ids,), "") for prompt, ids in chosen]
     whole = [TokenizedGroup(p[:1], (np.concatenate([p[1:], ids]),), "") for p, ids in chosen]
     loss = combine(parse_losses("orpo"), {})
-    size, checkpoint = sizes[0], {"grad_checkpoint": False}
+    checkpoint = {"grad_checkpoint": False}
     parts = (
-        (preference_objective(policy, loss, groups, None, size, None, **checkpoint), 1),
-        (supervised_objective(policy, "nll", answers, size, **checkpoint), -1),
-        (supervised_objective(policy, "nll", whole, size, **checkpoint), 1),
+        (preference_objective(policy, loss, groups, None, None, **checkpoint), 1),
+        (supervised_objective(policy, "nll", answers, **checkpoint), -1),
+        (supervised_objective(policy, "nll", whole, **checkpoint), 1),
     )
     total, gradient = 0.0, {}
     for objective, sign in parts:
@@ -235,7 +235,6 @@ def test_kto(name, sizes, models):
         KtoLoss(loss, UNPAIRED_LOSSES[loss], resolve_options(loss, config)),
         groups,
         scores(reference, tree_of(reference), groups),
-        sizes[0],
         make_scorer(policy),
         grad_checkpoint=False,
     )
@@ -257,7 +256,7 @@ def test_sft(name, sizes, models):
     policy = models["policy"]
     groups = [group_of([row]) for row in collated_rows(BATCHES[name]["collated"])]
     objective = supervised_objective(
-        policy, "dft" if name == "sft_dft" else "nll", groups, sizes[0], grad_checkpoint=False
+        policy, "dft" if name == "sft_dft" else "nll", groups, grad_checkpoint=False
     )
     check_numbers(
         case(name), name, *update(policy, objective, tree_of(policy), microbatches(sizes))[:2]
@@ -292,30 +291,35 @@ def tiny() -> LanguageModel:
     return language_model(module)
 
 
-SMALL = Shape(16, 16)
+SMALL = Shape(16, 16, 8)
 # Seven groups: one batch of 8 with a filler, two of 4 with one, and seven of 1.
 SPLITS = ((8, (7,)), (4, (4, 3)), (1, (1,) * 7))
 
 
-def assert_accumulation_is_exact(model, make_objective):
+def assert_accumulation_is_exact(model, objective):
     """The update is the same however its groups are split into microbatches."""
     results = [
-        update(model, make_objective(size), tree_of(model), microbatches(sizes, SMALL))
-        for size, sizes in SPLITS
+        update(model, objective, tree_of(model), microbatches(sizes, SMALL, room))
+        for room, sizes in SPLITS
     ]
-    whole, whole_gradient, whole_sums = results[0]
+    for result in results[1:]:
+        assert_same_update(result, results[0])
+
+
+def assert_same_update(result, expected):
+    """Loss and gradient to 1e-5, and the sums of metrics."""
+    (loss, gradient, sums), (whole, whole_gradient, whole_sums) = result, expected
     norm = sum(mx.sum(mx.square(g)).item() for g in whole_gradient.values()) ** 0.5
     assert norm > 0
-    for loss, gradient, sums in results[1:]:
-        assert loss == pytest.approx(whole, rel=1e-5)
-        gaps = [mx.sum(mx.square(g - whole_gradient[name])).item() for name, g in gradient.items()]
-        assert sum(gaps) ** 0.5 < 1e-5 * max(norm, 1.0)
-        assert sums == pytest.approx(whole_sums, rel=1e-4, abs=1e-4)
+    assert loss == pytest.approx(whole, rel=1e-5)
+    gaps = [mx.sum(mx.square(g - whole_gradient[name])).item() for name, g in gradient.items()]
+    assert sum(gaps) ** 0.5 < 1e-5 * max(norm, 1.0)
+    assert sums == pytest.approx(whole_sums, rel=1e-4, abs=1e-4)
 
 
 def near(model, groups):
     """Reference log-probs a little off the model's own."""
-    own = score_groups(make_scorer(model), tree_of(model), groups, [SMALL], 4)
+    own = score_groups(make_scorer(model), tree_of(model), groups, [SMALL])
     noise = np.random.default_rng(5)
     return [
         tuple(row + noise.normal(0, 0.1, row.shape).astype(np.float32) for row in rows)
@@ -331,12 +335,11 @@ def test_pairs_accumulate_exactly(loss, tiny):
     reference = near(tiny, groups)
     assert_accumulation_is_exact(
         tiny,
-        lambda size: preference_objective(
+        preference_objective(
             tiny,
             combined,
             groups,
             reference if combined.needs_reference else None,
-            size,
             make_scorer(tiny),
             grad_checkpoint=False,
             **extra,
@@ -344,10 +347,37 @@ def test_pairs_accumulate_exactly(loss, tiny):
     )
 
 
+@pytest.mark.parametrize("loss", ["sigmoid", "aot", "kto", "nll"])
+def test_batches_of_different_sizes_and_shapes_are_one_big_batch(loss, tiny):
+    """As many groups as fit so many tokens: the update is that of all of them at once."""
+    groups = random_groups(13, 1 if loss == "nll" else 2)
+    log_probs = near(tiny, groups)
+    checkpoint = {"grad_checkpoint": False}
+    if loss == "nll":
+        objective = supervised_objective(tiny, loss, groups, **checkpoint)
+    elif loss == "kto":
+        kto = KtoLoss(loss, UNPAIRED_LOSSES[loss], resolve_options(loss, {}))
+        scorer = make_scorer(tiny)
+        objective = unpaired_objective(tiny, kto, groups, log_probs, scorer, **checkpoint)
+    else:
+        made = combine(parse_losses(loss), {})
+        scorer = make_scorer(tiny)
+        objective = preference_objective(tiny, made, groups, log_probs, scorer, **checkpoint)
+    more = loss == "nll"  # so that a batch is not full there either
+    shapes = [Shape(8, 8, 3 + more), Shape(8, 16, 2 + more)]
+    several = epoch_order(groups, shapes, seed=0)
+    assert {batch.shape for batch in several} == set(shapes)
+    assert sorted(i for batch in several for i in batch.indices) == list(range(13))
+    assert any(len(batch.indices) < batch.shape.groups for batch in several)
+    whole = [Microbatch(tuple(range(13)), Shape(16, 16, 13))]
+    results = [update(tiny, objective, tree_of(tiny), micro) for micro in (several, whole)]
+    assert_same_update(*results)
+
+
 def test_square_sums_come_from_the_same_pass(tiny, monkeypatch):
     """log Σ p² under both heads, equal to the full distribution's, without a pass of its own."""
     groups = random_groups(3, 2)
-    batch = collate_groups(groups, SMALL, 3)
+    batch = collate_groups(groups, SMALL._replace(groups=3))
     full = language_model(make_model("llama", seed=3))
     for model in (tiny, full):
         hidden = completion_hidden(model.anatomy, batch)

@@ -8,7 +8,7 @@ import mlx.core as mx
 import pytest
 
 from mlx_align.cli.main import run
-from mlx_align.data.batching import Shape
+from mlx_align.data.shapes import BatchLimit, Shape
 from mlx_align.errors import ConfigError, ModelError
 from mlx_align.models import loading
 from mlx_align.models.adapters import AdapterLayout, install
@@ -40,7 +40,7 @@ def seven_b(bits=4):
     )
 
 
-PAIR = Workload((Shape(512, 512),), accumulation=8)
+PAIR = Workload((Shape(512, 512, 1),), accumulation=8)
 
 
 def test_header_is_read_without_the_weights(tmp_path):
@@ -116,28 +116,28 @@ def test_what_should_cost_costs():
     base = plan_memory(seven_b(), PAIR).peak_bytes
     for change in (
         {"grad_checkpoint": False},
-        {"batch_size": 2},
+        {"shapes": (Shape(512, 512, 2),)},
         {"rank": 64},
-        {"shapes": (Shape(1024, 1024),)},
+        {"shapes": (Shape(1024, 1024, 1),)},
         {"shared": False},
         {"accumulation": 8, "rows": 4},
         {"dropout": True, "grad_checkpoint": False},
     ):
         assert plan_memory(seven_b(), replace(PAIR, **change)).peak_bytes > base, change
-    for change in ({"rank": 4}, {"num_layers": 4}, {"shapes": (Shape(128, 128),)}, {"rows": 1}):
+    for change in ({"rank": 4}, {"num_layers": 4}, {"shapes": (Shape(128, 128, 1),)}, {"rows": 1}):
         assert plan_memory(seven_b(), replace(PAIR, **change)).peak_bytes < base, change
     assert plan_memory(seven_b(16), PAIR).peak_bytes > base + 5e9
 
 
 def test_the_costliest_shape_counts():
-    small, large = Shape(64, 64), Shape(512, 512)
+    small, large = Shape(64, 64, 1), Shape(512, 512, 1)
     both = plan_memory(seven_b(), replace(PAIR, shapes=(small, large)))
     assert both.shape == large
     assert both.peak_bytes == plan_memory(seven_b(), PAIR).peak_bytes
 
 
-def halves(length):
-    return [Shape(length // 2, length // 2)]
+def halves(length, limit):
+    return [Shape(length // 2, length // 2, limit.of(3 * length // 2))]
 
 
 def test_a_7b_pair_fits_16_gb_with_checkpointing_only():
@@ -150,7 +150,8 @@ def test_a_7b_pair_fits_16_gb_with_checkpointing_only():
 
 
 def test_advice_is_cheapest_first_and_goes_on_until_it_fits():
-    work = replace(PAIR, grad_checkpoint=False, batch_size=4, accumulation=2, rank=64)
+    four = {"shapes": (Shape(512, 512, 4),), "limit": BatchLimit(4)}
+    work = replace(PAIR, grad_checkpoint=False, **four, accumulation=2, rank=64)
     steps = advise(seven_b(16), work, 1024, halves, int(10.7e9))
     words = [step.options.split()[0] for step in steps]
     order = [
@@ -164,6 +165,22 @@ def test_advice_is_cheapest_first_and_goes_on_until_it_fits():
     assert [step.fits for step in steps] == [False] * (len(steps) - 1) + [True]
     peaks = [step.peak_bytes for step in steps]
     assert peaks == sorted(peaks, reverse=True)
+
+
+def test_advice_on_token_budgets_speaks_of_them():
+    within = replace(PAIR, shapes=(Shape(256, 256, 10), Shape(512, 512, 5)))
+    work = replace(within, limit=BatchLimit(tokens=8000), accumulation=2)
+    half = replace(work, shapes=(Shape(256, 256, 5), Shape(512, 512, 2)), accumulation=4)
+    available = plan_memory(seven_b(), half).peak_bytes
+    steps = advise(seven_b(), work, 1024, halves, available)
+    assert [step.options for step in steps] == ["--batch-tokens 4000 --grad-accumulation-steps 4"]
+    assert steps[0].fits
+    # A further step keeps the smaller budget.
+    steps = advise(seven_b(), work, 1024, halves, int(0.97 * available))
+    assert steps[0].options == "--batch-tokens 2000 --grad-accumulation-steps 8"
+    limits = []
+    advise(seven_b(), work, 1024, lambda n, limit: limits.append(limit) or halves(n, limit), 1)
+    assert BatchLimit(tokens=2000) in limits
 
 
 def test_advice_admits_when_nothing_helps():
@@ -245,6 +262,20 @@ def test_json(tmp_path, capsys, monkeypatch):
     assert plan["time"] is None
     assert sum(plan["parts"].values()) == plan["peak_bytes"]
     assert run(["plan", *options, "--machine", "8 GB M1", "--command", "sft"]) in (0, 1)
+
+
+def test_token_budget_on_the_page(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    options = ["--model", str(TINY), "--data", str(pairs_file(tmp_path)), "--json"]
+    shapes = []
+    for batch in (["--batch-tokens", "100"], ["--batch-size", "3"]):
+        assert run(["plan", *options, *batch]) == 0
+        shapes.append(json.loads(capsys.readouterr().out)["shape"])
+    prompt, completion, groups = shapes[0]
+    assert groups == 100 // (prompt + 2 * completion) > 1
+    assert shapes[1][2] == 3
+    assert run(["plan", *options, *batch, "--batch-tokens", "100"]) == 1
+    assert "--batch-size and --batch-tokens exclude each other" in capsys.readouterr().err
 
 
 def test_page_without_data(capsys):

@@ -36,7 +36,7 @@ def test_rows_accumulate_exactly(loss, tiny):  # noqa: F811
     mask = np.arange(len(groups[2].completions[0])) % 2 == 0
     groups[2] = TokenizedGroup(groups[2].prompt, groups[2].completions, "", loss_masks=(mask,))
     assert_accumulation_is_exact(
-        tiny, lambda size: supervised_objective(tiny, loss, groups, size, grad_checkpoint=False)
+        tiny, supervised_objective(tiny, loss, groups, grad_checkpoint=False)
     )
 
 

@@ -151,14 +151,15 @@ def _rate(
         store_rate(key, rate)
         return rate, "measured now"
     earlier = stored_rate(key)
-    return None if earlier is None else (earlier, "measured before (--measure does it again)")
+    return None if earlier is None else (earlier, "measured before, by a run or --measure")
 
 
 def measured_rate(config: TrainConfig, task: Task, groups: list[Any]) -> float:
     """Tokens per second of a few real updates of the run; nothing is written."""
     import numpy as np
 
-    from mlx_align.data.batching import microbatch_stream, plan_shapes
+    from mlx_align.data.batching import microbatch_stream
+    from mlx_align.data.shapes import batch_limit, plan_shapes
     from mlx_align.inference.score import make_scorer
     from mlx_align.models.loading import open_model
     from mlx_align.train.loop import LoopHooks, LoopSettings, Progress, make_optimizer, train
@@ -170,8 +171,8 @@ def measured_rate(config: TrainConfig, task: Task, groups: list[Any]) -> float:
     zeros = [tuple(np.zeros(len(c), np.float32) for c in group.completions) for group in groups]
     scorer = make_scorer(policy.model)
     objective = task.objective(policy, groups, zeros if task.needs_reference else None, scorer)
-    size = config.batch_size
-    stream = microbatch_stream(groups, plan_shapes(groups, size), size, seed=config.seed)
+    shapes = plan_shapes(groups, batch_limit(config))
+    stream = microbatch_stream(groups, shapes, seed=config.seed)
     accumulation = min(config.grad_accumulation_steps, 4)
     settings = LoopSettings(MEASURED_UPDATES, accumulation, lambda _: 0.0, 1.0, 1, 0, 0)
     rates: list[float] = []
@@ -213,8 +214,9 @@ def render(plan: Plan, duration: Duration | None) -> str:
     from mlx_align.train.runlog import say_seconds
 
     memory, machine = plan.memory, plan.machine
-    prompt, completion = memory.shape
-    lines = [f"Peak memory, in {memory.moment} (prompts of {prompt}, answers of {completion}):"]
+    prompt, completion, count = memory.shape
+    prompts = f"{count} prompts of {prompt}" if count > 1 else f"a prompt of {prompt}"
+    lines = [f"Peak memory, in {memory.moment} ({prompts}, answers of {completion}):"]
     lines += [f"  {name:<24}{say_bytes(n):>10}" for name, n in memory.parts.items()]
     lines.append(f"  {'in all':<24}{say_bytes(memory.peak_bytes):>10}")
     verdict = "It fits" if plan.fits else "It does not fit"
@@ -235,7 +237,10 @@ def render(plan: Plan, duration: Duration | None) -> str:
             f"{duration.tokens_per_second:,.0f} tokens/s ({duration.source})."
         )
     elif machine.here:
-        lines.append("Time: not known; --measure times a few steps, --run RUN takes a run's speed.")
+        lines.append(
+            "Time: not known before such a run was made; --measure times a few steps, --run RUN "
+            "takes another run's speed."
+        )
     lines += [f"- {remark}" for remark in remarks(machine, plan.model.activation_dtype)]
     lines.append(f"- {', '.join(f'{name} {what}' for name, what in software().items())}")
     lines.append(f"- {_BASIS}")

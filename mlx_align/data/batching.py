@@ -1,8 +1,6 @@
-"""From tokenised groups to padded batches: few shapes, little padding, an order that repeats.
+"""From tokenised groups to padded batches of few shapes, in an order that repeats.
 
-Every new shape is traced and compiled anew and never forgotten, so a data set gets at most
-`MAX_SHAPES` of them, chosen where they save most padding. The order of batches is a function of
-(seed, epoch) alone, so a run can be continued at any batch.
+The order of batches is a function of (seed, epoch) alone, so a run can be continued at any batch.
 """
 
 from __future__ import annotations
@@ -15,71 +13,12 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
+from mlx_align.data.shapes import BatchLimit, Shape, lengths_of, plan_shapes, tokens_of
 from mlx_align.types import GroupBatch, LabelledBatch, Logps, PairBatch, TokenizedGroup
-
-MAX_SHAPES = 12
-# Widths are rounded up to this many tokens: what vector units like, and fewer odd shapes.
-ROUND = 8
-# A shape that saves less than this share of all tokens is not worth a compilation.
-MIN_SAVING = 0.01
-
-
-class Shape(NamedTuple):
-    """Width in tokens of a batch's prompts and completions."""
-
-    prompt: int
-    completion: int
-
-
-def plan_shapes(
-    groups: Sequence[TokenizedGroup], batch_size: int, max_shapes: int = MAX_SHAPES
-) -> list[Shape]:
-    """At most `max_shapes` shapes that hold every group with little padding, cheapest first.
-
-    Greedy: from one shape that holds all, add the shape that saves most padded tokens, until it
-    would save less than `MIN_SAVING` or the groups would not fill its batches.
-    """
-    lengths = np.array([_lengths(group) for group in groups])
-    rows = max(len(group.completions) for group in groups)
-    rounded = -(-lengths // ROUND) * ROUND
-    shapes = [Shape(*(int(width) for width in rounded.max(axis=0)))]
-    quantiles = np.unique(
-        np.quantile(rounded, np.linspace(0, 1, 13), axis=0, method="higher"), axis=0
-    )
-    candidates = [
-        Shape(int(p), int(c))
-        for p in np.unique(quantiles[:, 0])
-        for c in np.unique(quantiles[:, 1])
-    ]
-    cost = np.full(len(groups), _tokens(shapes[0], rows))
-    while len(shapes) < max_shapes:
-        best: tuple[int, Shape, np.ndarray] | None = None
-        for shape in candidates:
-            tokens = _tokens(shape, rows)
-            better = (rounded <= shape).all(axis=1) & (tokens < cost)
-            # Filler in a batch that is never full would eat what the shape saves.
-            if better.sum() < 2 * batch_size:
-                continue
-            saved = int((cost[better] - tokens).sum())
-            if best is None or saved > best[0]:
-                best = (saved, shape, np.where(better, tokens, cost))
-        if best is None or best[0] < MIN_SAVING * cost.sum():
-            break
-        shapes.append(best[1])
-        cost = best[2]
-    return sorted(shapes, key=lambda shape: _tokens(shape, rows))
-
-
-def _lengths(group: TokenizedGroup) -> tuple[int, int]:
-    return len(group.prompt), max(len(completion) for completion in group.completions)
-
-
-def _tokens(shape: Shape, rows: int) -> int:
-    return shape.prompt + rows * shape.completion
 
 
 class Microbatch(NamedTuple):
-    """Which groups run together, and in which shape; fewer than a batch's size at most once."""
+    """Which groups run together, and in which shape; at most one of an epoch is not full."""
 
     indices: tuple[int, ...]
     shape: Shape
@@ -88,37 +27,54 @@ class Microbatch(NamedTuple):
 def epoch_order(
     groups: Sequence[TokenizedGroup],
     shapes: Sequence[Shape],
-    batch_size: int,
     *,
     seed: int | None,
     epoch: int = 0,
 ) -> list[Microbatch]:
     """Every group once, in microbatches of one shape each, shuffled by (seed, epoch).
 
-    Groups left over in one shape move on to the next that holds them. `seed=None` keeps the
-    order of the data, for evaluation.
+    Groups left over in one shape move on to the next that holds them, which has room for as many
+    or fewer: so fillers are needed once at most. `seed=None` keeps the order of the data, for
+    evaluation.
     """
     random = None if seed is None else np.random.default_rng((seed, epoch))
     order = np.arange(len(groups)) if random is None else random.permutation(len(groups))
     waiting: dict[Shape, list[int]] = {shape: [] for shape in shapes}
     for index in order:
-        waiting[_fitting(_lengths(groups[index]), shapes)].append(int(index))
+        waiting[_fitting(lengths_of(groups[index]), shapes)].append(int(index))
     batches = []
     for position, shape in enumerate(shapes):
         row = waiting[shape]
-        full = len(row) - len(row) % batch_size
-        batches += [
-            Microbatch(tuple(row[i : i + batch_size]), shape) for i in range(0, full, batch_size)
-        ]
+        size = shape.groups
+        full = len(row) - len(row) % size
+        batches += [Microbatch(tuple(row[i : i + size]), shape) for i in range(0, full, size)]
         for index in row[full:]:
             if position == len(shapes) - 1:
-                batches.append(Microbatch(tuple(row[full:]), shape))
+                batches.append(_last(row[full:], groups, shapes))
                 break
-            target = _fitting(_lengths(groups[index]), shapes[position + 1 :])
+            target = _fitting(lengths_of(groups[index]), shapes[position + 1 :])
             waiting[target].append(index)
     if random is None:
         return sorted(batches, key=lambda batch: min(batch.indices))
     return [batches[i] for i in random.permutation(len(batches))]
+
+
+def _last(
+    indices: Sequence[int], groups: Sequence[TokenizedGroup], shapes: Sequence[Shape]
+) -> Microbatch:
+    """The batch of what is left over at the end, in whichever shape runs fewest tokens."""
+    lengths = [lengths_of(groups[index]) for index in indices]
+    longest = max(p for p, _ in lengths), max(c for _, c in lengths)
+    rows = len(groups[indices[0]].completions)
+    holding = [
+        shape
+        for shape in shapes
+        if shape.groups >= len(indices)
+        and longest[0] <= shape.prompt
+        and longest[1] <= shape.completion
+    ]
+    cheapest = min(holding, key=lambda shape: shape.groups * tokens_of(shape, rows))
+    return Microbatch(tuple(indices), cheapest)
 
 
 def _fitting(lengths: tuple[int, int], shapes: Sequence[Shape]) -> Shape:
@@ -132,25 +88,28 @@ def _fitting(lengths: tuple[int, int], shapes: Sequence[Shape]) -> Shape:
 def microbatch_stream(
     groups: Sequence[TokenizedGroup],
     shapes: Sequence[Shape],
-    batch_size: int,
     *,
     seed: int,
     start: int = 0,
 ) -> Iterator[Microbatch]:
-    """Microbatches without end, epoch after epoch, from the `start`-th on."""
-    per_epoch = len(epoch_order(groups, shapes, batch_size, seed=seed))
-    epoch, position = divmod(start, per_epoch)
+    """Microbatches without end, epoch after epoch, from the `start`-th on.
+
+    Epochs may differ in length: which groups are left over depends on their order.
+    """
+    epoch = 0
     while True:
-        yield from epoch_order(groups, shapes, batch_size, seed=seed, epoch=epoch)[position:]
-        epoch, position = epoch + 1, 0
+        order = epoch_order(groups, shapes, seed=seed, epoch=epoch)
+        yield from order[start:]
+        start = max(0, start - len(order))
+        epoch += 1
 
 
-def collate_groups(groups: Sequence[TokenizedGroup], shape: Shape, batch_size: int) -> GroupBatch:
+def collate_groups(groups: Sequence[TokenizedGroup], shape: Shape) -> GroupBatch:
     """Pad groups to `shape`; short batches are filled up with groups whose mask is all false."""
-    rows = len(groups[0].completions)
-    prompts = np.zeros((batch_size, shape.prompt), np.int32)
-    lengths = np.ones((batch_size,), np.int32)
-    completions = np.zeros((batch_size * rows, shape.completion), np.int32)
+    rows, size = len(groups[0].completions), shape.groups
+    prompts = np.zeros((size, shape.prompt), np.int32)
+    lengths = np.ones((size,), np.int32)
+    completions = np.zeros((size * rows, shape.completion), np.int32)
     mask = np.zeros(completions.shape, np.bool_)
     for b, group in enumerate(groups):
         prompts[b, : len(group.prompt)] = group.prompt
@@ -172,18 +131,17 @@ def collate_pairs(
     groups: Sequence[TokenizedGroup],
     reference_logps: Sequence[tuple[Logps, ...]] | None,
     shape: Shape,
-    batch_size: int,
 ) -> PairBatch:
     """Pad pairs, with the reference's log-prob of each completion token where there is one."""
-    batch = collate_groups(groups, shape, batch_size)
+    batch = collate_groups(groups, shape)
     rows = [row for logps in reference_logps or () for row in logps]
-    filled = np.arange(batch_size) < len(groups)
+    filled = np.arange(shape.groups) < len(groups)
     soft = [1.0 if group.soft_label is None else group.soft_label for group in groups]
     return PairBatch(
         groups=batch,
         reference_logps=_padded(rows, batch.completion_tokens),
         weight=mx.array(filled.astype(np.float32)),
-        soft_label=mx.array(np.array(soft + [1.0] * (batch_size - len(groups)), np.float32)),
+        soft_label=mx.array(np.array(soft + [1.0] * (shape.groups - len(groups)), np.float32)),
     )
 
 
@@ -191,14 +149,13 @@ def collate_labelled(
     groups: Sequence[TokenizedGroup],
     reference_logps: Sequence[tuple[Logps, ...]],
     shape: Shape,
-    batch_size: int,
     completion: int = 0,
 ) -> LabelledBatch:
     """Pad groups, one completion of each, with the reference's log-probs of its tokens."""
-    batch = collate_groups([_single(group, completion) for group in groups], shape, batch_size)
-    labels = np.zeros((batch_size,), np.bool_)
+    batch = collate_groups([_single(group, completion) for group in groups], shape)
+    labels = np.zeros((shape.groups,), np.bool_)
     labels[: len(groups)] = [bool(group.label) for group in groups]
-    filled = np.arange(batch_size) < len(groups)
+    filled = np.arange(shape.groups) < len(groups)
     return LabelledBatch(
         groups=batch,
         reference_logps=_padded([r[completion] for r in reference_logps], batch.completion_tokens),
@@ -229,14 +186,19 @@ def scored(group: TokenizedGroup, completion: int) -> npt.NDArray[np.bool_]:
     return np.ones(len(group.completions[completion]), np.bool_)
 
 
-def padding_waste(
-    batches: Sequence[Microbatch], groups: Sequence[TokenizedGroup], batch_size: int
-) -> float:
+def groups_per_batch(groups: Sequence[TokenizedGroup], limit: BatchLimit) -> float:
+    """Groups of a microbatch: the number asked for, or the mean of what fits."""
+    if limit.tokens is None:
+        return limit.groups
+    return len(groups) / len(epoch_order(groups, plan_shapes(groups, limit), seed=None))
+
+
+def padding_waste(batches: Sequence[Microbatch], groups: Sequence[TokenizedGroup]) -> float:
     """Share of the tokens run through the model that are padding."""
     run = real = 0
     for batch in batches:
         rows = len(groups[batch.indices[0]].completions)
-        run += batch_size * _tokens(batch.shape, rows)
+        run += batch.shape.groups * tokens_of(batch.shape, rows)
         for index in batch.indices:
             group = groups[index]
             real += len(group.prompt) + sum(len(c) for c in group.completions)

@@ -7,7 +7,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from mlx_align.data.batching import ROUND, scored
+from mlx_align.data.batching import scored
+from mlx_align.data.shapes import ROUND
 from mlx_align.errors import DataError
 from mlx_align.types import TokenizedGroup
 

@@ -7,10 +7,11 @@ from collections.abc import Callable, Sequence
 import mlx.core as mx
 import numpy as np
 
-from mlx_align.data.batching import Shape, collate_groups, epoch_order
+from mlx_align.data.batching import collate_groups, epoch_order
+from mlx_align.data.shapes import Shape
 from mlx_align.models.loading import LanguageModel
 from mlx_align.models.logps import batch_token_logps
-from mlx_align.models.roles import Tree, acting_as
+from mlx_align.models.roles import Tree
 from mlx_align.types import GroupBatch, Logps, TokenizedGroup
 
 Scorer = Callable[[Tree, GroupBatch], mx.array]
@@ -23,7 +24,7 @@ def make_scorer(model: LanguageModel) -> Scorer:
     """
 
     def score(tree: Tree, batch: GroupBatch) -> mx.array:
-        with acting_as(model.module, tree):
+        with model.acting_as(tree):
             return batch_token_logps(model.anatomy, batch, shared=model.shared)
 
     compiled = mx.compile(score)
@@ -44,7 +45,6 @@ def score_groups(
     tree: Tree,
     groups: Sequence[TokenizedGroup],
     shapes: Sequence[Shape],
-    batch_size: int,
     on_batch: Callable[[list[int], list[tuple[Logps, ...]]], None] | None = None,
 ) -> list[tuple[Logps, ...]]:
     """Per group and completion, the log-prob of each token in nats, in the groups' order.
@@ -52,9 +52,9 @@ def score_groups(
     `on_batch` is told the groups' positions and log-probs as they come, to save or to show.
     """
     scores: list[tuple[Logps, ...]] = [()] * len(groups)
-    for batch in epoch_order(groups, shapes, batch_size, seed=None):
+    for batch in epoch_order(groups, shapes, seed=None):
         members = [groups[i] for i in batch.indices]
-        logps = np.array(scorer(tree, collate_groups(members, batch.shape, batch_size)))
+        logps = np.array(scorer(tree, collate_groups(members, batch.shape)))
         rows = len(members[0].completions)
         for b, (index, group) in enumerate(zip(batch.indices, members, strict=True)):
             scores[index] = tuple(

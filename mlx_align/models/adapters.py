@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx.utils import tree_flatten, tree_unflatten
+from mlx.utils import tree_flatten, tree_map_with_path, tree_unflatten
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
 from mlx_align.errors import ConfigError, ModelError
@@ -110,6 +111,37 @@ def install(model: nn.Module, layout: AdapterLayout) -> Tree:
     tree: Tree = model.trainable_parameters()
     mx.eval(tree)
     return tree
+
+
+def compute_dtype(name: str, model_dtypes: Collection[mx.Dtype]) -> mx.Dtype | None:
+    """The dtype that adapters compute in under `--adapter-dtype name`; None for their own, float32.
+
+    Raises:
+        ConfigError: The model does not compute in it, so that it would only round the adapters.
+    """
+    if name == "float32":
+        return None
+    if mx.bfloat16 not in model_dtypes:
+        raise ConfigError(
+            f"--adapter-dtype {name}: the model does not compute in it, so nothing would be "
+            "saved; leave it out, or take a bf16 model (mlx_lm.convert --dtype bfloat16)"
+        )
+    return mx.bfloat16
+
+
+def cast_adapters(tree: Tree, dtype: mx.Dtype | None) -> Tree:
+    """The tree with its LoRA matrices in `dtype`; gradients come back in theirs.
+
+    What multiplies a bf16 activation then is bf16, and so is what is kept for the backward pass.
+    """
+    if dtype is None:
+        return tree
+
+    def cast(name: str, weight: mx.array) -> mx.array:
+        return weight.astype(dtype) if name.endswith(("lora_a", "lora_b")) else weight
+
+    cast_tree: Tree = tree_map_with_path(cast, tree)
+    return cast_tree
 
 
 def _check_keys(model: nn.Module, keys: tuple[str, ...]) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import mlx.nn as nn
 
+from mlx_align.models.adapters import cast_adapters
 from mlx_align.models.compat import (
     Anatomy,
     dissect,
@@ -17,6 +20,7 @@ from mlx_align.models.compat import (
     resolve_model_path,
     set_memory_limits,
 )
+from mlx_align.models.roles import Tree, acting_as
 from mlx_align.models.selfcheck import check_paths
 
 
@@ -46,17 +50,27 @@ class LanguageModel:
         shared: Whether completions share their prompt's keys and values; decided by the check
             at load, False for families that can't.
         check: What the check found, one line for people.
+        adapter_dtype: What adapters are cast to where they compute; None for their own dtype.
     """
 
     folder: ModelFolder
     anatomy: Anatomy
     shared: bool
     check: str
+    adapter_dtype: mx.Dtype | None = None
 
     @property
     def module(self) -> nn.Module:
         """The mlx-lm model."""
         return self.anatomy.model
+
+    def acting_as(self, tree: Tree) -> AbstractContextManager[None]:
+        """Within the block, the model plays the role `tree`, computing in `adapter_dtype`.
+
+        The one way to play a role: policy, reference and samples are then the same function of
+        their trees.
+        """
+        return acting_as(self.module, cast_adapters(tree, self.adapter_dtype))
 
 
 def open_model(path_or_name: str) -> ModelFolder:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
-from mlx_align.data.batching import Shape
+from mlx_align.data.shapes import BatchLimit, Shape
 from mlx_align.plan.headers import ModelShape
 from mlx_align.plan.memory import Workload, plan_memory
 
@@ -13,6 +14,8 @@ from mlx_align.plan.memory import Workload, plan_memory
 SHORTER = (0.75, 0.5, 0.25, 0.125)
 SHORTEST = 64
 RANKS = (8, 4)
+# So many times fewer --batch-tokens are tried.
+SMALLER = (2, 4, 8, 16)
 LAYER_SHARES = (0.5, 0.25)
 BITS = (8, 4, 3)
 GROUP_SIZE = 64
@@ -22,7 +25,7 @@ GROUP_OVERHEAD_BITS = 32 / GROUP_SIZE
 WORTH = 0.01
 
 # The batch shapes that are left when rows longer than so many tokens are dropped.
-ShapesWithin = Callable[[int], Sequence[Shape]]
+ShapesWithin = Callable[[int, BatchLimit], Sequence[Shape]]
 
 
 @dataclass(frozen=True)
@@ -118,24 +121,43 @@ def _checkpoint(work: Workload) -> Ladder:
 
 
 def _smaller_batch(work: Workload) -> Ladder:
-    if work.batch_size > 1:
-        accumulation = work.batch_size * work.accumulation
+    tokens, most = work.limit.tokens, max(shape.groups for shape in work.shapes)
+    if most == 1:
+        return
+    if tokens is None:
+        accumulation = work.limit.groups * work.accumulation
         yield (
             f"--batch-size 1 --grad-accumulation-steps {accumulation}",
             "the same update, a little slower",
             _same,
-            lambda now: replace(now, batch_size=1, accumulation=accumulation),
+            partial(_divided, parts=most, limit=BatchLimit(), accumulation=accumulation),
         )
+        return
+    for parts in SMALLER:
+        accumulation = parts * work.accumulation
+        limit = BatchLimit(tokens=max(1, tokens // parts))
+        yield (
+            f"--batch-tokens {limit.tokens} --grad-accumulation-steps {accumulation}",
+            "about the same update, a little slower",
+            _same,
+            partial(_divided, parts=parts, limit=limit, accumulation=accumulation),
+        )
+
+
+def _divided(work: Workload, *, parts: int, limit: BatchLimit, accumulation: int) -> Workload:
+    """The workload with so many times fewer prompts in its shapes, at least one."""
+    shapes = tuple(shape._replace(groups=max(1, shape.groups // parts)) for shape in work.shapes)
+    return replace(work, shapes=shapes, limit=limit, accumulation=accumulation)
 
 
 def _shorter(work: Workload, max_seq_length: int, shapes_within: ShapesWithin) -> Ladder:
     for share in SHORTER:
         length = int(max_seq_length * share) // 8 * 8
-        shapes = tuple(shapes_within(length)) if length >= SHORTEST else ()
-        if shapes:
+        if length >= SHORTEST and shapes_within(length, work.limit):
 
-            def change(now: Workload, shapes: tuple[Shape, ...] = shapes) -> Workload:
-                return replace(now, shapes=shapes)
+            def change(now: Workload, length: int = length) -> Workload:
+                # The limit may be a smaller one by now.
+                return replace(now, shapes=tuple(shapes_within(length, now.limit)))
 
             yield f"--max-seq-length {length}", "longer rows are dropped", _same, change
 

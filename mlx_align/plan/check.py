@@ -5,15 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import mlx.core as mx
+
 from mlx_align.config import KtoConfig, SftConfig, TrainConfig
-from mlx_align.data.batching import Shape, plan_shapes
+from mlx_align.data.shapes import BatchLimit, Shape, batch_limit, plan_shapes
 from mlx_align.errors import ConfigError, ModelError
-from mlx_align.models.adapters import AdapterLayout
+from mlx_align.models.adapters import AdapterLayout, compute_dtype
 from mlx_align.models.loading import ModelFolder
 from mlx_align.plan.advice import Step, advise
 from mlx_align.plan.headers import ModelShape, read_shape
 from mlx_align.plan.machine import Machine, this_machine
-from mlx_align.plan.memory import MemoryPlan, Workload, plan_memory
+from mlx_align.plan.memory import ADAPTER_BYTES, MemoryPlan, Workload, plan_memory
 from mlx_align.types import TokenizedGroup
 
 # A run that needs less is never refused: the plan's error is larger than what it could spare.
@@ -61,16 +63,19 @@ def make_plan(
 
     Raises:
         ModelError: The model's files can't be read.
+        ConfigError: Its adapters can't compute as asked.
     """
     model = read_shape(folder.path, folder.config)
-    within = _shapes_within(groups, config.batch_size)
+    dtypes = [mx.bfloat16] if model.activation_dtype == "BF16" else []
+    computed = compute_dtype(config.adapter_dtype, dtypes)
+    within, limit = _shapes_within(groups), batch_limit(config)
     rows = 2 if not groups else max(len(group.completions) for group in groups)
     if isinstance(config, KtoConfig | SftConfig):
         rows = 1  # of KTO's two completions the mismatched one runs by itself, without gradient
     work = Workload(
-        shapes=tuple(within(config.max_seq_length)),
+        shapes=tuple(within(config.max_seq_length, limit)),
+        limit=limit,
         rows=rows,
-        batch_size=config.batch_size,
         accumulation=config.grad_accumulation_steps,
         fine_tune_type=layout.fine_tune_type,
         rank=layout.rank,
@@ -78,6 +83,7 @@ def make_plan(
         keys=layout.keys,
         dropout=layout.dropout > 0,
         grad_checkpoint=config.grad_checkpoint,
+        adapter_bytes=ADAPTER_BYTES if computed is None else computed.size,
         shared=folder.config.get("model_type") not in WHOLE_ROWS,
     )
     memory = plan_memory(model, work)
@@ -138,18 +144,19 @@ def say_bytes(count: float) -> str:
 
 
 def _shapes_within(
-    groups: Sequence[TokenizedGroup] | None, batch_size: int
-) -> Callable[[int], list[Shape]]:
+    groups: Sequence[TokenizedGroup] | None,
+) -> Callable[[int, BatchLimit], list[Shape]]:
     """The batch shapes of the rows of at most so many tokens; [] where none is left."""
 
-    def within(length: int) -> list[Shape]:
+    def within(length: int, limit: BatchLimit) -> list[Shape]:
         if groups is None:
-            return [Shape(-(-length // 16) * 8, -(-length // 16) * 8)]
+            half = -(-length // 16) * 8
+            return [Shape(half, half, limit.of(3 * half))]
         short = [
             group
             for group in groups
             if len(group.prompt) + max(map(len, group.completions)) <= length
         ]
-        return plan_shapes(short, batch_size) if short else []
+        return plan_shapes(short, limit) if short else []
 
     return within

@@ -15,9 +15,9 @@ still there. `scripts/verify_plan.py` compares both with real steps, on any mach
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from mlx_align.data.batching import Shape
+from mlx_align.data.shapes import BatchLimit, Shape
 from mlx_align.models.logps import CHUNK_ELEMENTS, MIN_CHUNK_ROWS
 from mlx_align.plan.headers import Linear, ModelShape
 
@@ -38,7 +38,8 @@ PLAIN_MIXED_F, MIXED_F, MIXED_D = 1.25, 1.475, 2.3
 # Of further chunks nearly as much, as far as mlx runs ahead of what it has freed: 1, 2, 4 and 16
 # chunks were measured as 3.0, 5.8, 11.0 and 11 such arrays.
 HEAD_ARRAYS, NEXT_CHUNK_ARRAYS, CHUNKS_AHEAD = 3.0, 2.67, 4
-# Adapters are float32 whatever the model's dtype, and what they multiply is float32 with them.
+# Adapters are float32 whatever the model's dtype, and what they multiply is float32 with them,
+# unless they are cast where they compute.
 ADAPTER_BYTES = 4
 
 
@@ -48,8 +49,8 @@ class Workload:
 
     Attributes:
         shapes: The shapes of its microbatches.
+        limit: What decided how many prompts a shape holds.
         rows: Completions of a prompt that run together: 2 for pairs.
-        batch_size: Prompts of a microbatch.
         accumulation: Microbatches of an update.
         fine_tune_type: lora, dora or full.
         rank: Of the adapters.
@@ -58,11 +59,12 @@ class Workload:
         dropout: Whether adapters drop inputs.
         grad_checkpoint: Whether blocks are recomputed in the backward pass.
         shared: Whether completions share their prompt's keys and values.
+        adapter_bytes: Of an adapter's number where it computes: 2 if cast to 16 bits.
     """
 
     shapes: tuple[Shape, ...]
+    limit: BatchLimit = field(default_factory=BatchLimit)
     rows: int = 2
-    batch_size: int = 1
     accumulation: int = 8
     fine_tune_type: str = "lora"
     rank: int = 16
@@ -71,6 +73,7 @@ class Workload:
     dropout: bool = False
     grad_checkpoint: bool = True
     shared: bool = True
+    adapter_bytes: int = ADAPTER_BYTES
 
 
 @dataclass(frozen=True)
@@ -149,7 +152,7 @@ class _Pass:
 
 
 def _passes(work: Workload, shape: Shape) -> list[_Pass]:
-    prompts, rows = work.batch_size, work.batch_size * work.rows
+    prompts, rows = shape.groups, shape.groups * work.rows
     if not work.shared:
         width = shape.prompt + shape.completion
         return [_Pass(rows * width, rows, width)]
@@ -192,7 +195,7 @@ def _plan_shape(model: ModelShape, work: Workload, shape: Shape) -> MemoryPlan:
     else:
         held = sum((_held_by_block(model, work, p) for p in passes), _Bytes()) * trained
     held += _dense_copies(model, work)
-    scored = work.batch_size * work.rows * shape.completion
+    scored = shape.groups * work.rows * shape.completion
     # Per completion token: the gradient by its hidden state, which waits for the loss.
     gradient = _Bytes(head=scored * model.hidden * model.activation_bytes)
     moments = {"vocabulary head": held + gradient * 3 + _chunks(model, scored)}
@@ -226,7 +229,8 @@ def _trained_bytes(model: ModelShape, work: Workload, parameters: int) -> int:
     if work.fine_tune_type == "full":
         # The tree it starts from is the weights themselves.
         return (trees - 1) * parameters * model.activation_bytes
-    return trees * parameters * ADAPTER_BYTES
+    cast = work.adapter_bytes if work.adapter_bytes < ADAPTER_BYTES else 0
+    return parameters * (trees * ADAPTER_BYTES + cast)
 
 
 def _held_by_block(model: ModelShape, work: Workload, one: _Pass) -> _Bytes:
@@ -243,11 +247,11 @@ def _held_by_block(model: ModelShape, work: Workload, one: _Pass) -> _Bytes:
     wide, queries = model.hidden, model.query_width
     per_token = (4 * wide + 2 * queries + 4 * model.intermediate) * size
     if adapters:
-        per_token += model.intermediate * ADAPTER_BYTES
-        if size < ADAPTER_BYTES:
-            per_token += (2 * wide + queries) * ADAPTER_BYTES
+        per_token += model.intermediate * work.adapter_bytes
+        if size < work.adapter_bytes:
+            per_token += (2 * wide + queries) * work.adapter_bytes
         in_block = [linear for linear in model.linears if linear.block == model.blocks - 1]
-        per_token += len(in_block) * work.rank * ADAPTER_BYTES
+        per_token += len(in_block) * work.rank * work.adapter_bytes
         if work.fine_tune_type == "dora":
             # Outputs before their magnitude, for its gradient.
             per_token += sum(linear.outputs for linear in in_block) * size
@@ -287,13 +291,13 @@ def _dense_copies(model: ModelShape, work: Workload) -> _Bytes:
         return _Bytes()
     adapted = _trained(model.linears, model, work)
     weights = sum(linear.inputs * linear.outputs * linear.experts for linear in adapted)
-    return _Bytes(activations=weights * (model.activation_bytes + ADAPTER_BYTES))
+    return _Bytes(activations=weights * (model.activation_bytes + work.adapter_bytes))
 
 
 def _worked_on(model: ModelShape, work: Workload, passes: Sequence[_Pass]) -> dict[str, _Bytes]:
     """What a block's backward pass has in work, by where it is."""
     size = model.activation_bytes
-    mixed = size < ADAPTER_BYTES and work.fine_tune_type != "full"
+    mixed = size < work.adapter_bytes and work.fine_tune_type != "full"
     times_d = MIXED_D if mixed else 1.0
     if work.grad_checkpoint:
         tokens = sum(one.tokens for one in passes)

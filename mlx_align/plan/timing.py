@@ -7,10 +7,12 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 
-from mlx_align.config import TrainConfig
+from mlx_align.config import KtoConfig, TrainConfig
+from mlx_align.data.batching import groups_per_batch
+from mlx_align.data.shapes import batch_limit
 from mlx_align.errors import ConfigError
 from mlx_align.models.adapters import AdapterLayout
 from mlx_align.types import TokenizedGroup
@@ -45,12 +47,16 @@ def expected(
     has_reference: bool,
 ) -> Duration:
     """The time that a run over `groups` takes at `rate` tokens per second."""
-    per_epoch = sum(len(g.prompt) + sum(map(len, g.completions)) for g in groups)
+    # Of KTO's two completions the mismatched one is not counted in a run's tokens.
+    trained = 1 if isinstance(config, KtoConfig) else None
+    per_epoch = sum(len(g.prompt) + sum(map(len, g.completions[:trained])) for g in groups)
+    referred = sum(len(g.prompt) + sum(map(len, g.completions)) for g in groups)
     if config.iters is not None:
-        seen = config.iters * config.grad_accumulation_steps * config.batch_size / len(groups)
+        per_update = config.grad_accumulation_steps * groups_per_batch(groups, batch_limit(config))
+        seen = config.iters * per_update / len(groups)
     else:
         seen = config.epochs or 1.0
-    once = min(1.0, seen) * per_epoch if has_reference else 0.0
+    once = min(1.0, seen) * referred if has_reference else 0.0
     return Duration(rate, source, seen * per_epoch / rate, once * FORWARD_SHARE / rate)
 
 
@@ -88,8 +94,9 @@ def rate_key(
     facts = [
         command,
         str(model.resolve()),
-        config.batch_size,
+        *astuple(batch_limit(config)),
         config.grad_checkpoint,
+        config.adapter_dtype,
         config.max_seq_length,
         layout.to_mlx_lm(),
         machine,

@@ -9,7 +9,7 @@ import numpy as np
 
 from mlx_align.models.compat import generate_batch
 from mlx_align.models.loading import LanguageModel
-from mlx_align.models.roles import Tree, acting_as
+from mlx_align.models.roles import Tree
 from mlx_align.types import TokenizedGroup
 
 
@@ -33,7 +33,7 @@ def sample(
     stop = sorted(model.folder.tokenizer.eos_token_ids)
     prompts = [[int(token) for token in group.prompt] for group in groups]
     model.module.eval()
-    with acting_as(model.module, tree):
+    with model.acting_as(tree):
         tokens = generate_batch(
             model.module, prompts, stop, max_tokens=max_tokens, temperature=temperature, seed=seed
         )

@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from mlx_align.config import TrainConfig
-from mlx_align.data.batching import plan_shapes
+from mlx_align.data.batching import groups_per_batch
+from mlx_align.data.shapes import batch_limit, plan_shapes
 from mlx_align.inference.score import Scorer, score_groups
 from mlx_align.models.loading import ModelFolder
 from mlx_align.models.roles import Tree
@@ -23,10 +24,11 @@ from mlx_align.types import TokenizedGroup
 
 def held_out_groups(valid: Sequence[TokenizedGroup], config: TrainConfig) -> list[TokenizedGroup]:
     """The held-out groups an evaluation looks at: the same ones every time."""
-    if config.val_batches == -1 or len(valid) <= config.val_batches * config.batch_size:
+    if config.val_batches == -1 or not valid:
         return list(valid)
+    wanted = round(config.val_batches * groups_per_batch(valid, batch_limit(config)))
     order = np.random.default_rng(config.seed).permutation(len(valid))
-    return [valid[i] for i in sorted(order[: config.val_batches * config.batch_size])]
+    return [valid[i] for i in sorted(order[:wanted])]
 
 
 class Evaluation:
@@ -45,13 +47,12 @@ class Evaluation:
         self.task, self.config, self.scorer = task, config, scorer
         self.groups, self.reference = groups, reference
         self.run, self.display = run, display
-        self.shapes = plan_shapes(groups, config.batch_size) if groups else []
+        self.shapes = plan_shapes(groups, batch_limit(config)) if groups else []
 
     def __call__(self, step: int, tree: Tree) -> None:
         """Score the held-out groups under `tree` and record the metrics of update `step`."""
         if self.groups:
-            size = self.config.batch_size
-            self.record(step, score_groups(self.scorer, tree, self.groups, self.shapes, size))
+            self.record(step, score_groups(self.scorer, tree, self.groups, self.shapes))
 
     def record(self, step: int, logps: GroupLogps) -> None:
         """Write the metrics that follow from the policy's log-probs."""
@@ -110,9 +111,9 @@ def kl_from_reference(
         seed=config.seed + 1,
     )
     groups = as_groups(prompts, drawn)
-    shapes = plan_shapes(groups, config.batch_size)
-    ours = score_groups(scorer, tree, groups, shapes, config.batch_size)
-    theirs = score_groups(scorer, policy.start, groups, shapes, config.batch_size)
+    shapes = plan_shapes(groups, batch_limit(config))
+    ours = score_groups(scorer, tree, groups, shapes)
+    theirs = score_groups(scorer, policy.start, groups, shapes)
     k1 = np.array([(o[0] - t[0]).sum(dtype=np.float64) for o, t in zip(ours, theirs, strict=True)])
     spread = float(k1.std(ddof=1) / math.sqrt(len(k1))) if len(k1) > 1 else float("nan")
     return {"mean": float(k1.mean()), "standard_error": spread, "samples": len(k1)}

@@ -18,18 +18,15 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from mlx_align.config import TrainConfig
-from mlx_align.data.batching import (
-    Shape,
-    epoch_order,
-    microbatch_stream,
-    padding_waste,
-    plan_shapes,
-)
+from mlx_align.data.batching import epoch_order, microbatch_stream, padding_waste
 from mlx_align.data.checks import render_facts
+from mlx_align.data.shapes import Shape, batch_limit, plan_shapes
 from mlx_align.inference.score import Scorer, make_scorer
 from mlx_align.models.adapters import AdapterLayout, save_adapter
 from mlx_align.models.loading import ModelFolder, open_model
 from mlx_align.plan.check import check_fits
+from mlx_align.plan.machine import this_machine
+from mlx_align.plan.timing import rate_key, store_rate
 from mlx_align.settings import to_yaml
 from mlx_align.train import runlog
 from mlx_align.train.checkpoint import load_checkpoint, save_checkpoint
@@ -49,6 +46,7 @@ from mlx_align.train.loop import (
     make_schedule,
     train,
 )
+from mlx_align.train.pace import Pace
 from mlx_align.train.reference import (
     ReferenceCache,
     default_cache_folder,
@@ -94,7 +92,7 @@ def run_offline(
     policy = make_policy(config, folder, layout)
     display.note(_say_policy(policy, layout))
     scorer = make_scorer(policy.model)
-    shapes = plan_shapes(train_groups, config.batch_size)
+    shapes = plan_shapes(train_groups, batch_limit(config))
     settings = _loop_settings(config, train_groups, shapes)
     reference: GroupLogps | None = None
     reference_valid: GroupLogps = []
@@ -118,22 +116,29 @@ def run_offline(
     prompts = held_out[: config.samples]
     before = answers(policy, policy.start, prompts, config)
     objective = task.objective(policy, train_groups, reference, scorer)
-    stream = microbatch_stream(
-        train_groups, shapes, config.batch_size, seed=config.seed, start=progress.microbatches
-    )
+    stream = microbatch_stream(train_groups, shapes, seed=config.seed, start=progress.microbatches)
+    pace = Pace(progress)
     mx.reset_peak_memory()
     with display.bar(task.title, settings.total_steps, progress.step) as bar:
+
+        def tick(at: Progress) -> None:
+            pace.tick(at)
+            bar.advance()
+
         hooks = LoopHooks(
             report=lambda at, row: _report(
                 run, at, settings.total_steps, task.refine(row), display
             ),
             evaluate=lambda at, now: evaluation(at.step, now),
             save=lambda at, now, opt: save_checkpoint(run, at, now, opt, layout, str(folder.path)),
-            tick=lambda _: bar.advance(),
+            tick=tick,
         )
-        tree = train(policy.model, tree, optimizer, objective, stream, settings, hooks, progress)
-    peak = mx.get_peak_memory()
+        watched = pace.watched(stream)
+        tree = train(policy.model, tree, optimizer, objective, watched, settings, hooks, progress)
     save_adapter(run, tree, layout, str(folder.path))
+    if (rate := pace.rate()) is not None:
+        machine = this_machine().name
+        store_rate(rate_key(task.command, folder.path, config, layout, machine), rate)
 
     after = answers(policy, tree, prompts, config)
     samples = [
@@ -144,8 +149,8 @@ def run_offline(
     ]
     runlog.write_samples(run, samples)
     kl = kl_from_reference(scorer, policy, tree, prompts, config) if task.has_reference else None
-    order = epoch_order(train_groups, shapes, config.batch_size, seed=config.seed)
-    held_out_rows = runlog.eval_rows(run)
+    order = epoch_order(train_groups, shapes, seed=config.seed)
+    held_out_rows, last_row = runlog.eval_rows(run), runlog.training_rows(run)[-1]
     summary = {
         "command": task.command,
         "model": config.model,
@@ -156,12 +161,12 @@ def run_offline(
         "seconds": progress.seconds,
         "seconds_in_all": time.perf_counter() - began,
         "tokens_per_second": progress.tokens / max(progress.seconds, 1e-9),
-        "peak_memory_bytes": peak,
+        "peak_memory_bytes": last_row["peak_memory_bytes"],
         "trained_parameters": sum(array.size for _, array in tree_flatten(tree)),
         "prompts_shared": policy.model.shared,
         "shapes": [list(shape) for shape in shapes],
-        "padding_share": padding_waste(order, train_groups, config.batch_size),
-        "train": runlog.training_rows(run)[-1],
+        "padding_share": padding_waste(order, train_groups),
+        "train": last_row,
         "eval_before": next(iter(held_out_rows), {}),
         "eval": held_out_rows[-1] if held_out_rows else {},
         "kl": kl,
@@ -198,7 +203,7 @@ def _used_groups(
     settings: LoopSettings,
 ) -> list[int]:
     """The groups that training will see; a short run leaves most of a large data set alone."""
-    stream = microbatch_stream(groups, shapes, config.batch_size, seed=config.seed)
+    stream = microbatch_stream(groups, shapes, seed=config.seed)
     used: set[int] = set()
     for batch in islice(stream, settings.total_steps * settings.accumulation):
         used.update(batch.indices)
@@ -221,19 +226,18 @@ def _references(
     """The reference's log-probs of used training and held-out groups, cached or computed now."""
     cache_folder = Path(getattr(config, "reference_cache", None) or default_cache_folder())
     adapter = Path(config.init_adapter) if config.init_adapter else None
-    cache = ReferenceCache(cache_folder.expanduser(), reference_key(folder.path, adapter))
+    key = reference_key(folder.path, adapter, config.adapter_dtype)
+    cache = ReferenceCache(cache_folder.expanduser(), key)
 
     def refer(groups: Sequence[TokenizedGroup], shapes: Sequence[Shape], what: str) -> GroupLogps:
         if not groups:
             return []
         with display.bar(f"Reference, {what}", len(groups)) as bar:
-            return reference_logps(
-                scorer, policy.start, groups, shapes, config.batch_size, cache, bar.advance
-            )
+            return reference_logps(scorer, policy.start, groups, shapes, cache, bar.advance)
 
     try:
         on_used = refer([train_groups[i] for i in used], shapes, "training data")
-        held_out_shapes = plan_shapes(held_out, config.batch_size) if held_out else []
+        held_out_shapes = plan_shapes(held_out, batch_limit(config)) if held_out else []
         on_valid = refer(held_out, held_out_shapes, "held-out data")
         display.note(f"Reference log-probs: {cache.nbytes / 1e6:.1f} MB in {cache.file.parent}.")
     finally:
@@ -249,7 +253,7 @@ def _references(
 def _loop_settings(
     config: TrainConfig, groups: Sequence[TokenizedGroup], shapes: Sequence[Shape]
 ) -> LoopSettings:
-    per_epoch = len(epoch_order(groups, shapes, config.batch_size, seed=config.seed))
+    per_epoch = len(epoch_order(groups, shapes, seed=config.seed))
     epochs = config.epochs or 1.0
     total = config.iters or max(1, round(epochs * per_epoch / config.grad_accumulation_steps))
     return LoopSettings(

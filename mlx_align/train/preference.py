@@ -59,7 +59,6 @@ def preference_objective(
     loss: CombinedLoss,
     groups: Sequence[TokenizedGroup],
     reference: GroupLogps | None,
-    batch_size: int,
     scorer: Scorer,
     *,
     grad_checkpoint: bool,
@@ -74,7 +73,6 @@ def preference_objective(
         groups: The training pairs.
         reference: Per pair and completion the reference's token log-probs; None where the loss
             needs none.
-        batch_size: Pairs per microbatch.
         scorer: For losses that couple the pairs of an update.
         grad_checkpoint: Recompute activations in the backward pass.
         wpo: Weigh each pair by how likely the policy would have written its completions.
@@ -84,7 +82,7 @@ def preference_objective(
     def collate(micro: Microbatch) -> PairBatch:
         chosen = [groups[i] for i in micro.indices]
         logps = None if reference is None else [reference[i] for i in micro.indices]
-        return collate_pairs(chosen, logps, micro.shape, batch_size)
+        return collate_pairs(chosen, logps, micro.shape)
 
     def totals(batches: Sequence[PairBatch]) -> Totals:
         pairs = sum(batch.weight.sum() for batch in batches)
@@ -159,11 +157,11 @@ def _couple(
         # An explicit scatter: rows of fillers stay 0.
         return mx.zeros(weight.shape).at[real].add(column)
 
-    size = len(batches[0].weight)
     values, factors = spread(values), [spread(column) for column in gradient]
-    coupled = []
-    for i, batch in enumerate(batches):
-        rows = slice(i * size, (i + 1) * size)
+    coupled, start = [], 0
+    for batch in batches:
+        rows = slice(start, start + len(batch.weight))
+        start = rows.stop
         part = PairLogps(*(column[rows] for column in factors))
         coupled.append(CoupledBatch(batch, part, values[rows].sum() / totals.pairs))
     mx.eval(coupled)
@@ -256,7 +254,6 @@ def dpo_task(config: DpoConfig) -> Task:
             loss,
             groups,
             reference,
-            config.batch_size,
             scorer,
             grad_checkpoint=config.grad_checkpoint,
             wpo=config.wpo,

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mlx_align.data.batching import Shape
+from mlx_align.data.shapes import Shape
 from mlx_align.errors import ConfigError
 from mlx_align.inference.score import Scorer, score_groups
 from mlx_align.models.adapters import fingerprint_folder
@@ -38,11 +38,16 @@ def default_cache_folder() -> Path:
     return base / "mlx-align" / "reference"
 
 
-def reference_key(model_folder: Path, adapter_folder: Path | None) -> str:
-    """Identity of a reference: a hash of the base's weights and of the adapter it started from."""
+def reference_key(model_folder: Path, adapter_folder: Path | None, adapter_dtype: str) -> str:
+    """Identity of a reference: a hash of the base's weights and of the adapter it started from.
+
+    Together with what the adapter computes in.
+    """
     parts = [f"v{VERSION}", fingerprint_folder(model_folder)]
     if adapter_folder is not None:
         parts.append(fingerprint_folder(adapter_folder, "adapter*"))
+    if adapter_dtype != "float32":
+        parts.append(adapter_dtype)
     return hashlib.blake2b("/".join(parts).encode(), digest_size=16).hexdigest()
 
 
@@ -109,7 +114,6 @@ def reference_logps(
     start: Tree,
     groups: Sequence[TokenizedGroup],
     shapes: Sequence[Shape],
-    batch_size: int,
     cache: ReferenceCache,
     on_progress: Callable[[int], None] | None = None,
 ) -> list[tuple[Logps, ...]]:
@@ -119,8 +123,7 @@ def reference_logps(
         scorer: How a role is scored; the reference is scored in evaluation mode.
         start: The tree the policy starts from, which is the reference.
         groups: Tokenised data.
-        shapes: The shapes of training, so that both see the same padding.
-        batch_size: Groups per forward pass.
+        shapes: The shapes of training, so that both see the same padding and batches.
         cache: Where they are looked up and kept.
         on_progress: Told how many more groups are there, as they come.
     """
@@ -134,9 +137,7 @@ def reference_logps(
         if on_progress is not None:
             on_progress(len(positions))
 
-    computed = score_groups(
-        scorer, start, [groups[i] for i in missing], shapes, batch_size, on_batch=keep
-    )
+    computed = score_groups(scorer, start, [groups[i] for i in missing], shapes, on_batch=keep)
     for index, logps in zip(missing, computed, strict=True):
         found[index] = logps
     return [logps for logps in found if logps is not None]

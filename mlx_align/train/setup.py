@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import mlx.core as mx
+from mlx.utils import tree_flatten
 
 from mlx_align.config import TrainConfig
 from mlx_align.data.checks import DataFacts, describe
@@ -17,7 +18,13 @@ from mlx_align.data.groups import split_validation
 from mlx_align.data.sources import has_split
 from mlx_align.data.tokenize import tokenize_groups
 from mlx_align.errors import ConfigError
-from mlx_align.models.adapters import AdapterLayout, install, load_tree, read_layout
+from mlx_align.models.adapters import (
+    AdapterLayout,
+    compute_dtype,
+    install,
+    load_tree,
+    read_layout,
+)
 from mlx_align.models.loading import LanguageModel, ModelFolder, load_language_model
 from mlx_align.models.roles import Tree
 from mlx_align.models.selfcheck import check_adapted
@@ -105,6 +112,12 @@ def resolve_layout(config: TrainConfig) -> AdapterLayout:
 
 
 def _refuse_without_effect(config: TrainConfig, layout: AdapterLayout) -> None:
+    if layout.fine_tune_type != "lora" and config.adapter_dtype != "float32":
+        why = "trains no adapters" if layout.fine_tune_type == "full" else "needs float32 norms"
+        raise ConfigError(
+            f"--adapter-dtype {config.adapter_dtype}: --fine-tune-type {layout.fine_tune_type} "
+            f"{why}; leave it out"
+        )
     if layout.fine_tune_type != "full":
         return
     for name in ("lora_rank", "lora_alpha", "lora_keys", "lora_dropout"):
@@ -121,6 +134,8 @@ def make_policy(config: TrainConfig, folder: ModelFolder, layout: AdapterLayout)
         ConfigError: The layout does not fit the model.
     """
     model = load_language_model(folder)
+    dtypes = {array.dtype for _, array in tree_flatten(model.module.parameters())}
+    model = replace(model, adapter_dtype=compute_dtype(config.adapter_dtype, dtypes))
     mx.random.seed(config.seed)
     start = install(model.module, layout)
     check_adapted(model.anatomy, folder.vocab_size)

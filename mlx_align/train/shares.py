@@ -10,7 +10,7 @@ from mlx_align.data.batching import Microbatch
 from mlx_align.losses.masking import weighted_sum
 from mlx_align.models.loading import LanguageModel
 from mlx_align.models.logps import batch_token_logps, batch_token_statistics
-from mlx_align.models.roles import Tree, acting_as
+from mlx_align.models.roles import Tree
 from mlx_align.train.loop import Sums
 from mlx_align.types import GroupBatch, TokenizedGroup
 
@@ -19,7 +19,7 @@ def role_logps(
     model: LanguageModel, tree: Tree, batch: GroupBatch, *, grad_checkpoint: bool
 ) -> mx.array:
     """Log-probs (N, C) of the completions' tokens under the role `tree`, with gradient, nats."""
-    with acting_as(model.module, tree):
+    with model.acting_as(tree):
         return batch_token_logps(
             model.anatomy, batch, shared=model.shared, grad_checkpoint=grad_checkpoint
         )
@@ -29,7 +29,7 @@ def role_statistics(
     model: LanguageModel, tree: Tree, batch: GroupBatch, *, grad_checkpoint: bool
 ) -> tuple[mx.array, mx.array]:
     """As above, and log Σ_v p_v² (N, C) at every token, without gradient."""
-    with acting_as(model.module, tree):
+    with model.acting_as(tree):
         return batch_token_statistics(
             model.anatomy, batch, shared=model.shared, grad_checkpoint=grad_checkpoint
         )

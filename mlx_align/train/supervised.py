@@ -39,7 +39,6 @@ def supervised_objective(
     model: LanguageModel,
     loss: str,
     groups: Sequence[TokenizedGroup],
-    batch_size: int,
     *,
     grad_checkpoint: bool,
 ) -> Objective:
@@ -49,12 +48,11 @@ def supervised_objective(
         model: The base, with adapters installed.
         loss: A name of `TOKEN_LOSSES`.
         groups: The training rows, one completion each.
-        batch_size: Rows per microbatch.
         grad_checkpoint: Recompute activations in the backward pass.
     """
 
     def collate(micro: Microbatch) -> GroupBatch:
-        return collate_groups([groups[i] for i in micro.indices], micro.shape, batch_size)
+        return collate_groups([groups[i] for i in micro.indices], micro.shape)
 
     def totals(batches: Sequence[GroupBatch]) -> Totals:
         return Totals(mx.array(sum(batch.completion_mask.sum() for batch in batches)))
@@ -144,7 +142,6 @@ def sft_task(config: SftConfig) -> Task:
             policy.model,
             config.loss,
             groups,
-            config.batch_size,
             grad_checkpoint=config.grad_checkpoint,
         )
 

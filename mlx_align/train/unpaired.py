@@ -17,9 +17,10 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_align.config import KtoConfig
-from mlx_align.data.batching import Microbatch, collate_labelled
+from mlx_align.data.batching import Microbatch, collate_labelled, groups_per_batch
 from mlx_align.data.formats import read_unpaired
 from mlx_align.data.mismatched import MISMATCHED, OWN, with_mismatched
+from mlx_align.data.shapes import batch_limit
 from mlx_align.errors import DataError
 from mlx_align.inference.score import Scorer
 from mlx_align.losses.masking import masked_sum, weighted_sum
@@ -85,7 +86,6 @@ def unpaired_objective(
     loss: KtoLoss,
     groups: Sequence[TokenizedGroup],
     reference: GroupLogps,
-    batch_size: int,
     scorer: Scorer,
     *,
     grad_checkpoint: bool,
@@ -97,7 +97,6 @@ def unpaired_objective(
         loss: The loss and its hyperparameters.
         groups: The training rows, as `with_mismatched` gives them where the loss needs a KL.
         reference: Per row and completion the reference's token log-probs.
-        batch_size: Rows per microbatch.
         scorer: Runs the mismatched completions.
         grad_checkpoint: Recompute activations in the backward pass.
     """
@@ -105,7 +104,7 @@ def unpaired_objective(
     def rows(micro: Microbatch, completion: int) -> LabelledBatch:
         members = [groups[i] for i in micro.indices]
         logps = [reference[i] for i in micro.indices]
-        return collate_labelled(members, logps, micro.shape, batch_size, completion)
+        return collate_labelled(members, logps, micro.shape, completion)
 
     def collate(micro: Microbatch) -> WithMismatched | WithPoint:
         if loss.loss.needs_kl:
@@ -255,7 +254,6 @@ def kto_task(config: KtoConfig) -> Task:
             loss,
             groups,
             reference,
-            config.batch_size,
             scorer,
             grad_checkpoint=config.grad_checkpoint,
         )
@@ -301,8 +299,11 @@ def check_rows(data: PreparedData, config: KtoConfig, loss: KtoLoss) -> list[str
             f"! good answers weigh {ratio:.2g} times as much as bad ones in all; KTO's authors "
             f"advise 1 to 1.33: --desirable-weight {fitting:.3g} to {high * fitting:.3g}"
         )
-    rows = config.batch_size * config.grad_accumulation_steps
-    if loss.loss.needs_kl and rows < FEW_ROWS:
+    if not loss.loss.needs_kl:
+        return lines
+    per_batch = groups_per_batch(with_mismatched(data.train, config.seed), batch_limit(config))
+    rows = round(per_batch * config.grad_accumulation_steps)
+    if rows < FEW_ROWS:
         lines.append(
             f"! an update has {rows} row{'s' * (rows > 1)}: a noisy KL point; raise "
             "--grad-accumulation-steps"

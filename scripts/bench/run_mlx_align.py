@@ -15,7 +15,8 @@ import numpy as np
 import mlx_align
 import mlx_align.cli.main
 from mlx_align.config import DpoConfig
-from mlx_align.data.batching import microbatch_stream, plan_shapes
+from mlx_align.data.batching import microbatch_stream
+from mlx_align.data.shapes import BatchLimit, plan_shapes
 from mlx_align.inference.score import make_scorer
 from mlx_align.models.loading import open_model
 from mlx_align.train.loop import (
@@ -58,7 +59,7 @@ def main() -> None:
         )
         for i, pair in enumerate(common.synthetic_pairs(args))
     ]
-    shapes = plan_shapes(groups, config.batch_size)
+    shapes = plan_shapes(groups, BatchLimit(args.batch_size))
     policy = make_policy(config, open_model(args.model), resolve_layout(config))
     mx.eval(policy.model.module.parameters())
     result.model_bytes = mx.get_active_memory()
@@ -75,7 +76,6 @@ def main() -> None:
             policy.start,
             groups,
             shapes,
-            config.batch_size,
             cache,
             lambda count: clock.tick() if count else None,
         )
@@ -93,20 +93,23 @@ def main() -> None:
         steps_per_eval=0,
         save_every=0,
     )
+    rows: list[dict[str, float]] = []
     clock = common.StepClock()
     hooks = LoopHooks(
-        report=lambda _, row: result.losses.append(row["loss"]),
+        report=lambda _, row: rows.append(row),
         evaluate=lambda _, __: None,
         save=lambda _, __, ___: None,
         tick=lambda _: clock.tick(),
     )
     objective = task.objective(policy, groups, reference, scorer)
-    stream = microbatch_stream(groups, shapes, config.batch_size, seed=config.seed)
+    stream = microbatch_stream(groups, shapes, seed=config.seed)
     optimizer = make_optimizer(policy.start, config.weight_decay)
     clock.start()
     train(policy.model, policy.start, optimizer, objective, stream, settings, hooks, Progress())
     result.steps, result.cpu = clock.seconds, clock.cpu
-    result.peak_bytes = mx.get_peak_memory()
+    result.losses = [row["loss"] for row in rows]
+    # The loop resets mlx's own counter, and keeps what it had counted.
+    result.peak_bytes = int(rows[-1]["peak_memory_bytes"])
     result.note = policy.model.check
     result.print()
 

@@ -1,0 +1,89 @@
+"""`scripts/verify_lengths.py` in small: memory is steady once every shape was seen."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mlx_align.config import DpoConfig
+from mlx_align.data.batching import padding_waste
+from mlx_align.types import TokenizedGroup
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = ROOT / "tests" / "oracle" / "models" / "policy"
+
+
+@pytest.fixture(scope="module")
+def script():
+    spec = importlib.util.spec_from_file_location(
+        "verify_lengths", ROOT / "scripts" / "verify_lengths.py"
+    )
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # its dataclasses look there for their own module
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules[spec.name]
+
+
+@pytest.fixture(scope="module")
+def groups():
+    """Pairs of a few lengths: some shapes, all of them seen within few steps."""
+    random = np.random.default_rng(0)
+
+    def ids(length):
+        return random.integers(1, 60, length).astype(np.int32)
+
+    lengths = [(8, 8), (8, 24), (32, 8), (32, 24)] * 8
+    return [TokenizedGroup(ids(p), (ids(c), ids(c - 4)), "") for p, c in lengths]
+
+
+@pytest.mark.parametrize("batch", [{"batch_size": 2}, {"batch_tokens": 160}])
+def test_memory_is_steady_once_every_shape_was_seen(script, groups, batch):
+    config = DpoConfig(model=str(TINY), grad_accumulation_steps=1, lora_rank=2, **batch)
+    found = script.watch(config, groups, steps=60, every=20)
+    assert found.used > 2
+    # Peaks of 3 MB differ by tens of kilobytes with what mlx frees when.
+    assert script.faults(found, 0.4, tolerance=0.05) == []
+    assert found.unavoidable == pytest.approx(
+        4 * 32 / sum(len(group.prompt) + 2 * len(group.completions[0]) for group in groups)
+    )
+    assert found.lines[-1].padding >= found.unavoidable
+    assert script.faults(found, 0.01)[0].endswith("padding, 1.0% allowed")
+
+
+def test_growth_is_seen(script, groups, monkeypatch):
+    kept = []
+    original = script.padding_waste
+    # What steps leave behind: at every line, a fifth more than what is held.
+    monkeypatch.setattr(
+        script,
+        "padding_waste",
+        lambda *a: kept.append(_held(mx.get_active_memory() // 5)) or original(*a),
+    )
+    config = DpoConfig(model=str(TINY), grad_accumulation_steps=1, lora_rank=2, batch_size=2)
+    found = script.watch(config, groups, steps=60, every=20)
+    assert any(fault.startswith("active memory grew") for fault in script.faults(found, 1.0, 0.05))
+    assert padding_waste is original
+
+
+def _held(nbytes):
+    array = mx.zeros((nbytes,), mx.uint8)
+    mx.eval(array)
+    return array
+
+
+def test_limits(script):
+    lines = [script.Line(s, 2, 0.3, 1000, 5000) for s in (50, 100, 150)]
+    found = script.Watched(lines, [script.Shape(8, 8, 1)] * 2, 2, 0.1)
+    assert script.faults(found, 0.3) == []
+    grown = [*lines[:2], lines[2]._replace(peak=5051)]
+    assert script.faults(script.Watched(grown, found.planned, 2, 0.1), 0.3) == [
+        "peak memory grew from 5,000 to 5,051 bytes"
+    ]
+    many = script.Watched(lines, [script.Shape(8, 8, 1)] * 13, 2, 0.1)
+    assert script.faults(many, 0.3) == ["13 shapes, 12 allowed"]
+    late = script.Watched([lines[0]._replace(shapes=1), *lines[1:2]], found.planned, 2, 0.1)
+    assert "more --steps" in script.faults(late, 0.3)[0]
