@@ -95,7 +95,7 @@ def fuse_adapter(
     model.module.update(load_tree(adapter, start, layout))
     adapted = batch_token_logps(model.anatomy, tokens, shared=False)
     mx.eval(adapted)
-    layers = _fuse_layers(model, dequantize, on_layer)
+    layers = fuse_layers(model, dequantize, on_layer)
     fused = batch_token_logps(dissect(model.module), tokens, shared=False)
     gap = _furthest(fused, adapted)
     config = dict(folder.config)
@@ -110,9 +110,14 @@ def fuse_adapter(
     return FuseReport(tuple(layers), gap, change)
 
 
-def _fuse_layers(
+def fuse_layers(
     model: LanguageModel, dequantize: bool, on_layer: Callable[[], None]
 ) -> list[FusedLayer]:
+    """Replace each adapted layer of the model by one plain layer, and say what that lost.
+
+    Raises:
+        ModelError: mlx-lm can't fuse the adapters of this model.
+    """
     fused, reports = [], []
     for name, module in model.module.named_modules():
         if "lora_a" not in module or not hasattr(module, "fuse"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from mlx_align.config import KtoConfig, SftConfig, TrainConfig
+from mlx_align.config import KtoConfig, RewardConfig, SftConfig, TrainConfig
 from mlx_align.data.batching import Shape, plan_shapes
 from mlx_align.errors import ConfigError, ModelError
 from mlx_align.models.adapters import AdapterLayout
@@ -79,6 +79,7 @@ def make_plan(
         dropout=layout.dropout > 0,
         grad_checkpoint=config.grad_checkpoint,
         shared=folder.config.get("model_type") not in WHOLE_ROWS,
+        vocabulary=not isinstance(config, RewardConfig),
     )
     memory = plan_memory(model, work)
     available = max(machine.working_set_bytes, ALWAYS_FITS_BYTES if machine.here else 0)

@@ -51,7 +51,15 @@ class Evaluation:
         """Score the held-out groups under `tree` and record the metrics of update `step`."""
         if self.groups:
             size = self.config.batch_size
-            self.record(step, score_groups(self.scorer, tree, self.groups, self.shapes, size))
+            found = score_groups(
+                self.scorer,
+                tree,
+                self.groups,
+                self.shapes,
+                size,
+                per_token=self.task.per_token,
+            )
+            self.record(step, found)
 
     def record(self, step: int, logps: GroupLogps) -> None:
         """Write the metrics that follow from the policy's log-probs."""
