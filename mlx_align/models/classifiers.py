@@ -14,6 +14,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_flatten
 from mlx_lm.utils import _get_classes, load_model
 from transformers import AutoConfig
 
@@ -22,6 +23,7 @@ from mlx_align.models.heads import HEAD_NAME, RewardHead
 
 SUFFIX = "ForSequenceClassification"
 SCORE = "score.weight"
+VOCABULARY, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 # In the configuration of what `mlx-align reward export` wrote: rows end at the end token, with
 # nothing of the chat template behind it.
 MARK = "mlx_align_reads_at"
@@ -51,7 +53,7 @@ def load_classifier(path: Path, config: Mapping[str, Any]) -> nn.Module:
     try:
         model, _ = load_model(
             path,
-            model_config={"tie_word_embeddings": True},
+            model_config={"tie_word_embeddings": True, **_rope(config)},
             get_model_classes=lambda config: _without_score(config, head),
         )
     except Exception as error:  # mlx-lm raises KeyError, ValueError, TypeError … for bad folders
@@ -67,6 +69,26 @@ def load_classifier(path: Path, config: Mapping[str, Any]) -> nn.Module:
     model[HEAD_NAME] = module
     model.eval()
     return model
+
+
+def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Rotary options where mlx-lm looks for them.
+
+    transformers 5 writes them into `rope_parameters`, which mlx-lm 0.32 reads for few families: the
+    others would silently take their own default base.
+    """
+    nested = config.get("rope_parameters")
+    if not isinstance(nested, Mapping) or "rope_theta" not in nested:
+        return {}
+    lifted = {
+        key: nested[key]
+        for key in ("rope_theta", "partial_rotary_factor")
+        if key in nested and key not in config
+    }
+    if nested.get("rope_type", "default") == "default":
+        return {"rope_scaling": None, **lifted}
+    scaling = {key: value for key, value in nested.items() if key != "rope_theta"}
+    return {"rope_scaling": scaling, **lifted} if not config.get("rope_scaling") else lifted
 
 
 def padding_id(path: Path, config: Mapping[str, Any]) -> int | None:
@@ -92,7 +114,11 @@ def _without_score(config: dict[str, Any], head: dict[str, mx.array]) -> tuple[t
             rest = dict(weights)
             if SCORE in rest:
                 head[SCORE] = rest.pop(SCORE)
-            has_own = hasattr(model_class, "sanitize")
-            return super().sanitize(rest) if has_own else rest
+            if hasattr(model_class, "sanitize"):
+                rest = super().sanitize(rest)
+            own = {name for name, _ in tree_flatten(self.parameters())}
+            if VOCABULARY in own and VOCABULARY not in rest and EMBEDDING in rest:
+                rest[VOCABULARY] = rest[EMBEDDING]
+            return rest
 
     return Trunk, arguments
