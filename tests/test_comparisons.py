@@ -1,4 +1,4 @@
-"""What data says of every two completions: pairs, ratings, ties, margins, folds, and their batch."""
+"""What data says of every two completions: pairs, ratings, ties, margins, folds, batches."""
 
 import json
 

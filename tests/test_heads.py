@@ -1,4 +1,4 @@
-"""The scalar head: scores and gradients against TRL's numbers and against one plain row at a time."""
+"""The scalar head: scores and gradients against TRL and against one plain row at a time."""
 
 import json
 from dataclasses import replace
@@ -119,9 +119,9 @@ def apart(found, wanted):
     return (sum(parts) / size) ** 0.5
 
 
-@pytest.mark.parametrize("family", ("llama", "gemma2", "qwen3"))
-@pytest.mark.parametrize("checkpoint", (False, True))
-@pytest.mark.parametrize("compiled", (False, True))
+@pytest.mark.parametrize("family", ["llama", "gemma2", "qwen3"])
+@pytest.mark.parametrize("checkpoint", [False, True])
+@pytest.mark.parametrize("compiled", [False, True])
 def test_gradients(family, checkpoint, compiled):
     """By adapters and head, of a sum with another weight for every score."""
     anatomy, _ = with_head(family)
@@ -145,7 +145,7 @@ def test_gradients(family, checkpoint, compiled):
     assert f"{HEAD_NAME}.weight" in found
 
 
-@pytest.mark.parametrize("dtype", ("bfloat16", "4-bit"))
+@pytest.mark.parametrize("dtype", ["bfloat16", "4-bit"])
 def test_gradients_of_narrow_models(dtype):
     """No further from float32's than one row at a time is; 4-bit weights compute in float32."""
     results = {}
@@ -218,8 +218,8 @@ def every_gradient(model, groups, config, micros):
         ("reward_bt_margin", 0.0, (0.1, 0.5, 0.0, 1.0)),
     ],
 )
-@pytest.mark.parametrize("size", (1, 4))
-@pytest.mark.parametrize("checkpoint", (False, True))
+@pytest.mark.parametrize("size", [1, 4])
+@pytest.mark.parametrize("checkpoint", [False, True])
 def test_trl_through_the_whole_objective(name, center, margins, size, checkpoint):
     """Loss to 1e-5 and every gradient's norm to 1e-4 (reward_bt: every entry), all weights free."""
     wanted = json.loads((ORACLE / "cases" / f"{name}.json").read_text())
@@ -319,7 +319,7 @@ def test_head_file(tmp_path):
     assert mx.array_equal(read_head(tmp_path), head[f"{HEAD_NAME}.weight"])
     file = str(tmp_path / "reward_head.safetensors")
     mx.save_safetensors(file, {**head, "other": mx.zeros(2)})
-    with pytest.raises(ModelError, match="expected the tensor reward_head.weight alone"):
+    with pytest.raises(ModelError, match="expected the tensor reward_head"):
         read_head(tmp_path)
     mx.save_safetensors(file, {"score": mx.zeros((1, 2))})
     with pytest.raises(ModelError, match="found score"):
@@ -328,7 +328,7 @@ def test_head_file(tmp_path):
     with pytest.raises(ModelError, match="damaged"):
         read_head(tmp_path)
     Path(file).unlink()
-    with pytest.raises(ModelError, match="no reward_head.safetensors in it"):
+    with pytest.raises(ModelError, match=r"no reward_head\.safetensors in it"):
         read_head(tmp_path)
     with pytest.raises(ModelError, match="hidden states are"):
         put_head(anatomy, mx.zeros((1, 3)))
