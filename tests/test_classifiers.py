@@ -100,11 +100,11 @@ def test_what_does_not_fit_is_refused(tmp_path):
     two = {"id2label": {"0": "bad", "1": "good"}}
     with pytest.raises(ModelError, match="a classifier with 2 labels"):
         RewardModel.load(changed(folder, tmp_path, two))
-    with pytest.raises(ModelError, match="score.weight: no such tensor"):
+    with pytest.raises(ModelError, match=r"score\.weight: no such tensor"):
         RewardModel.load(changed(folder, tmp_path, score__weight=None))
-    with pytest.raises(ModelError, match=r"score.weight: shape \(2, 32\)"):
+    with pytest.raises(ModelError, match=r"score\.weight: shape \(2, 32\)"):
         RewardModel.load(changed(folder, tmp_path, score__weight=mx.zeros((2, 32))))
-    with pytest.raises(ModelError, match="(?i)missing"):
+    with pytest.raises(ModelError, match=r"(?i)missing"):
         RewardModel.load(changed(folder, tmp_path, model__norm__weight=None))
     with pytest.raises(ModelError, match="not in model"):
         RewardModel.load(changed(folder, tmp_path, score__bias=mx.zeros(1)))
