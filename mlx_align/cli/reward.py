@@ -70,8 +70,8 @@ def reward(
 def export(model: str, adapter_path: str, output: str, json: bool) -> None:
     """Write base, adapter and head as one *ForSequenceClassification folder.
 
-    transformers and vLLM load it. Quantised layers are written dequantised; of several members,
-    the mean.
+    transformers loads it, and vLLM reads that layout too. Quantised layers are written dequantised;
+    of several members, the mean.
     """
     from mlx_align.cli.display import Terminal
     from mlx_align.inference.export import export_reward_model

@@ -1,4 +1,4 @@
-"""A trained reward model as one folder that transformers and vLLM load: base, adapter and head."""
+"""A trained reward model as one folder that transformers loads: base, adapter and head."""
 
 from __future__ import annotations
 
