@@ -44,6 +44,18 @@ def test_scores_are_those_of_transformers(family):
     assert np.std(content["scores"]) > 0.1  # so that a wrong one would show
 
 
+def test_score_takes_a_classifier(tmp_path, capsys):
+    rows = [{"prompt": "Say", "chosen": " yes, please", "rejected": " no"}] * 2
+    data, output = tmp_path / "pairs.jsonl", tmp_path / "scores.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    where = ["--model", str(FOLDER / "qwen2"), "--data", str(data), "--output", str(output)]
+    assert run(["score", *where]) == 0
+    assert "4 scores in" in capsys.readouterr().out
+    wanted = RewardModel.load(str(FOLDER / "qwen2")).score("Say", [" yes, please", " no"])
+    for line in output.read_text().splitlines():
+        assert json.loads(line)["model_scores"] == pytest.approx(wanted, abs=1e-6)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_where_pad_is_the_end_token(family, tmp_path):
     """transformers then reads the token before the end, as rows are scored by text here too."""

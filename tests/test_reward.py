@@ -406,7 +406,29 @@ def test_a_run_has_to_fit_tensor_by_tensor(ensemble, tmp_path, models):
         RewardModel.load(str(base), folder).score("Say", "yes")
 
 
+def test_a_reward_model_is_no_policy(ensemble, pairs, capsys):
+    base, folder = ensemble
+    where = ("--model", str(base), "--adapter-path", str(folder), "--output", "fused")
+    assert run(["fuse", *where]) == 1
+    assert "mlx-align reward export keeps it" in capsys.readouterr().err
+    start = ("--model", str(base), "--data", str(pairs), "--init-adapter", str(folder))
+    assert run(["dpo", *start, "--output", "dpo"]) == 1
+    assert "a reward model's, which writes no text" in capsys.readouterr().err
+
+
 # ---------------------------------------------------------------- mistakes, plan
+
+
+def test_nothing_held_out(train, models, capsys):
+    single = Path("one.jsonl")
+    rows = [{"prompt": f"Say {i}", "chosen": " yes", "rejected": " no"} for i in range(8)]
+    single.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = ("--iters", 1, "--valid-fraction", 0)
+    code, folder = train(models["float32"], *options, data=single)
+    assert code == 0
+    assert "! nothing is held out" in capsys.readouterr().out
+    assert "held_out" not in summary_of(folder)
+    assert (folder / "samples.jsonl").read_text() == ""
 
 
 def test_mistakes(train, models, tmp_path, pairs, capsys):

@@ -121,12 +121,18 @@ def make_policy(config: TrainConfig, folder: ModelFolder, layout: AdapterLayout)
         ModelError: The model or the init adapter can't be used.
         ConfigError: The layout does not fit the model.
     """
+    init = None if config.init_adapter is None else Path(config.init_adapter)
+    if init is not None and has_head(init) and not isinstance(config, RewardConfig):
+        raise ModelError(
+            f"--init-adapter {init}: a reward model's, which writes no text; it can start "
+            "mlx-align reward"
+        )
     model = load_language_model(folder)
     mx.random.seed(config.seed)
     start = install(model.module, layout)
     check_adapted(model.anatomy, folder.vocab_size)
-    if config.init_adapter is not None:
-        start = load_tree(Path(config.init_adapter), start, layout)
+    if init is not None:
+        start = load_tree(init, start, layout)
         model.module.update(start)
     if isinstance(config, RewardConfig):
         start = {**start, HEAD_NAME: _start_head(config, model)}
