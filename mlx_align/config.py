@@ -233,3 +233,41 @@ class SftConfig(TrainConfig):
         "assistant.",
         choices=("completion", "assistant"),
     )
+
+
+@dataclass(frozen=True)
+class RewardConfig(TrainConfig):
+    """Options of `mlx-align reward`."""
+
+    # TRL's; a reward model starts from a random head and has one scalar to learn.
+    learning_rate: float = option(1e-4, "Peak learning rate of AdamW.", above=0)
+    members: int = option(
+        1,
+        "Heads on the one adapted model, each leaving another fold of the data out: an ensemble, "
+        "whose members' disagreement says where not to trust it.",
+        at_least=1,
+    )
+    # Bradley-Terry leaves the mean of the scores free; this much of a pull holds it near 0.
+    center_rewards_coefficient: float = option(
+        0.01, "Weight of (r_chosen + r_rejected)^2, which keeps scores near 0.", at_least=0
+    )
+    label_smoothing: float = option(
+        0.0, "Probability that a label is wrong, whatever the data says.", at_least=0, below=0.5
+    )
+    rating_margin: float = option(
+        0.0,
+        "Margin asked for per point by which two ratings differ; 0 for none.",
+        at_least=0,
+    )
+    # InstructGPT leaves ties out.
+    ties: str = option(
+        "skip",
+        "Two equal ratings in a list: not compared (skip), or each wins half of the time (half).",
+        choices=("skip", "half"),
+    )
+    samples: int = option(
+        8, "Held-out groups written to samples.jsonl with their scores.", at_least=0
+    )
+    sample_tokens: int = option(
+        128, "Longest prompt (its end) and completion among those samples, tokens.", at_least=1
+    )

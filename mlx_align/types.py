@@ -46,6 +46,7 @@ class PromptGroup:
         scores: A rating per completion, where the data has one (higher is better).
         label: For unpaired data: whether the one completion is desirable.
         soft_label: For pairs: the probability that chosen is the better one, where known.
+        margin: For pairs: by how much chosen should outscore rejected, where the data says it.
         columns: The row's other fields, untouched (reward functions get them).
     """
 
@@ -55,6 +56,7 @@ class PromptGroup:
     scores: tuple[float, ...] | None = None
     label: bool | None = None
     soft_label: float | None = None
+    margin: float | None = None
     columns: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -70,6 +72,7 @@ class TokenizedGroup:
         scores: As in `PromptGroup`.
         label: As in `PromptGroup`.
         soft_label: As in `PromptGroup`.
+        margin: As in `PromptGroup`.
         loss_masks: Per completion, which tokens count; None where all do. (Supervised training
             on every assistant turn leaves the user's turns in the completion, unscored.)
     """
@@ -80,6 +83,7 @@ class TokenizedGroup:
     scores: tuple[float, ...] | None = None
     label: bool | None = None
     soft_label: float | None = None
+    margin: float | None = None
     loss_masks: tuple[npt.NDArray[np.bool_], ...] | None = None
 
 
@@ -117,6 +121,26 @@ class LabelledBatch(NamedTuple):
     reference_logps: mx.array  # (B, C) float32 nats per token
     weight: mx.array  # (B,) float32, 0 for fillers
     desirable: mx.array  # (B,) bool
+
+
+class Comparisons(NamedTuple):
+    """What is known of every two of a group's K completions, for B groups.
+
+    The P = K·(K − 1)/2 columns are the pairs (0, 1), (0, 2) … (1, 2) … of the group's completions.
+    """
+
+    probability: mx.array  # (B, P) that the first of the two is the better one
+    margin: mx.array  # (B, P) by how much the better one should outscore the other, at least
+    weight: mx.array  # (B, P) what the pair counts within its group; 0 where not compared
+
+
+class RewardBatch(NamedTuple):
+    """B prompts with K completions each, ready for a step of a reward model."""
+
+    groups: GroupBatch
+    comparisons: Comparisons
+    weight: mx.array  # (B,) float32, 0 for the filler groups of a batch that is not full
+    learns: mx.array  # (B, members) float32, 1 where a member learns from the group
 
 
 class PairLogps(NamedTuple):

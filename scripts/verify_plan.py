@@ -2,7 +2,7 @@
 
 Each configuration runs in a process of its own: a random model is written to a folder, its peak is
 planned from the folder's config.json and safetensors headers, then it is loaded and trained for
-two updates through the package's own objective and loop, as `mlx-align dpo` does.
+two updates through the package's own objective and loop, as `mlx-align dpo` (or `reward`) does.
 `mx.get_peak_memory` is reset after the model is loaded; it counts the weights.
 
     python scripts/verify_plan.py                # the table; on a Mac, this measures Metal
@@ -50,6 +50,7 @@ class Case:
     fine_tune_type: str = "lora"
     grad_checkpoint: bool = True
     adapter_dtype: str = "float32"
+    reward: bool = False
 
 
 CASES = (
@@ -76,6 +77,9 @@ CASES = (
     Case("4-bit, last 2 of 4 blocks", dtype="4-bit", prompt=64, completion=64, num_layers=2),
     Case("full fine-tuning", fine_tune_type="full"),
     Case("DoRA, 4-bit", dtype="4-bit", prompt=64, completion=64, fine_tune_type="dora"),
+    Case("reward model", reward=True),
+    Case("reward model, plain, batch 2", reward=True, grad_checkpoint=False, batch_size=2),
+    Case("reward model, 4-bit", reward=True, dtype="4-bit"),
 )
 LARGE = Case(
     "Qwen2.5-7B's shape, 2 blocks",
@@ -126,16 +130,19 @@ def measure(case: Case) -> dict[str, Any]:
     import mlx.core as mx
     import numpy as np
 
+    from mlx_align.config import RewardConfig
     from mlx_align.data.batching import microbatch_stream
     from mlx_align.data.shapes import Shape
     from mlx_align.inference.score import make_scorer
     from mlx_align.losses.registry import combine, parse_losses
     from mlx_align.models.adapters import AdapterLayout, compute_dtype, install
+    from mlx_align.models.heads import HEAD_NAME, put_head
     from mlx_align.models.loading import ModelFolder, load_language_model
     from mlx_align.plan.headers import read_shape
     from mlx_align.plan.memory import Workload, plan_memory
     from mlx_align.train.loop import LoopHooks, LoopSettings, Progress, make_optimizer, train
     from mlx_align.train.preference import preference_objective
+    from mlx_align.train.reward import reward_objective
     from mlx_align.types import TokenizedGroup
 
     shape = Shape(case.prompt, case.completion, case.batch_size)
@@ -150,6 +157,7 @@ def measure(case: Case) -> dict[str, Any]:
             num_layers=case.num_layers,
             grad_checkpoint=case.grad_checkpoint,
             adapter_bytes=4 if case.adapter_dtype == "float32" else 2,
+            vocabulary=not case.reward,
         )
         planned = plan_memory(read_shape(Path(name), config), work)
         model = load_language_model(ModelFolder(case.name, Path(name), config, None))
@@ -169,15 +177,20 @@ def measure(case: Case) -> dict[str, Any]:
         )
         for i in range(case.batch_size * case.accumulation)
     ]
-    zeros = np.full(case.completion, -9, np.float32)
-    objective = preference_objective(
-        model,
-        combine(parse_losses("sigmoid"), {}),
-        groups,
-        [(zeros, zeros)] * len(groups),
-        make_scorer(model),
-        grad_checkpoint=case.grad_checkpoint,
-    )
+    if case.reward:
+        start[HEAD_NAME] = put_head(model.anatomy).parameters()
+        config = RewardConfig(batch_size=case.batch_size, grad_checkpoint=case.grad_checkpoint)
+        objective = reward_objective(model, groups, config)
+    else:
+        zeros = np.full(case.completion, -9, np.float32)
+        objective = preference_objective(
+            model,
+            combine(parse_losses("sigmoid"), {}),
+            groups,
+            [(zeros, zeros)] * len(groups),
+            make_scorer(model),
+            grad_checkpoint=case.grad_checkpoint,
+        )
     optimizer = make_optimizer(start, 0.0)
     before = mx.get_active_memory()
     mx.reset_peak_memory()

@@ -120,7 +120,7 @@ def test_a_run_folder_is_not_overwritten(fails, write, tmp_path):
 def test_help_names_every_command(capsys):
     assert run(["--help"]) == 0
     text = capsys.readouterr().out
-    for command in ("dpo", "kto", "sft", "plan", "fuse", "data", "cache"):
+    for command in ("dpo", "kto", "sft", "reward", "score", "plan", "fuse", "data", "cache"):
         assert command in text
     assert run(["dpo", "--help"]) == 0
     text = capsys.readouterr().out

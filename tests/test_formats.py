@@ -196,7 +196,8 @@ def test_conversations_that_part_before_the_last_turn_keep_the_rest_as_completio
     ("fields", "label"),
     [
         ({}, None),
-        ({"votes_chosen": 3, "votes_rejected": 1}, 0.75),
+        ({"votes_chosen": 3, "votes_rejected": 1}, 3.5 / 5),
+        ({"votes_chosen": 3, "votes_rejected": 0}, 3.5 / 4),
         ({"soft_label": 0.6}, 0.6),
         ({"chosen_prob": 1}, 1.0),
     ],

@@ -24,7 +24,7 @@ ALLOWED = {
     "train": GROUND | {"losses", "data", "models", "rollout", "inference", "plan"},
     "cli": GROUND
     | {"losses", "data", "models", "rollout", "inference", "plan", "train", "shipped", "__init__"},
-    "__init__": {"losses"},
+    "__init__": {"losses", "inference"},
 }
 
 

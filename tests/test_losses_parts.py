@@ -10,6 +10,7 @@ import pytest
 
 from mlx_align.losses import kl, masking, unpaired
 from mlx_align.losses.reward import bt_loss, kwise_loss, reward_bt
+from mlx_align.types import Comparisons
 
 # ---------------------------------------------------------------- masks, weights, estimators
 
@@ -121,27 +122,81 @@ def test_reward_with_margin_centering_and_soft_label():
     assert reward_bt(chosen, rejected, 0.0, 0.8).item() == pytest.approx(0.501413, rel=1e-5)
 
 
+def test_soft_labels_have_their_optimum_at_the_log_odds():
+    """Gradient descent on the margin ends at log q/(1−q), q smoothed."""
+    for p, smoothing in ((0.8, 0.0), (0.3, 0.0), (1.0, 0.1), (0.9, 0.2)):
+        q = (1 - smoothing) * p + smoothing * (1 - p)
+        margin = mx.array(0.0)
+        slope = mx.grad(
+            lambda x, p=p, e=smoothing: reward_bt(x, mx.array(0.0), 0.0, p, label_smoothing=e)
+        )
+        for _ in range(400):
+            margin = margin - 2.0 * slope(margin)
+        assert margin.item() == pytest.approx(math.log(q / (1 - q)), abs=1e-4)
+
+
+def comparisons(weight, probability=None, margin=None):
+    weight = mx.array(weight)
+    ones = mx.ones(weight.shape)
+    return Comparisons(
+        ones if probability is None else mx.array(probability),
+        0 * ones if margin is None else mx.array(margin),
+        weight,
+    )
+
+
 def test_kwise():
-    scores = mx.array([[2.0, 1.0, 0.0]])
+    scores, third = mx.array([[2.0, 1.0, 0.0]]), [[1 / 3] * 3]
     # (2·log(1 + e^−1) + log(1 + e^−2)) / 3.
-    assert kwise_loss(scores, mx.array([[1, 2, 3]])).item() == pytest.approx(0.251150, rel=1e-5)
+    assert kwise_loss(scores, comparisons(third)).item() == pytest.approx(0.251150, rel=1e-5)
     # Turned round: each margin comes back, + (1 + 1 + 2)/3.
-    assert kwise_loss(scores, mx.array([[3, 2, 1]])).item() == pytest.approx(1.584484, rel=1e-5)
-    # Two of them tie: one comparison less, of three all the same.
-    assert kwise_loss(scores, mx.array([[1, 1, 3]])).item() == pytest.approx(0.146730, rel=1e-5)
-    assert kwise_loss(scores[:, :2], mx.array([[1, 2]])).item() == pytest.approx(
+    worse = comparisons(third, [[0.0] * 3])
+    assert kwise_loss(scores, worse).item() == pytest.approx(1.584484, rel=1e-5)
+    # Two of them tie and are left out: one comparison less, of three all the same.
+    skipped = comparisons([[0.0, 1 / 3, 1 / 3]])
+    assert kwise_loss(scores, skipped).item() == pytest.approx(0.146730, rel=1e-5)
+    # Each wins half: + ½·(log(1 + e^−1) + log(1 + e))/3.
+    half = comparisons(third, [[0.5, 1.0, 1.0]])
+    assert kwise_loss(scores, half).item() == pytest.approx(0.146730 + 0.271087, rel=1e-4)
+    assert kwise_loss(scores[:, :2], comparisons([[1.0]])).item() == pytest.approx(
         bt_loss(2.0, 1.0).item()
     )
 
 
+def test_kwise_is_the_sum_over_its_pairs():
+    """Value and gradient against one `reward_bt` after another, with all options at once."""
+    random = np.random.default_rng(0)
+    scores = mx.array(random.normal(size=(3, 4)).astype(np.float32))
+    probability, margin, weight = (random.uniform(size=(3, 6)).astype(np.float32) for _ in range(3))
+    known = Comparisons(mx.array(probability), mx.array(margin), mx.array(weight))
+    options = {"center": 0.03, "label_smoothing": 0.1}
+
+    def plain(scores):
+        total = mx.array(0.0)
+        for b in range(3):
+            column = 0
+            for i in range(4):
+                for j in range(i + 1, 4):
+                    of_pair = (float(margin[b, column]), float(probability[b, column]))
+                    value = reward_bt(scores[b, i], scores[b, j], *of_pair, **options)
+                    total = total + float(weight[b, column]) * value
+                    column += 1
+        return total
+
+    def together(scores):
+        return kwise_loss(scores, known, **options).sum()
+
+    assert together(scores).item() == pytest.approx(plain(scores).item(), rel=1e-5)
+    gap = mx.abs(mx.grad(together)(scores) - mx.grad(plain)(scores)).max().item()
+    assert gap < 1e-6
+
+
 def test_kwise_ignores_padding():
     scores = mx.array([[2.0, 1.0, 0.0, math.inf], [5.0, math.nan, math.inf, -math.inf]])
-    ranks, mask = (
-        mx.array([[1, 2, 3, 0], [1, 0, 0, 0]]),
-        mx.array([[1, 1, 1, 0], [1, 0, 0, 0]]) != 0,
-    )
-    losses = kwise_loss(scores, ranks, mask)
+    weight = mx.array([[1, 1, 0, 1, 0, 0], [0] * 6]) / 3
+    losses = kwise_loss(scores, comparisons(weight.tolist()))
     assert losses.tolist() == pytest.approx([0.251150, 0.0], rel=1e-5)
-    gradient = mx.grad(lambda s: mx.sum(kwise_loss(s, ranks, mask)))(scores)
+    gradient = mx.grad(lambda s: mx.sum(kwise_loss(s, comparisons(weight.tolist()))))(scores)
     assert mx.all(mx.isfinite(gradient)).item()
-    assert not mx.any(mx.where(mask, 0.0, gradient)).item()
+    assert not mx.any(gradient[:, 3]).item()
+    assert not mx.any(gradient[1]).item()

@@ -71,6 +71,16 @@ def test_cut_file(tmp_path):
         read_header(file)
 
 
+def test_a_reward_model_meets_no_vocabulary():
+    """Its last completion tokens run too; in return no logits are made."""
+    reward, policy = (
+        plan_memory(seven_b(), replace(PAIR, vocabulary=vocabulary)) for vocabulary in (False, True)
+    )
+    assert reward.parts["vocabulary head"] == 0
+    assert policy.peak_bytes - reward.peak_bytes > 0.5 * policy.parts["vocabulary head"]
+    assert policy.parts["vocabulary head"] > 0
+
+
 def test_no_weights(tmp_path):
     with pytest.raises(ModelError, match="no model"):
         read_shape(tmp_path, {"hidden_size": 8})

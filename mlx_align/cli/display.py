@@ -53,6 +53,8 @@ class Terminal:
 
     def outcome(self, summary: Mapping[str, Any]) -> None:
         """Before and after on held-out data, and what the model says to a few prompts."""
+        if "held_out" in summary:
+            return  # a reward model's report, which was shown when it was made
         before, after = summary["eval_before"], summary["eval"]
         if after:
             self.console.print(_metric_table(before, after, summary["kl"]))

@@ -15,6 +15,7 @@ from mlx_align.config import (
     DpoConfig,
     KtoConfig,
     LossConfig,
+    RewardConfig,
     SftConfig,
     TrainConfig,
 )
@@ -28,7 +29,12 @@ if TYPE_CHECKING:
     from mlx_align.train.setup import PreparedData
     from mlx_align.train.task import Task
 
-_KINDS: dict[str, type[TrainConfig]] = {"dpo": DpoConfig, "kto": KtoConfig, "sft": SftConfig}
+_KINDS: dict[str, type[TrainConfig]] = {
+    "dpo": DpoConfig,
+    "kto": KtoConfig,
+    "sft": SftConfig,
+    "reward": RewardConfig,
+}
 # Updates of --measure; the first also compiles, and is not counted.
 MEASURED_UPDATES = 3
 _BASIS = (
@@ -38,15 +44,13 @@ _BASIS = (
 
 
 def _all_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Options of dpo, and those that kto and sft have besides."""
+    """Options of dpo, and those that the other commands have besides."""
     names = {entry.name for entry in fields(DpoConfig)}
-    for kind in (KtoConfig, SftConfig):
+    for command, kind in _KINDS.items():
         for entry in fields(kind):
             if entry.name not in names:
                 names.add(entry.name)
-                function = click.option(
-                    flag_of(entry.name), help=f"As in {kind.__name__[:3].lower()}."
-                )(function)
+                function = click.option(flag_of(entry.name), help=f"As in {command}.")(function)
     return config_options(DpoConfig)(function)
 
 
@@ -120,10 +124,16 @@ def plan(
 
 def _task(command: str, config: Any) -> Task:
     from mlx_align.train.preference import dpo_task
+    from mlx_align.train.reward import reward_task
     from mlx_align.train.supervised import sft_task
     from mlx_align.train.unpaired import kto_task
 
-    tasks: dict[str, Callable[[Any], Task]] = {"dpo": dpo_task, "kto": kto_task, "sft": sft_task}
+    tasks: dict[str, Callable[[Any], Task]] = {
+        "dpo": dpo_task,
+        "kto": kto_task,
+        "sft": sft_task,
+        "reward": reward_task,
+    }
     return tasks[command](config)
 
 
@@ -160,7 +170,6 @@ def measured_rate(config: TrainConfig, task: Task, groups: list[Any]) -> float:
 
     from mlx_align.data.batching import microbatch_stream
     from mlx_align.data.shapes import batch_limit, plan_shapes
-    from mlx_align.inference.score import make_scorer
     from mlx_align.models.loading import open_model
     from mlx_align.train.loop import LoopHooks, LoopSettings, Progress, make_optimizer, train
     from mlx_align.train.setup import make_policy, resolve_layout
@@ -169,7 +178,7 @@ def measured_rate(config: TrainConfig, task: Task, groups: list[Any]) -> float:
     policy = make_policy(config, open_model(config.model), resolve_layout(config))
     # What the reference says does not change how long a step takes.
     zeros = [tuple(np.zeros(len(c), np.float32) for c in group.completions) for group in groups]
-    scorer = make_scorer(policy.model)
+    scorer = task.scorer(policy.model)
     objective = task.objective(policy, groups, zeros if task.needs_reference else None, scorer)
     shapes = plan_shapes(groups, batch_limit(config))
     stream = microbatch_stream(groups, shapes, seed=config.seed)

@@ -57,6 +57,7 @@ def run_training(
     resume: str | None,
     json: bool,
     starter: str | None = None,
+    invitation: str = "Talk to the result with stock mlx-lm",
 ) -> Path:
     """Resolve the options, train, and print what came out; the run folder.
 
@@ -69,6 +70,7 @@ def run_training(
         resume: The run to go on with, "" for that of --output, None for a new one.
         json: Whether to print the summary as JSON.
         starter: The shipped configuration to use when neither model nor data is named.
+        invitation: What stands above the command with which to try the result.
     """
     # Imported late: `--help` should not wait for mlx-lm.
     from mlx_align.cli.display import Terminal
@@ -91,9 +93,7 @@ def run_training(
         click.echo(json_module.dumps(summary, indent=2))
         return run
     terminal.outcome(summary)
-    terminal.note(
-        f"\nRun folder: {run}\nTalk to the result with stock mlx-lm:\n  {summary['talk']}"
-    )
+    terminal.note(f"\nRun folder: {run}\n{invitation}:\n  {summary['talk']}")
     return run
 
 

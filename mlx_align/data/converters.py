@@ -105,8 +105,13 @@ def group(
     scores: tuple[float, ...] | None = None,
     label: bool | None = None,
     soft_label: float | None = None,
+    margin: float | None = None,
+    alike: bool = False,
 ) -> PromptGroup:
-    """A checked group: a string beside messages becomes a message, `used` fields no columns."""
+    """A checked group: a string beside messages becomes a message, `used` fields no columns.
+
+    `alike` says whether all completions may be the same, which nothing can be learned from.
+    """
     if any(not isinstance(text, str) for text in (prompt, *completions)):
         prompt = (Message("user", prompt),) if isinstance(prompt, str) else prompt
         completions = [
@@ -115,10 +120,17 @@ def group(
     _check_prompt(row, prompt)
     for completion in completions:
         _check_completion(row, completion)
-    if len(completions) > 1 and len(set(completions)) == 1:
+    if len(completions) > 1 and len(set(completions)) == 1 and not alike:
         raise Unusable("identical completions")
     return PromptGroup(
-        prompt, tuple(completions), row.source, scores, label, soft_label, _others(row, used)
+        prompt,
+        tuple(completions),
+        row.source,
+        scores,
+        label,
+        soft_label,
+        margin,
+        columns=_others(row, used),
     )
 
 

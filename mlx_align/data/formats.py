@@ -176,6 +176,7 @@ _EXPECTED = {
     "unpaired": "prompt, completion and label (or pairs)",
     "supervised": "messages, prompt and completion, or text",
     "prompts": "prompt",
+    "scorable": "pairs, or a prompt with completion, completions or messages",
 }
 
 # What `--format` may name.
@@ -264,7 +265,7 @@ def _read(
     chosen = (
         next(entry for entry in allowed if entry.name == format)
         if format is not None
-        else _recognise(rows[0], kind, preferred)
+        else recognise(rows[0], kind, preferred)
     )
     groups: list[PromptGroup] = []
     dropped: Counter[str] = Counter()
@@ -288,7 +289,7 @@ def _read(
     return groups, Reading(chosen.name, chosen.title, len(rows), dict(dropped))
 
 
-def _recognise(row: Row, kind: str, preferred: Sequence[Sequence[Format]]) -> Format:
+def recognise(row: Row, kind: str, preferred: Sequence[Sequence[Format]]) -> Format:
     """The one format the row fits; formats of the second kind only count where no first does."""
     for entries in preferred:
         found = [entry for entry in entries if entry.matches(row)]

@@ -47,7 +47,7 @@ def to_pairs(groups: Sequence[PromptGroup], *, best_only: bool = False) -> list[
 def unpair(groups: Sequence[PromptGroup]) -> list[PromptGroup]:
     """Pairs taken apart: chosen as a desirable answer, rejected as an undesirable one."""
     return [
-        replace(group, completions=(text,), label=label, scores=None, soft_label=None)
+        replace(group, completions=(text,), label=label, scores=None, soft_label=None, margin=None)
         for group in groups
         for text, label in zip(group.completions, (True, False), strict=True)
     ]

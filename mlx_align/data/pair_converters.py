@@ -117,12 +117,7 @@ def ranked(row: Row) -> PromptGroup:
 
     The completions are strings, message lists, or objects with a text and a score of their own.
     """
-    asked = "prompt" if "prompt" in row.fields else "instruction"
-    prompt = as_text(row, asked, need(row, asked))
-    key = next((key for key in COMPLETION_LISTS if key in row.fields), COMPLETION_LISTS[0])
-    values = need(row, key)
-    if not isinstance(values, list):
-        raise DataError(f"{row.source}: {key!r} is {shown(values)}; expected a list")
+    asked, prompt, key, values = _prompt_and_list(row)
     rating = next((name for name in RATING_LISTS if name in row.fields), None)
     if rating is not None:
         ratings = row.fields[rating]
@@ -151,9 +146,41 @@ def ranked(row: Row) -> PromptGroup:
     )
 
 
+def listed(row: Row) -> PromptGroup:
+    """The same to be scored: in the order of the row, ratings or not, one completion or more."""
+    asked, prompt, key, values = _prompt_and_list(row)
+    texts = []
+    for i, value in enumerate(values):
+        where = f"{key}[{i}]"
+        if isinstance(value, dict) and (name := _text_key(value)) is not None:
+            value = value[name]
+        texts.append(as_text(row, where, value))
+    if not texts:
+        raise Unusable("no completions")
+    return group(row, with_system(row, prompt), texts, (asked, key, "system"), alike=True)
+
+
+def _prompt_and_list(row: Row) -> tuple[str, Text, str, list[Any]]:
+    """The prompt and the completions of a list, each with the name of its field."""
+    asked = "prompt" if "prompt" in row.fields else "instruction"
+    prompt = as_text(row, asked, need(row, asked))
+    key = next((key for key in COMPLETION_LISTS if key in row.fields), COMPLETION_LISTS[0])
+    values = need(row, key)
+    if not isinstance(values, list):
+        raise DataError(f"{row.source}: {key!r} is {shown(values)}; expected a list")
+    return asked, prompt, key, values
+
+
+def _text_key(value: dict[str, Any]) -> str | None:
+    """Under which name an object with a text and a rating holds the text."""
+    if "role" in value or "from" in value:
+        return None  # a message
+    return next((k for k in ("text", "response", "completion", "content") if k in value), None)
+
+
 def _rated(row: Row, where: str, value: Any) -> tuple[Text, float]:
     if isinstance(value, dict):
-        text = next((k for k in ("text", "response", "completion", "content") if k in value), None)
+        text = _text_key(value)
         score = next((k for k in ("score", "rating", "overall_score", "rank") if k in value), None)
         if text and score:
             number = as_number(row, f"{where}.{score}", value[score])
@@ -168,12 +195,21 @@ def _pair(row: Row, prompt: Text, answers: Sequence[Text], used: Sequence[str] =
     soft_label, votes = _soft_label(row)
     keys = next((keys for keys in PAIR_SCORES if set(keys) <= row.fields.keys()), ())
     scores = tuple(as_number(row, key, row.fields[key]) for key in keys) or None
-    used = ("chosen", "rejected", *used, *votes, *keys)
-    return group(row, prompt, answers, used, scores=scores, soft_label=soft_label)
+    margin = None
+    if "margin" in row.fields:
+        margin = as_number(row, "margin", row.fields["margin"])
+        if margin < 0:
+            raise DataError(f"{row.source}: 'margin' is {margin:g}; expected 0 or more")
+    used = ("chosen", "rejected", "margin", *used, *votes, *keys)
+    return group(row, prompt, answers, used, scores=scores, soft_label=soft_label, margin=margin)
 
 
 def _soft_label(row: Row) -> tuple[float | None, tuple[str, ...]]:
-    """The probability that chosen is better, in [0, 1], and the fields it was read from."""
+    """The probability that chosen is better, in [0, 1], and the fields it was read from.
+
+    Of votes it is (votes + ½)/(n + 1), the mean of what Jeffreys' prior makes of them: three of
+    three do not make it certain.
+    """
     given = [key for key in ("soft_label", "chosen_prob") if key in row.fields]
     votes = [key for key in ("votes_chosen", "votes_rejected") if key in row.fields]
     if len(given) + bool(votes) > 1:
@@ -190,7 +226,7 @@ def _soft_label(row: Row) -> tuple[float | None, tuple[str, ...]]:
     )
     if min(chosen, rejected) < 0 or not 0 < chosen + rejected < float("inf"):
         raise DataError(f"{row.source}: votes {chosen:g} to {rejected:g}; expected counts")
-    return chosen / (chosen + rejected), tuple(votes)
+    return (chosen + 0.5) / (chosen + rejected + 1), tuple(votes)
 
 
 def holds_prompt(value: Any) -> bool:

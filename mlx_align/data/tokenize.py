@@ -189,8 +189,13 @@ def try_tokenize_group(
     *,
     max_seq_length: int,
     max_completion_length: int | None = None,
+    drop_identical: bool = True,
 ) -> TokenizeResult:
-    """One group as token ids, or the reason to drop it; arguments as in `tokenize_groups`."""
+    """One group as token ids, or the reason to drop it; arguments as in `tokenize_groups`.
+
+    Nothing can be learned from a group of identical completions, but they can be scored:
+    `drop_identical` says whether it is dropped.
+    """
     limit = max_completion_length
     if max_seq_length < 1 or (limit is not None and limit < 1):
         raise ConfigError("--max-seq-length and --max-completion-length: expected at least 1")
@@ -218,7 +223,8 @@ def try_tokenize_group(
     )
     if result.length > max_seq_length:
         return replace(result, dropped=TOO_LONG)
-    if len(completions) > 1 and all(ids == completions[0] for ids in completions):
+    alike = len(completions) > 1 and all(ids == completions[0] for ids in completions)
+    if alike and drop_identical:
         return replace(result, dropped=IDENTICAL)
     tokenized = TokenizedGroup(
         prompt=np.array(rendered.prompt, np.int32),
@@ -227,6 +233,7 @@ def try_tokenize_group(
         scores=group.scores,
         label=group.label,
         soft_label=group.soft_label,
+        margin=group.margin,
         loss_masks=tuple(mask[:limit] for mask in rendered.masks) if rendered.masks else None,
     )
     return replace(result, group=tokenized)

@@ -1,4 +1,4 @@
-"""Log-probs of given completions under a role, batch after batch."""
+"""Log-probs or rewards of given completions under a role, batch after batch."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import numpy as np
 
 from mlx_align.data.batching import collate_groups, epoch_order
 from mlx_align.data.shapes import Shape
+from mlx_align.models.heads import completion_scores
 from mlx_align.models.loading import LanguageModel
 from mlx_align.models.logps import batch_token_logps
 from mlx_align.models.roles import Tree
@@ -22,10 +23,18 @@ def make_scorer(model: LanguageModel) -> Scorer:
 
     One scorer serves all roles of a run: the tree is an argument, so nothing is baked in.
     """
+    return _compiled(model, batch_token_logps)
 
+
+def make_reward_scorer(model: LanguageModel) -> Scorer:
+    """The same of a model with a reward head: (tree, batch) -> scores (N, members)."""
+    return _compiled(model, completion_scores)
+
+
+def _compiled(model: LanguageModel, run: Callable[..., mx.array]) -> Scorer:
     def score(tree: Tree, batch: GroupBatch) -> mx.array:
         with model.acting_as(tree):
-            return batch_token_logps(model.anatomy, batch, shared=model.shared)
+            return run(model.anatomy, batch, shared=model.shared)
 
     compiled = mx.compile(score)
 
@@ -46,8 +55,13 @@ def score_groups(
     groups: Sequence[TokenizedGroup],
     shapes: Sequence[Shape],
     on_batch: Callable[[list[int], list[tuple[Logps, ...]]], None] | None = None,
+    *,
+    per_token: bool = True,
 ) -> list[tuple[Logps, ...]]:
     """Per group and completion, the log-prob of each token in nats, in the groups' order.
+
+    Where the scorer's columns are no tokens (`per_token` false: a reward model's members), each
+    completion's whole row is returned. All groups have equally many completions.
 
     `on_batch` is told the groups' positions and log-probs as they come, to save or to show.
     """
@@ -58,7 +72,7 @@ def score_groups(
         rows = len(members[0].completions)
         for b, (index, group) in enumerate(zip(batch.indices, members, strict=True)):
             scores[index] = tuple(
-                logps[b * rows + k, : len(completion)].astype(np.float32)
+                logps[b * rows + k, : len(completion) if per_token else None].astype(np.float32)
                 for k, completion in enumerate(group.completions)
             )
         if on_batch is not None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import mlx.core as mx
 
 from mlx_align.losses.numerics import log_sigmoid
-from mlx_align.losses.options import NonNegative
+from mlx_align.losses.options import NonNegative, Smoothing
+from mlx_align.types import Comparisons
 
 
 def bt_loss(r_chosen: mx.array | float, r_rejected: mx.array | float) -> mx.array:
@@ -31,53 +32,87 @@ def reward_bt(
     soft_label: mx.array | float = 1.0,
     *,
     center: NonNegative = 0.0,
+    label_smoothing: Smoothing = 0.0,
 ) -> mx.array:
     """Bradley–Terry with margins, soft labels and a pull of the scores towards 0.
 
-    −p·ls(r_c − r_r − m) − (1−p)·ls(r_r − r_c − m) + center·(r_c + r_r)²: the order seen has to
-    hold by m, and with probability 1 − p the pair is the other way round.
+    −q·ls(r_c − r_r − m) − (1−q)·ls(r_r − r_c − m) + center·(r_c + r_r)², q = (1−ε)p + ε(1−p): the
+    order seen has to hold by m, and with probability 1 − q the pair is the other way round.
+    Without a margin the optimum of r_c − r_r is log q/(1−q).
 
     Args:
-        r_chosen: (B,) scores of the chosen completions.
-        r_rejected: (B,) scores of the rejected completions.
-        margin: (B,) how far apart the scores should be, at least.
-        soft_label: (B,) probability p that chosen is the better one.
+        r_chosen: Scores of the chosen completions, any shape.
+        r_rejected: Scores of the rejected completions, the same shape.
+        margin: How far apart the scores should be, at least.
+        soft_label: Probability p that chosen is the better one.
         center: Weight of the squared sum: Bradley–Terry leaves the mean of the scores free.
+        label_smoothing: ε, the probability that a label is wrong, whatever the data says.
 
     Returns:
-        (B,) losses in nats.
+        Losses in nats, of the scores' shape.
 
     Source: Ouyang et al. 2022, eq. 1; margin: Touvron et al. 2023 (Llama 2), eq. 2; centering:
-    Eisenstein et al. 2023, "Helping or Herding?".
+    Eisenstein et al. 2023, "Helping or Herding?"; soft labels and smoothing: Wang et al. 2024,
+    "Secrets of RLHF in Large Language Models Part II: Reward Modeling".
     """
     as_seen = bt_loss(r_chosen - margin, r_rejected)
     reversed_order = bt_loss(r_rejected - margin, r_chosen)
-    likelihood = soft_label * as_seen + (1 - soft_label) * reversed_order
+    q = (1 - label_smoothing) * soft_label + label_smoothing * (1 - soft_label)
+    likelihood = q * as_seen + (1 - q) * reversed_order
     return likelihood + center * mx.square(r_chosen + r_rejected)
 
 
-def kwise_loss(scores: mx.array, ranks: mx.array, mask: mx.array | None = None) -> mx.array:
-    """Bradley–Terry over all ordered pairs of K ranked completions, weighted 1/C(K,2).
+def every_two(count: int) -> tuple[list[int], list[int]]:
+    """The columns of `Comparisons`: of each two of `count` completions the first and the second."""
+    pairs = [(i, j) for i in range(count) for j in range(i + 1, count)]
+    return [i for i, _ in pairs], [j for _, j in pairs]
 
-    −1/C(K,2) · Σ over i better than j of ls(s_i − s_j). The weight makes each prompt count once,
-    however many completions it has; tied completions are not compared.
+
+def differences(scores: mx.array, comparisons: Comparisons) -> mx.array:
+    """Score of the first minus score of the second, (B, P); 0 where they are not compared."""
+    first, second = _compared(scores, comparisons)
+    return first - second
+
+
+def kwise_loss(
+    scores: mx.array,
+    comparisons: Comparisons,
+    *,
+    center: NonNegative = 0.0,
+    label_smoothing: Smoothing = 0.0,
+) -> mx.array:
+    """Σ w_ij·reward_bt(s_i, s_j) over every two of K completions of a prompt.
+
+    With weights 1/C(K,2) each prompt counts once, however many completions it has. A pair is the
+    case K = 2.
 
     Args:
         scores: (B, K) the model's scores.
-        ranks: (B, K) 1 is best; of ratings (higher is better) pass the negative.
-        mask: (B, K) true for real completions; default all.
+        comparisons: What is known of each two; scores of completions that are compared with none
+            may be anything.
+        center: As in `reward_bt`.
+        label_smoothing: As in `reward_bt`.
 
     Returns:
-        (B,) losses in nats; 0 where a group has fewer than two completions.
+        (B,) losses in nats; 0 where nothing is compared.
 
     Source: Ouyang et al. 2022 (InstructGPT), eq. 1.
     """
-    real = mx.ones(scores.shape, mx.bool_) if mask is None else mask
-    # Before the differences: the gradient of inf − inf is NaN, whatever is selected afterwards.
-    scores = mx.where(real, scores, 0.0)
-    better = ranks[:, :, None] < ranks[:, None, :]
-    compared = better & real[:, :, None] & real[:, None, :]
-    losses = bt_loss(scores[:, :, None], scores[:, None, :])
-    count = mx.sum(real.astype(mx.float32), axis=1)
-    comparisons = mx.maximum(count * (count - 1) / 2, 1.0)
-    return mx.sum(mx.where(compared, losses, 0.0), axis=(1, 2)) / comparisons
+    first, second = _compared(scores, comparisons)
+    losses = reward_bt(
+        first,
+        second,
+        comparisons.margin,
+        comparisons.probability,
+        center=center,
+        label_smoothing=label_smoothing,
+    )
+    return mx.sum(comparisons.weight * losses, axis=1)
+
+
+def _compared(scores: mx.array, comparisons: Comparisons) -> tuple[mx.array, mx.array]:
+    """Scores (B, P) of the first and the second of each two."""
+    # Before the difference: the gradient of inf − inf is NaN, whatever is selected afterwards.
+    real = comparisons.weight > 0
+    first, second = (mx.array(column) for column in every_two(scores.shape[1]))
+    return mx.where(real, scores[:, first], 0.0), mx.where(real, scores[:, second], 0.0)

@@ -23,6 +23,7 @@ from mlx_lm.tuner.utils import linear_to_lora_layers
 
 from mlx_align.errors import ConfigError, ModelError
 from mlx_align.models.checkpointing import Dropout
+from mlx_align.models.heads import HEAD_WEIGHTS, split_head
 from mlx_align.models.roles import Tree
 
 ADAPTER_WEIGHTS = "adapters.safetensors"
@@ -276,14 +277,18 @@ def _padded(given: mx.array, own: mx.array, folder: Path, name: str) -> mx.array
 def save_adapter(folder: Path, tree: Tree, layout: AdapterLayout, model: str) -> None:
     """Write an adapter that stock mlx-lm loads; tensors sorted by name, so bytes repeat.
 
+    The head of a reward model goes into a file of its own, of which mlx-lm knows nothing.
+
     Args:
         folder: Must exist.
         tree: The weights.
         layout: What mlx-lm needs to rebuild the modules.
         model: The base model, for people: mlx-lm does not read it.
     """
-    weights = dict(sorted(tree_flatten(tree)))
+    weights, head = split_head(dict(sorted(tree_flatten(tree))))
     mx.save_safetensors(str(folder / ADAPTER_WEIGHTS), weights, metadata={"format": "mlx"})
+    if head:
+        mx.save_safetensors(str(folder / HEAD_WEIGHTS), head, metadata={"format": "mlx"})
     config = {"model": model, **layout.to_mlx_lm()}
     (folder / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 

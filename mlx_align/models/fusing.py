@@ -20,6 +20,7 @@ from mlx_lm.utils import save
 from mlx_align.errors import ConfigError, ModelError
 from mlx_align.models.adapters import install, load_tree, read_layout
 from mlx_align.models.compat import dissect
+from mlx_align.models.heads import has_head
 from mlx_align.models.loading import LanguageModel, ModelFolder, load_language_model
 from mlx_align.models.logps import batch_token_logps
 from mlx_align.models.selfcheck import random_batch
@@ -81,11 +82,16 @@ def fuse_adapter(
         on_layer: Called after each layer.
 
     Raises:
-        ConfigError: The output folder holds something.
+        ConfigError: The output folder holds something, or the run is a reward model's.
         ModelError: The adapter does not fit the model.
     """
     if output.exists() and any(output.iterdir()):
         raise ConfigError(f"--output {output}: is not empty; name a new folder")
+    if has_head(adapter):
+        raise ConfigError(
+            f"--adapter-path {adapter}: a reward model's, whose head would be lost; "
+            "mlx-align reward export keeps it"
+        )
     layout = read_layout(adapter)
     model = load_language_model(folder)
     tokens = random_batch(folder.vocab_size, pad=0)
@@ -95,7 +101,7 @@ def fuse_adapter(
     model.module.update(load_tree(adapter, start, layout))
     adapted = batch_token_logps(model.anatomy, tokens, shared=False)
     mx.eval(adapted)
-    layers = _fuse_layers(model, dequantize, on_layer)
+    layers = fuse_layers(model, dequantize, on_layer)
     fused = batch_token_logps(dissect(model.module), tokens, shared=False)
     gap = _furthest(fused, adapted)
     config = dict(folder.config)
@@ -110,9 +116,14 @@ def fuse_adapter(
     return FuseReport(tuple(layers), gap, change)
 
 
-def _fuse_layers(
+def fuse_layers(
     model: LanguageModel, dequantize: bool, on_layer: Callable[[], None]
 ) -> list[FusedLayer]:
+    """Replace each adapted layer of the model by one plain layer, and say what that lost.
+
+    Raises:
+        ModelError: mlx-lm can't fuse the adapters of this model.
+    """
     fused, reports = [], []
     for name, module in model.module.named_modules():
         if "lora_a" not in module or not hasattr(module, "fuse"):

@@ -11,6 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_align.models.adapters import cast_adapters
+from mlx_align.models.classifiers import is_classifier, load_classifier
 from mlx_align.models.compat import (
     Anatomy,
     dissect,
@@ -87,10 +88,15 @@ def open_model(path_or_name: str) -> ModelFolder:
 def load_language_model(folder: ModelFolder) -> LanguageModel:
     """Load the weights and check the way through the model on random tokens.
 
+    A sequence classifier with one label comes with its reward head.
+
     Raises:
         ModelError: mlx-lm can't load it, or no correct way through it was found.
     """
     set_memory_limits()
-    dissected = dissect(load_weights(folder.path))
+    if is_classifier(folder.config):
+        dissected = dissect(load_classifier(folder.path, folder.config))
+    else:
+        dissected = dissect(load_weights(folder.path))
     anatomy, shared, check = check_paths(dissected, folder.vocab_size)
     return LanguageModel(folder, anatomy, shared, check)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from mlx_align.config import KtoConfig, SftConfig, TrainConfig
+from mlx_align.config import KtoConfig, RewardConfig, SftConfig, TrainConfig
 from mlx_align.data.shapes import BatchLimit, Shape, batch_limit, plan_shapes
 from mlx_align.errors import ConfigError, ModelError
 from mlx_align.models.adapters import AdapterLayout, compute_dtype
@@ -85,6 +85,7 @@ def make_plan(
         grad_checkpoint=config.grad_checkpoint,
         adapter_bytes=ADAPTER_BYTES if computed is None else computed.size,
         shared=folder.config.get("model_type") not in WHOLE_ROWS,
+        vocabulary=not isinstance(config, RewardConfig),
     )
     memory = plan_memory(model, work)
     available = max(machine.working_set_bytes, ALWAYS_FITS_BYTES if machine.here else 0)

@@ -60,6 +60,7 @@ class Workload:
         grad_checkpoint: Whether blocks are recomputed in the backward pass.
         shared: Whether completions share their prompt's keys and values.
         adapter_bytes: Of an adapter's number where it computes: 2 if cast to 16 bits.
+        vocabulary: Whether completions meet the vocabulary head; a reward model's head is one row.
     """
 
     shapes: tuple[Shape, ...]
@@ -74,6 +75,7 @@ class Workload:
     grad_checkpoint: bool = True
     shared: bool = True
     adapter_bytes: int = ADAPTER_BYTES
+    vocabulary: bool = True
 
 
 @dataclass(frozen=True)
@@ -156,8 +158,8 @@ def _passes(work: Workload, shape: Shape) -> list[_Pass]:
     if not work.shared:
         width = shape.prompt + shape.completion
         return [_Pass(rows * width, rows, width)]
-    # The last token of a completion is predicted, never read.
-    width = shape.completion - 1
+    # The last token of a completion is predicted, never read; but a reward is read at it.
+    width = shape.completion - work.vocabulary
     return [
         _Pass(prompts * shape.prompt, prompts, shape.prompt),
         _Pass(rows * width, rows, shape.prompt + width),
@@ -195,11 +197,13 @@ def _plan_shape(model: ModelShape, work: Workload, shape: Shape) -> MemoryPlan:
     else:
         held = sum((_held_by_block(model, work, p) for p in passes), _Bytes()) * trained
     held += _dense_copies(model, work)
-    scored = shape.groups * work.rows * shape.completion
+    scored = shape.groups * work.rows * shape.completion if work.vocabulary else 0
     # Per completion token: the gradient by its hidden state, which waits for the loss.
     gradient = _Bytes(head=scored * model.hidden * model.activation_bytes)
-    moments = {"vocabulary head": held + gradient * 3 + _chunks(model, scored)}
-    if work.grad_checkpoint:
+    moments = {}
+    if work.vocabulary:
+        moments["vocabulary head"] = held + gradient * 3 + _chunks(model, scored)
+    if work.vocabulary and work.grad_checkpoint:
         # The last block's arrays are not yet freed when the first logits are made.
         moments["vocabulary head"] += _held_by_block(model, work, passes[-1])
     for where, worked in _worked_on(model, work, passes).items():

@@ -20,6 +20,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 from mlx_align.errors import ConfigError, ModelError
 from mlx_align.models.adapters import ADAPTER_WEIGHTS, AdapterLayout, save_adapter
 from mlx_align.models.compat import random_key, restore_random_key
+from mlx_align.models.heads import HEAD_WEIGHTS, has_head
 from mlx_align.models.roles import Tree
 from mlx_align.train.loop import Progress
 
@@ -75,6 +76,8 @@ def load_checkpoint(run: Path, fresh: Tree, optimizer: optim.Optimizer) -> tuple
         progress = Progress(**content["progress"])
         high, low = content["random_key"]
         weights: Any = mx.load(str(folder / ADAPTER_WEIGHTS))
+        if has_head(folder):
+            weights.update(mx.load(str(folder / HEAD_WEIGHTS)))
         state: Any = mx.load(str(folder / "optimizer.safetensors"))
         mx.eval(weights, state)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:

@@ -52,7 +52,9 @@ class Evaluation:
     def __call__(self, step: int, tree: Tree) -> None:
         """Score the held-out groups under `tree` and record the metrics of update `step`."""
         if self.groups:
-            self.record(step, score_groups(self.scorer, tree, self.groups, self.shapes))
+            per_token = self.task.per_token
+            found = score_groups(self.scorer, tree, self.groups, self.shapes, per_token=per_token)
+            self.record(step, found)
 
     def record(self, step: int, logps: GroupLogps) -> None:
         """Write the metrics that follow from the policy's log-probs."""

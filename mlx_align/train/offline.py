@@ -1,4 +1,4 @@
-"""An offline run from options to run folder: what dpo, kto and sft have in common.
+"""An offline run from options to run folder: what dpo, kto, sft and reward have in common.
 
 A command is a `Task`: how its data is read, what it optimises, how it is measured. The rest
 (reference, order, loop, checkpoints, samples, summary) is here, once.
@@ -7,7 +7,6 @@ A command is a `Task`: how its data is read, what it optimises, how it is measur
 from __future__ import annotations
 
 import dataclasses
-import shlex
 import time
 from collections.abc import Sequence
 from itertools import islice
@@ -21,7 +20,7 @@ from mlx_align.config import TrainConfig
 from mlx_align.data.batching import epoch_order, microbatch_stream, padding_waste
 from mlx_align.data.checks import render_facts
 from mlx_align.data.shapes import Shape, batch_limit, plan_shapes
-from mlx_align.inference.score import Scorer, make_scorer
+from mlx_align.inference.score import Scorer
 from mlx_align.models.adapters import AdapterLayout, save_adapter
 from mlx_align.models.loading import ModelFolder, open_model
 from mlx_align.plan.check import check_fits
@@ -83,7 +82,8 @@ def run_offline(
     data = prepare_data(config, folder, task.read)
     remarks = task.check(data)
     train_groups = task.arrange(data.train)
-    held_out = held_out_groups(task.arrange(data.valid), config)
+    valid_groups = task.arrange(data.valid)
+    held_out = held_out_groups(valid_groups, config)
     display.note("\n".join([render_facts(data.facts), *remarks]))
     display.note(check_fits(config, layout, folder, train_groups))
     run.mkdir(parents=True, exist_ok=True)
@@ -91,7 +91,7 @@ def run_offline(
 
     policy = make_policy(config, folder, layout)
     display.note(_say_policy(policy, layout))
-    scorer = make_scorer(policy.model)
+    scorer = task.scorer(policy.model)
     shapes = plan_shapes(train_groups, batch_limit(config))
     settings = _loop_settings(config, train_groups, shapes)
     reference: GroupLogps | None = None
@@ -113,7 +113,7 @@ def run_offline(
         evaluation.record(0, reference_valid)
     elif not resume:
         evaluation(0, policy.start)
-    prompts = held_out[: config.samples]
+    prompts = held_out[: config.samples] if task.conclude is None else []
     before = answers(policy, policy.start, prompts, config)
     objective = task.objective(policy, train_groups, reference, scorer)
     stream = microbatch_stream(train_groups, shapes, seed=config.seed, start=progress.microbatches)
@@ -147,6 +147,11 @@ def run_offline(
             prompts, prompt_texts(folder, prompts), before.texts, after.texts, strict=True
         )
     ]
+    held_out_facts = None
+    if task.conclude is not None and valid_groups:
+        concluded = task.conclude(scorer, tree, folder, valid_groups, display)
+        held_out_facts, samples = concluded.facts, concluded.samples
+        display.note(concluded.text)
     runlog.write_samples(run, samples)
     kl = kl_from_reference(scorer, policy, tree, prompts, config) if task.has_reference else None
     order = epoch_order(train_groups, shapes, seed=config.seed)
@@ -170,21 +175,14 @@ def run_offline(
         "eval_before": next(iter(held_out_rows), {}),
         "eval": held_out_rows[-1] if held_out_rows else {},
         "kl": kl,
+        **({} if held_out_facts is None else {"held_out": held_out_facts}),
         "data_facts": dataclasses.asdict(data.facts),
-        "talk": _how_to_talk(folder, run),
+        "talk": task.afterwards(folder, run),
         "versions": runlog.versions(),
         "seed": config.seed,
     }
     runlog.write_json(run / runlog.SUMMARY_FILE, summary)
     return {**summary, "samples": samples}
-
-
-def _how_to_talk(folder: ModelFolder, run: Path) -> str:
-    """The command that lets a person try the result with stock mlx-lm."""
-    where = f"--model {shlex.quote(folder.name)} --adapter-path {shlex.quote(str(run))}"
-    if folder.tokenizer.has_chat_template:
-        return f"mlx_lm.chat {where}"
-    return f"mlx_lm.generate {where} --prompt 'Once upon a time'"
 
 
 def _say_policy(policy: Policy, layout: AdapterLayout) -> str:

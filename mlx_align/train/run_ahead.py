@@ -3,8 +3,9 @@
 mlx plans operations long before they run, and each takes its memory when it is planned: some 50
 operations ahead on the CPU, some ten command buffers on a GPU. Planning waits while more memory is
 in use than `mx.set_memory_limit` says. A limit below what a step cannot do without costs time (the
-waiting thread turns without work); no limit costs memory: a step that needs 379 MB took 463. So the first step of each shape, which is compiled
-anyway, runs with nothing ahead and shows what it needs; all others may take a little more.
+waiting thread turns without work); no limit costs memory: a step that needs 379 MB took 463. So the
+first step of each shape, which is compiled anyway, runs with nothing ahead and shows what it needs;
+all others may take a little more.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from types import TracebackType
 
 import mlx.core as mx
 
-from mlx_align.data.batching import Microbatch, Shape
+from mlx_align.data.batching import Microbatch
+from mlx_align.data.shapes import Shape
 
 # What steps may take beyond the most that any shape needs: a share of that, and always so much.
 # Two pairs of 256 + 2×128 tokens, 34M parameters, 2 cores: at 4% a step took as long as without a

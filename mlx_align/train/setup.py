@@ -11,13 +11,13 @@ from typing import NamedTuple
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
-from mlx_align.config import TrainConfig
+from mlx_align.config import RewardConfig, TrainConfig
 from mlx_align.data.checks import DataFacts, describe
 from mlx_align.data.formats import Reading
 from mlx_align.data.groups import split_validation
 from mlx_align.data.sources import has_split
 from mlx_align.data.tokenize import tokenize_groups
-from mlx_align.errors import ConfigError
+from mlx_align.errors import ConfigError, ModelError
 from mlx_align.models.adapters import (
     AdapterLayout,
     compute_dtype,
@@ -25,6 +25,7 @@ from mlx_align.models.adapters import (
     load_tree,
     read_layout,
 )
+from mlx_align.models.heads import HEAD_NAME, has_head, put_head, read_head
 from mlx_align.models.loading import LanguageModel, ModelFolder, load_language_model
 from mlx_align.models.roles import Tree
 from mlx_align.models.selfcheck import check_adapted
@@ -133,13 +134,47 @@ def make_policy(config: TrainConfig, folder: ModelFolder, layout: AdapterLayout)
         ModelError: The model or the init adapter can't be used.
         ConfigError: The layout does not fit the model.
     """
+    init = None if config.init_adapter is None else Path(config.init_adapter)
+    if init is not None and has_head(init) and not isinstance(config, RewardConfig):
+        raise ModelError(
+            f"--init-adapter {init}: a reward model's, which writes no text; it can start "
+            "mlx-align reward"
+        )
     model = load_language_model(folder)
     dtypes = {array.dtype for _, array in tree_flatten(model.module.parameters())}
     model = replace(model, adapter_dtype=compute_dtype(config.adapter_dtype, dtypes))
     mx.random.seed(config.seed)
     start = install(model.module, layout)
     check_adapted(model.anatomy, folder.vocab_size)
-    if config.init_adapter is not None:
-        start = load_tree(Path(config.init_adapter), start, layout)
+    if init is not None:
+        start = load_tree(init, start, layout)
         model.module.update(start)
+    if isinstance(config, RewardConfig):
+        start = {**start, HEAD_NAME: _start_head(config, model)}
+    elif HEAD_NAME in model.module:
+        raise ModelError(
+            f"--model {folder.name}: a sequence classifier, which writes no text; it can be the "
+            "model of mlx-align reward and of mlx-align score"
+        )
     return Policy(model, layout, start)
+
+
+def _start_head(config: RewardConfig, model: LanguageModel) -> Tree:
+    """The head a reward model starts from: that of its init adapter or base, or a fresh one.
+
+    Raises:
+        ConfigError: It has another number of members than was asked for.
+        ModelError: It does not fit the model.
+    """
+    weight, where = None, ""
+    if HEAD_NAME in model.module:
+        weight, where = model.module[HEAD_NAME].weight, f"--model {config.model}"
+    if config.init_adapter is not None and has_head(Path(config.init_adapter)):
+        where = f"--init-adapter {config.init_adapter}"
+        weight = read_head(Path(config.init_adapter))
+    if weight is not None and weight.shape[0] != config.members:
+        raise ConfigError(
+            f"--members {config.members}: {where} has a head of {weight.shape[0]}; give that"
+        )
+    head: Tree = put_head(model.anatomy, weight, members=config.members).parameters()
+    return head

@@ -8,6 +8,7 @@ import mlx.core as mx
 
 from mlx_align.data.batching import Microbatch
 from mlx_align.losses.masking import weighted_sum
+from mlx_align.models.heads import completion_scores
 from mlx_align.models.loading import LanguageModel
 from mlx_align.models.logps import batch_token_logps, batch_token_statistics
 from mlx_align.models.roles import Tree
@@ -31,6 +32,16 @@ def role_statistics(
     """As above, and log Σ_v p_v² (N, C) at every token, without gradient."""
     with model.acting_as(tree):
         return batch_token_statistics(
+            model.anatomy, batch, shared=model.shared, grad_checkpoint=grad_checkpoint
+        )
+
+
+def role_scores(
+    model: LanguageModel, tree: Tree, batch: GroupBatch, *, grad_checkpoint: bool
+) -> mx.array:
+    """Scores (N, members) of the completions under the reward model `tree`, with gradient."""
+    with model.acting_as(tree):
+        return completion_scores(
             model.anatomy, batch, shared=model.shared, grad_checkpoint=grad_checkpoint
         )
 

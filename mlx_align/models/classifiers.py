@@ -1,0 +1,124 @@
+"""Sequence classifiers with one label, as transformers writes them: reward models of the hub.
+
+Such a folder is a language model without a vocabulary head and with one linear layer `score`,
+read at the last token that is not padding. transformers finds that token by id: where pad and end
+token are the same, the end itself is passed over. Rows are cut accordingly before they are run,
+so that scores are read by length here too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+from mlx_lm.utils import _get_classes, load_model
+from transformers import AutoConfig
+
+from mlx_align.errors import ModelError
+from mlx_align.models.heads import HEAD_NAME, RewardHead
+
+SUFFIX = "ForSequenceClassification"
+SCORE = "score.weight"
+VOCABULARY, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+# In the configuration of what `mlx-align reward export` wrote: rows end at the end token, with
+# nothing of the chat template behind it.
+MARK = "mlx_align_reads_at"
+AT_END_TOKEN = "end_token"
+
+
+def is_classifier(config: Mapping[str, Any]) -> bool:
+    """Whether a model's configuration is that of a sequence classifier."""
+    return any(str(name).endswith(SUFFIX) for name in config.get("architectures") or ())
+
+
+def load_classifier(path: Path, config: Mapping[str, Any]) -> nn.Module:
+    """The language model of a classifier's folder, with its head, in evaluation mode.
+
+    Its vocabulary head, of which the folder has none, is its embedding: scores do not use it.
+
+    Raises:
+        ModelError: It has more than one label, no `score`, or tensors that are missing or extra.
+    """
+    labels = config.get("num_labels") or len(config.get("id2label") or {"LABEL_0": 0})
+    if labels != 1:
+        raise ModelError(
+            f"{path}: a classifier with {labels} labels; a reward model has one, so take a model "
+            "trained with num_labels=1"
+        )
+    head: dict[str, mx.array] = {}
+    try:
+        model, _ = load_model(
+            path,
+            model_config={"tie_word_embeddings": True, **_rope(config)},
+            get_model_classes=lambda config: _without_score(config, head),
+        )
+    except Exception as error:  # mlx-lm raises KeyError, ValueError, TypeError … for bad folders
+        text = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        raise ModelError(f"{path}: mlx-lm can't load this model ({text})") from error
+    weight = head.get(SCORE)
+    if weight is None or weight.ndim != 2 or weight.shape[0] != 1:
+        found = "no such tensor" if weight is None else f"shape {weight.shape}"
+        raise ModelError(f"{path}: {SCORE}: {found}, expected one row of the hidden size")
+    module = RewardHead(weight.shape[1])
+    module.weight = weight.astype(mx.float32)
+    mx.eval(module.parameters())
+    model[HEAD_NAME] = module
+    model.eval()
+    return model
+
+
+def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Rotary options where mlx-lm looks for them.
+
+    transformers 5 writes them into `rope_parameters`, which mlx-lm 0.32 reads for few families: the
+    others would silently take their own default base.
+    """
+    nested = config.get("rope_parameters")
+    if not isinstance(nested, Mapping) or "rope_theta" not in nested:
+        return {}
+    lifted = {
+        key: nested[key]
+        for key in ("rope_theta", "partial_rotary_factor")
+        if key in nested and key not in config
+    }
+    if nested.get("rope_type", "default") == "default":
+        return {"rope_scaling": None, **lifted}
+    scaling = {key: value for key, value in nested.items() if key != "rope_theta"}
+    return {"rope_scaling": scaling, **lifted} if not config.get("rope_scaling") else lifted
+
+
+def padding_id(path: Path, config: Mapping[str, Any]) -> int | None:
+    """The id that transformers takes for padding with this model, also where only its class says.
+
+    Its classes have defaults that config.json leaves out (Gemma's is 0).
+    """
+    pad = config.get("pad_token_id")
+    if "pad_token_id" not in config:
+        try:
+            pad = AutoConfig.from_pretrained(path).get_text_config().pad_token_id
+        except Exception:  # a family it does not know, or knows otherwise: nothing is known
+            pad = None
+    return pad if isinstance(pad, int) else None
+
+
+def _without_score(config: dict[str, Any], head: dict[str, mx.array]) -> tuple[type, type]:
+    """mlx-lm's classes for `config`, the model's taking `score` out of the weights it is given."""
+    model_class, arguments = _get_classes(config)
+
+    class Trunk(model_class):  # type: ignore[misc, valid-type]
+        def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
+            rest = dict(weights)
+            if SCORE in rest:
+                head[SCORE] = rest.pop(SCORE)
+            if hasattr(model_class, "sanitize"):
+                rest = super().sanitize(rest)
+            own = {name for name, _ in tree_flatten(self.parameters())}
+            if VOCABULARY in own and VOCABULARY not in rest and EMBEDDING in rest:
+                rest[VOCABULARY] = rest[EMBEDDING]
+            return rest
+
+    return Trunk, arguments

@@ -1,0 +1,137 @@
+"""The scalar head of a reward model: one linear projection of the last completion token's state.
+
+The head is a submodule of the language model, so it is part of the tree that is trained, swapped
+and saved like any adapter; in a folder it has a file of its own, because mlx-lm refuses tensors
+that it does not know.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlx_align.errors import ModelError
+from mlx_align.models.compat import Anatomy
+from mlx_align.models.trunk import completion_hidden
+from mlx_align.types import GroupBatch
+
+HEAD_NAME = "reward_head"
+HEAD_WEIGHTS = "reward_head.safetensors"
+# The one tensor of that file, (members, hidden size) float32.
+HEAD_TENSOR = f"{HEAD_NAME}.weight"
+
+
+class RewardHead(nn.Module):
+    """Linear map of hidden states to one score per member, float32 whatever the model's dtype.
+
+    No bias: Bradley–Terry sees differences only.
+    """
+
+    def __init__(self, width: int, members: int = 1) -> None:
+        super().__init__()
+        # Scores of unit-variance states then start with a variance of about 1 (Stiennon et al.
+        # 2020, appendix B). Draws from mlx's global generator.
+        self.weight = mx.random.normal((members, width)) / math.sqrt(width + 1)
+
+    def __call__(self, hidden: mx.array) -> mx.array:
+        """Scores (…, members) of hidden states (…, D)."""
+        return hidden.astype(mx.float32) @ self.weight.T
+
+
+def hidden_width(anatomy: Anatomy) -> int:
+    """D, the size of the model's hidden states."""
+    return int(anatomy.hidden(mx.zeros((1, 1), mx.int32)).shape[-1])
+
+
+def put_head(anatomy: Anatomy, weight: mx.array | None = None, *, members: int = 1) -> RewardHead:
+    """Give the model a head: a fresh one of so many members, or one with `weight` (members, D).
+
+    Raises:
+        ModelError: The weight is of another width than the model's hidden states.
+    """
+    width = hidden_width(anatomy)
+    if weight is None:
+        head = RewardHead(width, members)
+    else:
+        if weight.ndim != 2 or weight.shape[1] != width:
+            raise ModelError(
+                f"the reward head has shape {weight.shape}, but this model's hidden states are "
+                f"{width} wide; is it another base model?"
+            )
+        head = RewardHead(width, weight.shape[0])
+        head.weight = weight.astype(mx.float32)
+    anatomy.model[HEAD_NAME] = head
+    mx.eval(head.parameters())
+    return head
+
+
+def completion_scores(
+    anatomy: Anatomy, batch: GroupBatch, *, shared: bool = True, grad_checkpoint: bool = False
+) -> mx.array:
+    """Scores (N, members) float32 of the completions, each read at its last unmasked token.
+
+    Where that is follows from the mask, never from token ids: pad may equal EOS. A completion
+    without tokens (a filler) gets a finite number that means nothing.
+
+    Args:
+        anatomy: A model with a head, and whatever adapter it holds now.
+        batch: B prompts and N completions.
+        shared: Run each prompt once for all its completions.
+        grad_checkpoint: Recompute activations in the backward pass.
+    """
+    # Hidden state t predicts token t, so the one that has read the last token is the one that
+    # would predict what comes after it: one more (padded) column brings it in.
+    mask = batch.completion_mask
+    wider = batch._replace(
+        completion_tokens=mx.pad(batch.completion_tokens, [(0, 0), (0, 1)]),
+        completion_mask=mx.pad(mask, [(0, 0), (0, 1)]),
+    )
+    hidden = completion_hidden(anatomy, wider, shared=shared, grad_checkpoint=grad_checkpoint)
+    ends = mx.where(mask, mx.arange(1, mask.shape[1] + 1)[None], 0).max(axis=1)
+    last = mx.take_along_axis(hidden, ends[:, None, None], axis=1)[:, 0]
+    scores: mx.array = anatomy.model[HEAD_NAME](last)
+    return scores
+
+
+def split_head(
+    weights: Mapping[str, mx.array],
+) -> tuple[dict[str, mx.array], dict[str, mx.array]]:
+    """The tensors of a flat tree as (those of the adapter, those of the head)."""
+    head = {name: array for name, array in weights.items() if name.startswith(HEAD_NAME + ".")}
+    return {name: array for name, array in weights.items() if name not in head}, head
+
+
+def has_head(folder: Path) -> bool:
+    """Whether a run or adapter folder is that of a reward model."""
+    return (folder / HEAD_WEIGHTS).is_file()
+
+
+def read_head(folder: Path) -> mx.array:
+    """The head (members, D) of a run folder.
+
+    Raises:
+        ModelError: There is none, it is damaged, or the file holds other tensors than the head.
+    """
+    file = folder / HEAD_WEIGHTS
+    if not file.is_file():
+        raise ModelError(
+            f"{folder}: no {HEAD_WEIGHTS} in it, so it is no reward model; train one with "
+            "mlx-align reward"
+        )
+    try:
+        weights = mx.load(str(file))
+        mx.eval(weights)
+    except (RuntimeError, ValueError) as error:
+        raise ModelError(f"{file}: damaged ({str(error).splitlines()[0][:120]})") from error
+    assert isinstance(weights, dict)
+    if set(weights) != {HEAD_TENSOR}:
+        found = ", ".join(sorted(weights)) or "nothing"
+        raise ModelError(f"{file}: expected the tensor {HEAD_TENSOR} alone, found {found}")
+    weight = weights[HEAD_TENSOR]
+    if weight.ndim != 2:
+        raise ModelError(f"{file}: {HEAD_TENSOR} has shape {weight.shape}, expected (members, D)")
+    return weight

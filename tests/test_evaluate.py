@@ -1,0 +1,137 @@
+"""The report on a reward model: each number against what it must be, by closed form or by hand."""
+
+import json
+
+import numpy as np
+import pytest
+
+from mlx_align.inference.evaluate import (
+    Judged,
+    bootstrap_interval,
+    calibration_error,
+    fitted_temperature,
+    render_report,
+    report,
+    spearman,
+)
+
+
+def judged(difference, better=None, worse=None, probability=None, prompt=None):
+    n = len(difference)
+    full = np.full(n, 1.0)
+    return Judged(
+        np.asarray(difference, float),
+        full if probability is None else np.asarray(probability, float),
+        10 * full if better is None else np.asarray(better, float),
+        10 * full if worse is None else np.asarray(worse, float),
+        np.arange(n) if prompt is None else np.asarray(prompt),
+    )
+
+
+def report_of(one, **more):
+    scores = np.concatenate([one.difference, -one.difference])
+    lengths = np.concatenate([one.better_length, one.worse_length])
+    return report(one, scores, lengths, **more)
+
+
+def labeller(says, true, n=4000, seed=0):
+    """Comparisons of which it is `says` sure and right in `true` of them."""
+    right = np.random.default_rng(seed).uniform(size=n) < true
+    return np.where(right, 1, -1) * np.log(says / (1 - says))
+
+
+def test_accuracy_and_its_parts():
+    one = judged([3, 1, -2, 0, 0.5, -4], better=[9, 3, 2, 5, 8, 8], worse=[4, 6, 4, 5, 2, 1])
+    found = report_of(one)
+    assert found.comparisons == 6
+    assert found.accuracy == pytest.approx(3.5 / 6)  # equal scores count half
+    assert found.longer_accuracy == pytest.approx(3.5 / 6)
+    assert (found.accuracy_shorter_chosen, found.shorter_chosen) == (0.5, 2)
+    # |Δ| in order: 0, .5, 1, 2, 3, 4; quarters of 2, 2, 1, 1.
+    assert [part.accuracy for part in found.by_difference] == [0.75, 0.5, 1, 0]
+    assert [part.comparisons for part in found.by_difference] == [2, 2, 1, 1]
+    # Ratios 2.25, .5, .5, 1, 4, 8.
+    assert [part.comparisons for part in found.by_length_ratio] == [0, 2, 1, 0, 3]
+    assert [part.accuracy for part in found.by_length_ratio][1:3] == [0.5, 0.5]
+    assert found.by_length_ratio[0].accuracy is None
+    json.dumps(found.as_json())
+
+
+def test_undecided_comparisons_count_for_calibration_alone():
+    decided = report_of(judged([1.0, -1.0, 2.0]))
+    both = report_of(judged([1.0, -1.0, 2.0, 5.0], probability=[1, 1, 1, 0.5]))
+    assert (both.accuracy, both.comparisons) == (decided.accuracy, 3)
+    assert both.ece > decided.ece
+
+
+def test_temperature_of_an_overconfident_labeller():
+    """Says .9 where .75 is true: logit(.9) / logit(.75) = 2."""
+    gap = labeller(0.9, 0.75)
+    found = report_of(judged(gap))
+    assert found.temperature == pytest.approx(2.0, abs=0.1)
+    assert found.ece == pytest.approx(0.15, abs=0.02)
+    assert found.ece_at_temperature < 0.02
+    # With the true shares as soft labels nothing is left to chance.
+    exact = fitted_temperature(np.full(1, np.log(9.0)), np.full(1, 0.75))
+    assert exact == pytest.approx(2.0, abs=1e-6)
+    assert fitted_temperature(labeller(0.6, 0.8), np.ones(4000)) < 0.5
+    assert "too sure of itself" in render_report(found)
+
+
+def test_no_temperature_fits():
+    assert fitted_temperature(np.array([1.0, 2.0]), np.ones(2)) is None  # all right
+    assert fitted_temperature(np.array([1.0, -2.0]), np.ones(2)) is None  # no more than half
+    assert "no temperature fits" in render_report(report_of(judged([1.0, 2.0])))
+
+
+def test_a_calibrated_labeller():
+    random = np.random.default_rng(0)
+    gap = random.normal(0, 2, 20_000)
+    right = random.uniform(size=20_000) < 1 / (1 + np.exp(-np.abs(gap)))
+    signed = np.where(right, 1, -1) * np.abs(gap)
+    assert calibration_error(signed, np.ones(20_000)) < 0.02
+    assert fitted_temperature(signed, np.ones(20_000)) == pytest.approx(1, abs=0.05)
+    # A single bin by hand: .7 sure, right in 1 of 2.
+    sure = np.log(0.7 / 0.3)
+    assert calibration_error(np.array([sure, -sure]), np.ones(2)) == pytest.approx(0.2)
+
+
+def test_bootstrap_interval():
+    values = (np.random.default_rng(1).uniform(size=400) < 0.7).astype(float)
+    low, high = bootstrap_interval(values, np.arange(400))
+    width = 2 * 1.96 * np.sqrt(values.mean() * (1 - values.mean()) / 400)
+    assert high - low == pytest.approx(width, rel=0.1)
+    # Four copies of each are no more evidence than one.
+    copied = bootstrap_interval(np.repeat(values, 4), np.repeat(np.arange(400), 4))
+    assert copied[1] - copied[0] == pytest.approx(high - low, rel=0.1)
+    assert bootstrap_interval(values, np.arange(400)) == (low, high)
+
+
+def test_spearman():
+    random = np.random.default_rng(2)
+    one = random.normal(size=50)
+    assert spearman(one, np.exp(one)) == pytest.approx(1)
+    assert spearman(one, -(one**3)) == pytest.approx(-1)
+    # 1 − 6·Σd²/(n(n²−1)) where nothing ties.
+    other = random.normal(size=50)
+    d = one.argsort().argsort() - other.argsort().argsort()
+    assert spearman(one, other) == pytest.approx(1 - 6 * (d**2).sum() / (50 * (50**2 - 1)))
+    # With ties: ranks 1.5, 1.5, 3 and 1, 2, 3.
+    assert spearman(np.array([1.0, 1, 2]), np.array([1.0, 2, 3])) == pytest.approx(0.866025)
+    assert spearman(np.ones(3), np.array([1.0, 2, 3])) is None
+
+
+def test_warnings():
+    assert any("few" in w for w in report_of(judged([1.0, -1, 1])).warnings)
+    random = np.random.default_rng(3)
+    n = 400
+    right = np.where(random.uniform(size=n) < 0.7, 1.0, -1.0)
+    balanced = report_of(judged(right, better=[9, 4] * (n // 2), worse=[4, 9] * (n // 2)))
+    assert balanced.warnings == ()
+    longer = report_of(judged(np.ones(n), better=[9] * n, worse=[4] * n))
+    assert longer.longer_accuracy == 1
+    text = " ".join(longer.warnings)
+    assert "above 90%" in text
+    assert '"pick the longer" alone gains 50.0% over a coin, the model 50.0%' in text
+    shorter = report_of(judged(right, better=[4] * n, worse=[9] * n))
+    assert '"pick the shorter"' in " ".join(shorter.warnings)
