@@ -108,12 +108,24 @@ def _times_transposed(left: mx.array, right: mx.array, like: mx.array) -> mx.arr
     return left.swapaxes(-1, -2) @ right.reshape(*batch, -1, right.shape[-1])
 
 
+def stretch_of(length: int) -> int:
+    """Queries in a stretch of a prompt of `length` tokens."""
+    return max(SHORTEST_STRETCH, -(-length // STRETCHES))
+
+
+def causal_share(length: int) -> float:
+    """Share of the square of `length` tokens whose scores are made."""
+    stretch = stretch_of(length)
+    ends = [min(start + stretch, length) for start in range(0, length, stretch)]
+    return sum(end * (end - i * stretch) for i, end in enumerate(ends)) / length**2
+
+
 def attend_within(queries: mx.array, keys: mx.array, values: mx.array, scale: float) -> mx.array:
     """Causal attention (rows, heads, L, E) of rows to themselves, stretch after stretch."""
     rows, heads, length, size = queries.shape
     groups = keys.shape[1]
     split = queries.reshape(rows, groups, 1, heads // groups, length, size)
-    stretch = max(SHORTEST_STRETCH, -(-length // STRETCHES))
+    stretch = stretch_of(length)
     parts = []
     for start in range(0, length, stretch):
         end = min(start + stretch, length)

@@ -3,13 +3,13 @@
 What is counted is what `mx.get_peak_memory` counts. A step has two moments that can be the peak:
 
 *The vocabulary head*: everything the backward pass will need is held, and one chunk of logits.
-*The backward pass of a block*: the same, and what is being worked on in that block, where either
-its MLP or its attention takes more.
+*The backward pass of a block*: the same, and what is being worked on in that block; with
+checkpointing also what the block holds once it is recomputed, prompts and completions together.
 
 What a block holds for its backward pass follows from what mlx-lm's blocks compute: see
-`_held_by_block`. What is being worked on (`*_WORK`) was measured on mlx's CPU backend: mlx runs
-some 50 operations ahead of what it has freed, so of a recomputed block nearly every temporary is
-still there. `scripts/verify_plan.py` compares both with real steps, on any machine.
+`_held_by_block`. What is being worked on (`WORK_*`) was measured on mlx's CPU backend, with nothing
+planned ahead. How far mlx may run ahead is bounded by `train/run_ahead.py`, and is a part of its
+own. `scripts/verify_plan.py` compares all with real steps, on any machine.
 """
 
 from __future__ import annotations
@@ -18,26 +18,30 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from mlx_align.data.shapes import BatchLimit, Shape
+from mlx_align.models.attention import causal_share
 from mlx_align.models.logps import CHUNK_ELEMENTS, MIN_CHUNK_ROWS
 from mlx_align.plan.headers import Linear, ModelShape
 
-PARTS = ("weights", "adapters and optimizer", "activations", "attention", "vocabulary head")
+PARTS = (
+    "weights",
+    "adapters and optimizer",
+    "activations",
+    "attention",
+    "vocabulary head",
+    "running ahead",
+)
 
-# What is being worked on at once beyond what is held, in arrays of a block's MLP width (F), hidden
-# width (D) and attention scores (S); measured, see above. Without checkpointing, where a moment in
-# attention is one in which the MLP's held arrays are already gone:
-PLAIN_MLP_F, PLAIN_MLP_D = 6.4, 3.0
-PLAIN_ATTENTION_F, PLAIN_ATTENTION_D, PLAIN_ATTENTION_S = -4.0, 3.0, 4.0
-# With it the recomputed block itself is part of it, of prompts and completions together:
-MLP_F, MLP_D, MLP_S = 11.2, 6.0, 1.64
-ATTENTION_D, ATTENTION_S = 18.0, 3.0
-# Beside a 16-bit model, float32 adapters make these times as many bytes of the MLP's and of the
-# other arrays as 16-bit ones would be.
-PLAIN_MIXED_F, MIXED_F, MIXED_D = 1.25, 1.475, 2.3
-# Logits of a chunk in float32 held at once: themselves, their exponential, the gradient by them.
-# Of further chunks nearly as much, as far as mlx runs ahead of what it has freed: 1, 2, 4 and 16
-# chunks were measured as 3.0, 5.8, 11.0 and 11 such arrays.
-HEAD_ARRAYS, NEXT_CHUNK_ARRAYS, CHUNKS_AHEAD = 3.0, 2.67, 4
+# What is being worked on at once in a block beyond what is held: numbers per token of the MLP's
+# width and of the hidden width, and per attention score. Fitted to 28 steps in float32 and bf16 of
+# widths 512 and 1,024, with and without checkpointing; they are as wide as the adapters compute.
+WORK_MLP, WORK_WIDE, WORK_SCORES = 1.6, 2.0, 0.8
+# Logits of a chunk are there twice: as the model gives them and, float32, their exponential.
+LOGIT_BYTES = 4
+# What steps may take beyond what is needed: a share of that, and always so much. Two pairs of
+# 256 + 2×128 tokens, 34M parameters, 2 cores: at 4% a step took as long as without a limit (1.14
+# and 1.15 s).
+ROOM = 0.05
+LEAST_ROOM_BYTES = 1 << 24
 # Adapters are float32 whatever the model's dtype, and what they multiply is float32 with them,
 # unless they are cast where they compute.
 ADAPTER_BYTES = 4
@@ -99,11 +103,21 @@ class MemoryPlan:
         """All parts together."""
         return sum(self.parts.values())
 
+    @property
+    def needed_bytes(self) -> int:
+        """What a step cannot do without."""
+        return self.peak_bytes - self.parts["running ahead"]
+
 
 def plan_memory(model: ModelShape, work: Workload) -> MemoryPlan:
     """The peak of the costliest of the run's shapes."""
     plans = [_plan_shape(model, work, shape) for shape in work.shapes]
     return max(plans, key=lambda plan: plan.peak_bytes)
+
+
+def room_bytes(needed: int) -> int:
+    """What a run whose steps need so many bytes may take beside them, to plan ahead."""
+    return max(LEAST_ROOM_BYTES, int(ROOM * needed))
 
 
 def trained_parameters(model: ModelShape, work: Workload) -> int:
@@ -135,34 +149,32 @@ class _Pass:
     Attributes:
         tokens: Positions that run, of all rows.
         rows: Rows.
-        keys: Keys and values that a row attends to, tokens.
+        keys: Keys that a row attends to beside its own: its prompt's, tokens.
     """
 
     tokens: int
     rows: int
-    keys: int
+    keys: int = 0
 
     @property
-    def scores(self) -> int:
-        """Attention scores of one head, of all rows."""
-        return self.tokens * self.keys
-
-    @property
-    def stored(self) -> int:
-        """Positions with keys of their own in memory."""
-        return self.rows * self.keys
+    def scores(self) -> float:
+        """Attention scores of one head, of all rows, that are made."""
+        own = self.tokens * (self.tokens // self.rows)
+        return (
+            own * causal_share(self.tokens // self.rows)
+            if self.keys == 0
+            else (own + self.tokens * self.keys)
+        )
 
 
 def _passes(work: Workload, shape: Shape) -> list[_Pass]:
     prompts, rows = shape.groups, shape.groups * work.rows
     if not work.shared:
-        width = shape.prompt + shape.completion
-        return [_Pass(rows * width, rows, width)]
-    # The last token of a completion is predicted, never read; but a reward is read at it.
-    width = shape.completion - work.vocabulary
+        return [_Pass(rows * (shape.prompt + shape.completion), rows)]
+    # The last token of a completion is predicted, never read.
     return [
-        _Pass(prompts * shape.prompt, prompts, shape.prompt),
-        _Pass(rows * width, rows, shape.prompt + width),
+        _Pass(prompts * shape.prompt, prompts),
+        _Pass(rows * (shape.completion - 1), rows, shape.prompt),
     ]
 
 
@@ -192,36 +204,29 @@ class _Bytes:
 def _plan_shape(model: ModelShape, work: Workload, shape: Shape) -> MemoryPlan:
     passes = _passes(work, shape)
     trained = model.blocks if work.num_layers < 0 else min(work.num_layers, model.blocks)
-    if work.grad_checkpoint:
-        held = _held_checkpointed(model, work, shape) * trained
-    else:
-        held = sum((_held_by_block(model, work, p) for p in passes), _Bytes()) * trained
-    held += _dense_copies(model, work)
+    block = sum((_held_by_block(model, work, one) for one in passes), _Bytes())
+    held = _held_checkpointed(model, passes) if work.grad_checkpoint else block
+    held = held * trained + _dense_copies(model, work)
     scored = shape.groups * work.rows * shape.completion if work.vocabulary else 0
     # Per completion token: the gradient by its hidden state, which waits for the loss.
     gradient = _Bytes(head=scored * model.hidden * model.activation_bytes)
-    moments = {}
-    if work.vocabulary:
-        moments["vocabulary head"] = held + gradient * 3 + _chunks(model, scored)
-    if work.vocabulary and work.grad_checkpoint:
-        # The last block's arrays are not yet freed when the first logits are made.
-        moments["vocabulary head"] += _held_by_block(model, work, passes[-1])
-    for where, worked in _worked_on(model, work, passes).items():
-        moments[f"backward pass of {where}"] = held + gradient + worked
+    worked = _worked_on(model, work, passes) + (block if work.grad_checkpoint else _Bytes())
+    moments = {
+        # Chunks of the gradient, and all of them joined.
+        "vocabulary head": held + gradient * 2 + _chunk(model, scored),
+        "backward pass of a block": held + gradient + worked,
+    }
     moment, most = max(moments.items(), key=lambda item: item[1].total)
     parameters = trained_parameters(model, work)
-    return MemoryPlan(
-        parts={
-            "weights": model.weights_bytes,
-            "adapters and optimizer": _trained_bytes(model, work, parameters),
-            "activations": int(most.activations),
-            "attention": int(most.attention),
-            "vocabulary head": int(most.head),
-        },
-        moment=moment,
-        shape=shape,
-        trained_parameters=parameters,
-    )
+    parts = {
+        "weights": model.weights_bytes,
+        "adapters and optimizer": _trained_bytes(model, work, parameters),
+        "activations": int(most.activations),
+        "attention": int(most.attention),
+        "vocabulary head": int(most.head),
+    }
+    parts["running ahead"] = room_bytes(sum(parts.values()))
+    return MemoryPlan(parts=parts, moment=moment, shape=shape, trained_parameters=parameters)
 
 
 def _trained_bytes(model: ModelShape, work: Workload, parameters: int) -> int:
@@ -242,14 +247,14 @@ def _held_by_block(model: ModelShape, work: Workload, one: _Pass) -> _Bytes:
 
     Per token: its input, the input after the norm, queries, what attention gives, the sum before
     the second norm and after it (6 D; queries and what attention gives have their own width); gate,
-    up, their sigmoid, SiLU and product (5 F). Inputs of adapters are held in float32: beside the
+    up, their sigmoid and product (4 F). Inputs of adapters are held in float32: beside the
     model's own where that is narrower (three of width D), instead of it for the product. The low
     rank of each adapter. Keys and values; attention probabilities.
     """
     size = model.activation_bytes
     adapters = work.fine_tune_type != "full"
     wide, queries = model.hidden, model.query_width
-    per_token = (4 * wide + 2 * queries + 4 * model.intermediate) * size
+    per_token = (4 * wide + 2 * queries + 3 * model.intermediate) * size
     if adapters:
         per_token += model.intermediate * work.adapter_bytes
         if size < work.adapter_bytes:
@@ -266,22 +271,16 @@ def _held_by_block(model: ModelShape, work: Workload, one: _Pass) -> _Bytes:
         per_token += model.intermediate * size
     return _Bytes(
         activations=one.tokens * per_token,
-        attention=(2 * model.kv_width * one.stored + model.heads * one.scores) * size,
+        attention=(2 * model.kv_width * one.tokens + model.heads * one.scores) * size,
     )
 
 
-def _held_checkpointed(model: ModelShape, work: Workload, shape: Shape) -> _Bytes:
-    """What a checkpointed block holds: its inputs, and the prompt's keys and values for each row.
-
-    A prompt's keys are held once as they were made and once per completion.
-    """
-    passes = _passes(work, shape)
+def _held_checkpointed(model: ModelShape, passes: Sequence[_Pass]) -> _Bytes:
+    """What a checkpointed block holds: its inputs, and the keys and values of shared prompts."""
     size = model.activation_bytes
     inputs = sum(one.tokens for one in passes) * model.hidden * size
-    if not work.shared:
-        return _Bytes(activations=inputs)
-    prompts = passes[0].rows + passes[1].rows
-    return _Bytes(inputs, 2 * model.kv_width * prompts * shape.prompt * size)
+    shared = sum(one.tokens for one in passes[:-1])
+    return _Bytes(inputs, 2 * model.kv_width * shared * size)
 
 
 def _dense_copies(model: ModelShape, work: Workload) -> _Bytes:
@@ -298,38 +297,20 @@ def _dense_copies(model: ModelShape, work: Workload) -> _Bytes:
     return _Bytes(activations=weights * (model.activation_bytes + work.adapter_bytes))
 
 
-def _worked_on(model: ModelShape, work: Workload, passes: Sequence[_Pass]) -> dict[str, _Bytes]:
-    """What a block's backward pass has in work, by where it is."""
+def _worked_on(model: ModelShape, work: Workload, passes: Sequence[_Pass]) -> _Bytes:
+    """What a block's backward pass has in work beyond what is held."""
     size = model.activation_bytes
-    mixed = size < work.adapter_bytes and work.fine_tune_type != "full"
-    times_d = MIXED_D if mixed else 1.0
-    if work.grad_checkpoint:
-        tokens = sum(one.tokens for one in passes)
-        scores = sum(one.scores for one in passes) * model.heads * size
-        wide = tokens * model.hidden * size * times_d
-        middle = tokens * model.intermediate * size * (MIXED_F if mixed else 1.0)
-        return {
-            "a block's MLP": _Bytes(MLP_F * middle + MLP_D * wide, MLP_S * scores),
-            "a block's attention": _Bytes(ATTENTION_D * wide, ATTENTION_S * scores),
-        }
-    found = {}
-    for one in passes:
-        name = "completions" if one is passes[-1] else "prompts"
-        wide = one.tokens * model.hidden * size * times_d
-        middle = one.tokens * model.intermediate * size
-        scores = one.scores * model.heads * size
-        found[f"a block's MLP, {name}"] = _Bytes(
-            PLAIN_MLP_F * middle * (PLAIN_MIXED_F if mixed else 1.0) + PLAIN_MLP_D * wide
-        )
-        found[f"a block's attention, {name}"] = _Bytes(
-            PLAIN_ATTENTION_F * middle + PLAIN_ATTENTION_D * wide, PLAIN_ATTENTION_S * scores
-        )
-    return found
+    if work.fine_tune_type != "full":
+        size = max(size, work.adapter_bytes)
+    tokens = sum(one.tokens for one in passes)
+    scores = sum(one.scores for one in passes) * model.heads
+    return _Bytes(
+        activations=tokens * (WORK_MLP * model.intermediate + WORK_WIDE * model.hidden) * size,
+        attention=WORK_SCORES * scores * size,
+    )
 
 
-def _chunks(model: ModelShape, scored: int) -> _Bytes:
-    """The chunks of logits in memory at once, and what is made of them, float32."""
+def _chunk(model: ModelShape, scored: int) -> _Bytes:
+    """One chunk of logits, and what is made of it."""
     rows = min(scored, max(MIN_CHUNK_ROWS, CHUNK_ELEMENTS // model.vocabulary))
-    ahead = min(scored, CHUNKS_AHEAD * rows) - rows
-    arrays = HEAD_ARRAYS * rows + NEXT_CHUNK_ARRAYS * ahead
-    return _Bytes(head=arrays * model.vocabulary * 4)
+    return _Bytes(head=rows * model.vocabulary * (model.activation_bytes + LOGIT_BYTES))

@@ -18,12 +18,7 @@ import mlx.core as mx
 
 from mlx_align.data.batching import Microbatch
 from mlx_align.data.shapes import Shape
-
-# What steps may take beyond the most that any shape needs: a share of that, and always so much.
-# Two pairs of 256 + 2×128 tokens, 34M parameters, 2 cores: at 4% a step took as long as without a
-# limit (1.14 and 1.15 s).
-ROOM = 0.05
-LEAST_ROOM_BYTES = 1 << 24
+from mlx_align.plan.memory import room_bytes
 
 
 class RunAhead:
@@ -69,4 +64,4 @@ class RunAhead:
         needed = mx.get_peak_memory()
         self._needed.update(dict.fromkeys(new, needed))
         most = max(self._needed.values())
-        mx.set_memory_limit(most + max(LEAST_ROOM_BYTES, int(ROOM * most)))
+        mx.set_memory_limit(most + room_bytes(most))
