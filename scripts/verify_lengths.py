@@ -8,11 +8,11 @@ is never forgotten, so memory may grow until every shape of the run has been see
     python scripts/verify_lengths.py … --batch-tokens 2048 --steps 1000
 
 A step is an update of one microbatch, unless --grad-accumulation-steps says otherwise. Every 50
-steps: shapes seen so far, padding so far, memory in use between steps and at its peak so far, as
-mlx counts them. Ends with 1 if one of these two exceeds by more than 1% what it was in the first
-line after every shape was seen; if there are more than 12 shapes; or if more than --max-padding of
-the tokens are padding. What is padding in any shape, because the answers of a pair differ in length
-and run beside each other, is printed too: no limit below that can be kept.
+steps: shapes seen so far, padding so far, the least memory in use after one of these steps, and the
+peak so far, as mlx counts them. Ends with 1 if one of these two exceeds by more than 1% what it was
+in the first line after every shape was seen; if there are more than 12 shapes; or if more than
+--max-padding of the tokens are padding. What is padding in any shape, because the answers of a pair
+differ in length and run beside each other, is printed too: no limit below that can be kept.
 
 On Linux float32 is some 60 times faster with LD_PRELOAD naming libopenblas.
 """
@@ -69,7 +69,7 @@ EVERY = 50
 
 
 class Line(NamedTuple):
-    """Where a run stands: steps done, shapes seen, bytes in use between steps and at the peak."""
+    """Where a run stands: steps done, shapes seen, bytes in use after steps and at the peak."""
 
     step: int
     shapes: int
@@ -119,7 +119,11 @@ def watch(
     objective = dpo_task(config).objective(policy, groups, zeros, make_scorer(policy.model))
     lines: list[Line] = []
 
+    # A step's own batch is still held when it ends: the least of many steps is without it, nearly.
+    active: list[int] = []
+
     def tick(progress: Progress) -> None:
+        active.append(mx.get_active_memory())
         if progress.step % every:
             return
         done = batches[: progress.microbatches]
@@ -128,10 +132,11 @@ def watch(
                 progress.step,
                 len({batch.shape for batch in done}),
                 padding_waste(done, groups),
-                mx.get_active_memory(),
+                min(active),
                 mx.get_peak_memory(),
             )
         )
+        active.clear()
         print(say(lines[-1]), flush=True)
 
     rate = make_schedule(config.lr_schedule, config.learning_rate, steps, config.warmup)
