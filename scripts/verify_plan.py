@@ -50,6 +50,7 @@ class Case:
     fine_tune_type: str = "lora"
     grad_checkpoint: bool = True
     adapter_dtype: str = "float32"
+    tied: bool = False  # the vocabulary head is the embedding
     reward: bool = False
 
 
@@ -80,6 +81,13 @@ CASES = (
     Case("reward model", reward=True),
     Case("reward model, plain, batch 2", reward=True, grad_checkpoint=False, batch_size=2),
     Case("reward model, 4-bit", reward=True, dtype="4-bit"),
+)
+# What a large vocabulary costs: width and vocabulary of Qwen2.5-0.5B, and the same with 8,000 words.
+_HEAD = Case("", 896, 2, 2048, 14, 2, tied=True)
+HEADS = tuple(
+    replace(_HEAD, name=f"{words:,} words, {dtype}", vocabulary=words, dtype=dtype)
+    for dtype in ("float32", "4-bit")
+    for words in (8_000, 152_000)
 )
 # Qwen2.5-7B's shape. A 4-bit product does a few GFLOP/s on mlx's CPU backend: minutes each.
 _7B = Case(
@@ -115,7 +123,7 @@ def write_model(case: Case, folder: Path) -> dict[str, Any]:
         "num_key_value_heads": case.kv_heads,
         "rms_norm_eps": 1e-5,
         "vocab_size": case.vocabulary,
-        "tie_word_embeddings": False,
+        "tie_word_embeddings": case.tied,
     }
     mx.random.seed(0)
     model = Model(ModelArgs.from_dict(config))
@@ -261,7 +269,7 @@ def main() -> None:
     if arguments.one:
         print(json.dumps(measure(Case(**json.loads(arguments.one)))))
         return
-    cases = [*CASES, *(LARGE if arguments.large else ())]
+    cases = [*CASES, *HEADS, *(LARGE if arguments.large else ())]
     cases = [case for case in cases if not arguments.only or arguments.only in case.name]
     titles = ["MB", "weights", "(measured)", "trained", "activ.", "attention", "head"]
     titles += ["planned", "measured", "off"]
