@@ -42,7 +42,7 @@ from mlx_align.data.batching import (  # noqa: E402
 from mlx_align.data.rendering import chat_style  # noqa: E402
 from mlx_align.data.shapes import (  # noqa: E402
     MAX_SHAPES,
-    Shape,
+    AnyShape,
     batch_limit,
     lengths_of,
     plan_shapes,
@@ -90,7 +90,7 @@ class Watched:
     """
 
     lines: list[Line]
-    planned: list[Shape]
+    planned: list[AnyShape]
     used: int
     unavoidable: float
 
@@ -111,7 +111,7 @@ def watch(
     """Train `steps` updates on `groups`."""
     assert config.model is not None
     policy = make_policy(config, open_model(config.model), resolve_layout(config))
-    shapes = plan_shapes(groups, batch_limit(config))
+    shapes = plan_shapes(groups, batch_limit(config, packs=policy.model.packs))
     stream = microbatch_stream(groups, shapes, seed=config.seed)
     batches = list(islice(stream, steps * config.grad_accumulation_steps))
     # What the reference says changes no shape and no byte.

@@ -83,9 +83,7 @@ class PackedKV:
             raise ModelError("its blocks attend to keys that are not their cache's")
         return cache
 
-    def make_mask(
-        self, _n: int, return_array: bool = False, window_size: int | None = None
-    ) -> str:
+    def make_mask(self, _n: int, return_array: bool = False, window_size: int | None = None) -> str:
         """The word for what attention then does as this cache says.
 
         Raises:
@@ -197,9 +195,9 @@ def packed_rows() -> Iterator[None]:
         apart = a.transpose(2, 1, 0, 3)
         return theirs(apart, *args, offset=offset, **others).transpose(2, 1, 0, 3)
 
-    mx.fast.rope = rope  # type: ignore[assignment]
+    mx.fast.rope = rope
     try:
         with causal_attention(attention):
             yield
     finally:
-        mx.fast.rope = theirs  # type: ignore[assignment]
+        mx.fast.rope = theirs

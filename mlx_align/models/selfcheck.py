@@ -84,9 +84,7 @@ def check_paths(anatomy: Anatomy, vocab_size: int) -> tuple[Anatomy, bool, str]:
     return anatomy, False, f"prompts are run once per completion: {reason}"
 
 
-def _refuses_packing(
-    anatomy: Anatomy, narrow: GroupBatch, flat: mx.array, allowed: float
-) -> str:
+def _refuses_packing(anatomy: Anatomy, narrow: GroupBatch, flat: mx.array, allowed: float) -> str:
     """Why the groups of a batch can't run in one row; nothing where they can.
 
     Every token of one group that another's saw would change its log-probs.

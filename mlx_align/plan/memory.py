@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from mlx_align.data.shapes import BatchLimit, Shape
+from mlx_align.data.shapes import AnyShape, BatchLimit, PackedShape
 from mlx_align.models.logps import CHUNK_ELEMENTS, MIN_CHUNK_ROWS
 from mlx_align.plan.headers import Linear, ModelShape
 
@@ -63,7 +63,7 @@ class Workload:
         vocabulary: Whether completions meet the vocabulary head; a reward model's head is one row.
     """
 
-    shapes: tuple[Shape, ...]
+    shapes: tuple[AnyShape, ...]
     limit: BatchLimit = field(default_factory=BatchLimit)
     rows: int = 2
     accumulation: int = 8
@@ -91,7 +91,7 @@ class MemoryPlan:
 
     parts: Mapping[str, int]
     moment: str
-    shape: Shape
+    shape: AnyShape
     trained_parameters: int
 
     @property
@@ -153,7 +153,13 @@ class _Pass:
         return self.rows * self.keys
 
 
-def _passes(work: Workload, shape: Shape) -> list[_Pass]:
+def _passes(work: Workload, shape: AnyShape) -> list[_Pass]:
+    if isinstance(shape, PackedShape):
+        # Scores of other groups' keys are made too, and hidden.
+        return [
+            _Pass(shape.prompt, 1, shape.prompt),
+            _Pass(shape.completion, 1, shape.prompt + shape.completion),
+        ]
     prompts, rows = shape.groups, shape.groups * work.rows
     if not work.shared:
         width = shape.prompt + shape.completion
@@ -189,7 +195,7 @@ class _Bytes:
         return self.activations + self.attention + self.head
 
 
-def _plan_shape(model: ModelShape, work: Workload, shape: Shape) -> MemoryPlan:
+def _plan_shape(model: ModelShape, work: Workload, shape: AnyShape) -> MemoryPlan:
     passes = _passes(work, shape)
     trained = model.blocks if work.num_layers < 0 else min(work.num_layers, model.blocks)
     if work.grad_checkpoint:
@@ -197,7 +203,8 @@ def _plan_shape(model: ModelShape, work: Workload, shape: Shape) -> MemoryPlan:
     else:
         held = sum((_held_by_block(model, work, p) for p in passes), _Bytes()) * trained
     held += _dense_copies(model, work)
-    scored = shape.groups * work.rows * shape.completion if work.vocabulary else 0
+    rows = 1 if isinstance(shape, PackedShape) else shape.groups * work.rows
+    scored = rows * shape.completion if work.vocabulary else 0
     # Per completion token: the gradient by its hidden state, which waits for the loss.
     gradient = _Bytes(head=scored * model.hidden * model.activation_bytes)
     moments = {}
@@ -270,7 +277,7 @@ def _held_by_block(model: ModelShape, work: Workload, one: _Pass) -> _Bytes:
     )
 
 
-def _held_checkpointed(model: ModelShape, work: Workload, shape: Shape) -> _Bytes:
+def _held_checkpointed(model: ModelShape, work: Workload, shape: AnyShape) -> _Bytes:
     """What a checkpointed block holds: its inputs, and the prompt's keys and values for each row.
 
     A prompt's keys are held once as they were made and once per completion.

@@ -17,7 +17,7 @@ from types import TracebackType
 import mlx.core as mx
 
 from mlx_align.data.batching import Microbatch
-from mlx_align.data.shapes import Shape
+from mlx_align.data.shapes import AnyShape
 
 # What steps may take beyond the most that any shape needs: a share of that, and always so much.
 # Two pairs of 256 + 2×128 tokens, 34M parameters, 2 cores: at 4% a step took as long as without a
@@ -34,7 +34,7 @@ class RunAhead:
     """
 
     def __init__(self) -> None:
-        self._needed: dict[Shape, int] = {}
+        self._needed: dict[AnyShape, int] = {}
         self._peak = 0
         self._before = 0
 
