@@ -196,8 +196,8 @@ def test_every_group_once_and_inside_its_rows(tokens):
     groups = make_groups(300)
     shapes = plan_shapes(groups, BatchLimit(tokens=tokens, packed=True))
     assert 1 <= len(shapes) <= MAX_SHAPES
-    longest = max(sum(packed_lengths(group)) for group in groups)
-    assert all(shape.prompt + shape.completion <= max(tokens, longest + 16) for shape in shapes)
+    widest = np.max([packed_lengths(group) for group in groups], axis=0).sum() + 16
+    assert all(shape.prompt + shape.completion <= max(tokens, widest) for shape in shapes)
     for seed in (None, 0):
         order = epoch_order(groups, shapes, seed=seed)
         assert sorted(i for batch in order for i in batch.indices) == list(range(300))

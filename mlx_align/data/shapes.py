@@ -105,8 +105,8 @@ def _plan_packed(
     """One shape of so many tokens, and shapes for the groups that don't fit its rows, after it.
 
     The rows share the tokens as prompts and completions do in all of the data, so both fill up.
-    Shapes of longer groups are chosen like all others, and have the tokens of the first at least:
-    what a group leaves is room for short ones.
+    Shapes of longer groups are chosen like padded ones, and have the tokens of the first at least:
+    what a group leaves is room for short ones. They may have more, even where no group has.
     """
     lengths = np.array([packed_lengths(group) for group in groups])
     in_all = lengths.sum(axis=0)
@@ -117,13 +117,15 @@ def _plan_packed(
     fitting = (lengths <= widths).all(axis=1)
     if fitting.any():
         found.append((int(widths[0]), int(widths[1])))
-    if not fitting.all():
-        table = _Table(lengths[~fitting], 1, BatchLimit())
-        chosen = _choose(table, max_shapes - len(found))
+    # Apart, or one shape would have to be as wide as the longest prompt and the longest answers.
+    long_prompts = lengths[:, 0] > widths[0]
+    for long, kind in ((True, long_prompts), (False, ~long_prompts & ~fitting)):
+        if not kind.any():
+            continue
+        chosen = _choose(_Table(lengths[kind], 1, BatchLimit()), (max_shapes - 1) // 2)
         for prompt, completion, _ in sorted(chosen, key=lambda shape: tokens_of(shape, 1)):
             spare = max(0, tokens - prompt - completion) // ROUND * ROUND
-            long_prompts = prompt > widths[0]
-            found.append((prompt + spare * (not long_prompts), completion + spare * long_prompts))
+            found.append((prompt + spare * (not long), completion + spare * long))
     longest = np.array([lengths_of(group)[1] for group in groups])
     shapes = []
     for prompt, completion in dict.fromkeys(found):
