@@ -87,21 +87,38 @@ class TokenizedGroup:
     loss_masks: tuple[npt.NDArray[np.bool_], ...] | None = None
 
 
+class Packing(NamedTuple):
+    """The completions of a packed batch as they run: one behind the other in one row.
+
+    Those of N completions in their order, T tokens with the padding at the end; `place` leads from
+    a token in the layout (N, C), which losses see, to its own in the row.
+    """
+
+    tokens: mx.array  # (T,) int32
+    completion: mx.array  # (T,) int32, the completion that a token is of; -1 for padding
+    step: mx.array  # (T,) int32, which of its completion's tokens it is: 0, 1 …
+    place: mx.array  # (N, C) int32; 0 where there is no token
+
+
 class GroupBatch(NamedTuple):
     """B prompts, padded on the right, and their N completions, padded on the right.
 
     Every prompt has as many completions, N / B, and they stand together, in the prompts' order.
     Which positions are real is told by lengths and masks, never by token ids: pad may equal EOS.
+
+    A *packed* batch has its prompts one behind the other in one row, (1, P), and runs its
+    completions as `packing` says; the fillers it ends with have prompts of length 0.
     """
 
     prompt_tokens: mx.array  # (B, P) int32
     prompt_lengths: mx.array  # (B,) int32, at least 1
     completion_tokens: mx.array  # (N, C) int32
     completion_mask: mx.array  # (N, C) bool, true where a token counts
+    packing: Packing | None = None
 
     def for_each_completion(self, by_prompt: mx.array) -> mx.array:
         """Of something by prompt (B, …), each completion's own, (N, …)."""
-        each = self.completion_tokens.shape[0] // self.prompt_tokens.shape[0]
+        each = self.completion_tokens.shape[0] // self.prompt_lengths.shape[0]
         return mx.repeat(by_prompt, each, axis=0)
 
 

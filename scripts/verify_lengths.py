@@ -11,8 +11,9 @@ A step is an update of one microbatch, unless --grad-accumulation-steps says oth
 steps: shapes seen so far, padding so far, the least memory in use after one of these steps, and the
 peak so far, as mlx counts them. Ends with 1 if one of these two exceeds by more than 1% what it was
 in the first line after every shape was seen; if there are more than 12 shapes; or if more than
---max-padding of the tokens are padding. What is padding in any shape, because the answers of a pair
-differ in length and run beside each other, is printed too: no limit below that can be kept.
+--max-padding of the tokens are padding. Where rows are padded (--batch-size, or a family that can't
+be packed), some is padding in any shape, because the answers of a pair differ in length and run
+beside each other: no limit below that, which is printed too, can be kept.
 
 On Linux float32 is some 60 times faster with LD_PRELOAD naming libopenblas.
 """
@@ -42,7 +43,7 @@ from mlx_align.data.batching import (  # noqa: E402
 from mlx_align.data.rendering import chat_style  # noqa: E402
 from mlx_align.data.shapes import (  # noqa: E402
     MAX_SHAPES,
-    Shape,
+    AnyShape,
     batch_limit,
     lengths_of,
     plan_shapes,
@@ -66,6 +67,9 @@ from mlx_align.types import TokenizedGroup  # noqa: E402
 # What memory may grow by once all shapes were seen: allocators round, and free late.
 TOLERANCE = 0.01
 EVERY = 50
+# Shares of padding allowed: of rows padded to one length, and of packed ones.
+MAX_PADDING = 0.40
+MAX_PADDING_PACKED = 0.15
 
 
 class Line(NamedTuple):
@@ -90,7 +94,7 @@ class Watched:
     """
 
     lines: list[Line]
-    planned: list[Shape]
+    planned: list[AnyShape]
     used: int
     unavoidable: float
 
@@ -111,7 +115,7 @@ def watch(
     """Train `steps` updates on `groups`."""
     assert config.model is not None
     policy = make_policy(config, open_model(config.model), resolve_layout(config))
-    shapes = plan_shapes(groups, batch_limit(config))
+    shapes = plan_shapes(groups, batch_limit(config, packs=policy.model.packs))
     stream = microbatch_stream(groups, shapes, seed=config.seed)
     batches = list(islice(stream, steps * config.grad_accumulation_steps))
     # What the reference says changes no shape and no byte.
@@ -191,9 +195,13 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int)
     parser.add_argument("--batch-tokens", type=int)
     parser.add_argument("--grad-accumulation-steps", type=int, default=1)
-    parser.add_argument("--max-padding", type=float, default=0.40, help="[default: 0.40]")
+    parser.add_argument(
+        "--max-padding", type=float, help="[default: 0.15 with --batch-tokens, else 0.40]"
+    )
     arguments = vars(parser.parse_args())
     steps, max_padding = arguments.pop("steps"), arguments.pop("max_padding")
+    if max_padding is None:
+        max_padding = MAX_PADDING if arguments["batch_tokens"] is None else MAX_PADDING_PACKED
     config = resolve(DpoConfig, {k: v for k, v in arguments.items() if v is not None})
     assert config.model is not None
     assert config.data is not None
@@ -201,10 +209,11 @@ def main() -> None:
     print(f"{len(groups):,} pairs of at most {config.max_seq_length} tokens")
     print(f"{'step':>6}{'shapes':>8}{'padding':>10}{'active MB':>11}{'peak MB':>11}")
     found = watch(config, groups, steps)
-    print("\nprompt, completion, prompts of a batch:")
-    print(", ".join(f"{p}+{c}x{n}" for p, c, n in found.planned))
+    print("\nprompt, completion, prompts of a batch (of packed rows, at most):")
+    print(", ".join(f"{shape.prompt}+{shape.completion}x{shape.groups}" for shape in found.planned))
     print(
-        f"Padding: {found.lines[-1].padding:.1%}; in shapes of their own {found.unavoidable:.1%}."
+        f"Padding: {found.lines[-1].padding:.1%}; pairs padded, each in a shape of its own, "
+        f"{found.unavoidable:.1%}."
     )
     for fault in (found_faults := faults(found, max_padding)):
         print(f"FAIL: {fault}")

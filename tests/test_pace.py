@@ -9,7 +9,7 @@ import pytest
 from mlx_align.cli.main import run
 from mlx_align.config import KtoConfig
 from mlx_align.data.batching import Microbatch
-from mlx_align.data.shapes import Shape
+from mlx_align.data.shapes import Shape, batch_limit
 from mlx_align.plan import timing
 from mlx_align.train.loop import Progress
 from mlx_align.train.pace import Pace
@@ -84,11 +84,13 @@ def test_a_rate_of_kto_is_of_its_own_answers():
     """A run counts a row's answer, not the mismatched one: so does the time."""
     ids = np.ones(10, np.int32)
     groups = [TokenizedGroup(ids, (ids, ids), "")] * 12
-    duration = timing.expected(KtoConfig(), groups, 5.0, "here", has_reference=True)
+    duration = timing.expected(
+        KtoConfig(), groups, 5.0, "here", has_reference=True, limit=batch_limit(KtoConfig())
+    )
     assert duration.training_seconds == 12 * 20 / 5
     assert duration.reference_seconds == pytest.approx(12 * 30 / 5 / 3)
     iters = KtoConfig(iters=2, batch_tokens=80, grad_accumulation_steps=3)
     # 16 + 2 x 16 tokens padded: one row in 80.
-    assert timing.expected(iters, groups, 5.0, "", has_reference=False).training_seconds == (
-        pytest.approx(2 * 3 * 20 / 5)
-    )
+    assert timing.expected(
+        iters, groups, 5.0, "", has_reference=False, limit=batch_limit(iters)
+    ).training_seconds == (pytest.approx(2 * 3 * 20 / 5))

@@ -10,6 +10,7 @@ import pytest
 
 from mlx_align.config import DpoConfig
 from mlx_align.data.batching import padding_waste
+from mlx_align.data.shapes import Shape
 from mlx_align.types import TokenizedGroup
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -44,13 +45,14 @@ def groups():
 def test_memory_is_steady_once_every_shape_was_seen(script, groups, batch):
     config = DpoConfig(model=str(TINY), grad_accumulation_steps=1, lora_rank=2, **batch)
     found = script.watch(config, groups, steps=60, every=20)
-    assert found.used > 2
+    assert found.used > (2 if "batch_size" in batch else 0)
     # Peaks of 3 MB differ by tens of kilobytes with what mlx frees when.
     assert script.faults(found, 0.4, tolerance=0.05) == []
     assert found.unavoidable == pytest.approx(
         4 * 32 / sum(len(group.prompt) + 2 * len(group.completions[0]) for group in groups)
     )
-    assert found.lines[-1].padding >= found.unavoidable
+    if "batch_size" in batch:  # packed, a pair's unequal answers cost nothing
+        assert found.lines[-1].padding >= found.unavoidable
     assert script.faults(found, 0.01)[0].endswith("padding, 1.0% allowed")
 
 
@@ -77,13 +79,13 @@ def _held(nbytes):
 
 def test_limits(script):
     lines = [script.Line(s, 2, 0.3, 1000, 5000) for s in (50, 100, 150)]
-    found = script.Watched(lines, [script.Shape(8, 8, 1)] * 2, 2, 0.1)
+    found = script.Watched(lines, [Shape(8, 8, 1)] * 2, 2, 0.1)
     assert script.faults(found, 0.3) == []
     grown = [*lines[:2], lines[2]._replace(peak=5051)]
     assert script.faults(script.Watched(grown, found.planned, 2, 0.1), 0.3) == [
         "peak memory grew from 5,000 to 5,051 bytes"
     ]
-    many = script.Watched(lines, [script.Shape(8, 8, 1)] * 13, 2, 0.1)
+    many = script.Watched(lines, [Shape(8, 8, 1)] * 13, 2, 0.1)
     assert script.faults(many, 0.3) == ["13 shapes, 12 allowed"]
     late = script.Watched([lines[0]._replace(shapes=1), *lines[1:2]], found.planned, 2, 0.1)
     assert "more --steps" in script.faults(late, 0.3)[0]

@@ -24,6 +24,7 @@ from mlx_align.settings import flag_of, resolve
 from mlx_align.shipped import shipped_or_given
 
 if TYPE_CHECKING:
+    from mlx_align.data.shapes import AnyShape
     from mlx_align.plan.check import Plan
     from mlx_align.plan.timing import Duration
     from mlx_align.train.setup import PreparedData
@@ -115,7 +116,9 @@ def plan(
         found = _rate(command, config, measure, run_folder, task, groups)
         if found is not None:
             has_reference = isinstance(config, LossConfig) and task.needs_reference
-            duration = expected(config, groups, *found, has_reference=has_reference)
+            duration = expected(
+                config, groups, *found, has_reference=has_reference, limit=made.work.limit
+            )
     if json:
         click.echo(json_module.dumps(as_json(made, duration), indent=2))
     else:
@@ -180,7 +183,7 @@ def measured_rate(config: TrainConfig, task: Task, groups: list[Any]) -> float:
     zeros = [tuple(np.zeros(len(c), np.float32) for c in group.completions) for group in groups]
     scorer = task.scorer(policy.model)
     objective = task.objective(policy, groups, zeros if task.needs_reference else None, scorer)
-    shapes = plan_shapes(groups, batch_limit(config))
+    shapes = plan_shapes(groups, batch_limit(config, packs=policy.model.packs and task.packs))
     stream = microbatch_stream(groups, shapes, seed=config.seed)
     accumulation = min(config.grad_accumulation_steps, 4)
     settings = LoopSettings(MEASURED_UPDATES, accumulation, lambda _: 0.0, 1.0, 1, 0, 0)
@@ -216,6 +219,14 @@ def as_json(plan: Plan, duration: Duration | None) -> dict[str, Any]:
     }
 
 
+def _say_shape(shape: AnyShape) -> str:
+    prompt, completion, count, *packed = shape
+    if packed:
+        return f"rows of {prompt} tokens of prompts and {completion} of answers"
+    prompts = f"{count} prompts of {prompt}" if count > 1 else f"a prompt of {prompt}"
+    return f"{prompts}, answers of {completion}"
+
+
 def render(plan: Plan, duration: Duration | None) -> str:
     """The plan for people."""
     from mlx_align.plan.check import say_bytes
@@ -223,9 +234,7 @@ def render(plan: Plan, duration: Duration | None) -> str:
     from mlx_align.train.runlog import say_seconds
 
     memory, machine = plan.memory, plan.machine
-    prompt, completion, count = memory.shape
-    prompts = f"{count} prompts of {prompt}" if count > 1 else f"a prompt of {prompt}"
-    lines = [f"Peak memory, in {memory.moment} ({prompts}, answers of {completion}):"]
+    lines = [f"Peak memory, in {memory.moment} ({_say_shape(memory.shape)}):"]
     lines += [f"  {name:<24}{say_bytes(n):>10}" for name, n in memory.parts.items()]
     lines.append(f"  {'in all':<24}{say_bytes(memory.peak_bytes):>10}")
     verdict = "It fits" if plan.fits else "It does not fit"

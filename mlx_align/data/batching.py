@@ -13,32 +13,59 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
-from mlx_align.data.shapes import BatchLimit, Shape, lengths_of, plan_shapes, tokens_of
+from mlx_align.data.packing import collate_packed, packed_order
+from mlx_align.data.shapes import (
+    AnyShape,
+    BatchLimit,
+    PackedShape,
+    Shape,
+    lengths_of,
+    plan_shapes,
+    tokens_of,
+    tokens_run,
+)
 from mlx_align.types import GroupBatch, LabelledBatch, Logps, PairBatch, TokenizedGroup
 
 
 class Microbatch(NamedTuple):
-    """Which groups run together, and in which shape; at most one of an epoch is not full."""
+    """Which groups run together, and in which shape."""
 
     indices: tuple[int, ...]
-    shape: Shape
+    shape: AnyShape
 
 
 def epoch_order(
     groups: Sequence[TokenizedGroup],
-    shapes: Sequence[Shape],
+    shapes: Sequence[AnyShape],
     *,
     seed: int | None,
     epoch: int = 0,
 ) -> list[Microbatch]:
     """Every group once, in microbatches of one shape each, shuffled by (seed, epoch).
 
-    Groups left over in one shape move on to the next that holds them, which has room for as many
-    or fewer: so fillers are needed once at most. `seed=None` keeps the order of the data, for
+    The shapes are all packed or all padded. `seed=None` keeps the order of the data, for
     evaluation.
     """
     random = None if seed is None else np.random.default_rng((seed, epoch))
     order = np.arange(len(groups)) if random is None else random.permutation(len(groups))
+    packed = [shape for shape in shapes if isinstance(shape, PackedShape)]
+    if packed:
+        batches = [Microbatch(*batch) for batch in packed_order(groups, packed, order)]
+    else:
+        padded = [shape for shape in shapes if isinstance(shape, Shape)]
+        batches = _padded_order(groups, padded, order)
+    if random is None:
+        return sorted(batches, key=lambda batch: min(batch.indices))
+    return [batches[i] for i in random.permutation(len(batches))]
+
+
+def _padded_order(
+    groups: Sequence[TokenizedGroup], shapes: Sequence[Shape], order: npt.NDArray[np.int64]
+) -> list[Microbatch]:
+    """Groups left over in one shape move on to the next that holds them.
+
+    That has room for as many or fewer: so fillers are needed once at most.
+    """
     waiting: dict[Shape, list[int]] = {shape: [] for shape in shapes}
     for index in order:
         waiting[_fitting(lengths_of(groups[index]), shapes)].append(int(index))
@@ -54,9 +81,7 @@ def epoch_order(
                 break
             target = _fitting(lengths_of(groups[index]), shapes[position + 1 :])
             waiting[target].append(index)
-    if random is None:
-        return sorted(batches, key=lambda batch: min(batch.indices))
-    return [batches[i] for i in random.permutation(len(batches))]
+    return batches
 
 
 def _last(
@@ -87,7 +112,7 @@ def _fitting(lengths: tuple[int, int], shapes: Sequence[Shape]) -> Shape:
 
 def microbatch_stream(
     groups: Sequence[TokenizedGroup],
-    shapes: Sequence[Shape],
+    shapes: Sequence[AnyShape],
     *,
     seed: int,
     start: int = 0,
@@ -104,8 +129,10 @@ def microbatch_stream(
         epoch += 1
 
 
-def collate_groups(groups: Sequence[TokenizedGroup], shape: Shape) -> GroupBatch:
-    """Pad groups to `shape`; short batches are filled up with groups whose mask is all false."""
+def collate_groups(groups: Sequence[TokenizedGroup], shape: AnyShape) -> GroupBatch:
+    """Groups in `shape`; short batches are filled up with groups whose mask is all false."""
+    if isinstance(shape, PackedShape):
+        return collate_packed(groups, shape)
     rows, size = len(groups[0].completions), shape.groups
     prompts = np.zeros((size, shape.prompt), np.int32)
     lengths = np.ones((size,), np.int32)
@@ -130,7 +157,7 @@ def collate_groups(groups: Sequence[TokenizedGroup], shape: Shape) -> GroupBatch
 def collate_pairs(
     groups: Sequence[TokenizedGroup],
     reference_logps: Sequence[tuple[Logps, ...]] | None,
-    shape: Shape,
+    shape: AnyShape,
 ) -> PairBatch:
     """Pad pairs, with the reference's log-prob of each completion token where there is one."""
     batch = collate_groups(groups, shape)
@@ -148,7 +175,7 @@ def collate_pairs(
 def collate_labelled(
     groups: Sequence[TokenizedGroup],
     reference_logps: Sequence[tuple[Logps, ...]],
-    shape: Shape,
+    shape: AnyShape,
     completion: int = 0,
 ) -> LabelledBatch:
     """Pad groups, one completion of each, with the reference's log-probs of its tokens."""
@@ -198,7 +225,7 @@ def padding_waste(batches: Sequence[Microbatch], groups: Sequence[TokenizedGroup
     run = real = 0
     for batch in batches:
         rows = len(groups[batch.indices[0]].completions)
-        run += batch.shape.groups * tokens_of(batch.shape, rows)
+        run += tokens_run(batch.shape, rows)
         for index in batch.indices:
             group = groups[index]
             real += len(group.prompt) + sum(len(c) for c in group.completions)

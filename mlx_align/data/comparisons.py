@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mlx_align.data.batching import collate_groups
-from mlx_align.data.shapes import Shape
+from mlx_align.data.shapes import AnyShape
 from mlx_align.types import Comparisons, RewardBatch, TokenizedGroup
 
 Floats = npt.NDArray[np.float32]
@@ -108,7 +108,7 @@ def collate_rewards(
     groups: Sequence[TokenizedGroup],
     compared: Sequence[Compared],
     learns: npt.NDArray[np.float32],
-    shape: Shape,
+    shape: AnyShape,
 ) -> RewardBatch:
     """Pad groups of equally many completions, with what is known of each two of them.
 

@@ -40,6 +40,25 @@ class Shape(NamedTuple):
     groups: int
 
 
+class PackedShape(NamedTuple):
+    """What a packed microbatch holds: two rows, filled with whole groups.
+
+    Attributes:
+        prompt: Tokens of the row of prompts.
+        completion: Tokens of the row of completions.
+        groups: The most prompts that can stand in it.
+        longest: The longest completion that can.
+    """
+
+    prompt: int
+    completion: int
+    groups: int
+    longest: int
+
+
+AnyShape = Shape | PackedShape
+
+
 @dataclass(frozen=True)
 class BatchLimit:
     """How many groups a microbatch holds: always as many, or as many as fit.
@@ -49,36 +68,82 @@ class BatchLimit:
         tokens: Where it is set, what decides instead: as many groups as fit so many tokens, at
             least one. Padding counts, and so do all completions of a group, those that do not run
             beside each other too (KTO's mismatched ones).
+        packed: Whether groups then stand one behind the other, instead of padded to one length.
     """
 
     groups: int = 1
     tokens: int | None = None
+    packed: bool = False
 
     def of(self, tokens: int) -> int:
         """Groups of a microbatch whose groups take `tokens` each, padding counted."""
         return self.groups if self.tokens is None else max(1, self.tokens // tokens)
 
 
-def batch_limit(config: TrainConfig) -> BatchLimit:
-    """What --batch-size or --batch-tokens says."""
+def batch_limit(config: TrainConfig, *, packs: bool = False) -> BatchLimit:
+    """What --batch-size or --batch-tokens says; `packs` is whether model and task can be packed."""
     if config.batch_tokens is not None:
-        return BatchLimit(tokens=config.batch_tokens)
+        return BatchLimit(tokens=config.batch_tokens, packed=packs)
     return BatchLimit(config.batch_size or DEFAULT_BATCH_SIZE)
 
 
 def plan_shapes(
     groups: Sequence[TokenizedGroup], limit: BatchLimit, max_shapes: int = MAX_SHAPES
-) -> list[Shape]:
-    """At most `max_shapes` shapes that hold every group with little padding, cheapest first.
+) -> list[AnyShape]:
+    """At most `max_shapes` shapes that hold every group with little padding, cheapest first."""
+    if limit.packed and limit.tokens is not None:
+        return [*_plan_packed(groups, limit.tokens, max_shapes)]
+    lengths = np.array([lengths_of(group) for group in groups])
+    rows = max(len(group.completions) for group in groups)
+    shapes = _choose(_Table(lengths, rows, limit), max_shapes)
+    return [*sorted(shapes, key=lambda shape: tokens_of(shape, rows))]
+
+
+def _plan_packed(
+    groups: Sequence[TokenizedGroup], tokens: int, max_shapes: int
+) -> list[PackedShape]:
+    """One shape of so many tokens, and shapes for the groups that don't fit its rows, after it.
+
+    The rows share the tokens as prompts and completions do in all of the data, so both fill up.
+    Shapes of longer groups are chosen like padded ones, and have the tokens of the first at least:
+    what a group leaves is room for short ones. They may have more, even where no group has.
+    """
+    lengths = np.array([packed_lengths(group) for group in groups])
+    in_all = lengths.sum(axis=0)
+    split = round(tokens * in_all[0] / in_all.sum() / ROUND) * ROUND
+    widths = np.array([split, tokens // ROUND * ROUND - split])
+    widths = np.minimum(widths, -(-in_all // ROUND) * ROUND)
+    found = []
+    fitting = (lengths <= widths).all(axis=1)
+    if fitting.any():
+        found.append((int(widths[0]), int(widths[1])))
+    # Apart, or one shape would have to be as wide as the longest prompt and the longest answers.
+    long_prompts = lengths[:, 0] > widths[0]
+    for long, kind in ((True, long_prompts), (False, ~long_prompts & ~fitting)):
+        if not kind.any():
+            continue
+        chosen = _choose(_Table(lengths[kind], 1, BatchLimit()), (max_shapes - 1) // 2)
+        for prompt, completion, _ in sorted(chosen, key=lambda shape: tokens_of(shape, 1)):
+            spare = max(0, tokens - prompt - completion) // ROUND * ROUND
+            found.append((prompt + spare * (not long), completion + spare * long))
+    longest = np.array([lengths_of(group)[1] for group in groups])
+    shapes = []
+    for prompt, completion in dict.fromkeys(found):
+        inside = (lengths <= [prompt, completion]).all(axis=1)
+        filled = np.sort(lengths[inside], axis=0).cumsum(axis=0) <= [prompt, completion]
+        widest = int(-(-longest[inside].max() // ROUND) * ROUND)
+        shapes.append(PackedShape(prompt, completion, int(filled.sum(axis=0).min()), widest))
+    return shapes
+
+
+def _choose(table: _Table, max_shapes: int) -> list[Shape]:
+    """At most `max_shapes` shapes of the table that hold all its groups with little padding.
 
     From one shape that holds all, the shape is added that saves most padded tokens, until it
     would save less than `MIN_SAVING`; then each in turn is exchanged for whatever serves better
     beside the others, until nothing does. No shape has fewer groups than two of its batches: with
     filler in a batch that is never full it would cost what it saves.
     """
-    lengths = np.array([lengths_of(group) for group in groups])
-    rows = max(len(group.completions) for group in groups)
-    table = _Table(lengths, rows, limit)
     chosen = [table.largest]
     while len(chosen) < max_shapes:
         paid = table.paid(chosen)
@@ -95,8 +160,7 @@ def plan_shapes(
             if best is not None and table.paid([*rest, best]).sum() < table.paid(chosen).sum():
                 chosen[place] = best
                 improved = True
-    shapes = [table.shapes[index] for index in chosen]
-    return sorted(shapes, key=lambda shape: tokens_of(shape, rows))
+    return [table.shapes[index] for index in chosen]
 
 
 class _Table:
@@ -158,6 +222,18 @@ def _widths(lengths: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
 def lengths_of(group: TokenizedGroup) -> tuple[int, int]:
     """Tokens of a group's prompt and of its longest completion."""
     return len(group.prompt), max(len(completion) for completion in group.completions)
+
+
+def packed_lengths(group: TokenizedGroup) -> tuple[int, int]:
+    """Tokens of a group's prompt and of all its completions together."""
+    return len(group.prompt), sum(len(completion) for completion in group.completions)
+
+
+def tokens_run(shape: AnyShape, rows: int) -> int:
+    """Tokens, padding counted, of a microbatch of groups of `rows` completions."""
+    if isinstance(shape, PackedShape):
+        return shape.prompt + shape.completion
+    return shape.groups * tokens_of(shape, rows)
 
 
 def tokens_of(shape: Shape, rows: int) -> int:

@@ -8,7 +8,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_align.data.batching import collate_groups, epoch_order
-from mlx_align.data.shapes import Shape
+from mlx_align.data.shapes import AnyShape
 from mlx_align.models.heads import completion_scores
 from mlx_align.models.loading import LanguageModel
 from mlx_align.models.logps import batch_token_logps
@@ -53,7 +53,7 @@ def score_groups(
     scorer: Scorer,
     tree: Tree,
     groups: Sequence[TokenizedGroup],
-    shapes: Sequence[Shape],
+    shapes: Sequence[AnyShape],
     on_batch: Callable[[list[int], list[tuple[Logps, ...]]], None] | None = None,
     *,
     per_token: bool = True,

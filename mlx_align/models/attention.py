@@ -175,6 +175,43 @@ def attend_to_prompt(
     return mx.moveaxis(out, 2, 1).reshape(rows, heads, length, out.shape[-1])
 
 
+def attend_among(
+    queries: mx.array,
+    own: tuple[mx.array, mx.array],
+    member: mx.array,
+    scale: float,
+    prompt: tuple[mx.array, mx.array, mx.array] | None = None,
+    longest: int | None = None,
+) -> mx.array:
+    """Attention (1, heads, L, E) of a packed row: each token to its prompt and its member's past.
+
+    Args:
+        queries: (1, heads, L, E).
+        own: The row's keys and values, (1, G, L, E).
+        member: (L,), which tokens belong together; a member's stand side by side.
+        scale: Of the scores.
+        prompt: Keys and values (1, G, P, E) of another row, and who sees which, (L, P) bool.
+        longest: The most tokens of a member.
+    """
+    _, heads, length, size = queries.shape
+    groups = own[0].shape[1]
+    split = queries.reshape(1, groups, 1, heads // groups, length, size)
+    stretch = max(SHORTEST_STRETCH, -(-length // STRETCHES))
+    position = mx.arange(length)
+    parts = []
+    for start in range(0, length, stretch):
+        end = min(start + stretch, length)
+        first = 0 if longest is None else max(0, start + 1 - longest)
+        rows, past = slice(start, end), slice(first, end)
+        near = member[rows, None] == member[None, past]
+        mask = near & (position[rows, None] >= position[None, past])
+        segments = [Segment(own[0][:, :, past], own[1][:, :, past], mask)]
+        if prompt is not None:
+            segments.append(Segment(prompt[0], prompt[1], prompt[2][rows]))
+        parts.append(attend(split[..., rows, :], segments, scale))
+    return mx.concatenate(parts, axis=-2).reshape(queries.shape[:-1] + own[1].shape[-1:])
+
+
 # (queries, keys, values, scale) -> attention, or None where mlx must compute it.
 Attention = Callable[[mx.array, mx.array, mx.array, float], mx.array | None]
 

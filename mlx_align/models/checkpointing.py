@@ -18,6 +18,7 @@ from mlx.utils import tree_flatten, tree_map
 
 from mlx_align.models.caches import CompletionKV, PromptKV, StateCache
 from mlx_align.models.compat import layer_calls
+from mlx_align.models.packed import PackedKV
 from mlx_align.models.roles import acting_as
 
 # Keys of the blocks being (re)computed now, innermost last; empty outside checkpointed blocks.
@@ -107,7 +108,7 @@ def _fresh_key() -> mx.array:
 
 
 def _is_cache(leaf: Any) -> bool:
-    return isinstance(leaf, PromptKV | CompletionKV | StateCache)
+    return isinstance(leaf, PromptKV | CompletionKV | StateCache | PackedKV)
 
 
 def _is_leaf(node: Any) -> bool:
@@ -117,7 +118,11 @@ def _is_leaf(node: Any) -> bool:
 def _filling_caches(tree: Any) -> list[Any]:
     """The caches that a layer writes to; completions only read theirs."""
     leaves = (leaf for _, leaf in tree_flatten(tree, is_leaf=_is_leaf))
-    return [leaf for leaf in leaves if isinstance(leaf, PromptKV | StateCache)]
+    return [leaf for leaf in leaves if _is_filling(leaf)]
+
+
+def _is_filling(leaf: Any) -> bool:
+    return isinstance(leaf, PromptKV | StateCache) or (isinstance(leaf, PackedKV) and leaf.fills)
 
 
 def _pull_out_arrays(tree: Any) -> tuple[list[mx.array], Callable[[list[mx.array]], Any]]:
@@ -147,7 +152,7 @@ def _pull_out_arrays(tree: Any) -> tuple[list[mx.array], Callable[[list[mx.array
     return arrays, rebuild
 
 
-def _refill(cache: PromptKV | StateCache, arrays: list[mx.array]) -> None:
+def _refill(cache: PromptKV | StateCache | PackedKV, arrays: list[mx.array]) -> None:
     """Put what the checkpointed layer handed back into the caller's cache object."""
     filled = cache.with_arrays(arrays)
     cache.__dict__.update(filled.__dict__)

@@ -51,6 +51,7 @@ class Anatomy:
             it splits heads into groups before masking (gemma2), so that a mask per row lines up.
         flat_caches: Whether whole rows need caches: later layers of some families (gemma3n) borrow
             keys, and find them nowhere else.
+        packs: Whether several groups may run one behind the other in one row.
     """
 
     model: nn.Module
@@ -59,6 +60,7 @@ class Anatomy:
     inner_name: str
     mask_axes: int = 1
     flat_caches: bool = False
+    packs: bool = False
 
     def hidden(self, tokens: mx.array, cache: list[Any] | None = None) -> mx.array:
         """Hidden states (rows, length, D) that the vocabulary head reads."""

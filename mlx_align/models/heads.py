@@ -16,7 +16,7 @@ import mlx.nn as nn
 
 from mlx_align.errors import ModelError
 from mlx_align.models.compat import Anatomy
-from mlx_align.models.trunk import completion_hidden
+from mlx_align.models.trunk import completion_hidden, packed_hidden
 from mlx_align.types import GroupBatch
 
 HEAD_NAME = "reward_head"
@@ -83,17 +83,24 @@ def completion_scores(
         shared: Run each prompt once for all its completions.
         grad_checkpoint: Recompute activations in the backward pass.
     """
+    mask = batch.completion_mask
+    ends = mx.where(mask, mx.arange(1, mask.shape[1] + 1)[None], 0).max(axis=1)
+    if batch.packing is not None:
+        _, rows = packed_hidden(anatomy, batch, grad_checkpoint=grad_checkpoint)
+        at = mx.take_along_axis(batch.packing.place, mx.maximum(ends - 1, 0)[:, None], axis=1)
+        return _scores(anatomy, rows[0][at[:, 0]])
     # Hidden state t predicts token t, so the one that has read the last token is the one that
     # would predict what comes after it: one more (padded) column brings it in.
-    mask = batch.completion_mask
     wider = batch._replace(
         completion_tokens=mx.pad(batch.completion_tokens, [(0, 0), (0, 1)]),
         completion_mask=mx.pad(mask, [(0, 0), (0, 1)]),
     )
     hidden = completion_hidden(anatomy, wider, shared=shared, grad_checkpoint=grad_checkpoint)
-    ends = mx.where(mask, mx.arange(1, mask.shape[1] + 1)[None], 0).max(axis=1)
-    last = mx.take_along_axis(hidden, ends[:, None, None], axis=1)[:, 0]
-    scores: mx.array = anatomy.model[HEAD_NAME](last)
+    return _scores(anatomy, mx.take_along_axis(hidden, ends[:, None, None], axis=1)[:, 0])
+
+
+def _scores(anatomy: Anatomy, hidden: mx.array) -> mx.array:
+    scores: mx.array = anatomy.model[HEAD_NAME](hidden)
     return scores
 
 

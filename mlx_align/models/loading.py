@@ -61,6 +61,11 @@ class LanguageModel:
     adapter_dtype: mx.Dtype | None = None
 
     @property
+    def packs(self) -> bool:
+        """Whether several groups may run in one row; decided by the check at load."""
+        return self.anatomy.packs
+
+    @property
     def module(self) -> nn.Module:
         """The mlx-lm model."""
         return self.anatomy.model

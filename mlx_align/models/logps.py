@@ -18,8 +18,9 @@ import mlx.core as mx
 from mlx.utils import tree_map
 
 from mlx_align.models.compat import Anatomy
+from mlx_align.models.packed import predicting_states
 from mlx_align.models.roles import acting_as
-from mlx_align.models.trunk import completion_hidden
+from mlx_align.models.trunk import completion_hidden, packed_hidden
 from mlx_align.types import GroupBatch
 
 # Logits held at a time, in elements: 8 MB of float32, some four times over with exponential and
@@ -39,8 +40,8 @@ def batch_token_logps(
     anatomy: Anatomy, batch: GroupBatch, *, shared: bool = True, grad_checkpoint: bool = False
 ) -> mx.array:
     """Log-prob (N, C) float32, nats, of every completion token; 0 where the mask is false."""
-    hidden = completion_hidden(anatomy, batch, shared=shared, grad_checkpoint=grad_checkpoint)
-    return mx.where(batch.completion_mask, token_logps(anatomy, hidden, batch.completion_tokens), 0)
+    hidden, targets = _predicting(anatomy, batch, shared, grad_checkpoint)
+    return _laid_out(batch, token_logps(anatomy, hidden, targets))
 
 
 def batch_token_statistics(
@@ -51,10 +52,28 @@ def batch_token_statistics(
     The second (N, C) float32, nats, has no gradient; both come from one pass over the vocabulary
     and are 0 where the mask is false.
     """
-    hidden = completion_hidden(anatomy, batch, shared=shared, grad_checkpoint=grad_checkpoint)
-    logps, squares = _head(anatomy, hidden, batch.completion_tokens, log_squares=True)
-    mask = batch.completion_mask
-    return mx.where(mask, logps, 0), mx.stop_gradient(mx.where(mask, squares, 0))
+    hidden, targets = _predicting(anatomy, batch, shared, grad_checkpoint)
+    logps, squares = _head(anatomy, hidden, targets, log_squares=True)
+    return _laid_out(batch, logps), mx.stop_gradient(_laid_out(batch, squares))
+
+
+def _predicting(
+    anatomy: Anatomy, batch: GroupBatch, shared: bool, grad_checkpoint: bool
+) -> tuple[mx.array, mx.array]:
+    """Hidden states (…, D) and the tokens (…,) they predict: (N, C), of a packed batch (T,)."""
+    packing = batch.packing
+    if packing is None:
+        hidden = completion_hidden(anatomy, batch, shared=shared, grad_checkpoint=grad_checkpoint)
+        return hidden, batch.completion_tokens
+    rows = packed_hidden(anatomy, batch, grad_checkpoint=grad_checkpoint)
+    return predicting_states(batch, packing, *rows), packing.tokens
+
+
+def _laid_out(batch: GroupBatch, values: mx.array) -> mx.array:
+    """Values of the tokens that `_predicting` gave, as (N, C); 0 where the mask is false."""
+    if batch.packing is not None:
+        values = values[batch.packing.place]
+    return mx.where(batch.completion_mask, values, 0)
 
 
 def token_logps(anatomy: Anatomy, hidden: mx.array, targets: mx.array) -> mx.array:

@@ -8,17 +8,20 @@ the model's dtype, not an error.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
+import numpy.typing as npt
 
 from mlx_align.errors import ModelError
 from mlx_align.models.attention import float32_attention
 from mlx_align.models.compat import Anatomy
 from mlx_align.models.logps import batch_token_logps
 from mlx_align.models.trunk import flat_rows
-from mlx_align.types import GroupBatch
+from mlx_align.types import GroupBatch, Packing
 
 # Shared may differ from flat by so many times what two flat paddings, or two precisions of
 # attention, differ by …
@@ -74,9 +77,53 @@ def check_paths(anatomy: Anatomy, vocab_size: int) -> tuple[Anatomy, bool, str]:
         gap = max(gaps)
         if gap <= allowed:
             note = f"prompts are shared (checked against whole rows: at most {gap:.1e} nats apart)"
-            return candidate, True, note
+            why_not = _refuses_packing(candidate, narrow, flat, allowed)
+            note += f"; rows are padded, not packed: {why_not}" if why_not else ""
+            return replace(candidate, packs=not why_not), True, note
         reason = f"sharing changes log-probs by {gap:.2g} nats, {allowed:.2g} allowed"
     return anatomy, False, f"prompts are run once per completion: {reason}"
+
+
+def _refuses_packing(anatomy: Anatomy, narrow: GroupBatch, flat: mx.array, allowed: float) -> str:
+    """Why the groups of a batch can't run in one row; nothing where they can.
+
+    Every token of one group that another's saw would change its log-probs.
+    """
+    batch = packed_batch(narrow, pad=3)
+    try:
+        gap = max(
+            _gap(batch_token_logps(anatomy, batch, grad_checkpoint=way), flat)
+            for way in (False, True)
+        )
+    except ModelError as error:
+        return str(error)
+    except _FAILURES as error:
+        return f"its code can't run them in one row ({_words(error)})"
+    if not gap <= allowed:
+        return f"packing changes log-probs by {gap:.2g} nats, {allowed:.2g} allowed"
+    return ""
+
+
+def packed_batch(batch: GroupBatch, pad: int) -> GroupBatch:
+    """The same groups packed, each row with `pad` tokens of padding."""
+    prompts = np.array(batch.prompt_lengths)
+    lengths = np.array(batch.completion_mask).sum(axis=1)
+    tokens, place = np.array(batch.completion_tokens), np.zeros(batch.completion_mask.shape)
+    for n, length in enumerate(lengths):
+        place[n, :length] = lengths[:n].sum() + np.arange(length)
+    row = [np.array(batch.prompt_tokens)[b, :length] for b, length in enumerate(prompts)]
+    number = np.repeat(np.arange(len(lengths)), lengths)
+    packing = Packing(
+        tokens=_row([tokens[n, :length] for n, length in enumerate(lengths)], pad),
+        completion=_row([number, np.full(pad, -1)], 0),
+        step=_row([np.arange(length) for length in lengths], pad),
+        place=mx.array(place.astype(np.int32)),
+    )
+    return batch._replace(prompt_tokens=_row(row, pad)[None], packing=packing)
+
+
+def _row(parts: Sequence[npt.NDArray[Any]], pad: int) -> mx.array:
+    return mx.array(np.pad(np.concatenate(parts), (0, pad)).astype(np.int32))
 
 
 def check_adapted(model: Anatomy, vocab_size: int) -> None:

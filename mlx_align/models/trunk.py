@@ -19,6 +19,7 @@ from mlx_align.models.caches import CompletionKV, prompt_caches
 from mlx_align.models.checkpointing import checkpointed
 from mlx_align.models.compat import Anatomy
 from mlx_align.models.gated import lean_gates
+from mlx_align.models.packed import packed_completion_caches, packed_prompt_caches, packed_rows
 from mlx_align.types import GroupBatch
 
 
@@ -34,10 +35,33 @@ def completion_hidden(
             run every completion as a whole row of its own.
         grad_checkpoint: Keep only each block's inputs and recompute it in the backward pass.
     """
+    assert batch.packing is None
     way = _shared if shared else _flat
     within = partial(_own_parts, anatomy)
     with within(), checkpointed(anatomy.model, within) if grad_checkpoint else nullcontext():
         return way(anatomy, batch)
+
+
+def packed_hidden(
+    anatomy: Anatomy, batch: GroupBatch, *, grad_checkpoint: bool = False
+) -> tuple[mx.array, mx.array]:
+    """Hidden states of a packed batch's two rows, (1, P, D) and (1, T, D), after each token.
+
+    Raises:
+        ModelError: The family can't be packed.
+    """
+    assert batch.packing is not None
+
+    @contextmanager
+    def within() -> Iterator[None]:
+        with packed_rows(), lean_gates(anatomy.model):
+            yield
+
+    with within(), checkpointed(anatomy.model, within) if grad_checkpoint else nullcontext():
+        caches = packed_prompt_caches(anatomy.model, batch)
+        prompts = anatomy.hidden(batch.prompt_tokens, cache=caches)
+        on_top = packed_completion_caches(batch, batch.packing, caches)
+        return prompts, anatomy.hidden(batch.packing.tokens[None], cache=on_top)
 
 
 @contextmanager

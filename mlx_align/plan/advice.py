@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
-from mlx_align.data.shapes import BatchLimit, Shape
+from mlx_align.data.shapes import AnyShape, BatchLimit, PackedShape
 from mlx_align.plan.headers import ModelShape
 from mlx_align.plan.memory import Workload, plan_memory
 
@@ -25,7 +25,7 @@ GROUP_OVERHEAD_BITS = 32 / GROUP_SIZE
 WORTH = 0.01
 
 # The batch shapes that are left when rows longer than so many tokens are dropped.
-ShapesWithin = Callable[[int, BatchLimit], Sequence[Shape]]
+ShapesWithin = Callable[[int, BatchLimit], Sequence[AnyShape]]
 
 
 @dataclass(frozen=True)
@@ -146,7 +146,15 @@ def _smaller_batch(work: Workload) -> Ladder:
 
 def _divided(work: Workload, *, parts: int, limit: BatchLimit, accumulation: int) -> Workload:
     """The workload with so many times fewer prompts in its shapes, at least one."""
-    shapes = tuple(shape._replace(groups=max(1, shape.groups // parts)) for shape in work.shapes)
+
+    def part(shape: AnyShape) -> AnyShape:
+        groups = max(1, shape.groups // parts)
+        if isinstance(shape, PackedShape):
+            rows = shape.prompt // parts, max(shape.completion // parts, shape.longest)
+            return PackedShape(*rows, groups, shape.longest)
+        return shape._replace(groups=groups)
+
+    shapes = tuple(part(shape) for shape in work.shapes)
     return replace(work, shapes=shapes, limit=limit, accumulation=accumulation)
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from mlx_align.config import KtoConfig, RewardConfig, SftConfig, TrainConfig
-from mlx_align.data.shapes import BatchLimit, Shape, batch_limit, plan_shapes
+from mlx_align.data.shapes import AnyShape, BatchLimit, Shape, batch_limit, plan_shapes
 from mlx_align.errors import ConfigError, ModelError
 from mlx_align.models.adapters import AdapterLayout, compute_dtype
 from mlx_align.models.loading import ModelFolder
@@ -22,6 +22,17 @@ from mlx_align.types import TokenizedGroup
 ALWAYS_FITS_BYTES = 1_000_000_000
 # Families whose caches can't be shared: their completions run as whole rows.
 WHOLE_ROWS = ("rwkv7", "gemma3n", "deepseek_v32", "llama4", "mamba", "mamba2", "nemotron_h")
+# Families that can't be packed though they have no sliding window.
+PADDED_ROWS = (
+    "gemma2",
+    "deepseek_v3",
+    "stablelm",
+    "gpt2",
+    "mamba2",
+    "lfm2",
+    "qwen3_next",
+    "qwen3_5",
+)
 
 
 @dataclass(frozen=True)
@@ -68,7 +79,7 @@ def make_plan(
     model = read_shape(folder.path, folder.config)
     dtypes = [mx.bfloat16] if model.activation_dtype == "BF16" else []
     computed = compute_dtype(config.adapter_dtype, dtypes)
-    within, limit = _shapes_within(groups), batch_limit(config)
+    within, limit = _shapes_within(groups), batch_limit(config, packs=_packs(config, folder))
     rows = 2 if not groups else max(len(group.completions) for group in groups)
     if isinstance(config, KtoConfig | SftConfig):
         rows = 1  # of KTO's two completions the mismatched one runs by itself, without gradient
@@ -92,6 +103,14 @@ def make_plan(
     fits = memory.peak_bytes <= available
     steps = [] if fits else advise(model, work, config.max_seq_length, within, available)
     return Plan(machine, model, work, memory, fits, steps)
+
+
+def _packs(config: TrainConfig, folder: ModelFolder) -> bool:
+    """Whether the run's groups will stand in packed rows, as far as the configuration tells."""
+    own = folder.config
+    windows = own.get("sliding_window") and own.get("use_sliding_window", True)
+    padded = own.get("model_type") in WHOLE_ROWS + PADDED_ROWS or windows
+    return not padded and not isinstance(config, KtoConfig)
 
 
 def check_fits(
@@ -146,13 +165,13 @@ def say_bytes(count: float) -> str:
 
 def _shapes_within(
     groups: Sequence[TokenizedGroup] | None,
-) -> Callable[[int, BatchLimit], list[Shape]]:
+) -> Callable[[int, BatchLimit], list[AnyShape]]:
     """The batch shapes of the rows of at most so many tokens; [] where none is left."""
 
-    def within(length: int, limit: BatchLimit) -> list[Shape]:
+    def within(length: int, limit: BatchLimit) -> list[AnyShape]:
         if groups is None:
             half = -(-length // 16) * 8
-            return [Shape(half, half, limit.of(3 * half))]
+            return [Shape(half, half, limit.of(3 * half))]  # of equal lengths, none is padded
         short = [
             group
             for group in groups

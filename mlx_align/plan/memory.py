@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from mlx_align.data.shapes import BatchLimit, Shape
+from mlx_align.data.shapes import AnyShape, BatchLimit, PackedShape
 from mlx_align.models.attention import causal_share
 from mlx_align.models.logps import CHUNK_ELEMENTS, MIN_CHUNK_ROWS
 from mlx_align.plan.headers import Linear, ModelShape
@@ -67,7 +67,7 @@ class Workload:
         vocabulary: Whether completions meet the vocabulary head; a reward model's head is one row.
     """
 
-    shapes: tuple[Shape, ...]
+    shapes: tuple[AnyShape, ...]
     limit: BatchLimit = field(default_factory=BatchLimit)
     rows: int = 2
     accumulation: int = 8
@@ -95,7 +95,7 @@ class MemoryPlan:
 
     parts: Mapping[str, int]
     moment: str
-    shape: Shape
+    shape: AnyShape
     trained_parameters: int
 
     @property
@@ -160,21 +160,26 @@ class _Pass:
     def scores(self) -> float:
         """Attention scores of one head, of all rows, that are made."""
         own = self.tokens * (self.tokens // self.rows)
-        return (
-            own * causal_share(self.tokens // self.rows)
-            if self.keys == 0
-            else (own + self.tokens * self.keys)
-        )
+        if self.keys == 0:
+            return own * causal_share(self.tokens // self.rows)
+        return own + self.tokens * self.keys
 
 
-def _passes(work: Workload, shape: Shape) -> list[_Pass]:
+def _passes(work: Workload, shape: AnyShape) -> list[_Pass]:
+    if isinstance(shape, PackedShape):
+        # Scores of other groups' keys are made too, and hidden.
+        return [
+            _Pass(shape.prompt, 1),
+            _Pass(shape.completion, 1, shape.prompt),
+        ]
     prompts, rows = shape.groups, shape.groups * work.rows
     if not work.shared:
         return [_Pass(rows * (shape.prompt + shape.completion), rows)]
-    # The last token of a completion is predicted, never read.
+    # The last token of a completion is predicted, never read; but a reward is read at it.
+    width = shape.completion - work.vocabulary
     return [
         _Pass(prompts * shape.prompt, prompts),
-        _Pass(rows * (shape.completion - 1), rows, shape.prompt),
+        _Pass(rows * width, rows, shape.prompt),
     ]
 
 
@@ -201,13 +206,14 @@ class _Bytes:
         return self.activations + self.attention + self.head
 
 
-def _plan_shape(model: ModelShape, work: Workload, shape: Shape) -> MemoryPlan:
+def _plan_shape(model: ModelShape, work: Workload, shape: AnyShape) -> MemoryPlan:
     passes = _passes(work, shape)
     trained = model.blocks if work.num_layers < 0 else min(work.num_layers, model.blocks)
     block = sum((_held_by_block(model, work, one) for one in passes), _Bytes())
     held = _held_checkpointed(model, passes) if work.grad_checkpoint else block
     held = held * trained + _dense_copies(model, work)
-    scored = shape.groups * work.rows * shape.completion if work.vocabulary else 0
+    rows = 1 if isinstance(shape, PackedShape) else shape.groups * work.rows
+    scored = rows * shape.completion if work.vocabulary else 0
     # Per completion token: the gradient by its hidden state, which waits for the loss.
     gradient = _Bytes(head=scored * model.hidden * model.activation_bytes)
     worked = _worked_on(model, work, passes) + (block if work.grad_checkpoint else _Bytes())

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from mlx_align.config import KtoConfig, TrainConfig
 from mlx_align.data.batching import groups_per_batch
-from mlx_align.data.shapes import batch_limit
+from mlx_align.data.shapes import BatchLimit, batch_limit
 from mlx_align.errors import ConfigError
 from mlx_align.models.adapters import AdapterLayout
 from mlx_align.types import TokenizedGroup
@@ -45,6 +45,7 @@ def expected(
     source: str,
     *,
     has_reference: bool,
+    limit: BatchLimit,
 ) -> Duration:
     """The time that a run over `groups` takes at `rate` tokens per second."""
     # Of KTO's two completions the mismatched one is not counted in a run's tokens.
@@ -52,7 +53,7 @@ def expected(
     per_epoch = sum(len(g.prompt) + sum(map(len, g.completions[:trained])) for g in groups)
     referred = sum(len(g.prompt) + sum(map(len, g.completions)) for g in groups)
     if config.iters is not None:
-        per_update = config.grad_accumulation_steps * groups_per_batch(groups, batch_limit(config))
+        per_update = config.grad_accumulation_steps * groups_per_batch(groups, limit)
         seen = config.iters * per_update / len(groups)
     else:
         seen = config.epochs or 1.0

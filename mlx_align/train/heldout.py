@@ -10,7 +10,7 @@ import numpy as np
 
 from mlx_align.config import TrainConfig
 from mlx_align.data.batching import groups_per_batch
-from mlx_align.data.shapes import batch_limit, plan_shapes
+from mlx_align.data.shapes import BatchLimit, batch_limit, plan_shapes
 from mlx_align.inference.score import Scorer, score_groups
 from mlx_align.models.loading import ModelFolder
 from mlx_align.models.roles import Tree
@@ -37,17 +37,17 @@ class Evaluation:
     def __init__(
         self,
         task: Task,
-        config: TrainConfig,
+        limit: BatchLimit,
         scorer: Scorer,
         groups: Sequence[TokenizedGroup],
         reference: GroupLogps,
         run: Path,
         display: Display,
     ) -> None:
-        self.task, self.config, self.scorer = task, config, scorer
+        self.task, self.scorer = task, scorer
         self.groups, self.reference = groups, reference
         self.run, self.display = run, display
-        self.shapes = plan_shapes(groups, batch_limit(config)) if groups else []
+        self.shapes = plan_shapes(groups, limit) if groups else []
 
     def __call__(self, step: int, tree: Tree) -> None:
         """Score the held-out groups under `tree` and record the metrics of update `step`."""
@@ -96,6 +96,7 @@ def kl_from_reference(
     tree: Tree,
     prompts: Sequence[TokenizedGroup],
     config: TrainConfig,
+    limit: BatchLimit,
 ) -> dict[str, float] | None:
     """KL(policy‖reference) in nats per sequence, with its standard error, from own samples.
 
@@ -113,7 +114,7 @@ def kl_from_reference(
         seed=config.seed + 1,
     )
     groups = as_groups(prompts, drawn)
-    shapes = plan_shapes(groups, batch_limit(config))
+    shapes = plan_shapes(groups, limit)
     ours = score_groups(scorer, tree, groups, shapes)
     theirs = score_groups(scorer, policy.start, groups, shapes)
     k1 = np.array([(o[0] - t[0]).sum(dtype=np.float64) for o, t in zip(ours, theirs, strict=True)])

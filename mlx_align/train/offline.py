@@ -19,7 +19,7 @@ from mlx.utils import tree_flatten
 from mlx_align.config import TrainConfig
 from mlx_align.data.batching import epoch_order, microbatch_stream, padding_waste
 from mlx_align.data.checks import render_facts
-from mlx_align.data.shapes import Shape, batch_limit, plan_shapes
+from mlx_align.data.shapes import AnyShape, BatchLimit, batch_limit, plan_shapes
 from mlx_align.inference.score import Scorer
 from mlx_align.models.adapters import AdapterLayout, save_adapter
 from mlx_align.models.loading import ModelFolder, open_model
@@ -92,14 +92,15 @@ def run_offline(
     policy = make_policy(config, folder, layout)
     display.note(_say_policy(policy, layout))
     scorer = task.scorer(policy.model)
-    shapes = plan_shapes(train_groups, batch_limit(config))
+    limit = batch_limit(config, packs=policy.model.packs and task.packs)
+    shapes = plan_shapes(train_groups, limit)
     settings = _loop_settings(config, train_groups, shapes)
     reference: GroupLogps | None = None
     reference_valid: GroupLogps = []
     if task.has_reference:
         used = _used_groups(config, train_groups, shapes, settings) if task.needs_reference else []
         reference, reference_valid = _references(
-            config, folder, policy, scorer, train_groups, used, held_out, shapes, display
+            config, folder, policy, scorer, train_groups, used, held_out, shapes, limit, display
         )
     optimizer = make_optimizer(policy.start, config.weight_decay)
     progress, tree = Progress(), policy.start
@@ -108,7 +109,7 @@ def run_offline(
         policy.model.module.update(tree)
         runlog.drop_rows_after(run, progress.step)
         display.note(f"Going on after update {progress.step} of {settings.total_steps}.")
-    evaluation = Evaluation(task, config, scorer, held_out, reference_valid, run, display)
+    evaluation = Evaluation(task, limit, scorer, held_out, reference_valid, run, display)
     if not resume and task.has_reference:
         evaluation.record(0, reference_valid)
     elif not resume:
@@ -149,11 +150,13 @@ def run_offline(
     ]
     held_out_facts = None
     if task.conclude is not None and valid_groups:
-        concluded = task.conclude(scorer, tree, folder, valid_groups, display)
+        concluded = task.conclude(scorer, tree, folder, valid_groups, limit, display)
         held_out_facts, samples = concluded.facts, concluded.samples
         display.note(concluded.text)
     runlog.write_samples(run, samples)
-    kl = kl_from_reference(scorer, policy, tree, prompts, config) if task.has_reference else None
+    kl = None
+    if task.has_reference:
+        kl = kl_from_reference(scorer, policy, tree, prompts, config, limit)
     order = epoch_order(train_groups, shapes, seed=config.seed)
     held_out_rows, last_row = runlog.eval_rows(run), runlog.training_rows(run)[-1]
     summary = {
@@ -197,7 +200,7 @@ def _say_policy(policy: Policy, layout: AdapterLayout) -> str:
 def _used_groups(
     config: TrainConfig,
     groups: Sequence[TokenizedGroup],
-    shapes: Sequence[Shape],
+    shapes: Sequence[AnyShape],
     settings: LoopSettings,
 ) -> list[int]:
     """The groups that training will see; a short run leaves most of a large data set alone."""
@@ -218,7 +221,8 @@ def _references(
     train_groups: Sequence[TokenizedGroup],
     used: Sequence[int],
     held_out: Sequence[TokenizedGroup],
-    shapes: Sequence[Shape],
+    shapes: Sequence[AnyShape],
+    limit: BatchLimit,
     display: Display,
 ) -> tuple[GroupLogps | None, GroupLogps]:
     """The reference's log-probs of used training and held-out groups, cached or computed now."""
@@ -227,7 +231,9 @@ def _references(
     key = reference_key(folder.path, adapter, config.adapter_dtype)
     cache = ReferenceCache(cache_folder.expanduser(), key)
 
-    def refer(groups: Sequence[TokenizedGroup], shapes: Sequence[Shape], what: str) -> GroupLogps:
+    def refer(
+        groups: Sequence[TokenizedGroup], shapes: Sequence[AnyShape], what: str
+    ) -> GroupLogps:
         if not groups:
             return []
         with display.bar(f"Reference, {what}", len(groups)) as bar:
@@ -235,7 +241,7 @@ def _references(
 
     try:
         on_used = refer([train_groups[i] for i in used], shapes, "training data")
-        held_out_shapes = plan_shapes(held_out, batch_limit(config)) if held_out else []
+        held_out_shapes = plan_shapes(held_out, limit) if held_out else []
         on_valid = refer(held_out, held_out_shapes, "held-out data")
         display.note(f"Reference log-probs: {cache.nbytes / 1e6:.1f} MB in {cache.file.parent}.")
     finally:
@@ -249,7 +255,7 @@ def _references(
 
 
 def _loop_settings(
-    config: TrainConfig, groups: Sequence[TokenizedGroup], shapes: Sequence[Shape]
+    config: TrainConfig, groups: Sequence[TokenizedGroup], shapes: Sequence[AnyShape]
 ) -> LoopSettings:
     per_epoch = len(epoch_order(groups, shapes, seed=config.seed))
     epochs = config.epochs or 1.0

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from mlx_align.data.batching import Microbatch
-from mlx_align.data.shapes import Shape
+from mlx_align.data.shapes import AnyShape
 from mlx_align.train.loop import Progress
 
 # Fewer updates are no measurement.
@@ -21,7 +21,7 @@ class Pace:
 
     def __init__(self, progress: Progress) -> None:
         self._tokens, self._seconds = progress.tokens, progress.seconds
-        self._seen: set[Shape] = set()
+        self._seen: set[AnyShape] = set()
         self._compiled = False
         self._timed_updates, self._timed_tokens, self._timed_seconds = 0, 0, 0.0
 

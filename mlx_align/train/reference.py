@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mlx_align.data.shapes import Shape
+from mlx_align.data.shapes import AnyShape
 from mlx_align.errors import ConfigError
 from mlx_align.inference.score import Scorer, score_groups
 from mlx_align.models.adapters import fingerprint_folder
@@ -113,7 +113,7 @@ def reference_logps(
     scorer: Scorer,
     start: Tree,
     groups: Sequence[TokenizedGroup],
-    shapes: Sequence[Shape],
+    shapes: Sequence[AnyShape],
     cache: ReferenceCache,
     on_progress: Callable[[int], None] | None = None,
 ) -> list[tuple[Logps, ...]]:

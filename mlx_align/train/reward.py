@@ -26,7 +26,7 @@ from mlx_align.data.comparisons import (
     members_that_learn,
 )
 from mlx_align.data.formats import read_preferences
-from mlx_align.data.shapes import batch_limit, plan_shapes
+from mlx_align.data.shapes import BatchLimit, plan_shapes
 from mlx_align.errors import ConfigError
 from mlx_align.inference.evaluate import RewardReport, render_report
 from mlx_align.inference.judge import judge
@@ -169,9 +169,10 @@ def reward_task(config: RewardConfig) -> Task:
         tree: Tree,
         folder: ModelFolder,
         groups: Sequence[TokenizedGroup],
+        limit: BatchLimit,
         display: Display,
     ) -> Conclusion:
-        return _conclude(config, scorer, tree, folder, groups, display)
+        return _conclude(config, scorer, tree, folder, groups, limit, display)
 
     return Task(
         command="reward",
@@ -241,6 +242,7 @@ def _conclude(
     tree: Tree,
     folder: ModelFolder,
     groups: Sequence[TokenizedGroup],
+    limit: BatchLimit,
     display: Display,
 ) -> Conclusion:
     """The report on all held-out data, and what the model thinks of a few groups."""
@@ -249,7 +251,7 @@ def _conclude(
             scorer,
             tree,
             groups,
-            plan_shapes(groups, batch_limit(config)),
+            plan_shapes(groups, limit),
             on_batch=lambda positions, _: bar.advance(len(positions)),
             per_token=False,
         )

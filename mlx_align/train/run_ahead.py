@@ -17,7 +17,7 @@ from types import TracebackType
 import mlx.core as mx
 
 from mlx_align.data.batching import Microbatch
-from mlx_align.data.shapes import Shape
+from mlx_align.data.shapes import AnyShape
 from mlx_align.plan.memory import room_bytes
 
 
@@ -29,7 +29,7 @@ class RunAhead:
     """
 
     def __init__(self) -> None:
-        self._needed: dict[Shape, int] = {}
+        self._needed: dict[AnyShape, int] = {}
         self._peak = 0
         self._before = 0
 

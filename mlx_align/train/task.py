@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from mlx_align.data.shapes import BatchLimit
 from mlx_align.inference.score import Scorer, make_scorer
 from mlx_align.models.loading import LanguageModel, ModelFolder
 from mlx_align.models.roles import Tree
@@ -41,8 +42,11 @@ class Conclusion(NamedTuple):
     text: str
 
 
-# (scorer, trained tree, model folder, held-out groups, display) -> what is said of them.
-Conclude = Callable[[Scorer, Tree, ModelFolder, Sequence[TokenizedGroup], Display], Conclusion]
+# (scorer, trained tree, model folder, held-out groups, limit of their batches, display) -> what is
+# said of them.
+Conclude = Callable[
+    [Scorer, Tree, ModelFolder, Sequence[TokenizedGroup], BatchLimit, Display], Conclusion
+]
 
 
 class Task(NamedTuple):
@@ -62,6 +66,7 @@ class Task(NamedTuple):
             against that, and the KL from it is estimated. Without it `measure` gets no reference.
         unit: What a group is called in the summary.
         scorer: Makes what runs held-out data (and the reference).
+        packs: Whether a microbatch's completions all run together, so that they can be packed.
         per_token: Whether that gives a number per token: log-probs, not rewards.
         conclude: What to say at the end of all held-out data; None for a policy, whose answers
             before and after and whose KL say it.
@@ -80,6 +85,7 @@ class Task(NamedTuple):
     has_reference: bool = True
     unit: str = "pairs"
     scorer: Callable[[LanguageModel], Scorer] = make_scorer
+    packs: bool = True
     per_token: bool = True
     conclude: Conclude | None = None
     afterwards: Callable[[ModelFolder, Path], str] = how_to_talk

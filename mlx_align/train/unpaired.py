@@ -269,6 +269,7 @@ def kto_task(config: KtoConfig) -> Task:
         measure=lambda logps, reference, groups: evaluate_rows(logps, reference, groups, loss),
         arrange=arrange,
         refine=refined,
+        packs=False,  # own and mismatched completions run apart, in shapes that hold one of them
     )
 
 
