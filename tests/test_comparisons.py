@@ -66,7 +66,7 @@ def test_each_member_leaves_a_fold_of_prompts_out():
 def test_fillers_of_a_batch_weigh_nothing():
     groups = filled_up([group([1, 2], [3], [4], scores=(3, 2, 1)), group([5], [6])])
     learns = np.ones((2, 2), np.float32)
-    batch = collate_rewards(groups, [compare(g) for g in groups], learns, Shape(8, 8), 3)
+    batch = collate_rewards(groups, [compare(g) for g in groups], learns, Shape(8, 8, 3))
     assert batch.weight.tolist() == [1, 1, 0]
     assert batch.learns.tolist() == [[1, 1], [1, 1], [0, 0]]
     assert batch.comparisons.weight.shape == (3, 3)
