@@ -80,7 +80,7 @@ CASES = (
     Case("DoRA, 4-bit", dtype="4-bit", prompt=64, completion=64, fine_tune_type="dora"),
     Case("reward model", reward=True),
     Case("reward model, plain, batch 2", reward=True, grad_checkpoint=False, batch_size=2),
-    Case("reward model, 4-bit", 512, 4, 1408, reward=True, dtype="4-bit"),
+    Case("reward model, 4-bit", reward=True, dtype="4-bit"),
 )
 # What a large vocabulary costs: width and vocabulary of Qwen2.5-0.5B, beside 8,000 words.
 _HEAD = Case("", 896, 2, 2048, 14, 2, tied=True)

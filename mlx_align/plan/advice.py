@@ -8,7 +8,7 @@ from functools import partial
 
 from mlx_align.data.shapes import AnyShape, BatchLimit, PackedShape
 from mlx_align.plan.headers import ModelShape
-from mlx_align.plan.memory import Workload, plan_memory
+from mlx_align.plan.memory import MemoryPlan, Workload, plan_memory
 
 # Shares of --max-seq-length that are tried, and the shortest worth training on, tokens.
 SHORTER = (0.75, 0.5, 0.25, 0.125)
@@ -57,7 +57,7 @@ def advise(
     Steps that would save next to nothing are left out. Where all of them together are not enough,
     they are all returned, and the last one does not fit.
     """
-    peak = plan_memory(model, work).peak_bytes
+    before = plan_memory(model, work)
     steps: list[Step] = []
     for ladder in (
         _to_lora(work),
@@ -68,20 +68,22 @@ def advise(
         _fewer_layers(model, work),
         _fewer_bits(model),
     ):
-        best: tuple[Step, ModelShape, Workload] | None = None
+        best: tuple[MemoryPlan, Step, ModelShape, Workload] | None = None
         for options, cost, change_model, change_work in ladder:
-            if peak <= available_bytes:
+            if before.peak_bytes <= available_bytes:
                 return steps
             now_model, now_work = change_model(model), change_work(work)
-            now = plan_memory(now_model, now_work).peak_bytes
-            if now > (best[0].peak_bytes if best else peak) * (1 - WORTH):
+            now = plan_memory(now_model, now_work)
+            # Without the room to run ahead, most of which is the same for all small runs.
+            if now.needed_bytes > (best[0] if best else before).needed_bytes * (1 - WORTH):
                 continue
-            best = Step(options, cost, now, now <= available_bytes), now_model, now_work
-            if now <= available_bytes:
+            fits = now.peak_bytes <= available_bytes
+            best = now, Step(options, cost, now.peak_bytes, fits), now_model, now_work
+            if fits:
                 break
         if best is not None:
-            steps.append(best[0])
-            peak, model, work = best[0].peak_bytes, best[1], best[2]
+            before, step, model, work = best
+            steps.append(step)
     return steps
 
 
