@@ -23,6 +23,7 @@ from mlx_lm.tuner.utils import linear_to_lora_layers
 
 from mlx_align.errors import ConfigError, ModelError
 from mlx_align.models.checkpointing import Dropout
+from mlx_align.models.compat import read_tensors
 from mlx_align.models.heads import HEAD_WEIGHTS, split_head
 from mlx_align.models.roles import Tree
 
@@ -202,14 +203,7 @@ def read_weights(folder: Path) -> dict[str, mx.array]:
     Raises:
         ModelError: The file is damaged.
     """
-    file = folder / ADAPTER_WEIGHTS
-    try:
-        weights = mx.load(str(file))
-        mx.eval(weights)
-    except (RuntimeError, ValueError) as error:
-        raise ModelError(f"{file}: damaged ({str(error).splitlines()[0][:120]})") from error
-    assert isinstance(weights, dict)
-    return weights
+    return read_tensors(folder / ADAPTER_WEIGHTS)
 
 
 def load_tree(folder: Path, fresh: Tree, layout: AdapterLayout) -> Tree:

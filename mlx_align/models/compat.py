@@ -202,6 +202,21 @@ def load_weights(path: Path) -> nn.Module:
     return model
 
 
+def read_tensors(file: Path) -> dict[str, mx.array]:
+    """The tensors of a safetensors file, in memory.
+
+    Raises:
+        ModelError: The file is damaged.
+    """
+    try:
+        tensors = mx.load(str(file))
+        mx.eval(tensors)
+    except (RuntimeError, ValueError) as error:
+        raise ModelError(f"{file}: damaged ({str(error).splitlines()[0][:120]})") from error
+    assert isinstance(tensors, dict)
+    return tensors
+
+
 def _first_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
     return lines[0][:200] if lines else type(error).__name__

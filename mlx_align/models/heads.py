@@ -15,7 +15,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_align.errors import ModelError
-from mlx_align.models.compat import Anatomy
+from mlx_align.models.compat import Anatomy, read_tensors
 from mlx_align.models.trunk import completion_hidden, packed_hidden
 from mlx_align.types import GroupBatch
 
@@ -129,12 +129,7 @@ def read_head(folder: Path) -> mx.array:
             f"{folder}: no {HEAD_WEIGHTS} in it, so it is no reward model; train one with "
             "mlx-align reward"
         )
-    try:
-        weights = mx.load(str(file))
-        mx.eval(weights)
-    except (RuntimeError, ValueError) as error:
-        raise ModelError(f"{file}: damaged ({str(error).splitlines()[0][:120]})") from error
-    assert isinstance(weights, dict)
+    weights = read_tensors(file)
     if set(weights) != {HEAD_TENSOR}:
         found = ", ".join(sorted(weights)) or "nothing"
         raise ModelError(f"{file}: expected the tensor {HEAD_TENSOR} alone, found {found}")
