@@ -123,6 +123,11 @@ class CompletionKV:
             return None
         return cls._filled[1]
 
+    @classmethod
+    def forget(cls) -> None:
+        """Let go of the last one, and of the arrays and the graph that hang on it."""
+        cls._filled = None
+
     def make_mask(
         self, n: int, return_array: bool = False, window_size: int | None = None
     ) -> mx.array | str:

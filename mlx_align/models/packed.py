@@ -201,3 +201,4 @@ def packed_rows() -> Iterator[None]:
             yield
     finally:
         mx.fast.rope = theirs
+        PackedKV._filled = None  # and the arrays and the graph that hang on it

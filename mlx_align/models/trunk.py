@@ -67,8 +67,11 @@ def packed_hidden(
 @contextmanager
 def _own_parts(anatomy: Anatomy) -> Iterator[None]:
     """Within the block, the model's code meets our attention and our gates."""
-    with causal_attention(_fused if _is_fused(anatomy) else _ours), lean_gates(anatomy.model):
-        yield
+    try:
+        with causal_attention(_fused if _is_fused(anatomy) else _ours), lean_gates(anatomy.model):
+            yield
+    finally:
+        CompletionKV.forget()
 
 
 def _is_fused(anatomy: Anatomy) -> bool:
