@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -164,16 +165,6 @@ def reward_task(config: RewardConfig) -> Task:
     ) -> Objective:
         return reward_objective(policy.model, groups, config)
 
-    def conclude(
-        scorer: Scorer,
-        tree: Tree,
-        folder: ModelFolder,
-        groups: Sequence[TokenizedGroup],
-        limit: BatchLimit,
-        display: Display,
-    ) -> Conclusion:
-        return _conclude(config, scorer, tree, folder, groups, limit, display)
-
     return Task(
         command="reward",
         title="Reward model" if config.members == 1 else f"Reward model ({config.members} heads)",
@@ -187,7 +178,7 @@ def reward_task(config: RewardConfig) -> Task:
         unit="groups",
         scorer=make_reward_scorer,
         per_token=False,
-        conclude=conclude,
+        conclude=partial(_conclude, config),
         afterwards=how_to_score,
     )
 
