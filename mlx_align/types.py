@@ -174,3 +174,23 @@ class PairLogps(NamedTuple):
     chosen_length: mx.array  # (B,) float32, scored tokens
     rejected_length: mx.array  # (B,)
     soft_label: mx.array  # (B,) probability that chosen is the better one
+
+
+class PolicyBatch(NamedTuple):
+    """B prompts with G sampled completions each, ready for an update of the policy."""
+
+    groups: GroupBatch
+    old_logps: mx.array  # (N, C) nats, the policy that is updated, before the first update
+    reference_logps: mx.array  # (N, C) nats; the old ones where nothing holds to the reference
+    advantages: mx.array  # (N, C)
+    mask: mx.array  # (N, C) float32, 1 where a token is learned from
+    correction: mx.array  # (N, C) importance of a token for the policy over the sampler
+
+
+class ValueBatch(NamedTuple):
+    """B prompts with G sampled completions each, ready for an update of the critic."""
+
+    groups: GroupBatch
+    old_values: mx.array  # (N, C) before the first update
+    returns: mx.array  # (N, C) what they should have been
+    mask: mx.array  # (N, C) float32

@@ -20,6 +20,7 @@ from mlx_align.models.trunk import completion_hidden, packed_hidden
 from mlx_align.types import GroupBatch
 
 HEAD_NAME = "reward_head"
+VALUE_NAME = "value_head"
 HEAD_WEIGHTS = "reward_head.safetensors"
 # The one tensor of that file, (members, hidden size) float32.
 HEAD_TENSOR = f"{HEAD_NAME}.weight"
@@ -40,6 +41,54 @@ class RewardHead(nn.Module):
     def __call__(self, hidden: mx.array) -> mx.array:
         """Scores (…, members) of hidden states (…, D)."""
         return hidden.astype(mx.float32) @ self.weight.T
+
+
+class ValueHead(nn.Module):
+    """Linear map of hidden states to the expected return, float32 whatever the model's dtype.
+
+    Starts at zero, or as the reward that it is to predict: see `value_tree`.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = mx.zeros((1, width))
+        self.bias = mx.zeros((1,))
+
+    def __call__(self, hidden: mx.array) -> mx.array:
+        """Values (…,) of hidden states (…, D)."""
+        return (hidden.astype(mx.float32) @ self.weight.T)[..., 0] + self.bias
+
+
+def value_tree(width: int, reward: mx.array | None, mean: float, scale: float) -> dict[str, mx.array]:
+    """Weights of a value head: zeros, or those with which it says what a reward model would.
+
+    Args:
+        width: D.
+        reward: Weight (members, D) of a reward model's head; its members' mean is what it says.
+        mean: What is subtracted from scores before they become rewards.
+        scale: What they are then divided by.
+    """
+    if reward is None:
+        return {"weight": mx.zeros((1, width)), "bias": mx.zeros((1,))}
+    weight = reward.astype(mx.float32).mean(axis=0, keepdims=True) / scale
+    return {"weight": weight, "bias": mx.array([-mean / scale])}
+
+
+def put_value_head(anatomy: Anatomy) -> None:
+    """Give the model a place for a value head; its weights come with the critic's tree."""
+    head = ValueHead(hidden_width(anatomy))
+    # Trained through the critic's tree; as a trainable part of the module it would be taken for
+    # one of the vocabulary head's.
+    head.freeze()
+    anatomy.model[VALUE_NAME] = head
+
+
+def token_values(
+    anatomy: Anatomy, batch: GroupBatch, *, shared: bool = True, grad_checkpoint: bool = False
+) -> mx.array:
+    """Values (N, C) float32 before each completion token is said; 0 where the mask is false."""
+    hidden = completion_hidden(anatomy, batch, shared=shared, grad_checkpoint=grad_checkpoint)
+    return mx.where(batch.completion_mask, anatomy.model[VALUE_NAME](hidden), 0)
 
 
 def hidden_width(anatomy: Anatomy) -> int:
