@@ -174,3 +174,18 @@ class PairLogps(NamedTuple):
     chosen_length: mx.array  # (B,) float32, scored tokens
     rejected_length: mx.array  # (B,)
     soft_label: mx.array  # (B,) probability that chosen is the better one
+
+
+class PolicySample(NamedTuple):
+    """What a policy-gradient loss sees of N completions; a row may be skipped by an empty mask.
+
+    Log-probs are in nats, at the sampling temperature. What stands off the mask may be anything.
+    """
+
+    logps: mx.array  # (N, C) policy, with gradient
+    old_logps: mx.array  # (N, C) the policy before this rollout's updates
+    reference_logps: mx.array  # (N, C) anything where the method has no reference
+    advantages: mx.array  # (N, C); group methods repeat one number along a row
+    mask: mx.array  # (N, C) nonzero where a token counts; a row of zeros is skipped or filler
+    correction: mx.array  # (N, C) importance weight of the sampler's tokens, ones as a rule
+    entropies: mx.array | None = None  # (N, C) nats; with gradient where an entropy bonus is used
