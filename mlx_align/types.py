@@ -176,15 +176,26 @@ class PairLogps(NamedTuple):
     soft_label: mx.array  # (B,) probability that chosen is the better one
 
 
+class PolicySample(NamedTuple):
+    """What a policy-gradient loss sees of N completions; a row may be skipped by an empty mask.
+
+    Log-probs are in nats, at the sampling temperature. What stands off the mask may be anything.
+    """
+
+    logps: mx.array  # (N, C) policy, with gradient
+    old_logps: mx.array  # (N, C) the policy before this rollout's updates
+    reference_logps: mx.array  # (N, C) anything where the method has no reference
+    advantages: mx.array  # (N, C); group methods repeat one number along a row
+    mask: mx.array  # (N, C) nonzero where a token counts; a row of zeros is skipped or filler
+    correction: mx.array  # (N, C) importance weight of the sampler's tokens, ones as a rule
+    entropies: mx.array | None = None  # (N, C) nats; with gradient where an entropy bonus is used
+
+
 class PolicyBatch(NamedTuple):
     """B prompts with G sampled completions each, ready for an update of the policy."""
 
     groups: GroupBatch
-    old_logps: mx.array  # (N, C) nats, the policy that is updated, before the first update
-    reference_logps: mx.array  # (N, C) nats; the old ones where nothing holds to the reference
-    advantages: mx.array  # (N, C)
-    mask: mx.array  # (N, C) float32, 1 where a token is learned from
-    correction: mx.array  # (N, C) importance of a token for the policy over the sampler
+    sample: PolicySample  # its logps stand in until the step makes them
 
 
 class ValueBatch(NamedTuple):
@@ -193,4 +204,4 @@ class ValueBatch(NamedTuple):
     groups: GroupBatch
     old_values: mx.array  # (N, C) before the first update
     returns: mx.array  # (N, C) what they should have been
-    mask: mx.array  # (N, C) float32
+    mask: mx.array  # (N, C) float32, 1 where a token counts
