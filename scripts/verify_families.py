@@ -64,8 +64,9 @@ from mlx_align.models.compat import dissect  # noqa: E402
 from mlx_align.models.loading import LanguageModel, ModelFolder  # noqa: E402
 from mlx_align.models.roles import Tree, acting_as  # noqa: E402
 from mlx_align.models.selfcheck import check_paths  # noqa: E402
-from mlx_align.train.loop import _accumulate, _compiled_gradient  # noqa: E402
+from mlx_align.train.loop import ready  # noqa: E402
 from mlx_align.train.preference import preference_objective  # noqa: E402
+from mlx_align.train.update import accumulate, compiled_gradient  # noqa: E402
 from mlx_align.types import Logps, TokenizedGroup  # noqa: E402
 
 BETA = 0.1
@@ -246,8 +247,8 @@ def package_gradient(
     totals = objective.totals(batches)
     gradient: Callable[..., Any] = mx.value_and_grad(objective.loss)
     if way.compiled:
-        gradient = _compiled_gradient(objective)
-    loss, _, grads = _accumulate(gradient, tree, batches, totals, micro, objective)
+        gradient = compiled_gradient(objective.loss)
+    loss, _, grads = accumulate(gradient, tree, ready(objective, batches, micro), totals)
     return loss, grads
 
 

@@ -19,9 +19,10 @@ from mlx_align.inference.score import make_scorer, score_groups
 from mlx_align.losses.registry import combine, parse_losses
 from mlx_align.models.adapters import AdapterLayout, install, save_adapter
 from mlx_align.models.compat import load_weights
-from mlx_align.train.loop import _accumulate, _compiled_gradient
+from mlx_align.train.loop import ready
 from mlx_align.train.preference import preference_objective
 from mlx_align.train.reference import reference_key
+from mlx_align.train.update import accumulate, compiled_gradient
 from mlx_align.types import TokenizedGroup
 
 TINY = Path(__file__).parent / "oracle" / "models" / "policy"
@@ -149,9 +150,9 @@ def gradient(model, tree, groups, reference, shape, *, checkpoint):
     micro = microbatches((1,) * len(groups), shape)
     batches = [objective.collate(one) for one in micro]
     totals = objective.totals(batches)
-    compiled = _compiled_gradient(objective)
+    compiled = compiled_gradient(objective.loss)
     model.module.train()
-    loss, _, grads = _accumulate(compiled, tree, batches, totals, micro, objective)
+    loss, _, grads = accumulate(compiled, tree, ready(objective, batches, micro), totals)
     model.module.eval()
     return loss, dict(tree_flatten(grads))
 

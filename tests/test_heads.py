@@ -28,8 +28,9 @@ from mlx_align.models.heads import (
 )
 from mlx_align.models.loading import load_language_model, open_model
 from mlx_align.models.selfcheck import check_paths
-from mlx_align.train.loop import _accumulate, _compiled_gradient
+from mlx_align.train.loop import ready
 from mlx_align.train.reward import reward_objective
+from mlx_align.train.update import accumulate, compiled_gradient
 from mlx_align.types import TokenizedGroup
 
 ORACLE = Path(__file__).parent / "oracle"
@@ -204,9 +205,9 @@ def every_gradient(model, groups, config, micros):
     batches = [objective.collate(micro) for micro in micros]
     tree = model.module.trainable_parameters()
     model.module.train()
-    loss, sums, grads = _accumulate(
-        _compiled_gradient(objective), tree, batches, objective.totals(batches), micros, objective
-    )
+    gradient = compiled_gradient(objective.loss)
+    micro = ready(objective, batches, micros)
+    loss, sums, grads = accumulate(gradient, tree, micro, objective.totals(batches))
     return loss, sums, dict(tree_flatten(grads))
 
 

@@ -32,8 +32,9 @@ from mlx_align.models.heads import completion_scores, put_head
 from mlx_align.models.loading import LanguageModel
 from mlx_align.models.logps import batch_token_logps, batch_token_statistics
 from mlx_align.models.selfcheck import check_paths, packed_batch
-from mlx_align.train.loop import _accumulate
+from mlx_align.train.loop import ready
 from mlx_align.train.preference import preference_objective
+from mlx_align.train.update import accumulate
 from mlx_align.types import TokenizedGroup
 
 
@@ -177,7 +178,7 @@ def test_dpo_gradient_of_packed_batches():
         batches = [objective.collate(m) for m in micro]
         totals = objective.totals(batches)
         step = mx.value_and_grad(objective.loss)
-        return _accumulate(step, tree, batches, totals, micro, objective)
+        return accumulate(step, tree, ready(objective, batches, micro), totals)
 
     loss, sums, grads = run([Microbatch((0, 1, 2, 3, 4), Shape(24, 24, 5))])
     row = PackedShape(120, 240, 6, 24)

@@ -1,8 +1,7 @@
 """The training loop: microbatches accumulate to an update, exactly as one batch would.
 
 It knows nothing of losses: an `Objective` gives the share each microbatch adds to the update's
-loss. All that changes from step to step travels as arguments (the tree, the rate), so nothing is
-frozen into a compiled function.
+loss, and `update.py` makes the update.
 """
 
 from __future__ import annotations
@@ -14,21 +13,19 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from types import FrameType
 from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.optimizers as optim
-import numpy as np
-from mlx.utils import tree_flatten, tree_map
 
 from mlx_align.data.batching import Microbatch
 from mlx_align.errors import TrainingError
 from mlx_align.models.loading import LanguageModel
 from mlx_align.models.roles import Tree
 from mlx_align.train.run_ahead import RunAhead
-
-Sums = dict[str, mx.array]
+from mlx_align.train.update import Loss, Ready, Updater
 
 
 class Objective(NamedTuple):
@@ -47,7 +44,7 @@ class Objective(NamedTuple):
 
     collate: Callable[[Microbatch], Any]
     totals: Callable[[Sequence[Any]], Any]
-    loss: Callable[[Tree, Any, Any], tuple[mx.array, Sums]]
+    loss: Loss
     size: Callable[[Microbatch], tuple[int, int]]
     sources: Callable[[Microbatch], list[str]]
     prepare: Callable[[Tree, Sequence[Any], Any], list[Any]] | None = None
@@ -165,10 +162,9 @@ def train(
         TrainingError: A loss or gradient is not finite; the tree is the last good one, saved.
         Interrupted: SIGINT or SIGTERM came; a checkpoint was written.
     """
-    accumulate = _compiled_gradient(objective)
-    apply = _compiled_update(optimizer)
     window = _Window()
     memory = RunAhead()
+    update = Updater(model, optimizer, objective.loss, settings.max_grad_norm, memory)
     with _signals() as pending, memory:
         while progress.step < settings.total_steps:
             began = time.perf_counter()
@@ -177,26 +173,16 @@ def train(
             totals = objective.totals(batches)
             if objective.prepare is not None:
                 batches = objective.prepare(tree, batches, totals)
-            model.module.train()
+            rate = settings.learning_rate(progress.step)
             try:
-                with memory.bounded(micro):
-                    loss, sums, grads = _accumulate(
-                        accumulate, tree, batches, totals, micro, objective
-                    )
-                norm = _norm(grads, micro, objective)
+                done = update(tree, ready(objective, batches, micro), totals, rate)
             except TrainingError:
                 if progress.step:
                     hooks.save(progress, tree, optimizer)
                 raise
-            rate = settings.learning_rate(progress.step)
-            optimizer.learning_rate = mx.array(rate)
-            tree = apply(tree, grads, mx.array(min(1.0, settings.max_grad_norm / (norm + 1e-6))))
-            mx.eval(tree, optimizer.state)
-            del grads  # or it would live through the next update's computation
-            model.module.update(tree)
-            model.module.eval()
+            tree = done.tree
             _advance(progress, micro, objective, time.perf_counter() - began)
-            window.add(loss, sums, norm, rate)
+            window.add(done.loss, done.sums, done.norm, rate)
             hooks.tick(progress)
             last = progress.step == settings.total_steps
             if progress.step == 1 or progress.step % settings.steps_per_report == 0 or last:
@@ -211,67 +197,16 @@ def train(
     return tree
 
 
+def ready(objective: Objective, batches: Sequence[Any], micro: Sequence[Microbatch]) -> list[Ready]:
+    """Collated microbatches as an update takes them."""
+    return [
+        Ready(arrays, members.shape, partial(objective.sources, members))
+        for arrays, members in zip(batches, micro, strict=True)
+    ]
+
+
 def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
-
-
-def _compiled_gradient(objective: Objective) -> Callable[..., Any]:
-    # Dropout draws from the global generator: its state goes in and comes out.
-    state = [mx.random.state]
-    return mx.compile(mx.value_and_grad(objective.loss), inputs=state, outputs=state)
-
-
-def _compiled_update(optimizer: optim.Optimizer) -> Callable[..., Any]:
-    def update(tree: Tree, grads: Tree, scale: mx.array) -> Tree:
-        scaled = tree_map(lambda grad: (grad * scale).astype(grad.dtype), grads)
-        updated: Tree = optimizer.apply_gradients(scaled, tree)
-        return updated
-
-    return mx.compile(update, inputs=[optimizer.state], outputs=[optimizer.state])
-
-
-def _accumulate(
-    gradient: Callable[..., Any],
-    tree: Tree,
-    batches: Sequence[Any],
-    totals: Any,
-    micro: Sequence[Microbatch],
-    objective: Objective,
-) -> tuple[float, dict[str, float], Tree]:
-    """Loss, metric sums and gradient of one update; one microbatch in memory at a time."""
-    loss = 0.0
-    sums: dict[str, float] = {}
-    grads: Tree | None = None
-    for batch, members in zip(batches, micro, strict=True):
-        (share, metrics), part = gradient(tree, batch, totals)
-        grads = part if grads is None else tree_map(mx.add, grads, part)
-        del part
-        mx.eval(share, metrics, grads)
-        if not math.isfinite(share.item()):
-            raise TrainingError(_not_finite("loss", [members], objective))
-        loss += share.item()
-        for name, value in metrics.items():
-            sums[name] = sums.get(name, 0.0) + value.item()
-    assert grads is not None
-    return loss, sums, grads
-
-
-def _norm(grads: Tree, micro: Sequence[Microbatch], objective: Objective) -> float:
-    """The gradient's Euclidean norm over all parameters."""
-    squares = [grad.astype(mx.float32).square().sum() for _, grad in tree_flatten(grads)]
-    norm = float(np.sqrt(np.array(mx.stack(squares)).sum(dtype=np.float64)))
-    if not math.isfinite(norm):
-        raise TrainingError(_not_finite("gradient", micro, objective))
-    return norm
-
-
-def _not_finite(what: str, micro: Sequence[Microbatch], objective: Objective) -> str:
-    rows = [source for members in micro for source in objective.sources(members)]
-    shown = ", ".join(rows[:8]) + (f" and {len(rows) - 8} more" if len(rows) > 8 else "")
-    return (
-        f"the {what} is not finite on rows {shown}; nothing was updated with it, and what was "
-        "trained before is in the last checkpoint: look at these rows, or lower --learning-rate"
-    )
 
 
 def _advance(

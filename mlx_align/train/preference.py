@@ -25,10 +25,11 @@ from mlx_align.losses.masking import (
 from mlx_align.losses.registry import PAIRWISE_LOSSES, CombinedLoss, combine, parse_losses
 from mlx_align.models.loading import LanguageModel
 from mlx_align.models.roles import Tree
-from mlx_align.train.loop import Objective, Sums
+from mlx_align.train.loop import Objective
 from mlx_align.train.setup import Policy, PreparedData
 from mlx_align.train.shares import role_logps, role_statistics, size_of, weighted_metrics
 from mlx_align.train.task import GroupLogps, Task
+from mlx_align.train.update import Sums
 from mlx_align.types import PairBatch, PairLogps, PromptGroup, TokenizedGroup
 
 

@@ -37,10 +37,11 @@ from mlx_align.losses.reward import differences, every_two, kwise_loss
 from mlx_align.models.loading import LanguageModel, ModelFolder
 from mlx_align.models.roles import Tree
 from mlx_align.train.display import Display
-from mlx_align.train.loop import Objective, Sums
+from mlx_align.train.loop import Objective
 from mlx_align.train.setup import Policy, PreparedData
 from mlx_align.train.shares import role_scores, size_of, weighted_metrics
 from mlx_align.train.task import Conclusion, GroupLogps, Task
+from mlx_align.train.update import Sums
 from mlx_align.types import Comparisons, RewardBatch, TokenizedGroup
 
 

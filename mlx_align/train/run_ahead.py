@@ -10,13 +10,12 @@ all others may take a little more.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from types import TracebackType
 
 import mlx.core as mx
 
-from mlx_align.data.batching import Microbatch
 from mlx_align.data.shapes import AnyShape
 from mlx_align.plan.memory import room_bytes
 
@@ -51,9 +50,9 @@ class RunAhead:
         return max(self._peak, mx.get_peak_memory())
 
     @contextmanager
-    def bounded(self, micro: Sequence[Microbatch]) -> Iterator[None]:
-        """Within the block, the gradients of these microbatches are computed."""
-        new = {batch.shape for batch in micro} - self._needed.keys()
+    def bounded(self, shapes: Collection[AnyShape]) -> Iterator[None]:
+        """Within the block, gradients of microbatches of these shapes are computed."""
+        new = set(shapes) - self._needed.keys()
         if not new:
             yield
             return

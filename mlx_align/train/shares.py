@@ -12,7 +12,7 @@ from mlx_align.models.heads import completion_scores
 from mlx_align.models.loading import LanguageModel
 from mlx_align.models.logps import batch_token_logps, batch_token_statistics
 from mlx_align.models.roles import Tree
-from mlx_align.train.loop import Sums
+from mlx_align.train.update import Sums
 from mlx_align.types import GroupBatch, TokenizedGroup
 
 

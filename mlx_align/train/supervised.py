@@ -19,10 +19,11 @@ from mlx_align.losses.masking import masked_sum
 from mlx_align.losses.registry import TOKEN_LOSSES
 from mlx_align.models.loading import LanguageModel
 from mlx_align.models.roles import Tree
-from mlx_align.train.loop import Objective, Sums
+from mlx_align.train.loop import Objective
 from mlx_align.train.setup import Policy
 from mlx_align.train.shares import role_logps, size_of
 from mlx_align.train.task import GroupLogps, Task
+from mlx_align.train.update import Sums
 from mlx_align.types import GroupBatch, PromptGroup, TokenizedGroup
 
 # e to this is still a float32.

@@ -29,10 +29,11 @@ from mlx_align.losses.registry import UNPAIRED_LOSSES, UnpairedLoss, resolve_opt
 from mlx_align.losses.unpaired import kto_kl
 from mlx_align.models.loading import LanguageModel
 from mlx_align.models.roles import Tree
-from mlx_align.train.loop import Objective, Sums
+from mlx_align.train.loop import Objective
 from mlx_align.train.setup import Policy, PreparedData
 from mlx_align.train.shares import role_logps, size_of, weighted_metrics
 from mlx_align.train.task import GroupLogps, Task
+from mlx_align.train.update import Sums
 from mlx_align.types import LabelledBatch, TokenizedGroup
 
 # What good answers should weigh in all, as a multiple of bad ones (Ethayarajh et al. 2024).
