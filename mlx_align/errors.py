@@ -19,3 +19,7 @@ class ModelError(MlxAlignError):
 
 class TrainingError(MlxAlignError):
     """Training had to stop (non-finite loss or gradient); the text names the step and the rows."""
+
+
+class WriteError(MlxAlignError):
+    """A file can't be written (disk full, quota, rights); the text names it. Nothing is torn."""

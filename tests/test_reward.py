@@ -148,7 +148,7 @@ def test_a_resumed_run_ends_with_the_same_bytes(train, models, tmp_path, capsys)
     head = (checkpoint / HEAD).read_bytes()
     (checkpoint / HEAD).unlink()
     assert run(["reward", "--resume", str(parts)]) == 1
-    assert "do not fit this model" in capsys.readouterr().err
+    assert "damaged, and the only checkpoint" in capsys.readouterr().err
     (checkpoint / HEAD).write_bytes(head)
     assert run(["reward", "--resume", str(parts)]) == 0
     for name in (HEAD, ADAPTER):

@@ -22,6 +22,7 @@ from mlx.utils import tree_flatten, tree_map_with_path, tree_unflatten
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
 from mlx_align.errors import ConfigError, ModelError
+from mlx_align.files import write_tensors, write_text
 from mlx_align.models.checkpointing import Dropout
 from mlx_align.models.compat import read_tensors
 from mlx_align.models.heads import HEAD_WEIGHTS, split_head
@@ -278,13 +279,17 @@ def save_adapter(folder: Path, tree: Tree, layout: AdapterLayout, model: str) ->
         tree: The weights.
         layout: What mlx-lm needs to rebuild the modules.
         model: The base model, for people: mlx-lm does not read it.
+
+    Raises:
+        WriteError: The folder can't be written to, or the disk is full.
     """
-    weights, head = split_head(dict(sorted(tree_flatten(tree))))
-    mx.save_safetensors(str(folder / ADAPTER_WEIGHTS), weights, metadata={"format": "mlx"})
-    if head:
-        mx.save_safetensors(str(folder / HEAD_WEIGHTS), head, metadata={"format": "mlx"})
+    weights, head = split_head(dict(tree_flatten(tree)))
     config = {"model": model, **layout.to_mlx_lm()}
-    (folder / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    # The weights come last: without them the folder is no adapter yet.
+    write_text(folder / ADAPTER_CONFIG, json.dumps(config, indent=2) + "\n")
+    if head:
+        write_tensors(folder / HEAD_WEIGHTS, head)
+    write_tensors(folder / ADAPTER_WEIGHTS, weights)
 
 
 def fingerprint_folder(folder: Path, names: str = "*") -> str:

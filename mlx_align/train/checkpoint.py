@@ -1,109 +1,225 @@
 """Checkpoints: all that a run needs to go on as if it had never stopped.
 
-One folder per checkpoint, written beside its final name, synced, and renamed, so a torn one is
-never mistaken for a whole one.
+A checkpoint is a folder of named trees, named optimizers, the random generator's key, how far the
+run is, and whatever else the run says in JSON. It is written beside its final name, brought to the
+disk, and renamed; a manifest holds every file's size and checksum, so a damaged one is known and
+the one before it is used. Checkpoints lie between updates.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
-import os
 import shutil
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import mlx.core as mx
 import mlx.optimizers as optim
 from mlx.utils import tree_flatten, tree_unflatten
 
-from mlx_align.errors import ConfigError, ModelError
+from mlx_align.errors import ModelError
+from mlx_align.files import sync, write_tensors, write_text, writing
 from mlx_align.models.adapters import ADAPTER_WEIGHTS, AdapterLayout, save_adapter
-from mlx_align.models.compat import random_key, restore_random_key
+from mlx_align.models.compat import random_key, read_tensors, restore_random_key
 from mlx_align.models.heads import HEAD_WEIGHTS, has_head
 from mlx_align.models.roles import Tree
 from mlx_align.train.loop import Progress
+from mlx_align.train.runlog import METRICS_FILE
 
 FOLDER = "checkpoints"
+STATE_FILE = "state.json"
+MANIFEST_FILE = "manifest.json"
 KEPT = 2
 
 
+class State(NamedTuple):
+    """What a checkpoint holds.
+
+    Attributes:
+        progress: How far the run is.
+        trees: What is trained, by name; the first is the run's adapter, which stock mlx-lm loads
+            from the checkpoint's folder.
+        optimizers: By name.
+        extra: Anything else that the run goes on from, as JSON has it.
+    """
+
+    progress: Progress
+    trees: Mapping[str, Tree]
+    optimizers: Mapping[str, optim.Optimizer]
+    extra: Mapping[str, Any]
+
+
 def save_checkpoint(
-    run: Path,
-    progress: Progress,
-    tree: Tree,
-    optimizer: optim.Optimizer,
-    layout: AdapterLayout,
-    model: str,
+    run: Path, state: State, layout: AdapterLayout, model: str, *, best: int | None = None
 ) -> None:
-    """Write `run`/checkpoints/<step> and forget all but the last `KEPT`."""
-    folder = run / FOLDER
-    folder.mkdir(exist_ok=True)
-    final = folder / f"{progress.step:07d}"
-    partial = folder / f".{final.name}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
-    save_adapter(partial, tree, layout, model)
-    state = dict(sorted(tree_flatten(optimizer.state)))
-    mx.save_safetensors(str(partial / "optimizer.safetensors"), state)
-    content = {
-        "progress": dataclasses.asdict(progress),
-        "random_key": list(random_key()),
-    }
-    (partial / "state.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    for file in partial.iterdir():
-        _sync(file)
-    shutil.rmtree(final, ignore_errors=True)
-    partial.rename(final)
-    _sync(folder)
-    for old in _checkpoints(run)[:-KEPT]:
-        shutil.rmtree(old, ignore_errors=True)
+    """Write `run`/checkpoints/<step>, and forget all but the last `KEPT` and the best.
 
-
-def load_checkpoint(run: Path, fresh: Tree, optimizer: optim.Optimizer) -> tuple[Progress, Tree]:
-    """Restore the last checkpoint of `run`: optimizer and generator in place, tree returned.
+    Args:
+        run: The run folder.
+        state: What to keep; the random generator's key is added.
+        layout: Of the first tree.
+        model: The base model, for people.
+        best: The step of the best checkpoint so far, which is kept too.
 
     Raises:
-        ConfigError: The run has no checkpoint.
-        ModelError: The checkpoint is damaged or of another model.
+        WriteError: It can't be written; the checkpoints before it are as they were.
+    """
+    folder = run / FOLDER
+    step = state.progress.step
+    final = folder / f"{step:07d}"
+    partial = folder / f".{final.name}.partial"
+    with writing(final):
+        folder.mkdir(exist_ok=True)
+        # What a later, damaged checkpoint held will be done again.
+        for other in _checkpoints(run):
+            if int(other.name) > step:
+                shutil.rmtree(other)
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        try:
+            _fill(partial, state, layout, model)
+            # Rows that a resumed run will not write again are not lost in a power cut.
+            if (rows := run / METRICS_FILE).is_file():
+                sync(rows)
+            shutil.rmtree(final, ignore_errors=True)
+            partial.rename(final)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+        sync(folder)
+    for old in _checkpoints(run)[:-KEPT]:
+        if best is None or int(old.name) != best:
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def _fill(folder: Path, state: State, layout: AdapterLayout, model: str) -> None:
+    main, *others = state.trees
+    save_adapter(folder, state.trees[main], layout, model)
+    for name in others:
+        write_tensors(folder / f"{name}.safetensors", dict(tree_flatten(state.trees[name])))
+    for name, optimizer in state.optimizers.items():
+        write_tensors(_optimizer_file(folder, name), dict(tree_flatten(optimizer.state)))
+    content = {
+        "progress": dataclasses.asdict(state.progress),
+        "random_key": list(random_key()),
+        "extra": dict(state.extra),
+    }
+    write_text(folder / STATE_FILE, json.dumps(content, indent=2) + "\n")
+    files = {
+        file.name: {"bytes": file.stat().st_size, "blake2b": _checksum(file)}
+        for file in sorted(folder.iterdir())
+    }
+    write_text(folder / MANIFEST_FILE, json.dumps({"files": files}, indent=2) + "\n")
+
+
+def load_checkpoint(
+    run: Path,
+    fresh: Mapping[str, Tree],
+    optimizers: Mapping[str, optim.Optimizer],
+    note: Callable[[str], None],
+) -> State | None:
+    """The last checkpoint of `run` that is whole; None if the run has not made one yet.
+
+    The optimizers and the random generator are restored in place, the trees are returned.
+
+    Args:
+        run: The run folder.
+        fresh: The trees the run starts from, for their names and shapes.
+        optimizers: The run's, by name; their state is replaced.
+        note: Told of every checkpoint that is damaged and passed over.
+
+    Raises:
+        ModelError: All are damaged, or they are of another model.
     """
     found = _checkpoints(run)
-    if not found:
-        raise ConfigError(f"--resume {run}: no checkpoint in it; start anew without --resume")
-    folder = found[-1]
+    for folder in reversed(found):
+        try:
+            return _read(folder, fresh, optimizers)
+        except _Damaged as damage:
+            note(f"! {folder}: {damage}; passed over.")
+    if found:
+        raise ModelError(
+            f"{run / FOLDER}: damaged, all {len(found)} of them; start a new run"
+            if len(found) > 1
+            else f"{found[0]}: damaged, and the only checkpoint; start a new run"
+        )
+    return None
+
+
+class _Damaged(Exception):
+    """A checkpoint is not what was written."""
+
+
+def _read(
+    folder: Path, fresh: Mapping[str, Tree], optimizers: Mapping[str, optim.Optimizer]
+) -> State:
+    _verify(folder)
+    main, *others = fresh
     try:
-        content = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        content = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
         progress = Progress(**content["progress"])
         high, low = content["random_key"]
-        weights: Any = mx.load(str(folder / ADAPTER_WEIGHTS))
+        extra = dict(content["extra"])
+        flat = {main: read_tensors(folder / ADAPTER_WEIGHTS)}
         if has_head(folder):
-            weights.update(mx.load(str(folder / HEAD_WEIGHTS)))
-        state: Any = mx.load(str(folder / "optimizer.safetensors"))
-        mx.eval(weights, state)
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
-        raise ModelError(f"{folder}: damaged ({str(error).splitlines()[0][:120]})") from error
-    shapes = {name: array.shape for name, array in tree_flatten(fresh)}
-    if {name: array.shape for name, array in weights.items()} != shapes:
-        raise ModelError(f"{folder}: its adapters do not fit this model; was --model changed?")
-    optimizer.state = tree_unflatten(list(state.items()))
+            flat[main].update(read_tensors(folder / HEAD_WEIGHTS))
+        for name in others:
+            flat[name] = read_tensors(folder / f"{name}.safetensors")
+        states = {name: read_tensors(_optimizer_file(folder, name)) for name in optimizers}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ModelError) as error:
+        # The checksums are right: this was written by another command or version.
+        raise ModelError(f"{folder}: not a checkpoint of this command ({error})") from error
+    trees: dict[str, Tree] = {}
+    for name, tree in fresh.items():
+        shapes = {key: array.shape for key, array in tree_flatten(tree)}
+        if {key: array.shape for key, array in flat[name].items()} != shapes:
+            raise ModelError(f"{folder}: its adapters do not fit this model; was --model changed?")
+        trees[name] = tree_unflatten(list(flat[name].items()))
+    for name, optimizer in optimizers.items():
+        optimizer.state = tree_unflatten(list(states[name].items()))
     restore_random_key(high, low)
-    tree: Tree = tree_unflatten(list(weights.items()))
-    return progress, tree
+    return State(progress, trees, optimizers, extra)
+
+
+def _verify(folder: Path) -> None:
+    """Compare every file with the manifest.
+
+    Raises:
+        _Damaged: One is missing or not what was written.
+    """
+    try:
+        manifest = json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8"))
+        expected = {str(name): (e["bytes"], e["blake2b"]) for name, e in manifest["files"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise _Damaged(f"its {MANIFEST_FILE} can't be read") from None
+    if STATE_FILE not in expected or ADAPTER_WEIGHTS not in expected:
+        raise _Damaged(f"its {MANIFEST_FILE} can't be read")
+    for name, (size, checksum) in expected.items():
+        file = folder / name
+        # A name is a file of this folder, whatever the manifest says.
+        if file.parent != folder or not file.is_file():
+            raise _Damaged(f"{name} is missing")
+        if file.stat().st_size != size or _checksum(file) != checksum:
+            raise _Damaged(f"{name} is not what was written")
+
+
+def _checksum(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "blake2b").hexdigest()
+
+
+def _optimizer_file(folder: Path, name: str) -> Path:
+    return folder / f"{name}.optimizer.safetensors"
 
 
 def has_checkpoint(run: Path) -> bool:
-    """Whether `run` can be resumed."""
+    """Whether `run` has something to go on from."""
     return bool(_checkpoints(run))
 
 
 def _checkpoints(run: Path) -> list[Path]:
-    folder = run / FOLDER
-    return sorted(path for path in folder.glob("[0-9]*") if path.is_dir())
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    """The folders of checkpoints, oldest first; what is being written is not among them."""
+    folders = [p for p in (run / FOLDER).glob("*") if p.name.isdecimal() and p.is_dir()]
+    return sorted(folders, key=lambda path: int(path.name))

@@ -20,6 +20,7 @@ from mlx_align.config import TrainConfig
 from mlx_align.data.batching import epoch_order, microbatch_stream, padding_waste
 from mlx_align.data.checks import render_facts
 from mlx_align.data.shapes import AnyShape, BatchLimit, batch_limit, plan_shapes
+from mlx_align.files import write_text
 from mlx_align.inference.score import Scorer
 from mlx_align.models.adapters import AdapterLayout, save_adapter
 from mlx_align.models.loading import ModelFolder, open_model
@@ -28,7 +29,7 @@ from mlx_align.plan.machine import this_machine
 from mlx_align.plan.timing import rate_key, store_rate
 from mlx_align.settings import to_yaml
 from mlx_align.train import runlog
-from mlx_align.train.checkpoint import load_checkpoint, save_checkpoint
+from mlx_align.train.checkpoint import State, load_checkpoint, save_checkpoint
 from mlx_align.train.display import Display
 from mlx_align.train.heldout import (
     Evaluation,
@@ -87,7 +88,7 @@ def run_offline(
     display.note("\n".join([render_facts(data.facts), *remarks]))
     display.note(check_fits(config, layout, folder, train_groups))
     run.mkdir(parents=True, exist_ok=True)
-    runlog.write_atomically(run / runlog.CONFIG_FILE, to_yaml(config))
+    write_text(run / runlog.CONFIG_FILE, to_yaml(config))
 
     policy = make_policy(config, folder, layout)
     display.note(_say_policy(policy, layout))
@@ -104,15 +105,22 @@ def run_offline(
         )
     optimizer = make_optimizer(policy.start, config.weight_decay)
     progress, tree = Progress(), policy.start
+    optimizers = {"policy": optimizer}
+    state = None
     if resume:
-        progress, tree = load_checkpoint(run, policy.start, optimizer)
+        state = load_checkpoint(run, {"policy": policy.start}, optimizers, display.note)
+    if state is not None:
+        progress, tree = state.progress, state.trees["policy"]
         policy.model.module.update(tree)
         runlog.drop_rows_after(run, progress.step)
         display.note(f"Going on after update {progress.step} of {settings.total_steps}.")
+    elif resume:
+        runlog.drop_rows_after(run, -1)
+        display.note("No checkpoint yet: from the start.")
     evaluation = Evaluation(task, limit, scorer, held_out, reference_valid, run, display)
-    if not resume and task.has_reference:
+    if state is None and task.has_reference:
         evaluation.record(0, reference_valid)
-    elif not resume:
+    elif state is None:
         evaluation(0, policy.start)
     prompts = held_out[: config.samples] if task.conclude is None else []
     before = answers(policy, policy.start, prompts, config)
@@ -131,7 +139,9 @@ def run_offline(
                 run, at, settings.total_steps, task.refine(row), display
             ),
             evaluate=lambda at, now: evaluation(at.step, now),
-            save=lambda at, now, opt: save_checkpoint(run, at, now, opt, layout, str(folder.path)),
+            save=lambda at, now, _: save_checkpoint(
+                run, State(at, {"policy": now}, optimizers, {}), layout, str(folder.path)
+            ),
             tick=tick,
         )
         watched = pace.watched(stream)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_align.errors import ConfigError
+from mlx_align.files import write_text, writing
 
 CONFIG_FILE = "config.yaml"
 METRICS_FILE = "metrics.jsonl"
@@ -40,7 +41,8 @@ def new_run_folder(output: str | None, command: str) -> Path:
 
 def append_row(folder: Path, row: Mapping[str, Any]) -> None:
     """Add one row to metrics.jsonl."""
-    with (folder / METRICS_FILE).open("a", encoding="utf-8") as stream:
+    file = folder / METRICS_FILE
+    with writing(file), file.open("a", encoding="utf-8") as stream:
         stream.write(json.dumps(_plain(row)) + "\n")
 
 
@@ -100,28 +102,18 @@ def drop_rows_after(folder: Path, step: int) -> None:
                 kept.append(line)
         except (ValueError, KeyError, TypeError):
             continue  # the torn last line of a killed run
-    write_atomically(file, "".join(line + "\n" for line in kept))
+    write_text(file, "".join(line + "\n" for line in kept))
 
 
 def write_json(file: Path, content: Mapping[str, Any]) -> None:
     """Write an object as JSON, whole or not at all."""
-    write_atomically(file, json.dumps(_plain(content), indent=2) + "\n")
+    write_text(file, json.dumps(_plain(content), indent=2) + "\n")
 
 
 def write_samples(folder: Path, samples: Sequence[Mapping[str, Any]]) -> None:
     """Write samples.jsonl."""
     lines = "".join(json.dumps(_plain(s), ensure_ascii=False) + "\n" for s in samples)
-    write_atomically(folder / SAMPLES_FILE, lines)
-
-
-def write_atomically(file: Path, text: str) -> None:
-    """Write text so that a reader sees the old file or the new one, never half."""
-    partial = file.with_name(f".{file.name}.partial")
-    with partial.open("w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    partial.replace(file)
+    write_text(folder / SAMPLES_FILE, lines)
 
 
 def versions() -> dict[str, str]:
