@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -23,22 +24,28 @@ def make_scorer(model: LanguageModel) -> Scorer:
 
     One scorer serves all roles of a run: the tree is an argument, so nothing is baked in.
     """
-    return _compiled(model, batch_token_logps)
+    return compiled_scorer(model, batch_token_logps)
 
 
 def make_reward_scorer(model: LanguageModel) -> Scorer:
     """The same of a model with a reward head: (tree, batch) -> scores (N, members)."""
-    return _compiled(model, completion_scores)
+    return compiled_scorer(model, completion_scores)
 
 
-def _compiled(model: LanguageModel, run: Callable[..., mx.array]) -> Scorer:
-    def score(tree: Tree, batch: GroupBatch) -> mx.array:
+def compiled_scorer(model: LanguageModel, run: Callable[..., Any]) -> Callable[[Tree, GroupBatch], Any]:
+    """A compiled function (tree, batch) -> what `run` gives of the role `tree`, no dropout.
+
+    Args:
+        model: The base.
+        run: (anatomy, batch, shared=…) -> arrays, as `batch_token_logps`.
+    """
+    def score(tree: Tree, batch: GroupBatch) -> Any:
         with model.acting_as(tree):
             return run(model.anatomy, batch, shared=model.shared)
 
     compiled = mx.compile(score)
 
-    def scorer(tree: Tree, batch: GroupBatch) -> mx.array:
+    def scorer(tree: Tree, batch: GroupBatch) -> Any:
         was_training = model.module.training
         model.module.eval()
         try:
