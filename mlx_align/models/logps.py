@@ -5,8 +5,8 @@ the next. With a frozen head, the gradient of a token's log-prob by its own hidd
 ∂logit_target/∂h − Σ_v softmax_v·∂logit_v/∂h, does not depend on the loss: it is computed in the
 same pass, kept as (N, C, D), and scaled by the cotangent in the backward pass, so the vocabulary
 is passed once, not twice. The entropy of the distribution a token was drawn from has such a
-gradient too. Log-softmax is float32 whatever the model's dtype: in bf16 a token's log-prob is off by
-up to 0.1 nats.
+gradient too. Log-softmax is float32 whatever the model's dtype: in bf16 a token's log-prob is off
+by up to 0.1 nats.
 """
 
 from __future__ import annotations
