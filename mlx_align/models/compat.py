@@ -51,6 +51,8 @@ class Anatomy:
         flat_caches: Whether whole rows need caches: later layers of some families (gemma3n) borrow
             keys, and find them nowhere else.
         packs: Whether several groups may run one behind the other in one row.
+        temperature: What logits are divided by: that of the distribution that is sampled from and
+            learned about, where it is not the model's own.
     """
 
     model: nn.Module
@@ -60,6 +62,7 @@ class Anatomy:
     mask_axes: int = 1
     flat_caches: bool = False
     packs: bool = False
+    temperature: float = 1.0
 
     def hidden(self, tokens: mx.array, cache: list[Any] | None = None) -> mx.array:
         """Hidden states (rows, length, D) that the vocabulary head reads."""
@@ -76,6 +79,8 @@ class Anatomy:
     def logits(self, hidden: mx.array) -> mx.array:
         """Logits (…, V) of hidden states (…, D): all that the model does after its trunk.
 
+        At a temperature other than 1 they are float32, divided by it.
+
         The owner's own `__call__` runs with the trunk replaced by one that returns `hidden`, so
         head scaling, soft caps and tied weights are the family's own code, never a copy.
         """
@@ -88,7 +93,9 @@ class Anatomy:
             out = self.owner(tokens)
         finally:
             del self.owner.__dict__[self.inner_name]
-        return out.reshape(*hidden.shape[:-1], out.shape[-1])
+        out = out.reshape(*hidden.shape[:-1], out.shape[-1])
+        # In bf16 the quotient would be off by 0.4%, and log-probs by a tenth of a nat.
+        return out if self.temperature == 1 else out.astype(mx.float32) / self.temperature
 
     def trainable_head(self) -> dict[str, Any]:
         """Trainable parameters outside the blocks (an adapter on the head or embeddings)."""

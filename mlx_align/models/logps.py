@@ -4,15 +4,16 @@ Hidden states are taken in chunks: logits, log-sum-exp and the target's logit of
 the next. With a frozen head, the gradient of a token's log-prob by its own hidden state,
 ∂logit_target/∂h − Σ_v softmax_v·∂logit_v/∂h, does not depend on the loss: it is computed in the
 same pass, kept as (N, C, D), and scaled by the cotangent in the backward pass, so the vocabulary
-is passed once, not twice. Log-softmax is float32 whatever the model's dtype: in bf16 a token's
-log-prob is off by up to 0.1 nats.
+is passed once, not twice. The entropy of the distribution a token was drawn from has such a
+gradient too. Log-softmax is float32 whatever the model's dtype: in bf16 a token's log-prob is off
+by up to 0.1 nats.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import mlx.core as mx
 from mlx.utils import tree_map
@@ -32,6 +33,12 @@ CHUNK_ELEMENTS = 1 << 21
 # At width 896 and 152,000 words a step then peaks 191 MB (float) and 229 MB (4-bit) above one at
 # 8,000; with 64 rows about 400.
 MIN_CHUNK_ROWS = 32
+
+# Entropies take p·log p of every word as 0 below e^−100: so does float32, and −∞·0 would be NaN.
+MIN_LOG_RATIO = -100.0
+
+# What the pass over the vocabulary gives beside log-probs; entropies with or without gradient.
+Extra = Literal["none", "log_squares", "entropy", "entropy_value"]
 
 _custom_function: Any = mx.custom_function  # the stubs lose the signature of what it wraps
 
@@ -53,8 +60,30 @@ def batch_token_statistics(
     and are 0 where the mask is false.
     """
     hidden, targets = _predicting(anatomy, batch, shared, grad_checkpoint)
-    logps, squares = _head(anatomy, hidden, targets, log_squares=True)
+    logps, squares = _head(anatomy, hidden, targets, "log_squares")
     return _laid_out(batch, logps), mx.stop_gradient(_laid_out(batch, squares))
+
+
+def batch_token_entropies(
+    anatomy: Anatomy,
+    batch: GroupBatch,
+    *,
+    shared: bool = True,
+    grad_checkpoint: bool = False,
+    entropy_gradient: bool = True,
+) -> tuple[mx.array, mx.array]:
+    """Log-probs as above, and the Shannon entropy −Σ_v p_v·log p_v at every completion token.
+
+    Both (N, C) float32, nats, at the anatomy's temperature, from one pass over the vocabulary, and
+    0 where the mask is false. The entropy has a gradient unless `entropy_gradient` says no, which
+    spares a second (N, C, D) and a product with the vocabulary's weights.
+    """
+    hidden, targets = _predicting(anatomy, batch, shared, grad_checkpoint)
+    extra: Extra = "entropy" if entropy_gradient else "entropy_value"
+    logps, entropies = _head(anatomy, hidden, targets, extra)
+    if not entropy_gradient:
+        entropies = mx.stop_gradient(entropies)
+    return _laid_out(batch, logps), _laid_out(batch, entropies)
 
 
 def _predicting(
@@ -82,40 +111,46 @@ def token_logps(anatomy: Anatomy, hidden: mx.array, targets: mx.array) -> mx.arr
 
 
 def _head(
-    anatomy: Anatomy, hidden: mx.array, targets: mx.array, *, log_squares: bool = False
+    anatomy: Anatomy, hidden: mx.array, targets: mx.array, extra: Extra = "none"
 ) -> list[mx.array]:
-    """Log-probs (…,) of `targets`, and if asked log Σ_v p_v² (…,) in the same pass."""
+    """Log-probs (…,) of `targets`, and what else is asked (…,), from the same pass."""
     flat_hidden = hidden.reshape(-1, hidden.shape[-1])
     flat_targets = targets.reshape(-1)
     head = anatomy.trainable_head()
     if head:
-        outputs = _trainable_head(anatomy, head, flat_hidden, flat_targets, log_squares)
+        outputs = _trainable_head(anatomy, head, flat_hidden, flat_targets, extra)
     else:
-        outputs = _frozen_head(anatomy, flat_hidden, flat_targets, log_squares)
+        outputs = _frozen_head(anatomy, flat_hidden, flat_targets, extra)
     return [output.reshape(targets.shape) for output in outputs]
 
 
 def _frozen_head(
-    anatomy: Anatomy, hidden: mx.array, targets: mx.array, log_squares: bool
+    anatomy: Anatomy, hidden: mx.array, targets: mx.array, extra: Extra
 ) -> Sequence[mx.array]:
     if not anatomy.model.training:
-        return _chunked(anatomy, partial(_logps, log_squares), hidden, targets)
+        return _chunked(anatomy, partial(_logps, extra), hidden, targets)
+
+    # Of the outputs the first have gradients, which follow all of them.
+    learning = 2 if extra == "entropy" else 1
 
     # Integer targets are closed over: a custom function's inputs all get gradients.
     @_custom_function
-    def logps_and_gradient(hidden: mx.array) -> tuple[mx.array, ...]:
-        compute = partial(_logps_and_gradient, log_squares)
+    def values_and_gradients(hidden: mx.array) -> tuple[mx.array, ...]:
+        compute = partial(_logps_and_gradient, extra)
         return _chunked(anatomy, compute, mx.stop_gradient(hidden), targets)
 
-    @logps_and_gradient.vjp
+    @values_and_gradients.vjp
     def backward(
         _primals: mx.array, cotangents: tuple[mx.array, ...], outputs: tuple[mx.array, ...]
     ) -> mx.array:
-        gradient = outputs[1]
-        return (cotangents[0][:, None] * gradient.astype(mx.float32)).astype(gradient.dtype)
+        gradients = outputs[-learning:]
+        weighed = [
+            cotangent[:, None] * gradient.astype(mx.float32)
+            for cotangent, gradient in zip(cotangents, gradients, strict=False)
+        ]
+        return sum(weighed[1:], weighed[0]).astype(gradients[0].dtype)
 
-    logps, _gradient, *squares = logps_and_gradient(hidden)
-    return [logps, *squares]
+    return list(values_and_gradients(hidden))[:-learning]
 
 
 def _trainable_head(
@@ -123,30 +158,36 @@ def _trainable_head(
     head: dict[str, Any],
     hidden: mx.array,
     targets: mx.array,
-    log_squares: bool,
+    extra: Extra,
 ) -> Sequence[mx.array]:
     """As above where the head learns too: its parameters are inputs, the backward recomputes."""
 
     @_custom_function
-    def logps(hidden: mx.array, head: dict[str, Any]) -> tuple[mx.array, ...]:
+    def values(hidden: mx.array, head: dict[str, Any]) -> tuple[mx.array, ...]:
         with acting_as(anatomy.owner, head):
-            return _chunked(anatomy, partial(_logps, log_squares), hidden, targets)
+            return _chunked(anatomy, partial(_logps, extra), hidden, targets)
 
-    @logps.vjp
+    learns: Extra = "entropy" if extra == "entropy" else "none"
+
+    @values.vjp
     def backward(
         primals: tuple[mx.array, dict[str, Any]],
         cotangents: tuple[mx.array, ...],
         _outputs: tuple[mx.array, ...],
     ) -> tuple[mx.array, dict[str, Any]]:
         hidden, head = primals
-        cotangent = cotangents[0]
         by_head = tree_map(mx.zeros_like, head)
         by_hidden: list[mx.array] = []
         for rows in _chunks(anatomy, hidden):
 
             def weighted(h: mx.array, head: dict[str, Any], rows: slice = rows) -> mx.array:
                 with acting_as(anatomy.owner, head):
-                    return (_logps(False, anatomy, h, targets[rows])[0] * cotangent[rows]).sum()
+                    outputs = _logps(learns, anatomy, h, targets[rows])
+                parts = [
+                    (output * cotangent[rows]).sum()
+                    for output, cotangent in zip(outputs, cotangents, strict=False)
+                ]
+                return sum(parts[1:], parts[0])
 
             part = hidden[rows]
             if by_hidden:
@@ -156,43 +197,66 @@ def _trainable_head(
             by_head = tree_map(mx.add, by_head, grad_head)
         return mx.concatenate(by_hidden), by_head
 
-    return logps(hidden, head)
+    return list(values(hidden, head))
 
 
 def _logps(
-    log_squares: bool, anatomy: Anatomy, hidden: mx.array, targets: mx.array
+    extra: Extra, anatomy: Anatomy, hidden: mx.array, targets: mx.array
 ) -> tuple[mx.array, ...]:
-    """Log-probs (n,) of one chunk and, if asked, log Σ_v p_v² (n,)."""
+    """Log-probs (n,) of one chunk and, if asked, log Σ_v p_v² or the entropy (n,)."""
     logits = anatomy.logits(hidden).astype(mx.float32)
     target = mx.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
     normaliser = mx.logsumexp(logits, axis=-1)
-    squares = (mx.logsumexp(2 * logits, axis=-1) - 2 * normaliser,) if log_squares else ()
-    return (target - normaliser, *squares)
+    logps = target - normaliser
+    if extra == "none":
+        return (logps,)
+    if extra == "log_squares":
+        return logps, mx.logsumexp(2 * logits, axis=-1) - 2 * normaliser
+    every = mx.maximum(logits - normaliser[:, None], MIN_LOG_RATIO)
+    return logps, -(mx.exp(every) * every).sum(axis=-1)
 
 
 def _logps_and_gradient(
-    log_squares: bool, anatomy: Anatomy, hidden: mx.array, targets: mx.array
+    extra: Extra, anatomy: Anatomy, hidden: mx.array, targets: mx.array
 ) -> tuple[mx.array, ...]:
-    """Log-probs (n,), their gradients by the hidden states (n, D), if asked log Σ_v p_v² (n,).
+    """Log-probs (n,), what else is asked (n,), and gradients by the hidden states (n, D).
 
-    One exponential serves them all.
+    One exponential serves them all. The gradients are those of the log-probs and, last, of the
+    entropy if that has one: ∂H/∂logit = −p(log p + H).
     """
     raw = anatomy.logits(hidden)
     top = raw.max(axis=-1, keepdims=True).astype(mx.float32)
     target = mx.take_along_axis(raw, targets[:, None], axis=-1).astype(mx.float32)
-    # All that reads the logits, but the exponential, comes before it, which can then take their
-    # memory for its own; and what is made of it likewise.
-    (raw,) = mx.depends([raw], [top, target])
-    exponential = mx.exp(raw.astype(mx.float32) - top)
+    centred = None
+    if extra in ("entropy", "entropy_value"):
+        centred = mx.maximum(raw.astype(mx.float32) - top, MIN_LOG_RATIO)
+        exponential = mx.exp(centred)
+    else:
+        # All that reads the logits, but the exponential, comes before it, which can then take
+        # their memory for its own; and what is made of it likewise.
+        (raw,) = mx.depends([raw], [top, target])
+        exponential = mx.exp(raw.astype(mx.float32) - top)
     total = exponential.sum(axis=-1, keepdims=True)
     logps = (target - top - mx.log(total))[:, 0]
     is_target = mx.arange(raw.shape[-1])[None] == targets[:, None]
-    by_logits = is_target - exponential / total
-    _, gradients = mx.vjp(anatomy.logits, [hidden], [by_logits.astype(raw.dtype)])
-    if not log_squares:
-        return logps, gradients[0]
-    squares = mx.log(mx.square(exponential).sum(axis=-1)) - 2 * mx.log(total[:, 0])
-    return logps, gradients[0], squares
+
+    def by_hidden(by_logits: mx.array) -> mx.array:
+        return mx.vjp(anatomy.logits, [hidden], [by_logits.astype(raw.dtype)])[1][0]
+
+    gradient = by_hidden(is_target - exponential / total)
+    if extra == "log_squares":
+        squares = mx.log(mx.square(exponential).sum(axis=-1)) - 2 * mx.log(total[:, 0])
+        return logps, squares, gradient
+    if centred is None:
+        return logps, gradient
+    mean = (exponential * centred).sum(axis=-1, keepdims=True) / total
+    entropy = (mx.log(total) - mean)[:, 0]
+    if extra == "entropy_value":
+        return logps, entropy, gradient
+    # One product with the vocabulary's weights after the other.
+    centred, total = mx.depends([centred, total], [gradient])
+    by_logits = exponential / total * (mean - centred)
+    return logps, entropy, gradient, by_hidden(by_logits)
 
 
 def _chunked(
