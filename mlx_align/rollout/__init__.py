@@ -1,1 +1,1 @@
-"""What a model says: sampling."""
+"""What a model says, and what it is worth: sampling, rewards."""
