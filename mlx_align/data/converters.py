@@ -85,15 +85,24 @@ def instruction_output(row: Row) -> PromptGroup:
 
 
 def prompt_only(row: Row) -> PromptGroup:
-    """`prompt` (or `messages` ending on a user turn, or a question) without completions."""
-    if "prompt" in row.fields:
-        prompt = with_system(row, as_text(row, "prompt", row.fields["prompt"]))
-        return group(row, prompt, [], ("prompt", "system"))
-    if any(key in row.fields for key in QUESTIONS):
+    """`prompt`, or a question, without completions."""
+    if "prompt" not in row.fields and any(key in row.fields for key in QUESTIONS):
         return group(row, instruction_turns(row), [], (*QUESTIONS, "input", "system", "history"))
+    prompt = with_system(row, as_text(row, "prompt", need(row, "prompt")))
+    return group(row, prompt, [], ("prompt", "system"))
+
+
+def conversation_prompt(row: Row) -> PromptGroup:
+    """`messages` or `conversations` to be answered; an answer that they end with is left out."""
     key = _turns_key(row)
     turns = as_messages(row, key, need(row, key))
-    return group(row, with_system(row, turns), [], (key, "system"))
+    if row.fields.get("tools"):
+        raise DataError(f"{row.source}: 'tools' is not read; write it into a system message")
+    while turns and turns[-1].role == "assistant":
+        turns = turns[:-1]
+    if not turns:
+        raise DataError(f"{row.source}: {key!r} has no user turn; expected a question to answer")
+    return group(row, with_system(row, turns), [], (key, "system", "tools"))
 
 
 def group(

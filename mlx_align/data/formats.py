@@ -167,15 +167,24 @@ PROMPT_FORMATS = (
     Format(
         "prompts",
         "prompts",
-        lambda row: _has(row, "prompt", "messages", "conversations", *converters.QUESTIONS),
+        lambda row: _has(row, "prompt", *converters.QUESTIONS),
         converters.prompt_only,
+    ),
+    Format(
+        "conversation-prompts",
+        "conversations up to the last question",
+        lambda row: (
+            _has(row, "messages", "conversations")
+            and not _has(row, "prompt", *converters.QUESTIONS)
+        ),
+        converters.conversation_prompt,
     ),
 )
 _EXPECTED = {
     "preference": "prompt, chosen and rejected (or another pair format)",
     "unpaired": "prompt, completion and label (or pairs)",
     "supervised": "messages, prompt and completion, or text",
-    "prompts": "prompt",
+    "prompts": "prompt, question or messages",
     "scorable": "pairs, or a prompt with completion, completions or messages",
 }
 
@@ -250,7 +259,10 @@ def read_prompts(
     groups, reading = _read(data, split, format, "prompts", pairs, PROMPT_FORMATS)
     if all(not group.completions for group in groups):
         return groups, reading
-    bare = [replace(group, completions=(), scores=None, soft_label=None) for group in groups]
+    bare = [
+        replace(group, completions=(), scores=None, soft_label=None, margin=None)
+        for group in groups
+    ]
     return bare, replace(reading, title=f"the prompts of {reading.title}")
 
 

@@ -179,7 +179,7 @@ def tokenize_groups(
         lengths=percentiles([r.length for r in results if r.length]),
         notes=style.notes + (style.chat_notes if chats else ()),
     )
-    _refuse_great_loss(results, report, max_seq_length)
+    refuse_great_loss(results, "--max-seq-length", max_seq_length)
     return kept, report
 
 
@@ -247,27 +247,37 @@ def percentiles(lengths: Sequence[int]) -> dict[str, int]:
     return {str(p): int(ordered[-(-len(ordered) * p // 100) - 1]) for p in (50, 90, 99, 100)}
 
 
-def _refuse_great_loss(
-    results: Sequence[TokenizeResult], report: TokenizeReport, max_seq_length: int
-) -> None:
-    rows, dropped = report.rows, report.dropped
-    lost = sum(count for reason, count in dropped.items() if reason != IDENTICAL)
-    if report.kept and lost <= MAX_LOST * rows:
+def refuse_great_loss(results: Sequence[TokenizeResult], option: str, limit: int) -> None:
+    """Refuse data of which more than a tenth would be dropped, or all.
+
+    Args:
+        results: Of all groups.
+        option: The option that limits lengths, for the message.
+        limit: Its value, tokens.
+
+    Raises:
+        DataError: So much would be dropped; the text says why, and which limit would keep more.
+    """
+    rows = len(results)
+    dropped = Counter(r.dropped for r in results if r.dropped is not None)
+    kept = rows - dropped.total()
+    lost = dropped.total() - dropped[IDENTICAL]
+    if kept and lost <= MAX_LOST * rows:
         return
     if not rows:
         raise DataError("no rows to tokenise")
-    too_long = dropped.get(TOO_LONG, 0)
+    too_long = dropped[TOO_LONG]
     if 2 * too_long >= max(lost, 1):
-        at = report.lengths
+        at = percentiles([r.length for r in results if r.length])
         raise DataError(
             f"{'all' if too_long == rows else too_long} of {rows} rows are longer than "
-            f"--max-seq-length {max_seq_length} and would be dropped (tokens: median {at['50']}, "
-            f"longest {at['100']}); --max-seq-length {at['90']} keeps 90% of them, {at['99']} "
+            f"{option} {limit} and would be dropped (tokens: median {at['50']}, "
+            f"longest {at['100']}); {option} {at['90']} keeps 90% of them, {at['99']} "
             "keeps 99%"
         )
     reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.items())
     detail = next((f" ({r.detail})" for r in results if r.detail), "")
     raise DataError(
-        f"{rows - report.kept} of {rows} rows would be dropped: {reasons}{detail}; mend them or "
+        f"{rows - kept} of {rows} rows would be dropped: {reasons}{detail}; mend them or "
         "leave them out"
     )

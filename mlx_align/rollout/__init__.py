@@ -1,1 +1,1 @@
-"""What a model says, and what it is worth: sampling, advantages."""
+"""What a model says, what that earns, and what is to be learned from it."""
