@@ -322,17 +322,28 @@ class OnPolicyConfig(TrainConfig):
     max_completion_length: int = option(256, "Longest completion, tokens.", at_least=1)
     max_seq_length: int = option(
         1024,
-        "Tokens of prompt and completion; prompts that leave no room are dropped and counted.",
+        "Tokens of prompt and completion; prompts that leave no room for --max-completion-length "
+        "are dropped and counted.",
         at_least=2,
     )
-    steps_per_report: int = option(1, "Rollout batches between reports.", at_least=1)
+    max_prompt_length: int | None = option(
+        None,
+        "Longest prompt, tokens. Default: --max-seq-length less --max-completion-length.",
+        at_least=1,
+    )
+    steps_per_report: int = option(
+        1, "Rollout batches between reports.", at_least=1, training=False
+    )
     steps_per_eval: int = option(
         10,
         "Rollout batches between evaluations on held-out prompts; 0 for none but the last.",
         at_least=0,
     )
     save_every: int = option(
-        10, "Rollout batches between checkpoints; 0 for none but the last.", at_least=0
+        10,
+        "Rollout batches between checkpoints; 0 for none but the last.",
+        at_least=0,
+        training=False,
     )
     grad_accumulation_steps: int = option(
         8, "Microbatches per update; exactly as if they were one batch.", at_least=1

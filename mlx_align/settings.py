@@ -36,10 +36,12 @@ def option(
     below: float | None = None,
     metavar: str | None = None,
     training: bool = True,
+    several: bool = False,
 ) -> Any:
     """A dataclass field that is also a command-line option and a YAML key.
 
     `training` says whether it decides what is trained: such options can't change on resume.
+    `several` says that it may be given more than once, each time with one of its values.
     """
     return field(
         default=default,
@@ -51,6 +53,7 @@ def option(
             "below": below,
             "metavar": metavar,
             "training": training,
+            "several": several,
         },
     )
 
@@ -142,7 +145,8 @@ def _value(hint: Any, value: Any, rules: Mapping[str, Any], label: str) -> Any:
     kind = next(k for k in kinds if k is not type(None))
     origin = typing.get_origin(kind) or kind
     if origin is tuple:
-        items = value.split(",") if isinstance(value, str) else value
+        alone = [value] if rules.get("several") else str(value).split(",")
+        items = alone if isinstance(value, str) else value
         if not isinstance(items, list | tuple) or not all(isinstance(i, str) for i in items):
             raise ConfigError(f"{label}: {value!r} is not a list of names")
         return tuple(item.strip() for item in items if item.strip())

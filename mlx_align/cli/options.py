@@ -42,7 +42,7 @@ def _option(entry: dataclasses.Field[Any], hint: Any) -> Callable[..., Any]:
     if plain is bool:
         text += f" [default: {'on' if entry.default else 'off'}]"
         return click.option(f"{flag}/{flag.replace('--', '--no-', 1)}", default=None, help=text)
-    if typing.get_origin(plain) is dict:
+    if typing.get_origin(plain) is dict or rules.get("several"):
         return click.option(flag, multiple=True, metavar=rules["metavar"], help=text)
     if rules.get("choices"):
         text += f" ({', '.join(rules['choices'])})"

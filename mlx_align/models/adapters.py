@@ -207,7 +207,9 @@ def read_weights(folder: Path) -> dict[str, mx.array]:
     return read_tensors(folder / ADAPTER_WEIGHTS)
 
 
-def load_tree(folder: Path, fresh: Tree, layout: AdapterLayout) -> Tree:
+def load_tree(
+    folder: Path, fresh: Tree, layout: AdapterLayout, *, keep_rank: bool = False
+) -> Tree:
     """The adapter of `folder` as a tree in the run's layout, equal to it as a function.
 
     Args:
@@ -216,6 +218,8 @@ def load_tree(folder: Path, fresh: Tree, layout: AdapterLayout) -> Tree:
             the adapter has nothing (its lora_b is zero there, so the function is the adapter's,
             and the added rank can still learn).
         layout: The run's layout.
+        keep_rank: Whether the adapter keeps its rank, whatever the run's is: of a role that is
+            only looked at, or trained at its own.
 
     Raises:
         ModelError: The adapter can't be expressed in the run's layout.
@@ -246,12 +250,21 @@ def load_tree(folder: Path, fresh: Tree, layout: AdapterLayout) -> Tree:
             continue
         given = weights[name].astype(own.dtype)
         if leaf == "lora_b":
-            mapped[name] = _padded(given * fold, mx.zeros_like(own), folder, name)
+            given = given * fold
+            own = mx.zeros_like(own)
+        if keep_rank and leaf in ("lora_a", "lora_b") and _differ_in_rank(given, own):
+            mapped[name] = given
         else:
             mapped[name] = _padded(given, own, folder, name)
     tree: Tree = tree_unflatten(list(mapped.items()))
     mx.eval(tree)
     return tree
+
+
+def _differ_in_rank(given: mx.array, own: mx.array) -> bool:
+    """Whether two adapters' matrices are of one layer, as far as their shapes tell."""
+    same = [g == o for g, o in zip(given.shape, own.shape, strict=False)]
+    return given.ndim == own.ndim and same.count(False) <= 1
 
 
 def _padded(given: mx.array, own: mx.array, folder: Path, name: str) -> mx.array:
