@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from mlx_align.cli.options import given
-from mlx_align.cli.training import run_training, training_options
+from mlx_align.cli.training import offline, run_training, training_options
 from mlx_align.config import RewardConfig
 from mlx_align.errors import ConfigError
 from mlx_align.settings import flag_of
@@ -53,7 +53,7 @@ def reward(
     run_training(
         RewardConfig,
         "reward",
-        reward_task,
+        offline(reward_task),
         options,
         config_file=config_file,
         resume=resume,

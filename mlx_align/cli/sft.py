@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from mlx_align.cli.training import run_training, training_options
+from mlx_align.cli.training import offline, run_training, training_options
 from mlx_align.config import SftConfig
 
 
@@ -23,7 +23,7 @@ def sft(config_file: str | None, resume: str | None, json: bool, **options: Any)
     run = run_training(
         SftConfig,
         "sft",
-        sft_task,
+        offline(sft_task),
         options,
         config_file=config_file,
         resume=resume,

@@ -6,6 +6,7 @@ import json as json_module
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 Config = TypeVar("Config", bound=TrainConfig)
 Command = Callable[..., Any]
+Run = Callable[..., dict[str, Any]]
 
 
 def training_options(kind: type[TrainConfig]) -> Callable[[Command], Command]:
@@ -47,10 +49,21 @@ def training_options(kind: type[TrainConfig]) -> Callable[[Command], Command]:
     return decorate
 
 
+def offline(make_task: Callable[[Config], Task]) -> Callable[[Config], Run]:
+    """How the commands that train on given completions run: by their task."""
+
+    def make_run(config: Config) -> Run:
+        from mlx_align.train.offline import run_offline
+
+        return partial(run_offline, make_task(config))
+
+    return make_run
+
+
 def run_training(
     kind: type[Config],
     command: str,
-    make_task: Callable[[Config], Task],
+    make_run: Callable[[Config], Run],
     options: Mapping[str, Any],
     *,
     config_file: str | None,
@@ -64,7 +77,8 @@ def run_training(
     Args:
         kind: The command's dataclass.
         command: Its name, for the run folder.
-        make_task: Checks the loss, before anything is read or made.
+        make_run: Checks what options can be checked by themselves, before anything is read or
+            made; what it gives runs: (options, run folder, display, resume=…) -> summary.
         options: What click parsed.
         config_file: The `-c` file.
         resume: The run to go on with, "" for that of --output, None for a new one.
@@ -74,21 +88,20 @@ def run_training(
     """
     # Imported late: `--help` should not wait for mlx-lm.
     from mlx_align.cli.display import Terminal
-    from mlx_align.train.offline import run_offline
     from mlx_align.train.runlog import new_run_folder
 
     terminal = Terminal(json)
     asked = given(dict(options))
     if resume is not None:
         config, run = _resumed(kind, resume, asked, config_file)
-        task = make_task(config)
+        train = make_run(config)
     else:
         config = _configured(kind, asked, config_file, starter, terminal)
-        task = make_task(config)
+        train = make_run(config)
         run = new_run_folder(config.output, command)
     config = replace(config, output=str(run))
     with _saying_how_to_go_on(run, command, terminal):
-        summary = run_offline(task, config, run, terminal, resume=resume is not None)
+        summary = train(config, run, terminal, resume=resume is not None)
     if json:
         click.echo(json_module.dumps(summary, indent=2))
         return run

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +114,29 @@ def install(model: nn.Module, layout: AdapterLayout) -> Tree:
     tree: Tree = model.trainable_parameters()
     mx.eval(tree)
     return tree
+
+
+def covering(layout: AdapterLayout, others: Sequence[AdapterLayout]) -> AdapterLayout:
+    """`layout`, with adapters also wherever `others` have some."""
+    every = [layout, *others]
+    keys: tuple[str, ...] | None = None
+    if all(one.keys is not None for one in every):
+        keys = tuple(sorted({key for one in every for key in one.keys or ()}))
+    blocks = [one.num_layers for one in every]
+    return replace(layout, keys=keys, num_layers=-1 if -1 in blocks else max(blocks))
+
+
+def part_within(model: nn.Module, tree: Tree, layout: AdapterLayout) -> Tree:
+    """Of the tree that `install` just made by a covering layout, what `layout` would have made."""
+    count = len(model.layers) if layout.num_layers == -1 else layout.num_layers
+    modules = [pair for layer in model.layers[-count:] for pair in layer.named_modules()]
+    if layout.keys is not None:
+        modules = [pair for pair in modules if pair[0] in layout.keys]
+        modules += [pair for pair in model.named_modules() if pair[0] in layout.keys]
+    inside = {id(a) for _, m in modules for _, a in tree_flatten(m.trainable_parameters())}
+    part = [(name, array) for name, array in tree_flatten(tree) if id(array) in inside]
+    own: Tree = tree_unflatten(part)
+    return own
 
 
 def compute_dtype(name: str, model_dtypes: Collection[mx.Dtype]) -> mx.Dtype | None:

@@ -215,7 +215,7 @@ class RewardFunctions:
     ) -> None:
         columns = {name for group in groups for name in group.columns} - set(RESERVED)
         batch = {
-            "prompts": [_as_data(group.prompt) for group in groups],
+            "prompts": [as_data(group.prompt) for group in groups],
             "completions": texts,
             "columns": {name: [g.columns.get(name) for g in groups] for name in sorted(columns)},
         }
@@ -281,7 +281,8 @@ def _builtin(
         raise ConfigError(f"--reward {spec.text}: {group.source}: {error}") from None
 
 
-def _as_data(prompt: Text) -> str | list[dict[str, str]]:
+def as_data(prompt: Text) -> str | list[dict[str, str]]:
+    """A prompt as it stands in the data: text, or messages."""
     if isinstance(prompt, str):
         return prompt
     return [{"role": turn.role, "content": turn.content} for turn in prompt]

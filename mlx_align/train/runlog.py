@@ -51,7 +51,7 @@ def eval_rows(folder: Path) -> list[dict[str, float]]:
     return [
         {key.removeprefix("eval/"): value for key, value in row.items() if key != "step"}
         for row in _rows(folder)
-        if "eval/loss" in row
+        if any(key.startswith("eval/") for key in row)
     ]
 
 
@@ -69,7 +69,11 @@ def _rows(folder: Path) -> list[dict[str, float]]:
 
 def say_metrics(row: Mapping[str, float]) -> str:
     """A row of metrics as a person reads it."""
-    parts = [f"loss {row['loss']:.4f}"]
+    parts = []
+    if "reward" in row:
+        parts += _say_rewards(row)
+    elif "loss" in row:
+        parts.append(f"loss {row['loss']:.4f}")
     if "rewards/accuracies" in row:
         parts.append(f"accuracy {row['rewards/accuracies']:.0%}")
         parts.append(f"margin {row['rewards/margins']:+.3f}")
@@ -81,6 +85,21 @@ def say_metrics(row: Mapping[str, float]) -> str:
     return ", ".join(parts)
 
 
+def _say_rewards(row: Mapping[str, float]) -> list[str]:
+    parts = [f"reward {row['reward']:+.3f}"]
+    if "held_out" in row:
+        parts.append(f"held-out reward {row['held_out']:+.3f}")
+    kl = row.get("objective/kl", row.get("kl"))
+    if kl is not None:
+        parts.append(f"KL {kl:.2f}")
+    if "value/explained_variance" in row:
+        parts.append(f"critic explains {row['value/explained_variance']:.0%}")
+    if "completions/mean_length" in row:
+        parts.append(f"{row['completions/mean_length']:.0f} tokens each")
+        parts.append(f"{row['completions/ended']:.0%} ended")
+    return parts
+
+
 def say_seconds(seconds: float) -> str:
     """A duration as a person reads it."""
     if seconds < 90:
@@ -90,9 +109,9 @@ def say_seconds(seconds: float) -> str:
     return f"{seconds / 3600:.1f} h"
 
 
-def drop_rows_after(folder: Path, step: int) -> None:
-    """Forget metrics of updates that a resumed run will do again."""
-    file = folder / METRICS_FILE
+def drop_rows_after(folder: Path, step: int, name: str = METRICS_FILE) -> None:
+    """Forget rows (of metrics, or of another file) that a resumed run will write again."""
+    file = folder / name
     if not file.exists():
         return
     kept = []
@@ -108,6 +127,14 @@ def drop_rows_after(folder: Path, step: int) -> None:
 def write_json(file: Path, content: Mapping[str, Any]) -> None:
     """Write an object as JSON, whole or not at all."""
     write_text(file, json.dumps(_plain(content), indent=2) + "\n")
+
+
+def append_samples(folder: Path, samples: Sequence[Mapping[str, Any]]) -> None:
+    """Add rows to samples.jsonl."""
+    lines = "".join(json.dumps(_plain(s), ensure_ascii=False) + "\n" for s in samples)
+    file = folder / SAMPLES_FILE
+    with writing(file), file.open("a", encoding="utf-8") as stream:
+        stream.write(lines)
 
 
 def write_samples(folder: Path, samples: Sequence[Mapping[str, Any]]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -21,8 +21,10 @@ from mlx_align.errors import ConfigError, ModelError
 from mlx_align.models.adapters import (
     AdapterLayout,
     compute_dtype,
+    covering,
     install,
     load_tree,
+    part_within,
     read_layout,
 )
 from mlx_align.models.heads import HEAD_NAME, has_head, put_head, read_head
@@ -127,8 +129,35 @@ def _refuse_without_effect(config: TrainConfig, layout: AdapterLayout) -> None:
             raise ConfigError(f"{flag}: has no effect on --fine-tune-type full; leave it out")
 
 
+class Roles(NamedTuple):
+    """A policy, and what other roles on its base are made from.
+
+    Attributes:
+        policy: The policy.
+        layout: Where the base has adapters: wherever one of the roles has some.
+        fresh: Those adapters as they were made, the identity.
+    """
+
+    policy: Policy
+    layout: AdapterLayout
+    fresh: Tree
+
+
 def make_policy(config: TrainConfig, folder: ModelFolder, layout: AdapterLayout) -> Policy:
     """Load the model, put adapters in, and fill them from the init adapter if there is one.
+
+    Raises as `make_roles` does.
+    """
+    return make_roles(config, folder, layout, []).policy
+
+
+def make_roles(
+    config: TrainConfig,
+    folder: ModelFolder,
+    layout: AdapterLayout,
+    others: Sequence[AdapterLayout],
+) -> Roles:
+    """A policy, on a base with adapters also wherever the layouts of other roles have some.
 
     Raises:
         ModelError: The model or the init adapter can't be used.
@@ -144,7 +173,9 @@ def make_policy(config: TrainConfig, folder: ModelFolder, layout: AdapterLayout)
     dtypes = {array.dtype for _, array in tree_flatten(model.module.parameters())}
     model = replace(model, adapter_dtype=compute_dtype(config.adapter_dtype, dtypes))
     mx.random.seed(config.seed)
-    start = install(model.module, layout)
+    everywhere = covering(layout, others)
+    fresh = install(model.module, everywhere)
+    start = fresh if everywhere == layout else part_within(model.module, fresh, layout)
     check_adapted(model.anatomy, folder.vocab_size)
     if init is not None:
         start = load_tree(init, start, layout)
@@ -156,7 +187,17 @@ def make_policy(config: TrainConfig, folder: ModelFolder, layout: AdapterLayout)
             f"--model {folder.name}: a sequence classifier, which writes no text; it can be the "
             "model of mlx-align reward and of mlx-align score"
         )
-    return Policy(model, layout, start)
+    return Roles(Policy(model, layout, start), everywhere, fresh)
+
+
+def say_policy(policy: Policy, layout: AdapterLayout) -> str:
+    """What is trained, in words."""
+    trained = sum(array.size for _, array in tree_flatten(policy.start))
+    kind = {"lora": "LoRA", "dora": "DoRA", "full": "full fine-tuning"}[layout.fine_tune_type]
+    rank = (
+        "" if layout.fine_tune_type == "full" else f" rank {layout.rank}, scale {layout.scale:g},"
+    )
+    return f"{kind},{rank} {trained:,} parameters; {policy.model.check}."
 
 
 def _start_head(config: RewardConfig, model: LanguageModel) -> Tree:
