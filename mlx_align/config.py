@@ -460,9 +460,7 @@ class GrpoConfig(OnPolicyConfig):
         "(k1). Default: the method's.",
         choices=("k1", "k2", "k3"),
     )
-    beta: float | None = option(
-        None, "Temperature of --loss online_dpo. Default: 0.1.", above=0
-    )
+    beta: float | None = option(None, "Temperature of --loss online_dpo. Default: 0.1.", above=0)
     entropy_coef: float = option(0.0, "Weight of an entropy bonus.", at_least=0)
     overlong: str | None = option(
         None,

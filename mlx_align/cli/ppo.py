@@ -10,7 +10,9 @@ from mlx_align.cli.training import Run, run_training, training_options
 from mlx_align.config import PpoConfig
 
 
-@click.command(short_help="Train on the policy's own answers and their rewards, with a critic (PPO).")
+@click.command(
+    short_help="Train on the policy's own answers and their rewards, with a critic (PPO)."
+)
 @training_options(PpoConfig)
 def ppo(config_file: str | None, resume: str | None, json: bool, **options: Any) -> None:
     """Train a policy by PPO on prompts and rewards, and write a run folder.

@@ -32,13 +32,16 @@ def make_reward_scorer(model: LanguageModel) -> Scorer:
     return compiled_scorer(model, completion_scores)
 
 
-def compiled_scorer(model: LanguageModel, run: Callable[..., Any]) -> Callable[[Tree, GroupBatch], Any]:
+def compiled_scorer(
+    model: LanguageModel, run: Callable[..., Any]
+) -> Callable[[Tree, GroupBatch], Any]:
     """A compiled function (tree, batch) -> what `run` gives of the role `tree`, no dropout.
 
     Args:
         model: The base.
         run: (anatomy, batch, shared=…) -> arrays, as `batch_token_logps`.
     """
+
     def score(tree: Tree, batch: GroupBatch) -> Any:
         with model.acting_as(tree):
             return run(model.anatomy, batch, shared=model.shared)

@@ -230,9 +230,7 @@ def read_weights(folder: Path) -> dict[str, mx.array]:
     return read_tensors(folder / ADAPTER_WEIGHTS)
 
 
-def load_tree(
-    folder: Path, fresh: Tree, layout: AdapterLayout, *, keep_rank: bool = False
-) -> Tree:
+def load_tree(folder: Path, fresh: Tree, layout: AdapterLayout, *, keep_rank: bool = False) -> Tree:
     """The adapter of `folder` as a tree in the run's layout, equal to it as a function.
 
     Args:

@@ -59,7 +59,9 @@ class ValueHead(nn.Module):
         return (hidden.astype(mx.float32) @ self.weight.T)[..., 0] + self.bias
 
 
-def value_tree(width: int, reward: mx.array | None, mean: float, scale: float) -> dict[str, mx.array]:
+def value_tree(
+    width: int, reward: mx.array | None, mean: float, scale: float
+) -> dict[str, mx.array]:
     """Weights of a value head: zeros, or those with which it says what a reward model would.
 
     Args:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from mlx_align.models.roles import Tree
-from mlx_align.rollout.experience import Prompt, by_role
+from mlx_align.rollout.experience import Prompt
 from mlx_align.train.judging import Judge
 from mlx_align.train.workplace import Workplace
 from mlx_align.types import TokenizedGroup

@@ -225,8 +225,10 @@ def set_up(
     def opened(wanted: Wanted, option: str) -> tuple[Judge, Tree | None]:
         score, tree = _score_model(wanted, policy, roles.fresh, roles.layout, prepared, option)
         if wanted.model is not None:
-            where = "swapped into the same base" if tree is not None else (
-                "another base: a second model in memory"
+            where = (
+                "swapped into the same base"
+                if tree is not None
+                else ("another base: a second model in memory")
             )
             display.note(f"{option} {wanted.model}: {where}.")
         judge = stack.enter_context(Judge(wanted, score))

@@ -160,8 +160,10 @@ class PpoLearner:
     def learn(self, experience: Experience, step: int, rate: float) -> Learned:
         """The updates of one rollout batch; the first ones of a run are the critic's alone."""
         config, rollouts = self._config, experience.rollouts
-        critic = {**self.trees["policy"], **self.trees["critic"]} if self._shared else (
-            self.trees["critic"]
+        critic = (
+            {**self.trees["policy"], **self.trees["critic"]}
+            if self._shared
+            else (self.trees["critic"])
         )
         (values,) = by_role(self._values, critic, rollouts, self._place.shapes)
         mask = rollouts.mask.astype(np.float32)

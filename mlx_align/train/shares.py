@@ -90,7 +90,9 @@ def role_logps_and_values(
         )
         logps = token_logps(model.anatomy, hidden, batch.completion_tokens)
         held = mx.stop_gradient(hidden)
-        values = model.module[VALUE_NAME](held + through_trunk.astype(hidden.dtype) * (hidden - held))
+        values = model.module[VALUE_NAME](
+            held + through_trunk.astype(hidden.dtype) * (hidden - held)
+        )
     mask = batch.completion_mask
     return mx.where(mask, logps, 0), mx.where(mask, values, 0)
 

@@ -179,9 +179,7 @@ class Workplace:
         wanted, taken, kept = self.prompts_per_batch, 0, []
         for attempt in range(DYNAMIC_TRIES if dynamic else 1):
             missing = wanted - sum(len(part.groups) for part in kept)
-            drawn = self.sample(
-                tree, list(islice(stream, missing)), (1, step, attempt), on_token
-            )
+            drawn = self.sample(tree, list(islice(stream, missing)), (1, step, attempt), on_token)
             taken += missing
             if not dynamic:
                 return drawn, self.judge(drawn), taken
