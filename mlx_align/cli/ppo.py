@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import click
@@ -10,9 +11,7 @@ from mlx_align.cli.training import Run, run_training, training_options
 from mlx_align.config import PpoConfig
 
 
-@click.command(
-    short_help="Train on the policy's own answers and their rewards, with a critic (PPO)."
-)
+@click.command(short_help="Train on the policy's own answers, with a critic (PPO).")
 @training_options(PpoConfig)
 def ppo(config_file: str | None, resume: str | None, json: bool, **options: Any) -> None:
     """Train a policy by PPO on prompts and rewards, and write a run folder.
@@ -36,8 +35,6 @@ def ppo(config_file: str | None, resume: str | None, json: bool, **options: Any)
 
 
 def _make_run(config: PpoConfig) -> Run:
-    from functools import partial
-
     from mlx_align.train.on_policy import run_on_policy
     from mlx_align.train.on_policy_setup import check_shared_options
     from mlx_align.train.ppo import PpoLearner, check_ppo_options

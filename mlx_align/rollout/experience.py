@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from mlx_align.data.batching import collate_groups, epoch_order
 from mlx_align.data.shapes import AnyShape, Shape
-from mlx_align.models.compat import generate_groups
+from mlx_align.models.generation import generate_groups
 from mlx_align.models.loading import LanguageModel
 from mlx_align.models.roles import Tree
 from mlx_align.types import GroupBatch, PromptGroup, TokenizedGroup

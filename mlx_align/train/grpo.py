@@ -6,6 +6,7 @@ No critic: what a completion is worth follows from the rewards of the others of 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -31,11 +32,12 @@ from mlx_align.train.lessons import (
     policy_metrics,
     policy_share,
     ready,
+    teaching_prompts,
     too_far,
 )
 from mlx_align.train.loop import make_optimizer
-from mlx_align.train.on_policy import Experience, Learned, Workplace
 from mlx_align.train.update import Updater
+from mlx_align.train.workplace import Experience, Learned, Workplace
 
 # Their estimator in the loss, by the names of --kl.
 KL_IN_LOSS = {"k1": "k1_reward", "k2": "k2", "k3": "k3"}
@@ -104,6 +106,8 @@ class GroupLearner:
     def __init__(self, config: GrpoConfig, workplace: Workplace) -> None:
         self._config, self._place = config, workplace
         self.method = resolve_method(config)
+        asked = config.dynamic_sampling
+        self.dynamic = config.loss in DYNAMIC if asked is None else asked
         self.trees = {"policy": workplace.policy.start}
         self.optimizers = {"policy": make_optimizer(workplace.policy.start, config.weight_decay)}
         self._kl_in_loss = config.kl_coef > 0 and self.method.kl != "k1_reward"
@@ -122,18 +126,11 @@ class GroupLearner:
             workplace.memory,
         )
 
-    @property
-    def dynamic(self) -> bool:
-        """Whether prompts whose completions all have one reward are replaced by others."""
-        if self._config.dynamic_sampling is not None:
-            return self._config.dynamic_sampling
-        return self._config.loss in DYNAMIC
-
     def state(self) -> dict[str, Any]:
         """What a checkpoint has to hold beside trees and optimizers: nothing."""
         return {}
 
-    def restore(self, state: dict[str, Any]) -> None:
+    def restore(self, state: Mapping[str, Any]) -> None:
         """Go on from such a state."""
 
     def begin(self) -> str:
@@ -146,13 +143,12 @@ class GroupLearner:
         rewards = experience.rewards.total.reshape(-1, config.group_size)
         lesson = self._lesson(experience, rewards)
         # What all have alike teaches nothing, unless the KL or the entropy does.
-        useful = lesson.advantages.reshape(len(rewards), -1).any(axis=1)
-        if self._kl_in_loss or self._entropies:
-            useful = lesson.mask.reshape(len(rewards), -1).any(axis=1)
+        teaching = lesson.mask if self._kl_in_loss or self._entropies else lesson.advantages
+        useful = teaching_prompts(teaching, config.group_size)
         tally, first = Tally(), None
         for part in passes(len(rollouts.groups), config, step):
             for chosen in part:
-                taught = [index for index in chosen if useful[index]]
+                taught = [index for index in chosen if index in useful]
                 if not taught:
                     continue
                 totals = policy_denominators(
@@ -178,7 +174,7 @@ class GroupLearner:
         """Advantages of a rollout batch, and which of its tokens count."""
         config, rollouts = self._config, experience.rollouts
         mask = rollouts.mask.astype(np.float32)
-        mask[np.isnan(experience.rewards.total)] = 0.0
+        mask[experience.unrewarded] = 0.0
         if config.overlong == "mask":
             mask[~rollouts.ended] = 0.0
         penalised = self.method.kl == "k1_reward" and config.kl_coef > 0

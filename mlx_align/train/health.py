@@ -10,6 +10,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from typing import Any, Literal
 
 Level = Literal["warn", "halve", "stop"]
@@ -93,7 +94,7 @@ class Health:
         self.evaluations.append([proxy, held_out])
         recent = [held for _, held in self.evaluations[-FALLING_FOR - 1 :]]
         falling = len(recent) > FALLING_FOR and all(
-            after < before for before, after in zip(recent, recent[1:], strict=False)
+            after < before for before, after in pairwise(recent)
         )
         if falling and proxy - held_out > PROXY_GAP:
             return [

@@ -93,7 +93,7 @@ class HeldOut:
         return True
 
     def deviations(self, metrics: Mapping[str, float]) -> tuple[float, float] | None:
-        """How far both rewards are from where they began, in deviations of that; None if unknown."""
+        """How far both rewards are from their start, in its deviations; None if unknown."""
         found = []
         for name in ("reward", "held_out"):
             mean, spread = self._first.get(name, (0.0, 0.0))

@@ -82,6 +82,12 @@ def passes(groups: int, config: OnPolicyConfig, step: int) -> Iterator[list[list
         yield [sorted(int(index) for index in part) for part in parts]
 
 
+def teaching_prompts(values: Array, size: int) -> set[int]:
+    """Prompts of which a token has a number other than 0, of (N, C) and so many completions."""
+    by_prompt = values.reshape(len(values) // size, -1)
+    return {index for index, row in enumerate(by_prompt) if np.any(row)}
+
+
 def ready(
     rollouts: Rollouts,
     chosen: Sequence[int],

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import mlx.optimizers as optim
 import numpy as np
@@ -35,22 +35,10 @@ from mlx_align.train.on_policy_setup import Prepared, prepare_on_policy, set_up
 from mlx_align.train.opening import opened
 from mlx_align.train.signals import Interrupted, deferring
 from mlx_align.train.task import how_to_talk
-from mlx_align.train.workplace import Experience, Workplace
+from mlx_align.train.workplace import Experience, Learned, Workplace
 
 # By how much the first update's ratios may differ from 1: the policy has not moved yet.
 RATIO_TOLERANCE = 1e-3
-
-
-class Learned(NamedTuple):
-    """What the updates of a rollout batch were.
-
-    Attributes:
-        metrics: For the report.
-        first_deviation: Mean |ratio − 1| in the first update of the policy, None if there was none.
-    """
-
-    metrics: dict[str, float]
-    first_deviation: float | None
 
 
 class Learner(Protocol):

@@ -15,10 +15,9 @@ from mlx_align.losses.registry import combine, parse_losses
 from mlx_align.rollout.advantages import zero_variance_share
 from mlx_align.train.lessons import Tally, passes, policy_metrics
 from mlx_align.train.loop import make_optimizer, ready
-from mlx_align.train.on_policy import Experience, Learned
 from mlx_align.train.preference import preference_objective
 from mlx_align.train.update import Updater
-from mlx_align.train.workplace import Workplace
+from mlx_align.train.workplace import Experience, Learned, Workplace
 from mlx_align.types import Logps, TokenizedGroup
 
 ONLINE_DPO = "online_dpo"

@@ -7,6 +7,7 @@ updated one after the other, so that one set of activations is in memory at a ti
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -48,11 +49,12 @@ from mlx_align.train.lessons import (
     policy_metrics,
     policy_share,
     ready,
+    teaching_prompts,
     too_far,
 )
 from mlx_align.train.loop import make_optimizer
-from mlx_align.train.on_policy import Experience, Learned, Workplace
 from mlx_align.train.update import Loss, Updater
+from mlx_align.train.workplace import Experience, Learned, Workplace
 
 
 def check_ppo_options(config: PpoConfig) -> None:
@@ -74,6 +76,7 @@ class PpoLearner:
     """Policy and critic, and what they learn from a rollout batch."""
 
     title = "PPO"
+    dynamic = False
 
     def __init__(self, config: PpoConfig, workplace: Workplace) -> None:
         self._config, self._place = config, workplace
@@ -132,7 +135,7 @@ class PpoLearner:
             "reward_deviation": self._deviation,
         }
 
-    def restore(self, state: dict[str, Any]) -> None:
+    def restore(self, state: Mapping[str, Any]) -> None:
         """Go on from such a state."""
         self._kl_coef = float(state["kl_coef"])
         self._mean = float(state["reward_mean"])
@@ -167,7 +170,7 @@ class PpoLearner:
         )
         (values,) = by_role(self._values, critic, rollouts, self._place.shapes)
         mask = rollouts.mask.astype(np.float32)
-        mask[np.isnan(experience.rewards.total)] = 0.0
+        mask[experience.unrewarded] = 0.0
         by_token = token_rewards(
             self._scores(experience),
             experience.old_logps,
@@ -216,11 +219,11 @@ class PpoLearner:
         acts = step >= config.critic_warmup
         tally, critic, first = Tally(), Tally(), None
         size = rollouts.group_size
-        useful = lesson.mask.reshape(len(rollouts.groups), -1).any(axis=1)
+        useful = teaching_prompts(lesson.mask, size)
         to_value = partial(value_batch, rollouts, values, returns, lesson.mask)
         for part in passes(len(rollouts.groups), config, step):
             for chosen in part:
-                chosen = [index for index in chosen if useful[index]]
+                chosen = [index for index in chosen if index in useful]
                 if not chosen:
                     continue
                 tokens = float(lesson.mask[rows_of(chosen, size)].sum())

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -56,6 +56,12 @@ class Experience:
     dropped: float = 0.0
 
     @property
+    def unrewarded(self) -> npt.NDArray[np.bool_]:
+        """(N,) completions without a reward: they teach nothing."""
+        missing: npt.NDArray[np.bool_] = np.isnan(self.rewards.total)
+        return missing
+
+    @property
     def kl_by_completion(self) -> Floats:
         """(N,) nats: k1 of KL(policy‖reference), summed over tokens."""
         summed: Floats = (self.old_logps - self.reference_logps).sum(axis=1)
@@ -84,6 +90,18 @@ class Experience:
             "completions/max_length": float(lengths.max()),
             "completions/ended": float(rollouts.ended.mean()),
         }
+
+
+class Learned(NamedTuple):
+    """What the updates of a rollout batch were.
+
+    Attributes:
+        metrics: For the report.
+        first_deviation: Mean |ratio − 1| in the first update of the policy, None if there was none.
+    """
+
+    metrics: dict[str, float]
+    first_deviation: float | None
 
 
 @dataclass(frozen=True)
@@ -176,7 +194,8 @@ class Workplace:
 
         Source: Yu et al. 2025 (DAPO), section 3.2.
         """
-        wanted, taken, kept = self.prompts_per_batch, 0, []
+        wanted, taken = self.prompts_per_batch, 0
+        kept: list[Rollouts] = []
         for attempt in range(DYNAMIC_TRIES if dynamic else 1):
             missing = wanted - sum(len(part.groups) for part in kept)
             drawn = self.sample(tree, list(islice(stream, missing)), (1, step, attempt), on_token)
