@@ -120,6 +120,13 @@ class TrainConfig:
     val_batches: int = option(
         25, "Microbatches of an evaluation; -1 for all held-out data.", at_least=-1
     )
+    on_non_finite: str = option(
+        "stop",
+        "When a loss or gradient is not finite: stop, keeping what was trained before, or skip the "
+        "update and count it (stops all the same after 5 in a row).",
+        choices=("stop", "skip"),
+        training=False,
+    )
     valid_fraction: float = option(
         0.05, "Share of the data held out where it has no valid split.", at_least=0, below=1
     )

@@ -149,7 +149,7 @@ def watch(
 
     rate = make_schedule(config.lr_schedule, config.learning_rate, steps, config.warmup)
     settings = LoopSettings(steps, config.grad_accumulation_steps, rate, 1.0, every, 0, 0)
-    hooks = LoopHooks(report, lambda *_: None, lambda *_: None, tick)
+    hooks = LoopHooks(report, lambda *_: False, lambda *_: None, tick)
     optimizer = make_optimizer(policy.start, config.weight_decay)
     mx.reset_peak_memory()
     train(

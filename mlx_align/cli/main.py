@@ -28,6 +28,7 @@ from mlx_align.cli.reward import reward
 from mlx_align.cli.score import score
 from mlx_align.cli.sft import sft
 from mlx_align.errors import MlxAlignError
+from mlx_align.train.signals import Interrupted, interrupting
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -50,11 +51,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def run(arguments: Sequence[str] | None = None) -> int:
     """Run a command; its exit code."""
-    # Imported late: `mlx-align --help` should not wait for it.
-    from mlx_align.train.loop import Interrupted
-
     try:
-        cli.main(args=arguments, prog_name="mlx-align", standalone_mode=False)
+        with interrupting():
+            cli.main(args=arguments, prog_name="mlx-align", standalone_mode=False)
     except click.exceptions.Exit as exit:
         return exit.exit_code
     except click.ClickException as error:
@@ -62,6 +61,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
     except MlxAlignError as error:
         return _fail(str(error))
     except Interrupted as error:
+        print("stopped", file=sys.stderr)
         return 128 + error.signum
     except (KeyboardInterrupt, click.Abort):
         print("stopped", file=sys.stderr)
@@ -70,6 +70,10 @@ def run(arguments: Sequence[str] | None = None) -> int:
         # The reader (head, less) has gone; there is nobody left to tell.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except OSError as error:
+        # What is written by a run goes through `files.py`; this is what is left (a log, a pipe).
+        where = f"{error.filename}: " if error.filename else ""
+        return _fail(f"{where}{error.strerror or error}")
     return 0
 
 

@@ -190,7 +190,7 @@ def measured_rate(config: TrainConfig, task: Task, groups: list[Any]) -> float:
     rates: list[float] = []
     hooks = LoopHooks(
         report=lambda _, row: rates.append(row["tokens_per_second"]),
-        evaluate=lambda *_: None,
+        evaluate=lambda *_: False,
         save=lambda *_: None,
     )
     optimizer = make_optimizer(policy.start, config.weight_decay)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json as json_module
+import shlex
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields, replace
@@ -13,7 +14,7 @@ import click
 
 from mlx_align.cli.options import config_options, given
 from mlx_align.config import TrainConfig
-from mlx_align.errors import ConfigError
+from mlx_align.errors import ConfigError, WriteError
 from mlx_align.settings import flag_of, resolve, to_yaml
 from mlx_align.shipped import shipped_file, shipped_or_given
 
@@ -80,7 +81,7 @@ def run_training(
     terminal = Terminal(json)
     asked = given(dict(options))
     if resume is not None:
-        config, run = _resumed(kind, resume, asked, config_file)
+        config, run = _resumed(kind, command, resume, asked, config_file)
         task = make_task(config)
     else:
         config = _configured(kind, asked, config_file, starter, terminal)
@@ -124,9 +125,14 @@ def _configured(
 
 
 def _resumed(
-    kind: type[Config], resume: str, asked: dict[str, Any], config_file: str | None
+    kind: type[Config],
+    command: str,
+    resume: str,
+    asked: dict[str, Any],
+    config_file: str | None,
 ) -> tuple[Config, Path]:
     """The configuration of an earlier run, which must not be asked to change."""
+    from mlx_align.train.fingerprints import check_command, read_fingerprints
     from mlx_align.train.runlog import CONFIG_FILE
 
     if config_file is not None:
@@ -140,6 +146,7 @@ def _resumed(
     run = Path(folder).expanduser()
     if not (run / CONFIG_FILE).is_file():
         raise ConfigError(f"--resume {folder}: no {CONFIG_FILE} in it; is it a run folder?")
+    check_command(run, command, read_fingerprints(run))
     config = resolve(kind, {}, run / CONFIG_FILE)
     wanted = resolve(kind, {k: v for k, v in asked.items() if v is not None})
     changed = {}
@@ -160,13 +167,21 @@ def _resumed(
 @contextmanager
 def _saying_how_to_go_on(run: Path, command: str, terminal: Terminal) -> Iterator[None]:
     from mlx_align.train.checkpoint import has_checkpoint
-    from mlx_align.train.loop import Interrupted
+    from mlx_align.train.runlog import CONFIG_FILE
+    from mlx_align.train.signals import Interrupted
 
+    go_on = f"mlx-align {command} --resume {shlex.quote(str(run))}"
     try:
         yield
-    except (Interrupted, KeyboardInterrupt):
+    except Interrupted:
         if has_checkpoint(run):
-            terminal.note(f"stopped; go on with: mlx-align {command} --resume {run}")
+            terminal.note(f"stopped; go on with: {go_on}")
+        elif (run / CONFIG_FILE).is_file():
+            terminal.note(f"stopped before the first checkpoint; start again with: {go_on}")
         else:
-            terminal.note("stopped before the first update; nothing is lost")
+            terminal.note("stopped before anything was written; nothing is lost")
+        raise
+    except WriteError:
+        if (run / CONFIG_FILE).is_file():
+            terminal.note(f"what is there is whole; with room to write, go on with: {go_on}")
         raise

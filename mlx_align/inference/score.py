@@ -57,16 +57,20 @@ def score_groups(
     on_batch: Callable[[list[int], list[tuple[Logps, ...]]], None] | None = None,
     *,
     per_token: bool = True,
+    skip: Callable[[list[int]], bool] | None = None,
 ) -> list[tuple[Logps, ...]]:
     """Per group and completion, the log-prob of each token in nats, in the groups' order.
 
     Where the scorer's columns are no tokens (`per_token` false: a reward model's members), each
     completion's whole row is returned. All groups have equally many completions.
 
-    `on_batch` is told the groups' positions and log-probs as they come, to save or to show.
+    `on_batch` is told the groups' positions and log-probs as they come, to save or to show; a batch
+    of whose positions `skip` is true is not run, and its groups get ().
     """
     scores: list[tuple[Logps, ...]] = [()] * len(groups)
     for batch in epoch_order(groups, shapes, seed=None):
+        if skip is not None and skip(list(batch.indices)):
+            continue
         members = [groups[i] for i in batch.indices]
         logps = np.array(scorer(tree, collate_groups(members, batch.shape)))
         rows = len(members[0].completions)

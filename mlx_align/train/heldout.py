@@ -32,7 +32,11 @@ def held_out_groups(valid: Sequence[TokenizedGroup], config: TrainConfig) -> lis
 
 
 class Evaluation:
-    """Measures the policy on held-out groups, writes the metrics and says them."""
+    """Measures the policy on held-out groups, writes the metrics and says them.
+
+    Attributes:
+        best: The `step` and the `loss` of the lowest held-out loss after an update; None before.
+    """
 
     def __init__(
         self,
@@ -48,24 +52,34 @@ class Evaluation:
         self.groups, self.reference = groups, reference
         self.run, self.display = run, display
         self.shapes = plan_shapes(groups, limit) if groups else []
+        self.best: dict[str, float] | None = None
 
-    def __call__(self, step: int, tree: Tree) -> None:
-        """Score the held-out groups under `tree` and record the metrics of update `step`."""
-        if self.groups:
-            per_token = self.task.per_token
-            found = score_groups(self.scorer, tree, self.groups, self.shapes, per_token=per_token)
-            self.record(step, found)
-
-    def record(self, step: int, logps: GroupLogps) -> None:
-        """Write the metrics that follow from the policy's log-probs."""
+    def __call__(self, step: int, tree: Tree) -> bool:
+        """Score the held-out groups under `tree` and record it, as `record` says."""
         if not self.groups:
-            return
+            return False
+        per_token = self.task.per_token
+        found = score_groups(self.scorer, tree, self.groups, self.shapes, per_token=per_token)
+        return self.record(step, found)
+
+    def record(self, step: int, logps: GroupLogps) -> bool:
+        """Write the metrics after update `step` that follow from the policy's log-probs.
+
+        Whether their loss is the lowest so far.
+        """
+        if not self.groups:
+            return False
         metrics = self.task.measure(logps, self.reference, self.groups)
         runlog.append_row(
             self.run, {"step": step, **{f"eval/{name}": v for name, v in metrics.items()}}
         )
         if step:
             self.display.note(f"  held-out after {step}: {runlog.say_metrics(metrics)}")
+        lowest = math.inf if self.best is None else self.best["loss"]
+        if not step or not metrics["loss"] < lowest:
+            return False
+        self.best = {"step": step, "loss": metrics["loss"]}
+        return True
 
 
 def answers(

@@ -7,14 +7,10 @@ loss, and `update.py` makes the update.
 from __future__ import annotations
 
 import math
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from types import FrameType
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -25,7 +21,9 @@ from mlx_align.errors import TrainingError
 from mlx_align.models.loading import LanguageModel
 from mlx_align.models.roles import Tree
 from mlx_align.train.run_ahead import RunAhead
+from mlx_align.train.signals import Interrupted, deferring
 from mlx_align.train.update import Loss, Ready, Updater
+from mlx_align.train.window import Window
 
 
 class Objective(NamedTuple):
@@ -60,6 +58,7 @@ class Progress:
         groups: Prompts (with completions) trained on.
         tokens: Tokens of prompts and completions trained on, padding not counted.
         seconds: Time spent in updates.
+        skipped: Updates that were skipped because a loss or gradient was not finite.
     """
 
     step: int = 0
@@ -67,6 +66,7 @@ class Progress:
     groups: int = 0
     tokens: int = 0
     seconds: float = 0.0
+    skipped: int = 0
 
 
 @dataclass(frozen=True)
@@ -80,6 +80,7 @@ class LoopSettings:
     steps_per_report: int
     steps_per_eval: int
     save_every: int
+    skip_non_finite: bool = False
 
 
 @dataclass
@@ -88,23 +89,19 @@ class LoopHooks:
 
     Attributes:
         report: A row of training metrics.
-        evaluate: Time for an evaluation of the tree.
-        save: Time for a checkpoint; also called before the loop gives up on a signal.
+        evaluate: Time for an evaluation of the tree; whether it is the best so far, which gets a
+            checkpoint.
+        save: Time for a checkpoint of the tree, and of the window of updates not yet reported;
+            also called before the loop gives up on a signal.
         tick: After every update.
+        note: A line about something out of the ordinary.
     """
 
     report: Callable[[Progress, dict[str, float]], None]
-    evaluate: Callable[[Progress, Tree], None]
-    save: Callable[[Progress, Tree, optim.Optimizer], None]
+    evaluate: Callable[[Progress, Tree], bool]
+    save: Callable[[Progress, Tree, Window], None]
     tick: Callable[[Progress], None] = field(default=lambda _: None)
-
-
-class Interrupted(Exception):
-    """A signal ended the run after its checkpoint was written; `signum` says which."""
-
-    def __init__(self, signum: int) -> None:
-        super().__init__(signum)
-        self.signum = signum
+    note: Callable[[str], None] = field(default=lambda _: None)
 
 
 def make_schedule(name: str, peak: float, total: int, warmup: float) -> Callable[[int], float]:
@@ -145,6 +142,8 @@ def train(
     settings: LoopSettings,
     hooks: LoopHooks,
     progress: Progress,
+    *,
+    window: Window | None = None,
 ) -> Tree:
     """Run updates until `settings.total_steps`; the trained tree.
 
@@ -157,15 +156,17 @@ def train(
         settings: Counts and rates.
         hooks: Reports, evaluations, checkpoints.
         progress: Where the run stands; counted up in place.
+        window: The updates before it that were not reported yet; for a run that goes on.
 
     Raises:
         TrainingError: A loss or gradient is not finite; the tree is the last good one, saved.
-        Interrupted: SIGINT or SIGTERM came; a checkpoint was written.
+        Interrupted: A signal came; a checkpoint was written, unless it was the second.
     """
-    window = _Window()
+    window = window or Window(tokens=progress.tokens, seconds=progress.seconds)
     memory = RunAhead()
-    update = Updater(model, optimizer, objective.loss, settings.max_grad_norm, memory)
-    with _signals() as pending, memory:
+    skip, most = settings.skip_non_finite, settings.max_grad_norm
+    update = Updater(model, optimizer, objective.loss, most, memory, skip=skip)
+    with deferring() as pending, memory:
         while progress.step < settings.total_steps:
             began = time.perf_counter()
             micro = [next(stream) for _ in range(settings.accumulation)]
@@ -178,23 +179,38 @@ def train(
                 done = update(tree, ready(objective, batches, micro), totals, rate)
             except TrainingError:
                 if progress.step:
-                    hooks.save(progress, tree, optimizer)
+                    hooks.save(progress, tree, window)
                 raise
             tree = done.tree
             _advance(progress, micro, objective, time.perf_counter() - began)
-            window.add(done.loss, done.sums, done.norm, rate)
+            if done.skipped is None:
+                window.add(done.loss, done.sums, done.norm, rate)
+            else:
+                progress.skipped += 1
+                hooks.note(f"! update {progress.step} skipped: {done.skipped}")
             hooks.tick(progress)
             last = progress.step == settings.total_steps
-            if progress.step == 1 or progress.step % settings.steps_per_report == 0 or last:
-                hooks.report(progress, window.row(progress, memory.peak_bytes))
-                window = _Window(progress)
+            if last and progress.skipped == progress.step:
+                raise TrainingError(f"every update was skipped: {done.skipped}")
+            if progress.step == 1 or _due(progress.step, settings.steps_per_report) or last:
+                window = _reported(window, progress, memory.peak_bytes, hooks)
+            best = False
             if last or _due(progress.step, settings.steps_per_eval):
-                hooks.evaluate(progress, tree)
-            if pending or last or _due(progress.step, settings.save_every):
-                hooks.save(progress, tree, optimizer)
-            if pending and not last:
+                best = hooks.evaluate(progress, tree)
+            if pending or best or last or _due(progress.step, settings.save_every):
+                hooks.save(progress, tree, window)
+            if pending:
                 raise Interrupted(pending[0])
     return tree
+
+
+def _reported(window: Window, progress: Progress, peak_bytes: int, hooks: LoopHooks) -> Window:
+    """Report a window; the next one. Where all of its updates were skipped, it waits for more."""
+    if not window.updates:
+        return window
+    row = window.row(progress.step, progress.tokens, progress.seconds, peak_bytes)
+    hooks.report(progress, {**row, "skipped": progress.skipped} if progress.skipped else row)
+    return Window(tokens=progress.tokens, seconds=progress.seconds)
 
 
 def ready(objective: Objective, batches: Sequence[Any], micro: Sequence[Microbatch]) -> list[Ready]:
@@ -219,59 +235,3 @@ def _advance(
         groups, tokens = objective.size(members)
         progress.groups += groups
         progress.tokens += tokens
-
-
-class _Window:
-    """Means over the updates since the last report."""
-
-    def __init__(self, since: Progress | None = None) -> None:
-        self.updates = 0
-        self.loss = self.norm = self.rate = 0.0
-        self.sums: dict[str, float] = {}
-        self.tokens = since.tokens if since else 0
-        self.seconds = since.seconds if since else 0.0
-
-    def add(self, loss: float, sums: Mapping[str, float], norm: float, rate: float) -> None:
-        self.updates += 1
-        self.loss += loss
-        self.norm += norm
-        self.rate = rate
-        for name, value in sums.items():
-            self.sums[name] = self.sums.get(name, 0.0) + value
-
-    def row(self, progress: Progress, peak_bytes: int) -> dict[str, float]:
-        weight = self.sums.get("weight", 1.0) or 1.0
-        means = {name: value / weight for name, value in self.sums.items() if name != "weight"}
-        tokens = progress.tokens - self.tokens
-        seconds = progress.seconds - self.seconds
-        return {
-            "step": progress.step,
-            "loss": self.loss / self.updates,
-            **means,
-            "learning_rate": self.rate,
-            "grad_norm": self.norm / self.updates,
-            "num_tokens": progress.tokens,
-            "tokens_per_second": tokens / seconds if seconds else 0.0,
-            "peak_memory_bytes": peak_bytes,
-        }
-
-
-@contextmanager
-def _signals() -> Iterator[list[int]]:
-    """A list that the first SIGINT or SIGTERM is put into; a second one interrupts at once."""
-    pending: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield pending
-        return
-
-    def note(signum: int, _frame: FrameType | None) -> None:
-        if pending:
-            raise KeyboardInterrupt
-        pending.append(signum)
-
-    before = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield pending
-    finally:
-        for signum, handler in before.items():
-            signal.signal(signum, handler)

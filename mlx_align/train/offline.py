@@ -9,28 +9,26 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Sequence
-from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from mlx_align.config import TrainConfig
 from mlx_align.data.batching import epoch_order, microbatch_stream, padding_waste
-from mlx_align.data.checks import render_facts
-from mlx_align.data.shapes import AnyShape, BatchLimit, batch_limit, plan_shapes
-from mlx_align.files import write_text
-from mlx_align.inference.score import Scorer
+from mlx_align.data.checks import DataFacts, render_facts
+from mlx_align.data.shapes import AnyShape, batch_limit, plan_shapes
 from mlx_align.models.adapters import AdapterLayout, save_adapter
 from mlx_align.models.loading import ModelFolder, open_model
+from mlx_align.models.roles import Tree
 from mlx_align.plan.check import check_fits
 from mlx_align.plan.machine import this_machine
 from mlx_align.plan.timing import rate_key, store_rate
-from mlx_align.settings import to_yaml
 from mlx_align.train import runlog
 from mlx_align.train.checkpoint import State, load_checkpoint, save_checkpoint
 from mlx_align.train.display import Display
+from mlx_align.train.fingerprints import fingerprints
 from mlx_align.train.heldout import (
     Evaluation,
     answers,
@@ -46,16 +44,13 @@ from mlx_align.train.loop import (
     make_schedule,
     train,
 )
+from mlx_align.train.opening import opened
 from mlx_align.train.pace import Pace
-from mlx_align.train.reference import (
-    ReferenceCache,
-    default_cache_folder,
-    reference_key,
-    reference_logps,
-)
+from mlx_align.train.refer import References, run_references, used_groups
 from mlx_align.train.setup import Policy, make_policy, prepare_data, resolve_layout
-from mlx_align.train.task import GroupLogps, Task
-from mlx_align.types import Logps, TokenizedGroup
+from mlx_align.train.task import Task
+from mlx_align.train.window import Window
+from mlx_align.types import TokenizedGroup
 
 
 def run_offline(
@@ -87,44 +82,73 @@ def run_offline(
     held_out = held_out_groups(valid_groups, config)
     display.note("\n".join([render_facts(data.facts), *remarks]))
     display.note(check_fits(config, layout, folder, train_groups))
-    run.mkdir(parents=True, exist_ok=True)
-    write_text(run / runlog.CONFIG_FILE, to_yaml(config))
+    ready = _Ready(layout, folder, data.facts, train_groups, valid_groups, held_out)
+    parts = {"training data": train_groups, "held-out data": valid_groups}
+    made_of = fingerprints(task.command, config, folder.path, parts)
+    with opened(run, config, made_of, display.note, resume=resume):
+        return _run(task, config, run, display, ready, began, resume=resume)
 
+
+class _Ready(NamedTuple):
+    """What is known before the weights are loaded."""
+
+    layout: AdapterLayout
+    folder: ModelFolder
+    facts: DataFacts
+    train: list[TokenizedGroup]
+    valid: list[TokenizedGroup]
+    held_out: list[TokenizedGroup]
+
+
+def _run(
+    task: Task,
+    config: TrainConfig,
+    run: Path,
+    display: Display,
+    ready: _Ready,
+    began: float,
+    *,
+    resume: bool,
+) -> dict[str, Any]:
+    """All that needs the weights; the run folder is this process's."""
+    layout, folder, facts, train_groups, valid_groups, held_out = ready
     policy = make_policy(config, folder, layout)
     display.note(_say_policy(policy, layout))
     scorer = task.scorer(policy.model)
     limit = batch_limit(config, packs=policy.model.packs and task.packs)
     shapes = plan_shapes(train_groups, limit)
     settings = _loop_settings(config, train_groups, shapes)
-    reference: GroupLogps | None = None
-    reference_valid: GroupLogps = []
+    reference = References(None, [])
     if task.has_reference:
-        used = _used_groups(config, train_groups, shapes, settings) if task.needs_reference else []
-        reference, reference_valid = _references(
-            config, folder, policy, scorer, train_groups, used, held_out, shapes, limit, display
+        microbatches = settings.total_steps * settings.accumulation if task.needs_reference else 0
+        used = used_groups(config, train_groups, shapes, microbatches)
+        reference = run_references(
+            run, config, policy, scorer, train_groups, used, held_out, shapes, limit, display
         )
     optimizer = make_optimizer(policy.start, config.weight_decay)
-    progress, tree = Progress(), policy.start
+    progress, tree, window = Progress(), policy.start, Window()
+    evaluation = Evaluation(task, limit, scorer, held_out, reference.valid, run, display)
     optimizers = {"policy": optimizer}
     state = None
     if resume:
         state = load_checkpoint(run, {"policy": policy.start}, optimizers, display.note)
     if state is not None:
         progress, tree = state.progress, state.trees["policy"]
+        window = Window(**state.extra["window"])
+        evaluation.best = state.extra["best"]
         policy.model.module.update(tree)
         runlog.drop_rows_after(run, progress.step)
         display.note(f"Going on after update {progress.step} of {settings.total_steps}.")
     elif resume:
         runlog.drop_rows_after(run, -1)
         display.note("No checkpoint yet: from the start.")
-    evaluation = Evaluation(task, limit, scorer, held_out, reference_valid, run, display)
     if state is None and task.has_reference:
-        evaluation.record(0, reference_valid)
+        evaluation.record(0, reference.valid)
     elif state is None:
         evaluation(0, policy.start)
     prompts = held_out[: config.samples] if task.conclude is None else []
     before = answers(policy, policy.start, prompts, config)
-    objective = task.objective(policy, train_groups, reference, scorer)
+    objective = task.objective(policy, train_groups, reference.train, scorer)
     stream = microbatch_stream(train_groups, shapes, seed=config.seed, start=progress.microbatches)
     pace = Pace(progress)
     mx.reset_peak_memory()
@@ -134,18 +158,26 @@ def run_offline(
             pace.tick(at)
             bar.advance()
 
+        def save(at: Progress, now: Tree, since: Window) -> None:
+            extra = {"window": since.as_json(), "best": evaluation.best}
+            state = State(at, {"policy": now}, optimizers, extra)
+            best = None if evaluation.best is None else int(evaluation.best["step"])
+            save_checkpoint(run, state, layout, str(folder.path), best=best)
+
         hooks = LoopHooks(
             report=lambda at, row: _report(
                 run, at, settings.total_steps, task.refine(row), display
             ),
             evaluate=lambda at, now: evaluation(at.step, now),
-            save=lambda at, now, _: save_checkpoint(
-                run, State(at, {"policy": now}, optimizers, {}), layout, str(folder.path)
-            ),
+            save=save,
             tick=tick,
+            note=display.note,
         )
         watched = pace.watched(stream)
-        tree = train(policy.model, tree, optimizer, objective, watched, settings, hooks, progress)
+        tree = train(
+            *(policy.model, tree, optimizer, objective, watched, settings, hooks, progress),
+            window=window,
+        )
     save_adapter(run, tree, layout, str(folder.path))
     if (rate := pace.rate()) is not None:
         machine = this_machine().name
@@ -187,9 +219,11 @@ def run_offline(
         "train": last_row,
         "eval_before": next(iter(held_out_rows), {}),
         "eval": held_out_rows[-1] if held_out_rows else {},
+        "best": evaluation.best,
+        "skipped": progress.skipped,
         "kl": kl,
         **({} if held_out_facts is None else {"held_out": held_out_facts}),
-        "data_facts": dataclasses.asdict(data.facts),
+        "data_facts": dataclasses.asdict(facts),
         "talk": task.afterwards(folder, run),
         "versions": runlog.versions(),
         "seed": config.seed,
@@ -207,63 +241,6 @@ def _say_policy(policy: Policy, layout: AdapterLayout) -> str:
     return f"{kind},{rank} {trained:,} parameters; {policy.model.check}."
 
 
-def _used_groups(
-    config: TrainConfig,
-    groups: Sequence[TokenizedGroup],
-    shapes: Sequence[AnyShape],
-    settings: LoopSettings,
-) -> list[int]:
-    """The groups that training will see; a short run leaves most of a large data set alone."""
-    stream = microbatch_stream(groups, shapes, seed=config.seed)
-    used: set[int] = set()
-    for batch in islice(stream, settings.total_steps * settings.accumulation):
-        used.update(batch.indices)
-        if len(used) == len(groups):
-            break
-    return sorted(used)
-
-
-def _references(
-    config: TrainConfig,
-    folder: ModelFolder,
-    policy: Policy,
-    scorer: Scorer,
-    train_groups: Sequence[TokenizedGroup],
-    used: Sequence[int],
-    held_out: Sequence[TokenizedGroup],
-    shapes: Sequence[AnyShape],
-    limit: BatchLimit,
-    display: Display,
-) -> tuple[GroupLogps | None, GroupLogps]:
-    """The reference's log-probs of used training and held-out groups, cached or computed now."""
-    cache_folder = Path(getattr(config, "reference_cache", None) or default_cache_folder())
-    adapter = Path(config.init_adapter) if config.init_adapter else None
-    key = reference_key(folder.path, adapter, config.adapter_dtype)
-    cache = ReferenceCache(cache_folder.expanduser(), key)
-
-    def refer(
-        groups: Sequence[TokenizedGroup], shapes: Sequence[AnyShape], what: str
-    ) -> GroupLogps:
-        if not groups:
-            return []
-        with display.bar(f"Reference, {what}", len(groups)) as bar:
-            return reference_logps(scorer, policy.start, groups, shapes, cache, bar.advance)
-
-    try:
-        on_used = refer([train_groups[i] for i in used], shapes, "training data")
-        held_out_shapes = plan_shapes(held_out, limit) if held_out else []
-        on_valid = refer(held_out, held_out_shapes, "held-out data")
-        display.note(f"Reference log-probs: {cache.nbytes / 1e6:.1f} MB in {cache.file.parent}.")
-    finally:
-        cache.close()
-    if not used:
-        return None, on_valid
-    reference: list[tuple[Logps, ...]] = [()] * len(train_groups)
-    for index, logps in zip(used, on_used, strict=True):
-        reference[index] = logps
-    return reference, on_valid
-
-
 def _loop_settings(
     config: TrainConfig, groups: Sequence[TokenizedGroup], shapes: Sequence[AnyShape]
 ) -> LoopSettings:
@@ -278,6 +255,7 @@ def _loop_settings(
         steps_per_report=config.steps_per_report,
         steps_per_eval=config.steps_per_eval,
         save_every=config.save_every,
+        skip_non_finite=config.on_non_finite == "skip",
     )
 
 

@@ -12,8 +12,8 @@ import hashlib
 import os
 import sqlite3
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import closing
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -56,14 +56,19 @@ class ReferenceCache:
 
     def __init__(self, folder: Path, key: str) -> None:
         self.file = folder / f"{key}.sqlite"
-        try:
+        with self._used():
             folder.mkdir(parents=True, exist_ok=True)
             self._db = sqlite3.connect(self.file)
             self._db.execute("CREATE TABLE IF NOT EXISTS logps (row BLOB PRIMARY KEY, nats BLOB)")
+
+    @contextmanager
+    def _used(self) -> Iterator[None]:
+        try:
+            yield
         except (OSError, sqlite3.Error) as error:
             raise ConfigError(
-                f"--reference-cache {folder}: can't be used ({error}); name a folder you can "
-                "write to, or empty it with mlx-align cache --purge"
+                f"--reference-cache {self.file.parent}: can't be used ({error}); name a folder you "
+                "can write to and that has room, or empty it with mlx-align cache --purge"
             ) from error
 
     def close(self) -> None:
@@ -79,23 +84,31 @@ class ReferenceCache:
         """The log-probs of a group's completions, or None if one is not there."""
         found = []
         for k, completion in enumerate(group.completions):
-            row = self._db.execute(
-                "SELECT nats FROM logps WHERE row = ?", (_row_key(group, k),)
-            ).fetchone()
-            if row is None or len(row[0]) != 4 * len(completion):
+            with self._used():
+                row = self._db.execute(
+                    "SELECT nats FROM logps WHERE row = ?", (_row_key(group, k),)
+                ).fetchone()
+            if row is None or not isinstance(row[0], bytes) or len(row[0]) != 4 * len(completion):
                 return None
             found.append(np.frombuffer(row[0], np.float32))
         return tuple(found)
 
     def put(self, groups: Sequence[TokenizedGroup], logps: Sequence[tuple[Logps, ...]]) -> None:
-        """Keep the log-probs of some groups; all of them or, if interrupted, none."""
+        """Keep the log-probs of some groups; all of them or, if interrupted, none.
+
+        What is there already stays: rows of one text in several batches get the first one's digits.
+        """
         rows = [
             (_row_key(group, k), nats.tobytes())
             for group, per_completion in zip(groups, logps, strict=True)
             for k, nats in enumerate(per_completion)
         ]
-        with self._db:
-            self._db.executemany("INSERT OR REPLACE INTO logps VALUES (?, ?)", rows)
+        with self._used(), self._db:
+            self._db.executemany(
+                "INSERT INTO logps VALUES (?, ?) ON CONFLICT (row) DO UPDATE SET "
+                "nats = excluded.nats WHERE length(nats) != length(excluded.nats)",
+                rows,
+            )
 
 
 def _row_key(group: TokenizedGroup, k: int) -> bytes:
@@ -109,15 +122,24 @@ def _row_key(group: TokenizedGroup, k: int) -> bytes:
     return digest.digest()
 
 
+def missing_groups(cache: ReferenceCache, groups: Sequence[TokenizedGroup]) -> list[int]:
+    """The positions of the groups whose log-probs have yet to be computed."""
+    return [i for i, group in enumerate(groups) if cache.get(group) is None]
+
+
 def reference_logps(
     scorer: Scorer,
     start: Tree,
     groups: Sequence[TokenizedGroup],
     shapes: Sequence[AnyShape],
     cache: ReferenceCache,
+    missing: Sequence[int],
     on_progress: Callable[[int], None] | None = None,
 ) -> list[tuple[Logps, ...]]:
     """Per group and completion, the reference's log-prob of each token (nats).
+
+    Their last digits depend on which rows run together. So an interrupted pass goes on in the
+    batches it was begun in: it is given the `missing` of its beginning, and skips what is done.
 
     Args:
         scorer: How a role is scored; the reference is scored in evaluation mode.
@@ -125,21 +147,30 @@ def reference_logps(
         groups: Tokenised data.
         shapes: The shapes of training, so that both see the same padding and batches.
         cache: Where they are looked up and kept.
+        missing: Positions of the groups to compute, as `missing_groups` gave them when the pass
+            was begun; what else is missing by now is computed after them.
         on_progress: Told how many more groups are there, as they come.
     """
-    found = [cache.get(group) for group in groups]
-    missing = [i for i, logps in enumerate(found) if logps is None]
-    if on_progress is not None:
-        on_progress(len(groups) - len(missing))
+    tell = on_progress or (lambda _: None)
 
-    def keep(positions: list[int], logps: list[tuple[Logps, ...]]) -> None:
-        cache.put([groups[missing[p]] for p in positions], logps)
-        if on_progress is not None:
-            on_progress(len(positions))
+    def compute(wanted: Sequence[int]) -> None:
+        def keep(positions: list[int], logps: list[tuple[Logps, ...]]) -> None:
+            cache.put([groups[wanted[p]] for p in positions], logps)
+            tell(len(positions))
 
-    computed = score_groups(scorer, start, [groups[i] for i in missing], shapes, on_batch=keep)
-    for index, logps in zip(missing, computed, strict=True):
-        found[index] = logps
+        def done(positions: list[int]) -> bool:
+            there = all(cache.get(groups[wanted[p]]) is not None for p in positions)
+            tell(len(positions) if there else 0)
+            return there
+
+        score_groups(scorer, start, [groups[i] for i in wanted], shapes, keep, skip=done)
+
+    tell(len(groups) - len(missing))
+    if missing:
+        compute(missing)
+    if rest := missing_groups(cache, groups):
+        compute(rest)
+    found = (cache.get(group) for group in groups)
     return [logps for logps in found if logps is not None]
 
 

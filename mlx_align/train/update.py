@@ -17,6 +17,7 @@ from mlx.utils import tree_flatten, tree_map
 
 from mlx_align.data.shapes import AnyShape
 from mlx_align.errors import TrainingError
+from mlx_align.models.compat import random_key, restore_random_key
 from mlx_align.models.loading import LanguageModel
 from mlx_align.models.roles import Tree
 from mlx_align.train.run_ahead import RunAhead
@@ -25,6 +26,14 @@ Sums = dict[str, mx.array]
 # (tree, batch, totals) -> a microbatch's share of the update's loss, and sums of metrics; shares
 # add up to the loss of one big batch.
 Loss = Callable[[Tree, Any, Any], tuple[mx.array, Sums]]
+
+
+# Updates skipped in a row before it is the run that is at fault, not its rows.
+MOST_SKIPS = 5
+
+
+class NotFinite(TrainingError):
+    """A loss or gradient is not finite; the text names the rows."""
 
 
 class Ready(NamedTuple):
@@ -36,12 +45,16 @@ class Ready(NamedTuple):
 
 
 class Updated(NamedTuple):
-    """What an update was: its loss, sums of metrics, and the gradient's norm before clipping."""
+    """What an update was: its loss, sums of metrics, and the gradient's norm before clipping.
+
+    One that was skipped has the tree it began with, and says why in `skipped`.
+    """
 
     tree: Tree
     loss: float
     sums: dict[str, float]
     norm: float
+    skipped: str | None = None
 
 
 class Updater:
@@ -53,6 +66,8 @@ class Updater:
         loss: What to minimise.
         max_grad_norm: Gradients are scaled down to this norm.
         memory: Bounds how far mlx may run ahead.
+        skip: Skip an update whose loss or gradient is not finite, instead of stopping; after
+            `MOST_SKIPS` in a row it stops all the same.
     """
 
     def __init__(
@@ -62,8 +77,11 @@ class Updater:
         loss: Loss,
         max_grad_norm: float,
         memory: RunAhead,
+        *,
+        skip: bool = False,
     ) -> None:
         self._model, self._optimizer, self._memory = model, optimizer, memory
+        self._skips_left = self._most_skips = MOST_SKIPS if skip else 0
         self._max_grad_norm = max_grad_norm
         self._gradient = compiled_gradient(loss)
         self._apply = _compiled_update(optimizer)
@@ -78,9 +96,11 @@ class Updater:
             rate: The learning rate.
 
         Raises:
-            TrainingError: The loss or the gradient is not finite; nothing was updated.
+            TrainingError: The loss or the gradient is not finite; nothing was updated, and the
+                random generator is where it was.
         """
         module = self._model.module
+        key = random_key()
         module.train()
         try:
             with self._memory.bounded({batch.shape for batch in micro}):
@@ -91,9 +111,23 @@ class Updater:
             tree = self._apply(tree, grads, clip)
             mx.eval(tree, self._optimizer.state)
             module.update(tree)
+        except NotFinite as error:
+            if self._skips_left > 0:
+                self._skips_left -= 1
+                return Updated(tree, math.nan, {}, math.nan, skipped=str(error))
+            restore_random_key(*key)
+            raise TrainingError(f"{error}; {self._what_to_do()}") from error
         finally:
             module.eval()
+        self._skips_left = self._most_skips
         return Updated(tree, loss, sums, norm)
+
+    def _what_to_do(self) -> str:
+        kept = "nothing was updated with it, and what was trained before is in the last checkpoint"
+        if self._most_skips:
+            kept = f"{self._most_skips} updates before it were skipped for the same; {kept}"
+        other = "" if self._most_skips else ", or skip such updates with --on-non-finite skip"
+        return f"{kept}: look at these rows, lower --learning-rate{other}"
 
 
 def accumulate(
@@ -109,7 +143,7 @@ def accumulate(
         totals: What their losses divide by.
 
     Raises:
-        TrainingError: A loss is not finite.
+        NotFinite: A loss is not finite.
     """
     loss = 0.0
     sums: dict[str, float] = {}
@@ -120,7 +154,7 @@ def accumulate(
         del part
         mx.eval(share, metrics, grads)
         if not math.isfinite(share.item()):
-            raise TrainingError(_not_finite("loss", [batch]))
+            raise NotFinite(_not_finite("loss", [batch]))
         loss += share.item()
         for name, value in metrics.items():
             sums[name] = sums.get(name, 0.0) + value.item()
@@ -149,14 +183,11 @@ def _norm(grads: Tree, micro: Sequence[Ready]) -> float:
     squares = [grad.astype(mx.float32).square().sum() for _, grad in tree_flatten(grads)]
     norm = float(np.sqrt(np.array(mx.stack(squares)).sum(dtype=np.float64)))
     if not math.isfinite(norm):
-        raise TrainingError(_not_finite("gradient", micro))
+        raise NotFinite(_not_finite("gradient", micro))
     return norm
 
 
 def _not_finite(what: str, micro: Sequence[Ready]) -> str:
     rows = [source for batch in micro for source in batch.sources()]
     shown = ", ".join(rows[:8]) + (f" and {len(rows) - 8} more" if len(rows) > 8 else "")
-    return (
-        f"the {what} is not finite on rows {shown}; nothing was updated with it, and what was "
-        "trained before is in the last checkpoint: look at these rows, or lower --learning-rate"
-    )
+    return f"the {what} is not finite on rows {shown}"
