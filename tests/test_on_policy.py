@@ -1,0 +1,391 @@
+"""`mlx-align ppo` and `mlx-align grpo` from options to files, on a tiny model with a chat template."""
+
+import json
+import signal
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+from mlx_lm import load as mlx_lm_load
+from mlx_lm.convert import convert
+
+from mlx_align.cli.main import run
+from mlx_align.inference.reward_model import RewardModel
+from mlx_align.models.adapters import ADAPTER_WEIGHTS
+from mlx_align.train import on_policy, on_policy_setup
+from mlx_align.train.workplace import Workplace
+
+TINY = Path(__file__).parent / "oracle" / "models" / "policy"
+SMALL = {
+    "--batch-size": 2,
+    "--grad-accumulation-steps": 2,
+    "--group-size": 4,
+    "--max-completion-length": 8,
+    "--max-seq-length": 96,
+    "--samples": 2,
+    "--sample-tokens": 4,
+    "--lora-rank": 4,
+}
+PPO = {"--reward-rollouts": 16, "--critic-warmup": 1}
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("on-policy-models")
+    convert(str(TINY), str(folder / "bfloat16"), dtype="bfloat16")
+    convert(str(TINY), str(folder / "4-bit"), quantize=True, q_bits=4, q_group_size=32)
+    return {"float32": TINY, "bfloat16": folder / "bfloat16", "4-bit": folder / "4-bit"}
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory):
+    """Prompts, pairs with the same prompts, and reward functions."""
+    folder = tmp_path_factory.mktemp("on-policy-data")
+    random = np.random.default_rng(0)
+    for name, n in (("train", 12), ("valid", 4)):
+        rows = [
+            {
+                "prompt": [{"role": "user", "content": f"{name} {i}: " + "is it? " * (i % 4)}],
+                "chosen": [{"role": "assistant", "content": "yes " * int(random.integers(1, 4))}],
+                "rejected": [{"role": "assistant", "content": "no " * int(random.integers(1, 4))}],
+                "number": i,
+            }
+            for i in range(n)
+        ]
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        (folder / f"{name}.jsonl").write_text(lines)
+    (folder / "rewards.py").write_text(
+        "def letters(completions, **columns):\n"
+        "    return [sum(c.isalpha() for c in text) / 8 for text in completions]\n"
+        "def same(completions, **columns):\n"
+        "    return [1.0 for _ in completions]\n"
+        "def none(completions, **columns):\n"
+        "    return [None for _ in completions]\n"
+        "def some(completions, number, **columns):\n"
+        "    return [None if n % 2 else float(len(c)) for c, n in zip(completions, number)]\n"
+    )
+    return folder
+
+
+@pytest.fixture(scope="session")
+def reward_run(tmp_path_factory, data):
+    """A reward model on other layers and of another rank than the policy's."""
+    folder = tmp_path_factory.mktemp("reward") / "run"
+    options = ["--lora-rank", "3", "--lora-alpha", "5", "--num-layers", "1"]
+    options += ["--iters", "4", "--grad-accumulation-steps", "1", "--batch-size", "4"]
+    options += ["--learning-rate", "1e-2", "--samples", "0"]
+    where = ["--model", str(TINY), "--data", str(data), "--output", str(folder)]
+    assert run(["reward", *where, *options]) == 0
+    return folder
+
+
+@pytest.fixture
+def train(tmp_path, data, monkeypatch):
+    """Runs a command in this process; the exit code and the run folder."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(command, options=None, *, model=TINY, reward="letters", output="run", resume=False):
+        chosen = {**SMALL, **(PPO if command == "ppo" else {}), **(options or {})}
+        chosen.setdefault("--iters", 2)
+        if reward is not None:
+            chosen["--reward"] = f"{data / 'rewards.py'}:{reward}"
+        arguments = [command, "--model", str(model), "--data", str(data), "--output", output]
+        for name, value in chosen.items():
+            if value is not False:
+                arguments += [name] if value is None else [name, str(value)]
+        if resume:
+            arguments = [command, "--resume", output]
+        return run(arguments), tmp_path / output
+
+    return call
+
+
+def rows_of(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def training_rows(folder):
+    return [row for row in rows_of(folder) if "loss" in row]
+
+
+def samples_of(folder):
+    return [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+
+
+def weights_of(folder):
+    return {name: np.array(w) for name, w in mx.load(str(folder / ADAPTER_WEIGHTS)).items()}
+
+
+@pytest.fixture
+def places(monkeypatch):
+    """The workplaces of the runs that follow, to look into."""
+    seen = []
+    original = on_policy.set_up
+
+    def watched(*arguments):
+        place, held_out = original(*arguments)
+        seen.append(place)
+        return place, held_out
+
+    monkeypatch.setattr(on_policy, "set_up", watched)
+    return seen
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "4-bit"])
+@pytest.mark.parametrize("command", ["ppo", "grpo"])
+def test_a_run_writes_what_stock_mlx_lm_loads(train, models, command, dtype):
+    options = {"--temperature": 0.8, "--learning-rate": 1e-3}
+    code, folder = train(command, options, model=models[dtype])
+    assert code == 0
+    rows = training_rows(folder)
+    assert [row["step"] for row in rows] == [1, 2]
+    # The policy that samples is the one that learns, at its temperature.
+    assert rows[0]["sampler/gap"] < (1e-4 if dtype == "float32" else 0.02)
+    assert abs(rows[0]["objective/kl"]) < 1e-6
+    assert {"reward", "completions/ended", "objective/entropy"} <= rows[0].keys()
+    held_out = [row for row in rows_of(folder) if "eval/reward" in row]
+    assert [row["step"] for row in held_out] == [0, 2]
+    sampled = [row for row in samples_of(folder) if "reward" in row]
+    assert len(sampled) == 2 * 4 * 4
+    assert {"prompt", "completion", "rewards", "ended", "kl", "step"} <= sampled[0].keys()
+    assert sum("before" in row for row in samples_of(folder)) == 2
+    summary = json.loads((folder / "summary.json").read_text())
+    assert (summary["steps"], summary["command"]) == (2, command)
+    mlx_lm_load(str(models[dtype]), adapter_path=str(folder))
+    assert any(np.any(w) for name, w in weights_of(folder).items() if name.endswith("lora_b"))
+
+
+@pytest.mark.parametrize("command", ["ppo", "grpo"])
+def test_only_policy_and_critic_learn(train, places, reward_run, command):
+    options = {"--reward-model": reward_run, "--learning-rate": 1e-2}
+    if command == "grpo":
+        options |= {"--kl-coef": 0.1}
+    code, folder = train(command, options, reward=None)
+    assert code == 0
+    (place,) = places
+    start = dict(tree_flatten(place.policy.start))
+    assert not any(np.any(np.array(w)) for name, w in start.items() if name.endswith("lora_b"))
+    head = mx.load(str(reward_run / "reward_head.safetensors"))["reward_head.weight"]
+    swapped = dict(tree_flatten(place.reward))
+    assert np.array_equal(np.array(swapped["reward_head.weight"]), np.array(head))
+    stored = mx.load(str(reward_run / ADAPTER_WEIGHTS))
+    for name, weight in stored.items():
+        fold = 5 / 3 / 2 if name.endswith("lora_b") else 1.0  # scales of both
+        np.testing.assert_allclose(np.array(swapped[name]), fold * np.array(weight), rtol=1e-6)
+    base = mx.load(str(TINY / "model.safetensors"))
+    now = dict(tree_flatten(place.policy.model.module.parameters()))
+    for name, weight in base.items():
+        own = now.get(name, now.get(name.replace(".weight", ".linear.weight")))
+        assert np.array_equal(np.array(own), np.array(weight)), name
+    trained = weights_of(folder)
+    assert trained.keys() == start.keys()
+    checkpoint = folder / "checkpoints" / "0000002"
+    assert (checkpoint / "critic.safetensors").exists() == (command == "ppo")
+
+
+def test_a_swapped_reward_model_scores_as_it_does_by_itself(train, places, reward_run):
+    assert train("grpo", {"--reward-model": reward_run}, reward=None)[0] == 0
+    (place,) = places
+    rollouts = place.sample(place.policy.start, place.prompts[:4], (9,))
+    ours = place.judge(rollouts).total
+    alone = RewardModel.load(str(TINY), reward_run)
+    theirs = np.concatenate([s[:, 0] for s in alone.score_tokens(rollouts.groups)])
+    np.testing.assert_allclose(ours, theirs, atol=1e-5)
+
+
+def test_another_base_is_a_second_model(train, models, reward_run, capsys):
+    code, folder = train(
+        "grpo", {"--reward-model": reward_run}, model=models["bfloat16"], reward="letters=0.5"
+    )
+    assert code == 0
+    assert "a second model in memory" in capsys.readouterr().out
+    assert {"rewards/letters/mean", "rewards/reward_model/mean"} <= training_rows(folder)[0].keys()
+
+
+def test_the_reference_is_where_the_run_starts(train, tmp_path):
+    assert train("grpo", {"--learning-rate": 1e-2}, output="first")[0] == 0
+    code, folder = train("grpo", {"--init-adapter": "first", "--kl-coef": 0.1}, output="second")
+    assert code == 0
+    first = training_rows(folder)[0]
+    assert abs(first["objective/kl"]) < 1e-6
+    assert abs(first["policy/ratio"] - 1) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"--loss": "rloo", "--kl-coef": 0.05},
+        {"--loss": "dr_grpo"},
+        {"--loss": "dapo", "--update-epochs": 2, "--minibatches": 2},
+        {"--loss": "gspo"},
+        {"--loss": "reinforce++", "--kl-coef": 0.05},
+        {"--loss": "reinforce++-baseline"},
+        {"--loss": "cispo", "--clip-eps-high": 4},
+        {"--loss": "grpo", "--kl": "k3", "--kl-coef": 0.05, "--entropy-coef": 0.01},
+        {"--loss": "online_dpo", "--beta": 0.2},
+    ],
+    ids=lambda options: options["--loss"],
+)
+def test_every_method_runs(train, options):
+    code, folder = train("grpo", {"--learning-rate": 1e-3, "--iters": 1, **options})
+    assert code == 0
+    assert any(np.any(w) for name, w in weights_of(folder).items() if name.endswith("lora_b"))
+
+
+@pytest.mark.parametrize("reward", ["same", "none"])
+def test_rewards_that_teach_nothing_change_nothing(train, reward):
+    code, folder = train("grpo", reward=reward)
+    assert code == 0
+    assert not any(np.any(w) for name, w in weights_of(folder).items() if name.endswith("lora_b"))
+    assert training_rows(folder)[0]["frac_reward_zero_std"] == 1
+
+
+@pytest.mark.parametrize("command", ["ppo", "grpo"])
+def test_completions_without_reward_or_of_one_token(train, command):
+    options = {"--max-completion-length": 1, "--learning-rate": 1e-3}
+    code, folder = train(command, options, reward="some")
+    assert code == 0
+    assert all(np.isfinite(w).all() for w in weights_of(folder).values())
+    assert training_rows(folder)[0]["completions/max_length"] == 1
+
+
+def test_actor_and_critic_can_share_a_trunk(train):
+    code, folder = train("ppo", {"--critic": "shared", "--iters": 3, "--learning-rate": 1e-3})
+    assert code == 0
+    rows = training_rows(folder)
+    # In the warm-up the policy stands still, although the critic on its trunk learns.
+    assert rows[1]["objective/kl"] == pytest.approx(0, abs=1e-6)
+    assert rows[0]["value/loss"] > 0
+    mlx_lm_load(str(TINY), adapter_path=str(folder))
+
+
+@pytest.mark.parametrize("command", ["ppo", "grpo"])
+@pytest.mark.parametrize("moment", ["sampling", "learning"])
+def test_a_resumed_run_ends_with_the_same_bytes(train, monkeypatch, command, moment, capsys):
+    options = {"--iters": 4, "--learning-rate": 1e-2, "--kl-coef": 0.05}
+    if command == "ppo":
+        options |= {"--target-kl": 1.0}
+    assert train(command, options, output="whole")[0] == 0
+    name = "sample" if moment == "sampling" else "experience"
+    original, calls = getattr(Workplace, name), []
+
+    def stopping(self, *arguments, **named):
+        calls.append(1)
+        # The third batch; evaluations and reference rollouts sample too.
+        if len(calls) == (6 if moment == "sampling" and command == "ppo" else 4):
+            signal.raise_signal(signal.SIGINT)
+        return original(self, *arguments, **named)
+
+    monkeypatch.setattr(Workplace, name, stopping)
+    code, folder = train(command, options, output="stopped")
+    assert code == 130
+    assert f"--resume {'stopped'}" in capsys.readouterr().out
+    monkeypatch.undo()
+    monkeypatch.chdir(folder.parent)
+    assert run([command, "--resume", "stopped"]) == 0
+    whole = folder.parent / "whole"
+    assert (folder / ADAPTER_WEIGHTS).read_bytes() == (whole / ADAPTER_WEIGHTS).read_bytes()
+    timeless = {"tokens_per_second", "peak_memory_bytes"}
+    ours, theirs = (
+        [{k: v for k, v in row.items() if k not in timeless} for row in rows_of(where)]
+        for where in (folder, whole)
+    )
+    assert ours == theirs
+    assert samples_of(folder) == samples_of(whole)
+
+
+def test_temperature_is_the_log_probs_too(train, places):
+    assert train("grpo", {"--temperature": 0.5})[0] == 0
+    (place,) = places
+    rollouts = place.sample(place.policy.start, place.prompts[:4], (3,))
+    logps = place.logps(place.policy.start, rollouts)
+    np.testing.assert_allclose(logps, rollouts.sampler_logps, atol=1e-4)
+    cold = place.policy.model.anatomy.temperature
+    assert cold == 0.5
+
+
+def refused(capsys, *words):
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    for word in words:
+        assert word in error
+
+
+@pytest.mark.parametrize(
+    ("command", "options", "words"),
+    [
+        ("grpo", {"--loss": "grpoo"}, ["--loss grpoo", "rloo"]),
+        ("grpo", {"--group-size": 1}, ["--group-size 1"]),
+        ("grpo", {"--kl": "k2"}, ["--kl k2", "--kl-coef"]),
+        ("grpo", {"--loss": "rloo", "--clip-eps": 0.1}, ["--clip-eps", "does not clip"]),
+        ("grpo", {"--loss": "online_dpo", "--clip-eps": 0.1}, ["--clip-eps", "--beta"]),
+        ("grpo", {"--beta": 0.1}, ["--beta", "online_dpo"]),
+        ("grpo", {"--batch-tokens": 64, "--batch-size": False}, ["--batch-tokens"]),
+        ("grpo", {"--lora-dropout": 0.1}, ["--lora-dropout"]),
+        ("grpo", {"--max-completion-length": 96}, ["--max-completion-length 96"]),
+        ("ppo", {"--gamma": 1.5}, ["--gamma 1.5"]),
+        ("ppo", {"--target-kl": 3, "--kl-coef": 0}, ["--target-kl", "--kl-coef"]),
+        ("ppo", {"--reward-model-weight": 2}, ["--reward-model-weight"]),
+    ],
+)
+def test_what_cannot_be_is_refused_in_one_line(train, capsys, command, options, words):
+    assert train(command, options)[0] == 1
+    refused(capsys, *words)
+
+
+def test_a_run_without_rewards_is_refused(train, capsys):
+    assert train("grpo", reward=None)[0] == 1
+    refused(capsys, "--reward", "--reward-model")
+
+
+def test_a_failing_reward_names_itself_and_keeps_the_run(train, data, capsys):
+    (data / "broken.py").write_text(
+        "seen = []\n"
+        "def late(completions, **columns):\n"
+        "    seen.append(1)\n"
+        "    if len(seen) > 3:\n"
+        "        raise ValueError('no more')\n"
+        "    return [float(len(c)) for c in completions]\n"
+    )
+    options = {"--reward": f"{data / 'broken.py'}:late", "--iters": 6}
+    code, folder = train("grpo", options, reward=None)
+    assert code == 1
+    error = capsys.readouterr().err
+    assert "late" in error
+    assert "no more" in error
+    assert any((folder / "checkpoints").iterdir())
+
+
+def test_a_gamed_reward_is_stopped_and_the_best_remains(train, monkeypatch, capsys):
+    looks = iter([(0.0, 0.0), (0.8, 0.5), (1.2, 0.4), (2.0, 0.1), (2.5, -0.2), (3.0, -0.5)])
+
+    def planted(self, metrics):
+        return next(looks)
+
+    held_out = iter([0.0, 0.5, 0.4, 0.1, -0.2, -0.5])
+    original = on_policy_setup.HeldOut.look
+
+    def look(self, tree):
+        return {**original(self, tree), "held_out": next(held_out)}
+
+    monkeypatch.setattr(on_policy_setup.HeldOut, "deviations", planted)
+    monkeypatch.setattr(on_policy_setup.HeldOut, "look", look)
+    options = {"--iters": 8, "--steps-per-eval": 1, "--learning-rate": 1e-2, "--save-every": 3}
+    code, folder = train("grpo", options)
+    assert code == 0
+    assert "being gamed" in capsys.readouterr().out
+    summary = json.loads((folder / "summary.json").read_text())
+    assert (summary["stopped_early"], summary["best_step"], summary["steps"]) == (True, 1, 4)
+    best = weights_of(folder / "checkpoints" / "0000001")
+    assert all(np.array_equal(w, best[name]) for name, w in weights_of(folder).items())
+
+
+def test_completions_that_did_not_end_can_be_left_out(train):
+    # The tiny model never ends within eight tokens: nothing is left to learn from.
+    code, folder = train("grpo", {"--overlong": "mask", "--learning-rate": 1e-2})
+    assert code == 0
+    assert training_rows(folder)[0]["completions/ended"] == 0
+    assert not any(np.any(w) for name, w in weights_of(folder).items() if name.endswith("lora_b"))
