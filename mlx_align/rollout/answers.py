@@ -3,6 +3,7 @@ r"""Final answers: found in what a model wrote, and read as numbers where they a
 from __future__ import annotations
 
 import re
+from collections import deque
 from fractions import Fraction
 
 _MARK = "####"
@@ -59,10 +60,8 @@ def first_number(text: str) -> Fraction | None:
 
 def last_number(text: str) -> Fraction | None:
     """The last number in a text, as `first_number` reads it."""
-    match = None
-    for match in _NUMBER.finditer(_simplified(text)):
-        pass
-    return None if match is None else _value(match)
+    last = deque(_NUMBER.finditer(_simplified(text)), maxlen=1)
+    return _value(last[0]) if last else None
 
 
 def whole_number(text: str) -> Fraction | None:
