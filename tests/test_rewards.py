@@ -1,5 +1,6 @@
 """Rewards: what is named, what is run, and what becomes of functions that misbehave."""
 
+import datetime
 import json
 import os
 import signal
@@ -303,7 +304,10 @@ def test_every_character_and_great_batches_pass():
             r"at completion 1 of train.jsonl:7 “Why\?”$",
         ),
         ("leaves", rf"raised SystemExit: enough {line('sys.exit')}, at completion 1 of train.*:1"),
-        ("too_few", r"returned 1 values for 4 completions, on 4 completions, the first of train"),
+        (
+            "too_few",
+            r"returned a list of 1 for 4 completions, on 4 completions, the first of train",
+        ),
         ("one_number", r"returned float; expected a list of 4 numbers or None"),
         ("words", r"returned str; expected a number or None, at completion 1 of train.jsonl:1 “Wh"),
         ("endless", r"returned nan; expected a finite number, .*, at completion 2 of train.*:1"),
@@ -340,6 +344,28 @@ def test_a_function_that_hangs_is_ended_with_all_it_started(folder, name, where)
         assert gone(int((folder / "child.pid").read_text()))
     with pytest.raises(TrainingError, match="its process is closed"):
         rewards(GROUPS, TEXTS, FACTS)
+
+
+def test_ctrl_c_in_a_call_ends_the_process():
+    def interrupt(number, frame):
+        raise KeyboardInterrupt
+
+    rewards = open_rewards(parse_rewards(["mine.py:sleeps"]), 50.0)
+    before = signal.signal(signal.SIGALRM, interrupt)
+    signal.setitimer(signal.ITIMER_REAL, 0.3)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            rewards(GROUPS, TEXTS, FACTS)
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert gone(rewards.pid)
+
+
+def test_columns_that_json_does_not_know_go_as_text(folder):
+    group = PromptGroup("Hi", (), "x:1", columns={"day": datetime.date(2025, 3, 1)})
+    with open_rewards(parse_rewards(["mine.py:everything"]), 20.0) as rewards:
+        rewards([group], [["a"]], [FACTS[0][:1]])
+    assert json.loads((folder / "seen.json").read_text())[2] == {"day": ["2025-03-01"]}
 
 
 def test_closing_ends_the_process_after_its_own_exit_handlers(folder):
