@@ -74,6 +74,7 @@ def test_numbers_are_read_where_they_stand():
     assert last_number("from 3/4 to 1,234") == 1234
     assert last_number("in 2020,300 people") == 300
     assert last_number("1,23") == 23
+    assert first_number("1,0000") == first_number("1,000,5") == 1
     assert whole_number(" $1,200.00 ") == 1200
     assert whole_number("$72$") == 72
     assert whole_number("7 apples") is None
