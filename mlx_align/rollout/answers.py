@@ -77,6 +77,8 @@ def plain(text: str) -> str:
 
 
 def _simplified(text: str) -> str:
+    if "\\" not in text and "{" not in text:  # most texts
+        return text
     text = _THOUSANDS.sub(",", text.replace("\\$", "$").replace("\\%", "%"))
     return _FRACTION.sub(_one_fraction, text)
 
