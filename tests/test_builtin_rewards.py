@@ -82,14 +82,14 @@ def test_numbers_are_read_where_they_stand():
 
 
 def test_no_text_takes_long_to_read():
-    size = 20_000
+    size = 10_000
     hard = ["1", "1,", "111,", r"\frac{", "$ ", r"\boxed{", r"\text{", " ", "-", "1/", "=", "1{,}"]
     start = time.process_time()
     for piece in hard:
         text = piece * size + "1"
         assert reward("exact_answer", text, answer="7") == 0
         assert reward("exact_answer", text, answer="seven") == 0
-    # Linear: 2 s for texts four times as long. A square would take minutes.
+    # Each piece alone takes a fraction of a second. A square would take minutes.
     assert time.process_time() - start < 20
 
 
