@@ -82,15 +82,15 @@ def test_numbers_are_read_where_they_stand():
 
 
 def test_no_text_takes_long_to_read():
-    size = 10_000
+    size = 50_000
     hard = ["1", "1,", "111,", r"\frac{", "$ ", r"\boxed{", r"\text{", " ", "-", "1/", "=", "1{,}"]
     start = time.process_time()
     for piece in hard:
         text = piece * size + "1"
         assert reward("exact_answer", text, answer="7") == 0
         assert reward("exact_answer", text, answer="seven") == 0
-    # Each piece alone takes a fraction of a second. A square would take minutes.
-    assert time.process_time() - start < 20
+    # A second in all. A square would take minutes.
+    assert time.process_time() - start < 15
 
 
 @pytest.mark.parametrize(
