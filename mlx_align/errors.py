@@ -18,7 +18,10 @@ class ModelError(MlxAlignError):
 
 
 class TrainingError(MlxAlignError):
-    """Training had to stop (non-finite loss or gradient); the text names the step and the rows."""
+    """Training had to stop (non-finite loss or gradient); the text names the step and the rows.
+
+    So it had to where a reward function failed: the text names it, its line and the prompt.
+    """
 
 
 class WriteError(MlxAlignError):

@@ -3,6 +3,7 @@ r"""Final answers: found in what a model wrote, and read as numbers where they a
 from __future__ import annotations
 
 import re
+from collections import deque
 from fractions import Fraction
 
 _MARK = "####"
@@ -13,12 +14,15 @@ _MAX_DIGITS = 40
 # right behind it.
 _NUMBER = re.compile(
     r"(?P<sign>(?<![\w.)}\]])[-−])?\$?(?P<inner>(?<=\$)[-−])?"
-    r"(?P<top>\d{1,3}(?:,\d{3})+(?!\d)(?:\.\d+)?|\d+(?:\.\d+)?|\.\d+)"
+    r"(?P<top>\d{1,3}(?:,\d{3}){1,13}(?!,?\d)(?:\.\d+)?|\d+(?:\.\d+)?|\.\d+)"
     r"(?:\s?/\s?(?P<bottom>\d+(?:\.\d+)?))?",
     re.ASCII,
 )
+# Bounded: of a model's endless digits, each would else be tried as the first of the number.
 _FRACTION = re.compile(
-    r"(?P<whole>\d+)?\s?\\[dt]?frac\s?\{\s*(?P<top>\d+)\s*\}\s?\{\s*(?P<bottom>\d+)\s*\}", re.ASCII
+    r"(?P<whole>\d{1,40})?\s?\\[dt]?frac\s?"
+    r"\{\s?(?P<top>\d{1,40})\s?\}\s?\{\s?(?P<bottom>\d{1,40})\s?\}",
+    re.ASCII,
 )
 _THOUSANDS = re.compile(r"(?<=\d)(?:\{,\}|,\\!)(?=\d{3})", re.ASCII)
 _WORDS = re.compile(r"\\(?:text|mathrm|mathbf)\s?\{([^{}]*)\}")
@@ -44,12 +48,20 @@ def marked_answer(text: str) -> str | None:
     return opened[1:].strip()
 
 
-def numbers(text: str) -> list[Fraction | None]:
-    r"""The numbers in a text, in order; None stands for one too long, or divided by zero.
+def first_number(text: str) -> Fraction | None:
+    r"""The first number in a text; None where there is none, or none that can be read.
 
-    Commas between thousands, $ and % don't count; 3/4 and \frac{3}{4} are one number.
+    Commas between thousands, $ and % don't count; 3/4 and \frac{3}{4} are one number. What divides
+    by zero and what has more digits than an answer has can't be read.
     """
-    return [_value(match) for match in _NUMBER.finditer(_simplified(text))]
+    match = _NUMBER.search(_simplified(text))
+    return None if match is None else _value(match)
+
+
+def last_number(text: str) -> Fraction | None:
+    """The last number in a text, as `first_number` reads it."""
+    last = deque(_NUMBER.finditer(_simplified(text)), maxlen=1)
+    return _value(last[0]) if last else None
 
 
 def whole_number(text: str) -> Fraction | None:
@@ -65,13 +77,15 @@ def plain(text: str) -> str:
 
 
 def _simplified(text: str) -> str:
+    if "\\" not in text and "{" not in text:  # most texts
+        return text
     text = _THOUSANDS.sub(",", text.replace("\\$", "$").replace("\\%", "%"))
     return _FRACTION.sub(_one_fraction, text)
 
 
 def _one_fraction(match: re.Match[str]) -> str:
-    whole, top, bottom = (match[key] or "0" for key in ("whole", "top", "bottom"))
-    if match["whole"] is None or max(map(len, (whole, top, bottom))) > _MAX_DIGITS:
+    whole, top, bottom = match["whole"], match["top"], match["bottom"]
+    if whole is None:
         return f"{top}/{bottom}"
     return f"{int(whole) * int(bottom) + int(top)}/{bottom}"
 

@@ -14,7 +14,7 @@ from fractions import Fraction
 from typing import Any
 
 from mlx_align.errors import ConfigError
-from mlx_align.rollout.answers import marked_answer, numbers, plain, whole_number
+from mlx_align.rollout.answers import first_number, last_number, marked_answer, plain, whole_number
 
 # Reasoning, then an answer, as DeepSeek-R1-Zero is asked for (DeepSeek-AI 2025, table 1).
 THINK_ANSWER = r"\s*<think>(?:(?!</?think>).)*</think>\s*<answer>(?:(?!</?answer>).)*</answer>\s*"
@@ -65,8 +65,8 @@ def exact_answer(*, column: str = "answer") -> Reward:
         wanted = _gold(gold)
         if isinstance(wanted, str):
             return float(plain(text if marked is None else marked) == wanted)
-        found = numbers(text)[-1:] if marked is None else numbers(marked)[:1]
-        return float(found == [wanted])
+        found = last_number(text) if marked is None else first_number(marked)
+        return float(found is not None and found == wanted)
 
     return reward
 

@@ -34,6 +34,8 @@ RESERVED = ("prompts", "completions")
 def write_frame(connection: socket.socket, message: Any) -> None:
     """Send a message: its length in 8 bytes, then JSON in ASCII (half surrogates pass too).
 
+    What JSON doesn't know, a date in a Parquet file say, goes as its `str()`.
+
     Raises:
         OSError: The other side is gone, or the connection's timeout is over.
     """
@@ -164,7 +166,7 @@ def as_rewards(returned: Any, count: int) -> list[float | None]:
         raise _Refusal(f"returned {kind}; expected a list of {count} numbers or None")
     values = list(returned)
     if len(values) != count:
-        raise _Refusal(f"returned {len(values)} values for {count} completions")
+        raise _Refusal(f"returned a list of {len(values)} for {count} completions")
     return [_as_reward(value, index) for index, value in enumerate(values)]
 
 

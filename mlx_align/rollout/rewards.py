@@ -297,7 +297,7 @@ def _about(groups: Sequence[PromptGroup], texts: Sequence[Sequence[str]], index:
     ]
     group, place = places[index or 0]
     if index is None:
-        what = f"on {len(places)} completions of {len(groups)} prompts, the first"
+        what = f"on {len(places)} completions, the first of"
     else:
         what = f"at completion {place + 1} of"
     prompt = group.prompt if isinstance(group.prompt, str) else group.prompt[-1].content

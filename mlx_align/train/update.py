@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -84,7 +85,11 @@ class Updater:
         self._skips_left = self._most_skips = MOST_SKIPS if skip else 0
         self._max_grad_norm = max_grad_norm
         self._gradient = compiled_gradient(loss)
-        self._apply = _compiled_update(optimizer)
+
+    @cached_property
+    def _apply(self) -> Callable[..., Any]:
+        # When it is first used: a checkpoint may have given the optimizer another state.
+        return _compiled_update(self._optimizer)
 
     def __call__(self, tree: Tree, micro: Sequence[Ready], totals: Any, rate: float) -> Updated:
         """The tree after one update with learning rate `rate`.

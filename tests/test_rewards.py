@@ -1,0 +1,454 @@
+"""Rewards: what is named, what is run, and what becomes of functions that misbehave."""
+
+import datetime
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from mlx_align.errors import ConfigError, TrainingError
+from mlx_align.rollout.rewards import CompletionFacts, combine, open_rewards, parse_rewards
+from mlx_align.types import Message, PromptGroup
+
+FUNCTIONS = """
+import ctypes, json, os, re, subprocess, sys, time
+
+calls = 0
+
+def short(completions):
+    return [1 / (1 + len(text)) for text in completions]
+
+def everything(prompts, completions, **columns):
+    global calls
+    calls += 1
+    with open("seen.json", "w") as file:
+        json.dump([prompts, completions, columns], file)
+    return [calls] * len(completions)
+
+def again(completions):
+    return [calls] * len(completions)
+
+def kinds(completions):
+    return (True, 0.5, 2, None)
+
+def numpy_array(completions):
+    import numpy as np
+    return np.arange(len(completions), dtype=np.float32)
+
+def loud(completions):
+    print("to stdout")
+    os.write(1, b"to descriptor 1\\n")
+    sys.stdout.buffer.write(b'\\x00' * 100)
+    os.system("echo from a shell")
+    input_is_empty = sys.stdin.read() == ""
+    return [float(input_is_empty)] * len(completions)
+
+def lengths(completions):
+    return [len(text) for text in completions]
+
+def codes(completions):
+    return [ord(text[0]) for text in completions]
+
+def changes(prompts, completions):
+    prompts.clear()
+    completions.append("x")
+    return [1.0] * 4
+
+def needs_gold(completions, gold):
+    return [float(a == b) for a, b in zip(completions, gold)]
+
+def reads(completions):
+    return [parse(text) for text in completions]
+
+def parse(text):
+    return float(text)
+
+def leaves(completions):
+    sys.exit("enough")
+
+def too_few(completions):
+    return [1.0]
+
+def one_number(completions):
+    return 1.0
+
+def words(completions):
+    return ["good"] * len(completions)
+
+def endless(completions):
+    return [0.0, float("nan"), 0.0, 0.0]
+
+def sleeps(completions):
+    with open("child.pid", "w") as file:
+        child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+        file.write(str(child.pid))
+    time.sleep(60)
+
+def backtracks(completions):
+    re.match(r"(a+)+$", "a" * 60 + "b")
+
+def dies(completions):
+    os._exit(3)
+
+def crashes(completions):
+    ctypes.string_at(0)
+
+async def later(completions):
+    return [1.0] * len(completions)
+
+def by_position(completions, /):
+    return [1.0] * len(completions)
+"""
+GROUPS = [
+    PromptGroup(
+        (Message("user", "What is\n2 + 2?"),), (), "train.jsonl:1", columns={"answer": "4"}
+    ),
+    PromptGroup((Message("user", "Why?"),), (), "train.jsonl:7", columns={"prompts": 1, "n": 5}),
+]
+TEXTS = [["4", "3"], ["x", ""]]
+FACTS = [[CompletionFacts(3, True, 8), CompletionFacts(8, False, 8)]] * 2
+
+
+def line(text):
+    """Where a text stands in the file of functions, as messages say it."""
+    return rf"\(.*mine.py:{FUNCTIONS[: FUNCTIONS.index(text)].count(chr(10)) + 1}\)"
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    (tmp_path / "mine.py").write_text(FUNCTIONS, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def rewarded(*specs):
+    with open_rewards(parse_rewards(specs), 20.0) as rewards:
+        return rewards(GROUPS, TEXTS, FACTS)
+
+
+def alive(pid):
+    """Whether a process runs: one that waits for its parent to be buried doesn't."""
+    try:
+        os.kill(pid, 0)
+        state = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True).stdout
+    except ProcessLookupError:
+        return False
+    return bool(state.strip()) and not state.strip().startswith(b"Z")
+
+
+def gone(pid, seconds=10.0):
+    end = time.monotonic() + seconds
+    while alive(pid) and time.monotonic() < end:
+        time.sleep(0.02)
+    return not alive(pid)
+
+
+def test_specs_have_names_options_and_weights():
+    specs = parse_rewards(
+        [
+            "exact_answer",
+            "length(target=200)=0.5",
+            r"regex(pattern=r'(a|b):=\d')=-1e-1",
+            "a.b:f=2",
+            "./mine.py:short",
+            "regex(pattern='x')",
+        ]
+    )
+    assert [spec.name for spec in specs] == [
+        "exact_answer", "length", "regex", "f", "short", "regex_2",
+    ]  # fmt: skip
+    assert [spec.weight for spec in specs] == [1, 0.5, -0.1, 2, 1, 1]
+    assert [spec.column for spec in specs] == ["answer", None, None, None, None, None]
+    assert (specs[3].module, specs[3].function) == ("a.b", "f")
+    assert (specs[4].module, specs[4].function) == ("./mine.py", "short")
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("exact_anwer", "no built-in reward 'exact_anwer' .*; did you mean exact_answer"),
+        ("zzz", "no built-in reward 'zzz' .*; a function of yours is module:function"),
+        ("length=much", "weight 'much'; expected a number"),
+        ("length=nan", "weight 'nan'"),
+        ("mine.py:short=inf", "weight 'inf'"),
+        ("length=0", "all weights are 0"),
+        ("length(aim=3)", "no option 'aim'; length has target, unit"),
+        ("length(3)", r"can't read its options; expected length\(target=…, unit=…\)"),
+        ("length(target=x)", "can't read its options"),
+        ("length(target=", "expected a built-in reward"),
+        ("length(target=0)", "target: expected more than 0"),
+        ("regex", r"regex needs pattern, as in regex\(pattern=…\)"),
+        ("regex(pattern='(')", "pattern: no regular expression"),
+        ("other.py:f", "there is no file other.py"),
+        ("a-b:f", "'a-b' is no module's name; a file's ends in .py"),
+        ("mine.py:f(2)", "'f\\(2\\)' is no function's name"),
+        ("mine.py:", "'' is no function's name"),
+        ("", "expected a built-in reward"),
+    ],
+)
+def test_specs_that_are_wrong_are_named(spec, message):
+    with pytest.raises(ConfigError, match=message) as caught:
+        parse_rewards([spec])
+    assert str(caught.value).startswith(f"--reward {spec}:")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("mine.py:nothing", "mine.py has no function 'nothing' .it has: short, everything,"),
+        ("mine.py:calls", "mine.py has no function 'calls'"),
+        ("nowhere:f", "no module 'nowhere'; expected one that Python can import"),
+        ("mine.py:by_position", "takes 'completions' by position only"),
+        ("broken.py:f", r"can't be imported: SyntaxError: .* \(.*broken.py:2\)"),
+        ("raises.py:f", r"can't be imported: ZeroDivisionError: .* \(.*raises.py:3\)"),
+        ("lacks.py:f", r"can't be imported: ModuleNotFoundError: .*'absent_module'.*lacks.py:1"),
+        ("exits.py:f", "while exits.py was imported: its process exited with 4"),
+    ],
+)
+def test_functions_that_are_not_there_are_named(folder, spec, message):
+    (folder / "broken.py").write_text("x = 1\ndef f(:\n", encoding="utf-8")
+    (folder / "raises.py").write_text("def f(completions):\n    pass\n1 / 0\n", encoding="utf-8")
+    (folder / "lacks.py").write_text("import absent_module\n", encoding="utf-8")
+    (folder / "exits.py").write_text("import os\nos._exit(4)\n", encoding="utf-8")
+    with pytest.raises(ConfigError, match=message) as caught:
+        open_rewards(parse_rewards([spec]), 20.0)
+    assert str(caught.value).startswith(f"--reward {spec}:")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_function_gets_what_the_data_has_and_keeps_its_state(folder):
+    with open_rewards(parse_rewards(["mine.py:everything", "mine:again"]), 20.0) as rewards:
+        rewards(GROUPS, TEXTS, FACTS)
+        table = rewards(GROUPS, TEXTS, FACTS)
+    prompts, completions, columns = json.loads((folder / "seen.json").read_text())
+    asked = [[{"role": "user", "content": g.prompt[0].content}] for g in GROUPS for _ in range(2)]
+    assert prompts == asked
+    assert completions == ["4", "3", "x", ""]
+    # Fields under the names of the arguments are not passed; what a row lacks is None.
+    assert columns == {"answer": ["4", "4", None, None], "n": [None, None, 5, 5]}
+    # A file and a module of one name are one module, imported once.
+    assert table.values.tolist() == [[2, 2]] * 4
+
+
+def test_kinds_of_numbers_and_none():
+    table = rewarded("mine.py:kinds=2", "mine.py:numpy_array", "length=0")
+    nan = np.nan
+    np.testing.assert_array_equal(table.values[:, 0], [1, 0.5, 2, nan])
+    np.testing.assert_array_equal(table.values[:, 1], [0, 1, 2, 3])
+    np.testing.assert_array_equal(table.total, [2, 2, 6, 3])
+
+
+def test_total_and_metrics_by_hand():
+    nan = np.nan
+    values = np.array([[1.0, 4.0, 9.0], [nan, 2.0, 9.0], [nan, nan, 9.0]])
+    table = combine(["a", "b", "watched"], values, [1.0, 0.5, 0.0])
+    np.testing.assert_array_equal(table.total, [3.0, 1.0, nan])
+    assert table.metrics() == {
+        "rewards/a/mean": 1.0,
+        "rewards/a/none": pytest.approx(2 / 3),
+        "rewards/b/mean": 3.0,
+        "rewards/b/std": pytest.approx(2**0.5),
+        "rewards/b/none": pytest.approx(1 / 3),
+        "rewards/watched/mean": 9.0,
+        "rewards/watched/std": 0.0,
+        "rewards/watched/none": 0.0,
+    }
+    assert np.isnan(combine(["a"], np.full((2, 1), nan), [1.0]).total).all()
+
+
+def test_no_completions_and_groups_of_unequal_size():
+    with open_rewards(parse_rewards(["mine.py:lengths", "length"]), 20.0) as rewards:
+        assert rewards(GROUPS, [[], []], [[], []]).values.shape == (0, 2)
+        table = rewards(GROUPS, [[], ["abc"]], [[], [CompletionFacts(2, True, 8)]])
+    assert table.values.tolist() == [[3, 0.75]]
+
+
+def test_what_a_function_prints_breaks_nothing(capfd):
+    assert rewarded("mine.py:loud", "mine.py:short").values[:, 0].tolist() == [1, 1, 1, 1]
+    printed = capfd.readouterr()
+    assert printed.out == ""
+    for text in ("to stdout", "to descriptor 1", "from a shell"):
+        assert text in printed.err
+
+
+def test_a_function_may_change_its_arguments():
+    table = rewarded("mine.py:changes", "mine.py:lengths")
+    assert table.values.tolist() == [[1, 1], [1, 1], [1, 1], [1, 0]]
+
+
+def test_every_character_and_great_batches_pass():
+    odd = ["\ud800", "\U0001f600", "\x00", "\u2028"]
+    facts = [[CompletionFacts(1, True, 1)] * 4]
+    with open_rewards(parse_rewards(["mine.py:codes", "mine.py:lengths"]), 60.0) as rewards:
+        codes = rewards(GROUPS[:1], [odd], facts).values[:, 0]
+        assert codes.tolist() == [ord(text) for text in odd]
+        many = [["é" * 500 + str(i) for i in range(5000)] for _ in GROUPS]
+        known = [[CompletionFacts(1, True, 1)] * 5000] * 2
+        codes, lengths = rewards(GROUPS, many, known).values.T
+    assert lengths.tolist() == [500 + len(str(i)) for _ in GROUPS for i in range(5000)]
+    assert set(codes) == {ord("é")}
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        (
+            "reads",
+            rf"raised ValueError: could not convert string to float: 'x' {line('float(text)')}, "
+            r"at completion 1 of train.jsonl:7 “Why\?”$",
+        ),
+        ("leaves", rf"raised SystemExit: enough {line('sys.exit')}, at completion 1 of train.*:1"),
+        (
+            "too_few",
+            r"returned a list of 1 for 4 completions, on 4 completions, the first of train",
+        ),
+        ("one_number", r"returned float; expected a list of 4 numbers or None"),
+        ("words", r"returned str; expected a number or None, at completion 1 of train.jsonl:1 “Wh"),
+        ("endless", r"returned nan; expected a finite number, .*, at completion 2 of train.*:1"),
+        ("later", r"returned coroutine; expected a list of 4"),
+        (
+            "dies",
+            r"its process exited with 3, on 4 completions, the first of train.jsonl:1 “What i",
+        ),
+        ("crashes", rf"its process was ended by SIGSEGV {line('ctypes.str')}, on 4 completions"),
+    ],
+)
+def test_failures_name_function_line_and_prompt(name, message):
+    rewards = open_rewards(parse_rewards([f"mine.py:{name}"]), 20.0)
+    with pytest.raises(TrainingError, match=message) as caught:
+        rewards(GROUPS, TEXTS, FACTS)
+    assert str(caught.value).startswith(f"--reward mine.py:{name}: ")
+    assert "\n" not in str(caught.value)
+    assert gone(rewards.pid)
+    rewards.close()
+
+
+@pytest.mark.parametrize(
+    ("name", "where"), [("sleeps", line("time.sleep(60)\n")), ("backtracks", line("re.match"))]
+)
+def test_a_function_that_hangs_is_ended_with_all_it_started(folder, name, where):
+    rewards = open_rewards(parse_rewards([f"mine.py:{name}"]), 0.7)
+    start = time.monotonic()
+    message = rf"no answer within 0.7 s {where}, .*--reward-timeout"
+    with pytest.raises(TrainingError, match=message):
+        rewards(GROUPS, TEXTS, FACTS)
+    assert time.monotonic() - start < 10
+    assert gone(rewards.pid)
+    if name == "sleeps":
+        assert gone(int((folder / "child.pid").read_text()))
+    with pytest.raises(TrainingError, match="its process is closed"):
+        rewards(GROUPS, TEXTS, FACTS)
+
+
+def test_ctrl_c_in_a_call_ends_the_process():
+    def interrupt(number, frame):
+        raise KeyboardInterrupt
+
+    rewards = open_rewards(parse_rewards(["mine.py:sleeps"]), 50.0)
+    before = signal.signal(signal.SIGALRM, interrupt)
+    signal.setitimer(signal.ITIMER_REAL, 0.3)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            rewards(GROUPS, TEXTS, FACTS)
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert gone(rewards.pid)
+
+
+def test_columns_that_json_does_not_know_go_as_text(folder):
+    group = PromptGroup("Hi", (), "x:1", columns={"day": datetime.date(2025, 3, 1)})
+    with open_rewards(parse_rewards(["mine.py:everything"]), 20.0) as rewards:
+        rewards([group], [["a"]], [FACTS[0][:1]])
+    assert json.loads((folder / "seen.json").read_text())[2] == {"day": ["2025-03-01"]}
+
+
+def test_closing_ends_the_process_after_its_own_exit_handlers(folder):
+    text = "import atexit, pathlib\natexit.register(pathlib.Path('left').touch)\n"
+    (folder / "tidy.py").write_text(
+        text + "def f(completions):\n    return [1.0] * len(completions)\n", encoding="utf-8"
+    )
+    with open_rewards(parse_rewards(["tidy.py:f"]), 20.0) as rewards:
+        assert alive(rewards.pid)
+    assert gone(rewards.pid)
+    assert (folder / "left").exists()
+    rewards.close()
+
+
+# What is asked last is not waited for. A process that is stuck in one call of C can't notice that
+# we are gone: it ends a grace of five seconds after the call's time, here after half a second.
+PARENT = """
+import sys, time
+from mlx_align.rollout.reward_process import RewardProcess
+from mlx_align.rollout.reward_worker import write_frame
+process = RewardProcess()
+process.ask("load", {"target": "mine.py", "name": sys.argv[1]}, 20)
+process.ask("batch", {"prompts": ["x"], "completions": [["y"]], "columns": {}}, 20)
+call = {"do": "call", "function": 0, "seconds": float(sys.argv[2])}
+write_frame(process._connection, call)
+print(process.pid, flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize(("name", "seconds"), [("sleeps", 50), ("backtracks", -4.5)])
+def test_the_process_ends_when_ours_is_killed(folder, name, seconds):
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    with subprocess.Popen(
+        [sys.executable, "-c", PARENT, name, str(seconds)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        env=environment,
+    ) as parent:
+        assert parent.stdout is not None
+        pid = int(parent.stdout.readline())
+        assert os.getsid(pid) == pid  # of a session of its own: Ctrl-C doesn't reach it
+        child = folder / "child.pid"
+        end = time.monotonic() + 10
+        while name == "sleeps" and not (child.exists() and child.read_text()):
+            assert time.monotonic() < end
+            time.sleep(0.02)
+        parent.send_signal(signal.SIGKILL)
+    assert gone(pid)
+    if name == "sleeps":
+        assert gone(int(child.read_text()))
+
+
+def test_fields_that_rewards_need_are_asked_for_before_training():
+    def check(*specs, groups=GROUPS):
+        with open_rewards(parse_rewards(specs), 20.0) as rewards:
+            rewards.check(groups)
+
+    check("exact_answer", "mine.py:everything", "mine.py:short")
+    with pytest.raises(
+        ConfigError, match=r"mine.py:needs_gold: needs 'gold', .*answer, n, prompts"
+    ):
+        check("mine.py:needs_gold")
+    with pytest.raises(
+        ConfigError, match=r"exact_answer: needs 'answer', .*none beside the prompt"
+    ):
+        check("exact_answer", groups=[PromptGroup("Hi", (), "train.jsonl:1")])
+    listed = PromptGroup("Hi", (), "train.jsonl:3", columns={"answer": ["4"]})
+    with pytest.raises(
+        ConfigError, match=r"exact_answer: train.jsonl:3: column 'answer' holds a li"
+    ):
+        check("exact_answer", groups=[listed])
+
+
+@pytest.mark.parametrize("timeout", [0.0, -1.0, float("nan"), float("inf")])
+def test_a_timeout_is_a_time(timeout):
+    with pytest.raises(ConfigError, match="--reward-timeout"):
+        open_rewards(parse_rewards(["length"]), timeout)
+
+
+def test_built_in_rewards_start_no_process():
+    with open_rewards(parse_rewards(["exact_answer", "length"]), 20.0) as rewards:
+        assert rewards.pid is None
+        table = rewards(GROUPS, TEXTS, FACTS)
+    np.testing.assert_array_equal(table.values[:, 0], [1, 0, np.nan, np.nan])
+    np.testing.assert_array_equal(table.total, [1.625, 0, 0.625, 0])
