@@ -104,6 +104,8 @@ def _shared(anatomy: Anatomy, batch: GroupBatch) -> mx.array:
     prompt = anatomy.hidden(batch.prompt_tokens, cache=caches)
     rows = batch.completion_tokens.shape[0]
     last = mx.take_along_axis(prompt, batch.prompt_lengths[:, None, None] - 1, axis=1)
+    if batch.completion_tokens.shape[1] == 1:
+        return batch.for_each_completion(last)  # the last token is predicted, never read
     completions = anatomy.hidden(
         batch.completion_tokens[:, :-1],
         cache=[

@@ -185,7 +185,9 @@ def _compiled_update(optimizer: optim.Optimizer) -> Callable[..., Any]:
 
 def _norm(grads: Tree, micro: Sequence[Ready]) -> float:
     """The gradient's Euclidean norm over all parameters."""
-    squares = [grad.astype(mx.float32).square().sum() for _, grad in tree_flatten(grads)]
+    # By name: a tree read from a checkpoint has another order, and sums round by theirs.
+    by_name = sorted(tree_flatten(grads), key=lambda leaf: leaf[0])
+    squares = [grad.astype(mx.float32).square().sum() for _, grad in by_name]
     norm = float(np.sqrt(np.array(mx.stack(squares)).sum(dtype=np.float64)))
     if not math.isfinite(norm):
         raise NotFinite(_not_finite("gradient", micro))
