@@ -163,7 +163,7 @@ def policy_loss(
 ) -> tuple[mx.array, dict[str, mx.array]]:
     """A microbatch's share of an update's loss, and sums of metrics.
 
-    Per token correction·surrogate + kl_coef·KL, averaged as `method.aggregation` says, minus
+    Per token correction·(surrogate + kl_coef·KL), averaged as `method.aggregation` says, minus
     entropy_coef times the mean entropy over all tokens. Only `logps` and `entropies` of the
     sample have a gradient.
 
@@ -197,8 +197,8 @@ def policy_loss(
     bounds = Bounds(method.clip_low, method.clip_high, method.delta)
 
     surrogate = SURROGATES[method.surrogate](terms, bounds)
-    surrogate = surrogate * mx.stop_gradient(_real(sample.correction, mask))
-    surrogate = mx.where(_selected(method, sample, terms, totals), surrogate, 0.0)
+    correction = mx.stop_gradient(_real(sample.correction, mask))
+    surrogate = mx.where(_selected(method, sample, terms, totals), correction * surrogate, 0.0)
     loss = policy = _aggregate(method.aggregation, surrogate, mask, totals)
 
     sums = clip_metrics(terms, method.surrogate, bounds) | {
@@ -223,7 +223,7 @@ def policy_loss(
         if method.kl == "k3_corrected":
             estimate = estimate * ratio
         if method.kl != "k1_reward":
-            penalty = k2(logps, reference) if method.kl == "k2" else estimate
+            penalty = correction * (k2(logps, reference) if method.kl == "k2" else estimate)
             loss = loss + kl_coef * _aggregate(method.aggregation, penalty, mask, totals)
         metrics["kl"] = _token_sum(estimate, mask, totals)
     if sample.entropies is not None:
@@ -311,6 +311,8 @@ def _token_sum(
 
 def _quantile(values: mx.array, real: mx.array, quantile: float) -> mx.array:
     """The quantile of the real values (n,), linear between neighbours; −inf where none is."""
+    if values.size == 0:
+        return mx.array(-mx.inf)
     count = mx.sum(real)
     ordered = mx.sort(mx.where(real, values.astype(mx.float32), mx.inf))
     place = quantile * (count.astype(mx.float32) - 1)
