@@ -81,7 +81,7 @@ POLICY_METHODS: dict[str, PolicyMethod] = {
     "ppo": PolicyMethod("gae", kl="k1_reward"),
     # Shao et al. 2024 (DeepSeekMath), eq. 3
     "grpo": PolicyMethod("group_std", aggregation="sequence_mean", kl="k2"),
-    # Ahmadian et al. 2024, eq. 8
+    # Ahmadian et al. 2024 (RLOO)
     "rloo": PolicyMethod(
         "leave_one_out", "none", "plain", aggregation="sequence_sum", kl="k1_reward"
     ),
@@ -93,7 +93,7 @@ POLICY_METHODS: dict[str, PolicyMethod] = {
     "gspo": PolicyMethod(
         "group_std", "sequence", clip_low=3e-4, clip_high=4e-4, aggregation="sequence_mean"
     ),
-    # Hu et al. 2025, eq. 4 and its variant with a group's mean as the baseline
+    # Hu et al. 2025 (REINFORCE++), and its variant with a group's mean as the baseline
     "reinforce++": PolicyMethod("whitened", kl="k1_reward"),
     "reinforce++-baseline": PolicyMethod("centred_whitened", kl="k1_reward"),
     # MiniMax 2025 (MiniMax-M1), eq. 4; the bound 5 as TRL advises
@@ -266,8 +266,8 @@ def _selected(
 ) -> mx.array:
     """Tokens (N, C) whose surrogate counts; those that don't still count in the denominators.
 
-    Source: quantile of the entropies: Wang et al. 2025 ("Beyond the 80/20 rule"), eq. 5;
-    off-policy completions: DeepSeek-AI 2025 (DeepSeek-V3.2), eq. 9.
+    Source: quantile of the entropies: Wang et al. 2025 ("Beyond the 80/20 rule");
+    off-policy completions: DeepSeek-AI 2025 (DeepSeek-V3.2), section 3.1.
     """
     selected = terms.mask
     if method.entropy_quantile > 0 and sample.entropies is not None:
