@@ -40,6 +40,15 @@ def test_gae(lam, expected):
         assert returns[0] == pytest.approx([*np.add(expected, [0.5, 0.6, 0.7]), 0, 0])
 
 
+def test_gae_passes_over_what_is_no_token():
+    """Tokens that are not the policy's own, amid a completion, are as if they were not there."""
+    whole = gae([[0, 0, 1]], [[0.5, 0.6, 0.7]], [[1, 1, 1]], 0.9, 0.95)
+    holed = gae([[0, NAN, 0, NAN, 1]], [[0.5, 9, 0.6, NAN, 0.7]], [[1, 0, 1, 0, 1]], 0.9, 0.95)
+    for part, expected in zip(holed, whole, strict=True):
+        assert part[0, [0, 2, 4]] == pytest.approx(expected[0])
+        assert not part[0, [1, 3]].any()
+
+
 def test_gae_against_its_definition():
     """Σ_l (γλ)^l·δ_(t+l), summed plainly, on ragged rows."""
     random = np.random.default_rng(3)
