@@ -1,8 +1,6 @@
 """Policy-gradient losses: PPO's and the group methods', as one loss with visible parts.
 
-A method is an entry of `POLICY_METHODS`: how rewards become advantages (`rollout/advantages.py`),
-what the ratio is of, what is done with ratios far from 1, how tokens are averaged, and where the
-pull to the reference acts. Nothing else differs between them.
+The parts are named in `methods.py`, ratios and surrogates are in `surrogates.py`.
 
 An update's microbatches share their denominators (`policy_totals`), so that their losses and
 gradients add up to those of one batch.
@@ -11,13 +9,13 @@ gradients add up to those of one batch.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import mlx.core as mx
 
 from mlx_align.losses.kl import k2, k3
 from mlx_align.losses.masking import lengths, masked_sum, safe_length
+from mlx_align.losses.methods import POLICY_METHODS, Aggregation, PolicyMethod
 from mlx_align.losses.surrogates import (
     MAX_LOG_RATIO,
     RATIOS,
@@ -29,82 +27,7 @@ from mlx_align.losses.surrogates import (
 )
 from mlx_align.types import PolicySample
 
-Ratio = Literal["token", "sequence", "trajectory", "none"]
-Surrogate = Literal["clip", "plain", "cispo", "sapo", "vespo"]
-Aggregation = Literal[
-    "sequence_mean", "token_mean", "local_token_mean", "sequence_sum", "max_length"
-]
-KlPlace = Literal["none", "k1_reward", "k2", "k3", "k3_corrected"]
-
-
-@dataclass(frozen=True, slots=True)
-class PolicyMethod:
-    """The parts of a policy-gradient method.
-
-    Attributes:
-        advantage: How rewards become advantages: a name of `GROUP_ADVANTAGES`, or "gae" where a
-            critic has values.
-        ratio: What the ratio π/π_old is of: each token, the geometric mean of a completion
-            (sequence), all of a completion (trajectory), or nothing (REINFORCE).
-        surrogate: What is done with it, a name of `SURROGATES`.
-        clip_low: Ratios are clipped at 1 − clip_low.
-        clip_high: And at 1 + clip_high; of cispo the bound of its weight itself.
-        delta: Bound of the ratios that `clip` leaves alone, those of negative advantages.
-        aggregation: Over what tokens are averaged: completions first (sequence_mean), all tokens
-            of the update (token_mean), all of a microbatch and then microbatches, each alike
-            (local_token_mean, TRL's bnpo; the only one that depends on how an update is split);
-            summed over a completion, averaged over completions (sequence_sum); that by the
-            longest length allowed (max_length).
-        kl: The pull to the reference: none; k1 of each token in the reward, which is not this
-            module's business; or in the loss k2, k3, or k3 times the ratio (as TRL's GRPO).
-        entropy_quantile: Only tokens of at least this quantile of the entropies have a surrogate.
-        off_policy_threshold: Completions of negative advantage whose mean log π_old/π exceeds
-            this, in nats per token, have none.
-    """
-
-    advantage: str
-    ratio: Ratio = "token"
-    surrogate: Surrogate = "clip"
-    clip_low: float = 0.2
-    clip_high: float = 0.2
-    delta: float | None = None
-    aggregation: Aggregation = "token_mean"
-    kl: KlPlace = "none"
-    entropy_quantile: float = 0.0
-    off_policy_threshold: float | None = None
-
-
-# In the group methods k2 is the pull to the reference where one is wanted: as a loss, k3 has the
-# gradient of KL(reference‖policy), another optimum (see kl.py).
-POLICY_METHODS: dict[str, PolicyMethod] = {
-    # Schulman et al. 2017; k1 in the reward: Ziegler et al. 2019, eq. 2
-    "ppo": PolicyMethod("gae", kl="k1_reward"),
-    # Shao et al. 2024 (DeepSeekMath), eq. 3
-    "grpo": PolicyMethod("group_std", aggregation="sequence_mean", kl="k2"),
-    # Ahmadian et al. 2024, eq. 8
-    "rloo": PolicyMethod(
-        "leave_one_out", "none", "plain", aggregation="sequence_sum", kl="k1_reward"
-    ),
-    # Liu et al. 2025 ("Understanding R1-Zero-like training")
-    "dr_grpo": PolicyMethod("centred", aggregation="max_length"),
-    # Yu et al. 2025, eq. 8
-    "dapo": PolicyMethod("group_std", clip_high=0.28),
-    # Zheng et al. 2025, eq. 5
-    "gspo": PolicyMethod(
-        "group_std", "sequence", clip_low=3e-4, clip_high=4e-4, aggregation="sequence_mean"
-    ),
-    # Hu et al. 2025, eq. 4 and its variant with a group's mean as the baseline
-    "reinforce++": PolicyMethod("whitened", kl="k1_reward"),
-    "reinforce++-baseline": PolicyMethod("centred_whitened", kl="k1_reward"),
-    # MiniMax 2025 (MiniMax-M1), eq. 4; the bound 5 as TRL advises
-    "cispo": PolicyMethod("group_std", surrogate="cispo", clip_high=5.0),
-    # Gao et al. 2025
-    "sapo": PolicyMethod("group_std", surrogate="sapo", aggregation="sequence_mean"),
-    # Shen et al. 2026, eq. 20; token mean as TRL
-    "vespo": PolicyMethod("centred", surrogate="vespo"),
-    # Liu et al. 2026 (length-unbiased sequence policy optimization)
-    "luspo": PolicyMethod("group_std", "sequence", aggregation="sequence_sum"),
-}
+__all__ = ["POLICY_METHODS", "PolicyMethod", "PolicyTotals", "policy_loss", "policy_totals"]
 
 
 class PolicyTotals(NamedTuple):
@@ -163,7 +86,7 @@ def policy_loss(
 ) -> tuple[mx.array, dict[str, mx.array]]:
     """A microbatch's share of an update's loss, and sums of metrics.
 
-    Per token correction·surrogate + kl_coef·KL, averaged as `method.aggregation` says, minus
+    Per token correction·(surrogate + kl_coef·KL), averaged as `method.aggregation` says, minus
     entropy_coef times the mean entropy over all tokens. Only `logps` and `entropies` of the
     sample have a gradient.
 
@@ -197,8 +120,8 @@ def policy_loss(
     bounds = Bounds(method.clip_low, method.clip_high, method.delta)
 
     surrogate = SURROGATES[method.surrogate](terms, bounds)
-    surrogate = surrogate * mx.stop_gradient(_real(sample.correction, mask))
-    surrogate = mx.where(_selected(method, sample, terms, totals), surrogate, 0.0)
+    correction = mx.stop_gradient(_real(sample.correction, mask))
+    surrogate = mx.where(_selected(method, sample, terms, totals), correction * surrogate, 0.0)
     loss = policy = _aggregate(method.aggregation, surrogate, mask, totals)
 
     sums = clip_metrics(terms, method.surrogate, bounds) | {
@@ -223,7 +146,7 @@ def policy_loss(
         if method.kl == "k3_corrected":
             estimate = estimate * ratio
         if method.kl != "k1_reward":
-            penalty = k2(logps, reference) if method.kl == "k2" else estimate
+            penalty = correction * (k2(logps, reference) if method.kl == "k2" else estimate)
             loss = loss + kl_coef * _aggregate(method.aggregation, penalty, mask, totals)
         metrics["kl"] = _token_sum(estimate, mask, totals)
     if sample.entropies is not None:
@@ -266,8 +189,8 @@ def _selected(
 ) -> mx.array:
     """Tokens (N, C) whose surrogate counts; those that don't still count in the denominators.
 
-    Source: quantile of the entropies: Wang et al. 2025 ("Beyond the 80/20 rule"), eq. 5;
-    off-policy completions: DeepSeek-AI 2025 (DeepSeek-V3.2), eq. 9.
+    Source: quantile of the entropies: Wang et al. 2025 ("Beyond the 80/20 rule");
+    off-policy completions: DeepSeek-AI 2025 (DeepSeek-V3.2), section 3.1.
     """
     selected = terms.mask
     if method.entropy_quantile > 0 and sample.entropies is not None:
@@ -311,6 +234,8 @@ def _token_sum(
 
 def _quantile(values: mx.array, real: mx.array, quantile: float) -> mx.array:
     """The quantile of the real values (n,), linear between neighbours; −inf where none is."""
+    if values.size == 0:
+        return mx.array(-mx.inf)
     count = mx.sum(real)
     ordered = mx.sort(mx.where(real, values.astype(mx.float32), mx.inf))
     place = quantile * (count.astype(mx.float32) - 1)

@@ -17,7 +17,7 @@ from mlx_align.losses.masking import lengths, masked_sum, safe_length
 
 # e^20 is 5e8: a token that went so far teaches nothing, and its square still fits float32.
 MAX_LOG_RATIO = 20.0
-# τ of SAPO for positive and other advantages (Gao et al. 2025, section 5; as TRL has them).
+# τ of SAPO for positive and other advantages (Gao et al. 2025; as TRL has them).
 SAPO_TEMPERATURES = (1.0, 1.05)
 # (k, λ) of VESPO for advantages of at least 0 and others (Shen et al. 2026, section 4.1).
 VESPO_SHAPES = ((2.0, 3.0), (3.0, 2.0))
@@ -61,7 +61,7 @@ def sequence_ratio(logps: mx.array, log_ratio: mx.array, mask: mx.array) -> mx.a
 def trajectory_ratio(logps: mx.array, log_ratio: mx.array, mask: mx.array) -> mx.array:
     """π/π_old of each completion, (N, C): the completion is the action, as TRL's RLOO has it.
 
-    Source: Ahmadian et al. 2024 ("Back to Basics"), section 3.2.
+    Source: Ahmadian et al. 2024 ("Back to Basics"), the full generation as one action.
     """
     return mx.broadcast_to(clamped_exp(masked_sum(log_ratio, mask))[:, None], log_ratio.shape)
 
@@ -88,8 +88,8 @@ def clip(terms: Terms, bounds: Bounds) -> mx.array:
     """PPO's −min(w·A, min(max(w, 1 − low), 1 + high)·A), the first w at most `delta` if given.
 
     Source: Schulman et al. 2017 (PPO), eq. 7; unequal bounds: Yu et al. 2025 (DAPO), eq. 10;
-    delta: Prime Intellect 2025 (INTELLECT-2), section 3.4, for negative advantages, whose ratio
-    nothing bounds otherwise.
+    delta: Prime Intellect 2025 (INTELLECT-2), two-sided clipping, for negative advantages, whose
+    ratio nothing bounds otherwise.
     """
     ratio = terms.ratio
     clipped = mx.clip(ratio, 1 - bounds.low, 1 + bounds.high)
@@ -111,7 +111,7 @@ def cispo(terms: Terms, bounds: Bounds) -> mx.array:
 def sapo(terms: Terms, bounds: Bounds) -> mx.array:
     """−(4/τ)·σ(τ(w − 1))·A: a soft gate in place of the clip, of slope 1 at w = 1.
 
-    Source: Gao et al. 2025 (Soft Adaptive Policy Optimization), eq. 6.
+    Source: Gao et al. 2025 ("Soft Adaptive Policy Optimization"), the gate f.
     """
     positive, other = SAPO_TEMPERATURES
     tau = mx.where(terms.advantages > 0, positive, other)

@@ -212,8 +212,11 @@ def _logps(
         return (logps,)
     if extra == "log_squares":
         return logps, mx.logsumexp(2 * logits, axis=-1) - 2 * normaliser
-    every = mx.maximum(logits - normaliser[:, None], MIN_LOG_RATIO)
-    return logps, -(mx.exp(every) * every).sum(axis=-1)
+    top = mx.stop_gradient(logits.max(axis=-1, keepdims=True))
+    centred = mx.maximum(logits - top, MIN_LOG_RATIO)
+    exponential = mx.exp(centred)
+    total = exponential.sum(axis=-1)
+    return logps, mx.log(total) - (exponential * centred).sum(axis=-1) / total
 
 
 def _logps_and_gradient(

@@ -52,13 +52,13 @@ def token_rewards(
     real = _real(mask)
     k1 = _under(logps, real) - _under(reference_logps, real)
     rewards = -kl_coef * k1
-    rows = real.any(axis=1)
-    given = np.asarray(scores, np.float64)
-    if not np.isfinite(given[rows]).all():
+    rows = np.flatnonzero(real.any(axis=1))
+    given = np.asarray(scores, np.float64)[rows]
+    if not np.isfinite(given).all():
         raise ValueError("a completion without a score: mask it out")
-    last = real.shape[1] - 1 - real[:, ::-1].argmax(axis=1) if real.shape[1] else []
-    index = np.flatnonzero(rows)
-    rewards[index, np.asarray(last, np.int64)[rows]] += given[rows]
+    if len(rows):
+        last = real.shape[1] - 1 - real[rows, ::-1].argmax(axis=1)
+        rewards[rows, last] += given
     return np.asarray(np.where(real, rewards, 0.0))
 
 
