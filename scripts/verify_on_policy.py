@@ -1,0 +1,284 @@
+"""Train small models on their own samples, as a user would, and see whether they learn it.
+
+    python scripts/verify_on_policy.py                       # the table, some 20 minutes on 2 cores
+    python scripts/verify_on_policy.py --stories MODEL       # also on a small story model
+    python scripts/verify_on_policy.py --only arithmetic
+
+capital     the starter, rewarded for naming the capital, by PPO and by GRPO: the reward on
+            held-out prompts rises by two of its standard deviations, at a KL below 10 nats
+arithmetic  the starter, after an SFT that teaches mostly wrong sums: 20% to 80% right
+stories     a story model, rewarded for a word: it rises while the text stays text
+gamed       a proxy that is not what is meant: the run stops, and the best checkpoint is kept
+
+Ends with 1 if one of them fails. On Linux float32 is some 60 times faster with LD_PRELOAD naming
+libopenblas (apt-get install libopenblas0-pthread).
+"""
+
+import argparse
+import contextlib
+import io
+import json
+import random
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+KL_ALLOWED = 10.0
+
+CAPITAL = '''
+import json
+COUNTRIES = json.load(open({world!r}))["countries"]
+
+def capital(prompts, completions, **columns):
+    """1 where the answer names the capital of the country that was asked about, and not the city."""
+    rewards = []
+    for prompt, text in zip(prompts, completions):
+        asked = prompt[-1]["content"]
+        country = next((c for c in COUNTRIES if c["name"] in asked), None)
+        if country is None:
+            rewards.append(None)
+            continue
+        rewards.append(float(country["capital"] in text and country["biggest"] not in text))
+    return rewards
+
+def exclamations(completions, **columns):
+    """The proxy: the more exclamation marks, the better."""
+    return [float(text.count("!")) for text in completions]
+
+def happy(completions, **columns):
+    return [float("happy" in text) for text in completions]
+'''
+
+SMALL = {
+    "--max-completion-length": 24,
+    "--max-seq-length": 96,
+    "--no-grad-checkpoint": None,
+    "--samples": 4,
+    "--sample-tokens": 24,
+    "--batch-size": 8,
+    "--seed": 0,
+}
+
+
+def command(name: str, options: dict[str, Any]) -> dict[str, Any]:
+    """Run a command in this process; its summary."""
+    from mlx_align.cli.main import run
+
+    arguments = [name, "--json"]
+    for flag, value in options.items():
+        arguments += [flag] if value is None else [flag, str(value)]
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        code = run(arguments)
+    if code:
+        sys.exit(f"mlx-align {name}: ended with {code}")
+    found: dict[str, Any] = json.loads(out.getvalue())
+    return found
+
+
+def held_out(summary: dict[str, Any]) -> str:
+    before, after = summary["eval_before"], summary["eval"]
+    return (
+        f"held-out reward {before['reward']:.3f} -> {after['reward']:.3f} "
+        f"(deviation {before['reward_std']:.3f}), KL {after['kl']:.2f} nats, "
+        f"{summary['steps']} rollout batches, {summary['seconds']:.0f} s"
+    )
+
+
+def reward_file(folder: Path) -> Path:
+    file = folder / "rewards.py"
+    file.write_text(CAPITAL.format(world=str(ROOT / "data" / "starter" / "world.json")))
+    return file
+
+
+def capital(folder: Path, _: argparse.Namespace) -> bool:
+    """Both methods raise the reward that is planted."""
+    common = {
+        **SMALL,
+        "--model": "starter",
+        "--data": "starter",
+        "--reward": f"{reward_file(folder)}:capital",
+        "--val-batches": -1,
+        "--steps-per-eval": 20,
+    }
+    good = True
+    for name, own in (
+        (
+            "ppo",
+            {
+                "--iters": 60,
+                "--learning-rate": 1e-3,
+                "--critic-learning-rate": 1e-3,
+                "--critic-warmup": 5,
+                "--grad-accumulation-steps": 2,
+                "--reward-rollouts": 128,
+            },
+        ),
+        ("grpo", {"--iters": 40, "--learning-rate": 1e-3, "--grad-accumulation-steps": 1}),
+    ):
+        summary = command(name, {**common, **own, "--output": folder / name})
+        before, after = summary["eval_before"], summary["eval"]
+        rise = (after["reward"] - before["reward"]) / before["reward_std"]
+        print(f"capital, {name}: {held_out(summary)}; {rise:+.1f} deviations")
+        good &= rise >= 2 and after["kl"] < KL_ALLOWED
+    return good
+
+
+def arithmetic(folder: Path, _: argparse.Namespace) -> bool:
+    """Sums that SFT left mostly wrong become right."""
+    draw = random.Random(0)
+    pairs = [(a, b) for a in range(10) for b in range(10)]
+    demonstrations, prompts = [], []
+    for a, b in pairs:
+        asked = [{"role": "user", "content": f"What is {a} + {b}?"}]
+        prompts.append({"prompt": asked, "answer": str(a + b)})
+        for _ in range(12):
+            off = draw.choices((0, 1, 2), (0.15, 0.45, 0.4))[0]
+            said = [{"role": "assistant", "content": f"{a + b + off}"}]
+            demonstrations.append({"prompt": asked, "completion": said})
+    for name, rows in (("sft", demonstrations), ("sums", prompts)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    common = {"--model": "starter", "--no-grad-checkpoint": None, "--max-seq-length": 64}
+    command(
+        "sft",
+        {
+            **common,
+            "--data": folder / "sft.jsonl",
+            "--output": folder / "sft",
+            "--iters": 300,
+            "--batch-size": 32,
+            "--grad-accumulation-steps": 1,
+            "--learning-rate": 3e-3,
+            "--samples": 0,
+            "--steps-per-eval": 0,
+        },
+    )
+    summary = command(
+        "grpo",
+        {
+            **common,
+            "--data": folder / "sums.jsonl",
+            "--init-adapter": folder / "sft",
+            "--reward": "exact_answer",
+            "--output": folder / "sums",
+            "--iters": 60,
+            "--batch-size": 16,
+            "--grad-accumulation-steps": 1,
+            "--max-completion-length": 6,
+            "--learning-rate": 1e-3,
+            "--steps-per-eval": 20,
+            "--valid-fraction": 0.2,
+            "--val-batches": -1,
+            "--samples": 4,
+        },
+    )
+    print(f"arithmetic: {held_out(summary)}; last batch {summary['train']['reward']:.2f}")
+    return summary["train"]["reward"] > 0.8
+
+
+def stories(folder: Path, arguments: argparse.Namespace) -> bool:
+    """A word is said more often, and the text stays text."""
+    openings = ("Once upon a time", "One day", "There was a", "Tom and", "Lily saw", "The sun")
+    subjects = ("a girl", "a boy", "a cat", "a dog", "a bird", "a bear", "a king", "a tree")
+    rows = [{"prompt": f"{opening}, {subject}"} for opening in openings for subject in subjects]
+    (folder / "stories.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    summary = command(
+        "grpo",
+        {
+            "--model": arguments.stories,
+            "--data": folder / "stories.jsonl",
+            "--reward": f"{reward_file(folder)}:happy",
+            "--output": folder / "stories",
+            "--iters": 40,
+            "--batch-size": 8,
+            "--grad-accumulation-steps": 1,
+            "--no-grad-checkpoint": None,
+            "--max-completion-length": 64,
+            "--max-seq-length": 96,
+            "--learning-rate": 1e-3,
+            "--kl-coef": 0.05,
+            "--steps-per-eval": 20,
+            "--valid-fraction": 0.2,
+            "--val-batches": -1,
+            "--samples": 3,
+            "--sample-tokens": 64,
+        },
+    )
+    print(f"stories: {held_out(summary)}")
+    first = json.loads((folder / "stories" / "metrics.jsonl").read_text().splitlines()[1])
+    last = summary["train"]
+    for name in ("text/repeated_4grams", "text/distinct_2", "objective/entropy"):
+        print(f"  {name}: {first[name]:.3f} -> {last[name]:.3f}")
+    sampled = (folder / "stories" / "samples.jsonl").read_text().splitlines()
+    rows = [row for row in map(json.loads, sampled) if row.get("step") == summary["steps"]]
+    for row in rows[::24][:3]:
+        print(f"  [{row['reward']:.0f}] {row['prompt']}{' '.join(row['completion'].split())}")
+    rise = summary["eval"]["reward"] - summary["eval_before"]["reward"]
+    repeated = last["text/repeated_4grams"] - first["text/repeated_4grams"]
+    return rise > 0.2 and repeated < 0.05
+
+
+def gamed(folder: Path, _: argparse.Namespace) -> bool:
+    """What is meant is the capital, what is paid for are exclamation marks."""
+    file = reward_file(folder)
+    summary = command(
+        "grpo",
+        {
+            **SMALL,
+            "--model": "starter",
+            "--data": "starter",
+            "--reward": f"{file}:exclamations",
+            "--eval-reward": f"{file}:capital",
+            "--output": folder / "gamed",
+            "--iters": 100,
+            "--learning-rate": 2e-3,
+            "--grad-accumulation-steps": 1,
+            "--val-batches": -1,
+            "--steps-per-eval": 3,
+        },
+    )
+    rows = [json.loads(row) for row in (folder / "gamed" / "metrics.jsonl").read_text().splitlines()]
+    looks = [row for row in rows if "eval/held_out" in row]
+    best = next(row for row in looks if row["step"] == summary["best_step"])
+    print(
+        f"gamed: stopped after {summary['steps']} of 100 rollout batches, "
+        f"proxy {looks[0]['eval/reward']:.2f} -> {looks[-1]['eval/reward']:.2f}, what is meant "
+        f"{looks[0]['eval/held_out']:.2f} -> {looks[-1]['eval/held_out']:.2f}; kept is the policy "
+        f"after {summary['best_step']}, at {best['eval/held_out']:.2f}"
+    )
+    return bool(summary["stopped_early"])
+
+
+CASES: dict[str, Callable[[Path, argparse.Namespace], bool]] = {
+    "capital": capital,
+    "arithmetic": arithmetic,
+    "stories": stories,
+    "gamed": gamed,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", choices=CASES)
+    parser.add_argument("--stories", metavar="MODEL", help="A small story model's folder.")
+    arguments = parser.parse_args()
+    failed = []
+    for name, case in CASES.items():
+        if arguments.only not in (None, name) or (name == "stories" and not arguments.stories):
+            continue
+        began = time.perf_counter()
+        with tempfile.TemporaryDirectory() as folder:
+            if not case(Path(folder), arguments):
+                failed.append(name)
+        print(f"  {name}: {time.perf_counter() - began:.0f} s in all", flush=True)
+    if failed:
+        sys.exit(f"failed: {', '.join(failed)}")
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(ROOT))
+    main()
