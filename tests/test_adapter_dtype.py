@@ -78,7 +78,10 @@ def test_a_run_starts_at_ln2_learns_and_saves_float32(dpo, bf16, start, checkpoi
     losses = [row["loss"] for row in rows if "loss" in row]
     assert losses[0] == pytest.approx(LN2, abs=1e-3)
     assert losses[-1] < 0.5
-    for file in ("run/adapters.safetensors", "run/checkpoints/0000008/policy.optimizer.safetensors"):
+    for file in (
+        "run/adapters.safetensors",
+        "run/checkpoints/0000008/policy.optimizer.safetensors",
+    ):
         arrays = mx.load(file)
         floats = {a.dtype for a in arrays.values() if mx.issubdtype(a.dtype, mx.floating)}
         assert floats == {mx.float32}
