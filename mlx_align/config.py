@@ -73,7 +73,7 @@ class TrainConfig:
         None, "Optimizer updates (mlx-lm counts microbatches). Default: one epoch.", at_least=1
     )
     epochs: float | None = option(
-        None, "Passes over the data, instead of --iters. Default: 1.", above=0
+        None, "Passes over the data, instead of --iters. Default: 1.", above=0, below=1e6
     )
     # One pair at a time is what fits 16 GB; 8 accumulated steady the gradient. None here, so that
     # it can be told from one that was given beside --batch-tokens.

@@ -145,7 +145,7 @@ def _metric_table(
     table.add_column("before", justify="right")
     table.add_column("after", justify="right")
     for label, key, pattern in _ROWS:
-        if key in after:
+        if after.get(key) is not None:
             first = before.get(key)
             # All implicit rewards are 0 before training: an accuracy would say nothing.
             shown = "–" if first is None or key == "rewards/accuracies" else pattern.format(first)

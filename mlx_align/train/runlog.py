@@ -61,10 +61,27 @@ def training_rows(folder: Path) -> list[dict[str, float]]:
 
 
 def _rows(folder: Path) -> list[dict[str, float]]:
+    """The rows of metrics.jsonl; the torn last line of a killed run is none of them."""
     file = folder / METRICS_FILE
     if not file.exists():
         return []
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
+    return [row for row in map(_row, lines) if row is not None]
+
+
+def _row(line: str) -> dict[str, float] | None:
+    """A line as a row of numbers (null where one is not finite); None if it is anything else."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+        return None
+    return row if all(value is None or _is_number(value) for value in row.values()) else None
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def say_metrics(row: Mapping[str, float]) -> str:
@@ -92,17 +109,9 @@ def say_seconds(seconds: float) -> str:
 
 def drop_rows_after(folder: Path, step: int) -> None:
     """Forget metrics of updates that a resumed run will do again."""
-    file = folder / METRICS_FILE
-    if not file.exists():
-        return
-    kept = []
-    for line in file.read_text(encoding="utf-8").splitlines():
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line)
-        except (ValueError, KeyError, TypeError):
-            continue  # the torn last line of a killed run
-    write_text(file, "".join(line + "\n" for line in kept))
+    if (folder / METRICS_FILE).exists():
+        kept = [row for row in _rows(folder) if row["step"] <= step]
+        write_text(folder / METRICS_FILE, "".join(json.dumps(row) + "\n" for row in kept))
 
 
 def write_json(file: Path, content: Mapping[str, Any]) -> None:
