@@ -19,15 +19,20 @@ DEFAULT_BATCH_SIZE = 1
 class TrainConfig:
     """What all training commands share. Defaults are for a 4-bit 7B model on a 16 GB laptop."""
 
-    model: str | None = option(None, "Model folder, or a hub name (owner/name).")
+    # Where model, data and init adapter are may change on resume; what they hold may not.
+    model: str | None = option(None, "Model folder, or a hub name (owner/name).", training=False)
     data: str | None = option(
-        None, "Folder with train/valid.jsonl, a .jsonl, .json or .parquet file, or a hub name."
+        None,
+        "Folder with train/valid.jsonl, a .jsonl, .json or .parquet file, or a hub name.",
+        training=False,
     )
     output: str | None = option(
         None, "Run folder to write; default runs/<command>-<date>-<time>.", training=False
     )
     init_adapter: str | None = option(
-        None, "Adapter folder from which the policy, and its reference, start (after SFT, say)."
+        None,
+        "Adapter folder from which the policy, and its reference, start (after SFT, say).",
+        training=False,
     )
     format: str | None = option(None, "Force a data format instead of recognising it.")
     fine_tune_type: str | None = option(
@@ -68,7 +73,7 @@ class TrainConfig:
         None, "Optimizer updates (mlx-lm counts microbatches). Default: one epoch.", at_least=1
     )
     epochs: float | None = option(
-        None, "Passes over the data, instead of --iters. Default: 1.", above=0
+        None, "Passes over the data, instead of --iters. Default: 1.", above=0, below=1e6
     )
     # One pair at a time is what fits 16 GB; 8 accumulated steady the gradient. None here, so that
     # it can be told from one that was given beside --batch-tokens.

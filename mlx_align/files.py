@@ -12,6 +12,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TextIO
 
 import mlx.core as mx
 
@@ -22,15 +23,21 @@ FULL_BYTES = 1 << 20
 
 
 @contextmanager
-def writing(path: Path) -> Iterator[None]:
+def writing(
+    path: Path, errors: tuple[type[Exception], ...] = (OSError, RuntimeError)
+) -> Iterator[None]:
     """Within the block, `path` is written.
+
+    Args:
+        path: For messages.
+        errors: What it means that it could not be; mlx raises RuntimeError.
 
     Raises:
         WriteError: The disk is full, or the folder can't be written to.
     """
     try:
         yield
-    except (OSError, RuntimeError) as error:  # mlx raises RuntimeError
+    except errors as error:
         raise WriteError(f"{path}: can't be written ({_reason(path, error)})") from error
 
 
@@ -85,8 +92,24 @@ def write_tensors(file: Path, tensors: Mapping[str, mx.array]) -> None:
 
 
 @contextmanager
-def _replacing(file: Path, partial: Path) -> Iterator[None]:
-    with writing(file):
+def writing_whole(file: Path) -> Iterator[TextIO]:
+    """A stream of text that becomes `file` at the end of the block, if that is reached.
+
+    Raises:
+        WriteError: It can't be written; there is no new file then.
+    """
+    partial = file.with_name(f".{file.name}.partial")
+    # A RuntimeError is one of the work whose results are written.
+    with _replacing(file, partial, (OSError,)), partial.open("w", encoding="utf-8") as stream:
+        yield stream
+        stream.flush()
+
+
+@contextmanager
+def _replacing(
+    file: Path, partial: Path, errors: tuple[type[Exception], ...] = (OSError, RuntimeError)
+) -> Iterator[None]:
+    with writing(file, errors):
         try:
             yield
             sync(partial)

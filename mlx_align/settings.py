@@ -12,7 +12,7 @@ import math
 import operator
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,6 +22,8 @@ import yaml
 from mlx_align.errors import ConfigError
 
 Config = TypeVar("Config")
+# Nothing is counted beyond it, and arrays are not indexed beyond it.
+LARGEST = 2**31 - 1
 # Two ways to say one thing.
 EXCLUSIVE = (("iters", "epochs"), ("batch_size", "batch_tokens"))
 
@@ -109,7 +111,7 @@ def read_yaml(file: Path, kind: type[Any]) -> dict[str, Any]:
         return {}
     if not isinstance(content, dict):
         raise ConfigError(f"{file}: expected option: value lines, found {type(content).__name__}")
-    given = {str(key).replace("-", "_"): value for key, value in content.items()}
+    given = {_shown(key, str).replace("-", "_"): value for key, value in content.items()}
     return _checked(kind, given, where=f"{file}: ")
 
 
@@ -148,18 +150,40 @@ def _value(hint: Any, value: Any, rules: Mapping[str, Any], label: str) -> Any:
         alone = [value] if rules.get("several") else str(value).split(",")
         items = alone if isinstance(value, str) else value
         if not isinstance(items, list | tuple) or not all(isinstance(i, str) for i in items):
-            raise ConfigError(f"{label}: {value!r} is not a list of names")
-        return tuple(item.strip() for item in items if item.strip())
+            raise ConfigError(f"{label}: {_shown(value)} is not a list of names")
+        found = tuple(item.strip() for item in items if item.strip())
+        if not found:
+            raise ConfigError(f"{label}: no name in it; name at least one, or leave it out")
+        return found
     if origin is dict:
         if not isinstance(value, dict):
-            raise ConfigError(f"{label}: {value!r} is not a list of name: value")
+            raise ConfigError(f"{label}: {_shown(value)} is not a list of name: value")
+        for name, item in value.items():
+            if not isinstance(item, str | int | float):
+                raise ConfigError(
+                    f"{label}: {_shown(name, str)}: {_shown(item)} is no single value"
+                )
         return {str(k): v for k, v in value.items()}
     converted = _scalar(origin, value)
     if converted is None:
         names = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
-        raise ConfigError(f"{label}: {value!r} is not {names[origin]}")
+        raise ConfigError(f"{label}: {_shown(value)} is not {names[origin]}")
     _check_range(converted, rules, label)
     return converted
+
+
+def _shown(value: Any, say: Callable[[Any], str] = repr) -> str:
+    """The value as a message has it: short, and never the inside of a list or mapping.
+
+    A few lines of YAML can stand for more items than there is memory.
+    """
+    if isinstance(value, list | tuple | dict):
+        return f"a {'mapping' if isinstance(value, dict) else 'list'} of {len(value)}"
+    try:
+        text = say(value)
+    except ValueError:  # an integer of more digits than Python writes
+        return "a number of thousands of digits"
+    return text if len(text) <= 80 else text[:79] + "…"
 
 
 def _scalar(kind: type, value: Any) -> Any:
@@ -180,8 +204,12 @@ def _scalar(kind: type, value: Any) -> Any:
 
 
 def _check_range(value: Any, rules: Mapping[str, Any], label: str) -> None:
+    if isinstance(value, int) and abs(value) > LARGEST:
+        raise ConfigError(f"{label}: {_shown(value)} is out of range; at most {LARGEST}")
     if rules.get("choices") and value not in rules["choices"]:
-        raise ConfigError(f"{label}: {value} is unknown; choose from {', '.join(rules['choices'])}")
+        raise ConfigError(
+            f"{label}: {_shown(value, str)} is unknown; choose from {', '.join(rules['choices'])}"
+        )
     for word, rule, holds in (
         ("at least", rules.get("at_least"), operator.ge),
         ("above", rules.get("above"), operator.gt),

@@ -6,12 +6,13 @@ a random time, and resumed until they end: with the same bytes in their weights 
 same metrics but for times and memory, or the script ends with 1.
 
     python scripts/verify_resume.py --kills 200
-    python scripts/verify_resume.py --kills 12 --commands dpo,sft --seed 1 --json
+    python scripts/verify_resume.py --commands dpo --moments update:3,checkpoint:5 --json
 
 Processes are forked from one that has imported everything, so that a kill costs a second.
 """
 
 import argparse
+import itertools
 import json
 import os
 import signal
@@ -227,6 +228,9 @@ def main() -> None:
     parser.add_argument("--commands", default=",".join(COMMANDS))
     parser.add_argument("--model", default=str(ROOT / "data" / "starter" / "model"))
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--moments", help="instead of random ones, each command's: update:3,checkpoint:5"
+    )
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     random = np.random.default_rng(options.seed)
@@ -238,19 +242,20 @@ def main() -> None:
         folder = Path(name)
         make_data(folder)
         trials = {c: Trial(c, options.model, folder, folder) for c in commands}
-        turn = 0
-        while sum(kills.values()) < options.kills:
-            command = commands[turn % len(commands)]
-            turn += 1
-            share = -(-options.kills // len(commands)) - kills[command]
-            wanted = min(options.per_run, share)
-            chosen = [KINDS[(turn + i) % len(KINDS)] for i in range(wanted)]
-            trial = trials[command]
-            moments = [some_moment(kind, random, trial.seconds) for kind in chosen]
-            done, wrong = trial.killed(moments)
+        for turn, command in enumerate(itertools.cycle(commands)):
+            if (options.moments and turn == len(commands)) or sum(kills.values()) >= options.kills:
+                break
+            if options.moments:
+                pairs = (moment.split(":") for moment in options.moments.split(","))
+                moments = [Moment(kind, float(at)) for kind, at in pairs]
+            else:
+                wanted = min(options.per_run, options.kills - sum(kills.values()))
+                chosen = [KINDS[(turn + i) % len(KINDS)] for i in range(wanted)]
+                moments = [some_moment(kind, random, trials[command].seconds) for kind in chosen]
+            done, wrong = trials[command].killed(moments)
             kills[command] += done
             faults[command] += wrong
-            for kind in chosen:
+            for kind, _ in moments:
                 kinds[kind] += 1
             if not options.json:
                 print(f"{command}: {done} kills, {sum(kills.values())} in all", flush=True)

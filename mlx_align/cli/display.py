@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from rich.console import Console
@@ -25,14 +26,21 @@ from mlx_align.train.runlog import say_seconds
 
 
 class Terminal:
-    """Shows a run to a person. With `json`, standard output is left to the result."""
+    """Shows a run to a person. With `json`, standard output is left to the result.
+
+    A run outlives whoever reads it: where the terminal was closed, or `tee` died of the same
+    Ctrl-C, nothing more is shown.
+    """
 
     def __init__(self, json: bool = False) -> None:
-        self.console = Console(stderr=json, highlight=False, soft_wrap=True)
+        self.console = _Console(stderr=json, highlight=False, soft_wrap=True)
 
     def note(self, text: str) -> None:
         """Print finished lines, as they are."""
-        self.console.print(Text(text))
+        try:
+            self.console.print(Text(text))
+        except OSError:
+            _silence(self.console)
 
     @contextmanager
     def bar(self, label: str, total: int, done: int = 0) -> Iterator[Bar]:
@@ -68,6 +76,21 @@ class Terminal:
                 self.console.print(Text(f"  {name:>6}  ", "dim") + Text(_one_line(text)))
 
 
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """Go on in silence, where rich would end the process."""
+        _silence(self)
+
+
+def _silence(console: Console) -> None:
+    """What the console still writes, and Python at exit, goes nowhere."""
+    console.quiet = True
+    with suppress(OSError, ValueError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, console.file.fileno())
+        os.close(nowhere)
+
+
 class _RichBar:
     def __init__(self, progress: Progress, task: TaskID) -> None:
         self._progress, self._task = progress, task
@@ -94,7 +117,10 @@ class _Lines:
         self._said = now
         each = (now - self._began) / (self._done - self._first)
         left = say_seconds(each * (self._total - self._done))
-        self._console.print(Text(f"  {self._label}: {self._done}/{self._total}, {left} left"))
+        try:
+            self._console.print(Text(f"  {self._label}: {self._done}/{self._total}, {left} left"))
+        except OSError:
+            _silence(self._console)
 
 
 _ROWS = (
@@ -119,7 +145,7 @@ def _metric_table(
     table.add_column("before", justify="right")
     table.add_column("after", justify="right")
     for label, key, pattern in _ROWS:
-        if key in after:
+        if after.get(key) is not None:
             first = before.get(key)
             # All implicit rewards are 0 before training: an accuracy would say nothing.
             shown = "–" if first is None or key == "rewards/accuracies" else pattern.format(first)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mlx_align.errors import ConfigError, DataError
+from mlx_align.files import writing_whole
 
 if TYPE_CHECKING:
     from mlx_align.data.scorable import Scorable, ScorableRows
@@ -102,7 +103,7 @@ def score(
     found: list[Scored] = []
     unscored = completions = 0
     bars = terminal.bar("Scoring", len(source.rows))
-    with file.open("w", encoding="utf-8") as stream, bars as bar:
+    with writing_whole(file) as stream, bars as bar:
         for rows in _windows(source):
             for scored, entry in _scored(reward_model, rows):
                 stream.write(json_module.dumps(_line(entry, scored), ensure_ascii=False) + "\n")

@@ -189,7 +189,12 @@ def load_tokenizer(path: Path, config: dict[str, Any]) -> TokenizerWrapper:
     """
     eos = config.get("eos_token_id")
     try:
-        return _load_tokenizer(path, eos_token_ids=[eos] if isinstance(eos, int) else eos)
+        return _load_tokenizer(
+            path,
+            # Said outright: at a terminal, transformers would ask.
+            tokenizer_config_extra={"trust_remote_code": False},
+            eos_token_ids=[eos] if isinstance(eos, int) else eos,
+        )
     except Exception as error:  # transformers raises whatever its parsers raise
         raise ModelError(f"{path}: its tokenizer can't be loaded ({_first_line(error)})") from error
 

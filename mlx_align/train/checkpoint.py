@@ -16,10 +16,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import mlx.core as mx
 import mlx.optimizers as optim
 from mlx.utils import tree_flatten, tree_unflatten
 
-from mlx_align.errors import ModelError
+from mlx_align.errors import ModelError, TrainingError
 from mlx_align.files import sync, write_tensors, write_text, writing
 from mlx_align.models.adapters import ADAPTER_WEIGHTS, AdapterLayout, save_adapter
 from mlx_align.models.compat import random_key, read_tensors, restore_random_key
@@ -64,8 +65,10 @@ def save_checkpoint(
         best: The step of the best checkpoint so far, which is kept too.
 
     Raises:
+        TrainingError: The trees are not finite: an update has overflowed.
         WriteError: It can't be written; the checkpoints before it are as they were.
     """
+    _check_finite(state)
     folder = run / FOLDER
     step = state.progress.step
     final = folder / f"{step:07d}"
@@ -92,6 +95,15 @@ def save_checkpoint(
     for old in _checkpoints(run)[:-KEPT]:
         if best is None or int(old.name) != best:
             shutil.rmtree(old, ignore_errors=True)
+
+
+def _check_finite(state: State) -> None:
+    sums = [mx.isfinite(a).all() for tree in state.trees.values() for _, a in tree_flatten(tree)]
+    if not mx.stack(sums).all().item():
+        raise TrainingError(
+            f"what was trained is not finite after update {state.progress.step}; the checkpoint "
+            "before it is kept: start again with a lower --learning-rate (or --weight-decay)"
+        )
 
 
 def _fill(folder: Path, state: State, layout: AdapterLayout, model: str) -> None:

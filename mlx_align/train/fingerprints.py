@@ -106,7 +106,7 @@ def check_same_run(run: Path, now: dict[str, Any]) -> list[str]:
     """
     began = read_fingerprints(run)
     if not began:
-        return []
+        return [f"! {run}: no {FINGERPRINTS_FILE} in it; it is taken for the same run."]
     check_command(run, now["command"], began)
     where = {"model": "--model", "init adapter": "--init-adapter"}
     changed = [
@@ -120,7 +120,7 @@ def check_same_run(run: Path, now: dict[str, Any]) -> list[str]:
             "it was, or start a new run"
         )
     for name, value in now["options"].items():
-        if name not in ("model", "data", "init_adapter") and began["options"].get(name) != value:
+        if began["options"].get(name) != value:
             raise ConfigError(
                 f"--resume {run}: {flag_of(name)} is {value} in its config.yaml, and was "
                 f"{began['options'].get(name)} when the run began; put that back, or start a new "

@@ -200,7 +200,7 @@ def _run(
     if task.has_reference:
         kl = kl_from_reference(scorer, policy, tree, prompts, config, limit)
     order = epoch_order(train_groups, shapes, seed=config.seed)
-    held_out_rows, last_row = runlog.eval_rows(run), runlog.training_rows(run)[-1]
+    held_out_rows, last_row = runlog.eval_rows(run), (runlog.training_rows(run) or [{}])[-1]
     summary = {
         "command": task.command,
         "model": config.model,
@@ -211,7 +211,7 @@ def _run(
         "seconds": progress.seconds,
         "seconds_in_all": time.perf_counter() - began,
         "tokens_per_second": progress.tokens / max(progress.seconds, 1e-9),
-        "peak_memory_bytes": last_row["peak_memory_bytes"],
+        "peak_memory_bytes": last_row.get("peak_memory_bytes"),
         "trained_parameters": sum(array.size for _, array in tree_flatten(tree)),
         "prompts_shared": policy.model.shared,
         "shapes": [list(shape) for shape in shapes],

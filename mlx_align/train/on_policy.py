@@ -166,11 +166,13 @@ class _Course:
             self._watched.restore(found.extra["held_out"])
             self._rows = found.extra["rows"]
             runlog.drop_rows_after(self._run, self._progress.step)
+            runlog.drop_samples_after(self._run, self._progress.step)
             self._display.note(
                 f"Going on after rollout batch {self._progress.step} of {self._total}."
             )
         else:
             runlog.drop_rows_after(self._run, -1)
+            runlog.drop_samples_after(self._run, -1)
             if line := self._learner.begin():
                 self._display.note(line)
             self._evaluate()

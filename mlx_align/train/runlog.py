@@ -61,10 +61,27 @@ def training_rows(folder: Path) -> list[dict[str, float]]:
 
 
 def _rows(folder: Path) -> list[dict[str, float]]:
+    """The rows of metrics.jsonl; the torn last line of a killed run is none of them."""
     file = folder / METRICS_FILE
     if not file.exists():
         return []
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
+    return [row for row in map(_row, lines) if row is not None]
+
+
+def _row(line: str) -> dict[str, float] | None:
+    """A line as a row of numbers (null where one is not finite); None if it is anything else."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+        return None
+    return row if all(value is None or _is_number(value) for value in row.values()) else None
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def say_metrics(row: Mapping[str, float]) -> str:
@@ -109,18 +126,26 @@ def say_seconds(seconds: float) -> str:
     return f"{seconds / 3600:.1f} h"
 
 
-def drop_rows_after(folder: Path, step: int, name: str = METRICS_FILE) -> None:
-    """Forget rows (of metrics, or of another file) that a resumed run will write again."""
-    file = folder / name
+def drop_rows_after(folder: Path, step: int) -> None:
+    """Forget metrics of updates that a resumed run will do again."""
+    if (folder / METRICS_FILE).exists():
+        kept = [row for row in _rows(folder) if row["step"] <= step]
+        write_text(folder / METRICS_FILE, "".join(json.dumps(row) + "\n" for row in kept))
+
+
+def drop_samples_after(folder: Path, step: int) -> None:
+    """Forget rollouts that a resumed run will do again, and what was said at an end."""
+    file = folder / SAMPLES_FILE
     if not file.exists():
         return
     kept = []
-    for line in file.read_text(encoding="utf-8").splitlines():
+    # Not splitlines: texts may hold other ends of lines than a newline.
+    for line in file.read_text(encoding="utf-8", errors="replace").split("\n"):
         try:
             if json.loads(line)["step"] <= step:
                 kept.append(line)
-        except (ValueError, KeyError, TypeError):
-            continue  # the torn last line of a killed run
+        except (ValueError, KeyError, TypeError, RecursionError):
+            continue  # the torn last line of a killed run; or no rollout
     write_text(file, "".join(line + "\n" for line in kept))
 
 
