@@ -23,6 +23,7 @@ from mlx_align.data.shapes import AnyShape, BatchLimit, batch_limit, plan_shapes
 from mlx_align.inference.score import Scorer
 from mlx_align.models.adapters import AdapterLayout, save_adapter
 from mlx_align.models.loading import ModelFolder, open_model
+from mlx_align.models.roles import Tree
 from mlx_align.plan.check import check_fits
 from mlx_align.plan.machine import this_machine
 from mlx_align.plan.timing import rate_key, store_rate
@@ -46,6 +47,7 @@ from mlx_align.train.loop import (
     train,
 )
 from mlx_align.train.pace import Pace
+from mlx_align.train.publish import Publication
 from mlx_align.train.reference import (
     ReferenceCache,
     default_cache_folder,
@@ -54,6 +56,7 @@ from mlx_align.train.reference import (
 )
 from mlx_align.train.setup import Policy, make_policy, prepare_data, resolve_layout
 from mlx_align.train.task import GroupLogps, Task
+from mlx_align.train.trackers import check_trackers
 from mlx_align.types import Logps, TokenizedGroup
 
 
@@ -77,6 +80,7 @@ def run_offline(
     """
     assert config.model is not None
     began = time.perf_counter()
+    check_trackers(config)
     layout = resolve_layout(config)
     folder = open_model(config.model)
     data = prepare_data(config, folder, task.read)
@@ -88,6 +92,8 @@ def run_offline(
     display.note(check_fits(config, layout, folder, train_groups))
     run.mkdir(parents=True, exist_ok=True)
     runlog.write_atomically(run / runlog.CONFIG_FILE, to_yaml(config))
+    facts = dataclasses.asdict(data.facts)
+    publication = Publication(run, task.command, config, facts, display)
 
     policy = make_policy(config, folder, layout)
     display.note(_say_policy(policy, layout))
@@ -120,17 +126,26 @@ def run_offline(
     stream = microbatch_stream(train_groups, shapes, seed=config.seed, start=progress.microbatches)
     pace = Pace(progress)
     mx.reset_peak_memory()
-    with display.bar(task.title, settings.total_steps, progress.step) as bar:
+    with (
+        display.bar(task.title, settings.total_steps, progress.step) as bar,
+        publication.training(progress.step, settings.total_steps, progress.seconds),
+    ):
 
         def tick(at: Progress) -> None:
             pace.tick(at)
             bar.advance()
 
+        def report(at: Progress, row: dict[str, float]) -> None:
+            _report(run, at, settings.total_steps, task.refine(row), display)
+            publication.tell(at.step, at.seconds)
+
+        def evaluate(at: Progress, now: Tree) -> None:
+            evaluation(at.step, now)
+            publication.tell(at.step, at.seconds, evaluated=True)
+
         hooks = LoopHooks(
-            report=lambda at, row: _report(
-                run, at, settings.total_steps, task.refine(row), display
-            ),
-            evaluate=lambda at, now: evaluation(at.step, now),
+            report=report,
+            evaluate=evaluate,
             save=lambda at, now, opt: save_checkpoint(run, at, now, opt, layout, str(folder.path)),
             tick=tick,
         )
@@ -179,12 +194,13 @@ def run_offline(
         "eval": held_out_rows[-1] if held_out_rows else {},
         "kl": kl,
         **({} if held_out_facts is None else {"held_out": held_out_facts}),
-        "data_facts": dataclasses.asdict(data.facts),
+        "data_facts": facts,
         "talk": task.afterwards(folder, run),
         "versions": runlog.versions(),
         "seed": config.seed,
     }
     runlog.write_json(run / runlog.SUMMARY_FILE, summary)
+    publication.finish()
     return {**summary, "samples": samples}
 
 
