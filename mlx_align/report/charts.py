@@ -121,8 +121,13 @@ def _draw_line(axes: Axes, line: Line) -> None:
         marker = "o" if len(x) == 1 else ""
         axes.plot(x, y, color=colour, lw=1.6, marker=marker, ms=3.6, zorder=3)
     else:
-        axes.plot(x, y, color=colour, lw=0.9, alpha=0.28, zorder=2)
-        axes.plot(x, _running_mean(y, max(3, len(y) // 20)), color=colour, lw=1.7, zorder=3)
+        # Along another metric than the update, lines go to and fro: only their mean is a line.
+        sorts = all(a <= b for a, b in pairwise(x))
+        alone = {"lw": 0.9} if sorts else {"lw": 0, "marker": "o", "ms": 2.6, "mew": 0}
+        axes.plot(x, y, color=colour, alpha=0.28, zorder=2, **alone)
+        width = max(3, len(y) // 20)
+        means = x if sorts else _running_mean(x, width), _running_mean(y, width)
+        axes.plot(*means, color=colour, lw=1.7, zorder=3)
 
 
 def draw_bars(bars: Sequence[Bar], name: str, level: float = 0.5) -> Markup:
@@ -131,7 +136,7 @@ def draw_bars(bars: Sequence[Bar], name: str, level: float = 0.5) -> Markup:
     for i, bar in enumerate(bars):
         if bar.share is not None:
             axes.bar(i, bar.share, width=0.64, color=_STAND_IN["c1"], alpha=0.85, zorder=3)
-            text = {"color": _STAND_IN["ink"], "ha": "center", "fontsize": 9}
+            text = {"color": _STAND_IN["ink"], "ha": "center", "fontsize": 9.5}
             axes.text(i, bar.share + 0.025, f"{bar.share:.0%}", **text)
     axes.axhline(level, color=_STAND_IN["muted"], lw=0.8, dashes=(3, 3), zorder=4)
     axes.set_xlim(-0.6, len(bars) - 0.4)
@@ -156,7 +161,7 @@ def draw_calibration(dots: Sequence[Dot], name: str) -> Markup:
     axes.set_xticks(
         [0.5, 0.6, 0.7, 0.8, 0.9, 1], tick_labels([0.5, 0.6, 0.7, 0.8, 0.9, 1], "share")
     )
-    axes.set_xlabel("how sure it is", fontsize=9, color=_STAND_IN["muted"], labelpad=3)
+    axes.set_xlabel("how sure it is", fontsize=9.5, color=_STAND_IN["muted"], labelpad=3)
     _tick_y(axes, "share")
     hits = []
     for dot in dots:
@@ -188,7 +193,7 @@ def _axes() -> tuple[Axes, Any]:
     axes.spines["bottom"].set_color(_STAND_IN["rule"])
     axes.grid(axis="y", color=_STAND_IN["rule"], lw=0.7)
     axes.set_axisbelow(True)
-    axes.tick_params(length=0, labelsize=9, labelcolor=_STAND_IN["muted"], pad=5)
+    axes.tick_params(length=0, labelsize=9.5, labelcolor=_STAND_IN["muted"], pad=5)
     return axes, figure
 
 
@@ -199,7 +204,7 @@ def _tick_x(axes: Axes, left: float, right: float, name: str) -> None:
     located = MaxNLocator(5, integer=whole, steps=[1, 2, 5, 10]).tick_values(left, right)
     ticks = [float(t) for t in located if left <= t <= right] or [left]
     axes.set_xticks(ticks, tick_labels(ticks, ""))
-    axes.set_xlabel(name, fontsize=9, color=_STAND_IN["muted"], labelpad=3)
+    axes.set_xlabel(name, fontsize=9.5, color=_STAND_IN["muted"], labelpad=3)
 
 
 def _tick_y(axes: Axes, unit: str) -> None:
@@ -208,7 +213,7 @@ def _tick_y(axes: Axes, unit: str) -> None:
     low, high = axes.get_ylim()
     ticks = [
         float(t)
-        for t in MaxNLocator(4, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high)
+        for t in MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high)
         if low <= t <= high
     ]
     axes.set_yticks(ticks, tick_labels(ticks, unit))

@@ -115,7 +115,7 @@ def _entry(line: Line, panel: Panel) -> Entry:
 
 
 def _axis(panel: Panel) -> Axis:
-    name = "update" if panel.over is None else "√KL, √nats"
+    name = "update" if panel.over is None else "√KL"
     return Axis(name, panel.unit, panel.level, panel.bounds)
 
 

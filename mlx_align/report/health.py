@@ -38,9 +38,10 @@ class Warning(NamedTuple):
 
 
 def warnings_of(run: RunFacts) -> list[Warning]:
-    """All that a run's numbers warn of."""
+    """All that a run's numbers warn of, what should stop it first."""
     found = [check(run) for check in _CHECKS]
-    return [*(warning for warning in found if warning is not None), *_judged(run)]
+    all_found = [*(warning for warning in found if warning is not None), *_judged(run)]
+    return sorted(all_found, key=lambda warning: not warning.stop)
 
 
 def chosen_fall(run: RunFacts) -> float | None:

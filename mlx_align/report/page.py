@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup, escape
 
 from mlx_align.report.charts import EXTRA, can_draw
 from mlx_align.report.describe import data_rows, judged_rows, number_rows, option_text, sample_rows
@@ -75,12 +78,16 @@ class Card:
 
 @dataclass(frozen=True)
 class State:
-    """Where a run is: a word, a sentence, and how much of it is done (None when it is over)."""
+    """Where a run is: a word, a sentence, how much of it is done, and how to go on with it.
+
+    `share` is None once the run is over, `command` empty where there is nothing to go on with.
+    """
 
     kind: str
     badge: str
     text: str
     share: float | None = None
+    command: str = ""
 
 
 def render_run(run: RunFacts) -> str:
@@ -151,7 +158,13 @@ def _render(template: str, **content: Any) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.filters["flags"] = _flags
     return environment.get_template(template).render(**content).translate(_VISIBLE)
+
+
+def _flags(text: str) -> Markup:
+    """Text, in which options are set as such and not broken at their hyphens."""
+    return Markup(re.sub(r"--[a-z][a-z-]*", r"<code>\g<0></code>", str(escape(text))))
 
 
 def _short_name(name: object) -> str:
@@ -177,8 +190,8 @@ def state_of(run: RunFacts) -> State:
             left = f", about {say_duration((total - step) * seconds / step)} left"
         return State("running", "running", f"update {of}{left}; as of {when}", share)
     if state == "interrupted":
-        again = f"mlx-align {run.command} --resume {run.config.get('output')}"
-        return State("stopped", "interrupted", f"after update {of}; go on with: {again}", share)
+        again = f"mlx-align {run.command} --resume {shlex.quote(str(run.config.get('output')))}"
+        return State("stopped", "interrupted", f"after update {of}; go on with", share, again)
     if state == "failed":
         reason = run.status.get("error") or "an error"
         return State("stopped", "failed", f"after update {of}: {reason}", share)

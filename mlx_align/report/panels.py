@@ -126,12 +126,16 @@ def curves_of(panel: Panel, run: RunFacts) -> tuple[Curve, ...]:
     twins = {key for row in run.held_out for key in row}
     if panel.over is not None and panel.over not in keys:
         return ()
+    # `eval/kl` belongs to `objective/kl` where there is one, and else to `kl`.
+    taken = {c.held_out for p in PANELS for c in p.curves if c.held_out and c.key in keys}
     found: list[Curve] = []
     for curve in panel.curves:
         if "*" in curve.key:
             head, tail = curve.key.split("*")
             matching = sorted(key for key in keys if fnmatchcase(key, curve.key))
             found += [Curve(key, key[len(head) : len(key) - len(tail)]) for key in matching]
-        elif curve.key in keys or (curve.held_out is None and curve.twin in twins):
+        elif curve.key in keys or (
+            curve.held_out is None and curve.twin in twins and curve.twin not in taken
+        ):
             found.append(curve)
     return tuple(found)
