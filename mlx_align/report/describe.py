@@ -105,7 +105,7 @@ def sample_rows(sample: Mapping[str, Any]) -> dict[str, Any]:
         side["kind"] = side["kind"] if side["kind"] in ("best", "after") else ""
     return {
         "source": str(sample.get("source", "")),
-        "prompt": option_text(sample.get("prompt")),
+        "prompt": option_text(sample.get("prompt")).strip("\n"),
         "sides": sides,
     }
 

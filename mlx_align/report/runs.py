@@ -88,7 +88,7 @@ def read_run(folder: Path) -> RunFacts:
     """
     if not folder.is_dir():
         raise ConfigError(f"{folder}: no such folder; name the run folder that --output named")
-    if not (folder / METRICS_FILE).is_file() and not (folder / CONFIG_FILE).is_file():
+    if not any((folder / n).is_file() for n in (CONFIG_FILE, METRICS_FILE, STATUS_FILE)):
         raise ConfigError(
             f"{folder}: neither {CONFIG_FILE} nor {METRICS_FILE} in it; name a run folder, which "
             "training wrote"
