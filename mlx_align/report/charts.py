@@ -49,12 +49,13 @@ class Line(NamedTuple):
 
 
 class Axis(NamedTuple):
-    """What the axes say: see `panels.Panel` for level and bounds."""
+    """What the axes say, and whether long lines are smoothed; see `panels.Panel`."""
 
     name: str = "update"
     unit: str = ""
     level: float | None = None
     bounds: tuple[float, float] | None = None
+    smooth: bool = True
 
 
 class Bar(NamedTuple):
@@ -89,7 +90,7 @@ def draw_lines(lines: Sequence[Line], axis: Axis, name: str, fallen: Line | None
     """
     axes, figure = _axes()
     for line in lines:
-        _draw_line(axes, line)
+        _draw_line(axes, line, axis.smooth)
     points = [value for line in lines for value in line.y]
     low, high = axis.bounds or (min(points), max(points))
     pad = 0.06 * (high - low) or 0.05 * abs(high) or 0.5
@@ -111,13 +112,13 @@ def draw_lines(lines: Sequence[Line], axis: Axis, name: str, fallen: Line | None
     return _svg(figure, name, _bands(axes, lines, axis))
 
 
-def _draw_line(axes: Axes, line: Line) -> None:
+def _draw_line(axes: Axes, line: Line, smooth: bool) -> None:
     colour = _STAND_IN[f"c{line.colour % COLOURS + 1}"]
     x, y = _thinned(line.x, line.y)
     if line.held_out:
         marker = "o" if len(x) <= 30 else ""
         axes.plot(x, y, color=colour, lw=1.7, marker=marker, ms=3.6, zorder=4)
-    elif len(y) < SMOOTHED:
+    elif len(y) < SMOOTHED or not smooth:
         marker = "o" if len(x) == 1 else ""
         axes.plot(x, y, color=colour, lw=1.6, marker=marker, ms=3.6, zorder=3)
     else:

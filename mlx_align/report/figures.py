@@ -116,7 +116,7 @@ def _entry(line: Line, panel: Panel) -> Entry:
 
 def _axis(panel: Panel) -> Axis:
     name = "update" if panel.over is None else "√KL"
-    return Axis(name, panel.unit, panel.level, panel.bounds)
+    return Axis(name, panel.unit, panel.level, panel.bounds, not panel.exact)
 
 
 def compared_figures(runs: Sequence[RunFacts], names: Sequence[str]) -> list[Figure]:

@@ -188,7 +188,8 @@ def state_of(run: RunFacts) -> State:
         left = ""
         if total and step and seconds:
             left = f", about {say_duration((total - step) * seconds / step)} left"
-        return State("running", "running", f"update {of}{left}; as of {when}", share)
+        when = f"; as of {when}" if when else ""
+        return State("running", "running", f"update {of}{left}{when}", share)
     if state == "interrupted":
         again = f"mlx-align {run.command} --resume {shlex.quote(str(run.config.get('output')))}"
         return State("stopped", "interrupted", f"after update {of}; go on with", share, again)

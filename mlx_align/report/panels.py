@@ -47,6 +47,7 @@ class Panel:
         bounds: Ends of the vertical axis; those of the data as a rule.
         not_at_first: Whether a held-out value before any update says nothing, as of implicit
             rewards, which are all 0 then.
+        exact: Whether its values have no noise that a running mean would take out.
     """
 
     title: str
@@ -58,6 +59,7 @@ class Panel:
     marks_fall: bool = False
     bounds: tuple[float, float] | None = None
     not_at_first: bool = False
+    exact: bool = False
 
 
 def _one(key: str, held_out: str | None = None) -> tuple[Curve, ...]:
@@ -112,11 +114,11 @@ PANELS = (
     Panel("Explained variance", _one("value/explained_variance"), "", "of returns, by critic", 0),
     Panel("Value loss", _one("value/loss"), "", "of the critic"),
     Panel("Groups without contrast", _one("frac_reward_zero_std"), "share", "nothing to learn"),
-    Panel("KL coefficient", _one("kl_coef")),
-    Panel("Learning rate", _one("learning_rate")),
+    Panel("KL coefficient", _one("kl_coef"), exact=True),
+    Panel("Learning rate", _one("learning_rate"), exact=True),
     Panel("Gradient norm", _one("grad_norm"), "", "before it is scaled down"),
     Panel("Speed", _one("tokens_per_second"), "tokens/s"),
-    Panel("Peak memory", _one("peak_memory_bytes"), "bytes"),
+    Panel("Peak memory", _one("peak_memory_bytes"), "bytes", exact=True),
 )
 
 
