@@ -36,7 +36,7 @@ def clock(monkeypatch):
     """A clock that only moves when told, and the times at which pages were rendered."""
     state = SimpleNamespace(now=0.0, cost=0.0, pages=[])
 
-    def render(run):
+    def render(run, charts=True):
         state.pages.append((state.now, run.step))
         state.now += state.cost
         return "page"
@@ -136,8 +136,8 @@ def test_a_resumed_run_keeps_its_beginning(tmp_path):
 
 
 def test_a_page_that_fails_never_ends_a_run(tmp_path, monkeypatch):
-    def render(_run):
-        raise RuntimeError("no font\nhere")
+    def render(_run, charts=True):
+        raise RuntimeError("no font\nhere" if charts else "no template")
 
     monkeypatch.setattr(publish, "render_run", render)
     display = Said()
@@ -146,8 +146,25 @@ def test_a_page_that_fails_never_ends_a_run(tmp_path, monkeypatch):
         publication.tell(1, 1.0, evaluated=True)
     publication.finish()
     assert display.notes == [
-        "! the run page could not be written, and training goes on: no font here"
+        "! the page's charts could not be drawn, and training goes on: no font here",
+        "! the run page could not be written, and training goes on: no template",
     ]
+
+
+def test_charts_that_fail_leave_the_numbers(tmp_path, monkeypatch):
+    def draw(_run):
+        raise ImportError("matplotlib is broken")
+
+    monkeypatch.setattr(page, "can_draw", lambda: True)
+    monkeypatch.setattr(page, "run_figures", draw)
+    display = Said()
+    publication = start(tmp_path, display)
+    runlog.append_row(tmp_path, {"step": 1, "loss": 0.625})
+    with publication.training(0, 2):
+        publication.tell(1, 1.0, evaluated=True)
+    assert len(display.notes) == 1
+    assert "matplotlib is broken" in display.notes[0]
+    assert "0.625" in (tmp_path / "report.html").read_text()
 
 
 def test_every_row_reaches_the_tracker(tmp_path, wandb):

@@ -97,6 +97,9 @@ def ppo_rows(n=40, **last):
         "completions/max_length": 100.0,
         "completions/ended": 0.97,
         "frac_reward_zero_std": 0.1,
+        "text/repeated_4grams": 0.02,
+        "text/distinct_2": 0.5,
+        "sampler/gap": 0.001,
         "kl_coef": 0.05,
     }
     now = {**healthy, **{key.replace("__", "/"): value for key, value in last.items()}}
@@ -185,6 +188,17 @@ def test_bytes_depend_on_the_folder_alone(tmp_path, drawn):
     one = render_run(read_run(write(tmp_path / "a" / "run", dpo_rows())))
     other = render_run(read_run(write(tmp_path / "b" / "run", dpo_rows())))
     assert one == other
+
+
+def test_the_users_own_style_changes_nothing(tmp_path, drawn):
+    import matplotlib
+
+    run = read_run(write(tmp_path / "run", dpo_rows()))
+    plain = render_run(run)
+    styled = {"font.size": 20, "axes.facecolor": "red", "svg.fonttype": "path", "xtick.top": True}
+    with matplotlib.rc_context(styled):
+        assert render_run(run) == plain
+        assert matplotlib.rcParams["font.size"] == 20
 
 
 def test_colours_are_the_pages_own(tmp_path, drawn):
@@ -338,7 +352,7 @@ def test_every_panel_is_drawn_where_its_metric_is(tmp_path, drawn):
         row |= {"rewards/margins": 1.0, "rewards/chosen": 1.0, "rewards/rejected": 0.0}
         row |= {"logps/chosen": -9.0, "logps/rejected": -9.0, "logps/accuracies": 0.5}
         row |= {"learning_rate": 1e-5, "grad_norm": 1.0, "tokens_per_second": 10.0}
-        row |= {"peak_memory_bytes": 1e9}
+        row |= {"peak_memory_bytes": 1e9, "held_out": 1.0}
     text = render_run(read_run(write(tmp_path / "run", rows)))
     titles = [unescape(t) for t in re.findall(r'class="title">([^<]*)<', text)]
     assert titles == [panel.title for panel in PANELS]
@@ -435,7 +449,12 @@ def test_a_wide_margin_is_no_warning_while_accuracy_rises(tmp_path):
         ("objective__kl", 15.0, 16.0, "16 nats a completion", False),
         ("objective__kl", 15.0, 31.0, "31 nats a completion", True),
         ("completions__ended", 0.8, 0.79, "Only 79%", False),
-        ("completions__mean_length", 124.0, 126.0, "2.5 times as long", True),
+        ("completions__mean_length", 75.0, 76.0, "1.5 times as long", False),
+        ("completions__mean_length", 75.0, 126.0, "2.5 times as long", True),
+        ("text__repeated_4grams", 0.06, 0.08, "Completions repeat 8%", False),
+        ("text__repeated_4grams", 0.06, 0.18, "Completions repeat 18%", True),
+        ("text__distinct_2", 0.41, 0.39, "39% of the pairs of tokens", False),
+        ("text__distinct_2", 0.41, 0.29, "29% of the pairs of tokens", True),
     ],
 )
 def test_what_policies_warn_of(tmp_path, metric, well, ill, says, stop):
@@ -462,6 +481,23 @@ def test_over_optimisation(tmp_path):
     found = warned(tmp_path / "run", [*rows, {"step": 40, "eval/reward": 0.6}])
     assert "held-out reward fell in three evaluations running" in found[0].what
     assert found[0].stop
+
+
+def test_over_optimisation_by_another_judge(tmp_path):
+    rows = ppo_rows(5)
+    for step in range(1, 6):
+        rows.append({"step": step, "eval/reward": step / 10, "eval/held_out": 1 - step / 10})
+    found = warned(tmp_path / "run", rows)
+    assert "to 0.500, while" in found[0].what
+    rows[-1]["eval/held_out"] = 0.7
+    assert warned(tmp_path / "run", rows) == []
+
+
+def test_longer_completions_may_go_further_from_the_reference(tmp_path):
+    rows = [row | {"completions/mean_length": 256.0} for row in ppo_rows(objective__kl=29.0)]
+    assert warned(tmp_path / "run", rows) == []
+    rows = [row | {"completions/mean_length": 256.0} for row in ppo_rows(objective__kl=31.0)]
+    assert [warning.stop for warning in warned(tmp_path / "run", rows)] == [False]
 
 
 def test_long_runs_are_thinned_not_cut():

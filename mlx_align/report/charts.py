@@ -11,7 +11,8 @@ import io
 import math
 import re
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib.util import find_spec
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -88,28 +89,28 @@ def draw_lines(lines: Sequence[Line], axis: Axis, name: str, fallen: Line | None
         name: For readers that see no pictures; also what sets the drawing's ids apart.
         fallen: A line of them to mark where it is below its first value.
     """
-    axes, figure = _axes()
-    for line in lines:
-        _draw_line(axes, line, axis.smooth)
-    points = [value for line in lines for value in line.y]
-    low, high = axis.bounds or (min(points), max(points))
-    pad = 0.06 * (high - low) or 0.05 * abs(high) or 0.5
-    axes.set_ylim(low - pad, high + pad)
-    places = [value for line in lines for value in line.x]
-    left, right = min(places), max(places)
-    margin = 0.03 * (right - left) or 0.5
-    axes.set_xlim(left - margin, right + margin)
-    if axis.level is not None and low - pad <= axis.level <= high + pad:
-        axes.axhline(axis.level, color=_STAND_IN["muted"], lw=0.8, dashes=(3, 3), zorder=1)
-    if fallen is not None:
-        first = fallen.y[0]
-        axes.axhline(first, color=_STAND_IN["warn"], lw=0.9, dashes=(2, 2), zorder=1)
-        x, y = _thinned(fallen.x, fallen.y)
-        below = [min(value, first) for value in y]
-        axes.fill_between(x, below, first, color=_STAND_IN["warn"], alpha=0.18, lw=0, zorder=1)
-    _tick_x(axes, left, right, axis.name)
-    _tick_y(axes, axis.unit)
-    return _svg(figure, name, _bands(axes, lines, axis))
+    with _canvas(name) as (axes, figure):
+        for line in lines:
+            _draw_line(axes, line, axis.smooth)
+        points = [value for line in lines for value in line.y]
+        low, high = axis.bounds or (min(points), max(points))
+        pad = 0.06 * (high - low) or 0.05 * abs(high) or 0.5
+        axes.set_ylim(low - pad, high + pad)
+        places = [value for line in lines for value in line.x]
+        left, right = min(places), max(places)
+        margin = 0.03 * (right - left) or 0.5
+        axes.set_xlim(left - margin, right + margin)
+        if axis.level is not None and low - pad <= axis.level <= high + pad:
+            axes.axhline(axis.level, color=_STAND_IN["muted"], lw=0.8, dashes=(3, 3), zorder=1)
+        if fallen is not None:
+            first = fallen.y[0]
+            axes.axhline(first, color=_STAND_IN["warn"], lw=0.9, dashes=(2, 2), zorder=1)
+            x, y = _thinned(fallen.x, fallen.y)
+            below = [min(value, first) for value in y]
+            axes.fill_between(x, below, first, color=_STAND_IN["warn"], alpha=0.18, lw=0, zorder=1)
+        _tick_x(axes, left, right, axis.name)
+        _tick_y(axes, axis.unit)
+        return _svg(figure, name, _bands(axes, lines, axis))
 
 
 def _draw_line(axes: Axes, line: Line, smooth: bool) -> None:
@@ -133,69 +134,78 @@ def _draw_line(axes: Axes, line: Line, smooth: bool) -> None:
 
 def draw_bars(bars: Sequence[Bar], name: str, level: float = 0.5) -> Markup:
     """Shares side by side, each with its count."""
-    axes, figure = _axes()
-    for i, bar in enumerate(bars):
-        if bar.share is not None:
-            axes.bar(i, bar.share, width=0.64, color=_STAND_IN["c1"], alpha=0.85, zorder=3)
-            text = {"color": _STAND_IN["ink"], "ha": "center", "fontsize": 9.5}
-            axes.text(i, bar.share + 0.025, f"{bar.share:.0%}", **text)
-    axes.axhline(level, color=_STAND_IN["muted"], lw=0.8, dashes=(3, 3), zorder=4)
-    axes.set_xlim(-0.6, len(bars) - 0.4)
-    axes.set_ylim(0, 1.08)
-    axes.set_xticks(range(len(bars)), [f"{bar.name}\n{bar.comparisons:,}" for bar in bars])
-    _tick_y(axes, "share")
-    return _svg(figure, name, "")
+    with _canvas(name) as (axes, figure):
+        for i, bar in enumerate(bars):
+            if bar.share is not None:
+                axes.bar(i, bar.share, width=0.64, color=_STAND_IN["c1"], alpha=0.85, zorder=3)
+                text = {"color": _STAND_IN["ink"], "ha": "center", "fontsize": 9.5}
+                axes.text(i, bar.share + 0.025, f"{bar.share:.0%}", **text)
+        axes.axhline(level, color=_STAND_IN["muted"], lw=0.8, dashes=(3, 3), zorder=4)
+        axes.set_xlim(-0.6, len(bars) - 0.4)
+        axes.set_ylim(0, 1.08)
+        axes.set_xticks(range(len(bars)), [f"{bar.name}\n{bar.comparisons:,}" for bar in bars])
+        _tick_y(axes, "share")
+        return _svg(figure, name, "")
 
 
 def draw_calibration(dots: Sequence[Dot], name: str) -> Markup:
     """How often a model is right against how sure it is; on the diagonal it knows itself."""
-    axes, figure = _axes()
-    most = max(dot.comparisons for dot in dots)
-    axes.plot([0.5, 1], [0.5, 1], color=_STAND_IN["muted"], lw=0.9, dashes=(3, 3), zorder=2)
-    x, y = [dot.confidence for dot in dots], [dot.right for dot in dots]
-    axes.plot(x, y, color=_STAND_IN["c1"], lw=1.2, alpha=0.5, zorder=3)
-    area = [12 + 150 * dot.comparisons / most for dot in dots]
-    axes.scatter(x, y, s=area, color=_STAND_IN["c1"], alpha=0.85, lw=0, zorder=4)
-    low = min(0.5, *y)
-    axes.set_xlim(0.47, 1.03)
-    axes.set_ylim(low - 0.06, 1.06)
-    axes.set_xticks(
-        [0.5, 0.6, 0.7, 0.8, 0.9, 1], tick_labels([0.5, 0.6, 0.7, 0.8, 0.9, 1], "share")
-    )
-    axes.set_xlabel("how sure it is", fontsize=9.5, color=_STAND_IN["muted"], labelpad=3)
-    _tick_y(axes, "share")
-    hits = []
-    for dot in dots:
-        left, top = _place(axes, dot.confidence, dot.right)
-        said = f"{dot.comparisons:,} at {dot.confidence:.0%}: {dot.right:.0%} right"
-        hits.append(
-            f'<circle class="hit" cx="{left}" cy="{top}" r="9"><title>{said}</title></circle>'
+    with _canvas(name) as (axes, figure):
+        most = max(dot.comparisons for dot in dots)
+        axes.plot([0.5, 1], [0.5, 1], color=_STAND_IN["muted"], lw=0.9, dashes=(3, 3), zorder=2)
+        x, y = [dot.confidence for dot in dots], [dot.right for dot in dots]
+        axes.plot(x, y, color=_STAND_IN["c1"], lw=1.2, alpha=0.5, zorder=3)
+        area = [12 + 150 * dot.comparisons / most for dot in dots]
+        axes.scatter(x, y, s=area, color=_STAND_IN["c1"], alpha=0.85, lw=0, zorder=4)
+        low = min(0.5, *y)
+        axes.set_xlim(0.47, 1.03)
+        axes.set_ylim(low - 0.06, 1.06)
+        axes.set_xticks(
+            [0.5, 0.6, 0.7, 0.8, 0.9, 1], tick_labels([0.5, 0.6, 0.7, 0.8, 0.9, 1], "share")
         )
-    return _svg(figure, name, "".join(hits))
+        axes.set_xlabel("how sure it is", fontsize=9.5, color=_STAND_IN["muted"], labelpad=3)
+        _tick_y(axes, "share")
+        hits = []
+        for dot in dots:
+            left, top = _place(axes, dot.confidence, dot.right)
+            said = f"{dot.comparisons:,} at {dot.confidence:.0%}: {dot.right:.0%} right"
+            hits.append(
+                f'<circle class="hit" cx="{left}" cy="{top}" r="9"><title>{said}</title></circle>'
+            )
+        return _svg(figure, name, "".join(hits))
 
 
-def _axes() -> tuple[Axes, Any]:
+@contextmanager
+def _canvas(name: str) -> Iterator[tuple[Axes, Any]]:
+    """Axes of a new figure, and the figure; drawn and saved within it, whatever the user's style.
+
+    `name` sets the ids of this drawing apart from others of the page.
+    """
+    import matplotlib
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(_WIDTH / 72, _HEIGHT / 72), dpi=72)
-    FigureCanvasSVG(figure)
-    box = (
-        _LEFT / _WIDTH,
-        _BOTTOM / _HEIGHT,
-        (_WIDTH - _LEFT - _RIGHT) / _WIDTH,
-        (_HEIGHT - _TOP - _BOTTOM) / _HEIGHT,
-    )
-    axes = figure.add_axes(box)
-    figure.patch.set_visible(False)
-    axes.patch.set_visible(False)
-    for side in ("top", "right", "left"):
-        axes.spines[side].set_visible(False)
-    axes.spines["bottom"].set_color(_STAND_IN["rule"])
-    axes.grid(axis="y", color=_STAND_IN["rule"], lw=0.7)
-    axes.set_axisbelow(True)
-    axes.tick_params(length=0, labelsize=9.5, labelcolor=_STAND_IN["muted"], pad=5)
-    return axes, figure
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": name})
+        figure = Figure(figsize=(_WIDTH / 72, _HEIGHT / 72), dpi=72)
+        FigureCanvasSVG(figure)
+        box = (
+            _LEFT / _WIDTH,
+            _BOTTOM / _HEIGHT,
+            (_WIDTH - _LEFT - _RIGHT) / _WIDTH,
+            (_HEIGHT - _TOP - _BOTTOM) / _HEIGHT,
+        )
+        axes = figure.add_axes(box)
+        figure.patch.set_visible(False)
+        axes.patch.set_visible(False)
+        for side in ("top", "right", "left"):
+            axes.spines[side].set_visible(False)
+        axes.spines["bottom"].set_color(_STAND_IN["rule"])
+        axes.grid(axis="y", color=_STAND_IN["rule"], lw=0.7)
+        axes.set_axisbelow(True)
+        axes.tick_params(length=0, labelsize=9.5, labelcolor=_STAND_IN["muted"], pad=5)
+        yield axes, figure
 
 
 def _tick_x(axes: Axes, left: float, right: float, name: str) -> None:
@@ -276,12 +286,9 @@ def _bands(axes: Axes, lines: Sequence[Line], axis: Axis) -> str:
 
 def _svg(figure: Any, name: str, overlay: str) -> Markup:
     """The drawing as an element of the page, its colours as variables, with `overlay` on top."""
-    import matplotlib
-
     stream = io.StringIO()
     nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
-        figure.savefig(stream, format="svg", metadata=nothing)
+    figure.savefig(stream, format="svg", metadata=nothing)
     text = stream.getvalue()
     body = text[text.index(">", text.index("<svg")) + 1 : text.rindex("</svg>")]
     body = re.sub(r"<defs>\s*<style.*?</style>\s*</defs>", "", body, flags=re.DOTALL)

@@ -24,9 +24,13 @@ APPROX_KL, APPROX_KL_HIGH = 0.03, 0.1
 CLIPPED = 0.3
 CRITIC_SINCE = 30
 ENTROPY_LEFT = 0.3
-KL_WARN, KL_STOP = 15.0, 30.0
+# Nats a completion of 128 tokens; longer ones may move further.
+KL_WARN, KL_STOP, KL_TOKENS = 15.0, 30.0, 128
 ENDED = 0.8
-LONGER = 2.5
+LONGER, LONGER_STOP = 1.5, 2.5
+# Points of a share, and shares of the start.
+REPEATED, REPEATED_STOP = 0.05, 0.15
+VARIETY_LOST, VARIETY_LOST_STOP = 0.2, 0.4
 
 
 class Warning(NamedTuple):
@@ -173,13 +177,14 @@ def _collapsing(run: RunFacts) -> Warning | None:
 
 def _far_away(run: RunFacts) -> Warning | None:
     mean = run.lately("objective/kl")
-    if mean is None or mean <= KL_WARN:
+    scale = max(1.0, (run.lately("completions/mean_length") or 0.0) / KL_TOKENS)
+    if mean is None or mean <= KL_WARN * scale:
         return None
     return Warning(
-        f"The policy is {mean:.0f} nats a completion away from the reference (healthy: up to 10): "
-        "the reward model is asked about text it has never seen.",
+        f"The policy is {mean:.0f} nats a completion away from the reference (more than "
+        f"{KL_WARN * scale:.0f}): the reward model is asked about text it has never seen.",
         "Raise --kl-coef or stop earlier; read samples of the last checkpoints.",
-        mean > KL_STOP,
+        mean > KL_STOP * scale,
     )
 
 
@@ -196,25 +201,50 @@ def _endless(run: RunFacts) -> Warning | None:
 
 def _longer(run: RunFacts) -> Warning | None:
     lengths, now = run.values("completions/mean_length"), run.lately("completions/mean_length")
-    if now is None or now <= LONGER * lengths[0]:
+    if now is None or not 0 < LONGER * lengths[0] < now:
         return None
     return Warning(
         f"Completions are {now / lengths[0]:.1f} times as long as at the start: the reward may be "
         "paid for length.",
         "Look at reward against length, and penalise length or balance the reward model's data.",
-        True,
+        now > LONGER_STOP * lengths[0],
+    )
+
+
+def _repeats(run: RunFacts) -> Warning | None:
+    shares, now = run.values("text/repeated_4grams"), run.lately("text/repeated_4grams")
+    if now is None or now - shares[0] <= REPEATED:
+        return None
+    return Warning(
+        f"Completions repeat {now:.0%} of their runs of four tokens, at the start {shares[0]:.0%}.",
+        "Read the samples, and penalise repetition.",
+        now - shares[0] > REPEATED_STOP,
+    )
+
+
+def _monotonous(run: RunFacts) -> Warning | None:
+    shares, now = run.values("text/distinct_2"), run.lately("text/distinct_2")
+    if now is None or shares[0] <= 0 or 1 - now / shares[0] <= VARIETY_LOST:
+        return None
+    return Warning(
+        f"{now:.0%} of the pairs of tokens are different ones, at the start {shares[0]:.0%}: the "
+        "completions grow alike.",
+        "Raise --kl-coef or lower --learning-rate.",
+        1 - now / shares[0] > VARIETY_LOST_STOP,
     )
 
 
 def _over_optimised(run: RunFacts) -> Warning | None:
-    held_out, training = run.values("eval/reward")[-4:], run.values("reward")
+    """The reward that is trained on rises, and one that is not falls in three evaluations."""
+    keys = ("eval/held_out", "eval/reward") if run.values("eval/held_out") else ("eval/reward", "")
+    held_out, trained = run.values(keys[0])[-4:], run.values(keys[1] or "reward")
     falls = len(held_out) == 4 and all(b < a for a, b in pairwise(held_out))
-    if not falls or training[-1:] <= training[-4:-3]:
+    if not falls or len(trained) < 4 or trained[-1] <= trained[-4]:
         return None
     return Warning(
         f"The held-out reward fell in three evaluations running, to {say(held_out[-1])}, while the "
-        "training reward rose.",
-        "Go back to the checkpoint before that.",
+        "reward that is trained on rose.",
+        "Go back to the checkpoint before that, raise --kl-coef, or mend the reward.",
         True,
     )
 
@@ -240,5 +270,7 @@ _CHECKS: Sequence[Callable[[RunFacts], Warning | None]] = (
     _far_away,
     _endless,
     _longer,
+    _repeats,
+    _monotonous,
     _over_optimised,
 )

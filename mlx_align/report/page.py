@@ -58,6 +58,7 @@ HEADLINES = (
     ),
     Headline("eval/rewards/margins", "held-out: margin of rewards", "", False),
     Headline("eval/perplexity", "held-out: perplexity"),
+    Headline("eval/held_out", "held-out: reward of another judge"),
     Headline("eval/reward", "held-out: reward"),
     Headline("reward", "reward"),
     Headline("objective/kl", "KL from the reference, a completion", "nats", False),
@@ -90,9 +91,9 @@ class State:
     command: str = ""
 
 
-def render_run(run: RunFacts) -> str:
-    """The page of one run, whole and self-contained."""
-    drawing = can_draw()
+def render_run(run: RunFacts, *, charts: bool = True) -> str:
+    """The page of one run, whole and self-contained; with `charts`, where they can be drawn."""
+    drawing = charts and can_draw()
     judged = run.summary.get("held_out") or {}
     samples = [sample_rows(sample) for sample in run.samples]
     state = state_of(run)

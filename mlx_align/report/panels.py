@@ -77,6 +77,7 @@ _LENGTHS = tuple(
 
 PANELS = (
     Panel("Reward", _one("reward"), "", "what is being optimised"),
+    Panel("Reward of another judge", _one("held_out"), "", "which is not trained on"),
     Panel("Rewards, each apart", _one("rewards/*/mean"), "", "means over completions"),
     Panel("Spread of rewards", _one("reward_std"), "", "standard deviation"),
     Panel("Reward against √KL", _one("reward"), "", "gain for the distance", over="objective/kl"),
@@ -111,6 +112,9 @@ PANELS = (
     Panel("Entropy", _one("objective/entropy"), "nats", "of a token"),
     Panel("Completion length", _LENGTHS, "tokens"),
     Panel("Ended by themselves", _one("completions/ended"), "share", "end token sampled", 0.8),
+    Panel("Repeats itself", _one("text/repeated_4grams"), "share", "of runs of four tokens"),
+    Panel("Variety", _one("text/distinct_2"), "share", "different pairs of tokens"),
+    Panel("Sampler gap", _one("sampler/gap"), "nats", "log-prob when sampled and when learned"),
     Panel("Explained variance", _one("value/explained_variance"), "", "of returns, by critic", 0),
     Panel("Value loss", _one("value/loss"), "", "of the critic"),
     Panel("Groups without contrast", _one("frac_reward_zero_std"), "share", "nothing to learn"),

@@ -54,6 +54,7 @@ class Publication:
         """
         self._run, self._display = run, display
         self._failed: set[str] = set()
+        self._charts = True
         self._shown, self._cost = -math.inf, 0.0
         self._status: dict[str, Any] = {
             "command": command,
@@ -132,11 +133,21 @@ class Publication:
         try:
             self._status["written"] = _now()
             runlog.write_json(self._run / STATUS_FILE, self._status)
-            runlog.write_atomically(self._run / PAGE_FILE, render_run(read_run(self._run)))
+            runlog.write_atomically(self._run / PAGE_FILE, self._page())
         except Exception as error:
             self._say_once("the run page could not be written", error)
         self._shown = time.monotonic()
         self._cost = self._shown - began
+
+    def _page(self) -> str:
+        facts = read_run(self._run)
+        if self._charts:
+            try:
+                return render_run(facts)
+            except Exception as error:  # a broken matplotlib, say
+                self._charts = False
+                self._say_once("the page's charts could not be drawn", error)
+        return render_run(facts, charts=False)
 
     def _forward(self) -> None:
         try:
