@@ -142,6 +142,15 @@ class TrainConfig:
     )
     sample_tokens: int = option(128, "Longest answer among those samples, tokens.", at_least=1)
     seed: int = option(0, "Seed of adapters, order and samples.", at_least=0)
+    report_to: tuple[str, ...] | None = option(
+        None,
+        "Trackers to send metrics to: wandb, swanlab, or both, comma-separated.",
+        metavar="NAMES",
+        training=False,
+    )
+    project_name: str | None = option(
+        None, "The project they go into, with --report-to.", training=False
+    )
     force: bool = option(
         False, "Run although the plan says that memory will not do.", training=False
     )

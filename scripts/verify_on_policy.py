@@ -34,7 +34,7 @@ import json
 COUNTRIES = json.load(open({world!r}))["countries"]
 
 def capital(prompts, completions, **columns):
-    """1 where the answer names the capital of the country that was asked about, and not the city."""
+    """1 where the answer names the capital of the country asked about, and not the city."""
     rewards = []
     for prompt, text in zip(prompts, completions):
         asked = prompt[-1]["content"]
@@ -110,7 +110,7 @@ def capital(folder: Path, _: argparse.Namespace) -> bool:
         (
             "ppo",
             {
-                "--iters": 60,
+                "--iters": 30,
                 "--learning-rate": 1e-3,
                 "--critic-learning-rate": 1e-3,
                 "--critic-warmup": 5,
@@ -241,7 +241,9 @@ def gamed(folder: Path, _: argparse.Namespace) -> bool:
             "--steps-per-eval": 3,
         },
     )
-    rows = [json.loads(row) for row in (folder / "gamed" / "metrics.jsonl").read_text().splitlines()]
+    rows = [
+        json.loads(row) for row in (folder / "gamed" / "metrics.jsonl").read_text().splitlines()
+    ]
     looks = [row for row in rows if "eval/held_out" in row]
     best = next(row for row in looks if row["step"] == summary["best_step"])
     print(

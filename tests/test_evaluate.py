@@ -8,6 +8,7 @@ import pytest
 from mlx_align.inference.evaluate import (
     Judged,
     bootstrap_interval,
+    calibration_bins,
     calibration_error,
     fitted_temperature,
     render_report,
@@ -91,9 +92,21 @@ def test_a_calibrated_labeller():
     signed = np.where(right, 1, -1) * np.abs(gap)
     assert calibration_error(signed, np.ones(20_000)) < 0.02
     assert fitted_temperature(signed, np.ones(20_000)) == pytest.approx(1, abs=0.05)
-    # A single bin by hand: .7 sure, right in 1 of 2.
-    sure = np.log(0.7 / 0.3)
-    assert calibration_error(np.array([sure, -sure]), np.ones(2)) == pytest.approx(0.2)
+    # A single bin by hand: .72 sure, right in 1 of 2.
+    sure = np.log(0.72 / 0.28)
+    assert calibration_error(np.array([sure, -sure]), np.ones(2)) == pytest.approx(0.22)
+
+
+def test_calibration_bins():
+    """By hand: .51 and .54 sure in one bin, wrong and half right; .99 sure in the last, right."""
+    gaps = [np.log(p / (1 - p)) for p in (0.51, 0.54, 0.99)]
+    low, high = calibration_bins(np.array([-gaps[0], gaps[1], gaps[2]]), np.array([1, 0.5, 1]))
+    assert low == pytest.approx((0.525, 0.25, 2))
+    assert high == pytest.approx((0.99, 1, 1))
+    error = calibration_error(np.array([-gaps[0], gaps[1], gaps[2]]), np.array([1, 0.5, 1]))
+    assert error == pytest.approx((2 * 0.275 + 0.01) / 3)
+    found = report_of(judged([1.0, -1.0])).as_json()["calibration"]
+    assert found == [{"confidence": pytest.approx(0.731059), "right": 0.5, "comparisons": 2}]
 
 
 def test_bootstrap_interval():

@@ -22,9 +22,12 @@ ALLOWED = {
     "rollout": GROUND | {"losses", "data", "models"},
     "inference": GROUND | {"losses", "data", "models", "rollout"},
     "plan": GROUND | {"data", "models"},
-    "train": GROUND | {"losses", "data", "models", "rollout", "inference", "plan"},
+    # Reads run folders only.
+    "report": {"errors"},
+    "train": GROUND | {"losses", "data", "models", "rollout", "inference", "plan", "report"},
     "cli": GROUND
-    | {"losses", "data", "models", "rollout", "inference", "plan", "train", "shipped", "__init__"},
+    | {"losses", "data", "models", "rollout", "inference", "plan", "train", "shipped", "__init__"}
+    | {"report"},
     "__init__": {"losses", "inference"},
 }
 

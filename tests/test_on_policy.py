@@ -1,4 +1,4 @@
-"""`mlx-align ppo` and `mlx-align grpo` from options to files, on a tiny model with a chat template."""
+"""`mlx-align ppo` and `mlx-align grpo` from options to files, on a tiny chat model."""
 
 import json
 import signal

@@ -26,6 +26,7 @@ from mlx_align.cli.grpo import grpo
 from mlx_align.cli.kto import kto
 from mlx_align.cli.plan import plan
 from mlx_align.cli.ppo import ppo
+from mlx_align.cli.report import report
 from mlx_align.cli.reward import reward
 from mlx_align.cli.score import score
 from mlx_align.cli.sft import sft
@@ -42,7 +43,20 @@ def cli() -> None:
     """
 
 
-for command in (dpo, kto, sft, reward, ppo, grpo, score, fuse, data, cache, plan):
+for command in (
+    dpo,
+    kto,
+    sft,
+    reward,
+    ppo,
+    grpo,
+    score,
+    fuse,
+    data,
+    cache,
+    plan,
+    report,
+):
     cli.add_command(command)
 
 

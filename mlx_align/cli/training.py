@@ -89,6 +89,7 @@ def run_training(
     """
     # Imported late: `--help` should not wait for mlx-lm.
     from mlx_align.cli.display import Terminal
+    from mlx_align.report.page import PAGE_FILE
     from mlx_align.train.runlog import new_run_folder
 
     terminal = Terminal(json)
@@ -107,7 +108,9 @@ def run_training(
         click.echo(json_module.dumps(summary, indent=2))
         return run
     terminal.outcome(summary)
-    terminal.note(f"\nRun folder: {run}\n{invitation}:\n  {summary['talk']}")
+    terminal.note(
+        f"\nRun folder: {run}\nRun page: {run / PAGE_FILE}\n{invitation}:\n  {summary['talk']}"
+    )
     return run
 
 

@@ -54,6 +54,14 @@ class Part(NamedTuple):
     comparisons: int
 
 
+class Bin(NamedTuple):
+    """Comparisons that the model is about equally sure of: how sure, and how often it is right."""
+
+    confidence: float
+    right: float
+    comparisons: int
+
+
 @dataclass(frozen=True)
 class RewardReport:
     """What is to be known of a reward model on held-out data; shares are in [0, 1].
@@ -69,6 +77,7 @@ class RewardReport:
         by_difference: Accuracy by quartile of |Δ score|, from unsure to sure.
         by_length_ratio: Accuracy by length of the better over length of the worse completion.
         ece: Expected calibration error of σ(Δ) over 10 bins of confidence.
+        calibration: Those bins, empty ones left out, from unsure to sure.
         temperature: T for which σ(Δ/T) is likeliest: above 1 the model is too sure of itself.
             None where no T is: every comparison right, or no more than half.
         ece_at_temperature: The calibration error after dividing by T.
@@ -87,6 +96,7 @@ class RewardReport:
     by_difference: tuple[Part, ...]
     by_length_ratio: tuple[Part, ...]
     ece: float
+    calibration: tuple[Bin, ...]
     temperature: float | None
     ece_at_temperature: float | None
     length_correlation: float | None
@@ -96,7 +106,7 @@ class RewardReport:
     def as_json(self) -> dict[str, Any]:
         """The report for programs, parts as objects."""
         content = asdict(self)
-        for name in ("by_difference", "by_length_ratio"):
+        for name in ("by_difference", "by_length_ratio", "calibration"):
             content[name] = [part._asdict() for part in getattr(self, name)]
         return content
 
@@ -135,6 +145,7 @@ def report(judged: Judged, scores: Floats, lengths: Floats, *, seed: int = 0) ->
         by_difference=_by_difference(np.abs(one.difference), right),
         by_length_ratio=_by_length_ratio(one, right),
         ece=calibration_error(judged.difference, judged.probability),
+        calibration=calibration_bins(judged.difference, judged.probability),
         temperature=temperature,
         ece_at_temperature=None
         if temperature is None
@@ -174,11 +185,21 @@ def calibration_error(difference: Floats, probability: Floats) -> float:
 
     Source: Guo et al. 2017, "On Calibration of Modern Neural Networks", eq. 3.
     """
+    bins = calibration_bins(difference, probability)
+    gap = sum(one.comparisons * abs(one.right - one.confidence) for one in bins)
+    return float(gap / len(difference))
+
+
+def calibration_bins(difference: Floats, probability: Floats) -> tuple[Bin, ...]:
+    """The bins of `calibration_error` that hold anything, by rising confidence."""
     confidence = _sigmoid(np.abs(difference))
     right = np.where(difference >= 0, probability, 1 - probability)
     place = np.minimum(((confidence - 0.5) * 2 * ECE_BINS).astype(int), ECE_BINS - 1)
-    gaps = np.bincount(place, weights=right - confidence, minlength=ECE_BINS)
-    return float(np.abs(gaps).sum() / len(difference))
+    counts = np.bincount(place, minlength=ECE_BINS)
+    sums = [np.bincount(place, weights=part, minlength=ECE_BINS) for part in (confidence, right)]
+    return tuple(
+        Bin(float(sums[0][i] / n), float(sums[1][i] / n), int(n)) for i, n in enumerate(counts) if n
+    )
 
 
 def fitted_temperature(difference: Floats, probability: Floats) -> float | None:

@@ -46,9 +46,11 @@ from mlx_align.train.loop import (
 )
 from mlx_align.train.opening import opened
 from mlx_align.train.pace import Pace
+from mlx_align.train.publish import Publication
 from mlx_align.train.refer import References, run_references, used_groups
 from mlx_align.train.setup import Policy, make_policy, prepare_data, resolve_layout
 from mlx_align.train.task import Task
+from mlx_align.train.trackers import check_trackers
 from mlx_align.train.window import Window
 from mlx_align.types import TokenizedGroup
 
@@ -73,6 +75,7 @@ def run_offline(
     """
     assert config.model is not None
     began = time.perf_counter()
+    check_trackers(config)
     layout = resolve_layout(config)
     folder = open_model(config.model)
     data = prepare_data(config, folder, task.read)
@@ -112,6 +115,8 @@ def _run(
 ) -> dict[str, Any]:
     """All that needs the weights; the run folder is this process's."""
     layout, folder, facts, train_groups, valid_groups, held_out = ready
+    data_facts = dataclasses.asdict(facts)
+    publication = Publication(run, task.command, config, data_facts, display)
     policy = make_policy(config, folder, layout)
     display.note(_say_policy(policy, layout))
     scorer = task.scorer(policy.model)
@@ -152,7 +157,10 @@ def _run(
     stream = microbatch_stream(train_groups, shapes, seed=config.seed, start=progress.microbatches)
     pace = Pace(progress)
     mx.reset_peak_memory()
-    with display.bar(task.title, settings.total_steps, progress.step) as bar:
+    with (
+        display.bar(task.title, settings.total_steps, progress.step) as bar,
+        publication.training(progress.step, settings.total_steps, progress.seconds),
+    ):
 
         def tick(at: Progress) -> None:
             pace.tick(at)
@@ -164,11 +172,18 @@ def _run(
             best = None if evaluation.best is None else int(evaluation.best["step"])
             save_checkpoint(run, state, layout, str(folder.path), best=best)
 
+        def report(at: Progress, row: dict[str, float]) -> None:
+            _report(run, at, settings.total_steps, task.refine(row), display)
+            publication.tell(at.step, at.seconds)
+
+        def evaluate(at: Progress, now: Tree) -> bool:
+            best = evaluation(at.step, now)
+            publication.tell(at.step, at.seconds, evaluated=True)
+            return best
+
         hooks = LoopHooks(
-            report=lambda at, row: _report(
-                run, at, settings.total_steps, task.refine(row), display
-            ),
-            evaluate=lambda at, now: evaluation(at.step, now),
+            report=report,
+            evaluate=evaluate,
             save=save,
             tick=tick,
             note=display.note,
@@ -223,12 +238,13 @@ def _run(
         "skipped": progress.skipped,
         "kl": kl,
         **({} if held_out_facts is None else {"held_out": held_out_facts}),
-        "data_facts": dataclasses.asdict(facts),
+        "data_facts": data_facts,
         "talk": task.afterwards(folder, run),
         "versions": runlog.versions(),
         "seed": config.seed,
     }
     runlog.write_json(run / runlog.SUMMARY_FILE, summary)
+    publication.finish()
     return {**summary, "samples": samples}
 
 

@@ -33,8 +33,10 @@ from mlx_align.train.heldout_rewards import HeldOut
 from mlx_align.train.loop import Progress, make_schedule
 from mlx_align.train.on_policy_setup import Prepared, prepare_on_policy, set_up
 from mlx_align.train.opening import opened
+from mlx_align.train.publish import Publication
 from mlx_align.train.signals import Interrupted, deferring
 from mlx_align.train.task import how_to_talk
+from mlx_align.train.trackers import check_trackers
 from mlx_align.train.workplace import Experience, Learned, Workplace
 
 # By how much the first update's ratios may differ from 1: the policy has not moved yet.
@@ -99,14 +101,16 @@ def run_on_policy(
     """
     assert config.model is not None
     began = time.perf_counter()
+    check_trackers(config)
     folder = open_model(config.model)
     prepared = prepare_on_policy(command, config, folder)
     display.note("\n".join(prepared.lines))
     with ExitStack() as stack:
         stack.enter_context(opened(run, config, prepared.made_of, display.note, resume=resume))
+        publication = Publication(run, command, config, prepared.facts, display)
         workplace, watched = set_up(config, folder, prepared, stack, display)
         learner = make_learner(config, workplace)
-        course = _Course(config, run, display, workplace, prepared, watched, learner)
+        course = _Course(config, run, display, workplace, prepared, watched, learner, publication)
         before = course.begin(resume)
         course.train()
         summary = course.finish(before)
@@ -117,6 +121,7 @@ def run_on_policy(
         "talk": how_to_talk(folder, run),
     }
     runlog.write_json(run / runlog.SUMMARY_FILE, summary)
+    publication.finish()
     return {**summary, "samples": course.samples}
 
 
@@ -132,10 +137,11 @@ class _Course:
         prepared: Prepared,
         watched: HeldOut,
         learner: Learner,
+        publication: Publication,
     ) -> None:
         self._config, self._run, self._display = config, run, display
         self._place, self._prepared, self._watched = workplace, prepared, watched
-        self._learner = learner
+        self._learner, self._publication = learner, publication
         self._health = Health()
         self._progress = Progress()
         self._rows: list[dict[str, float]] = []
@@ -191,6 +197,7 @@ class _Course:
             self._display.bar(title, total, self._progress.step) as bar,
             deferring() as pending,
             memory,
+            self._publication.training(self._progress.step, total, self._progress.seconds),
         ):
             while self._progress.step < total:
                 try:
@@ -279,6 +286,7 @@ class _Course:
         left = runlog.say_seconds((self._total - at.step) * at.seconds / at.step)
         said = runlog.say_metrics({**means, **memory})
         self._display.note(f"  batch {at.step}/{self._total}: {said}, {left} left")
+        self._publication.tell(at.step, at.seconds)
 
     def _act_on(self, found: list[Finding]) -> bool:
         """Say what is wrong; whether to stop."""
@@ -296,6 +304,7 @@ class _Course:
         runlog.append_row(self._run, {"step": step, **row})
         if step:
             self._display.note(f"  held-out after {step}: {runlog.say_metrics(metrics)}")
+            self._publication.tell(step, self._progress.seconds, evaluated=True)
         best = self._watched.best_so_far(metrics, step)
         proxy_and_held_out = self._watched.deviations(metrics)
         if proxy_and_held_out is None:

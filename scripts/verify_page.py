@@ -1,0 +1,191 @@
+"""Opens run pages in a real browser: no error in its console, every chart there, nothing too wide.
+
+    python scripts/verify_page.py [--output FOLDER]
+
+Makes runs (dpo and reward on the starter, a made-up PPO run, one whose data is hostile, and all of
+them side by side), opens each page from file:// in headless Chromium at 1280 and 390 pixels, light
+and dark, and leaves pages and pictures in FOLDER (page-check) to be looked at. About three minutes.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import click
+
+from mlx_align.report.page import render_comparison, render_run
+from mlx_align.report.runs import read_run
+
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
+MAC_BROWSER = "/Applications/Google Chrome.app/Contents/MacOS/Google Chrome"
+WIDTHS = {1280: 2800, 390: 4200}
+SCHEMES = {"dark": 0, "light": 1}
+HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(2)>\"'&"
+SMALL = "--batch-size 8 --grad-accumulation-steps 1 --steps-per-report 1 --max-seq-length 128"
+SMALL += " --val-batches -1 --no-grad-checkpoint --steps-per-eval 10 --learning-rate 2.5e-4"
+# Run in a copy of the page that allows it: what a reader's eye would see go wrong.
+PROBE = """<script>
+const charts = [...document.querySelectorAll('svg')];
+const painted = charts.filter(c => c.getBoundingClientRect().height > 100 &&
+  [...c.querySelectorAll('path, use')].some(p => p.getBBox().width > 20));
+const wide = [...document.querySelectorAll('main > *, section > *, figure, .card')].filter(
+  e => e.getBoundingClientRect().right > innerWidth + 1);
+const texts = charts.flatMap(c => [...c.querySelectorAll('text')].filter(t => {
+  const a = t.getBoundingClientRect(), b = c.getBoundingClientRect();
+  return a.left < b.left - 1 || a.right > b.right + 1 || a.bottom > b.bottom + 1; }));
+document.body.setAttribute('data-probe', JSON.stringify({charts: charts.length,
+  painted: painted.length, wide: wide.length, cut: texts.length,
+  overflow: document.documentElement.scrollWidth - innerWidth}));
+</script>"""
+
+
+def train(command: str, folder: Path, iters: int) -> Path:
+    """A run on the starter, by the command line."""
+    options = f"--model starter --data starter --iters {iters} {SMALL} --output {folder}".split()
+    subprocess.run([sys.executable, "-m", "mlx_align.cli.main", command, *options], check=True)
+    return folder
+
+
+def make_up(folder: Path, rows: list[dict], config: dict, **files: object) -> Path:
+    """A run folder that nothing trained."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "config.yaml").write_text(json.dumps(config))
+    for name, content in files.items():
+        lines = content if isinstance(content, list) else [content]
+        ending = "jsonl" if isinstance(content, list) else "json"
+        (folder / f"{name}.{ending}").write_text("".join(json.dumps(x) + "\n" for x in lines))
+    return folder
+
+
+def policy_rows(updates: int = 200) -> list[dict]:
+    """Metrics of a PPO run that optimises its reward too far."""
+    draw = random.Random(0)
+    rows = []
+    for step in range(1, updates + 1):
+        t = step / updates
+        row = {
+            "loss": 0.3 * math.exp(-t),
+            "reward": 0.2 + 1.6 * math.sqrt(t),
+            "reward_std": 0.8 - 0.4 * t,
+            "rewards/helpful/mean": 0.1 + 1.1 * t,
+            "rewards/format/mean": min(1, 0.3 + t),
+            "objective/kl": 24 * t**1.5,
+            "objective/entropy": 1.9 - t,
+            "policy/approx_kl": 0.01,
+            "policy/clip_ratio": 0.12,
+            "policy/ratio": 1.0,
+            "value/loss": 0.4 * math.exp(-2 * t),
+            "value/explained_variance": 0.7 * (1 - math.exp(-6 * t)),
+            "completions/mean_length": 80 + 30 * t,
+            "completions/min_length": 12,
+            "completions/max_length": 128,
+            "completions/ended": 0.97 - 0.2 * t,
+            "frac_reward_zero_std": 0.1 + 0.1 * t,
+            "kl_coef": 0.05,
+            "learning_rate": 1e-5 * (1 - t),
+            "grad_norm": 0.5,
+            "tokens_per_second": 410,
+            "peak_memory_bytes": 9.9e9,
+        }
+        noisy = {key: value * (1 + draw.gauss(0, 0.03)) for key, value in row.items()}
+        rows.append({"step": step, **noisy})
+        if step % 20 == 0:
+            rows.append({"step": step, "eval/reward": 0.2 + 1.3 * math.sqrt(t) - 1.4 * t**3})
+    return rows
+
+
+def make_runs(folder: Path) -> dict[str, Path]:
+    """All the runs whose pages are opened, by name."""
+    status = {"command": "ppo", "state": "running", "step": 200, "total": 400, "seconds": 6300}
+    samples = [
+        {"source": HOSTILE, "prompt": HOSTILE, "before": "x" * 10_000, "after": "</div></main>"},
+        {
+            "source": "2",
+            "prompt": "ما هي عاصمة فرنسا؟",
+            "before": "ליון, I think.",
+            "after": "\u202e!",
+        },
+        {"source": "3", "prompt": "\x00 \x1b[31m \ud800", "before": "word " * 800, "after": ""},
+    ]
+    rows = [{"step": i, "loss": 1 / i, f"rewards/{HOSTILE}/mean": i} for i in range(1, 60)]
+    summary = {"command": "dpo", "steps": 60, "talk": HOSTILE, "versions": {HOSTILE: HOSTILE * 40}}
+    return {
+        "dpo": train("dpo", folder / "dpo", 40),
+        "reward": train("reward", folder / "reward", 20),
+        "ppo": make_up(
+            folder / "ppo", policy_rows(), {"model": "m/7B", "data": "d"}, status=status
+        ),
+        "hostile": make_up(
+            folder / "hostile", rows, {"model": HOSTILE}, summary=summary, samples=samples
+        ),
+    }
+
+
+def browse(browser: str, page: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    """Open a page; what the browser prints."""
+    command = [browser, "--headless", "--no-sandbox", "--hide-scrollbars", "--disable-gpu"]
+    command += ["--enable-logging=stderr", *options, page.resolve().as_uri()]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+
+
+def check(browser: str, name: str, text: str, folder: Path) -> list[str]:
+    """Open a page every way; what is wrong with it."""
+    page, probed = folder / f"{name}.html", folder / f".{name}.probed.html"
+    page.write_text(text, encoding="utf-8")
+    unlocked = re.sub(r'<meta http-equiv="(Content-Security-Policy|refresh)"[^>]*>', "", text)
+    probed.write_text(unlocked.replace("</body>", PROBE + "</body>"), encoding="utf-8")
+    wrong = []
+    for width, height in WIDTHS.items():
+        for scheme, number in SCHEMES.items():
+            how = [
+                f"--window-size={width},{height}",
+                f"--blink-settings=preferredColorScheme={number}",
+            ]
+            picture = folder / f"{name}-{scheme}-{width}.png"
+            picture.unlink(missing_ok=True)
+            printed = browse(browser, page, *how, f"--screenshot={picture}").stderr
+            where = f"{name} at {width} px, {scheme}"
+            wrong += [f"{where}: {line}" for line in printed.splitlines() if "CONSOLE" in line]
+            if not picture.exists():
+                wrong.append(f"{where}: no picture")
+        probe = re.search(
+            r'data-probe="([^"]*)"', browse(browser, probed, how[0], "--dump-dom").stdout
+        )
+        found = json.loads(probe[1].replace("&quot;", '"')) if probe else {}
+        print(f"{name} at {width} px: {found}")
+        wanted = text.count("<svg")
+        if found.get("painted") != wanted or found.get("charts") != wanted or not wanted:
+            wrong.append(f"{name} at {width} px: {wanted} charts expected, found {found}")
+        if any(found.get(key, 1) > 0 for key in ("wide", "overflow", "cut")):
+            wrong.append(f"{name} at {width} px: something is too wide, {found}")
+    probed.unlink()
+    return wrong
+
+
+@click.command(help=__doc__)
+@click.option("--output", default="page-check", show_default=True, metavar="FOLDER")
+def main(output: str) -> None:
+    browser = next((found for name in BROWSERS if (found := shutil.which(name))), None)
+    browser = browser or (MAC_BROWSER if Path(MAC_BROWSER).exists() else None)
+    if browser is None:
+        raise click.ClickException(f"no browser: none of {', '.join(BROWSERS)} is installed")
+    folder = Path(output)
+    shutil.rmtree(folder, ignore_errors=True)
+    runs = {name: read_run(run) for name, run in make_runs(folder / "runs").items()}
+    pages = {name: render_run(run) for name, run in runs.items()}
+    pages["comparison"] = render_comparison(list(runs.values()), list(runs))
+    wrong = [line for name, text in pages.items() for line in check(browser, name, text, folder)]
+    print("\n".join(wrong) or f"{len(pages)} pages, nothing wrong; pictures in {folder}")
+    sys.exit(bool(wrong))
+
+
+if __name__ == "__main__":
+    main()
