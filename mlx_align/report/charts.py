@@ -138,7 +138,7 @@ def draw_bars(bars: Sequence[Bar], name: str, level: float = 0.5) -> Markup:
         for i, bar in enumerate(bars):
             if bar.share is not None:
                 axes.bar(i, bar.share, width=0.64, color=_STAND_IN["c1"], alpha=0.85, zorder=3)
-                text = {"color": _STAND_IN["ink"], "ha": "center", "fontsize": 9.5}
+                text: dict[str, Any] = {"color": _STAND_IN["ink"], "ha": "center", "fontsize": 9.5}
                 axes.text(i, bar.share + 0.025, f"{bar.share:.0%}", **text)
         axes.axhline(level, color=_STAND_IN["muted"], lw=0.8, dashes=(3, 3), zorder=4)
         axes.set_xlim(-0.6, len(bars) - 0.4)
