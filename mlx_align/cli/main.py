@@ -24,6 +24,7 @@ from mlx_align.cli.dpo import dpo
 from mlx_align.cli.fuse import fuse
 from mlx_align.cli.kto import kto
 from mlx_align.cli.plan import plan
+from mlx_align.cli.rerank import rerank
 from mlx_align.cli.reward import reward
 from mlx_align.cli.score import score
 from mlx_align.cli.sft import sft
@@ -39,7 +40,7 @@ def cli() -> None:
     """
 
 
-for command in (dpo, kto, sft, reward, score, fuse, data, cache, plan):
+for command in (dpo, kto, sft, reward, rerank, score, fuse, data, cache, plan):
     cli.add_command(command)
 
 

@@ -5,16 +5,17 @@ from __future__ import annotations
 import json as json_module
 from collections.abc import Iterator
 from itertools import islice
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from mlx_align.errors import ConfigError, DataError
+from mlx_align.cli.files import free_file
+from mlx_align.errors import DataError
 
 if TYPE_CHECKING:
     from mlx_align.data.scorable import Scorable, ScorableRows
-    from mlx_align.inference.reward_model import RewardModel, Scored
+    from mlx_align.inference.reward_model import RewardModel
+    from mlx_align.inference.scored import Scored
 
 # Rows in memory at a time; those of like length run together, so a few are too few.
 WINDOW = 64
@@ -83,7 +84,7 @@ def score(
     from mlx_align.shipped import shipped_or_given
 
     terminal = Terminal(json)
-    file = _free_file(output)
+    file = free_file(output)
     source = read_scorable(shipped_or_given(data, "data"), split, format)
     if any(name in source.rows[0].fields for name in (SCORES, MEMBERS, NOTE)):
         raise DataError(
@@ -130,15 +131,6 @@ def score(
     terminal.note(f"{completions:,} scores in {file}{left}")
 
 
-def _free_file(output: str) -> Path:
-    file = Path(output).expanduser()
-    if file.exists():
-        raise ConfigError(f"--output {output}: is there already; name a new file")
-    if not file.absolute().parent.is_dir():
-        raise ConfigError(f"--output {output}: there is no folder {file.absolute().parent}")
-    return file
-
-
 def _windows(source: ScorableRows) -> Iterator[list[Scorable]]:
     rows = iter(source)
     while window := list(islice(rows, WINDOW)):
@@ -146,7 +138,7 @@ def _windows(source: ScorableRows) -> Iterator[list[Scorable]]:
 
 
 def _scored(model: RewardModel, rows: list[Scorable]) -> Iterator[tuple[Scored, Scorable]]:
-    from mlx_align.inference.reward_model import Scored
+    from mlx_align.inference.scored import Scored
 
     found = iter(model.score_groups([row.group for row in rows if row.group is not None]))
     for row in rows:
