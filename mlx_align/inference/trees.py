@@ -19,12 +19,10 @@ from mlx_align.models.roles import Tree
 def common_layout(layouts: Sequence[AdapterLayout]) -> AdapterLayout | None:
     """The smallest layout that holds adapters of all of `layouts`, at the scale of the first.
 
-    None where there is none: adapters of several kinds, or of named layers and of all layers.
+    None where there is none: adapters of several kinds.
     """
     first = layouts[0]
     if any(layout.fine_tune_type != first.fine_tune_type for layout in layouts):
-        return None
-    if len({layout.keys is None for layout in layouts}) > 1:
         return None
     numbers = [layout.num_layers for layout in layouts]
     return replace(
@@ -33,7 +31,7 @@ def common_layout(layouts: Sequence[AdapterLayout]) -> AdapterLayout | None:
         dropout=0.0,
         num_layers=-1 if min(numbers) < 0 else max(numbers),
         keys=None
-        if first.keys is None
+        if any(layout.keys is None for layout in layouts)
         else tuple(dict.fromkeys(key for layout in layouts for key in layout.keys or ())),
     )
 
