@@ -27,6 +27,7 @@ from mlx_align.cli.kto import kto
 from mlx_align.cli.plan import plan
 from mlx_align.cli.ppo import ppo
 from mlx_align.cli.report import report
+from mlx_align.cli.rerank import rerank
 from mlx_align.cli.reward import reward
 from mlx_align.cli.score import score
 from mlx_align.cli.sft import sft
@@ -51,6 +52,7 @@ for command in (
     ppo,
     grpo,
     score,
+    rerank,
     fuse,
     data,
     cache,
