@@ -1,12 +1,13 @@
-"""What touches mlx-lm's internals: model anatomy, loading, generation (caches: `caches.py`).
+"""What touches mlx-lm's internals: model anatomy and loading.
 
-An mlx-lm release that moves something breaks these two files and no other. What is assumed of a
+Its caches are touched in `caches.py`, its generator in `generation.py`: an mlx-lm release that
+moves something breaks these three files and no other. What is assumed of a
 model is proven when it is loaded (`selfcheck.py`), not kept in a table of families.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +16,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
-from mlx_lm.generate import BatchGenerator
 from mlx_lm.models.cache import make_prompt_cache
-from mlx_lm.sample_utils import make_sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.tokenizer_utils import load as _load_tokenizer
 from mlx_lm.utils import (
@@ -220,44 +219,6 @@ def read_tensors(file: Path) -> dict[str, mx.array]:
 def _first_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
     return lines[0][:200] if lines else type(error).__name__
-
-
-def generate_batch(
-    model: nn.Module,
-    prompts: Sequence[Sequence[int]],
-    stop_tokens: Sequence[int],
-    *,
-    max_tokens: int,
-    temperature: float,
-    seed: int,
-    on_token: Callable[[], None] | None = None,
-) -> list[list[int]]:
-    """Completions of `prompts` by the live model (adapters as they are), end token included.
-
-    Temperature 0 is greedy. Sampling is untruncated: no top-p, no top-k. The same seed with
-    another number of prompts gives other samples.
-    """
-    high, low = random_key()
-    mx.random.seed(seed)
-    generator = BatchGenerator(
-        model,
-        max_tokens=max_tokens,
-        stop_tokens=[[token] for token in stop_tokens],
-        sampler=make_sampler(temp=temperature),
-    )
-    try:
-        uids = generator.insert([list(prompt) for prompt in prompts])
-        completions: dict[int, list[int]] = {uid: [] for uid in uids}
-        while responses := generator.next_generated():
-            for response in responses:
-                completions[response.uid].append(response.token)
-                if on_token is not None:
-                    on_token()
-        return [completions[uid] for uid in uids]
-    finally:
-        generator.close()
-        # Training goes on with the draws it would have had.
-        restore_random_key(high, low)
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mlx_align.models.compat import generate_batch
+from mlx_align.models.generation import generate_batch
 from mlx_align.models.loading import LanguageModel
 from mlx_align.models.roles import Tree
 from mlx_align.types import TokenizedGroup
