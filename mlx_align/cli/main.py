@@ -21,6 +21,7 @@ from mlx_align import __version__
 from mlx_align.cli.cache import cache
 from mlx_align.cli.data import data
 from mlx_align.cli.dpo import dpo
+from mlx_align.cli.eval import evaluate
 from mlx_align.cli.fuse import fuse
 from mlx_align.cli.kto import kto
 from mlx_align.cli.plan import plan
@@ -39,7 +40,7 @@ def cli() -> None:
     """
 
 
-for command in (dpo, kto, sft, reward, score, fuse, data, cache, plan):
+for command in (dpo, kto, sft, reward, score, evaluate, fuse, data, cache, plan):
     cli.add_command(command)
 
 

@@ -1,0 +1,188 @@
+"""A finished run as its folder tells it: what it learned, from where, and with which β.
+
+Also any adapter folder of mlx-lm's, which tells less: its policy started from the bare base, and
+nothing is known of its data.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import yaml
+from mlx.utils import tree_flatten
+
+from mlx_align.config import DpoConfig, KtoConfig, SftConfig, TrainConfig
+from mlx_align.errors import ConfigError, ModelError
+from mlx_align.losses.registry import combine, parse_losses, resolve_options
+from mlx_align.models.adapters import (
+    ADAPTER_CONFIG,
+    AdapterLayout,
+    compute_dtype,
+    install,
+    load_tree,
+    read_layout,
+    read_weights,
+)
+from mlx_align.models.heads import HEAD_NAME, has_head
+from mlx_align.models.loading import LanguageModel, ModelFolder, load_language_model
+from mlx_align.models.roles import Tree
+from mlx_align.settings import resolve
+
+CONFIG, SUMMARY, CHECKPOINTS = "config.yaml", "summary.json", "checkpoints"
+
+
+@dataclass(frozen=True)
+class Finished:
+    """What is known of a run.
+
+    Attributes:
+        folder: With its adapter.
+        layout: Of that adapter.
+        base: The model that it names as its base; None where it names none.
+        command: dpo, kto, sft …; None for an adapter without config.yaml.
+        config: What all commands share; None likewise.
+        beta: Of its loss; None where that has none.
+        loss_on: What of a conversation an sft run learned.
+    """
+
+    folder: Path
+    layout: AdapterLayout
+    base: str | None = None
+    command: str | None = None
+    config: TrainConfig | None = None
+    beta: float | None = None
+    loss_on: str | None = None
+
+
+class Roles:
+    """One base in memory, and the two trees that it plays."""
+
+    def __init__(self, model: LanguageModel, policy: Tree, reference: Tree) -> None:
+        self.model, self.policy, self.reference = model, policy, reference
+
+
+def read_run(adapter_path: str | Path) -> Finished:
+    """Read a run folder, one of its checkpoints, or an adapter folder of mlx-lm.
+
+    Raises:
+        ModelError: There is no adapter in it, or it is a reward model's.
+        ConfigError: Its config.yaml can't be read.
+    """
+    folder = Path(adapter_path).expanduser()
+    if not folder.is_dir():
+        raise ModelError(f"--adapter-path {adapter_path}: no such folder")
+    if has_head(folder):
+        raise ModelError(
+            f"--adapter-path {adapter_path}: a reward model's run, which writes no text; "
+            "mlx-align score says how good it is on labelled pairs"
+        )
+    layout = read_layout(folder)
+    base = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8")).get("model")
+    named = base if isinstance(base, str) else None
+    run = folder.parent.parent if folder.parent.name == CHECKPOINTS else folder
+    file = run / CONFIG
+    if not file.is_file():
+        return Finished(folder, layout, named)
+    values = _read_yaml(file)
+    command = _command(run, values)
+    shared = {entry.name for entry in dataclasses.fields(TrainConfig)}
+    config = resolve(TrainConfig, {k: v for k, v in values.items() if k in shared})
+    return Finished(
+        folder,
+        layout,
+        named,
+        command,
+        config,
+        _beta(command, file),
+        str(values.get("loss_on", "completion")) if command == "sft" else None,
+    )
+
+
+def _read_yaml(file: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
+        raise ConfigError(f"{file}: can't be read ({str(error).splitlines()[0][:120]})") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{file}: expected option: value lines; is it a run folder?")
+    return {str(key): value for key, value in values.items()}
+
+
+def _command(run: Path, values: dict[str, Any]) -> str:
+    """As the summary says; an unfinished run has none, and its options tell."""
+    try:
+        return str(json.loads((run / SUMMARY).read_text(encoding="utf-8"))["command"])
+    except (OSError, ValueError, KeyError, TypeError):
+        if "loss_on" in values:
+            return "sft"
+        return "dpo" if "wpo" in values else "kto" if "loss" in values else "run"
+
+
+def _beta(command: str, file: Path) -> float | None:
+    if command == "dpo":
+        dpo = resolve(DpoConfig, {}, file)
+        return combine(parse_losses(dpo.loss), dpo.loss_options()).beta
+    if command == "kto":
+        kto = resolve(KtoConfig, {}, file)
+        return float(resolve_options(kto.loss, kto.loss_options())["beta"])
+    if command == "sft":
+        resolve(SftConfig, {}, file)
+    return None
+
+
+def load_roles(folder: ModelFolder, run: Finished) -> Roles:
+    """Load the base once, with the run's policy and the reference it was held to.
+
+    The reference is the tree the run started from: its init adapter, or the bare base.
+
+    Raises:
+        ModelError: The model can't be loaded, the run is not one of it, or the adapter that the
+            run started from is gone.
+    """
+    init = _init_adapter(run)
+    model = load_language_model(folder)
+    if HEAD_NAME in model.module:
+        raise ModelError(f"--model {folder.name}: a sequence classifier, which writes no text")
+    if run.config is not None and run.layout.fine_tune_type == "lora":
+        dtypes = {array.dtype for _, array in tree_flatten(model.module.parameters())}
+        dtype = compute_dtype(run.config.adapter_dtype, dtypes)
+        model = replace(model, adapter_dtype=dtype)
+    layout = replace(run.layout, dropout=0.0)
+    try:
+        bare = install(model.module, layout)
+        _check_names(run, bare)
+        policy = load_tree(run.folder, bare, layout)
+    except (ModelError, ConfigError) as error:
+        trained = f" (it was trained on {run.base})" if run.base else ""
+        raise ModelError(
+            f"--adapter-path {run.folder}: is --model {folder.name} its base?{trained}: {error}"
+        ) from error
+    reference = bare if init is None else load_tree(init, bare, layout)
+    mx.eval(model.module.parameters())
+    return Roles(model, policy, reference)
+
+
+def _init_adapter(run: Finished) -> Path | None:
+    if run.config is None or run.config.init_adapter is None:
+        return None
+    init = Path(run.config.init_adapter).expanduser()
+    if not init.is_dir():
+        raise ModelError(
+            f"{run.folder}: started from --init-adapter {init}, which is not there (seen from "
+            f"{Path.cwd()}), and without it there is no reference; put it back, or run this from "
+            "where the run was started"
+        )
+    return init
+
+
+def _check_names(run: Finished, bare: Tree) -> None:
+    names = {name for name, _ in tree_flatten(bare)}
+    stored = set(read_weights(run.folder))
+    for what, odd in (("is missing", names - stored), ("fits nothing", stored - names)):
+        if odd:
+            raise ModelError(f"{sorted(odd)[0]} {what} (of {len(odd)} such tensors)")
