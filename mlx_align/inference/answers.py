@@ -20,9 +20,9 @@ from mlx_align.inference.statistics import Floats
 from mlx_align.models.adapters import ADAPTER_CONFIG
 from mlx_align.models.generation import Generated, generate_groups
 from mlx_align.models.heads import has_head
-from mlx_align.models.loading import ModelFolder
+from mlx_align.models.loading import LanguageModel, ModelFolder
 from mlx_align.models.roles import Tree
-from mlx_align.types import Message, PromptGroup, TokenizedGroup
+from mlx_align.types import Message, PromptGroup, Text, TokenizedGroup
 
 # Answers that are asked for between two steps of the progress bar, and prompts judged likewise.
 ANSWERS_AT_ONCE = 64
@@ -56,8 +56,13 @@ def draw_answers(
     questions: Sequence[Question],
     bars: Bars,
 ) -> Answers:
-    """Both roles asked the same, with the same draws; the reference only if somebody judges."""
-    drawn = _generate(config, roles, roles.policy, questions, "Answers of the policy", bars)
+    """Both roles asked the same, with the same draws; the reference only if somebody judges.
+
+    A single answer of each is drawn apart: nothing could be left out of their comparison.
+    """
+    drawn = _generate(
+        config, roles.model, roles.policy, questions, (config.seed, 0), "policy", bars
+    )
     groups = [
         TokenizedGroup(
             question.tokens.prompt,
@@ -69,9 +74,8 @@ def draw_answers(
     _, logratios = compared_logps(scorer, roles, groups, "KL", bars)
     theirs = None
     if config.reward_model is not None:
-        theirs = _generate(
-            config, roles, roles.reference, questions, "Answers of the reference", bars
-        )
+        seed = config.seed, int(config.n == 1)
+        theirs = _generate(config, roles.model, roles.reference, questions, seed, "reference", bars)
 
     def texts(every: list[list[Generated]]) -> list[list[str]]:
         return [
@@ -91,18 +95,18 @@ def draw_answers(
 
 def _generate(
     config: EvalConfig,
-    roles: Roles,
+    model: LanguageModel,
     tree: Tree,
     questions: Sequence[Question],
-    label: str,
+    seed: tuple[int, int],
+    role: str,
     bars: Bars,
 ) -> list[list[Generated]]:
-    model = roles.model
     stop = sorted(model.folder.tokenizer.eos_token_ids)
     model.module.eval()
     answers: list[list[Generated]] = []
     step = max(1, ANSWERS_AT_ONCE // config.n)
-    with bars(label, len(questions)) as bar, model.acting_as(tree):
+    with bars(f"Answers of the {role}", len(questions)) as bar, model.acting_as(tree):
         for start in range(0, len(questions), step):
             part = questions[start : start + step]
             answers += generate_groups(
@@ -112,7 +116,7 @@ def _generate(
                 stop,
                 max_tokens=config.sample_tokens,
                 temperature=1.0,
-                seed=config.seed + 1 + start,
+                seed=int(np.random.SeedSequence([*seed, start]).generate_state(1)[0]),
             )
             bar.advance(len(part))
     return answers
@@ -151,28 +155,34 @@ def load_judge(config: EvalConfig) -> RewardModel:
 def judge_answers(
     config: EvalConfig, questions: Sequence[Question], texts: list[list[str]], bars: Bars
 ) -> Floats:
-    """Scores (P, answers), NaN where a prompt's answers could not be scored."""
+    """Scores (P, answers), NaN where a prompt's answers could not be scored.
+
+    Answers that read the same are scored once: they have one score, whoever gave them.
+    """
     judge = load_judge(config)
+    different = [list(dict.fromkeys(answers)) for answers in texts]
     groups = [
         PromptGroup(
             question.text.prompt,
-            tuple(
-                text if isinstance(question.text.prompt, str) else (Message("assistant", text),)
-                for text in answers
-            ),
+            tuple(_as_completion(question, text) for text in answers),
             question.text.source,
         )
-        for question, answers in zip(questions, texts, strict=True)
+        for question, answers in zip(questions, different, strict=True)
     ]
     scores = np.full((len(groups), len(texts[0])), np.nan)
     with bars("Judging", len(groups)) as bar:
         for start in range(0, len(groups), PROMPTS_AT_ONCE):
             part = groups[start : start + PROMPTS_AT_ONCE]
-            for place, scored in enumerate(judge.score_groups(part)):
+            for row, scored in enumerate(judge.score_groups(part), start):
                 if scored.scores is not None:
-                    scores[start + place] = scored.scores
+                    by_text = dict(zip(different[row], scored.scores.tolist(), strict=True))
+                    scores[row] = [by_text[text] for text in texts[row]]
             bar.advance(len(part))
     return scores
+
+
+def _as_completion(question: Question, text: str) -> Text:
+    return text if isinstance(question.text.prompt, str) else (Message("assistant", text),)
 
 
 def answer_rows(

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from mlx_align.data.formats import (
+    PREFERENCE_FORMATS,
     Reading,
     read_preferences,
     read_prompts,
@@ -17,7 +18,7 @@ from mlx_align.data.formats import (
 )
 from mlx_align.data.groups import last_answers, to_pairs
 from mlx_align.data.rendering import ChatStyle, encode
-from mlx_align.data.sources import has_split
+from mlx_align.data.sources import has_split, read_rows
 from mlx_align.data.splits import Reader, read_splits
 from mlx_align.data.tokenize import try_tokenize_group
 from mlx_align.errors import ConfigError, DataError
@@ -117,11 +118,12 @@ def _read_last_answers(
 
 def _pairs(data: str, split: str, format: str | None) -> list[PromptGroup]:
     """The data's pairs; none where it is something else."""
-    try:
-        return _read_pairs(data, split, format)[0]
-    except (ConfigError, DataError):
-        # Demonstrations, labelled answers or prompts, whose own reader says what is wrong.
-        return []
+    if format is None:
+        first = read_rows(data, split)[0]
+        pairs = any(entry.matches(first) for entry in PREFERENCE_FORMATS)
+    else:
+        pairs = format in {entry.name for entry in PREFERENCE_FORMATS}
+    return _read_pairs(data, split, format)[0] if pairs else []
 
 
 def _prompts(groups: Sequence[PromptGroup]) -> list[PromptGroup]:

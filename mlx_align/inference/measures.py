@@ -127,6 +127,10 @@ def divergence(logratios: Floats, lengths: Floats, prompt: Clusters, cut: float)
 class Wins:
     """The policy's answers against the reference's, as a reward model judges them.
 
+    An answer is compared with every answer of the other role to its prompt but the one drawn with
+    the same random numbers: that of a similar model is too much like it, and the rate would be
+    that of a pair drawn together. With one answer each there is nothing to leave out.
+
     Attributes:
         prompts: Answered by both, and judged.
         answers: Of each role, to all of them.
@@ -167,10 +171,18 @@ def compare_answers(
     unjudged: int,
     seed: int,
 ) -> Wins:
-    """Judge scores (P, K) of K answers of each role to P prompts, the k-th against the k-th."""
-    prompt = _numbered(policy)
-    outcome = wins(policy, reference).ravel()
-    longer = (policy_length - reference_length).ravel()
+    """Judge scores (P, K) of K answers of each role to P prompts, the k-th drawn together."""
+    count = policy.shape[1]
+    apart = ~np.eye(count, dtype=np.bool_) if count > 1 else np.ones((1, 1), np.bool_)
+
+    def against(ours: Floats, theirs: Floats) -> tuple[Floats, Floats]:
+        one, other = np.broadcast_arrays(ours[:, :, None], theirs[:, None, :])
+        return one[:, apart].ravel(), other[:, apart].ravel()
+
+    outcome = wins(*against(policy, reference))
+    ours, theirs = against(policy_length, reference_length)
+    longer = ours - theirs
+    prompt = np.repeat(np.arange(len(policy)), apart.sum())
     return Wins(
         prompts=len(policy),
         answers=policy.size,
@@ -181,7 +193,9 @@ def compare_answers(
         detectable=detectable_rate(outcome, prompt),
         reward=float(policy.mean()),
         reference_reward=float(reference.mean()),
-        reward_gain=mean_estimate((policy - reference).ravel(), prompt, seed=seed),
+        reward_gain=mean_estimate(
+            (policy - reference).mean(axis=1), np.arange(len(policy)), seed=seed
+        ),
         length=float(policy_length.mean()),
         reference_length=float(reference_length.mean()),
     )
@@ -253,8 +267,3 @@ def perplexity_change(
         change=change,
         ratio=Estimate(math.exp(change.value), math.exp(change.low), math.exp(change.high)),
     )
-
-
-def _numbered(table: Floats) -> Clusters:
-    """The row of each entry of a table (P, K), (P·K,)."""
-    return np.repeat(np.arange(table.shape[0]), table.shape[1])

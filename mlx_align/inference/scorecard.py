@@ -51,7 +51,12 @@ def _preferences(one: Preferences) -> str:
         ("log-prob of chosen, change, nats", "", *_both(one.chosen_change, _signed)),
         ("log-prob of rejected, change, nats", "", *_both(one.rejected_change, _signed)),
     ]
-    return _table(f"{one.pairs:,} held-out pairs of {one.prompts:,} prompts", rows)
+    table = _table(f"{one.pairs:,} held-out pairs of {one.prompts:,} prompts", rows)
+    return (
+        f"{table}\n"
+        "  own log-prob: which answer it would rather write; implicit reward: which one training "
+        "made likelier"
+    )
 
 
 def _divergence(one: Divergence) -> str:

@@ -18,6 +18,8 @@ Floats = npt.NDArray[np.float64]
 Clusters = npt.NDArray[np.int64]
 
 RESAMPLES = 2000
+# Each of them is a regression.
+LENGTH_CONTROLLED_RESAMPLES = 500
 LEVEL = 0.95
 POWER = 0.8
 # Standard deviation of the prior on both coefficients of the length-controlled rate. It keeps them
@@ -136,7 +138,9 @@ def length_controlled(
     thetas = np.concatenate(
         [
             fit_logistic(outcomes, feature, drawn[:, index], start=fit[0])[:, 0]
-            for drawn in _resamples(int(index.max()) + 1, len(outcomes), seed)
+            for drawn in _resamples(
+                int(index.max()) + 1, len(outcomes), seed, LENGTH_CONTROLLED_RESAMPLES
+            )
         ]
     )
     low, high = sigmoid(np.quantile(thetas, _TAILS))
@@ -210,14 +214,14 @@ def detectable_rate(outcomes: Floats, cluster: Clusters) -> float:
 _TAILS = [(1 - LEVEL) / 2, (1 + LEVEL) / 2]
 
 
-def _resamples(clusters: int, width: int, seed: int) -> Iterator[Floats]:
+def _resamples(clusters: int, width: int, seed: int, count: int = RESAMPLES) -> Iterator[Floats]:
     """How often each cluster comes in each resample, in blocks (resamples, clusters).
 
     `width` is that of the widest array that is made of a block.
     """
     random = np.random.default_rng(seed)
     share = np.full(clusters, 1 / clusters)
-    left = RESAMPLES
+    left = count
     while left:
         block = min(left, max(1, _HELD // width))
         left -= block
