@@ -1,4 +1,4 @@
-"""What keeping the best of n answers is worth, from N scored answers to one prompt."""
+"""What keeping the best of n samples gives: pure functions of the scores of N ≥ n samples."""
 
 from __future__ import annotations
 
@@ -10,37 +10,56 @@ import numpy.typing as npt
 Floats = npt.NDArray[np.float64]
 
 
-def expected_best(scores: Floats, n: int) -> float:
-    """The expected highest score of n answers drawn from the N scored, without replacement.
+def expected_best(scores: npt.ArrayLike, n: int, values: npt.ArrayLike | None = None) -> float:
+    """Expected score of the best of n samples of a prompt, from the scores (N,) of N of them.
 
-    Σᵢ r₍ᵢ₎·C(i − 1, n − 1)/C(N, n) over the scores in ascending order r₍₁₎ ≤ … ≤ r₍ₙ₎: unbiased for
-    the expected best of n independent answers, with every score used.
+    The mean, over all C(N, n) ways to take n of the N, of the best one's score: Σ_i x_(i) ·
+    C(i − 1, n − 1) / C(N, n), with x_(1) ≤ … ≤ x_(N). Without bias for the expectation over fresh
+    samples, whatever N; the best of n drawn with replacement would be biased low.
+
+    Source: Nakano et al. 2021, "WebGPT", appendix I.
 
     Args:
-        scores: (N,) of independent answers to one prompt.
-        n: 1 to N.
+        scores: (N,) what is ranked by; higher is better.
+        n: How many are sampled, 1 to N.
+        values: (N,) what is averaged of the best one instead of its score (whether it is right,
+            another judge's score). Among equal scores any one is as likely to be taken.
 
-    Source: the estimator of pass@k of Chen et al. 2021, "Evaluating Large Language Models Trained
-    on Code", for scores instead of passes.
+    Raises:
+        ValueError: n is out of range, or the arrays' shapes are not (N,).
     """
-    total = len(scores)
-    if not 1 <= n <= total:
-        raise ValueError(f"best of {n} from {total} scores")
-    ways = np.array([_log_choose(rank - 1, n - 1) for rank in range(n, total + 1)])
-    log_share = ways - _log_choose(total, n)
-    return float(np.sort(scores)[n - 1 :] @ np.exp(log_share))
+    ranked_by = np.asarray(scores, np.float64)
+    counted = ranked_by if values is None else np.asarray(values, np.float64)
+    if ranked_by.ndim != 1 or counted.shape != ranked_by.shape:
+        raise ValueError(f"scores {ranked_by.shape} and values {counted.shape}: expected (N,)")
+    size = len(ranked_by)
+    if not 1 <= n <= size:
+        raise ValueError(f"the best of {n} can't be told from {size} samples")
+    order = np.argsort(ranked_by, kind="stable")
+    _, tie, counts = np.unique(ranked_by[order], return_inverse=True, return_counts=True)
+    by_tie = np.bincount(tie, weights=best_weights(size, n)) / counts
+    return float((by_tie[tie] * counted[order]).sum())
 
 
-def kl_bound(n: int) -> float:
-    """The most that keeping the best of n independent answers moves from their source, nats.
+def best_weights(size: int, n: int) -> Floats:
+    """How likely the i-th worst of `size` samples is the best of n of them, (size,); sums to 1.
 
-    log n − (n − 1)/n, an upper bound of KL(best of n‖one).
+    C(i − 1, n − 1) / C(size, n), through logarithms: the binomials of 1,000 overflow.
+    """
+    log_factorial = np.concatenate([[0.0], np.cumsum(np.log(np.arange(1, size + 1)))])
+    below = np.arange(n - 1, size)  # of the ones that can be best: how many are worse
+    chosen = log_factorial[below] - log_factorial[n - 1] - log_factorial[below - n + 1]
+    every = log_factorial[size] - log_factorial[n] - log_factorial[size - n]
+    weights = np.zeros(size)
+    weights[n - 1 :] = np.exp(chosen - every)
+    return weights
 
-    Source: Stiennon et al. 2020; a bound by Beirami et al. 2024, "Theoretical guarantees on the
-    best-of-n alignment policy".
+
+def best_of_kl(n: int) -> float:
+    """Upper bound (nats) of KL(best of n independent samples ‖ one sample): log n − (n − 1)/n.
+
+    It is reached where no two completions are the same and none score alike.
+
+    Source: Beirami et al. 2024, "Theoretical guarantees on the best-of-n alignment policy".
     """
     return math.log(n) - (n - 1) / n
-
-
-def _log_choose(n: int, k: int) -> float:
-    return math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mlx_align.inference.best_of import expected_best, kl_bound
+from mlx_align.inference.best_of import best_of_kl, expected_best
 from mlx_align.inference.statistics import (
     Clusters,
     Estimate,
@@ -227,7 +227,7 @@ def best_of_curve(scores: Floats, *, seed: int) -> list[BestOf]:
         best = np.array([expected_best(row, n) for row in scores])
         score = mean_estimate(best, prompt, seed=seed)
         gain = mean_estimate(best - one, prompt, seed=seed)
-        curve.append(BestOf(n, score, gain, kl_bound(n)))
+        curve.append(BestOf(n, score, gain, best_of_kl(n)))
     return curve
 
 
