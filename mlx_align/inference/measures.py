@@ -221,7 +221,7 @@ class BestOf:
 def best_of_curve(scores: Floats, *, seed: int) -> list[BestOf]:
     """From n = 1 to K, of scores (P, K) of K answers to P prompts."""
     prompt = np.arange(len(scores))
-    one = scores.mean(axis=1)
+    one = np.array([expected_best(row, 1) for row in scores])
     curve = []
     for n in range(1, scores.shape[1] + 1):
         best = np.array([expected_best(row, n) for row in scores])

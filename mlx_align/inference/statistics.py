@@ -220,12 +220,14 @@ def _resamples(clusters: int, width: int, seed: int, count: int = RESAMPLES) -> 
     `width` is that of the widest array that is made of a block.
     """
     random = np.random.default_rng(seed)
-    share = np.full(clusters, 1 / clusters)
     left = count
     while left:
         block = min(left, max(1, _HELD // width))
         left -= block
-        yield random.multinomial(clusters, share, block).astype(np.float64)
+        drawn = random.integers(0, clusters, (block, clusters))
+        drawn += np.arange(block)[:, None] * clusters
+        counts = np.bincount(drawn.ravel(), minlength=block * clusters)
+        yield counts.reshape(block, clusters).astype(np.float64)
 
 
 def sigmoid(x: Floats) -> Floats:
