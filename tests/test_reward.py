@@ -350,9 +350,9 @@ def test_combining_members(ensemble):
 
 
 def _group(prompt, completions):
-    from mlx_align.inference.reward_model import _as_group
+    from mlx_align.inference.scored import as_group
 
-    return _as_group(prompt, completions)
+    return as_group("score()", prompt, completions)
 
 
 def test_company_does_not_change_a_score(ensemble, monkeypatch):

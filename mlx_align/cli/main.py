@@ -25,6 +25,7 @@ from mlx_align.cli.eval import evaluate
 from mlx_align.cli.fuse import fuse
 from mlx_align.cli.kto import kto
 from mlx_align.cli.plan import plan
+from mlx_align.cli.rerank import rerank
 from mlx_align.cli.reward import reward
 from mlx_align.cli.score import score
 from mlx_align.cli.sft import sft
@@ -40,7 +41,7 @@ def cli() -> None:
     """
 
 
-for command in (dpo, kto, sft, reward, score, evaluate, fuse, data, cache, plan):
+for command in (dpo, kto, sft, reward, rerank, score, evaluate, fuse, data, cache, plan):
     cli.add_command(command)
 
 

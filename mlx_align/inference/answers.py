@@ -11,8 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mlx_align.config import EvalConfig
-from mlx_align.inference.compared import Bars, compared_logps
-from mlx_align.inference.finished import Roles
+from mlx_align.inference.compared import Bars, Roles, compared_logps
 from mlx_align.inference.held_out import Question
 from mlx_align.inference.reward_model import RewardModel
 from mlx_align.inference.score import Scorer

@@ -26,8 +26,8 @@ from mlx_align.inference.answers import (
     judge_answers,
     load_judge,
 )
-from mlx_align.inference.compared import Bars, compared_logps
-from mlx_align.inference.finished import Finished, load_roles, read_run
+from mlx_align.inference.compared import Bars, compared_logps, load_roles
+from mlx_align.inference.finished import Finished, read_run
 from mlx_align.inference.held_out import (
     HeldOut,
     Question,

@@ -1,21 +1,33 @@
-"""From scored groups to the comparisons that a reward model's report is made of."""
+"""From scored groups to the comparisons that reports are made of."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from mlx_align.data.comparisons import Compared
 from mlx_align.inference.evaluate import Judged, RewardReport, report
+from mlx_align.inference.statistics import Floats
 from mlx_align.types import TokenizedGroup
+
+Scores = npt.NDArray[np.floating[Any]]
+
+
+class Comparisons(NamedTuple):
+    """All that is compared, at least one of it decided, and every completion's score and length."""
+
+    judged: Judged
+    scores: Floats
+    lengths: Floats
 
 
 def judge(
     groups: Sequence[TokenizedGroup],
     compared: Sequence[Compared],
-    scores: Sequence[npt.NDArray[np.float32]],
+    scores: Sequence[Scores],
     *,
     seed: int = 0,
 ) -> RewardReport | None:
@@ -27,6 +39,14 @@ def judge(
         scores: Per group (K, members).
         seed: Of the bootstrap.
     """
+    found = comparisons(groups, compared, scores)
+    return None if found is None else report(*found, seed=seed)
+
+
+def comparisons(
+    groups: Sequence[TokenizedGroup], compared: Sequence[Compared], scores: Sequence[Scores]
+) -> Comparisons | None:
+    """What the report is made of; arguments as in `judge`, None if nothing is decided."""
     rows: list[tuple[float, float, int, int, int]] = []
     every_score: list[float] = []
     every_length: list[int] = []
@@ -47,9 +67,8 @@ def judge(
     if not any(p > 0.5 for _, p, *_ in rows):
         return None
     columns = np.array(rows, np.float64).T
-    return report(
+    return Comparisons(
         Judged(columns[0], columns[1], columns[2], columns[3], columns[4].astype(np.int64)),
         np.array(every_score),
         np.array(every_length, np.float64),
-        seed=seed,
     )

@@ -10,47 +10,26 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 from mlx.utils import tree_flatten
 
-from mlx_align.data.batching import collate_groups
-from mlx_align.data.conversations import as_text
 from mlx_align.data.rendering import ChatStyle, chat_style
-from mlx_align.data.shapes import ROUND, Shape
-from mlx_align.data.sources import Row
-from mlx_align.data.tokenize import TOO_LONG, try_tokenize_group
 from mlx_align.errors import ConfigError, DataError, ModelError
+from mlx_align.inference.score import run_groups
+from mlx_align.inference.scored import Prompt, Scored, as_group, tokenize_to_score
 from mlx_align.models.adapters import install, load_tree, read_layout, read_weights
 from mlx_align.models.classifiers import AT_END_TOKEN, MARK, is_classifier, padding_id
 from mlx_align.models.heads import HEAD_NAME, completion_scores, put_head, read_head
 from mlx_align.models.loading import LanguageModel, ModelFolder, load_language_model, open_model
-from mlx_align.types import Message, PromptGroup, Text, TokenizedGroup
+from mlx_align.types import PromptGroup, TokenizedGroup
 
 Scores = npt.NDArray[np.float32]
 COMBINATIONS = ("mean", "min", "mean-variance")
 MAX_SEQ_LENGTH = 4096
 BATCH_SIZE = 4
-
-
-@dataclass(frozen=True, slots=True)
-class Scored:
-    """What became of one group.
-
-    Attributes:
-        scores: (K,) the members' combined scores; None where the group can't be scored.
-        members: (K, members) each member's.
-        reason: Why there are none.
-        tokens: The group as it was read; None where it could not be.
-    """
-
-    scores: Scores | None
-    members: Scores | None = None
-    reason: str = ""
-    tokens: TokenizedGroup | None = None
 
 
 @dataclass(frozen=True)
@@ -131,7 +110,7 @@ class RewardModel:
 
     def score(
         self,
-        prompt: str | Sequence[Mapping[str, str]],
+        prompt: Prompt,
         completions: Sequence[str | Sequence[Mapping[str, str]]],
     ) -> list[float]:
         """Scores of completions of one prompt, in their order; higher is better.
@@ -144,64 +123,35 @@ class RewardModel:
         Raises:
             DataError: The prompt and a completion are too long together, or can't be rendered.
         """
-        (scored,) = self.score_groups([_as_group(prompt, completions)])
+        (scored,) = self.score_groups([as_group("score()", prompt, completions)])
         if scored.scores is None:
             raise DataError(f"can't be scored: {scored.reason}")
         return [float(score) for score in scored.scores]
 
     def score_groups(self, groups: Sequence[PromptGroup]) -> list[Scored]:
         """What each group's completions score, in the groups' order."""
-        results = [
-            try_tokenize_group(
-                group, self.style, max_seq_length=self.max_seq_length, drop_identical=False
-            )
-            for group in groups
-        ]
+        results = tokenize_to_score(groups, self.style, self.max_seq_length)
         tokens = [
-            None if result.group is None else self._as_read(group, result.group)
+            self._as_read(group, result)
             for group, result in zip(groups, results, strict=True)
+            if isinstance(result, TokenizedGroup)
         ]
-        found = self.score_tokens([group for group in tokens if group is not None])
-        scored = []
-        for result, group in zip(results, tokens, strict=True):
-            if group is None:
-                reason = result.dropped or ""
-                if reason == TOO_LONG:
-                    reason += f" ({result.length} tokens, at most {self.max_seq_length})"
-                scored.append(
-                    Scored(None, reason=reason + (result.detail and f": {result.detail}"))
-                )
-                continue
-            members = found.pop(0)
-            combined = combine_members(members, self.combine, self.variance_penalty)
-            scored.append(Scored(combined, members, tokens=group))
-        return scored
+        found = iter(zip(tokens, self.score_tokens(tokens), strict=True))
+        return [
+            self._combined(*next(found)) if isinstance(result, TokenizedGroup) else result
+            for result in results
+        ]
 
     def score_tokens(self, groups: Sequence[TokenizedGroup]) -> list[Scores]:
         """Per group (K, members) scores of its completions, each read at its last token."""
-        scores: list[Scores] = [np.zeros((0, 0), np.float32)] * len(groups)
+        anatomy, shared = self.model.anatomy, self.model.shared
+        return run_groups(
+            groups, lambda batch: completion_scores(anatomy, batch, shared=shared), self.batch_size
+        )
 
-        def size(index: int) -> tuple[int, int, int]:
-            group = groups[index]
-            longest = max(len(completion) for completion in group.completions)
-            return len(group.completions), len(group.prompt), longest
-
-        # Groups of like size run together: equally many completions have to.
-        waiting = sorted(range(len(groups)), key=size)
-        while waiting:
-            count = size(waiting[0])[0]
-            batch = [i for i in waiting[: self.batch_size] if size(i)[0] == count]
-            waiting = waiting[len(batch) :]
-            sizes = [size(index) for index in batch]
-            prompt, completion = (-(-max(s[k] for s in sizes) // ROUND) * ROUND for k in (1, 2))
-            shape = Shape(prompt, completion, len(batch))
-            collated = collate_groups([groups[i] for i in batch], shape)
-            found = np.array(
-                completion_scores(self.model.anatomy, collated, shared=self.model.shared)
-            )
-            for place, index in enumerate(batch):
-                scores[index] = found[place * count : (place + 1) * count]
-        return scores
+    def _combined(self, group: TokenizedGroup, members: Scores) -> Scored:
+        combined = combine_members(members, self.combine, self.variance_penalty)
+        return Scored(combined, members, tokens=group)
 
     def _as_read(self, text: PromptGroup, group: TokenizedGroup) -> TokenizedGroup:
         """The group with its completions ended as the model reads them; every token counts."""
@@ -277,21 +227,3 @@ def _reading(folder: ModelFolder, style: ChatStyle) -> tuple[tuple[int, ...], in
     # A classifier of the hub was trained on whole renderings of its template.
     behind = () if folder.config.get(MARK) == AT_END_TOKEN else style.ending[1:]
     return behind, padding_id(folder.path, folder.config)
-
-
-def _as_group(prompt: Any, completions: Sequence[Any]) -> PromptGroup:
-    row = Row("score()", {})
-    if isinstance(completions, str) or not completions:
-        raise DataError("score(): completions has to be a list of at least one")
-    question = as_text(row, "prompt", _plain(prompt))
-    answers: list[Text] = [as_text(row, "completions", _plain(text)) for text in completions]
-    if not isinstance(question, str) or any(not isinstance(text, str) for text in answers):
-        question = (Message("user", question),) if isinstance(question, str) else question
-        answers = [
-            (Message("assistant", text),) if isinstance(text, str) else text for text in answers
-        ]
-    return PromptGroup(question, tuple(answers), row.source)
-
-
-def _plain(value: Any) -> Any:
-    return value if isinstance(value, str) else [dict(turn) for turn in value]

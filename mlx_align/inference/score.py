@@ -6,9 +6,10 @@ from collections.abc import Callable, Sequence
 
 import mlx.core as mx
 import numpy as np
+import numpy.typing as npt
 
 from mlx_align.data.batching import collate_groups, epoch_order
-from mlx_align.data.shapes import AnyShape
+from mlx_align.data.shapes import ROUND, AnyShape, Shape
 from mlx_align.models.heads import completion_scores
 from mlx_align.models.loading import LanguageModel
 from mlx_align.models.logps import batch_token_logps
@@ -78,3 +79,37 @@ def score_groups(
         if on_batch is not None:
             on_batch(list(batch.indices), [scores[i] for i in batch.indices])
     return scores
+
+
+def run_groups(
+    groups: Sequence[TokenizedGroup], run: Callable[[GroupBatch], mx.array], batch_size: int
+) -> list[npt.NDArray[np.float32]]:
+    """Per group the rows (K, …) that `run` gives of its completions, in the groups' order.
+
+    Nothing is compiled: made for groups that come few at a time and in any size.
+
+    Args:
+        groups: Each with as many completions as it has.
+        run: A batch of N completions -> (N, …).
+        batch_size: Prompts to run at once.
+    """
+    found: list[npt.NDArray[np.float32]] = [np.zeros((0, 0), np.float32)] * len(groups)
+
+    def size(index: int) -> tuple[int, int, int]:
+        group = groups[index]
+        longest = max(len(completion) for completion in group.completions)
+        return len(group.completions), len(group.prompt), longest
+
+    # Groups of like size run together: equally many completions have to.
+    waiting = sorted(range(len(groups)), key=size)
+    while waiting:
+        count = size(waiting[0])[0]
+        batch = [i for i in waiting[:batch_size] if size(i)[0] == count]
+        waiting = waiting[len(batch) :]
+        sizes = [size(index) for index in batch]
+        prompt, completion = (-(-max(s[k] for s in sizes) // ROUND) * ROUND for k in (1, 2))
+        shape = Shape(prompt, completion, len(batch))
+        rows = np.array(run(collate_groups([groups[i] for i in batch], shape)))
+        for place, index in enumerate(batch):
+            found[index] = rows[place * count : (place + 1) * count]
+    return found

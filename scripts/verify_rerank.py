@@ -1,0 +1,136 @@
+"""Best-of-n on the starter: does keeping the answer with the best implicit reward give right ones?
+
+Trains the starter for a moment with `mlx-align dpo`, samples answers to its held-out questions from
+the policy at temperature 1, and asks, for n from 1 up, how often the best of n by implicit reward
+names the capital: by the unbiased estimator from all samples, summed over tokens and per token,
+with 95% intervals over questions. Beside it, what choosing by the policy's own log-prob gives, and
+the most that could be: that one of the n is right.
+
+    python scripts/verify_rerank.py                 # some minutes
+    python scripts/verify_rerank.py --iters 20 --samples 16
+
+Ends with 1 unless best-of-8 beats one sample, beyond both intervals, and the curve rises.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+import sys
+import tempfile
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from mlx_align.cli.main import run as mlx_align
+from mlx_align.data.formats import read_prompts
+from mlx_align.inference.best_of import expected_best
+from mlx_align.inference.evaluate import bootstrap_interval
+from mlx_align.inference.ranking import Ranking
+from mlx_align.inference.rerank import Reranker
+from mlx_align.shipped import shipped_file
+from mlx_align.types import PromptGroup
+
+ACROSS = (1, 2, 4, 8, 16, 32)
+WAYS = ("sum", "per token", "policy's log-prob", "one is right")
+Values = npt.NDArray[np.float64]
+
+
+def main() -> None:
+    """Train, sample, rank, print; exit code 1 if what is claimed does not hold."""
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser.add_argument("--iters", type=int, default=40, help="updates of DPO before")
+    parser.add_argument("--samples", type=int, default=32, help="answers per question")
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        run = Path(folder) / "run"
+        train(run, arguments.iters)
+        rankings = sampled(run, arguments.samples, arguments.seed)
+    curves = {way: curve(rankings, way) for way in WAYS}
+    print(f"{len(rankings)} held-out questions, {arguments.samples} answers each")
+    print(table(curves, [n for n in ACROSS if n <= arguments.samples]))
+    first, best = curves["sum"][1], curves["sum"][min(8, arguments.samples)]
+    means = [mean for _, (mean, _, _) in sorted(curves["sum"].items())]
+    if not (best[1] > first[2] and all(later > earlier for earlier, later in pairwise(means))):
+        sys.exit("best-of-n is not what is claimed")
+
+
+def train(run: Path, iters: int) -> None:
+    """A short run of DPO on the starter."""
+    options = ["-c", str(shipped_file("starter.yaml")), "--iters", str(iters), "--samples", "0"]
+    cache = ["--reference-cache", str(run.parent / "cache")]
+    with contextlib.redirect_stdout(io.StringIO()):
+        if mlx_align(["dpo", *options, *cache, "--val-batches", "1", "--output", str(run)]):
+            sys.exit("training failed")
+
+
+def sampled(run: Path, samples: int, seed: int) -> list[Ranking]:
+    """The ranked answers to every held-out question."""
+    groups, _ = read_prompts(str(shipped_file("starter")), "valid")
+    asked = list({group.prompt: group for group in groups}.values())
+    reranker = Reranker.load(str(shipped_file("starter/model")), run)
+    return reranker.sample_groups(asked, samples, max_tokens=40, seed=seed)
+
+
+def is_right(group: PromptGroup, text: str) -> bool:
+    """Whether an answer names the capital of the country asked about, and no other city of it."""
+    question = group.prompt[-1].content.lower()  # type: ignore[union-attr]
+    (country,) = [c for c in countries() if c["name"].lower() in question]
+    return country["capital"] in text and country["biggest"] not in text
+
+
+def countries() -> list[dict[str, Any]]:
+    """The starter's world."""
+    world = json.loads((shipped_file("starter") / "world.json").read_text(encoding="utf-8"))
+    found: list[dict[str, Any]] = world["countries"]
+    return found
+
+
+def spread(ranking: Ranking, way: str) -> tuple[Values, Values]:
+    """Scores and rightness of every sample of a question, each as often as it was drawn."""
+    scores, right = [], []
+    for one in ranking.ranked:
+        by = {
+            "sum": one.score,
+            "per token": one.score / one.tokens,
+            "policy's log-prob": one.policy_logp,
+            "one is right": float(is_right(ranking.prompt, one.text)),
+        }
+        scores += [by[way]] * one.count
+        right += [float(is_right(ranking.prompt, one.text))] * one.count
+    return np.array(scores, np.float64), np.array(right)
+
+
+def curve(rankings: Sequence[Ranking], way: str) -> dict[int, tuple[float, float, float]]:
+    """For each n: how often the best of n is right, with its 95% interval over questions."""
+    every = [spread(ranking, way) for ranking in rankings]
+    size = len(every[0][0])
+    found = {}
+    for n in [n for n in ACROSS if n <= size]:
+        shares = np.array([expected_best(scores, n, right) for scores, right in every])
+        low, high = bootstrap_interval(shares, np.arange(len(shares)))
+        found[n] = float(shares.mean()), low, high
+    return found
+
+
+def table(curves: dict[str, dict[int, tuple[float, float, float]]], across: Sequence[int]) -> str:
+    """The curves as Markdown."""
+    lines = [
+        "| right answers, best of | " + " | ".join(str(n) for n in across) + " |",
+        "|---" * (len(across) + 1) + "|",
+    ]
+    for way, found in curves.items():
+        cells = (f"{m:.1%} ({low:.1%} to {high:.1%})" for m, low, high in map(found.get, across))
+        lines.append(f"| {way} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

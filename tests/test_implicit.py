@@ -1,0 +1,314 @@
+"""Implicit rewards against two separately loaded models, whole rows and full logits."""
+
+import hashlib
+import json
+from itertools import pairwise
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx_lm import load as mlx_lm_load
+from mlx_lm.convert import convert
+from test_trunk import scramble
+
+from mlx_align.cli.main import run
+from mlx_align.config import DpoConfig, KtoConfig, SftConfig
+from mlx_align.errors import ConfigError, ModelError
+from mlx_align.inference.finished import read_run
+from mlx_align.inference.implicit import implicit_rewards, load_implicit, load_logps
+from mlx_align.inference.ranking import ranking_of
+from mlx_align.inference.scored import Scored, as_group
+from mlx_align.inference.terms import terms_of
+from mlx_align.inference.trees import common_layout
+from mlx_align.models.adapters import AdapterLayout, install, save_adapter
+from mlx_align.models.compat import load_weights
+from mlx_align.settings import to_yaml
+from mlx_align.types import Message, TokenizedGroup
+
+TINY = Path(__file__).parent / "oracle" / "models" / "policy"
+PROMPT = [{"role": "user", "content": "Is the sun good, or is rain?"}]
+ANSWERS = ["yes", "no, never", "the sun is good and the rain is not", "", "yes and no and yes"]
+GIVEN = [text for text in ANSWERS if text]
+
+
+def adapter(folder, layout, config=None, *, base=TINY, seed=1, size=0.2):
+    """A trained-looking adapter on disk, with the config.yaml of a run."""
+    model = load_weights(base)
+    mx.random.seed(seed)
+    install(model, layout)
+    scramble(model, size)
+    folder.mkdir()
+    save_adapter(folder, model.trainable_parameters(), layout, str(base))
+    if config is not None:
+        (folder / "config.yaml").write_text(to_yaml(config))
+    return folder
+
+
+def config(**options):
+    return DpoConfig(model=str(TINY), data="pairs", **options)
+
+
+def whole_row_logps(group, adapter_path, base=TINY):
+    """Per completion the log-probs of its tokens, by stock mlx-lm on one whole row at a time."""
+    where = None if adapter_path is None else str(adapter_path)
+    model, _ = mlx_lm_load(str(base), adapter_path=where)
+    rows = []
+    for completion in group.completions:
+        tokens = np.concatenate([group.prompt, completion])
+        logits = np.array(model(mx.array(tokens[None, :-1]))[0].astype(mx.float32), np.float64)
+        logits = logits[len(group.prompt) - 1 :]
+        peak = logits.max(-1, keepdims=True)
+        logps = logits - peak - np.log(np.exp(logits - peak).sum(-1, keepdims=True))
+        rows.append(logps[np.arange(len(completion)), completion])
+    return rows
+
+
+def explicit(group, policy, reference, beta, base=TINY):
+    pairs = zip(
+        whole_row_logps(group, policy, base), whole_row_logps(group, reference, base), strict=True
+    )
+    return np.array([beta * (p - r).sum() for p, r in pairs])
+
+
+STARTS = {
+    "bare base": None,
+    "other rank and scale": AdapterLayout(rank=2, scale=7.0),
+    "other layers": AdapterLayout(rank=3, scale=0.5, num_layers=1, keys=("self_attn.v_proj",)),
+    "a larger rank": AdapterLayout(rank=9, scale=1.0),
+}
+
+
+@pytest.mark.parametrize("start", STARTS)
+def test_it_is_an_explicit_two_model_computation(tmp_path, start):
+    init = None
+    if STARTS[start] is not None:
+        init = adapter(tmp_path / "init", STARTS[start], seed=2)
+    options = {} if init is None else {"init_adapter": str(init)}
+    folder = adapter(tmp_path / "run", AdapterLayout(rank=4, scale=2.0), config(**options))
+    implicit, said = load_implicit(str(TINY), folder)
+    (scored,) = implicit.score_groups([as_group("row", PROMPT, ANSWERS)])
+    wanted = explicit(scored.tokens, folder, init, beta=0.1)
+    assert np.abs(wanted).max() > 0.05  # so that a wrong one would show
+    np.testing.assert_allclose(scored.scores, wanted, atol=1e-5)
+    assert ("reference: the bare base" in said) == (init is None)
+    for found, where in ((scored.policy_logps, folder), (scored.reference_logps, init)):
+        totals = [row.sum() for row in whole_row_logps(scored.tokens, where)]
+        np.testing.assert_allclose(found, totals, atol=2e-5)
+    per_token, _ = load_implicit(str(TINY), folder, per_token=True, beta=3.0)
+    (again,) = per_token.score_groups([as_group("row", PROMPT, ANSWERS)])
+    lengths = [len(ids) for ids in scored.tokens.completions]
+    np.testing.assert_allclose(again.scores, 30 * wanted / lengths, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["dora", "full"])
+def test_other_kinds_of_fine_tuning(tmp_path, kind):
+    folder = adapter(tmp_path / "run", AdapterLayout(kind, rank=4), config(beta=0.5), size=0.02)
+    implicit, _ = load_implicit(str(TINY), folder)
+    (scored,) = implicit.score_groups([as_group("row", PROMPT, ANSWERS)])
+    wanted = explicit(scored.tokens, folder, None, beta=0.5)
+    assert np.abs(wanted).max() > 0.01
+    np.testing.assert_allclose(scored.scores, wanted, atol=1e-5)
+
+
+def test_a_quantised_base(tmp_path):
+    convert(str(TINY), str(tmp_path / "base"), quantize=True, q_bits=4, q_group_size=32)
+    base = tmp_path / "base"
+    folder = adapter(tmp_path / "run", AdapterLayout(rank=4), config(), base=base)
+    implicit, _ = load_implicit(str(base), folder)
+    (scored,) = implicit.score_groups([as_group("row", PROMPT, ANSWERS)])
+    wanted = explicit(scored.tokens, folder, None, 0.1, base)
+    np.testing.assert_allclose(scored.scores, wanted, atol=1e-4)
+
+
+def test_logps_are_the_models(tmp_path):
+    folder = adapter(tmp_path / "run", AdapterLayout(rank=4), config())
+    for where in (None, folder):
+        scorer, _ = load_logps(str(TINY), where)
+        (scored,) = scorer.score_groups([as_group("row", PROMPT, ANSWERS)])
+        totals = [row.sum() for row in whole_row_logps(scored.tokens, where)]
+        np.testing.assert_allclose(scored.scores, totals, atol=2e-5)
+        assert scored.reference_logps is None
+
+
+def test_ranking_by_the_optimal_policy_is_ranking_by_the_reward():
+    random = np.random.default_rng(0)
+    reference = random.normal(size=8)
+    reference -= np.log(np.exp(reference).sum())
+    reward, beta = random.normal(size=8), 0.5
+    optimum = reference + reward / beta
+    partition = np.log(np.exp(optimum).sum())
+    optimum -= partition
+    rows = [[np.array([v], np.float64)] for v in optimum], [[np.array([v])] for v in reference]
+    one = [np.ones(1, bool)]
+    implicit = np.concatenate(
+        [implicit_rewards(p, r, one, beta) for p, r in zip(*rows, strict=True)]
+    )
+    np.testing.assert_allclose(reward - implicit, beta * partition, atol=1e-12)
+    group = as_group("bandit", "Which?", [f"arm {k}" for k in range(8)])
+    texts = [str(text) for text in group.completions]
+    tokens = TokenizedGroup(np.zeros(1, np.int32), (np.zeros(1, np.int32),) * 8, "bandit")
+    chosen = [
+        ranking_of(group, Scored(by, tokens=tokens), texts)
+        for by in (implicit, reward, reward + 1e3)
+    ]
+    orders = [[one.index for one in ranking.ranked] for ranking in chosen]
+    assert orders[0] == orders[1] == orders[2] == list(np.argsort(-reward))
+    # The log-probs of the optimum alone are another order: they have the reference in them.
+    assert orders[0] != list(np.argsort(-optimum))
+
+
+def test_long_sums_keep_their_difference():
+    policy = [np.full(4000, -0.25, np.float32) + np.float32(1e-5)]
+    reference = [np.full(4000, -0.25, np.float32)]
+    (found,) = implicit_rewards(policy, reference, [np.ones(4000, bool)], 1.0)
+    assert found == pytest.approx(4000 * float(policy[0][0] - reference[0][0]), rel=1e-6)
+
+
+def test_beta_is_the_runs(tmp_path):
+    def terms(name, config, **given):
+        folder = tmp_path / name
+        if not folder.exists():
+            adapter(folder, AdapterLayout(rank=2), config)
+        return terms_of(read_run(folder), **given)
+
+    assert terms("default", config()).beta == 0.1
+    assert terms("given", config(beta=0.3)).beta == 0.3
+    assert terms("option", config(loss_option={"beta": 0.4})).beta == 0.4
+    assert terms("sum", config(loss="sft=0.5,sigmoid=1", beta=0.2)).beta == 0.2
+    # Of a sum, that of the loss which is held to a reference: simpo's own default is 2.
+    assert terms("mixed", config(loss="simpo=1,sigmoid=1")).beta == 0.1
+    assert terms("ipo", config(loss="ipo")).per_token
+    assert not terms("ipo", config(loss="ipo"), per_token=False).per_token
+    kto = KtoConfig(model=str(TINY), data="rows", beta=0.25)
+    assert terms("kto", kto).beta == 0.25
+    for name, made in (
+        ("simpo", config(loss="simpo")),
+        ("sft", SftConfig(model=str(TINY), data="rows")),
+    ):
+        with pytest.raises(ConfigError, match="has no β of a reward against a reference; give --b"):
+            terms(name, made)
+        assert terms(name, made, beta=1.5).beta == 1.5
+    with pytest.raises(ConfigError, match=r"no config\.yaml in it.*give --beta"):
+        terms("foreign", None)
+    assert terms("foreign", None, beta=0.7).beta == 0.7
+    with pytest.raises(ConfigError, match="--beta -1: must be above 0"):
+        terms("default", config(), beta=-1)
+
+
+def test_a_reference_that_is_gone(tmp_path):
+    start = config(init_adapter=str(tmp_path / "gone"))
+    folder = adapter(tmp_path / "run", AdapterLayout(rank=2), start)
+    with pytest.raises(ModelError, match="say where it is with --reference-adapter"):
+        load_implicit(str(TINY), folder)
+    with pytest.raises(ModelError, match="--reference-adapter nowhere: no such folder"):
+        load_implicit(str(TINY), folder, reference_adapter="nowhere")
+    moved = adapter(tmp_path / "moved", AdapterLayout(rank=4, scale=5.0), seed=3)
+    implicit, said = load_implicit(str(TINY), folder, reference_adapter=moved)
+    (scored,) = implicit.score_groups([as_group("row", PROMPT, ANSWERS)])
+    wanted = explicit(scored.tokens, folder, moved, 0.1)
+    np.testing.assert_allclose(scored.scores, wanted, atol=1e-5)
+    assert str(moved) in said
+
+
+def test_layouts_in_common():
+    named = AdapterLayout(rank=4, num_layers=2, keys=("a", "b"))
+    both = common_layout([named, AdapterLayout(rank=9, num_layers=3, keys=("b", "c"), scale=8.0)])
+    assert both == AdapterLayout(rank=9, num_layers=3, keys=("a", "b", "c"), scale=named.scale)
+    assert common_layout([named, AdapterLayout()]).keys is None
+    assert common_layout([named, AdapterLayout()]).num_layers == -1
+    assert common_layout([named, AdapterLayout("dora")]) is None
+
+
+def test_only_answers_count(tmp_path):
+    """Of a completion of several turns, the user's are there and do not count."""
+    folder = adapter(tmp_path / "run", AdapterLayout(rank=4), config(beta=1.0))
+    implicit, _ = load_implicit(str(TINY), folder)
+    turns = [Message("assistant", "yes"), Message("user", "and rain?"), Message("assistant", "no")]
+    turns = [{"role": turn.role, "content": turn.content} for turn in turns]
+    (scored,) = implicit.score_groups([as_group("row", PROMPT, [turns])])
+    mask = scored.tokens.loss_masks[0]
+    assert 0 < mask.sum() < len(mask)
+    policy, reference = (whole_row_logps(scored.tokens, w)[0] for w in (folder, None))
+    assert scored.scores[0] == pytest.approx((policy - reference)[mask].sum(), abs=1e-5)
+
+
+# ---------------------------------------------------------------- mlx-align score
+
+
+def digest(folder):
+    return {
+        file.name: (hashlib.sha256(file.read_bytes()).hexdigest(), file.stat().st_mtime_ns)
+        for file in sorted(folder.rglob("*"))
+    }
+
+
+@pytest.fixture
+def score(tmp_path, monkeypatch, capsys):
+    """Runs `mlx-align score` on a few pairs; exit code, output rows, what was printed."""
+    monkeypatch.chdir(tmp_path)
+    rows = [
+        {"prompt": PROMPT, "chosen": assistant(chosen), "rejected": assistant(rejected), "id": i}
+        for i, (chosen, rejected) in enumerate(pairwise(GIVEN))
+    ]
+    Path("pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def call(*options):
+        Path("out.jsonl").unlink(missing_ok=True)
+        where = ["--model", str(TINY), "--data", "pairs.jsonl", "--output", "out.jsonl"]
+        code = run(["score", *where, *(str(option) for option in options)])
+        captured = capsys.readouterr()
+        if code:
+            return code, [], captured.err
+        lines = Path("out.jsonl").read_text().splitlines()
+        return code, [json.loads(line) for line in lines], captured.out
+
+    return call
+
+
+def assistant(text):
+    return [{"role": "assistant", "content": text}]
+
+
+def test_score_by_implicit_reward_and_log_probs(score, tmp_path):
+    folder = adapter(tmp_path / "run", AdapterLayout(rank=4), config(beta=0.5))
+    before = digest(folder)
+    code, rows, out = score("--adapter-path", folder, "--json")
+    assert code == 0
+    implicit, _ = load_implicit(str(TINY), folder)
+    (scored,) = implicit.score_groups([as_group("row", PROMPT, GIVEN)])
+    for i, row in enumerate(rows):
+        assert row["id"] == i
+        assert row["model_scores"] == pytest.approx(scored.scores[i : i + 2], abs=1e-6)
+        logratios = np.subtract(row["policy_logps"], row["reference_logps"])
+        np.testing.assert_allclose(0.5 * logratios, row["model_scores"], atol=1e-5)
+    pairs = json.loads(out)["pairs"]
+    margins = [row["model_scores"][0] - row["model_scores"][1] for row in rows]
+    assert pairs["margin"] == pytest.approx(np.mean(margins), abs=1e-9)
+    assert pairs["accuracy"] == pytest.approx(np.mean(np.array(margins) > 0))
+    assert pairs["margin_low"] <= pairs["margin"] <= pairs["margin_high"]
+    code, rows, out = score("--adapter-path", folder, "--logps", "--per-token")
+    assert code == 0
+    assert "log-probs of the completions, nats per token" in out
+    assert "margin" in out
+    totals = [row.sum() / len(row) for row in whole_row_logps(scored.tokens, folder)]
+    for i, row in enumerate(rows):
+        assert row["model_scores"] == pytest.approx(totals[i : i + 2], abs=1e-5)
+        assert "reference_logps" not in row
+    assert digest(folder) == before
+
+
+def test_score_mistakes(score, tmp_path):
+    folder = adapter(tmp_path / "run", AdapterLayout(rank=2), config())
+    for options, message in (
+        (("--adapter-path", folder, "--combine", "min"), "--combine: has no effect on implicit"),
+        (("--logps", "--beta", 0.2), "--beta: has no effect on --logps"),
+        (("--logps", "--variance-penalty", 1), "--variance-penalty: has no effect on --logps"),
+        (("--per-token",), "--per-token: has no effect on a reward model's scores"),
+        (("--adapter-path", "nowhere"), "--adapter-path nowhere: no such folder"),
+        ((), "no reward model by itself"),
+    ):
+        code, _, error = score(*options)
+        assert code == 1
+        assert message in error
+        assert error.count("\n") == 1
