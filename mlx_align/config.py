@@ -290,7 +290,7 @@ class EvalConfig:
     )
     perplexity_data: str | None = option(
         None,
-        "A text from elsewhere, whose perplexity is measured: .txt, or rows with a text each.",
+        "A text from elsewhere, whose perplexity is measured: a text file, or rows of text.",
         metavar="FILE",
     )
     # 64 prompts tell a win rate of 50% from one of about 65%; 4 answers to each steady the KL.

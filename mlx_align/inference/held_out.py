@@ -18,7 +18,7 @@ from mlx_align.data.formats import (
 )
 from mlx_align.data.groups import last_answers, to_pairs
 from mlx_align.data.rendering import ChatStyle, encode
-from mlx_align.data.sources import has_split, read_rows
+from mlx_align.data.sources import SUFFIXES, has_split, read_rows
 from mlx_align.data.splits import Reader, read_splits
 from mlx_align.data.tokenize import try_tokenize_group
 from mlx_align.errors import ConfigError, DataError
@@ -161,17 +161,21 @@ def choose_questions(
 
 
 def read_documents(file: str) -> list[PromptGroup]:
-    """Texts whose perplexity is measured: a plain text file, or data with a `text` per row.
+    """Texts whose perplexity is measured: data with a `text` per row, or any other file as text.
 
-    A plain file is one document per paragraph.
+    Of a file that is no data every paragraph is a document.
 
     Raises:
         DataError: It can't be read, or holds no text.
     """
     path = Path(file).expanduser()
-    if path.suffix not in (".txt", ".md"):
-        split = "valid" if has_split(file, "valid") else "train"
-        return read_supervised(file, split, "text")[0]
+    if path.suffix in SUFFIXES or not path.is_file():
+        try:
+            split = "valid" if has_split(file, "valid") else "train"
+            return read_supervised(file, split, "text")[0]
+        except DataError as error:
+            text = str(error).removeprefix("--data ")
+            raise DataError(f"--perplexity-data {text}") from error
     try:
         content = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

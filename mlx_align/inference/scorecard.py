@@ -82,9 +82,9 @@ def _wins(one: Wins, judge: str) -> str:
             f"reference's {one.reference_length:.0f}",
             f"  score: {one.reward:+.3f}, the reference's {one.reference_reward:+.3f}, gain "
             f"{one.reward_gain.value:+.3f} ({_range(one.reward_gain, _signed)})",
-            f"  {one.prompts:,} prompts, {one.answers:,} answers each: a true win rate nearer to "
-            f"50% than {100 * one.detectable:.1f} points would often go unseen (80% power, 5%)"
-            f"{left_out}",
+            f"  {one.prompts:,} prompts, each role answers {one.answers // one.prompts} times: "
+            f"a true rate within {100 * one.detectable:.1f} points of 50% may go unseen "
+            f"(80% power, 5%){left_out}",
         ]
     )
 
