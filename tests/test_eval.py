@@ -12,16 +12,19 @@ from mlx_lm import load as mlx_lm_load
 from mlx_align.cli.main import run
 from mlx_align.config import DpoConfig, KtoConfig, SftConfig
 from mlx_align.data.tokenize import tokenize_groups
+from mlx_align.inference.answers import answer_text
 from mlx_align.inference.finished import read_run
-from mlx_align.inference.held_out import read_held_out
+from mlx_align.inference.held_out import Question, read_held_out
 from mlx_align.models.adapters import AdapterLayout, install, load_tree, save_adapter
 from mlx_align.models.compat import load_weights
+from mlx_align.models.generation import Generated
 from mlx_align.models.loading import open_model
 from mlx_align.settings import to_yaml
 from mlx_align.train.preference import dpo_task, read_pairs
 from mlx_align.train.setup import prepare_data
 from mlx_align.train.supervised import sft_task
 from mlx_align.train.unpaired import kto_task
+from mlx_align.types import Message, PromptGroup, TokenizedGroup
 
 TINY = Path(__file__).parent / "oracle" / "models" / "policy"
 HOT = ("--learning-rate", "3e-3", "--warmup", 0, "--iters", 12)
@@ -297,6 +300,22 @@ def test_other_data_and_prompts_alone(tmp_path, runs, evaluate, capsys):
     shown = capsys.readouterr().out
     assert "Held-out pairs: none in the data" in shown
     assert "Win rate: not measured; it needs a judge, --reward-model." in shown
+
+
+def test_an_answer_as_text_goes_on_where_its_prompt_ends():
+    folder = open_model(str(TINY))
+    encode, end = folder.tokenizer.encode, min(folder.tokenizer.eos_token_ids)
+    for prompt, answer in (("Is the sun good?", " yes, it is"), ("ab", "cd e"), ("Say:\n", "\nno")):
+        asked, whole = encode(prompt), encode(prompt + answer)
+        assert whole[: len(asked)] == asked
+        tokens = TokenizedGroup(np.array(asked, np.int32), (), "one")
+        question = Question(PromptGroup(prompt, (), "one"), tokens)
+        rest = whole[len(asked) :]
+        for drawn, ended in ((rest, False), ([*rest, end], True)):
+            one = Generated(drawn, [0.0] * len(drawn), ended)
+            assert answer_text(folder, question, one) == answer
+        chat = Question(PromptGroup((Message("user", prompt),), (), "one"), tokens)
+        assert answer_text(folder, chat, Generated(rest, [], False)) == answer.strip()
 
 
 def test_a_screen_for_people(runs, text, capsys):

@@ -78,7 +78,7 @@ def draw_answers(
 
     def texts(every: list[list[Generated]]) -> list[list[str]]:
         return [
-            [_text(roles.model.folder, question, one) for one in answers]
+            [answer_text(roles.model.folder, question, one) for one in answers]
             for question, answers in zip(questions, every, strict=True)
         ]
 
@@ -121,7 +121,7 @@ def _generate(
     return answers
 
 
-def _text(folder: ModelFolder, question: Question, answer: Generated) -> str:
+def answer_text(folder: ModelFolder, question: Question, answer: Generated) -> str:
     """An answer as text that, behind its prompt, is what was sampled."""
     decode = folder.tokenizer.decode
     tokens = answer.tokens[: len(answer.tokens) - answer.ended]
