@@ -62,7 +62,7 @@ def option(
 
 def flag_of(name: str) -> str:
     """The command-line spelling of an option."""
-    return "--" + name.replace("_", "-")
+    return "-" * min(len(name), 2) + name.replace("_", "-")
 
 
 def resolve(

@@ -14,10 +14,10 @@ from test_oracle_trunk import (
 )
 
 from mlx_align.cli.main import run
+from mlx_align.data.groups import last_answers
 from mlx_align.losses.registry import TOKEN_LOSSES
 from mlx_align.train.supervised import (
     evaluate_demonstrations,
-    last_answers,
     supervised_objective,
 )
 from mlx_align.types import Message, PromptGroup, TokenizedGroup

@@ -21,6 +21,7 @@ from mlx_align import __version__
 from mlx_align.cli.cache import cache
 from mlx_align.cli.data import data
 from mlx_align.cli.dpo import dpo
+from mlx_align.cli.eval import evaluate
 from mlx_align.cli.fuse import fuse
 from mlx_align.cli.grpo import grpo
 from mlx_align.cli.kto import kto
@@ -53,6 +54,7 @@ for command in (
     grpo,
     score,
     rerank,
+    evaluate,
     fuse,
     data,
     cache,

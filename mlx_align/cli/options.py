@@ -10,14 +10,13 @@ from typing import Any
 
 import click
 
-from mlx_align.config import TrainConfig
 from mlx_align.errors import ConfigError
 from mlx_align.settings import flag_of
 
 _TYPES = {str: str, int: int, float: float}
 
 
-def config_options(kind: type[TrainConfig]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def config_options(kind: type[Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """A decorator that gives a command one option per field of `kind`.
 
     Options left out are not passed as defaults: the dataclass alone knows those, and what was

@@ -1,4 +1,4 @@
-"""Regrouping what was read: ranked lists as pairs, pairs as single answers, a part held out."""
+"""Regrouping what was read: lists as pairs, pairs as answers, last answers, a part held out."""
 
 from __future__ import annotations
 
@@ -51,6 +51,22 @@ def unpair(groups: Sequence[PromptGroup]) -> list[PromptGroup]:
         for group in groups
         for text, label in zip(group.completions, (True, False), strict=True)
     ]
+
+
+def last_answers(groups: Sequence[PromptGroup]) -> list[PromptGroup]:
+    """Conversations with all but what follows the last user's (or tool's) turn in the prompt."""
+    return [_last_answer(group) for group in groups]
+
+
+def _last_answer(group: PromptGroup) -> PromptGroup:
+    (answer,) = group.completions
+    if isinstance(answer, str) or isinstance(group.prompt, str):
+        return group
+    asked = [i for i, turn in enumerate(answer) if turn.role in ("user", "tool")]
+    if not asked:
+        return group
+    start = asked[-1] + 1
+    return replace(group, prompt=(*group.prompt, *answer[:start]), completions=(answer[start:],))
 
 
 def split_validation(

@@ -14,9 +14,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-Floats = npt.NDArray[np.float64]
+from mlx_align.inference.statistics import Floats, mean_estimate, sigmoid
 
-BOOTSTRAPS = 2000
 ECE_BINS = 10
 # Honest models of people's preferences reach 60–75%: more is a leak, or something easy like length.
 SUSPICIOUS = 0.9
@@ -162,19 +161,11 @@ def _share_right(difference: Floats) -> Floats:
 
 
 def bootstrap_interval(
-    values: Floats, cluster: npt.NDArray[np.int64], *, seed: int = 0, level: float = 0.95
+    values: Floats, cluster: npt.NDArray[np.int64], *, seed: int = 0
 ) -> tuple[float, float]:
-    """Percentile interval of the mean of `values` (n,), resampling whole clusters (n,)."""
-    _, index = np.unique(cluster, return_inverse=True)
-    sums = np.bincount(index, weights=values)
-    counts = np.bincount(index).astype(np.float64)
-    random = np.random.default_rng(seed)
-    means = []
-    for _ in range(BOOTSTRAPS):
-        drawn = random.integers(0, len(sums), len(sums))
-        means.append(sums[drawn].sum() / counts[drawn].sum())
-    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)
+    """95% percentile interval of the mean of `values` (n,), resampling whole clusters (n,)."""
+    found = mean_estimate(values, cluster, seed=seed)
+    return found.low, found.high
 
 
 def calibration_error(difference: Floats, probability: Floats) -> float:
@@ -192,7 +183,7 @@ def calibration_error(difference: Floats, probability: Floats) -> float:
 
 def calibration_bins(difference: Floats, probability: Floats) -> tuple[Bin, ...]:
     """The bins of `calibration_error` that hold anything, by rising confidence."""
-    confidence = _sigmoid(np.abs(difference))
+    confidence = sigmoid(np.abs(difference))
     right = np.where(difference >= 0, probability, 1 - probability)
     place = np.minimum(((confidence - 0.5) * 2 * ECE_BINS).astype(int), ECE_BINS - 1)
     counts = np.bincount(place, minlength=ECE_BINS)
@@ -212,7 +203,7 @@ def fitted_temperature(difference: Floats, probability: Floats) -> float | None:
     """
 
     def slope(inverse: float) -> float:
-        return float((difference * (probability - _sigmoid(inverse * difference))).sum())
+        return float((difference * (probability - sigmoid(inverse * difference))).sum())
 
     low, high = 1 / MAX_TEMPERATURE, 1 / MIN_TEMPERATURE
     if slope(low) <= 0 or slope(high) >= 0:
@@ -221,10 +212,6 @@ def fitted_temperature(difference: Floats, probability: Floats) -> float | None:
         middle = np.sqrt(low * high)
         low, high = (middle, high) if slope(middle) > 0 else (low, middle)
     return float(1 / np.sqrt(low * high))
-
-
-def _sigmoid(x: Floats) -> Floats:
-    return 0.5 * (1 + np.tanh(0.5 * x))
 
 
 def spearman(one: Floats, other: Floats) -> float | None:

@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
 import yaml
-from mlx.utils import tree_flatten
 
 from mlx_align.config import DpoConfig, KtoConfig, SftConfig, TrainConfig
 from mlx_align.errors import ConfigError, ModelError
@@ -22,15 +20,9 @@ from mlx_align.losses.registry import combine, parse_losses, resolve_options
 from mlx_align.models.adapters import (
     ADAPTER_CONFIG,
     AdapterLayout,
-    compute_dtype,
-    install,
-    load_tree,
     read_layout,
-    read_weights,
 )
-from mlx_align.models.heads import HEAD_NAME, has_head
-from mlx_align.models.loading import LanguageModel, ModelFolder, load_language_model
-from mlx_align.models.roles import Tree
+from mlx_align.models.heads import has_head
 from mlx_align.settings import resolve
 
 CONFIG, SUMMARY, CHECKPOINTS = "config.yaml", "summary.json", "checkpoints"
@@ -57,13 +49,6 @@ class Finished:
     config: TrainConfig | None = None
     beta: float | None = None
     loss_on: str | None = None
-
-
-class Roles:
-    """One base in memory, and the two trees that it plays."""
-
-    def __init__(self, model: LanguageModel, policy: Tree, reference: Tree) -> None:
-        self.model, self.policy, self.reference = model, policy, reference
 
 
 def read_run(adapter_path: str | Path) -> Finished:
@@ -133,56 +118,3 @@ def _beta(command: str, file: Path) -> float | None:
     if command == "sft":
         resolve(SftConfig, {}, file)
     return None
-
-
-def load_roles(folder: ModelFolder, run: Finished) -> Roles:
-    """Load the base once, with the run's policy and the reference it was held to.
-
-    The reference is the tree the run started from: its init adapter, or the bare base.
-
-    Raises:
-        ModelError: The model can't be loaded, the run is not one of it, or the adapter that the
-            run started from is gone.
-    """
-    init = _init_adapter(run)
-    model = load_language_model(folder)
-    if HEAD_NAME in model.module:
-        raise ModelError(f"--model {folder.name}: a sequence classifier, which writes no text")
-    if run.config is not None and run.layout.fine_tune_type == "lora":
-        dtypes = {array.dtype for _, array in tree_flatten(model.module.parameters())}
-        dtype = compute_dtype(run.config.adapter_dtype, dtypes)
-        model = replace(model, adapter_dtype=dtype)
-    layout = replace(run.layout, dropout=0.0)
-    try:
-        bare = install(model.module, layout)
-        _check_names(run, bare)
-        policy = load_tree(run.folder, bare, layout)
-    except (ModelError, ConfigError) as error:
-        trained = f" (it was trained on {run.base})" if run.base else ""
-        raise ModelError(
-            f"--adapter-path {run.folder}: is --model {folder.name} its base?{trained}: {error}"
-        ) from error
-    reference = bare if init is None else load_tree(init, bare, layout)
-    mx.eval(model.module.parameters())
-    return Roles(model, policy, reference)
-
-
-def _init_adapter(run: Finished) -> Path | None:
-    if run.config is None or run.config.init_adapter is None:
-        return None
-    init = Path(run.config.init_adapter).expanduser()
-    if not init.is_dir():
-        raise ModelError(
-            f"{run.folder}: started from --init-adapter {init}, which is not there (seen from "
-            f"{Path.cwd()}), and without it there is no reference; put it back, or run this from "
-            "where the run was started"
-        )
-    return init
-
-
-def _check_names(run: Finished, bare: Tree) -> None:
-    names = {name for name, _ in tree_flatten(bare)}
-    stored = set(read_weights(run.folder))
-    for what, odd in (("is missing", names - stored), ("fits nothing", stored - names)):
-        if odd:
-            raise ModelError(f"{sorted(odd)[0]} {what} (of {len(odd)} such tensors)")

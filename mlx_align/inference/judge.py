@@ -9,7 +9,8 @@ import numpy as np
 import numpy.typing as npt
 
 from mlx_align.data.comparisons import Compared
-from mlx_align.inference.evaluate import Floats, Judged, RewardReport, report
+from mlx_align.inference.evaluate import Judged, RewardReport, report
+from mlx_align.inference.statistics import Floats
 from mlx_align.types import TokenizedGroup
 
 Scores = npt.NDArray[np.floating[Any]]

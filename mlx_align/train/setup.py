@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -13,9 +13,7 @@ from mlx.utils import tree_flatten
 
 from mlx_align.config import RewardConfig, TrainConfig
 from mlx_align.data.checks import DataFacts, describe
-from mlx_align.data.formats import Reading
-from mlx_align.data.groups import split_validation
-from mlx_align.data.sources import has_split
+from mlx_align.data.splits import Reader, read_splits
 from mlx_align.data.tokenize import tokenize_groups
 from mlx_align.errors import ConfigError, ModelError
 from mlx_align.models.adapters import (
@@ -31,9 +29,7 @@ from mlx_align.models.heads import HEAD_NAME, has_head, put_head, read_head
 from mlx_align.models.loading import LanguageModel, ModelFolder, load_language_model
 from mlx_align.models.roles import Tree
 from mlx_align.models.selfcheck import check_adapted
-from mlx_align.types import PromptGroup, TokenizedGroup
-
-Reader = Callable[[str, str, str | None], tuple[list[PromptGroup], Reading]]
+from mlx_align.types import TokenizedGroup
 
 
 class PreparedData(NamedTuple):
@@ -63,14 +59,7 @@ def prepare_data(config: TrainConfig, folder: ModelFolder, read: Reader) -> Prep
     Raises:
         DataError: The data can't be used; the text names file and line.
     """
-    assert config.data is not None
-    groups, reading = read(config.data, "train", config.format)
-    if has_split(config.data, "valid"):
-        held_out, _ = read(config.data, "valid", config.format)
-    elif config.valid_fraction > 0:
-        groups, held_out = split_validation(groups, config.valid_fraction, config.seed)
-    else:
-        held_out = []
+    groups, held_out, reading = read_splits(config, read)
     tokenize = partial(
         tokenize_groups,
         tokenizer=folder.tokenizer,

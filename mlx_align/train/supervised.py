@@ -13,6 +13,7 @@ import numpy as np
 from mlx_align.config import SftConfig
 from mlx_align.data.batching import Microbatch, collate_groups, scored
 from mlx_align.data.formats import Reading, read_supervised
+from mlx_align.data.groups import last_answers
 from mlx_align.errors import ConfigError
 from mlx_align.inference.score import Scorer
 from mlx_align.losses.masking import masked_sum
@@ -92,22 +93,6 @@ def evaluate_demonstrations(
     tokens = np.concatenate(rows).astype(np.float64)
     values = np.array(TOKEN_LOSSES[loss](mx.array(tokens.astype(np.float32))), np.float64)
     return with_perplexity({"loss": float(values.mean()), "nll": float(-tokens.mean())})
-
-
-def last_answers(groups: Sequence[PromptGroup]) -> list[PromptGroup]:
-    """Conversations with all but what follows the last user's (or tool's) turn in the prompt."""
-    return [_last_answer(group) for group in groups]
-
-
-def _last_answer(group: PromptGroup) -> PromptGroup:
-    (answer,) = group.completions
-    if isinstance(answer, str) or isinstance(group.prompt, str):
-        return group
-    asked = [i for i, turn in enumerate(answer) if turn.role in ("user", "tool")]
-    if not asked:
-        return group
-    start = asked[-1] + 1
-    return replace(group, prompt=(*group.prompt, *answer[:start]), completions=(answer[start:],))
 
 
 def _read_last_answers(

@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mlx_align.data.shapes import BatchLimit
+from mlx_align.data.splits import Reader
 from mlx_align.inference.score import Scorer, make_scorer
 from mlx_align.models.loading import LanguageModel, ModelFolder
 from mlx_align.models.roles import Tree
 from mlx_align.train.display import Display
 from mlx_align.train.loop import Objective
-from mlx_align.train.setup import Policy, PreparedData, Reader
+from mlx_align.train.setup import Policy, PreparedData
 from mlx_align.types import Logps, TokenizedGroup
 
 # Per group and completion, the log-prob of each token, nats.

@@ -1,0 +1,140 @@
+"""An evaluation as people read it: one screen, every number with what it means."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from mlx_align.inference.evaluation import Evaluation
+from mlx_align.inference.measures import BestOf, Divergence, Perplexity, Preferences, Wins
+from mlx_align.inference.statistics import Estimate
+
+Say = Callable[[float], str]
+
+_NO_PAIRS = "Held-out pairs: none in the data, so no accuracy (name pairs with --data)."
+_NO_JUDGE = "Win rate: not measured; it needs a judge, --reward-model."
+
+
+def render_evaluation(found: Evaluation) -> str:
+    """The evaluation for people; ranges are 95% intervals over prompts."""
+    parts = [
+        f"{found.run} against {found.reference}\n"
+        f"held-out rows: {found.data}; ranges are 95% intervals over prompts",
+        _NO_PAIRS if found.preferences is None else _preferences(found.preferences),
+        _divergence(found.divergence),
+        _NO_JUDGE if found.wins is None else _wins(found.wins, str(found.judge)),
+    ]
+    if len(found.best_of) > 1:
+        by = "the implicit reward" if found.judge is None else found.judge
+        parts.append(_best_of(found.best_of, by))
+    if found.perplexity is not None:
+        parts.append(_perplexity(found.perplexity))
+    if found.warnings:
+        parts.append("\n".join(f"! {warning}" for warning in found.warnings))
+    return "\n\n".join(parts)
+
+
+def _preferences(one: Preferences) -> str:
+    rows = [
+        ("", "reference", "policy", "95%"),
+        (
+            "prefers the chosen (own log-prob)",
+            _share(one.reference_accuracy.value),
+            *_both(one.accuracy, _share),
+        ),
+        (
+            "log-prob margin, nats",
+            _signed(one.reference_margin.value),
+            *_both(one.margin, _signed),
+        ),
+        ("prefers the chosen (implicit reward)", "", *_both(one.reward_accuracy, _share)),
+        (f"reward margin (β = {one.beta:g})", "", *_both(one.reward_margin, _signed)),
+        ("log-prob of chosen, change, nats", "", *_both(one.chosen_change, _signed)),
+        ("log-prob of rejected, change, nats", "", *_both(one.rejected_change, _signed)),
+    ]
+    table = _table(f"{one.pairs:,} held-out pairs of {one.prompts:,} prompts", rows)
+    return (
+        f"{table}\n"
+        "  own log-prob: which answer it would rather write; implicit reward: which one training "
+        "made likelier"
+    )
+
+
+def _divergence(one: Divergence) -> str:
+    error = "" if one.standard_error is None else f" ± {one.standard_error:.3f} (standard error)"
+    return (
+        f"KL from the reference: {one.per_answer:.3f}{error} nats per answer, "
+        f"{one.per_token:.4f} per token\n"
+        f"  how far the policy has moved, on {one.answers:,} own answers to {one.prompts:,} "
+        "prompts at temperature 1"
+    )
+
+
+def _wins(one: Wins, judge: str) -> str:
+    controlled = "not to be told: all answers differ by one length"
+    if one.length_controlled is not None:
+        controlled = f"{_share(one.length_controlled.value)} ({_range(one.length_controlled)})"
+    left_out = f"; {one.unjudged} prompts could not be judged" if one.unjudged else ""
+    return "\n".join(
+        [
+            f"Win rate against the reference: {_share(one.rate.value)} ({_range(one.rate)}), "
+            f"{one.ties:.0%} ties; judge: {judge}",
+            f"  at equal length: {controlled}; answers have {one.length:.0f} tokens, the "
+            f"reference's {one.reference_length:.0f}",
+            f"  score: {one.reward:+.3f}, the reference's {one.reference_reward:+.3f}, gain "
+            f"{one.reward_gain.value:+.3f} ({_range(one.reward_gain, _signed)})",
+            f"  {one.prompts:,} prompts, each role answers {one.answers // one.prompts} times: "
+            f"a true rate within {100 * one.detectable:.1f} points of 50% may go unseen "
+            f"(80% power, 5%){left_out}",
+        ]
+    )
+
+
+def _best_of(curve: Sequence[BestOf], by: str) -> str:
+    rows = [("best of", "score", "gain", "95%", "KL at most")]
+    shown = _few(curve)
+    for one in shown:
+        gain = ("", "") if one.n == 1 else _both(one.gain, _signed)
+        rows.append((f"{one.n}", f"{one.score.value:+.3f}", *gain, f"{one.kl_at_most:.2f}"))
+    return _table(f"Keeping the best of n answers, by {by}", rows)
+
+
+def _few(curve: Sequence[BestOf]) -> list[BestOf]:
+    """Powers of two and the end, where there are many."""
+    last = len(curve)
+    return [one for one in curve if last <= 8 or one.n & (one.n - 1) == 0 or one.n == last]
+
+
+def _perplexity(one: Perplexity) -> str:
+    return (
+        f"Perplexity on the text, over the reference's: × {one.ratio.value:.4f} "
+        f"({one.ratio.low:.4f} to {one.ratio.high:.4f})\n"
+        f"  what alignment cost elsewhere: {one.reference_nats_per_token:.4f} → "
+        f"{one.nats_per_token:.4f} nats per token, {one.tokens:,} tokens of {one.documents:,} "
+        "documents"
+    )
+
+
+def _table(title: str, rows: Sequence[tuple[str, ...]]) -> str:
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = [title]
+    for first, *rest in rows:
+        cells = [cell.rjust(width) for cell, width in zip(rest, widths[1:], strict=True)]
+        lines.append("  " + "  ".join([first.ljust(widths[0]), *cells]).rstrip())
+    return "\n".join(lines)
+
+
+def _both(one: Estimate, say: Say) -> tuple[str, str]:
+    return say(one.value), _range(one, say)
+
+
+def _range(one: Estimate, say: Say | None = None) -> str:
+    say = say or _share
+    return f"{say(one.low)} to {say(one.high)}"
+
+
+def _share(value: float) -> str:
+    return f"{value:.1%}"
+
+
+def _signed(value: float) -> str:
+    return f"{value:+.3f}"

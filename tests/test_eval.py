@@ -1,0 +1,406 @@
+"""`mlx-align eval` from options to numbers, on a tiny model with a chat template."""
+
+import json
+import shutil
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx_lm import load as mlx_lm_load
+
+from mlx_align.cli.main import run
+from mlx_align.config import DpoConfig, KtoConfig, SftConfig
+from mlx_align.data.tokenize import tokenize_groups
+from mlx_align.inference.answers import answer_text
+from mlx_align.inference.finished import read_run
+from mlx_align.inference.held_out import Question, read_held_out
+from mlx_align.models.adapters import AdapterLayout, install, load_tree, save_adapter
+from mlx_align.models.compat import load_weights
+from mlx_align.models.generation import Generated
+from mlx_align.models.loading import open_model
+from mlx_align.settings import to_yaml
+from mlx_align.train.preference import dpo_task, read_pairs
+from mlx_align.train.setup import prepare_data
+from mlx_align.train.supervised import sft_task
+from mlx_align.train.unpaired import kto_task
+from mlx_align.types import Message, PromptGroup, TokenizedGroup
+
+TINY = Path(__file__).parent / "oracle" / "models" / "policy"
+HOT = ("--learning-rate", "3e-3", "--warmup", 0, "--iters", 12)
+SMALL = ("--batch-size", 4, "--grad-accumulation-steps", 2, "--samples", 2, "--sample-tokens", 6)
+QUICK = ("--samples", 6, "-n", 3, "--sample-tokens", 6)
+
+
+def pair(name, i):
+    words = " ".join(["sun", "rain", "wind"][i % 3 :])
+    return {
+        "prompt": [{"role": "user", "content": f"{name} {i}: is {words} good?"}],
+        "chosen": [{"role": "assistant", "content": "yes " + "a" * (i % 7)}],
+        "rejected": [{"role": "assistant", "content": "no " + "a" * (i % 5) + " never"}],
+    }
+
+
+def write(file, rows):
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+def command(*arguments):
+    return run([str(argument) for argument in arguments])
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pairs")
+    write(folder / "train.jsonl", [pair("train", i) for i in range(40)])
+    write(folder / "valid.jsonl", [pair("valid", i) for i in range(16)])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, data):
+    """A DPO run and a reward model's, both away from where they started."""
+    folder = tmp_path_factory.mktemp("runs")
+    shared = ("--model", TINY, "--data", data, *SMALL, *HOT)
+    cache = ("--reference-cache", folder / "cache")
+    assert command("dpo", *shared, "--output", folder / "dpo", "--beta", 0.3, *cache) == 0
+    assert command("reward", *shared, "--output", folder / "rm") == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    file = tmp_path_factory.mktemp("text") / "text.txt"
+    file.write_text("The sun is good.\n\nThe rain is good, and the wind.\n\nNever mind.\n")
+    return file
+
+
+def adapter(folder, layout=None, change=None, config=None):
+    """An adapter of the tiny model that `change`s nothing, or each tensor so."""
+    layout = layout or AdapterLayout()
+    model = load_weights(TINY)
+    tree = install(model, layout)
+    if change is not None:
+        model.apply_to_modules(lambda _, module: change(module))
+        tree = model.trainable_parameters()
+    folder.mkdir()
+    save_adapter(folder, tree, layout, str(TINY))
+    if config is not None:
+        (folder / "config.yaml").write_text(to_yaml(config))
+    return folder
+
+
+def away(module):
+    if "lora_b" in module:
+        module.lora_b = mx.full(module.lora_b.shape, 0.02)
+
+
+@pytest.fixture
+def evaluate(capsys):
+    """Runs `mlx-align eval --json` in this process; the numbers."""
+
+    def call(adapter_path, *options):
+        capsys.readouterr()
+        where = ("--model", TINY, "--adapter-path", adapter_path)
+        code = command("eval", *where, *QUICK, *options, "--json")
+        streams = capsys.readouterr()
+        assert code == 0, streams.err
+        return json.loads(streams.out)
+
+    return call
+
+
+@pytest.fixture
+def refused(capsys):
+    """Runs `mlx-align eval` in this process; the one line it refuses with."""
+
+    def call(*options):
+        capsys.readouterr()
+        assert command("eval", *options) == 1
+        (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error: ")]
+        return line
+
+    return call
+
+
+def assert_unmoved(found):
+    assert found["divergence"]["per_answer"] == 0
+    assert found["divergence"]["standard_error"] == 0
+    assert found["preferences"]["accuracy"] == found["preferences"]["reference_accuracy"]
+    assert found["preferences"]["reward_accuracy"]["value"] == 0.5
+    assert found["preferences"]["reward_margin"]["value"] == 0
+    assert found["preferences"]["chosen_change"]["value"] == 0
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora", "full"])
+def test_two_identical_models(tmp_path, data, runs, text, evaluate, kind):
+    same = adapter(tmp_path / "same", AdapterLayout(kind, num_layers=1 if kind == "full" else -1))
+    judged = ("--reward-model", runs / "rm", "--perplexity-data", text)
+    found = evaluate(same, "--data", data, *judged)
+    assert_unmoved(found)
+    assert found["wins"]["rate"]["value"] == 0.5
+    assert found["wins"]["rate"]["low"] < 0.5 < found["wins"]["rate"]["high"]
+    controlled = found["wins"]["length_controlled"]
+    assert controlled["low"] <= 0.5 <= controlled["high"]
+    assert controlled["value"] == pytest.approx(0.5, abs=1e-9)
+    assert found["wins"]["reward_gain"]["value"] == 0
+    assert found["wins"]["detectable"] > 0.3
+    assert found["perplexity"]["ratio"] == {"value": 1, "low": 1, "high": 1}
+
+
+def test_a_trained_run_is_better_and_says_by_how_much(tmp_path, runs, text, evaluate):
+    output = tmp_path / "numbers"
+    more = ("--reward-model", runs / "rm", "--perplexity-data", text, "--samples", 16, "-n", 4)
+    found = evaluate(runs / "dpo", *more, "--output", output)
+    assert json.loads((output / "evaluation.json").read_text()) == found
+    assert found["reference"] == "the base model"
+    preferred = found["preferences"]
+    assert (preferred["pairs"], preferred["prompts"], preferred["beta"]) == (16, 16, 0.3)
+    assert preferred["accuracy"]["value"] > preferred["reference_accuracy"]["value"]
+    assert preferred["reward_accuracy"]["value"] > 0.9
+    # What the run itself measured at its end, on the same rows.
+    own = json.loads((runs / "dpo" / "summary.json").read_text())["eval"]
+    assert preferred["reward_accuracy"]["value"] == pytest.approx(own["rewards/accuracies"])
+    assert preferred["reward_margin"]["value"] == pytest.approx(own["rewards/margins"], rel=1e-5)
+    assert preferred["accuracy"]["value"] == pytest.approx(own["logps/accuracies"])
+    assert preferred["margin"]["value"] == pytest.approx(own["logps/margins"], rel=1e-4)
+    assert found["divergence"]["per_answer"] > 2 * found["divergence"]["standard_error"] > 0
+    assert found["divergence"]["answers"] == 64
+    assert found["wins"]["rate"]["low"] > 0.5
+    assert found["wins"]["reward_gain"]["low"] > 0
+    scores = [one["score"]["value"] for one in found["best_of"]]
+    assert scores == sorted(scores)
+    assert len(scores) == 4
+    assert scores[0] == pytest.approx(found["wins"]["reward"])
+    assert found["best_of"][3]["kl_at_most"] == pytest.approx(0.636294, abs=1e-6)
+    assert found["perplexity"]["documents"] == 3
+
+    # The answers that are written are those that the numbers are of.
+    rows = [json.loads(line) for line in (output / "answers.jsonl").read_text().splitlines()]
+    assert len(rows) == 16
+    outcomes = [
+        0.5 * (1 + np.sign(ours["score"] - theirs["score"]))
+        for row in rows
+        for i, ours in enumerate(row["policy"])
+        for j, theirs in enumerate(row["reference"])
+        if i != j
+    ]
+    assert np.mean(outcomes) == pytest.approx(found["wins"]["rate"]["value"])
+
+
+def sequence_logp(model, tokens, start):
+    """Log-prob of `tokens` from `start` on, from stock mlx-lm's full logits."""
+    logits = model(mx.array([tokens[:-1]]))[0].astype(mx.float32)
+    logps = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+    picked = mx.take_along_axis(logps, mx.array(tokens[1:])[:, None], axis=-1)[:, 0]
+    return float(picked[start - 1 :].sum())
+
+
+def test_numbers_are_those_of_two_models(runs, data, text, evaluate):
+    found = evaluate(runs / "dpo", "--perplexity-data", text)
+    policy, tokenizer = mlx_lm_load(str(TINY), adapter_path=str(runs / "dpo"))
+    reference, _ = mlx_lm_load(str(TINY))
+    sums = {"policy": [], "reference": []}
+    pairs, _ = read_pairs(str(data), "valid", None)
+    groups, _ = tokenize_groups(pairs, tokenizer, max_seq_length=99)
+    for group in groups:
+        for completion in group.completions:
+            whole = [*group.prompt.tolist(), *completion.tolist()]
+            for name, model in (("policy", policy), ("reference", reference)):
+                sums[name].append(sequence_logp(model, whole, len(group.prompt)))
+    ours, theirs = (np.array(sums[name]).reshape(-1, 2) for name in ("policy", "reference"))
+    preferred = found["preferences"]
+    assert preferred["margin"]["value"] == pytest.approx((ours @ [1, -1]).mean(), abs=1e-4)
+    gap = ours - theirs
+    assert preferred["reward_margin"]["value"] == pytest.approx(
+        0.3 * (gap @ [1, -1]).mean(), abs=1e-4
+    )
+    assert preferred["chosen_change"]["value"] == pytest.approx(gap[:, 0].mean(), abs=1e-4)
+    nats, count = [0.0, 0.0], 0
+    for document in text.read_text().split("\n\n"):
+        ids = tokenizer.encode(document)
+        count += len(ids) - 1
+        for k, model in enumerate((policy, reference)):
+            nats[k] -= sequence_logp(model, ids, 1)
+    assert found["perplexity"]["tokens"] == count
+    assert found["perplexity"]["nats_per_token"] == pytest.approx(nats[0] / count, abs=1e-5)
+    change = (nats[0] - nats[1]) / count
+    assert found["perplexity"]["change"]["value"] == pytest.approx(change, abs=1e-5)
+
+
+def test_kl_is_the_mean_log_ratio_of_own_answers(runs, evaluate):
+    """Two draws of many short answers agree within their errors, and KL is not negative."""
+    more = ("--samples", 16, "-n", 8)
+    found = [evaluate(runs / "dpo", *more, "--seed", seed)["divergence"] for seed in (0, 1)]
+    error = np.hypot(*(one["standard_error"] for one in found))
+    assert found[0]["per_answer"] != found[1]["per_answer"]
+    assert abs(found[0]["per_answer"] - found[1]["per_answer"]) < 4 * error
+
+
+def test_the_reference_is_where_the_run_started(tmp_path, data, evaluate, refused):
+    init = adapter(tmp_path / "init", change=away)
+    config = DpoConfig(model=str(TINY), data=str(data), init_adapter=str(init))
+    layout = AdapterLayout(rank=24, scale=1.0)
+    later = tmp_path / "later"
+    later.mkdir()
+    # The init adapter as a run of another rank and scale holds it, untrained.
+    model = load_weights(TINY)
+    fresh = install(model, layout)
+    save_adapter(later, load_tree(init, fresh, layout), layout, str(TINY))
+    (later / "config.yaml").write_text(to_yaml(config))
+    found = evaluate(later)
+    assert_unmoved(found)
+    assert found["reference"].endswith(str(init))
+    # Without the run's word for it the bare base is the reference.
+    (later / "config.yaml").unlink()
+    moved = evaluate(later, "--data", data)
+    assert abs(moved["preferences"]["chosen_change"]["value"]) > 0.01
+    (later / "config.yaml").write_text(to_yaml(config))
+    shutil.rmtree(init)
+    line = refused("--model", TINY, "--adapter-path", later)
+    assert f"started from --init-adapter {init}, which is not there" in line
+
+
+@pytest.mark.parametrize("splits", [True, False])
+@pytest.mark.parametrize("kind", ["dpo", "kto", "sft"])
+def test_what_is_held_out_is_what_the_run_held_out(tmp_path, data, kind, splits):
+    where = data if splits else data / "train.jsonl"
+    more = {"model": str(TINY), "data": str(where), "valid_fraction": 0.2, "seed": 3}
+    config, task = {
+        "dpo": (DpoConfig(**more), dpo_task),
+        "kto": (KtoConfig(**more, loss="kto"), kto_task),
+        "sft": (SftConfig(**more), sft_task),
+    }[kind]
+    finished = read_run(adapter(tmp_path / "run", config=config))
+    assert finished.command == kind
+    found = read_held_out(finished, None, None)
+    folder = open_model(str(TINY))
+    own = prepare_data(config, folder, task(config).read).valid
+    decode = folder.tokenizer.decode
+    questions = {group.prompt[0].content for group in found.prompts}
+    assert len(questions) == len(found.prompts) == len(found.pairs) == (16 if splits else 8)
+    asked = {decode(group.prompt.tolist()) for group in own}
+    assert len(asked) == len(questions)
+    assert all(any(question in text for text in asked) for question in questions)
+
+
+def test_other_data_and_prompts_alone(tmp_path, runs, evaluate, capsys):
+    prompts = [{"prompt": pair("other", i)["prompt"]} for i in range(9)]
+    found = evaluate(runs / "dpo", "--data", write(tmp_path / "prompts.jsonl", prompts))
+    assert found["preferences"] is None
+    assert found["divergence"]["prompts"] == 6
+    strings = [{"prompt": f"Is sun {i} good?", "chosen": " yes", "rejected": " no"} for i in (1, 2)]
+    file = write(tmp_path / "strings.jsonl", strings)
+    found = evaluate(runs / "dpo", "--data", file, "--reward-model", runs / "rm", "-n", 1)
+    assert found["preferences"]["pairs"] == found["wins"]["prompts"] == 2
+    assert any("2 prompts are few" in warning for warning in found["warnings"])
+    where = ("--model", TINY, "--adapter-path", runs / "dpo", *QUICK)
+    assert command("eval", *where, "--data", tmp_path / "prompts.jsonl") == 0
+    shown = capsys.readouterr().out
+    assert "Held-out pairs: none in the data" in shown
+    assert "Win rate: not measured; it needs a judge, --reward-model." in shown
+
+
+def test_an_answer_as_text_goes_on_where_its_prompt_ends():
+    folder = open_model(str(TINY))
+    encode, end = folder.tokenizer.encode, min(folder.tokenizer.eos_token_ids)
+    for prompt, answer in (("Is the sun good?", " yes, it is"), ("ab", "cd e"), ("Say:\n", "\nno")):
+        asked, whole = encode(prompt), encode(prompt + answer)
+        assert whole[: len(asked)] == asked
+        tokens = TokenizedGroup(np.array(asked, np.int32), (), "one")
+        question = Question(PromptGroup(prompt, (), "one"), tokens)
+        rest = whole[len(asked) :]
+        for drawn, ended in ((rest, False), ([*rest, end], True)):
+            one = Generated(drawn, [0.0] * len(drawn), ended)
+            assert answer_text(folder, question, one) == answer
+        chat = Question(PromptGroup((Message("user", prompt),), (), "one"), tokens)
+        assert answer_text(folder, chat, Generated(rest, [], False)) == answer.strip()
+
+
+def test_a_screen_for_people(runs, text, capsys):
+    where = ("--model", TINY, "--adapter-path", runs / "dpo", *QUICK)
+    more = ("--reward-model", runs / "rm", "--perplexity-data", text)
+    assert command("eval", *where, *more) == 0
+    shown = capsys.readouterr().out
+    for words in (
+        "against the base model",
+        "16 held-out pairs of 16 prompts",
+        "reward margin (β = 0.3)",
+        "KL from the reference: ",
+        "Win rate against the reference: ",
+        "at equal length: ",
+        "(80% power, 5%)",
+        "best of",
+        "what alignment cost elsewhere",
+        "! 6 prompts are few",
+    ):
+        assert words in shown
+    assert max(map(len, shown.splitlines())) < 140
+
+
+def test_a_checkpoint_is_a_run_too(runs):
+    (checkpoint,) = (runs / "dpo" / "checkpoints").iterdir()
+    found = read_run(checkpoint)
+    assert (found.command, found.beta, found.folder) == ("dpo", 0.3, checkpoint)
+
+
+def test_the_model_is_let_go_of_before_the_judge_comes(runs, evaluate, monkeypatch):
+    from mlx_align.inference import evaluation
+
+    before, sizes = mx.get_active_memory(), []
+    original = evaluation._let_go
+
+    def let_go():
+        original()
+        sizes.append(mx.get_active_memory() - before)
+
+    monkeypatch.setattr(evaluation, "_let_go", let_go)
+    evaluate(runs / "dpo", "--reward-model", runs / "rm")
+    assert len(sizes) == 2
+    assert max(sizes) < 20_000  # the model has 200 kB
+
+
+def test_mistakes_are_one_line(tmp_path, data, runs, refused):
+    model = ("--model", TINY)
+    dpo = (*model, "--adapter-path", runs / "dpo")
+    assert "--model is missing" in refused("--adapter-path", runs / "dpo")
+    assert "--adapter-path is missing" in refused(*model)
+    assert "no such folder" in refused(*model, "--adapter-path", tmp_path / "nowhere")
+    assert "not an adapter folder" in refused(*model, "--adapter-path", data)
+    assert "mlx-align score" in refused(*model, "--adapter-path", runs / "rm")
+    assert "-n: 0 is out of range" in refused(*dpo, "-n", 0)
+    bare = adapter(tmp_path / "bare")
+    assert "no config.yaml that names its own" in refused(*model, "--adapter-path", bare)
+    assert "gone.jsonl" in refused(*dpo, "--data", tmp_path / "gone.jsonl")
+    assert "no reward model" in refused(*dpo, "--reward-model", TINY)
+    assert "gone.txt" in refused(*dpo, "--perplexity-data", tmp_path / "gone.txt")
+    empty = tmp_path / "empty.txt"
+    empty.write_text(" \n\n ")
+    assert "holds no text" in refused(*dpo, "--perplexity-data", empty)
+    nothing = DpoConfig(model=str(TINY), data=str(data / "train.jsonl"), valid_fraction=0.0)
+    none = adapter(tmp_path / "none", config=nothing)
+    assert "held nothing out" in refused(*model, "--adapter-path", none)
+    long = (*dpo, "--max-seq-length", 2)
+    assert "--max-seq-length 2" in refused(*long)
+    broken = write(tmp_path / "broken.jsonl", [pair("a", 0), {"prompt": "b", "chosen": "c"}])
+    assert "broken.jsonl:2" in refused(*dpo, "--data", broken)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "evaluation.json").write_text("{}")
+    assert "already" in refused(*dpo, "--output", tmp_path / "out")
+
+
+def test_a_run_of_another_base(tmp_path, refused):
+    other = adapter(tmp_path / "other", AdapterLayout(keys=("self_attn.q_proj",)))
+    weights = mx.load(str(other / "adapters.safetensors"))
+    name = next(iter(weights))
+    del weights[name]
+    mx.save_safetensors(str(other / "adapters.safetensors"), weights)
+    write(tmp_path / "data.jsonl", [pair("a", i) for i in range(3)])
+    where = ("--model", TINY, "--adapter-path", other, "--data", tmp_path / "data.jsonl")
+    line = refused(*where)
+    assert f"is --model {TINY} its base?" in line
+    assert f"{name} is missing" in line
+    weights[name] = mx.zeros((3, 3))
+    mx.save_safetensors(str(other / "adapters.safetensors"), weights)
+    assert "has shape (3, 3)" in refused(*where)
