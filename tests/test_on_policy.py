@@ -389,3 +389,60 @@ def test_completions_that_did_not_end_can_be_left_out(train):
     assert code == 0
     assert training_rows(folder)[0]["completions/ended"] == 0
     assert not any(np.any(w) for name, w in weights_of(folder).items() if name.endswith("lora_b"))
+
+
+def test_demonstrations_are_learned_beside_the_rewards(train, tmp_path):
+    rows = [
+        {
+            "prompt": [{"role": "user", "content": f"show {i}"}],
+            "completion": [{"role": "assistant", "content": "seven seven"}],
+        }
+        for i in range(8)
+    ]
+    (tmp_path / "shown.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = {
+        "--ptx-coef": 4.0,
+        "--ptx-data": "shown.jsonl",
+        "--iters": 6,
+        "--learning-rate": 1e-2,
+        "--critic-warmup": 0,
+    }
+    code, folder = train("ppo", options)
+    assert code == 0
+    nll = [row["ptx/nll"] for row in training_rows(folder)]
+    assert nll[-1] < nll[0] - 0.5
+
+
+def test_a_demonstration_counts_by_its_coefficient(train, places, tmp_path):
+    """The share of demonstrations is coefficient x mean log-loss, however they are split."""
+    from mlx_align.config import PpoConfig
+    from mlx_align.train.demonstrations import Demonstrations, WithDemonstrations, joined
+
+    assert train("grpo", {"--iters": 1})[0] == 0
+    (place,) = places
+    rows = [
+        {
+            "prompt": [{"role": "user", "content": "a" * (i + 1)}],
+            "completion": [{"role": "assistant", "content": "no " * (i + 1)}],
+        }
+        for i in range(6)
+    ]
+    (tmp_path / "shown.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    model, tree = place.policy.model, place.policy.start
+    plain = None
+    for size, count in ((2, 3), (1, 6)):
+        config = PpoConfig(
+            ptx_coef=3.0,
+            ptx_data=str(tmp_path / "shown.jsonl"),
+            batch_size=size,
+            grad_accumulation_steps=count,
+        )
+        shown, scale = Demonstrations(config, model.folder.tokenizer).take()
+        loss = joined(None, model, grad_checkpoint=False)
+        shares = [loss(tree, one.arrays, WithDemonstrations(None, scale)) for one in shown]
+        total = sum(share.item() for share, _ in shares)
+        tokens = sum(sums["ptx/tokens"].item() for _, sums in shares)
+        nll = sum(sums["ptx/nll"].item() for _, sums in shares)
+        assert total == pytest.approx(3.0 * nll / tokens, rel=1e-6)
+        plain = plain or total
+        assert total == pytest.approx(plain, rel=1e-5)

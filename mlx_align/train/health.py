@@ -24,6 +24,7 @@ ENTROPY_STOPS = 0.3
 # Nats per completion of 128 tokens; longer ones may move further.
 KL_WARNS, KL_STOPS, KL_TOKENS = 15.0, 30.0, 128
 ENDED_WARNS = 0.8
+ALIKE_WARNS = 0.8
 LENGTH_WARNS, LENGTH_STOPS = 1.5, 2.5
 REPEATED_WARNS, REPEATED_STOPS = 0.05, 0.15
 DISTINCT_WARNS, DISTINCT_STOPS = 0.2, 0.4
@@ -191,6 +192,16 @@ def _by_themselves(row: Mapping[str, float], step: int) -> list[Finding]:
                 "objective/kl",
                 f"completions are {kl:.1f} nats from the reference ({KL_WARNS * scale:.0f} warn, "
                 f"{KL_STOPS * scale:.0f} stop): raise --kl-coef or lower --learning-rate",
+            )
+        )
+    if row.get("frac_reward_zero_std", 0.0) > ALIKE_WARNS:
+        found.append(
+            Finding(
+                "warn",
+                "frac_reward_zero_std",
+                f"{row['frac_reward_zero_std']:.0%} of the prompts have completions that all earn "
+                "the same, which teaches nothing: take harder or easier prompts, a finer reward, "
+                "or a larger --group-size",
             )
         )
     if row.get("completions/ended", 1.0) < ENDED_WARNS:

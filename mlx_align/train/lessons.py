@@ -209,9 +209,9 @@ class Tally:
         weight = self._last.get("weight", 0.0)
         return self._last[name] / weight if weight and name in self._last else None
 
-    def row(self, names: Mapping[str, str]) -> dict[str, float]:
+    def row(self, names: Mapping[str, str], weight_name: str = "weight") -> dict[str, float]:
         """The metrics there are, under the names that reports give them."""
-        weight = self._sums.get("weight", 0.0)
+        weight = self._sums.get(weight_name, 0.0)
         return {
             shown: self._sums[name] / weight
             for name, shown in names.items()
@@ -225,6 +225,7 @@ def policy_metrics(tally: Tally) -> dict[str, float]:
         "loss": tally.loss / max(tally.updates, 1),
         "grad_norm": tally.norm / max(tally.updates, 1),
         **tally.row(REPORTED),
+        **tally.row({"ptx/nll": "ptx/nll"}, "ptx/tokens"),
     }
 
 

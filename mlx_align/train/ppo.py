@@ -39,6 +39,12 @@ from mlx_align.train.critic import (
     value_batch,
     value_share,
 )
+from mlx_align.train.demonstrations import (
+    Demonstrations,
+    WithDemonstrations,
+    check_demonstrations,
+    joined,
+)
 from mlx_align.train.lessons import (
     Array,
     Lesson,
@@ -53,7 +59,7 @@ from mlx_align.train.lessons import (
     too_far,
 )
 from mlx_align.train.loop import make_optimizer
-from mlx_align.train.update import Loss, Updater
+from mlx_align.train.update import Loss, Ready, Updated, Updater
 from mlx_align.train.workplace import Experience, Learned, Workplace
 
 
@@ -70,6 +76,12 @@ def check_ppo_options(config: PpoConfig) -> None:
     for name in ("gamma", "gae_lambda"):
         if (value := getattr(config, name)) > 1:
             raise ConfigError(f"--{name.replace('_', '-')} {value:g}: must be at most 1")
+    if config.value_clip != PpoConfig.value_clip and not config.reward_rollouts:
+        raise ConfigError(
+            f"--value-clip {config.value_clip:g}: is in units of standardised rewards, which "
+            "--reward-rollouts 0 leaves as they are; leave one out"
+        )
+    check_demonstrations(config)
 
 
 class PpoLearner:
@@ -90,21 +102,22 @@ class PpoLearner:
         # What rewards are shifted by and divided by; known once the reference was looked at.
         self._mean, self._deviation = 0.0, 1.0
         self._values = compiled_scorer(model, token_values)
+        self._demonstrations = (
+            None if config.ptx_data is None else Demonstrations(config, model.folder.tokenizer)
+        )
         start, critic = workplace.policy.start, self._fresh_critic()
         self.trees: dict[str, Tree] = {"policy": start, "critic": critic}
         if self._shared:
             self.optimizers = {"policy": make_optimizer({**start, **critic}, config.weight_decay)}
             loss = shared_share(model, self._method, config)
-            self._update = self._updater("policy", loss)
+            self._update = self._updater("policy", self._with_demonstrations(loss))
             return
         self.optimizers = {
             "policy": make_optimizer(start, config.weight_decay),
             "critic": make_optimizer(critic, config.weight_decay),
         }
-        checkpoint = config.grad_checkpoint
-        self._update = self._updater(
-            "policy", policy_share(model, self._method, grad_checkpoint=checkpoint)
-        )
+        loss = policy_share(model, self._method, grad_checkpoint=config.grad_checkpoint)
+        self._update = self._updater("policy", self._with_demonstrations(loss))
         self._update_critic = self._updater("critic", value_share(model, config))
 
     def _updater(self, name: str, loss: Loss) -> Updater:
@@ -115,6 +128,19 @@ class PpoLearner:
             self._config.max_grad_norm,
             self._place.memory,
         )
+
+    def _with_demonstrations(self, loss: Loss) -> Loss:
+        if self._demonstrations is None:
+            return loss
+        model = self._place.policy.model
+        return joined(loss, model, grad_checkpoint=self._config.grad_checkpoint)
+
+    def _learn(self, tree: Tree, micro: list[Ready], totals: Any, rate: float) -> Updated:
+        """An update of the policy, on demonstrations too where there are some."""
+        if self._demonstrations is not None:
+            shown, scale = self._demonstrations.take()
+            micro, totals = [*micro, *shown], WithDemonstrations(totals, scale)
+        return self._update(tree, micro, totals, rate)
 
     def _fresh_critic(self) -> Tree:
         """The critic: what the reward model would say of an unfinished completion, else zero."""
@@ -133,6 +159,7 @@ class PpoLearner:
             "kl_coef": self._kl_coef,
             "reward_mean": self._mean,
             "reward_deviation": self._deviation,
+            "demonstrations": 0 if self._demonstrations is None else self._demonstrations.taken,
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
@@ -140,6 +167,8 @@ class PpoLearner:
         self._kl_coef = float(state["kl_coef"])
         self._mean = float(state["reward_mean"])
         self._deviation = float(state["reward_deviation"])
+        if self._demonstrations is not None:
+            self._demonstrations.taken = int(state["demonstrations"])
 
     def begin(self) -> str:
         """Look at the reference's rewards, which then have mean 0 and deviation 1.
@@ -163,11 +192,8 @@ class PpoLearner:
     def learn(self, experience: Experience, step: int, rate: float) -> Learned:
         """The updates of one rollout batch; the first ones of a run are the critic's alone."""
         config, rollouts = self._config, experience.rollouts
-        critic = (
-            {**self.trees["policy"], **self.trees["critic"]}
-            if self._shared
-            else (self.trees["critic"])
-        )
+        trunk = self.trees["policy"] if self._shared else {}
+        critic = {**trunk, **self.trees["critic"]}
         (values,) = by_role(self._values, critic, rollouts, self._place.shapes)
         mask = rollouts.mask.astype(np.float32)
         mask[experience.unrewarded] = 0.0
@@ -237,7 +263,7 @@ class PpoLearner:
 
                     micro = ready(rollouts, chosen, self._place.shapes, arrays)
                     joint = {**self.trees["policy"], **self.trees["critic"]}
-                    done = self._update(joint, micro, both, rate)
+                    done = self._learn(joint, micro, both, rate)
                     head = done.tree.pop(VALUE_NAME)
                     self.trees = {"policy": done.tree, "critic": {VALUE_NAME: head}}
                     critic.add(done.sums.pop("value_loss") / tokens, done.sums, done.norm)
@@ -254,7 +280,7 @@ class PpoLearner:
                     micro = ready(
                         rollouts, chosen, self._place.shapes, partial(policy_batch, lesson)
                     )
-                    done = self._update(self.trees["policy"], micro, above, rate)
+                    done = self._learn(self.trees["policy"], micro, above, rate)
                     self.trees["policy"] = done.tree
                     tally.add(done.loss, done.sums, done.norm)
                 first = tally.last("ratio/deviation") if first is None else first
