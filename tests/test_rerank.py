@@ -350,7 +350,7 @@ def test_mistakes(rerank, policy, judge):
         (("--prompt", "x", "--beta", 0), "--beta 0: must be above 0"),
         (("--prompt", "x", "--reward-model", judge, "--sum"), "--per-token: has no effect"),
         (("--prompt", "x", "--output", "nowhere/o.jsonl"), "there is no folder"),
-        (("--input", "nowhere.jsonl"), "nowhere.jsonl"),
+        (("--input", "nowhere.jsonl"), "--input nowhere.jsonl: no such file"),
         (("--input", "odd.jsonl"), "odd.jsonl:1: not recognised as prompts data"),
         (("--input", "text.jsonl", "--ignore-chat-template"), "has no effect on --input"),
     ):
