@@ -56,6 +56,7 @@ def main() -> None:
     curves = {way: curve(rankings, way) for way in WAYS}
     print(f"{len(rankings)} held-out questions, {arguments.samples} answers each")
     print(table(curves, [n for n in ACROSS if n <= arguments.samples]))
+    print(gain(rankings, min(8, arguments.samples)))
     first, best = curves["sum"][1], curves["sum"][min(8, arguments.samples)]
     means = [mean for _, (mean, _, _) in sorted(curves["sum"].items())]
     if not (best[1] > first[2] and all(later > earlier for earlier, later in pairwise(means))):
@@ -110,14 +111,30 @@ def spread(ranking: Ranking, way: str) -> tuple[Values, Values]:
 
 def curve(rankings: Sequence[Ranking], way: str) -> dict[int, tuple[float, float, float]]:
     """For each n: how often the best of n is right, with its 95% interval over questions."""
-    every = [spread(ranking, way) for ranking in rankings]
-    size = len(every[0][0])
+    size = sum(one.count for one in rankings[0].ranked)
     found = {}
     for n in [n for n in ACROSS if n <= size]:
-        shares = np.array([expected_best(scores, n, right) for scores, right in every])
+        shares = shares_right(rankings, way, n)
         low, high = bootstrap_interval(shares, np.arange(len(shares)))
         found[n] = float(shares.mean()), low, high
     return found
+
+
+def shares_right(rankings: Sequence[Ranking], way: str, n: int) -> Values:
+    """Per question, how often the best of n is right."""
+    every = [spread(ranking, way) for ranking in rankings]
+    return np.array([expected_best(scores, n, right) for scores, right in every])
+
+
+def gain(rankings: Sequence[Ranking], n: int) -> str:
+    """How much more often the best of n is right by the sum than per token, on the same samples."""
+    by_sum, by_mean = (shares_right(rankings, way, n) for way in ("sum", "per token"))
+    differences = by_sum - by_mean
+    low, high = bootstrap_interval(differences, np.arange(len(differences)))
+    return (
+        f"best of {n}, sum minus per token, paired: {differences.mean():+.1%} "
+        f"(95%: {low:+.1%} to {high:+.1%})"
+    )
 
 
 def table(curves: dict[str, dict[int, tuple[float, float, float]]], across: Sequence[int]) -> str:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 from mlx_align.data.formats import read_prompts
 from mlx_align.data.scorable import LIST_FORMATS, Scorable, read_scorable
 from mlx_align.data.sources import read_rows
+from mlx_align.errors import DataError
 from mlx_align.inference.ranking import Ranking
 from mlx_align.inference.rerank import Reranker
 from mlx_align.types import PromptGroup
@@ -76,6 +78,8 @@ def read_asked(file: str) -> Asked:
     Raises:
         DataError: It can't be read, or holds neither.
     """
+    if not Path(file).expanduser().exists():
+        raise DataError(f"--input {file}: no such file")
     rows = read_rows(file)
     if LIST_FORMATS[0].matches(rows[0]):
         source = read_scorable(file)
