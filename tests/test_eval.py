@@ -373,7 +373,10 @@ def test_mistakes_are_one_line(tmp_path, data, runs, refused):
     bare = adapter(tmp_path / "bare")
     assert "no config.yaml that names its own" in refused(*model, "--adapter-path", bare)
     assert "gone.jsonl" in refused(*dpo, "--data", tmp_path / "gone.jsonl")
-    assert "no reward model" in refused(*dpo, "--reward-model", TINY)
+    assert "neither a run of mlx-align reward" in refused(*dpo, "--reward-model", TINY)
+    nowhere = tmp_path / "nowhere"
+    line = refused(*dpo, "--reward-model", nowhere)
+    assert line.startswith(f"error: --reward-model {nowhere}: no such folder")
     assert "gone.txt" in refused(*dpo, "--perplexity-data", tmp_path / "gone.txt")
     empty = tmp_path / "empty.txt"
     empty.write_text(" \n\n ")

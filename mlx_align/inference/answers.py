@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -11,15 +10,16 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mlx_align.config import EvalConfig
+from mlx_align.errors import ModelError
 from mlx_align.inference.compared import Bars, Roles, compared_logps
 from mlx_align.inference.held_out import Question
-from mlx_align.inference.reward_model import RewardModel
+from mlx_align.inference.reward_model import RewardModel, base_of
 from mlx_align.inference.score import Scorer
 from mlx_align.inference.statistics import Floats
-from mlx_align.models.adapters import ADAPTER_CONFIG
+from mlx_align.models.classifiers import is_classifier
 from mlx_align.models.generation import Generated, generate_groups
 from mlx_align.models.heads import has_head
-from mlx_align.models.loading import LanguageModel, ModelFolder
+from mlx_align.models.loading import LanguageModel, ModelFolder, open_model
 from mlx_align.models.roles import Tree
 from mlx_align.types import Message, PromptGroup, Text, TokenizedGroup
 
@@ -138,17 +138,26 @@ def _lengths(every: list[list[Generated]]) -> Floats:
 
 
 def load_judge(config: EvalConfig) -> RewardModel:
-    """A run of `mlx-align reward` on the base that it names (else on --model), or a classifier."""
+    """A run of `mlx-align reward`, on --model or the other base that it names, or a classifier.
+
+    Raises:
+        ModelError: It is neither, or can't be loaded.
+    """
     assert config.reward_model is not None
     assert config.model is not None
     run = Path(config.reward_model).expanduser()
-    if not has_head(run):
-        return RewardModel.load(config.reward_model)
-    base = config.model
-    if (run / ADAPTER_CONFIG).is_file():
-        named = json.loads((run / ADAPTER_CONFIG).read_text(encoding="utf-8")).get("model")
-        base = named if isinstance(named, str) and Path(named).is_dir() else base
-    return RewardModel.load(base, run)
+    if has_head(run):
+        return RewardModel.load(base_of(run, open_model(config.model)).name, run)
+    try:
+        classifier = is_classifier(open_model(config.reward_model).config)
+    except ModelError as error:
+        raise ModelError(f"--reward-model {str(error).removeprefix('--model ')}") from error
+    if not classifier:
+        raise ModelError(
+            f"--reward-model {config.reward_model}: neither a run of mlx-align reward nor a "
+            "*ForSequenceClassification model"
+        )
+    return RewardModel.load(config.reward_model)
 
 
 def judge_answers(

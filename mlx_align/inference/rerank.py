@@ -6,7 +6,6 @@ they can be: the prompt is run once to generate and once for each role that scor
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -32,11 +31,11 @@ from mlx_align.inference.ranking import (
     ranking_of,
     text_of,
 )
-from mlx_align.inference.reward_model import RewardModel
+from mlx_align.inference.reward_model import RewardModel, base_of
 from mlx_align.inference.scored import Prompt, Scored, as_group, as_prompt, tokenize_to_score
 from mlx_align.inference.terms import Terms, terms_of
 from mlx_align.inference.trees import common_layout, load_trees
-from mlx_align.models.adapters import ADAPTER_CONFIG, read_layout
+from mlx_align.models.adapters import read_layout
 from mlx_align.models.classifiers import is_classifier
 from mlx_align.models.generation import Generated, generate_groups
 from mlx_align.models.heads import has_head, put_head, read_head
@@ -300,7 +299,7 @@ def _ranking_by_model(
     answering = None if run is None else run.folder
     path = Path(given).expanduser()
     is_run = has_head(path)
-    base = _base_of(path, folder) if is_run else None
+    base = base_of(path, folder) if is_run else None
     layouts = [read_layout(p) for p in (answering, path if is_run else None) if p is not None]
     if base is not None and base.path == folder.path and common_layout(layouts) is not None:
         model, (policy, reward_tree) = load_trees(folder, [answering, path])
@@ -327,20 +326,3 @@ def _ranking_by_model(
     if run is not None:
         model = computing_as_trained(model, run)
     return Reranker(model, style, policy, None, reward, reward_tree, said)
-
-
-def _base_of(run: Path, folder: ModelFolder) -> ModelFolder:
-    """The base of a reward model's run: `folder` itself, or the other one that the run names."""
-    named = json.loads((run / ADAPTER_CONFIG).read_text(encoding="utf-8")).get("model")
-    if not isinstance(named, str) or named == folder.name:
-        return folder
-    local = Path(named).expanduser()
-    if local.exists() and folder.path.exists() and local.samefile(folder.path):
-        return folder
-    try:
-        return open_model(named)
-    except ModelError as error:
-        raise ModelError(
-            f"--reward-model {run}: its base {named} can't be opened; put it back, or correct "
-            f'"model" in {run / ADAPTER_CONFIG}'
-        ) from error

@@ -7,6 +7,7 @@ prompt and completion: not on padding, not on what else is in the batch.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,7 +21,7 @@ from mlx_align.data.rendering import ChatStyle, chat_style
 from mlx_align.errors import ConfigError, DataError, ModelError
 from mlx_align.inference.score import run_groups
 from mlx_align.inference.scored import Prompt, Scored, as_group, tokenize_to_score
-from mlx_align.models.adapters import install, load_tree, read_layout, read_weights
+from mlx_align.models.adapters import ADAPTER_CONFIG, install, load_tree, read_layout, read_weights
 from mlx_align.models.classifiers import AT_END_TOKEN, MARK, is_classifier, padding_id
 from mlx_align.models.heads import HEAD_NAME, completion_scores, put_head, read_head
 from mlx_align.models.loading import LanguageModel, ModelFolder, load_language_model, open_model
@@ -185,6 +186,28 @@ def put_run(model: LanguageModel, run: Path) -> None:
     put_head(model.anatomy, weight)
     model.module.eval()
     mx.eval(model.module.parameters())
+
+
+def base_of(run: Path, folder: ModelFolder) -> ModelFolder:
+    """The base of a reward model's run: `folder` itself, or the other one that the run names.
+
+    Raises:
+        ModelError: The run can't be read, or the base it names can't be opened.
+    """
+    read_layout(run)
+    named = json.loads((run / ADAPTER_CONFIG).read_text(encoding="utf-8")).get("model")
+    if not isinstance(named, str) or named == folder.name:
+        return folder
+    local = Path(named).expanduser()
+    if local.exists() and folder.path.exists() and local.samefile(folder.path):
+        return folder
+    try:
+        return open_model(named)
+    except ModelError as error:
+        raise ModelError(
+            f"--reward-model {run}: its base {named} can't be opened; put it back, or correct "
+            f'"model" in {run / ADAPTER_CONFIG}'
+        ) from error
 
 
 def combine_members(members: Scores, how: str, variance_penalty: float) -> Scores:
