@@ -386,4 +386,11 @@ def test_files_are_replaced_whole(tmp_path, monkeypatch):
     assert file.read_text() == "old"
     with pytest.raises(ZeroDivisionError), files.writing_whole(file):
         1 / 0  # noqa: B018
+    with pytest.raises(WriteError), files.writing_folder(tmp_path / "folder") as partial:
+        (partial / "file").write_text("half")
     assert [path.name for path in tmp_path.iterdir()] == ["file.txt"]
+    monkeypatch.undo()
+    with files.writing_folder(tmp_path / "a" / "folder") as partial:
+        (partial / "file").write_text("whole")
+    assert [path.name for path in (tmp_path / "a").iterdir()] == ["folder"]
+    assert (tmp_path / "a" / "folder" / "file").read_text() == "whole"
