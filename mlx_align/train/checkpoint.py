@@ -72,7 +72,7 @@ def save_checkpoint(
     _check_finite(state)
     folder = run / FOLDER
     step = state.progress.step
-    final = folder / f"{step:07d}"
+    final = checkpoint_folder(run, step)
     partial = folder / f".{final.name}.partial"
     with writing(final):
         folder.mkdir(exist_ok=True)
@@ -244,6 +244,11 @@ def _checksum(file: Path) -> str:
 
 def _optimizer_file(folder: Path, name: str) -> Path:
     return folder / f"{name}.optimizer.safetensors"
+
+
+def checkpoint_folder(run: Path, step: int) -> Path:
+    """Where the checkpoint after update `step` is; an adapter folder."""
+    return run / FOLDER / f"{step:07d}"
 
 
 def has_checkpoint(run: Path) -> bool:

@@ -27,7 +27,7 @@ from mlx_align.plan.check import check_fits
 from mlx_align.plan.machine import this_machine
 from mlx_align.plan.timing import rate_key, store_rate
 from mlx_align.train import runlog
-from mlx_align.train.checkpoint import State, load_checkpoint, save_checkpoint
+from mlx_align.train.checkpoint import State, checkpoint_folder, load_checkpoint, save_checkpoint
 from mlx_align.train.display import Display
 from mlx_align.train.fingerprints import fingerprints
 from mlx_align.train.heldout import (
@@ -229,6 +229,10 @@ def _run(
         "seed": config.seed,
     }
     runlog.write_json(run / runlog.SUMMARY_FILE, summary)
+    if evaluation.best is not None and evaluation.best["step"] < progress.step:
+        step, loss = int(evaluation.best["step"]), evaluation.best["loss"]
+        where = checkpoint_folder(run, step)
+        display.note(f"! Held-out loss was lowest after update {step} ({loss:.4f}): {where}.")
     return {**summary, "samples": samples}
 
 
