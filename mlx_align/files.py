@@ -106,6 +106,31 @@ def writing_whole(file: Path) -> Iterator[TextIO]:
 
 
 @contextmanager
+def writing_folder(folder: Path) -> Iterator[Path]:
+    """A folder to fill that becomes `folder`, which is empty or not there, if the block ends.
+
+    Raises:
+        WriteError: It can't be written; there is no new folder then.
+    """
+    partial = folder.with_name(f".{folder.name}.partial")
+    try:
+        with writing(folder):
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir()
+        yield partial
+        with writing(folder):
+            for file in partial.iterdir():
+                sync(file)
+            if folder.is_dir():
+                folder.rmdir()
+            partial.rename(folder)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+@contextmanager
 def _replacing(
     file: Path, partial: Path, errors: tuple[type[Exception], ...] = (OSError, RuntimeError)
 ) -> Iterator[None]:

@@ -22,7 +22,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -36,7 +36,7 @@ from mlx_align.cli import main as command_line  # noqa: E402
 
 # isort: split
 import mlx.core as mx  # noqa: E402
-from hypothesis import HealthCheck, given, seed, settings  # noqa: E402
+from hypothesis import HealthCheck, Phase, given, seed, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
 from mlx_align.errors import ModelError  # noqa: E402
@@ -67,6 +67,11 @@ ODD_YAML = (
     "0x" + "f" * 5000,
     *("[a, [b]]", "{a: {b: c}}", "- x", "|\n  text", "'", '"', "\t", "\x07", "%", "@x", "`"),
 )
+
+
+def one_of(values: Sequence[Any]) -> st.SearchStrategy[Any]:
+    """One of the values; hypothesis' own would print all of them with its errors."""
+    return st.integers(0, len(values) - 1).map(lambda i: values[i])
 
 
 def changed_bytes(content: bytes) -> st.SearchStrategy[bytes]:
@@ -111,7 +116,7 @@ def changed_json(value: Any) -> st.SearchStrategy[str]:
         return json.dumps(copy[""]).replace('"@@"', odd)
 
     hows = st.sampled_from(("odd", "odd", "odd", "drop", "rename"))
-    return st.builds(apply, st.sampled_from(paths), st.sampled_from(ODD), hows)
+    return st.builds(apply, one_of(paths), one_of(ODD), hows)
 
 
 def _paths(value: Any, here: tuple[Any, ...] = ("",)) -> Any:
@@ -134,7 +139,7 @@ def changed_tensors(file: Path) -> st.SearchStrategy[bytes]:
 
     changes: dict[str, Callable[[mx.array], mx.array]] = {
         "flat": lambda a: a.reshape(-1),
-        "wide": lambda a: mx.concatenate([a, a], axis=0),
+        "wide": lambda a: mx.concatenate([a, a], axis=0) if a.ndim else a,
         "half": lambda a: a[: max(1, a.shape[0] // 2)] if a.ndim else a,
         "deep": lambda a: a[None],
         "int": lambda a: a.astype(mx.int32),
@@ -161,7 +166,7 @@ def changed_tensors(file: Path) -> st.SearchStrategy[bytes]:
         changed_json(header).map(with_header),
         st.builds(
             with_tensor,
-            st.sampled_from(sorted(tensors)),
+            one_of(sorted(tensors)),
             st.sampled_from((*changes, "drop", "rename")),
         ),
     )
@@ -329,7 +334,7 @@ def _only(command: str, where: list[str]) -> list[str]:
 def data_examples(bench: Bench) -> st.SearchStrategy[Any]:
     """Data files: JSON lines, an array, bytes."""
     lines = "".join(json.dumps(row) + "\n" for row in bench.pairs)
-    rows = st.sampled_from(bench.rows).flatmap(changed_json)
+    rows = one_of(bench.rows).flatmap(changed_json)
     # Among good rows of the same kind, an odd one is found in the middle.
     text = st.builds(lambda row, n: lines * n + row + "\n", rows, st.integers(0, 2))
     array = rows.map(lambda row: f"[{json.dumps(bench.rows[0])}, {row}]")
@@ -354,10 +359,10 @@ def config_examples(bench: Bench) -> st.SearchStrategy[Any]:
     values = st.builds(
         with_value,
         st.integers(0, len(lines) - 1),
-        st.sampled_from((*ODD, *ODD_YAML)),
+        one_of((*ODD, *ODD_YAML)),
         st.booleans(),
     )
-    whole = st.sampled_from((*ODD, *ODD_YAML, LAUGHS, LAUGHS + "beta: *x39\n"))
+    whole = one_of((*ODD, *ODD_YAML, LAUGHS, LAUGHS + "beta: *x39\n"))
     content = st.one_of(values, whole, changed_bytes(text.encode()))
     return st.tuples(content, st.sampled_from(("dpo", "kto", "sft", "reward")))
 
@@ -419,8 +424,10 @@ def loaded_once() -> Any:
         yield
 
 
-def fuzz(bench: Bench, target: str, examples: int, number: int) -> int:
+def fuzz(bench: Bench, target: str, examples: int, number: int, *, shrink: bool = True) -> int:
     """Try so many examples of a target; how many were tried.
+
+    What breaks is made as small as it can be, which takes a while, unless `shrink` is false.
 
     Raises:
         Broken: One did not end well; hypothesis says the smallest it found.
@@ -433,6 +440,7 @@ def fuzz(bench: Bench, target: str, examples: int, number: int) -> int:
         max_examples=examples,
         deadline=None,
         database=None,
+        phases=[Phase.generate, *([Phase.shrink] if shrink else [])],
         suppress_health_check=list(HealthCheck),
         print_blob=False,
     )

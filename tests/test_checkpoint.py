@@ -42,6 +42,8 @@ def save(run, step, **named):
 def load(run, said=None):
     fresh = {"policy": tree(0.0), "critic": tree(0.0)}
     optimizers = {"policy": optim.AdamW(0.1), "critic": optim.AdamW(0.2)}
+    for optimizer in optimizers.values():
+        optimizer.init(tree(0.0))
     note = (lambda _: None) if said is None else said.append
     return load_checkpoint(run, fresh, optimizers, note)
 
@@ -143,6 +145,10 @@ def test_one_of_another_model_is_refused(tmp_path):
         load_checkpoint(tmp_path, {"policy": wider}, {}, print)
     with pytest.raises(ModelError, match="not a checkpoint of this command"):
         load_checkpoint(tmp_path, {"policy": tree(0.0), "value": tree(0.0)}, {}, print)
+    other = optim.SGD(0.1)
+    other.init(tree(0.0))
+    with pytest.raises(ModelError, match="its policy optimizer is not one of this run"):
+        load_checkpoint(tmp_path, {"policy": tree(0.0)}, {"policy": other}, print)
 
 
 def test_a_full_disk_leaves_the_one_before(tmp_path, monkeypatch):

@@ -174,7 +174,10 @@ def test_a_report_after_a_stop_off_its_beat_is_the_same(pairs, monkeypatch, step
     assert run(["dpo", "--resume", "run"]) == 0
     assert result("run") == result("whole")
     best = [json.loads(Path(n, "summary.json").read_text())["best"] for n in ("run", "whole")]
-    assert best[0] == best[1] != None  # noqa: E711
+    assert best[0] == best[1]
+    kept = Path("run", "checkpoints", f"{best[0]['step']:07d}")
+    # Whether it is the last or not, the best one is an adapter that can be used.
+    assert (kept / "adapters.safetensors").is_file()
 
 
 def test_an_interrupted_reference_pass_goes_on_in_its_batches(pairs, monkeypatch):
@@ -252,19 +255,23 @@ def test_signals_outside_of_updates(pairs, capsys, monkeypatch):
     """While data is read, the model is loaded, answers are sampled at the end."""
     from mlx_align.train import setup
 
-    for module, name, said in (
-        (offline, "prepare_data", "stopped before anything was written"),
-        (setup, "load_language_model", "start again with: mlx-align dpo --resume run-1"),
-        (offline, "kl_from_reference", "go on with: mlx-align dpo --resume run-2"),
+    for number, (module, name, signum, said) in enumerate(
+        (
+            (offline, "prepare_data", signal.SIGTERM, "stopped before anything was written"),
+            (
+                setup,
+                "load_language_model",
+                signal.SIGINT,
+                "again with: mlx-align dpo --resume run-1",
+            ),
+            (offline, "kl_from_reference", signal.SIGHUP, "on with: mlx-align dpo --resume run-2"),
+        )
     ):
-        number = ("prepare_data", "load_language_model", "kl_from_reference").index(name)
-
-        def stop(*_, **__):
-            signal.raise_signal(signal.SIGTERM)
-
         with monkeypatch.context() as patched:
-            patched.setattr(module, name, stop)
-            assert dpo(output=f"run-{number}") == 143
+            patched.setattr(
+                module, name, lambda *_, signum=signum, **__: signal.raise_signal(signum)
+            )
+            assert dpo(output=f"run-{number}") == 128 + signum
         captured = capsys.readouterr()
         assert said in captured.out
         assert "Traceback" not in captured.err
@@ -386,4 +393,11 @@ def test_files_are_replaced_whole(tmp_path, monkeypatch):
     assert file.read_text() == "old"
     with pytest.raises(ZeroDivisionError), files.writing_whole(file):
         1 / 0  # noqa: B018
+    with pytest.raises(WriteError), files.writing_folder(tmp_path / "folder") as partial:
+        (partial / "file").write_text("half")
     assert [path.name for path in tmp_path.iterdir()] == ["file.txt"]
+    monkeypatch.undo()
+    with files.writing_folder(tmp_path / "a" / "folder") as partial:
+        (partial / "file").write_text("whole")
+    assert [path.name for path in (tmp_path / "a").iterdir()] == ["folder"]
+    assert (tmp_path / "a" / "folder" / "file").read_text() == "whole"

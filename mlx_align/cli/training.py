@@ -164,6 +164,8 @@ def _resumed(
         raise ConfigError(f"--resume {folder}: no {CONFIG_FILE} in it; is it a run folder?")
     check_command(run, command, read_fingerprints(run))
     config = resolve(kind, {}, run / CONFIG_FILE)
+    if config.model is None or config.data is None:
+        raise ConfigError(f"--resume {folder}: its {CONFIG_FILE} names no model or no data")
     wanted = resolve(kind, {k: v for k, v in asked.items() if v is not None})
     changed = {}
     for entry in fields(kind):

@@ -14,6 +14,7 @@ from mlx_lm.utils import dequantize_model, save
 
 from mlx_align.data.rendering import ChatStyle, chat_style
 from mlx_align.errors import ConfigError, ModelError
+from mlx_align.files import writing, writing_folder
 from mlx_align.inference.reward_model import put_run
 from mlx_align.models.classifiers import AT_END_TOKEN, MARK, SUFFIX
 from mlx_align.models.compat import dissect
@@ -101,8 +102,8 @@ def export_reward_model(folder: ModelFolder, run: Path, output: Path) -> ExportR
     config = _config(folder.config, module, f"{family}{SUFFIX}", pad)
     tokenizer = getattr(folder.tokenizer, "_tokenizer", folder.tokenizer)
     tokenizer.pad_token = tokenizer.convert_ids_to_tokens(pad)
-    output.mkdir(parents=True, exist_ok=True)
-    save(output, str(folder.path), module, folder.tokenizer, config, donate_model=False)
+    with writing_folder(output) as partial, writing(output):
+        save(partial, str(folder.path), module, folder.tokenizer, config, donate_model=False)
     return ExportReport(
         architecture=f"{family}{SUFFIX}",
         members=int(weight.shape[0]),

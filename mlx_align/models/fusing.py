@@ -18,6 +18,7 @@ from mlx.utils import tree_unflatten
 from mlx_lm.utils import save
 
 from mlx_align.errors import ConfigError, ModelError
+from mlx_align.files import writing, writing_folder
 from mlx_align.models.adapters import install, load_tree, read_layout
 from mlx_align.models.compat import dissect
 from mlx_align.models.heads import has_head
@@ -110,8 +111,8 @@ def fuse_adapter(
             for key in ("quantization", "quantization_config"):
                 if key in config:
                     config[key] = {**config[key], layer.name: False}
-    output.mkdir(parents=True, exist_ok=True)
-    save(output, str(folder.path), model.module, folder.tokenizer, config, donate_model=False)
+    with writing_folder(output) as partial, writing(output):
+        save(partial, str(folder.path), model.module, folder.tokenizer, config, donate_model=False)
     change = _furthest(adapted, base)
     return FuseReport(tuple(layers), gap, change)
 

@@ -126,6 +126,6 @@ def store_rate(key: str, rate: float) -> None:
 def _stored() -> dict[str, object]:
     try:
         content = json.loads(rates_file().read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}

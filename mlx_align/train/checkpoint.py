@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -71,7 +72,7 @@ def save_checkpoint(
     _check_finite(state)
     folder = run / FOLDER
     step = state.progress.step
-    final = folder / f"{step:07d}"
+    final = checkpoint_folder(run, step)
     partial = folder / f".{final.name}.partial"
     with writing(final):
         folder.mkdir(exist_ok=True)
@@ -139,7 +140,7 @@ def load_checkpoint(
     Args:
         run: The run folder.
         fresh: The trees the run starts from, for their names and shapes.
-        optimizers: The run's, by name; their state is replaced.
+        optimizers: The run's, by name, with their first state, which is replaced.
         note: Told of every checkpoint that is damaged and passed over.
 
     Raises:
@@ -171,8 +172,10 @@ def _read(
     main, *others = fresh
     try:
         content = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
-        progress = Progress(**content["progress"])
-        high, low = content["random_key"]
+        progress = _progress(content["progress"])
+        high, low = (int(word) for word in content["random_key"])
+        if not (0 <= high < 1 << 32 and 0 <= low < 1 << 32):
+            raise ValueError(f"random_key {high}, {low}")
         extra = dict(content["extra"])
         flat = {main: read_tensors(folder / ADAPTER_WEIGHTS)}
         if has_head(folder):
@@ -182,17 +185,34 @@ def _read(
         states = {name: read_tensors(_optimizer_file(folder, name)) for name in optimizers}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ModelError) as error:
         # The checksums are right: this was written by another command or version.
-        raise ModelError(f"{folder}: not a checkpoint of this command ({error})") from error
+        what = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+        raise ModelError(f"{folder}: not a checkpoint of this command ({what})") from error
     trees: dict[str, Tree] = {}
     for name, tree in fresh.items():
-        shapes = {key: array.shape for key, array in tree_flatten(tree)}
-        if {key: array.shape for key, array in flat[name].items()} != shapes:
+        if _kinds(flat[name]) != _kinds(dict(tree_flatten(tree))):
             raise ModelError(f"{folder}: its adapters do not fit this model; was --model changed?")
         trees[name] = tree_unflatten(list(flat[name].items()))
     for name, optimizer in optimizers.items():
+        if _kinds(states[name]) != _kinds(dict(tree_flatten(optimizer.state))):
+            raise ModelError(f"{folder}: its {name} optimizer is not one of this run")
         optimizer.state = tree_unflatten(list(states[name].items()))
     restore_random_key(high, low)
     return State(progress, trees, optimizers, extra)
+
+
+def _kinds(tensors: Mapping[str, mx.array]) -> dict[str, tuple[Any, ...]]:
+    return {name: (array.dtype, *array.shape) for name, array in tensors.items()}
+
+
+def _progress(content: Any) -> Progress:
+    """How far the run is, all of it non-negative numbers."""
+    numbers = {}
+    for entry in dataclasses.fields(Progress):
+        value = content[entry.name]
+        if type(value) not in (type(entry.default), int) or not 0 <= value < math.inf:
+            raise ValueError(f"{entry.name} {value!r}")
+        numbers[entry.name] = value
+    return Progress(**numbers)
 
 
 def _verify(folder: Path) -> None:
@@ -224,6 +244,11 @@ def _checksum(file: Path) -> str:
 
 def _optimizer_file(folder: Path, name: str) -> Path:
     return folder / f"{name}.optimizer.safetensors"
+
+
+def checkpoint_folder(run: Path, step: int) -> Path:
+    """Where the checkpoint after update `step` is; an adapter folder."""
+    return run / FOLDER / f"{step:07d}"
 
 
 def has_checkpoint(run: Path) -> bool:

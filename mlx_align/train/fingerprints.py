@@ -25,6 +25,13 @@ from mlx_align.train.runlog import versions
 from mlx_align.types import TokenizedGroup
 
 FINGERPRINTS_FILE = "fingerprints.json"
+# The option that names it.
+WHERE = {
+    "model": " (--model)",
+    "init adapter": " (--init-adapter)",
+    "training data": " (--data)",
+    "held-out data": " (--data)",
+}
 
 
 def fingerprints(
@@ -108,9 +115,8 @@ def check_same_run(run: Path, now: dict[str, Any]) -> list[str]:
     if not began:
         return [f"! {run}: no {FINGERPRINTS_FILE} in it; it is taken for the same run."]
     check_command(run, now["command"], began)
-    where = {"model": "--model", "init adapter": "--init-adapter"}
     changed = [
-        f"the {name} ({where.get(name, '--data')})"
+        f"the {name}{WHERE.get(name, '')}"
         for name in sorted(began["hashes"].keys() | now["hashes"].keys())
         if began["hashes"].get(name) != now["hashes"].get(name)
     ]

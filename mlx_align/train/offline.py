@@ -19,6 +19,7 @@ from mlx_align.config import TrainConfig
 from mlx_align.data.batching import epoch_order, microbatch_stream, padding_waste
 from mlx_align.data.checks import DataFacts, render_facts
 from mlx_align.data.shapes import AnyShape, batch_limit, plan_shapes
+from mlx_align.errors import ModelError
 from mlx_align.models.adapters import AdapterLayout, save_adapter
 from mlx_align.models.loading import ModelFolder, open_model
 from mlx_align.models.roles import Tree
@@ -26,7 +27,7 @@ from mlx_align.plan.check import check_fits
 from mlx_align.plan.machine import this_machine
 from mlx_align.plan.timing import rate_key, store_rate
 from mlx_align.train import runlog
-from mlx_align.train.checkpoint import State, load_checkpoint, save_checkpoint
+from mlx_align.train.checkpoint import State, checkpoint_folder, load_checkpoint, save_checkpoint
 from mlx_align.train.display import Display
 from mlx_align.train.fingerprints import fingerprints
 from mlx_align.train.heldout import (
@@ -51,7 +52,7 @@ from mlx_align.train.refer import References, run_references, used_groups
 from mlx_align.train.setup import Policy, make_policy, prepare_data, resolve_layout
 from mlx_align.train.task import Task
 from mlx_align.train.trackers import check_trackers
-from mlx_align.train.window import Window
+from mlx_align.train.window import Window, window_of
 from mlx_align.types import TokenizedGroup
 
 
@@ -139,8 +140,7 @@ def _run(
         state = load_checkpoint(run, {"policy": policy.start}, optimizers, display.note)
     if state is not None:
         progress, tree = state.progress, state.trees["policy"]
-        window = Window(**state.extra["window"])
-        evaluation.best = state.extra["best"]
+        window, evaluation.best = _restored(run, state)
         policy.model.module.update(tree)
         runlog.drop_rows_after(run, progress.step)
         display.note(f"Going on after update {progress.step} of {settings.total_steps}.")
@@ -245,7 +245,22 @@ def _run(
     }
     runlog.write_json(run / runlog.SUMMARY_FILE, summary)
     publication.finish()
+    if evaluation.best is not None and evaluation.best["step"] < progress.step:
+        step, loss = int(evaluation.best["step"]), evaluation.best["loss"]
+        where = checkpoint_folder(run, step)
+        display.note(f"! Held-out loss was lowest after update {step} ({loss:.4f}): {where}.")
     return {**summary, "samples": samples}
+
+
+def _restored(run: Path, state: State) -> tuple[Window, dict[str, float] | None]:
+    """The window of updates not reported yet, and the best evaluation."""
+    try:
+        best = state.extra["best"]
+        if best is not None:
+            best = {"step": int(best["step"]), "loss": float(best["loss"])}
+        return window_of(state.extra["window"]), best
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        raise ModelError(f"{run}: its last checkpoint is not one of this command") from error
 
 
 def _say_policy(policy: Policy, layout: AdapterLayout) -> str:

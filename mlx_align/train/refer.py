@@ -111,10 +111,11 @@ def _read(run: Path) -> dict[str, Any]:
     """What an earlier start of this run noted; {} where nothing of use is there."""
     try:
         known = json.loads((run / REFERENCE_FILE).read_text(encoding="utf-8"))
-        lists = [sorted(int(i) for i in positions) for positions in known["missing"].values()]
-        return dict(known) if all(i >= 0 for one in lists for i in one) else {}
+        lists = [list(positions) for positions in known["missing"].values()]
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return {}
+    whole = all(type(i) is int and i >= 0 for positions in lists for i in positions)
+    return dict(known) if whole else {}
 
 
 def _checksum(found: dict[str, GroupLogps]) -> str:

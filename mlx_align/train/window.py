@@ -62,5 +62,21 @@ class Window:
         }
 
     def as_json(self) -> dict[str, Any]:
-        """What a checkpoint keeps; `Window(**…)` takes it back."""
+        """What a checkpoint keeps; `window_of` takes it back."""
         return asdict(self)
+
+
+def window_of(content: Any) -> Window:
+    """The window that `as_json` gave.
+
+    Raises:
+        KeyError: An entry is missing.
+        TypeError: It is none.
+        ValueError: An entry is none.
+    """
+    return Window(
+        updates=int(content["updates"]),
+        sums={str(name): float(value) for name, value in dict(content["sums"]).items()},
+        **{name: float(content[name]) for name in ("loss", "norm", "rate", "seconds")},
+        tokens=int(content["tokens"]),
+    )
