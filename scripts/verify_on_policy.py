@@ -131,16 +131,22 @@ def capital(folder: Path, _: argparse.Namespace) -> bool:
 def arithmetic(folder: Path, _: argparse.Namespace) -> bool:
     """Sums that SFT left mostly wrong become right."""
     draw = random.Random(0)
-    pairs = [(a, b) for a in range(10) for b in range(10)]
+    pairs = [(a, b) for a in range(6) for b in range(6)]
     demonstrations, prompts = [], []
     for a, b in pairs:
         asked = [{"role": "user", "content": f"What is {a} + {b}?"}]
         prompts.append({"prompt": asked, "answer": str(a + b)})
-        for _ in range(12):
+        for _ in range(20):
             off = draw.choices((0, 1, 2), (0.15, 0.45, 0.4))[0]
             said = [{"role": "assistant", "content": f"{a + b + off}"}]
             demonstrations.append({"prompt": asked, "completion": said})
-    for name, rows in (("sft", demonstrations), ("sums", prompts)):
+    # All sums are trained on: what is looked at is whether they are learned.
+    (folder / "prompts").mkdir()
+    for name, rows in (
+        ("sft", demonstrations),
+        ("prompts/train", prompts),
+        ("prompts/valid", prompts),
+    ):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     common = {"--model": "starter", "--no-grad-checkpoint": None, "--max-seq-length": 64}
     command(
@@ -149,7 +155,7 @@ def arithmetic(folder: Path, _: argparse.Namespace) -> bool:
             **common,
             "--data": folder / "sft.jsonl",
             "--output": folder / "sft",
-            "--iters": 300,
+            "--iters": 400,
             "--batch-size": 32,
             "--grad-accumulation-steps": 1,
             "--learning-rate": 3e-3,
@@ -161,23 +167,23 @@ def arithmetic(folder: Path, _: argparse.Namespace) -> bool:
         "grpo",
         {
             **common,
-            "--data": folder / "sums.jsonl",
+            "--data": folder / "prompts",
             "--init-adapter": folder / "sft",
             "--reward": "exact_answer",
             "--output": folder / "sums",
-            "--iters": 60,
-            "--batch-size": 16,
+            "--iters": 80,
+            "--batch-size": 18,
             "--grad-accumulation-steps": 1,
+            "--group-size": 16,
             "--max-completion-length": 6,
-            "--learning-rate": 1e-3,
+            "--learning-rate": 3e-4,
             "--steps-per-eval": 20,
-            "--valid-fraction": 0.2,
             "--val-batches": -1,
             "--samples": 4,
         },
     )
-    print(f"arithmetic: {held_out(summary)}; last batch {summary['train']['reward']:.2f}")
-    return summary["train"]["reward"] > 0.8
+    print(f"arithmetic: {held_out(summary)}")
+    return summary["eval_before"]["reward"] < 0.2 and summary["eval"]["reward"] > 0.8
 
 
 def stories(folder: Path, arguments: argparse.Namespace) -> bool:

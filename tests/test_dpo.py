@@ -181,7 +181,7 @@ def test_reference_log_probs_are_computed_once(train, models, pairs, tmp_path, m
     from mlx_align.inference import score
 
     rows = []
-    original = score._compiled
+    original = score.compiled_scorer
 
     def counting(model, run):
         scorer = original(model, run)
@@ -192,7 +192,7 @@ def test_reference_log_probs_are_computed_once(train, models, pairs, tmp_path, m
 
         return counted
 
-    monkeypatch.setattr(score, "_compiled", counting)
+    monkeypatch.setattr(score, "compiled_scorer", counting)
 
     def passes(output, *options, **named):
         rows.clear()
