@@ -30,7 +30,6 @@ from mlx_align.cli.sft import sft
 from mlx_align.errors import MlxAlignError
 from mlx_align.train.signals import Interrupted, interrupting
 
-
 LONGEST_LINE = 1500
 
 
