@@ -25,7 +25,7 @@ def bench(script, tmp_path_factory):
 # It would print all strategies with what breaks.
 @pytest.mark.filterwarnings("ignore::hypothesis.errors.HypothesisWarning")
 @pytest.mark.parametrize(
-    ("target", "examples"), [("data", 150), ("config", 100), ("adapter", 15), ("run", 15)]
+    ("target", "examples"), [("data", 150), ("config", 80), ("adapter", 10), ("run", 12)]
 )
 def test_mutated_files(script, bench, monkeypatch, target, examples):
     monkeypatch.chdir(bench.folder)  # whatever a configuration names as its output is made here

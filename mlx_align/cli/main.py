@@ -35,6 +35,8 @@ from mlx_align.cli.sft import sft
 from mlx_align.errors import MlxAlignError
 from mlx_align.train.signals import Interrupted, interrupting
 
+LONGEST_LINE = 1500
+
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__, prog_name="mlx-align")
@@ -98,7 +100,10 @@ def run(arguments: Sequence[str] | None = None) -> int:
 
 
 def _fail(message: str) -> int:
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    # A line is to be read: what a damaged file holds may have no end.
+    line = " ".join(message.split())
+    shown = line if len(line) <= LONGEST_LINE else line[: LONGEST_LINE - 1] + "…"
+    print(f"error: {shown}", file=sys.stderr)
     return 1
 
 

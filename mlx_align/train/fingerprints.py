@@ -93,7 +93,9 @@ def read_fingerprints(run: Path) -> dict[str, Any]:
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
         kept = {key: dict(found[key]) for key in ("hashes", "options", "versions")}
-        return {"command": str(found["command"]), **kept}
+        if not isinstance(found["command"], str):
+            raise TypeError("command")
+        return {"command": found["command"], **kept}
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ModelError(
             f"{file}: damaged; a run without it can't be known to be the same: start a new one"
