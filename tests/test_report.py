@@ -547,3 +547,27 @@ def test_numbers_read_well():
     assert say(12_345.6, "tokens") == "12,346 tokens"
     assert say(math.pi) == "3.14"
     assert say(48e6, "bytes") == "48 MB"
+
+
+def test_rollouts_of_the_last_batch_are_shown_best_first(tmp_path):
+    rows = [
+        {
+            "step": step,
+            "source": "train.jsonl:1",
+            "prompt": [{"role": "user", "content": "Capital <of> Peru?"}],
+            "completion": f"answer {n} of {step}",
+            "reward": reward,
+        }
+        for step in (1, 2)
+        for n, reward in enumerate((0.1, 0.9, None, 0.4, 0.2))
+    ]
+    rows.append({"source": "valid.jsonl:1", "prompt": "Hm?", "before": "one", "after": "two"})
+    write(tmp_path, ppo_rows(3), samples=rows)
+    page = render_run(read_run(tmp_path), charts=False)
+    assert "What it said last" in page
+    assert "Rollout batch 2" in page
+    assert "Capital &lt;of&gt; Peru?" in page
+    assert "of 1" not in page.split("What it said last")[1].split("</section>")[0]
+    places = [page.index(f"answer {n} of 2") for n in (1, 3, 4, 2)]
+    assert places == sorted(places)
+    assert "Before and after" in page

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mlx_align.report.numbers import say
@@ -105,9 +105,40 @@ def sample_rows(sample: Mapping[str, Any]) -> dict[str, Any]:
         side["kind"] = side["kind"] if side["kind"] in ("best", "after") else ""
     return {
         "source": str(sample.get("source", "")),
-        "prompt": option_text(sample.get("prompt")).strip("\n"),
+        "prompt": prompt_text(sample.get("prompt")).strip("\n"),
         "sides": sides,
     }
+
+
+def rollout_rows(rollouts: Sequence[Mapping[str, Any]], prompts: int, each: int) -> list[Any]:
+    """What was said last to some prompts, best first: as `sample_rows` has it."""
+    by_prompt: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
+    for row in rollouts:
+        key = (str(row.get("source", "")), prompt_text(row.get("prompt")))
+        by_prompt.setdefault(key, []).append(row)
+    shown = []
+    for (source, prompt), rows in list(by_prompt.items())[:prompts]:
+        ranked = sorted(rows, key=_earned, reverse=True)
+        chosen = ranked if len(ranked) <= each else [*ranked[: each - 1], ranked[-1]]
+        completions = [
+            {"text": str(row.get("completion", "")), "score": row.get("reward")} for row in chosen
+        ]
+        shown.append(sample_rows({"source": source, "prompt": prompt, "completions": completions}))
+    return shown
+
+
+def _earned(row: Mapping[str, Any]) -> float:
+    reward = row.get("reward")
+    return reward if isinstance(reward, int | float) else float("-inf")
+
+
+def prompt_text(prompt: Any) -> str:
+    """A prompt for people: text as it stands, of messages who says what."""
+    if isinstance(prompt, list) and all(isinstance(turn, Mapping) for turn in prompt):
+        if len(prompt) == 1:
+            return str(prompt[0].get("content", ""))
+        return "\n".join(f"{turn.get('role', '')}: {turn.get('content', '')}" for turn in prompt)
+    return option_text(prompt)
 
 
 def number_rows(run: RunFacts) -> list[list[str]]:

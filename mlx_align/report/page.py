@@ -13,7 +13,14 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from mlx_align.report.charts import EXTRA, can_draw
-from mlx_align.report.describe import data_rows, judged_rows, number_rows, option_text, sample_rows
+from mlx_align.report.describe import (
+    data_rows,
+    judged_rows,
+    number_rows,
+    option_text,
+    rollout_rows,
+    sample_rows,
+)
 from mlx_align.report.figures import compared_figures, judged_figures, run_figures
 from mlx_align.report.health import warnings_of
 from mlx_align.report.numbers import say, say_date, say_duration
@@ -23,6 +30,8 @@ PAGE_FILE = "report.html"
 # Of an open page, while the run goes on.
 RELOAD_SECONDS = 30
 SHOWN_SAMPLES = 12
+# Of the last rollout batch.
+SHOWN_PROMPTS, SHOWN_ROLLOUTS = 6, 4
 
 # Control characters have no place in HTML, and half a surrogate pair none in a file: whoever put
 # them into the data, they are shown as what they are.
@@ -117,6 +126,8 @@ def render_run(run: RunFacts, *, charts: bool = True) -> str:
         judged_figures=judged_figures(judged) if drawing else [],
         samples=samples[:SHOWN_SAMPLES],
         more_samples=max(0, len(samples) - SHOWN_SAMPLES),
+        rollouts=rollout_rows(run.rollouts, SHOWN_PROMPTS, SHOWN_ROLLOUTS),
+        rollout_step=run.rollouts[0].get("step") if run.rollouts else None,
         scored=any("completions" in sample for sample in run.samples),
         numbers=number_rows(run),
         facts=data_rows(facts),

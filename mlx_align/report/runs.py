@@ -21,6 +21,8 @@ CONFIG_FILE = "config.yaml"
 METRICS_FILE = "metrics.jsonl"
 SUMMARY_FILE = "summary.json"
 SAMPLES_FILE = "samples.jsonl"
+# Rollouts of a long run are many; the end of the file has the last ones.
+SAMPLES_TAIL_BYTES = 1 << 20
 STATUS_FILE = "status.json"
 
 Row = Mapping[str, float]
@@ -38,6 +40,7 @@ class RunFacts:
         status: state, step, total, seconds, began, written: where the run was when it last said so.
         summary: Of a finished run; empty before that.
         samples: Rows of samples.jsonl of a finished run.
+        rollouts: Those of what a policy said in its last rollout batch, and what that earned.
     """
 
     name: str
@@ -47,6 +50,7 @@ class RunFacts:
     status: Mapping[str, Any]
     summary: Mapping[str, Any]
     samples: Sequence[Mapping[str, Any]]
+    rollouts: Sequence[Mapping[str, Any]]
 
     @property
     def command(self) -> str:
@@ -95,6 +99,7 @@ def read_run(folder: Path) -> RunFacts:
         )
     rows = [_finite(row) for row in _lines(folder / METRICS_FILE)]
     rows = [row for row in rows if "step" in row]
+    said = _lines(folder / SAMPLES_FILE, SAMPLES_TAIL_BYTES)
     status = _object(folder / STATUS_FILE)
     # A run that goes on, or began again, is not what an earlier summary says of it.
     over = status.get("state", "finished") == "finished"
@@ -105,8 +110,14 @@ def read_run(folder: Path) -> RunFacts:
         held_out=[row for row in rows if _is_held_out(row)],
         status=status,
         summary=_object(folder / SUMMARY_FILE) if over else {},
-        samples=_lines(folder / SAMPLES_FILE) if over else [],
+        samples=[row for row in said if "completion" not in row] if over else [],
+        rollouts=_last_step([row for row in said if "completion" in row]),
     )
+
+
+def _last_step(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of the last rollout batch."""
+    return [row for row in rows if row.get("step") == rows[-1].get("step")]
 
 
 def _is_held_out(row: Row) -> bool:
@@ -124,20 +135,25 @@ def _number(value: Any) -> float | None:
     return value
 
 
-def _text(file: Path) -> str:
+def _text(file: Path, tail: int | None = None) -> str:
     try:
-        return file.read_text(encoding="utf-8", errors="replace")
+        with file.open("rb") as stream:
+            if tail is not None:
+                stream.seek(max(0, file.stat().st_size - tail))
+            return stream.read().decode("utf-8", errors="replace")
     except OSError:
         return ""
 
 
-def _lines(file: Path) -> list[dict[str, Any]]:
+def _lines(file: Path, tail: int | None = None) -> list[dict[str, Any]]:
+    """The rows of a JSONL file, or those in its last `tail` bytes."""
     found = []
-    for line in _text(file).splitlines():
+    # Not splitlines: texts may hold other ends of lines than a newline.
+    for line in _text(file, tail).split("\n"):
         try:
             row = json.loads(line)
-        except ValueError:
-            continue  # the torn last line of a run that writes, or was killed
+        except (ValueError, RecursionError):
+            continue  # the torn last line of a run that writes, or was killed; a tail's first
         if isinstance(row, dict):
             found.append(row)
     return found
