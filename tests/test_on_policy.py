@@ -12,9 +12,11 @@ from mlx_lm import load as mlx_lm_load
 from mlx_lm.convert import convert
 
 from mlx_align.cli.main import run
+from mlx_align.errors import TrainingError
 from mlx_align.inference.reward_model import RewardModel
 from mlx_align.models.adapters import ADAPTER_WEIGHTS
 from mlx_align.train import on_policy, on_policy_setup
+from mlx_align.train.update import Updater
 from mlx_align.train.workplace import Workplace
 
 TINY = Path(__file__).parent / "oracle" / "models" / "policy"
@@ -329,6 +331,11 @@ def refused(capsys, *words):
         ("ppo", {"--gamma": 1.5}, ["--gamma 1.5"]),
         ("ppo", {"--target-kl": 3, "--kl-coef": 0}, ["--target-kl", "--kl-coef"]),
         ("ppo", {"--reward-model-weight": 2}, ["--reward-model-weight"]),
+        ("ppo", {"--value-coef": 1}, ["--value-coef", "shared"]),
+        ("ppo", {"--critic": "shared", "--critic-learning-rate": 1}, ["--critic-learning-rate"]),
+        ("ppo", {"--reward-rollouts": 0, "--value-clip": 0.3}, ["--value-clip"]),
+        ("ppo", {"--kl-horizon": 10}, ["--kl-horizon", "--target-kl"]),
+        ("ppo", {"--ptx-coef": 1}, ["--ptx-coef", "--ptx-data"]),
     ],
 )
 def test_what_cannot_be_is_refused_in_one_line(train, capsys, command, options, words):
@@ -446,3 +453,26 @@ def test_a_demonstration_counts_by_its_coefficient(train, places, tmp_path):
         assert total == pytest.approx(3.0 * nll / tokens, rel=1e-6)
         plain = plain or total
         assert total == pytest.approx(plain, rel=1e-5)
+
+
+def test_a_batch_that_fails_half_way_leaves_no_half(train, monkeypatch):
+    """What is saved is where the batch began, and goes on to the bytes of a whole run."""
+    options = {"--iters": 3, "--learning-rate": 1e-2}
+    assert train("ppo", options, output="whole")[0] == 0
+    original, calls = Updater.__call__, []
+
+    def failing(self, *arguments):
+        calls.append(1)
+        # The critic's second pass over the second batch, after updates of both.
+        if len(calls) == 5:
+            raise TrainingError("the loss is not finite on rows train.jsonl:1")
+        return original(self, *arguments)
+
+    monkeypatch.setattr(Updater, "__call__", failing)
+    code, folder = train("ppo", options, output="stopped")
+    assert code == 1
+    monkeypatch.undo()
+    monkeypatch.chdir(folder.parent)
+    assert run(["ppo", "--resume", "stopped"]) == 0
+    whole = folder.parent / "whole"
+    assert (folder / ADAPTER_WEIGHTS).read_bytes() == (whole / ADAPTER_WEIGHTS).read_bytes()

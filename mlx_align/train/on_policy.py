@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 import mlx.optimizers as optim
 import numpy as np
-from mlx.utils import tree_flatten, tree_unflatten
+from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from mlx_align.config import OnPolicyConfig
 from mlx_align.errors import TrainingError
@@ -200,14 +200,15 @@ class _Course:
             self._publication.training(self._progress.step, total, self._progress.seconds),
         ):
             while self._progress.step < total:
+                undo = self._restorer()
                 try:
                     stops = self._step(pending)
                 except _Abandoned:
                     self._save()
                     raise Interrupted(pending[0]) from None
                 except TrainingError:
-                    if self._progress.step:
-                        self._save()
+                    undo()  # some of the batch's updates may have been made
+                    self._save()
                     raise
                 bar.advance()
                 step = self._progress.step
@@ -216,12 +217,29 @@ class _Course:
                 if last or _due(step, self._config.steps_per_eval):
                     best, found = self._evaluate()
                     stops = self._act_on(found) or stops
+                if stops:
+                    self._report_rows()
                 if pending or best or last or _due(step, self._config.save_every):
                     self._save()
                 if pending and not last:
                     raise Interrupted(pending[0])
                 if stops:
                     return
+
+    def _restorer(self) -> Callable[[], None]:
+        """A function that puts what is trained back to where it is now."""
+        learner = self._learner
+        trees, state = dict(learner.trees), learner.state()
+        # Updates put new arrays into an optimizer's state, so its structure has to be copied.
+        kept = {name: tree_map(lambda a: a, one.state) for name, one in learner.optimizers.items()}
+
+        def undo() -> None:
+            learner.trees = trees
+            learner.restore(state)
+            for name, optimizer in learner.optimizers.items():
+                optimizer.state = kept[name]
+
+        return undo
 
     def _step(self, pending: list[int]) -> bool:
         """One rollout batch with its updates; whether the run has to stop."""
@@ -270,10 +288,15 @@ class _Course:
 
     def _report(self, row: dict[str, float], tokens: int, seconds: float) -> None:
         """Keep a row; write and say the means where one is due."""
-        at = self._progress
         self._rows.append({**row, "tokens_per_second": tokens / seconds})
-        first_or_last = at.step in (1, self._total)
-        if not first_or_last and at.step % self._config.steps_per_report:
+        step = self._progress.step
+        if step in (1, self._total) or step % self._config.steps_per_report == 0:
+            self._report_rows()
+
+    def _report_rows(self) -> None:
+        """Write and say the means of the rows since the last report, if there are any."""
+        at = self._progress
+        if not self._rows:
             return
         names = dict.fromkeys(name for kept in self._rows for name in kept)
         means = {

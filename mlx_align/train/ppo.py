@@ -76,11 +76,16 @@ def check_ppo_options(config: PpoConfig) -> None:
     for name in ("gamma", "gae_lambda"):
         if (value := getattr(config, name)) > 1:
             raise ConfigError(f"--{name.replace('_', '-')} {value:g}: must be at most 1")
-    if config.value_clip != PpoConfig.value_clip and not config.reward_rollouts:
-        raise ConfigError(
-            f"--value-clip {config.value_clip:g}: is in units of standardised rewards, which "
-            "--reward-rollouts 0 leaves as they are; leave one out"
-        )
+    shared = config.critic == "shared"
+    for name, acts, why in (
+        ("value_clip", config.reward_rollouts, "is in units of standardised rewards"),
+        ("reward_clip", config.reward_rollouts, "clips standardised rewards"),
+        ("kl_horizon", config.target_kl, "adapts --kl-coef to --target-kl, which is not given"),
+        ("value_coef", shared, "weighs the losses of --critic shared"),
+        ("critic_learning_rate", not shared, "is of --critic own"),
+    ):
+        if not acts and getattr(config, name) != getattr(PpoConfig, name):
+            raise ConfigError(f"--{name.replace('_', '-')}: {why}, so it has no effect here")
     check_demonstrations(config)
 
 
