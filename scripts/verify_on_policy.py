@@ -4,8 +4,9 @@
     python scripts/verify_on_policy.py --stories MODEL       # also on a small story model
     python scripts/verify_on_policy.py --only arithmetic
 
-capital     the starter, rewarded for naming the capital, by PPO and by GRPO: the reward on
-            held-out prompts rises by two of its standard deviations, at a KL below 10 nats
+capital     the starter, rewarded for naming the capital in few words, by PPO and by GRPO: the
+            reward on held-out prompts rises by two of its first standard deviations, at a KL
+            below 10 nats
 arithmetic  the starter, after an SFT that teaches mostly wrong sums: 20% to 80% right
 stories     a story model, rewarded for a word: it rises while the text stays text
 gamed       a proxy that is not what is meant: the run stops, and the best checkpoint is kept
@@ -34,7 +35,7 @@ import json
 COUNTRIES = json.load(open({world!r}))["countries"]
 
 def capital(prompts, completions, **columns):
-    """1 where the answer names the capital of the country asked about, and not the city."""
+    """1 where the answer names the capital of the country asked about, in five words at most."""
     rewards = []
     for prompt, text in zip(prompts, completions):
         asked = prompt[-1]["content"]
@@ -42,11 +43,12 @@ def capital(prompts, completions, **columns):
         if country is None:
             rewards.append(None)
             continue
-        rewards.append(float(country["capital"] in text and country["biggest"] not in text))
+        right = country["capital"] in text and country["biggest"] not in text
+        rewards.append(float(right and len(text.split()) <= 5))
     return rewards
 
 def exclamations(completions, **columns):
-    """The proxy: the more exclamation marks, the better."""
+    """What is paid for: the more exclamation marks, the better."""
     return [float(text.count("!")) for text in completions]
 
 def happy(completions, **columns):
@@ -110,7 +112,7 @@ def capital(folder: Path, _: argparse.Namespace) -> bool:
         (
             "ppo",
             {
-                "--iters": 30,
+                "--iters": 40,
                 "--learning-rate": 1e-3,
                 "--critic-learning-rate": 1e-3,
                 "--critic-warmup": 5,
