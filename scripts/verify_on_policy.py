@@ -86,7 +86,7 @@ def held_out(summary: dict[str, Any]) -> str:
     before, after = summary["eval_before"], summary["eval"]
     return (
         f"held-out reward {before['reward']:.3f} -> {after['reward']:.3f} "
-        f"(deviation {before['reward_std']:.3f}), KL {after['kl']:.2f} nats, "
+        f"(deviation {before['reward_std']:.3f}), KL {after['objective/kl']:.2f} nats, "
         f"{summary['steps']} rollout batches, {summary['seconds']:.0f} s"
     )
 
@@ -126,7 +126,7 @@ def capital(folder: Path, _: argparse.Namespace) -> bool:
         before, after = summary["eval_before"], summary["eval"]
         rise = (after["reward"] - before["reward"]) / before["reward_std"]
         print(f"capital, {name}: {held_out(summary)}; {rise:+.1f} deviations")
-        good &= rise >= 2 and after["kl"] < KL_ALLOWED
+        good &= rise >= 2 and after["objective/kl"] < KL_ALLOWED
     return good
 
 

@@ -358,11 +358,11 @@ def test_every_panel_is_drawn_where_its_metric_is(tmp_path, drawn):
     assert titles == [panel.title for panel in PANELS]
 
 
-def test_kl_of_held_out_data_stands_with_the_policys(tmp_path):
-    rows = [*ppo_rows(2), {"step": 2, "eval/kl": 3.0, "eval/reward": 1.0}]
+def test_a_policys_kl_is_not_ktos(tmp_path):
+    rows = [*ppo_rows(2), {"step": 2, "eval/objective/kl": 3.0, "eval/reward": 1.0}]
     run = read_run(write(tmp_path / "run", rows))
     shown = {panel.title: curves_of(panel, run) for panel in PANELS}
-    assert shown["KL from the reference"][0].twin == "eval/kl"
+    assert shown["KL from the reference"][0].twin == "eval/objective/kl"
     assert shown["KL point"] == ()
     assert [curve.label for curve in shown["Rewards, each apart"]] == ["form", "helpful"]
     kto = read_run(

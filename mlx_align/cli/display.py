@@ -124,6 +124,10 @@ class _Lines:
 
 
 _ROWS = (
+    ("reward", "reward", "{:+.3f}"),
+    ("reward only looked at", "held_out", "{:+.3f}"),
+    ("answers that end by themselves", "completions/ended", "{:.0%}"),
+    ("tokens of an answer", "completions/mean_length", "{:.0f}"),
     ("prefers the chosen (own log-prob)", "logps/accuracies", "{:.1%}"),
     ("log-prob margin, nats", "logps/margins", "{:+.2f}"),
     ("log-prob of chosen, nats", "logps/chosen", "{:.2f}"),

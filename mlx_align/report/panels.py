@@ -19,17 +19,15 @@ class Curve(NamedTuple):
         key: Its name in training rows; a `*` in it makes a curve of each metric that fits, named
             by what stands for the `*`.
         label: What a reader calls it; empty where the panel's title says it.
-        held_out: Its name in held-out rows; `eval/` before the key as a rule.
     """
 
     key: str
     label: str = ""
-    held_out: str | None = None
 
     @property
     def twin(self) -> str:
         """The metric on held-out data."""
-        return self.held_out or f"eval/{self.key}"
+        return f"eval/{self.key}"
 
 
 @dataclass(frozen=True)
@@ -62,8 +60,8 @@ class Panel:
     exact: bool = False
 
 
-def _one(key: str, held_out: str | None = None) -> tuple[Curve, ...]:
-    return (Curve(key, "", held_out),)
+def _one(key: str) -> tuple[Curve, ...]:
+    return (Curve(key),)
 
 
 _SHARE = (0.0, 1.0)
@@ -81,7 +79,7 @@ PANELS = (
     Panel("Rewards, each apart", _one("rewards/*/mean"), "", "means over completions"),
     Panel("Spread of rewards", _one("reward_std"), "", "standard deviation"),
     Panel("Reward against √KL", _one("reward"), "", "gain for the distance", over="objective/kl"),
-    Panel("KL from the reference", _one("objective/kl", "eval/kl"), "nats", "of a completion", 15),
+    Panel("KL from the reference", _one("objective/kl"), "nats", "of a completion", 15),
     Panel("Loss", _one("loss"), "", "lower is better"),
     Panel("Perplexity", _one("perplexity"), "", "lower is better"),
     Panel(
@@ -132,16 +130,12 @@ def curves_of(panel: Panel, run: RunFacts) -> tuple[Curve, ...]:
     twins = {key for row in run.held_out for key in row}
     if panel.over is not None and panel.over not in keys:
         return ()
-    # `eval/kl` belongs to `objective/kl` where there is one, and else to `kl`.
-    taken = {c.held_out for p in PANELS for c in p.curves if c.held_out and c.key in keys}
     found: list[Curve] = []
     for curve in panel.curves:
         if "*" in curve.key:
             head, tail = curve.key.split("*")
             matching = sorted(key for key in keys if fnmatchcase(key, curve.key))
             found += [Curve(key, key[len(head) : len(key) - len(tail)]) for key in matching]
-        elif curve.key in keys or (
-            curve.held_out is None and curve.twin in twins and curve.twin not in taken
-        ):
+        elif curve.key in keys or curve.twin in twins:
             found.append(curve)
     return tuple(found)

@@ -54,8 +54,8 @@ class HeldOut:
     def look(self, tree: Tree) -> dict[str, float] | None:
         """Metrics of one completion by the role `tree` for each prompt; None without prompts.
 
-        `reward` is the one trained on, `held_out` the one only looked at; `kl` is k1 of
-        KL(policy‖reference) in nats per completion.
+        `reward` is the one trained on, `held_out` the one only looked at; `objective/kl`
+        is k1 of KL(policy‖reference) in nats per completion.
         """
         if not self._prompts:
             return None
@@ -79,7 +79,7 @@ class HeldOut:
         k1 = (logps - place.logps(place.policy.start, rollouts)).sum(axis=1, dtype=np.float64)
         error = float(k1.std(ddof=1) / math.sqrt(len(k1))) if len(k1) > 1 else float("nan")
         self.last_kl = {"mean": float(k1.mean()), "standard_error": error, "samples": len(k1)}
-        metrics["kl"] = float(k1.mean())
+        metrics["objective/kl"] = float(k1.mean())
         metrics["completions/mean_length"] = float(rollouts.lengths.mean())
         metrics["completions/ended"] = float(rollouts.ended.mean())
         return metrics

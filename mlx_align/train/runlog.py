@@ -106,9 +106,8 @@ def _say_rewards(row: Mapping[str, float]) -> list[str]:
     parts = [f"reward {row['reward']:+.3f}"]
     if "held_out" in row:
         parts.append(f"held-out reward {row['held_out']:+.3f}")
-    kl = row.get("objective/kl", row.get("kl"))
-    if kl is not None:
-        parts.append(f"KL {kl:.2f}")
+    if "objective/kl" in row:
+        parts.append(f"KL {row['objective/kl']:.2f}")
     if "value/explained_variance" in row:
         parts.append(f"critic explains {row['value/explained_variance']:.0%}")
     if "completions/mean_length" in row:
