@@ -317,7 +317,7 @@ def test_score_writes_every_row_again(ensemble, pairs, tmp_path, capsys):
     assert found["accuracy"] == report["accuracy"]
     assert found["ece"] == pytest.approx(report["ece"], abs=1e-5)
     assert score(*where, "--data", "out.jsonl", "--output", "x.jsonl") == 1
-    assert "has model_scores already" in capsys.readouterr().err
+    assert "has scores already" in capsys.readouterr().err
     assert score(*where, "--data", pairs, "--output", "out.jsonl") == 1
     assert "is there already" in capsys.readouterr().err
 

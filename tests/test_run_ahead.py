@@ -39,6 +39,6 @@ def test_steps_stay_within_their_room(monkeypatch):
         assert mx.get_peak_memory() < ahead.peak_bytes
         assert ahead.peak_bytes - before == bounded
     array = 4 * LARGE.shape.prompt
-    assert bounded <= 4 * array
+    assert bounded <= 4 * array + 4096  # and what stands beside them
     assert free >= 2 * bounded
     assert mx.set_memory_limit(limit) == 1 << 40  # mlx's own limit is back
