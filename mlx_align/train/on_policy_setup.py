@@ -14,14 +14,14 @@ from mlx_align.config import DEFAULT_BATCH_SIZE, OnPolicyConfig
 from mlx_align.data.formats import read_prompts
 from mlx_align.data.groups import split_validation
 from mlx_align.data.prompts import PromptReport, tokenize_prompts
-from mlx_align.data.shapes import AnyShape
+from mlx_align.data.shapes import AnyShape, rollout_shapes
 from mlx_align.data.sources import has_split
 from mlx_align.errors import ConfigError
 from mlx_align.models.adapters import AdapterLayout, read_layout
 from mlx_align.models.heads import has_head
 from mlx_align.models.loading import ModelFolder
 from mlx_align.models.roles import Tree
-from mlx_align.rollout.experience import Prompt, rollout_shapes
+from mlx_align.rollout.experience import Prompt
 from mlx_align.train.display import Display
 from mlx_align.train.fingerprints import fingerprints
 from mlx_align.train.heldout_rewards import HeldOut
