@@ -17,7 +17,8 @@ from mlx_align.plan import check
 from mlx_align.plan.advice import advise
 from mlx_align.plan.headers import Linear, ModelShape, read_header, read_shape
 from mlx_align.plan.machine import Machine, parse_machine, remarks, this_machine
-from mlx_align.plan.memory import PARTS, Workload, plan_memory, trained_parameters
+from mlx_align.plan.memory import PARTS, plan_memory, trained_parameters
+from mlx_align.plan.workload import Workload
 
 TINY = Path(__file__).parent / "oracle" / "models" / "policy"
 GIB = 2**30

@@ -1,7 +1,7 @@
 """Peak memory of a training step, from the model's shape and the batch's, by part.
 
-What is counted is what `mx.get_peak_memory` counts. A step has two moments that can be the peak, and
-a run that is trained on its own samples a third and a fourth:
+What is counted is what `mx.get_peak_memory` counts. A step has two moments that can be the peak,
+and a run that is trained on its own samples a third and a fourth:
 
 *The vocabulary head*: everything the backward pass will need is held, and one chunk of logits.
 *The backward pass of a block*: the same, and what is being worked on in that block; with
@@ -18,13 +18,14 @@ own. `scripts/verify_plan.py` compares all with real steps, on any machine.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
-from mlx_align.data.shapes import AnyShape, BatchLimit, PackedShape
+from mlx_align.data.shapes import AnyShape, PackedShape
 from mlx_align.models.attention import causal_share
-from mlx_align.models.generation import ROWS_AT_ONCE, TOKENS_AT_ONCE
+from mlx_align.models.generation import TOKENS_AT_ONCE
 from mlx_align.models.logps import CHUNK_ELEMENTS, MIN_CHUNK_ROWS
 from mlx_align.plan.headers import Linear, ModelShape
+from mlx_align.plan.workload import ADAPTER_BYTES, Sampling, Workload
 
 PARTS = (
     "weights",
@@ -35,6 +36,9 @@ PARTS = (
     "vocabulary head",
     "running ahead",
 )
+
+# What the moment is called in which completions are decoded.
+SAMPLING = "sampling"
 
 # What is being worked on at once in a block beyond what is held: numbers per token of the MLP's
 # width and of the hidden width, and per attention score. Fitted to 28 steps in float32 and bf16 of
@@ -49,76 +53,6 @@ ROOM = 0.05
 LEAST_ROOM_BYTES = 1 << 24
 # Tokens that mlx-lm's caches grow by.
 CACHE_STEP = 256
-# Adapters are float32 whatever the model's dtype, and what they multiply is float32 with them,
-# unless they are cast where they compute.
-ADAPTER_BYTES = 4
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """What a policy that is trained on its own samples says.
-
-    Attributes:
-        prompts: Of a rollout batch.
-        held_out: Prompts that evaluations answer, once each.
-        group_size: Completions of a prompt.
-        prompt: The longest prompt, tokens.
-        completion: The longest completion, tokens.
-        least_group: The fewest completions of a prompt that can be learned from.
-    """
-
-    prompts: int
-    held_out: int
-    group_size: int
-    prompt: int
-    completion: int
-    least_group: int = 1
-
-    @property
-    def rows(self) -> int:
-        """Completions that are decoded together."""
-        return min(ROWS_AT_ONCE, max(self.prompts * self.group_size, self.held_out))
-
-
-@dataclass(frozen=True)
-class Workload:
-    """What a run puts through the model at once, and what it trains.
-
-    Attributes:
-        shapes: The shapes of its microbatches.
-        limit: What decided how many prompts a shape holds.
-        rows: Completions of a prompt that run together: 2 for pairs.
-        accumulation: Microbatches of an update.
-        fine_tune_type: lora, dora or full.
-        rank: Of the adapters.
-        num_layers: Blocks trained, from the last; −1 for all.
-        keys: Names of the layers adapted within a block; None for all.
-        dropout: Whether adapters drop inputs.
-        grad_checkpoint: Whether blocks are recomputed in the backward pass.
-        shared: Whether completions share their prompt's keys and values.
-        adapter_bytes: Of an adapter's number where it computes: 2 if cast to 16 bits.
-        vocabulary: Whether completions meet the vocabulary head; a reward model's head is one row.
-        sampling: Of a run that is trained on its own samples.
-        critic: Whether a critic is trained beside the policy, as large as it.
-        further_bytes: What reward models take.
-    """
-
-    shapes: tuple[AnyShape, ...]
-    limit: BatchLimit = field(default_factory=BatchLimit)
-    rows: int = 2
-    accumulation: int = 8
-    fine_tune_type: str = "lora"
-    rank: int = 16
-    num_layers: int = -1
-    keys: tuple[str, ...] | None = None
-    dropout: bool = False
-    grad_checkpoint: bool = True
-    shared: bool = True
-    adapter_bytes: int = ADAPTER_BYTES
-    vocabulary: bool = True
-    sampling: Sampling | None = None
-    critic: bool = False
-    further_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -264,9 +198,12 @@ def _plan_shape(model: ModelShape, work: Workload, shape: AnyShape) -> MemoryPla
         "vocabulary head": (updating, held + gradient * 2 + _chunk(model, scored)),
         "backward pass of a block": (updating, held + gradient + worked),
     }
+    fixed = model.weights_bytes + work.further_bytes
+    # Gradients are what is given room to run ahead; all else of a run may then use it too.
+    update = fixed + max(int(trained + most.total) for trained, most in moments.values())
     if work.sampling is not None:
         trained = _tree_bytes(model, work, parameters, trees)
-        moments["sampling"] = trained, _sampling(model, work, work.sampling)
+        moments[SAMPLING] = trained, _sampling(model, work, work.sampling)
         moments["log-probs of the roles"] = trained, _scoring(model, work, shape)
     moment, (trained, most) = max(moments.items(), key=lambda item: item[1][0] + item[1][1].total)
     parts = {
@@ -277,7 +214,7 @@ def _plan_shape(model: ModelShape, work: Workload, shape: AnyShape) -> MemoryPla
         "attention": int(most.attention),
         "vocabulary head": int(most.head),
     }
-    parts["running ahead"] = room_bytes(sum(parts.values()))
+    parts["running ahead"] = max(0, update + room_bytes(update) - sum(parts.values()))
     return MemoryPlan(parts=parts, moment=moment, shape=shape, trained_parameters=parameters)
 
 
@@ -317,7 +254,10 @@ def _scoring(model: ModelShape, work: Workload, shape: AnyShape) -> _Bytes:
     assert work.sampling is not None
     whole = replace(work, rows=work.sampling.group_size)
     scored = shape.groups * whole.rows * shape.completion
-    return _worked_on(model, whole, _passes(whole, shape)) + _chunk(model, scored)
+    # Entropies make two more arrays of a chunk.
+    entropies = min(scored, _chunk_rows(model)) * model.vocabulary * 2 * LOGIT_BYTES
+    worked = _worked_on(model, whole, _passes(whole, shape)) + _chunk(model, scored)
+    return worked + _Bytes(head=entropies)
 
 
 def _held_by_block(model: ModelShape, work: Workload, one: _Pass) -> _Bytes:
@@ -390,5 +330,9 @@ def _worked_on(model: ModelShape, work: Workload, passes: Sequence[_Pass]) -> _B
 
 def _chunk(model: ModelShape, scored: int) -> _Bytes:
     """One chunk of logits, and what is made of it."""
-    rows = min(scored, max(MIN_CHUNK_ROWS, CHUNK_ELEMENTS // model.vocabulary))
+    rows = min(scored, _chunk_rows(model))
     return _Bytes(head=rows * model.vocabulary * (model.activation_bytes + LOGIT_BYTES))
+
+
+def _chunk_rows(model: ModelShape) -> int:
+    return max(MIN_CHUNK_ROWS, CHUNK_ELEMENTS // model.vocabulary)
