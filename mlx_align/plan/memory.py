@@ -254,8 +254,9 @@ def _scoring(model: ModelShape, work: Workload, shape: AnyShape) -> _Bytes:
     assert work.sampling is not None
     whole = replace(work, rows=work.sampling.group_size)
     scored = shape.groups * whole.rows * shape.completion
-    # Entropies make two more arrays of a chunk.
-    entropies = min(scored, _chunk_rows(model)) * model.vocabulary * 2 * LOGIT_BYTES
+    # Entropies need another array of a chunk; of several chunks the next one's logits may be there.
+    rows = _chunk_rows(model)
+    entropies = min(scored, rows) * model.vocabulary * LOGIT_BYTES * (1 + (scored > rows))
     worked = _worked_on(model, whole, _passes(whole, shape)) + _chunk(model, scored)
     return worked + _Bytes(head=entropies)
 
