@@ -434,8 +434,6 @@ def prompts_file(folder):
 
 @pytest.mark.parametrize("command", ["ppo", "grpo"])
 def test_on_policy_runs_are_planned(command, tmp_path, capsys, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr("pathlib.Path.home", lambda: tmp_path)
 
     def no_weights(*_):
         raise AssertionError("the plan loaded the weights")
@@ -458,9 +456,7 @@ def test_on_policy_runs_are_planned(command, tmp_path, capsys, monkeypatch):
     assert plans["another base"]["parts"]["reward models"] == plans["alone"]["parts"]["weights"]
 
 
-def test_time_of_rollout_batches(tmp_path, capsys, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr("pathlib.Path.home", lambda: tmp_path)
+def test_time_of_rollout_batches(tmp_path, capsys):
     earlier = tmp_path / "run"
     earlier.mkdir()
     # 8 completions a second.
@@ -488,8 +484,6 @@ def test_time_of_rollout_batches(tmp_path, capsys, monkeypatch):
 @pytest.mark.parametrize("command", ["ppo", "grpo"])
 def test_on_policy_training_refuses_what_does_not_fit(command, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr("pathlib.Path.home", lambda: tmp_path)
     tiny = Machine("toy, 0.001 GB", 1_000_000, 1_000_000, metal=False)
     monkeypatch.setattr(on_policy, "this_machine", lambda: tiny)
     monkeypatch.setattr(check, "ALWAYS_FITS_BYTES", 0)
@@ -507,9 +501,6 @@ def test_on_policy_training_refuses_what_does_not_fit(command, tmp_path, capsys,
     assert run([command, *options, "--force"]) == 0
     assert "--force runs it all the same" in capsys.readouterr().out
     # Its speed is remembered for plans.
-    monkeypatch.undo()
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr("pathlib.Path.home", lambda: tmp_path)
     assert run(["plan", "--command", command, *options, "--json"]) == 0
     time = json.loads(capsys.readouterr().out)["time"]
     assert time["batches"] == 3

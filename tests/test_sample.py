@@ -1,5 +1,6 @@
 """`mlx-align data sample`: the best of several answers, as rows that sft and dpo read."""
 
+import itertools
 import json
 import signal
 from pathlib import Path
@@ -85,7 +86,7 @@ def test_rows_are_what_sft_and_dpo_read(sample, chat, capsys):
     numbers = [row["number"] for row in rows]
     assert numbers == sorted(numbers)
     assert set(numbers) == set(range(20))
-    for first, second in zip(rows, rows[1:], strict=False):
+    for first, second in itertools.pairwise(rows):
         if first["number"] == second["number"]:
             assert first["score"] >= second["score"]
     assert all("text" not in row and row["n"] == 4 for row in rows)
