@@ -178,6 +178,14 @@ def test_mistakes_are_one_line(sample, capsys, more, said):
     assert said in error
 
 
+@pytest.mark.parametrize(
+    "more", [["--threshold", "1e9"], ["--reward", "exact_answer(column='gone')"]]
+)
+def test_no_file_is_left_where_nothing_can_be_written(sample, more):
+    assert sample(*more) == (1, [])
+    assert not Path("out.jsonl").exists()
+
+
 def test_without_rewards(sample, capsys):
     assert sample(reward=None)[0] == 1
     assert "--reward or --reward-model is missing" in capsys.readouterr().err

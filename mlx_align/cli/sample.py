@@ -125,23 +125,26 @@ def sample(
     if dropped:
         reasons = ", ".join(f"{count} {reason}" for reason, count in report.dropped.items())
         terminal.note(f"! {dropped:,} prompts dropped: {reasons}")
+    for note in report.notes:
+        terminal.note(f"! {note}")
     loaded, policy, score = load_sampler(folder, adapter_path, reward_model)
     wish = Wish(n, keep or 1, threshold, pairs, max_tokens, temperature, seed)
     scores: list[float] = []
-    with (
-        Judge(wanted, score) as judge,
-        terminal.bar("Sampling", len(prompts)) as bar,
-        writing(target, (OSError,)),
-        target.open("w", encoding="utf-8") as stream,
-    ):
+    with Judge(wanted, score) as judge:
         judge.check([prompt.text for prompt in prompts])
-        for row in sampled_rows(loaded, policy, judge, prompts, wish, bar.advance):
-            stream.write(json_module.dumps(row, ensure_ascii=False) + "\n")
-            stream.flush()
-            scores.append(row["score_chosen" if pairs else "score"])
+        with (
+            terminal.bar("Sampling", len(prompts)) as bar,
+            writing(target, (OSError,)),
+            target.open("w", encoding="utf-8") as stream,
+        ):
+            for row in sampled_rows(loaded, policy, judge, prompts, wish, bar.advance):
+                stream.write(json_module.dumps(row, ensure_ascii=False) + "\n")
+                stream.flush()
+                scores.append(row["score_chosen" if pairs else "score"])
     if not scores:
+        target.unlink()
         raise DataError(
-            f"--output {output}: no row in it; no answer has a score"
+            "nothing to write: no answer has a score"
             + ("" if threshold is None else f" of --threshold {threshold:g} or more")
             + (", or all of a prompt score the same" if pairs else "")
         )
