@@ -13,7 +13,8 @@ a Mac really takes:
 from mlx_align.data.shapes import Shape
 from mlx_align.plan.headers import Linear, ModelShape
 from mlx_align.plan.machine import parse_machine
-from mlx_align.plan.memory import Workload, plan_memory
+from mlx_align.plan.memory import plan_memory
+from mlx_align.plan.workload import Workload
 
 MACS = (16, 24, 32, 48, 64)
 LENGTHS = (256, 512, 1024, 2048, 4096, 8192, 16384)

@@ -13,11 +13,12 @@ from mlx_align.errors import ConfigError, ModelError
 from mlx_align.models import loading
 from mlx_align.models.adapters import AdapterLayout, install
 from mlx_align.models.compat import load_weights, read_model_config
-from mlx_align.plan import check
+from mlx_align.plan import check, on_policy
 from mlx_align.plan.advice import advise
 from mlx_align.plan.headers import Linear, ModelShape, read_header, read_shape
 from mlx_align.plan.machine import Machine, parse_machine, remarks, this_machine
-from mlx_align.plan.memory import PARTS, Workload, plan_memory, trained_parameters
+from mlx_align.plan.memory import PARTS, plan_memory, trained_parameters
+from mlx_align.plan.workload import Sampling, Workload
 
 TINY = Path(__file__).parent / "oracle" / "models" / "policy"
 GIB = 2**30
@@ -117,7 +118,7 @@ def test_parts_add_up():
     plan = plan_memory(seven_b(), PAIR)
     assert tuple(plan.parts) == PARTS
     assert plan.peak_bytes == sum(plan.parts.values())
-    assert all(value > 0 for value in plan.parts.values())
+    assert all(value > 0 for name, value in plan.parts.items() if name != "reward models")
     # 40,370,176 parameters of rank 16 on all linear layers of this model.
     assert plan.trained_parameters == 40_370_176
 
@@ -144,6 +145,58 @@ def test_the_costliest_shape_counts():
     both = plan_memory(seven_b(), replace(PAIR, shapes=(small, large)))
     assert both.shape == large
     assert both.peak_bytes == plan_memory(seven_b(), PAIR).peak_bytes
+
+
+SAID = Sampling(prompts=16, held_out=0, group_size=2, prompt=512, completion=512)
+# The same tokens as PAIR, four roles.
+PPO = replace(PAIR, sampling=SAID, critic=True, further_bytes=40_370_176 * 4)
+
+
+def test_four_roles_cost_little_more_than_dpo():
+    update = replace(PPO, sampling=replace(SAID, prompts=1))
+    dpo, ppo = plan_memory(seven_b(), PAIR), plan_memory(seven_b(), update)
+    assert ppo.moment == dpo.moment
+    # Three trees of the critic and the reward model's.
+    assert ppo.needed_bytes - dpo.needed_bytes == 4 * 4 * dpo.trained_parameters
+    assert ppo.peak_bytes < 1.15 * dpo.peak_bytes
+
+
+def test_sampling_is_the_peak_where_many_long_completions_are_decoded():
+    said = replace(SAID, prompts=64, group_size=8, prompt=2048, completion=2048)
+    plan = plan_memory(seven_b(), replace(PPO, sampling=said, shapes=(Shape(128, 128, 1),)))
+    assert plan.moment == "sampling"
+    # 32 rows of 4,096 tokens, 512 keys and as many values in each of 28 blocks, 2 bytes.
+    cache = 32 * 4096 * 2 * 512 * 28 * 2
+    assert cache < plan.parts["attention"] < 1.1 * cache
+    # No more than that runs ahead: gradients need less.
+    assert plan.parts["running ahead"] == 0
+    assert sum(plan.parts.values()) == plan.peak_bytes
+    few = plan_memory(seven_b(), replace(PPO, sampling=replace(said, prompts=1, group_size=4)))
+    assert few.peak_bytes < plan.peak_bytes
+    held_out = replace(said, prompts=1, group_size=4, held_out=100)
+    assert held_out.rows == 32
+
+
+def completions_of(length, limit):
+    return [Shape(512, length, limit.of(1))]
+
+
+def test_advice_on_what_is_sampled():
+    said = replace(SAID, group_size=8, least_group=2)
+    work = replace(PPO, sampling=said, rows=8)
+    steps = advise(seven_b(), work, 1024, completions_of, int(7e9))
+    words = [step.options.split()[0] for step in steps]
+    assert words[:2] == ["--group-size", "--max-completion-length"]
+    assert steps[0].options == "--group-size 2"
+    assert "--max-seq-length" in steps[1].options
+    length, longest = int(steps[1].options.split()[1]), int(steps[1].options.split()[3])
+    assert longest - length == 512  # prompts stay as long
+    peaks = [step.peak_bytes for step in steps]
+    assert peaks == sorted(peaks, reverse=True)
+    smaller = replace(work, sampling=replace(said, group_size=2), rows=2)
+    assert steps[0].peak_bytes == plan_memory(seven_b(), smaller).peak_bytes
+    own_limit = advise(seven_b(), work, None, completions_of, int(7e9))
+    assert own_limit[1].options == f"--max-completion-length {length}"
 
 
 def halves(length, limit):
@@ -370,3 +423,85 @@ def test_tiny_models_are_never_refused(monkeypatch):
     from mlx_align.config import DpoConfig
 
     assert check.make_plan(DpoConfig(), AdapterLayout(), folder, None, machine).fits
+
+
+def prompts_file(folder):
+    file = folder / "prompts.jsonl"
+    lines = [json.dumps({"prompt": f"Say yes {'again ' * (i % 5)}{i}."}) for i in range(20)]
+    file.write_text("\n".join(lines) + "\n")
+    return file
+
+
+@pytest.mark.parametrize("command", ["ppo", "grpo"])
+def test_on_policy_runs_are_planned(command, tmp_path, capsys, monkeypatch):
+
+    def no_weights(*_):
+        raise AssertionError("the plan loaded the weights")
+
+    monkeypatch.setattr(loading, "load_weights", no_weights)
+    options = ["plan", "--command", command, "--model", str(TINY), "--json"]
+    plans = {}
+    for name, more in {
+        "alone": [],
+        "with data": ["--data", str(prompts_file(tmp_path))],
+        "another base": ["--reward-model", str(TINY)],
+    }.items():
+        assert run([*options, *more]) == 0
+        plans[name] = json.loads(capsys.readouterr().out)
+        assert sum(plans[name]["parts"].values()) == plans[name]["peak_bytes"]
+    prompt, completion, groups = plans["alone"]["shape"]
+    assert (prompt, completion, groups) == (768, 256, 1)
+    assert plans["with data"]["peak_bytes"] < plans["alone"]["peak_bytes"]
+    assert plans["alone"]["parts"]["reward models"] == 0
+    assert plans["another base"]["parts"]["reward models"] == plans["alone"]["parts"]["weights"]
+
+
+def test_time_of_rollout_batches(tmp_path, capsys):
+    earlier = tmp_path / "run"
+    earlier.mkdir()
+    # 8 completions a second.
+    summary = {"command": "grpo", "completions": 320, "seconds": 40.0}
+    (earlier / "summary.json").write_text(json.dumps(summary))
+    options = ["plan", "--command", "grpo", "--model", str(TINY), "--iters", "6", "--json"]
+    options += ["--data", str(prompts_file(tmp_path)), "--group-size", "4"]
+    options += ["--batch-size", "2", "--grad-accumulation-steps", "2"]
+    assert run([*options, "--run", str(earlier)]) == 0
+    time = json.loads(capsys.readouterr().out)["time"]
+    assert (time["batches"], time["seconds_per_batch"], time["training_seconds"]) == (6, 2, 12)
+    for more, said in (
+        (["--measure"], "--iters 3"),
+        (["--run", str(tmp_path)], "summary.json"),
+        (["--run", str(earlier), "--command", "ppo"], "a run of grpo"),
+        (["--group-size", "1"], "--group-size 1"),
+        (["--reward-model", "nowhere"], "--reward-model nowhere"),
+    ):
+        assert run([*options, *more]) == 1
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1
+        assert said in error
+
+
+@pytest.mark.parametrize("command", ["ppo", "grpo"])
+def test_on_policy_training_refuses_what_does_not_fit(command, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tiny = Machine("toy, 0.001 GB", 1_000_000, 1_000_000, metal=False)
+    monkeypatch.setattr(on_policy, "this_machine", lambda: tiny)
+    monkeypatch.setattr(check, "ALWAYS_FITS_BYTES", 0)
+    options = ["--model", str(TINY), "--data", str(prompts_file(tmp_path)), "--reward", "length"]
+    options += ["--iters", "3", "--samples", "0", "--batch-size", "1", "--output", "out"]
+    options += ["--grad-accumulation-steps", "2", "--group-size", "2", "--valid-fraction", "0"]
+    options += ["--max-completion-length", "4"]
+    if command == "ppo":
+        options += ["--reward-rollouts", "0", "--critic-warmup", "0"]
+    assert run([command, *options]) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: this run needs about")
+    assert "--force" in error
+    assert not (tmp_path / "out").exists()
+    assert run([command, *options, "--force"]) == 0
+    assert "--force runs it all the same" in capsys.readouterr().out
+    # Its speed is remembered for plans.
+    assert run(["plan", "--command", command, *options, "--json"]) == 0
+    time = json.loads(capsys.readouterr().out)["time"]
+    assert time["batches"] == 3
+    assert time["training_seconds"] > 0

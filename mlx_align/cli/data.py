@@ -1,4 +1,4 @@
-"""`mlx-align data`: look at data as training would see it."""
+"""`mlx-align data`: look at data as training would see it, and make some."""
 
 from __future__ import annotations
 
@@ -8,15 +8,19 @@ import json as json_module
 import click
 
 from mlx_align.cli.options import given
+from mlx_align.cli.sample import sample
 from mlx_align.config import TrainConfig
 from mlx_align.errors import ConfigError
 from mlx_align.settings import resolve
 from mlx_align.shipped import shipped_or_given
 
 
-@click.group(short_help="Look at data before training.")
+@click.group(short_help="Look at data before training; make some by rejection sampling.")
 def data() -> None:
-    """Look at data before training."""
+    """Look at data before training, or make some by rejection sampling."""
+
+
+data.add_command(sample)
 
 
 @data.command(short_help="Read, tokenise and describe preference data; train nothing.")

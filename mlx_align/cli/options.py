@@ -26,14 +26,22 @@ def config_options(kind: type[Any]) -> Callable[[Callable[..., Any]], Callable[.
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
         for entry in reversed(dataclasses.fields(kind)):
-            function = _option(entry, hints[entry.name])(function)
+            function = option_of(entry, hints[entry.name])(function)
         return function
 
     return decorate
 
 
-def _option(entry: dataclasses.Field[Any], hint: Any) -> Callable[..., Any]:
+def option_of(
+    entry: dataclasses.Field[Any], hint: Any, help: str | None = None
+) -> Callable[..., Any]:
+    """A decorator that gives a command the option of one field, with its own help or another."""
     rules = entry.metadata
+    if help is not None:
+        flag = flag_of(entry.name)
+        if hint is bool or bool in typing.get_args(hint):
+            return click.option(f"{flag}/{flag.replace('--', '--no-', 1)}", default=None, help=help)
+        return click.option(flag, multiple=bool(rules.get("several")), help=help)
     text = rules["help"]
     kinds = set(typing.get_args(hint)) if isinstance(hint, types.UnionType) else {hint}
     plain = next(k for k in kinds if k is not type(None))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json as json_module
+import typing
 from collections.abc import Callable
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -10,24 +11,28 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mlx_align.cli.options import config_options, given
+from mlx_align.cli.options import config_options, given, option_of
 from mlx_align.config import (
     DpoConfig,
+    GrpoConfig,
     KtoConfig,
     LossConfig,
+    OnPolicyConfig,
+    PpoConfig,
     RewardConfig,
     SftConfig,
     TrainConfig,
 )
 from mlx_align.errors import ConfigError
-from mlx_align.settings import flag_of, resolve
+from mlx_align.settings import resolve
 from mlx_align.shipped import shipped_or_given
 
 if TYPE_CHECKING:
     from mlx_align.data.shapes import AnyShape
+    from mlx_align.models.loading import ModelFolder
     from mlx_align.plan.check import Plan
-    from mlx_align.plan.timing import Duration
-    from mlx_align.train.setup import PreparedData
+    from mlx_align.plan.machine import Machine
+    from mlx_align.plan.timing import Duration, RolloutDuration
     from mlx_align.train.task import Task
 
 _KINDS: dict[str, type[TrainConfig]] = {
@@ -35,6 +40,8 @@ _KINDS: dict[str, type[TrainConfig]] = {
     "kto": KtoConfig,
     "sft": SftConfig,
     "reward": RewardConfig,
+    "ppo": PpoConfig,
+    "grpo": GrpoConfig,
 }
 # Updates of --measure; the first also compiles, and is not counted.
 MEASURED_UPDATES = 3
@@ -51,7 +58,8 @@ def _all_options(function: Callable[..., Any]) -> Callable[..., Any]:
         for entry in fields(kind):
             if entry.name not in names:
                 names.add(entry.name)
-                function = click.option(flag_of(entry.name), help=f"As in {command}.")(function)
+                hint = typing.get_type_hints(kind)[entry.name]
+                function = option_of(entry, hint, f"As in {command}.")(function)
     return config_options(DpoConfig)(function)
 
 
@@ -84,10 +92,7 @@ def plan(
     its weights, never the weights (but with --measure). Without --data, rows of --max-seq-length.
     """
     from mlx_align.models.loading import open_model
-    from mlx_align.plan.check import make_plan
     from mlx_align.plan.machine import parse_machine, this_machine
-    from mlx_align.plan.timing import expected
-    from mlx_align.train.setup import prepare_data, resolve_layout
 
     if machine is not None and (measure or run_folder):
         flag = "--measure" if measure else "--run"
@@ -100,29 +105,97 @@ def plan(
     if config.data is None and (measure or run_folder):
         raise ConfigError("--data is missing; a run's time follows from its data")
     config = replace(config, model=shipped_or_given(config.model, "model"))
-    assert config.model is not None
-    layout = resolve_layout(config)
-    folder = open_model(config.model)
-    task = _task(command, config)
-    data: PreparedData | None = None
-    groups = None
     if config.data is not None:
         config = replace(config, data=shipped_or_given(config.data, "data"))
-        data = prepare_data(config, folder, task.read)
-        groups = task.arrange(data.train)
-    made = make_plan(config, layout, folder, groups, where)
-    duration = None
-    if groups and machine is None:
-        found = _rate(command, config, measure, run_folder, task, groups)
-        if found is not None:
-            has_reference = isinstance(config, LossConfig) and task.needs_reference
-            duration = expected(
-                config, groups, *found, has_reference=has_reference, limit=made.work.limit
-            )
+    assert config.model is not None
+    planning = _plan_on_policy if isinstance(config, OnPolicyConfig) else _plan_offline
+    made, duration = planning(
+        command, config, open_model(config.model), where, measure=measure, run_folder=run_folder
+    )
     if json:
         click.echo(json_module.dumps(as_json(made, duration), indent=2))
     else:
         click.echo(render(made, duration))
+
+
+def _plan_offline(
+    command: str,
+    config: TrainConfig,
+    folder: ModelFolder,
+    where: Machine,
+    *,
+    measure: bool,
+    run_folder: str | None,
+) -> tuple[Plan, Duration | None]:
+    from mlx_align.plan.check import make_plan
+    from mlx_align.plan.timing import expected
+    from mlx_align.train.setup import prepare_data, resolve_layout
+
+    layout = resolve_layout(config)
+    task = _task(command, config)
+    groups = None
+    if config.data is not None:
+        groups = task.arrange(prepare_data(config, folder, task.read).train)
+    made = make_plan(config, layout, folder, groups, where)
+    if not groups or not where.here:
+        return made, None
+    found = _rate(command, config, measure, run_folder, task, groups)
+    if found is None:
+        return made, None
+    has_reference = isinstance(config, LossConfig) and task.needs_reference
+    return made, expected(
+        config, groups, *found, has_reference=has_reference, limit=made.work.limit
+    )
+
+
+def _plan_on_policy(
+    command: str,
+    config: Any,
+    folder: ModelFolder,
+    where: Machine,
+    *,
+    measure: bool,
+    run_folder: str | None,
+) -> tuple[Plan, RolloutDuration | None]:
+    from mlx_align.plan.on_policy import make_on_policy_plan
+    from mlx_align.plan.timing import expected_rollouts, rate_key, rate_of_rollouts, stored_rate
+    from mlx_align.train.grpo import check_group_options
+    from mlx_align.train.on_policy_setup import check_shared_options, read_run_prompts
+    from mlx_align.train.online_dpo import ONLINE_DPO, check_pair_options
+    from mlx_align.train.planned import reward_models
+    from mlx_align.train.ppo import check_ppo_options
+    from mlx_align.train.setup import resolve_layout
+
+    if measure:
+        raise ConfigError(
+            f"--measure: {command} samples and asks for rewards before it learns; run it with "
+            "--iters 3, and name that run with --run"
+        )
+    check_shared_options(config)
+    if command == "ppo":
+        check_ppo_options(config)
+    elif config.loss == ONLINE_DPO:
+        check_pair_options(config)
+    else:
+        check_group_options(config)
+    layout = resolve_layout(config)
+    prompts = None
+    if config.data is not None:
+        train, held_out, *_ = read_run_prompts(config, folder)
+        prompts = [prompt.tokens for prompt in train], [prompt.tokens for prompt in held_out]
+    rewards = reward_models(config, folder, layout)
+    made = make_on_policy_plan(config, layout, folder, prompts, rewards, where)
+    if prompts is None or not where.here:
+        return made, None
+    if run_folder is not None:
+        rate: float | None = rate_of_rollouts(Path(run_folder).expanduser(), command)
+        source = f"run {run_folder}"
+    else:
+        rate = stored_rate(rate_key(command, folder.path, config, layout, where.name))
+        source = "measured before, by a run"
+    if rate is None:
+        return made, None
+    return made, expected_rollouts(config, len(prompts[0]), rate, source)
 
 
 def _task(command: str, config: Any) -> Task:
@@ -199,7 +272,7 @@ def measured_rate(config: TrainConfig, task: Task, groups: list[Any]) -> float:
     return max(rates[1:])
 
 
-def as_json(plan: Plan, duration: Duration | None) -> dict[str, Any]:
+def as_json(plan: Plan, duration: Duration | RolloutDuration | None) -> dict[str, Any]:
     """The plan for programs; sizes in bytes, times in seconds."""
     from mlx_align.plan.machine import remarks, software
 
@@ -227,15 +300,25 @@ def _say_shape(shape: AnyShape) -> str:
     return f"{prompts}, answers of {completion}"
 
 
-def render(plan: Plan, duration: Duration | None) -> str:
+def render(plan: Plan, duration: Duration | RolloutDuration | None) -> str:
     """The plan for people."""
     from mlx_align.plan.check import say_bytes
     from mlx_align.plan.machine import remarks, software
+    from mlx_align.plan.memory import SAMPLING
+    from mlx_align.plan.timing import RolloutDuration
     from mlx_align.train.runlog import say_seconds
 
     memory, machine = plan.memory, plan.machine
-    lines = [f"Peak memory, in {memory.moment} ({_say_shape(memory.shape)}):"]
-    lines += [f"  {name:<24}{say_bytes(n):>10}" for name, n in memory.parts.items()]
+    where = _say_shape(memory.shape)
+    if memory.moment == SAMPLING and plan.work.sampling is not None:
+        said = plan.work.sampling
+        where = f"{said.rows} completions of {said.completion} tokens at once"
+    lines = [f"Peak memory, in {memory.moment} ({where}):"]
+    lines += [
+        f"  {name:<24}{say_bytes(n):>10}"
+        for name, n in memory.parts.items()
+        if n or name != "reward models"
+    ]
     lines.append(f"  {'in all':<24}{say_bytes(memory.peak_bytes):>10}")
     verdict = "It fits" if plan.fits else "It does not fit"
     room = "recommended working set" if machine.metal else "memory"
@@ -248,16 +331,22 @@ def render(plan: Plan, duration: Duration | None) -> str:
         ] + [""]
     elif not plan.fits:
         lines += ["No option makes it fit: take a smaller model.", ""]
-    if duration is not None:
+    if isinstance(duration, RolloutDuration):
+        lines.append(
+            f"Time: {say_seconds(duration.training_seconds)} for {duration.batches:,} rollout "
+            f"batches of {say_seconds(duration.seconds_per_batch)} ({duration.source})."
+        )
+    elif duration is not None:
         lines.append(
             f"Time: {say_seconds(duration.training_seconds)} of training, at most "
             f"{say_seconds(duration.reference_seconds)} for the reference, at "
             f"{duration.tokens_per_second:,.0f} tokens/s ({duration.source})."
         )
     elif machine.here:
+        measuring = "" if plan.work.sampling is not None else "--measure times a few steps, "
         lines.append(
-            "Time: not known before such a run was made; --measure times a few steps, --run RUN "
-            "takes another run's speed."
+            f"Time: not known before such a run was made; {measuring}--run RUN takes another "
+            "run's speed."
         )
     lines += [f"- {remark}" for remark in remarks(machine, plan.model.activation_dtype)]
     lines.append(f"- {', '.join(f'{name} {what}' for name, what in software().items())}")

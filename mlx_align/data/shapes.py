@@ -24,6 +24,9 @@ MIN_SAVING = 0.01
 # Widths that are tried, of prompts and of completions. On 1,124 pairs of up to 512 tokens 16 left
 # 39.7% padding, 32 38.7%, 64 38.5%.
 CANDIDATES = 32
+# Widths that prompts and completions of an on-policy run are padded to: 12 shapes, each compiled
+# when it is first met.
+PROMPT_WIDTHS, COMPLETION_WIDTHS = 3, 4
 
 
 class Shape(NamedTuple):
@@ -97,6 +100,25 @@ def plan_shapes(
     rows = max(len(group.completions) for group in groups)
     shapes = _choose(_Table(lengths, rows, limit), max_shapes)
     return [*sorted(shapes, key=lambda shape: tokens_of(shape, rows))]
+
+
+def rollout_shapes(
+    prompts: Sequence[TokenizedGroup], max_completion: int, batch_size: int
+) -> list[AnyShape]:
+    """The shapes that microbatches of a run come in, cheapest first.
+
+    Prompt widths are quantiles of the prompts' lengths; what completions will be like, nobody
+    knows, so their widths are equal parts of the longest.
+    """
+    lengths = -(-np.array([len(group.prompt) for group in prompts]) // ROUND) * ROUND
+    quantiles = np.linspace(0, 1, PROMPT_WIDTHS + 1)[1:]
+    widths = np.unique(np.quantile(lengths, quantiles, method="higher"))
+    shares = np.arange(1, COMPLETION_WIDTHS + 1) / COMPLETION_WIDTHS
+    parts = np.unique(np.ceil(max_completion * shares / ROUND).astype(int) * ROUND)
+    # As wide as the arrays at most.
+    parts = np.unique(np.minimum(parts, max_completion))
+    shapes = [Shape(int(p), int(c), batch_size) for c in parts for p in widths]
+    return [*sorted(shapes, key=lambda shape: shape.prompt + shape.completion)]
 
 
 def _plan_packed(

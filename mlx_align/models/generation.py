@@ -21,8 +21,8 @@ from mlx_lm.sample_utils import make_sampler
 from mlx_align.models.compat import random_key, restore_random_key
 
 # Sequences that are decoded together, and prompt tokens that are run together: as in mlx-lm.
-_ROWS_AT_ONCE = 32
-_TOKENS_AT_ONCE = 2048
+ROWS_AT_ONCE = 32
+TOKENS_AT_ONCE = 2048
 
 
 class Generated(NamedTuple):
@@ -147,8 +147,8 @@ def _prompt_cache(model: nn.Module, prompt: list[int]) -> list[Any] | None:
     if len(prompt) == 1:
         return None
     caches: list[Any] = make_prompt_cache(model)
-    for start in range(0, len(prompt) - 1, _TOKENS_AT_ONCE):
-        piece = prompt[start : min(start + _TOKENS_AT_ONCE, len(prompt) - 1)]
+    for start in range(0, len(prompt) - 1, TOKENS_AT_ONCE):
+        piece = prompt[start : min(start + TOKENS_AT_ONCE, len(prompt) - 1)]
         model(mx.array([piece]), cache=caches)
         mx.eval([cache.state for cache in caches])
     return caches
@@ -160,9 +160,9 @@ def _together(work: _Work) -> list[list[Generated]]:
         max_tokens=work.max_tokens,
         stop_tokens=[[token] for token in work.stop],
         sampler=make_sampler(temp=work.temperature),
-        completion_batch_size=_ROWS_AT_ONCE,
+        completion_batch_size=ROWS_AT_ONCE,
         # With the prompts behind them, the completions of several can start in one step.
-        prefill_batch_size=_ROWS_AT_ONCE,
+        prefill_batch_size=ROWS_AT_ONCE,
     )
     waiting = deque(enumerate(work.prompts))
     prompt_of: dict[int, int] = {}  # by sequence, as are the next two
@@ -172,7 +172,7 @@ def _together(work: _Work) -> list[list[Generated]]:
     try:
         while True:
             # No further ahead than fills the batch: what waits to start holds its prompt's cache.
-            while waiting and len(prompt_of) - len(tokens) < _ROWS_AT_ONCE:
+            while waiting and len(prompt_of) - len(tokens) < ROWS_AT_ONCE:
                 index, prompt = waiting.popleft()
                 cache = _prompt_cache(work.model, prompt)
                 # The batch copies what it merges, so all sequences may be given one cache.

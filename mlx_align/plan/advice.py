@@ -8,7 +8,8 @@ from functools import partial
 
 from mlx_align.data.shapes import AnyShape, BatchLimit, PackedShape
 from mlx_align.plan.headers import ModelShape
-from mlx_align.plan.memory import MemoryPlan, Workload, plan_memory
+from mlx_align.plan.memory import MemoryPlan, plan_memory
+from mlx_align.plan.workload import Workload
 
 # Shares of --max-seq-length that are tried, and the shortest worth training on, tokens.
 SHORTER = (0.75, 0.5, 0.25, 0.125)
@@ -24,7 +25,11 @@ GROUP_OVERHEAD_BITS = 32 / GROUP_SIZE
 # A step that saves less than this share of the peak is not worth what it costs.
 WORTH = 0.01
 
-# The batch shapes that are left when rows longer than so many tokens are dropped.
+# The shortest completions worth sampling, tokens.
+SHORTEST_SAMPLED = 16
+
+# The batch shapes that are left when rows longer than so many tokens are dropped; of a run that is
+# trained on its own samples, those of completions of at most so many.
 ShapesWithin = Callable[[int, BatchLimit], Sequence[AnyShape]]
 
 
@@ -48,11 +53,14 @@ class Step:
 def advise(
     model: ModelShape,
     work: Workload,
-    max_seq_length: int,
+    max_seq_length: int | None,
     shapes_within: ShapesWithin,
     available_bytes: int,
 ) -> list[Step]:
     """The cheapest steps that together make a run fit; [] where it fits as it is.
+
+    `max_seq_length` is None where it limits nothing: of a run on samples whose prompts have a
+    limit of their own.
 
     Steps that would save next to nothing are left out. Where all of them together are not enough,
     they are all returned, and the last one does not fit.
@@ -63,7 +71,9 @@ def advise(
         _to_lora(work),
         _checkpoint(work),
         _smaller_batch(work),
+        _smaller_groups(work),
         _shorter(work, max_seq_length, shapes_within),
+        _shorter_completions(work, max_seq_length, shapes_within),
         _lower_rank(work),
         _fewer_layers(model, work),
         _fewer_bits(model),
@@ -160,7 +170,47 @@ def _divided(work: Workload, *, parts: int, limit: BatchLimit, accumulation: int
     return replace(work, shapes=shapes, limit=limit, accumulation=accumulation)
 
 
-def _shorter(work: Workload, max_seq_length: int, shapes_within: ShapesWithin) -> Ladder:
+def _smaller_groups(work: Workload) -> Ladder:
+    if work.sampling is None:
+        return
+    size = work.sampling.group_size // 2
+    while size >= work.sampling.least_group:
+
+        def change(now: Workload, size: int = size) -> Workload:
+            assert now.sampling is not None
+            said = replace(now.sampling, group_size=size)
+            # Those that are learned from may be fewer than those that are sampled.
+            return replace(now, sampling=said, rows=min(now.rows, size))
+
+        yield f"--group-size {size}", "fewer completions of each prompt", _same, change
+        size //= 2
+
+
+def _shorter_completions(
+    work: Workload, max_seq_length: int | None, shapes_within: ShapesWithin
+) -> Ladder:
+    if work.sampling is None:
+        return
+    longest = work.sampling.completion
+    for share in SHORTER:
+        length = int(longest * share) // 8 * 8
+        if length >= SHORTEST_SAMPLED:
+
+            def change(now: Workload, length: int = length) -> Workload:
+                assert now.sampling is not None
+                said = replace(now.sampling, completion=length)
+                return replace(now, shapes=tuple(shapes_within(length, now.limit)), sampling=said)
+
+            options = f"--max-completion-length {length}"
+            if max_seq_length is not None:
+                # Or prompts might be longer in return.
+                options += f" --max-seq-length {max_seq_length - longest + length}"
+            yield options, "completions are cut earlier", _same, change
+
+
+def _shorter(work: Workload, max_seq_length: int | None, shapes_within: ShapesWithin) -> Ladder:
+    if work.sampling is not None or max_seq_length is None:
+        return
     for share in SHORTER:
         length = int(max_seq_length * share) // 8 * 8
         if length >= SHORTEST and shapes_within(length, work.limit):

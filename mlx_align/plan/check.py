@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import mlx.core as mx
 
@@ -12,10 +12,11 @@ from mlx_align.data.shapes import AnyShape, BatchLimit, Shape, batch_limit, plan
 from mlx_align.errors import ConfigError, ModelError
 from mlx_align.models.adapters import AdapterLayout, compute_dtype
 from mlx_align.models.loading import ModelFolder
-from mlx_align.plan.advice import Step, advise
+from mlx_align.plan.advice import ShapesWithin, Step, advise
 from mlx_align.plan.headers import ModelShape, read_shape
 from mlx_align.plan.machine import Machine, this_machine
-from mlx_align.plan.memory import ADAPTER_BYTES, MemoryPlan, Workload, plan_memory
+from mlx_align.plan.memory import MemoryPlan, plan_memory
+from mlx_align.plan.workload import ADAPTER_BYTES, Workload
 from mlx_align.types import TokenizedGroup
 
 # A run that needs less is never refused: the plan's error is larger than what it could spare.
@@ -77,16 +78,32 @@ def make_plan(
         ConfigError: Its adapters can't compute as asked.
     """
     model = read_shape(folder.path, folder.config)
-    dtypes = [mx.bfloat16] if model.activation_dtype == "BF16" else []
-    computed = compute_dtype(config.adapter_dtype, dtypes)
     within, limit = _shapes_within(groups), batch_limit(config, packs=_packs(config, folder))
     rows = 2 if not groups else max(len(group.completions) for group in groups)
     if isinstance(config, KtoConfig | SftConfig):
         rows = 1  # of KTO's two completions the mismatched one runs by itself, without gradient
-    work = Workload(
+    work = replace(
+        workload(config, layout, folder, model),
         shapes=tuple(within(config.max_seq_length, limit)),
         limit=limit,
         rows=rows,
+        vocabulary=not isinstance(config, RewardConfig),
+    )
+    return plan_of(machine, model, work, config.max_seq_length, within)
+
+
+def workload(
+    config: TrainConfig, layout: AdapterLayout, folder: ModelFolder, model: ModelShape
+) -> Workload:
+    """What the options say of a workload, whatever the command; it has no shapes yet.
+
+    Raises:
+        ConfigError: The adapters can't compute as asked.
+    """
+    dtypes = [mx.bfloat16] if model.activation_dtype == "BF16" else []
+    computed = compute_dtype(config.adapter_dtype, dtypes)
+    return Workload(
+        shapes=(),
         accumulation=config.grad_accumulation_steps,
         fine_tune_type=layout.fine_tune_type,
         rank=layout.rank,
@@ -96,12 +113,21 @@ def make_plan(
         grad_checkpoint=config.grad_checkpoint,
         adapter_bytes=ADAPTER_BYTES if computed is None else computed.size,
         shared=folder.config.get("model_type") not in WHOLE_ROWS,
-        vocabulary=not isinstance(config, RewardConfig),
     )
+
+
+def plan_of(
+    machine: Machine,
+    model: ModelShape,
+    work: Workload,
+    max_seq_length: int | None,
+    within: ShapesWithin,
+) -> Plan:
+    """The plan of a workload; the last two arguments as `advise` has them."""
     memory = plan_memory(model, work)
     available = max(machine.working_set_bytes, ALWAYS_FITS_BYTES if machine.here else 0)
     fits = memory.peak_bytes <= available
-    steps = [] if fits else advise(model, work, config.max_seq_length, within, available)
+    steps = [] if fits else advise(model, work, max_seq_length, within, available)
     return Plan(machine, model, work, memory, fits, steps)
 
 
@@ -124,13 +150,24 @@ def check_fits(
     Raises:
         ConfigError: It does not fit, and --force was not given.
     """
+    return said_or_refused(
+        lambda: make_plan(config, layout, folder, groups, this_machine()), force=config.force
+    )
+
+
+def said_or_refused(make: Callable[[], Plan], *, force: bool) -> str:
+    """The line that says what the plan that `make` makes says; refuses a run that does not fit.
+
+    Raises:
+        ConfigError: It does not fit, and nothing forces it.
+    """
     try:
-        plan = make_plan(config, layout, folder, groups, this_machine())
+        plan = make()
     except ModelError as error:
         # A family that names its sizes otherwise may train all the same; a damaged file is refused
         # when it is loaded.
         return f"! Memory can't be planned: {error}."
-    if plan.fits or config.force:
+    if plan.fits or force:
         but = "" if plan.fits else ", which does not fit: --force runs it all the same"
         return f"Memory: about {say_verdict(plan)}{but}."
     raise ConfigError(

@@ -1,10 +1,13 @@
 """Peak memory of a training step, from the model's shape and the batch's, by part.
 
-What is counted is what `mx.get_peak_memory` counts. A step has two moments that can be the peak:
+What is counted is what `mx.get_peak_memory` counts. A step has two moments that can be the peak,
+and a run that is trained on its own samples a third and a fourth:
 
 *The vocabulary head*: everything the backward pass will need is held, and one chunk of logits.
 *The backward pass of a block*: the same, and what is being worked on in that block; with
 checkpointing also what the block holds once it is recomputed, prompts and completions together.
+*Sampling*: keys and values of the completions that are decoded together, and their logits.
+*The roles' log-probs*: one block at work on all completions of a microbatch, without gradient.
 
 What a block holds for its backward pass follows from what mlx-lm's blocks compute: see
 `_held_by_block`. What is being worked on (`WORK_*`) was measured on mlx's CPU backend, with nothing
@@ -15,21 +18,27 @@ own. `scripts/verify_plan.py` compares all with real steps, on any machine.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 
-from mlx_align.data.shapes import AnyShape, BatchLimit, PackedShape
+from mlx_align.data.shapes import AnyShape, PackedShape
 from mlx_align.models.attention import causal_share
+from mlx_align.models.generation import TOKENS_AT_ONCE
 from mlx_align.models.logps import CHUNK_ELEMENTS, MIN_CHUNK_ROWS
 from mlx_align.plan.headers import Linear, ModelShape
+from mlx_align.plan.workload import ADAPTER_BYTES, Sampling, Workload
 
 PARTS = (
     "weights",
     "adapters and optimizer",
+    "reward models",
     "activations",
     "attention",
     "vocabulary head",
     "running ahead",
 )
+
+# What the moment is called in which completions are decoded.
+SAMPLING = "sampling"
 
 # What is being worked on at once in a block beyond what is held: numbers per token of the MLP's
 # width and of the hidden width, and per attention score. Fitted to 28 steps in float32 and bf16 of
@@ -42,44 +51,8 @@ LOGIT_BYTES = 4
 # and 1.15 s).
 ROOM = 0.05
 LEAST_ROOM_BYTES = 1 << 24
-# Adapters are float32 whatever the model's dtype, and what they multiply is float32 with them,
-# unless they are cast where they compute.
-ADAPTER_BYTES = 4
-
-
-@dataclass(frozen=True)
-class Workload:
-    """What a run puts through the model at once, and what it trains.
-
-    Attributes:
-        shapes: The shapes of its microbatches.
-        limit: What decided how many prompts a shape holds.
-        rows: Completions of a prompt that run together: 2 for pairs.
-        accumulation: Microbatches of an update.
-        fine_tune_type: lora, dora or full.
-        rank: Of the adapters.
-        num_layers: Blocks trained, from the last; −1 for all.
-        keys: Names of the layers adapted within a block; None for all.
-        dropout: Whether adapters drop inputs.
-        grad_checkpoint: Whether blocks are recomputed in the backward pass.
-        shared: Whether completions share their prompt's keys and values.
-        adapter_bytes: Of an adapter's number where it computes: 2 if cast to 16 bits.
-        vocabulary: Whether completions meet the vocabulary head; a reward model's head is one row.
-    """
-
-    shapes: tuple[AnyShape, ...]
-    limit: BatchLimit = field(default_factory=BatchLimit)
-    rows: int = 2
-    accumulation: int = 8
-    fine_tune_type: str = "lora"
-    rank: int = 16
-    num_layers: int = -1
-    keys: tuple[str, ...] | None = None
-    dropout: bool = False
-    grad_checkpoint: bool = True
-    shared: bool = True
-    adapter_bytes: int = ADAPTER_BYTES
-    vocabulary: bool = True
+# Tokens that mlx-lm's caches grow by.
+CACHE_STEP = 256
 
 
 @dataclass(frozen=True)
@@ -208,44 +181,84 @@ class _Bytes:
 
 def _plan_shape(model: ModelShape, work: Workload, shape: AnyShape) -> MemoryPlan:
     passes = _passes(work, shape)
-    trained = model.blocks if work.num_layers < 0 else min(work.num_layers, model.blocks)
+    blocks = model.blocks if work.num_layers < 0 else min(work.num_layers, model.blocks)
     block = sum((_held_by_block(model, work, one) for one in passes), _Bytes())
     held = _held_checkpointed(model, passes) if work.grad_checkpoint else block
-    held = held * trained + _dense_copies(model, work)
+    held = held * blocks + _dense_copies(model, work)
     rows = 1 if isinstance(shape, PackedShape) else shape.groups * work.rows
     scored = rows * shape.completion if work.vocabulary else 0
     # Per completion token: the gradient by its hidden state, which waits for the loss.
     gradient = _Bytes(head=scored * model.hidden * model.activation_bytes)
     worked = _worked_on(model, work, passes) + (block if work.grad_checkpoint else _Bytes())
+    parameters = trained_parameters(model, work)
+    trees = _trees(work)
+    updating = _tree_bytes(model, work, parameters, trees + (work.accumulation > 1))
     moments = {
         # Chunks of the gradient, and all of them joined.
-        "vocabulary head": held + gradient * 2 + _chunk(model, scored),
-        "backward pass of a block": held + gradient + worked,
+        "vocabulary head": (updating, held + gradient * 2 + _chunk(model, scored)),
+        "backward pass of a block": (updating, held + gradient + worked),
     }
-    moment, most = max(moments.items(), key=lambda item: item[1].total)
-    parameters = trained_parameters(model, work)
+    fixed = model.weights_bytes + work.further_bytes
+    # Gradients are what is given room to run ahead; all else of a run may then use it too.
+    update = fixed + max(int(trained + most.total) for trained, most in moments.values())
+    if work.sampling is not None:
+        trained = _tree_bytes(model, work, parameters, trees)
+        moments[SAMPLING] = trained, _sampling(model, work, work.sampling)
+        moments["log-probs of the roles"] = trained, _scoring(model, work, shape)
+    moment, (trained, most) = max(moments.items(), key=lambda item: item[1][0] + item[1][1].total)
     parts = {
         "weights": model.weights_bytes,
-        "adapters and optimizer": _trained_bytes(model, work, parameters),
+        "adapters and optimizer": trained,
+        "reward models": work.further_bytes,
         "activations": int(most.activations),
         "attention": int(most.attention),
         "vocabulary head": int(most.head),
     }
-    parts["running ahead"] = room_bytes(sum(parts.values()))
+    parts["running ahead"] = max(0, update + room_bytes(update) - sum(parts.values()))
     return MemoryPlan(parts=parts, moment=moment, shape=shape, trained_parameters=parameters)
 
 
-def _trained_bytes(model: ModelShape, work: Workload, parameters: int) -> int:
-    """The trees of a run: where it started, where it is, Adam's two, and the sum of gradients.
+def _trees(work: Workload) -> int:
+    """Trees that are held all the time: where the policy started, where it is, and Adam's two.
 
-    A sum is held while a microbatch runs, where an update has several.
+    A critic has three of its own: it starts from arrays that others hold.
     """
-    trees = 4 + (work.accumulation > 1)
+    return 4 + 3 * work.critic
+
+
+def _tree_bytes(model: ModelShape, work: Workload, parameters: int, trees: int) -> int:
+    """So many trees; a sum of gradients is one, held where an update has several microbatches."""
     if work.fine_tune_type == "full":
         # The tree it starts from is the weights themselves.
         return (trees - 1) * parameters * model.activation_bytes
     cast = work.adapter_bytes if work.adapter_bytes < ADAPTER_BYTES else 0
     return parameters * (trees * ADAPTER_BYTES + cast)
+
+
+def _sampling(model: ModelShape, work: Workload, said: Sampling) -> _Bytes:
+    """What is held while completions are decoded, and while a prompt is run beside them.
+
+    mlx-lm makes room in its caches for so many tokens at a time; logits are there as the model
+    gives them, normalised twice (this step's and the next), and in float32 for the log-probs.
+    """
+    size = model.activation_bytes
+    width = said.prompt + -(-said.completion // CACHE_STEP) * CACHE_STEP
+    cache = said.rows * width * 2 * model.kv_width * model.blocks * size
+    logits = said.rows * model.vocabulary * (3 * size + 2 * LOGIT_BYTES)
+    prompt = _worked_on(model, work, [_Pass(min(said.prompt, TOKENS_AT_ONCE), 1)])
+    return _Bytes(prompt.activations, cache + prompt.attention, logits)
+
+
+def _scoring(model: ModelShape, work: Workload, shape: AnyShape) -> _Bytes:
+    """A block's forward pass, and a chunk of logits, of all completions of a microbatch."""
+    assert work.sampling is not None
+    whole = replace(work, rows=work.sampling.group_size)
+    scored = shape.groups * whole.rows * shape.completion
+    # Entropies need another array of a chunk; of several chunks the next one's logits may be there.
+    rows = _chunk_rows(model)
+    entropies = min(scored, rows) * model.vocabulary * LOGIT_BYTES * (1 + (scored > rows))
+    worked = _worked_on(model, whole, _passes(whole, shape)) + _chunk(model, scored)
+    return worked + _Bytes(head=entropies)
 
 
 def _held_by_block(model: ModelShape, work: Workload, one: _Pass) -> _Bytes:
@@ -318,5 +331,9 @@ def _worked_on(model: ModelShape, work: Workload, passes: Sequence[_Pass]) -> _B
 
 def _chunk(model: ModelShape, scored: int) -> _Bytes:
     """One chunk of logits, and what is made of it."""
-    rows = min(scored, max(MIN_CHUNK_ROWS, CHUNK_ELEMENTS // model.vocabulary))
+    rows = min(scored, _chunk_rows(model))
     return _Bytes(head=rows * model.vocabulary * (model.activation_bytes + LOGIT_BYTES))
+
+
+def _chunk_rows(model: ModelShape) -> int:
+    return max(MIN_CHUNK_ROWS, CHUNK_ELEMENTS // model.vocabulary)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import astuple, dataclass
 from pathlib import Path
 
-from mlx_align.config import KtoConfig, TrainConfig
+from mlx_align.config import DEFAULT_BATCH_SIZE, KtoConfig, OnPolicyConfig, TrainConfig
 from mlx_align.data.batching import groups_per_batch
 from mlx_align.data.shapes import BatchLimit, batch_limit
 from mlx_align.errors import ConfigError
@@ -79,6 +79,65 @@ def rate_of_run(folder: Path) -> float:
     return rate
 
 
+@dataclass(frozen=True)
+class RolloutDuration:
+    """Expected seconds of a run on its own samples, beside evaluations.
+
+    Attributes:
+        seconds_per_batch: Of a rollout batch with its updates, measured.
+        source: Where that comes from.
+        batches: Rollout batches.
+        training_seconds: Of all of them.
+    """
+
+    seconds_per_batch: float
+    source: str
+    batches: int
+    training_seconds: float
+
+
+def rollout_batches(config: OnPolicyConfig, prompts: int) -> int:
+    """Rollout batches of a run over so many prompts."""
+    epochs = (config.epochs or 1.0) * prompts
+    return config.iters or max(1, round(epochs / prompts_per_batch(config)))
+
+
+def prompts_per_batch(config: OnPolicyConfig) -> int:
+    """Prompts of a rollout batch."""
+    size = config.batch_size or DEFAULT_BATCH_SIZE
+    return size * config.grad_accumulation_steps * config.minibatches
+
+
+def expected_rollouts(
+    config: OnPolicyConfig, prompts: int, rate: float, source: str
+) -> RolloutDuration:
+    """The time that a run over so many prompts takes at `rate` completions per second."""
+    each = prompts_per_batch(config) * config.group_size / rate
+    batches = rollout_batches(config, prompts)
+    return RolloutDuration(each, source, batches, each * batches)
+
+
+def rate_of_rollouts(folder: Path, command: str) -> float:
+    """Completions per second of a finished run of ppo or grpo, updates included.
+
+    Raises:
+        ConfigError: The folder is no such run.
+    """
+    try:
+        summary = json.loads((folder / "summary.json").read_text("utf-8"))
+        found, completions = str(summary["command"]), int(summary["completions"])
+        seconds = float(summary["seconds"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"--run {folder}: no summary.json of a finished run of {command} in it; name its folder"
+        ) from error
+    if found != command:
+        raise ConfigError(f"--run {folder}: a run of {found}; name one of {command}")
+    if completions <= 0 or seconds <= 0:
+        raise ConfigError(f"--run {folder}: {completions} completions in {seconds:g} s")
+    return completions / seconds
+
+
 def rates_file() -> Path:
     """Where measured rates are kept."""
     if sys.platform == "darwin":
@@ -102,6 +161,16 @@ def rate_key(
         layout.to_mlx_lm(),
         machine,
     ]
+    if isinstance(config, OnPolicyConfig):
+        # What is sampled, what is done with it, and what that earns.
+        facts += [
+            config.group_size,
+            config.max_completion_length,
+            config.grad_accumulation_steps * config.minibatches,
+            config.update_epochs,
+            config.reward,
+            config.reward_model,
+        ]
     return hashlib.blake2b(json.dumps(facts).encode(), digest_size=12).hexdigest()
 
 

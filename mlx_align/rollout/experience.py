@@ -24,11 +24,6 @@ from mlx_align.types import GroupBatch, PromptGroup, TokenizedGroup
 
 Floats = npt.NDArray[np.float32]
 
-# Widths that prompts and completions of a run are padded to: 12 shapes, each compiled when it is
-# first met.
-PROMPT_WIDTHS, COMPLETION_WIDTHS = 3, 4
-ROUND = 8
-
 
 @dataclass(frozen=True)
 class Prompt:
@@ -160,25 +155,6 @@ def padded(rows: Sequence[Sequence[float] | Floats], width: int) -> Floats:
     for n, row in enumerate(rows):
         out[n, : len(row)] = row
     return out
-
-
-def rollout_shapes(
-    prompts: Sequence[TokenizedGroup], max_completion: int, batch_size: int
-) -> list[AnyShape]:
-    """The shapes that microbatches of a run come in, cheapest first.
-
-    Prompt widths are quantiles of the prompts' lengths; what completions will be like, nobody
-    knows, so their widths are equal parts of the longest.
-    """
-    lengths = -(-np.array([len(group.prompt) for group in prompts]) // ROUND) * ROUND
-    quantiles = np.linspace(0, 1, PROMPT_WIDTHS + 1)[1:]
-    widths = np.unique(np.quantile(lengths, quantiles, method="higher"))
-    shares = np.arange(1, COMPLETION_WIDTHS + 1) / COMPLETION_WIDTHS
-    parts = np.unique(np.ceil(max_completion * shares / ROUND).astype(int) * ROUND)
-    # As wide as the arrays at most.
-    parts = np.unique(np.minimum(parts, max_completion))
-    shapes = [Shape(int(p), int(c), batch_size) for c in parts for p in widths]
-    return [*sorted(shapes, key=lambda shape: shape.prompt + shape.completion)]
 
 
 def by_role(

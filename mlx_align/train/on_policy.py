@@ -23,6 +23,8 @@ from mlx_align.models.adapters import ADAPTER_WEIGHTS, save_adapter
 from mlx_align.models.compat import read_tensors
 from mlx_align.models.loading import open_model
 from mlx_align.models.roles import Tree
+from mlx_align.plan.machine import this_machine
+from mlx_align.plan.timing import rate_key, store_rate
 from mlx_align.rollout.rewards import as_data
 from mlx_align.train import runlog
 from mlx_align.train.checkpoint import FOLDER, State, load_checkpoint, save_checkpoint
@@ -33,6 +35,7 @@ from mlx_align.train.heldout_rewards import HeldOut
 from mlx_align.train.loop import Progress, make_schedule
 from mlx_align.train.on_policy_setup import Prepared, prepare_on_policy, set_up
 from mlx_align.train.opening import opened
+from mlx_align.train.pace import ENOUGH
 from mlx_align.train.publish import Publication
 from mlx_align.train.signals import Interrupted, deferring
 from mlx_align.train.task import how_to_talk
@@ -110,7 +113,17 @@ def run_on_policy(
         publication = Publication(run, command, config, prepared.facts, display)
         workplace, watched = set_up(config, folder, prepared, stack, display)
         learner = make_learner(config, workplace)
-        course = _Course(config, run, display, workplace, prepared, watched, learner, publication)
+        course = _Course(
+            command,
+            config,
+            run,
+            display,
+            workplace,
+            prepared,
+            watched,
+            learner,
+            publication,
+        )
         before = course.begin(resume)
         course.train()
         summary = course.finish(before)
@@ -130,6 +143,7 @@ class _Course:
 
     def __init__(
         self,
+        command: str,
         config: OnPolicyConfig,
         run: Path,
         display: Display,
@@ -139,12 +153,14 @@ class _Course:
         learner: Learner,
         publication: Publication,
     ) -> None:
-        self._config, self._run, self._display = config, run, display
+        self._command, self._config, self._run, self._display = command, config, run, display
         self._place, self._prepared, self._watched = workplace, prepared, watched
         self._learner, self._publication = learner, publication
         self._health = Health()
         self._progress = Progress()
         self._rows: list[dict[str, float]] = []
+        # Completions and seconds of the rollout batches of this process.
+        self._paces: list[tuple[int, float]] = []
         self.samples: list[dict[str, Any]] = []
         per_batch = workplace.prompts_per_batch
         epochs = (config.epochs or 1.0) * len(workplace.prompts)
@@ -266,6 +282,7 @@ class _Course:
         self._progress.groups += taken
         self._progress.tokens += rollouts.tokens
         self._progress.seconds += time.perf_counter() - began
+        self._paces.append((len(rollouts.texts), time.perf_counter() - began))
         row = {
             **experience.metrics(),
             **learned.metrics,
@@ -364,6 +381,7 @@ class _Course:
             )
         policy = place.policy
         save_adapter(self._run, tree, policy.layout, str(policy.model.folder.path))
+        self._store_rate()
         prompts = watched.groups[: self._config.samples]
         self.samples = [
             {"source": group.source, "prompt": prompt, "before": old, "after": new}
@@ -383,6 +401,7 @@ class _Course:
             "data": self._config.data,
             "steps": at.step,
             "prompts": at.groups,
+            "completions": at.groups * self._config.group_size,
             "tokens": at.tokens,
             "seconds": at.seconds,
             "tokens_per_second": at.tokens / max(at.seconds, 1e-9),
@@ -401,6 +420,15 @@ class _Course:
             "versions": runlog.versions(),
             "seed": self._config.seed,
         }
+
+    def _store_rate(self) -> None:
+        """Keep the run's speed for later plans: the median, as early batches also compile."""
+        if len(self._paces) < ENOUGH:
+            return
+        policy, machine = self._place.policy, this_machine().name
+        path = policy.model.folder.path
+        key = rate_key(self._command, path, self._config, policy.layout, machine)
+        store_rate(key, float(np.median([count / seconds for count, seconds in self._paces])))
 
     def _answers(self, tree: Tree) -> list[str]:
         prompts = self._watched.groups[: self._config.samples]

@@ -14,14 +14,14 @@ from mlx_align.config import DEFAULT_BATCH_SIZE, OnPolicyConfig
 from mlx_align.data.formats import read_prompts
 from mlx_align.data.groups import split_validation
 from mlx_align.data.prompts import PromptReport, tokenize_prompts
-from mlx_align.data.shapes import AnyShape
+from mlx_align.data.shapes import AnyShape, rollout_shapes
 from mlx_align.data.sources import has_split
 from mlx_align.errors import ConfigError
 from mlx_align.models.adapters import AdapterLayout, read_layout
 from mlx_align.models.heads import has_head
 from mlx_align.models.loading import ModelFolder
 from mlx_align.models.roles import Tree
-from mlx_align.rollout.experience import Prompt, rollout_shapes
+from mlx_align.rollout.experience import Prompt
 from mlx_align.train.display import Display
 from mlx_align.train.fingerprints import fingerprints
 from mlx_align.train.heldout_rewards import HeldOut
@@ -37,6 +37,7 @@ from mlx_align.train.judging import (
     swapped,
     wanted_rewards,
 )
+from mlx_align.train.planned import check_memory
 from mlx_align.train.run_ahead import RunAhead
 from mlx_align.train.setup import Policy, make_roles, resolve_layout, say_policy
 from mlx_align.train.workplace import Workplace
@@ -86,7 +87,7 @@ def prepare_on_policy(command: str, config: OnPolicyConfig, folder: ModelFolder)
     looked_at = wanted_rewards(
         config.eval_reward, config.eval_reward_model, 1.0, config.reward_timeout
     )
-    train, valid, report, title = _read(config, folder)
+    train, valid, report, title = read_run_prompts(config, folder)
     shown = [prompt.tokens for prompt in (*train, *valid)]
     size = config.batch_size or DEFAULT_BATCH_SIZE
     made_of = fingerprints(
@@ -96,6 +97,8 @@ def prepare_on_policy(command: str, config: OnPolicyConfig, folder: ModelFolder)
         {"prompts": [p.tokens for p in train], "held-out prompts": [p.tokens for p in valid]},
     )
     lines, facts = _say_prompts(report, title, train, valid)
+    parts = [p.tokens for p in train], [p.tokens for p in valid]
+    lines.append(check_memory(config, folder, layout, *parts))
     return Prepared(
         train,
         valid,
@@ -137,7 +140,7 @@ def check_shared_options(config: OnPolicyConfig) -> None:
         )
 
 
-def _read(
+def read_run_prompts(
     config: OnPolicyConfig, folder: ModelFolder
 ) -> tuple[list[Prompt], list[Prompt], PromptReport, str]:
     """Prompts to train on and held-out ones, what became of the former, how they were read."""
