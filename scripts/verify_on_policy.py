@@ -139,7 +139,7 @@ def arithmetic(folder: Path, _: argparse.Namespace) -> bool:
         asked = [{"role": "user", "content": f"What is {a} + {b}?"}]
         prompts.append({"prompt": asked, "answer": str(a + b)})
         for _ in range(20):
-            off = draw.choices((0, 1, 2), (0.15, 0.45, 0.4))[0]
+            off = draw.choices((0, 1, 2), (0.18, 0.42, 0.4))[0]
             said = [{"role": "assistant", "content": f"{a + b + off}"}]
             demonstrations.append({"prompt": asked, "completion": said})
     # All sums are trained on: what is looked at is whether they are learned.
@@ -157,8 +157,8 @@ def arithmetic(folder: Path, _: argparse.Namespace) -> bool:
             **common,
             "--data": folder / "sft.jsonl",
             "--output": folder / "sft",
-            "--iters": 400,
-            "--batch-size": 32,
+            "--iters": 1000,
+            "--batch-size": 36,
             "--grad-accumulation-steps": 1,
             "--learning-rate": 3e-3,
             "--samples": 0,
@@ -173,13 +173,13 @@ def arithmetic(folder: Path, _: argparse.Namespace) -> bool:
             "--init-adapter": folder / "sft",
             "--reward": "exact_answer",
             "--output": folder / "sums",
-            "--iters": 150,
+            "--iters": 120,
             "--batch-size": 18,
             "--grad-accumulation-steps": 1,
             "--group-size": 16,
             "--max-completion-length": 6,
-            "--learning-rate": 4e-4,
-            "--steps-per-eval": 50,
+            "--learning-rate": 6e-4,
+            "--steps-per-eval": 40,
             "--val-batches": -1,
             "--samples": 4,
         },
