@@ -476,3 +476,25 @@ def test_a_batch_that_fails_half_way_leaves_no_half(train, monkeypatch):
     assert run(["ppo", "--resume", "stopped"]) == 0
     whole = folder.parent / "whole"
     assert (folder / ADAPTER_WEIGHTS).read_bytes() == (whole / ADAPTER_WEIGHTS).read_bytes()
+
+
+@pytest.mark.parametrize("command", ["ppo", "grpo"])
+def test_the_reward_rises(train, command):
+    """In twelve rollout batches, by most of a deviation; verify_on_policy.py has real ones."""
+    options = {
+        "--iters": 12,
+        "--batch-size": 6,
+        "--group-size": 8,
+        "--learning-rate": 2e-2,
+        "--lr-schedule": "constant",
+        "--no-guard": None,
+        "--steps-per-eval": 0,
+        "--samples": 0,
+        "--no-grad-checkpoint": None,
+    }
+    if command == "ppo":
+        options |= {"--critic-learning-rate": 2e-2, "--kl-coef": 0.01}
+    code, folder = train(command, options)
+    assert code == 0
+    rows = training_rows(folder)
+    assert rows[-1]["reward"] > rows[0]["reward"] + 0.9 * rows[0]["reward_std"]
