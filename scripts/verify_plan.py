@@ -87,7 +87,7 @@ CASES = (
     Case("reward model, 4-bit", reward=True, dtype="4-bit"),
 )
 # Iterations of learners, from sampling to the updates. The first two have the same tokens, and
-# a tree is as large beside all else as rank 16 is in a 4-bit 7B (2.2% of DPO's peak).
+# a tree takes about the share of the peak that rank 16 does in a 4-bit 7B (some 2.2%).
 _FOUR_ROLES = Case("four roles, DPO", prompt=96, completion=32, rank=11)
 ON_POLICY = (
     _FOUR_ROLES,
