@@ -416,7 +416,12 @@ def test_demonstrations_are_learned_beside_the_rewards(train, tmp_path):
 def test_a_demonstration_counts_by_its_coefficient(train, places, tmp_path):
     """The share of demonstrations is coefficient x mean log-loss, however they are split."""
     from mlx_align.config import PpoConfig
-    from mlx_align.train.demonstrations import Demonstrations, WithDemonstrations, joined
+    from mlx_align.train.demonstrations import (
+        Demonstrations,
+        WithDemonstrations,
+        joined,
+        read_demonstrations,
+    )
 
     assert train("grpo", {"--iters": 1})[0] == 0
     (place,) = places
@@ -437,7 +442,8 @@ def test_a_demonstration_counts_by_its_coefficient(train, places, tmp_path):
             batch_size=size,
             grad_accumulation_steps=count,
         )
-        shown, scale = Demonstrations(config, model.folder.tokenizer).take()
+        groups = read_demonstrations(config, model.folder.tokenizer)
+        shown, scale = Demonstrations(config, groups).take()
         loss = joined(None, model, grad_checkpoint=False)
         shares = [loss(tree, one.arrays, WithDemonstrations(None, scale)) for one in shown]
         total = sum(share.item() for share, _ in shares)
