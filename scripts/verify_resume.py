@@ -1,8 +1,8 @@
 """Kill training runs at random moments, resume them, and compare what they end with.
 
 Each command trains once undisturbed. Then runs of it are killed (SIGKILL) again and again, after an
-update, at a write to the disk (any, or one of a checkpoint's; half of a tensor file written, or half
-a line), or at a random time, and resumed until they end: with the same bytes in their weights, last
+update, at a write to the disk (any, or one of a checkpoint's; half of a tensor file or of a line
+written), or at a random time, and resumed until they end: with the same bytes in their weights, last
 checkpoint and samples and the same metrics but for times and memory, or the script ends with 1.
 
     python scripts/verify_resume.py --kills 200
@@ -67,7 +67,8 @@ COMMANDS = {
     "reward": ("pairs", "--lora-dropout 0.1 --members 2"),
     "ppo": (
         "pairs",
-        f"{OWN} --reward-rollouts 8 --critic-warmup 1 --target-kl 1 --ptx-coef 0.1 --ptx-data SHOWN",
+        f"{OWN} --reward-rollouts 8 --critic-warmup 1 --target-kl 1 --ptx-coef 0.1 "
+        "--ptx-data SHOWN",
     ),
     "grpo": ("pairs", f"{OWN} --kl-coef 0.05"),
 }
