@@ -2,8 +2,9 @@
 
 Each command trains once undisturbed. Then runs of it are killed (SIGKILL) again and again, after an
 update, at a write to the disk (any, or one of a checkpoint's; half of a tensor file or of a line
-written), or at a random time, and resumed until they end: with the same bytes in their weights, last
-checkpoint and samples and the same metrics but for times and memory, or the script ends with 1.
+written), or at a random time, and resumed until they end: with the same bytes in their weights,
+last checkpoint and samples and the same metrics but for times and memory, or the script ends with
+1.
 
     python scripts/verify_resume.py --kills 200
     python scripts/verify_resume.py --commands dpo --moments update:3,checkpoint:5 --json

@@ -381,6 +381,10 @@ def test_a_gamed_reward_is_stopped_and_the_best_remains(train, monkeypatch, caps
     assert (summary["stopped_early"], summary["best_step"], summary["steps"]) == (True, 1, 4)
     best = weights_of(folder / "checkpoints" / "0000001")
     assert all(np.array_equal(w, best[name]) for name, w in weights_of(folder).items())
+    # It has ended: there is nothing to go on with (and nothing more planted to look at).
+    assert train("grpo", resume=True)[0] == 0
+    again = json.loads((folder / "summary.json").read_text())
+    assert (again["stopped_early"], again["best_step"], again["steps"]) == (True, 1, 4)
 
 
 def test_completions_that_did_not_end_can_be_left_out(train):
