@@ -152,11 +152,12 @@ def no_advantages(batch):
     return batch._replace(sample=batch.sample._replace(advantages=batch.sample.advantages * mx.nan))
 
 
+ONCE = ("--update-epochs", 1)
 SPOILED = {
     "grpo": ("grpo", (), grpo, "policy_batch", no_advantages),
-    "policy": ("ppo", (), ppo, "policy_batch", no_advantages),
-    "critic": ("ppo", (), ppo, "value_batch", lambda b: b._replace(returns=b.returns * mx.nan)),
-    "shared": ("ppo", ("--critic", "shared"), ppo, "policy_batch", no_advantages),
+    "policy": ("ppo", ONCE, ppo, "policy_batch", no_advantages),
+    "critic": ("ppo", ONCE, ppo, "value_batch", lambda b: b._replace(returns=b.returns * mx.nan)),
+    "shared": ("ppo", (*ONCE, "--critic", "shared"), ppo, "policy_batch", no_advantages),
     "pairs": (
         "grpo",
         ("--loss", "online_dpo"),
