@@ -313,11 +313,16 @@ class OnPolicyConfig(TrainConfig):
         several=True,
     )
     reward_model: str | None = option(
-        None, "Reward model: a run of mlx-align reward, or a *ForSequenceClassification model."
+        None,
+        "Reward model: a run of mlx-align reward, or a *ForSequenceClassification model.",
+        training=False,
     )
     reward_model_weight: float = option(1.0, "Weight of the reward model.", above=0)
     reward_timeout: float = option(
-        60.0, "Seconds that a reward function may take for one rollout batch.", above=0
+        60.0,
+        "Seconds that a reward function may take for one rollout batch.",
+        above=0,
+        training=False,
     )
     # What the policy does not see can tell better from over-optimised.
     eval_reward: tuple[str, ...] | None = option(
@@ -328,7 +333,7 @@ class OnPolicyConfig(TrainConfig):
         several=True,
     )
     eval_reward_model: str | None = option(
-        None, "Reward model that is only looked at, as --eval-reward."
+        None, "Reward model that is only looked at, as --eval-reward.", training=False
     )
     group_size: int = option(8, "Completions sampled for a prompt.", at_least=1)
     minibatches: int = option(
@@ -451,7 +456,9 @@ class PpoConfig(OnPolicyConfig):
     ptx_coef: float = option(
         0.0, "Weight of the loss on demonstrations, InstructGPT's PPO-ptx.", at_least=0
     )
-    ptx_data: str | None = option(None, "Demonstrations for --ptx-coef, as sft reads them.")
+    ptx_data: str | None = option(
+        None, "Demonstrations for --ptx-coef, as sft reads them.", training=False
+    )
 
 
 @dataclass(frozen=True)

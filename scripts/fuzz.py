@@ -39,8 +39,10 @@ import mlx.core as mx  # noqa: E402
 from hypothesis import HealthCheck, Phase, given, seed, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
+from mlx_align.config import GrpoConfig, PpoConfig  # noqa: E402
 from mlx_align.errors import ModelError  # noqa: E402
 from mlx_align.models import loading  # noqa: E402
+from mlx_align.settings import to_yaml  # noqa: E402
 from mlx_align.train import checkpoint  # noqa: E402
 
 LIMIT_SECONDS = 20
@@ -327,8 +329,10 @@ def _refuse(_: Path) -> Any:
 
 
 def _only(command: str, where: list[str]) -> list[str]:
-    """Without the cache where the command has no reference."""
-    return where if command in ("dpo", "kto") else where[:-2]
+    """Without the cache where the command has none; with a reward where it needs one."""
+    if command in ("dpo", "kto"):
+        return where
+    return [*where[:-2], *(("--reward", "length") if command in ("ppo", "grpo") else ())]
 
 
 def data_examples(bench: Bench) -> st.SearchStrategy[Any]:
@@ -341,14 +345,23 @@ def data_examples(bench: Bench) -> st.SearchStrategy[Any]:
     content = st.one_of(text, rows, array, changed_bytes(lines.encode()))
     names = st.sampled_from(("odd.jsonl", "odd.json"))
     raw = changed_bytes(b"PAR1" + bytes(40) + b"PAR1").map(lambda c: ("odd.parquet", c))
-    commands = st.sampled_from(("data check", "dpo", "kto", "sft", "reward"))
+    commands = st.sampled_from(("data check", "dpo", "kto", "sft", "reward", "ppo", "grpo"))
     return st.tuples(st.one_of(st.tuples(names, content), raw), commands)
 
 
 def config_examples(bench: Bench) -> st.SearchStrategy[Any]:
-    """Configuration files: a value, a key, bytes."""
-    text = (bench.folder / "run" / "config.yaml").read_text()
-    lines = text.splitlines()
+    """Configuration files of all training commands: a value, a key, bytes."""
+    offline = (bench.folder / "run" / "config.yaml").read_text()
+    rewards = {"reward": ("length", "regex(pattern='x')=0.5"), "ptx_data": "x", "ptx_coef": 0.1}
+    configs = [(offline, command) for command in ("dpo", "kto", "sft", "reward")]
+    configs += [(to_yaml(PpoConfig(**rewards)), "ppo")]
+    configs += [(to_yaml(GrpoConfig(reward=rewards["reward"])), "grpo")]
+    return st.one_of([changed_config(text, command) for text, command in configs])
+
+
+def changed_config(text: str, command: str) -> st.SearchStrategy[Any]:
+    """A command's configuration with one value replaced, or with its bytes changed."""
+    lines = [line for line in text.splitlines() if not line.startswith(("-", " "))]
     names = [line.split(":")[0] for line in lines]
 
     def with_value(index: int, odd: str, laughs: bool) -> str:
@@ -364,7 +377,7 @@ def config_examples(bench: Bench) -> st.SearchStrategy[Any]:
     )
     whole = one_of((*ODD, *ODD_YAML, LAUGHS, LAUGHS + "beta: *x39\n"))
     content = st.one_of(values, whole, changed_bytes(text.encode()))
-    return st.tuples(content, st.sampled_from(("dpo", "kto", "sft", "reward")))
+    return st.tuples(content, st.just(command))
 
 
 def adapter_examples(bench: Bench) -> st.SearchStrategy[Any]:

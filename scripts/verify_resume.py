@@ -1,9 +1,10 @@
 """Kill training runs at random moments, resume them, and compare what they end with.
 
 Each command trains once undisturbed. Then runs of it are killed (SIGKILL) again and again, after an
-update, at a write to the disk (any, or one of a checkpoint's, half of a tensor file written), or at
-a random time, and resumed until they end: with the same bytes in their weights and samples and the
-same metrics but for times and memory, or the script ends with 1.
+update, at a write to the disk (any, or one of a checkpoint's; half of a tensor file or of a line
+written), or at a random time, and resumed until they end: with the same bytes in their weights,
+last checkpoint and samples and the same metrics but for times and memory, or the script ends with
+1.
 
     python scripts/verify_resume.py --kills 200
     python scripts/verify_resume.py --commands dpo --moments update:3,checkpoint:5 --json
@@ -36,27 +37,46 @@ import numpy as np  # noqa: E402
 # Imported here, not by each process.
 from mlx_align.cli import display  # noqa: E402, F401
 from mlx_align.train import (  # noqa: E402
-    loop,
+    grpo,  # noqa: F401
     offline,
+    on_policy,
+    online_dpo,  # noqa: F401
+    ppo,  # noqa: F401
     preference,  # noqa: F401
     reward,  # noqa: F401
+    runlog,
     supervised,  # noqa: F401
     unpaired,  # noqa: F401
+    update,
 )
 
 # A run that makes a checkpoint every other update, and reports and evaluates between them.
 COMMON = (
-    "--iters 9 --batch-size 2 --grad-accumulation-steps 2 --lora-rank 4 --lora-dropout 0.1 "
-    "--learning-rate 1e-3 --save-every 2 --steps-per-report 3 --steps-per-eval 4 --samples 2 "
-    "--sample-tokens 4"
+    "--iters 9 --batch-size 2 --grad-accumulation-steps 2 --lora-rank 4 --learning-rate 1e-3 "
+    "--save-every 2 --steps-per-report 3 --steps-per-eval 4 --samples 2 --sample-tokens 4"
+)
+# Of policies that train on their own samples; their iterations are rollout batches.
+OWN = (
+    "--reward REWARDS:letters --reward repetition(n=2)=0.1 --group-size 2 --minibatches 2 "
+    "--max-completion-length 6 --max-seq-length 256"
 )
 # Data and further options of each command.
 COMMANDS = {
-    "dpo": ("pairs", "--reference-cache CACHE"),
-    "kto": ("pairs", "--reference-cache CACHE"),
-    "sft": ("answers", ""),
-    "reward": ("pairs", "--members 2"),
+    "dpo": ("pairs", "--lora-dropout 0.1 --reference-cache CACHE"),
+    "kto": ("pairs", "--lora-dropout 0.1 --reference-cache CACHE"),
+    "sft": ("answers", "--lora-dropout 0.1"),
+    "reward": ("pairs", "--lora-dropout 0.1 --members 2"),
+    "ppo": (
+        "pairs",
+        f"{OWN} --reward-rollouts 8 --critic-warmup 1 --target-kl 1 --ptx-coef 0.1 "
+        "--ptx-data SHOWN",
+    ),
+    "grpo": ("pairs", f"{OWN} --kl-coef 0.05"),
 }
+REWARDS = """
+def letters(completions):
+    return [sum(c.isalpha() for c in text) / 8 for text in completions]
+"""
 KINDS = ("update", "checkpoint", "write", "time")
 # Of a row of metrics, what no two runs have in common.
 MEASURED = ("tokens_per_second", "peak_memory_bytes")
@@ -86,6 +106,7 @@ def make_data(folder: Path) -> None:
                     row |= {"completion": f" yes {tail}"}
                 rows.append(json.dumps(row) + "\n")
             (folder / name / f"{split}.jsonl").write_text("".join(rows))
+    (folder / "rewards.py").write_text(REWARDS)
 
 
 def arguments_of(command: str, model: str, data: Path, run: Path) -> list[str]:
@@ -93,9 +114,10 @@ def arguments_of(command: str, model: str, data: Path, run: Path) -> list[str]:
     if (run / "config.yaml").is_file():
         return [command, "--resume", str(run)]
     kind, options = COMMANDS[command]
-    own = options.replace("CACHE", str(run.with_suffix(".cache"))).split()
+    own = options.replace("CACHE", str(run.with_suffix(".cache")))
+    own = own.replace("REWARDS", str(data / "rewards.py")).replace("SHOWN", str(data / "answers"))
     where = ["--model", model, "--data", str(data / kind), "--output", str(run)]
-    return [command, *where, *COMMON.split(), *own]
+    return [command, *where, *COMMON.split(), *own.split()]
 
 
 def forked(arguments: list[str], log: Path, moment: Moment | None) -> int:
@@ -152,20 +174,35 @@ def die_at(moment: Moment) -> None:
         saved(*given, **named)
         within[0] = False
 
-    def ticked(*given: Any, **named: Any) -> None:
+    def ticked(*given: Any, **named: Any) -> Any:
         nonlocal left
-        advanced(*given, **named)
+        done = updated(*given, **named)
         left -= 1
         if left == 0:
             die()
+        return done
+
+    def tearing(append: Callable[..., None], name: str) -> Callable[..., None]:
+        """As if killed in the midst of the rows that are appended to a file."""
+
+        def torn(run: Path, rows: Any) -> None:
+            append(run, rows)
+            if count():
+                os.truncate(run / name, max(0, os.path.getsize(run / name) - 20))
+                die()
+
+        return torn
 
     if moment.kind == "update":
-        advanced, loop._advance = loop._advance, ticked
+        updated, update.Updater.__call__ = update.Updater.__call__, ticked  # type: ignore
     elif moment.kind in ("write", "checkpoint"):
         written, mx.save_safetensors = mx.save_safetensors, half
         os.fsync, os.rename, os.replace = map(dying, (os.fsync, os.rename, os.replace))
+        runlog.append_row = tearing(runlog.append_row, runlog.METRICS_FILE)
+        runlog.append_samples = tearing(runlog.append_samples, runlog.SAMPLES_FILE)
         if moment.kind == "checkpoint":
-            saved, offline.save_checkpoint = offline.save_checkpoint, flagged
+            saved = offline.save_checkpoint
+            offline.save_checkpoint = on_policy.save_checkpoint = flagged
 
 
 def outcome(run: Path) -> dict[str, Any]:
@@ -174,8 +211,12 @@ def outcome(run: Path) -> dict[str, Any]:
     rows = [json.loads(line) for line in lines]
     kept = [{k: v for k, v in row.items() if k not in MEASURED} for row in rows]
     files = {name: (run / name).read_bytes() for name in RESULTS if (run / name).exists()}
+    # All trees and optimizers, the critic's too.
+    last = max((run / "checkpoints").iterdir())
+    files |= {f"{last.name}/{f.name}": f.read_bytes() for f in last.glob("*.safetensors")}
     summary = json.loads((run / "summary.json").read_text())
-    summed = {key: summary[key] for key in ("steps", "tokens", "eval", "best", "skipped")}
+    names = ("steps", "tokens", "eval", "best", "best_step", "kl", "learner", "skipped")
+    summed = {key: summary.get(key) for key in names}
     return {"metrics": kept, "summary": summed, **files}
 
 

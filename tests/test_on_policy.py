@@ -388,6 +388,10 @@ def test_a_gamed_reward_is_stopped_and_the_best_remains(train, monkeypatch, caps
     assert (summary["stopped_early"], summary["best_step"], summary["steps"]) == (True, 1, 4)
     best = weights_of(folder / "checkpoints" / "0000001")
     assert all(np.array_equal(w, best[name]) for name, w in weights_of(folder).items())
+    # It has ended: there is nothing to go on with (and nothing more planted to look at).
+    assert train("grpo", resume=True)[0] == 0
+    again = json.loads((folder / "summary.json").read_text())
+    assert (again["stopped_early"], again["best_step"], again["steps"]) == (True, 1, 4)
 
 
 def test_completions_that_did_not_end_can_be_left_out(train):
@@ -423,7 +427,12 @@ def test_demonstrations_are_learned_beside_the_rewards(train, tmp_path):
 def test_a_demonstration_counts_by_its_coefficient(train, places, tmp_path):
     """The share of demonstrations is coefficient x mean log-loss, however they are split."""
     from mlx_align.config import PpoConfig
-    from mlx_align.train.demonstrations import Demonstrations, WithDemonstrations, joined
+    from mlx_align.train.demonstrations import (
+        Demonstrations,
+        WithDemonstrations,
+        joined,
+        read_demonstrations,
+    )
 
     assert train("grpo", {"--iters": 1})[0] == 0
     (place,) = places
@@ -444,7 +453,8 @@ def test_a_demonstration_counts_by_its_coefficient(train, places, tmp_path):
             batch_size=size,
             grad_accumulation_steps=count,
         )
-        shown, scale = Demonstrations(config, model.folder.tokenizer).take()
+        groups = read_demonstrations(config, model.folder.tokenizer)
+        shown, scale = Demonstrations(config, groups).take()
         loss = joined(None, model, grad_checkpoint=False)
         shares = [loss(tree, one.arrays, WithDemonstrations(None, scale)) for one in shown]
         total = sum(share.item() for share, _ in shares)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-COMMANDS = ("dpo", "kto", "sft", "reward")
+COMMANDS = ("dpo", "kto", "sft", "reward", "ppo", "grpo")
 
 
 @pytest.fixture(scope="module")

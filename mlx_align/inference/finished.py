@@ -25,6 +25,8 @@ from mlx_align.models.adapters import (
 from mlx_align.models.heads import has_head
 from mlx_align.settings import resolve
 
+# Runs that learned from their own samples: held to where they started by a KL, without a β.
+ON_POLICY = ("ppo", "grpo")
 CONFIG, SUMMARY, CHECKPOINTS = "config.yaml", "summary.json", "checkpoints"
 
 
@@ -36,7 +38,7 @@ class Finished:
         folder: With its adapter.
         layout: Of that adapter.
         base: The model that it names as its base; None where it names none.
-        command: dpo, kto, sft …; None for an adapter without config.yaml.
+        command: dpo, kto, sft, ppo …; None for an adapter without config.yaml.
         config: What all commands share; None likewise.
         beta: Of its loss; None where that has none.
         loss_on: What of a conversation an sft run learned.
@@ -76,6 +78,9 @@ def read_run(adapter_path: str | Path) -> Finished:
     values = _read_yaml(file)
     command = _command(run, values)
     shared = {entry.name for entry in dataclasses.fields(TrainConfig)}
+    if command in ON_POLICY:
+        # There it is how long a sample may get; the data's own completions are not cut.
+        shared.remove("max_completion_length")
     config = resolve(TrainConfig, {k: v for k, v in values.items() if k in shared})
     return Finished(
         folder,
@@ -105,6 +110,8 @@ def _command(run: Path, values: dict[str, Any]) -> str:
     except (OSError, ValueError, KeyError, TypeError):
         if "loss_on" in values:
             return "sft"
+        if "group_size" in values:
+            return "ppo" if "critic" in values else "grpo"
         return "dpo" if "wpo" in values else "kto" if "loss" in values else "run"
 
 

@@ -28,7 +28,7 @@ from mlx_align.models.compat import random_key, read_tensors, restore_random_key
 from mlx_align.models.heads import HEAD_WEIGHTS, has_head
 from mlx_align.models.roles import Tree
 from mlx_align.train.loop import Progress
-from mlx_align.train.runlog import METRICS_FILE
+from mlx_align.train.runlog import METRICS_FILE, SAMPLES_FILE
 
 FOLDER = "checkpoints"
 STATE_FILE = "state.json"
@@ -85,8 +85,9 @@ def save_checkpoint(
         try:
             _fill(partial, state, layout, model)
             # Rows that a resumed run will not write again are not lost in a power cut.
-            if (rows := run / METRICS_FILE).is_file():
-                sync(rows)
+            for rows in (run / METRICS_FILE, run / SAMPLES_FILE):
+                if rows.is_file():
+                    sync(rows)
             shutil.rmtree(final, ignore_errors=True)
             partial.rename(final)
         except BaseException:

@@ -6,7 +6,7 @@ unlearn them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import islice
 from typing import Any, NamedTuple
@@ -25,7 +25,7 @@ from mlx_align.models.loading import LanguageModel
 from mlx_align.models.roles import Tree
 from mlx_align.train.shares import role_logps
 from mlx_align.train.update import Loss, Ready, Sums
-from mlx_align.types import GroupBatch
+from mlx_align.types import GroupBatch, TokenizedGroup
 
 # Their shapes are compiled beside those of the rollouts.
 SHAPES = 4
@@ -72,24 +72,32 @@ def joined(loss: Loss, model: LanguageModel, *, grad_checkpoint: bool) -> Loss:
     return share
 
 
+def read_demonstrations(config: PpoConfig, tokenizer: Any) -> list[TokenizedGroup]:
+    """The demonstrations of `--ptx-data`, tokenised.
+
+    Raises:
+        DataError: They can't be used; the text names file and line.
+    """
+    assert config.ptx_data is not None
+    groups, _ = read_supervised(config.ptx_data, "train")
+    return tokenize_groups(
+        last_answers(groups), tokenizer=tokenizer, max_seq_length=config.max_seq_length
+    )[0]
+
+
 class Demonstrations:
     """The demonstrations of a run, a few with every update.
+
+    Args:
+        config: The options.
+        groups: The demonstrations, as `read_demonstrations` reads them.
 
     Attributes:
         taken: Microbatches taken so far, which is the place in the data.
     """
 
-    def __init__(self, config: PpoConfig, tokenizer: Any) -> None:
-        """Read and tokenise them.
-
-        Raises:
-            DataError: They can't be used; the text names file and line.
-        """
-        assert config.ptx_data is not None
-        groups, _ = read_supervised(config.ptx_data, "train")
-        self._groups, _ = tokenize_groups(
-            last_answers(groups), tokenizer=tokenizer, max_seq_length=config.max_seq_length
-        )
+    def __init__(self, config: PpoConfig, groups: Sequence[TokenizedGroup]) -> None:
+        self._groups = groups
         size = config.batch_size or DEFAULT_BATCH_SIZE
         self._shapes = plan_shapes(self._groups, BatchLimit(size), SHAPES)
         self._config, self.taken = config, 0

@@ -31,6 +31,11 @@ WHERE = {
     "init adapter": " (--init-adapter)",
     "training data": " (--data)",
     "held-out data": " (--data)",
+    "prompts": " (--data)",
+    "held-out prompts": " (--data)",
+    "reward model": " (--reward-model)",
+    "held-out reward model": " (--eval-reward-model)",
+    "demonstrations": " (--ptx-data)",
 }
 
 
@@ -39,6 +44,7 @@ def fingerprints(
     config: TrainConfig,
     model_folder: Path,
     data: Mapping[str, Sequence[TokenizedGroup]],
+    others: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """Hashes of model, init adapter and data; the command, its options, versions and machine.
 
@@ -47,11 +53,13 @@ def fingerprints(
         config: The resolved options; those that decide what is trained are kept.
         model_folder: Where the weights are.
         data: Tokenised groups by what they are called (`training data`).
+        others: Hashes of what else the run is made of, by what it is called.
     """
     hashes = {"model": fingerprint_folder(model_folder)}
     if config.init_adapter is not None:
         hashes["init adapter"] = fingerprint_folder(Path(config.init_adapter), "*adapter*")
     hashes.update((name, fingerprint_groups(groups)) for name, groups in data.items())
+    hashes.update(others or {})
     options = {f.name: getattr(config, f.name) for f in fields(config) if f.metadata["training"]}
     return {
         "command": command,

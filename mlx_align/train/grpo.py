@@ -124,6 +124,7 @@ class GroupLearner:
             ),
             config.max_grad_norm,
             workplace.memory,
+            skip=config.on_non_finite == "skip",
         )
 
     def state(self) -> dict[str, Any]:
@@ -162,13 +163,13 @@ class GroupLearner:
                 micro = ready(rollouts, taught, self._place.shapes, partial(policy_batch, lesson))
                 done = self._update(self.trees["policy"], micro, totals, rate)
                 self.trees["policy"] = done.tree
-                tally.add(done.loss, done.sums, done.norm)
+                tally.add(done)
                 first = tally.last("ratio/deviation") if first is None else first
             if too_far(tally):
                 break
         metrics = policy_metrics(tally)
         metrics["frac_reward_zero_std"] = zero_variance_share(rewards)
-        return Learned(metrics, first)
+        return Learned(metrics, first, tally.skipped)
 
     def _lesson(self, experience: Experience, rewards: Array) -> Lesson:
         """Advantages of a rollout batch, and which of its tokens count."""

@@ -6,6 +6,7 @@ other is a second model in memory, which is said.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -20,9 +21,15 @@ from mlx_align.data.shapes import AnyShape
 from mlx_align.errors import ConfigError, ModelError
 from mlx_align.inference.reward_model import RewardModel
 from mlx_align.inference.score import make_reward_scorer, score_groups
-from mlx_align.models.adapters import ADAPTER_CONFIG, AdapterLayout, load_tree, read_layout
+from mlx_align.models.adapters import (
+    ADAPTER_CONFIG,
+    AdapterLayout,
+    fingerprint_folder,
+    load_tree,
+    read_layout,
+)
 from mlx_align.models.heads import HEAD_NAME, has_head, put_head, read_head
-from mlx_align.models.loading import LanguageModel, ModelFolder
+from mlx_align.models.loading import LanguageModel, ModelFolder, open_model
 from mlx_align.models.roles import Tree
 from mlx_align.rollout.experience import Rollouts
 from mlx_align.rollout.rewards import (
@@ -138,6 +145,46 @@ def open_second_model(name: str) -> RewardModel:
     if has_head(run):
         return RewardModel.load(str(base_of(run)), run)
     return RewardModel.load(name)
+
+
+def fingerprint_rewards(wanted: Wanted, name: str, folder: ModelFolder) -> dict[str, str]:
+    """Hashes of what judges: a model, called `name`, and the files of functions.
+
+    What a file imports, and what modules hold, is not looked at.
+
+    Args:
+        wanted: What is to judge.
+        name: What its model is called.
+        folder: The policy's base, which a reward model on it is not hashed with again.
+
+    Raises:
+        ModelError: The model can't be opened.
+        ConfigError: A file can't be read.
+    """
+    found = {}
+    if wanted.model is not None:
+        run = Path(wanted.model).expanduser()
+        if has_head(run):
+            base = base_of(run)
+            own = repr(read_layout(run)) + fingerprint_folder(run, "*.safetensors")
+            apart = base.resolve() != folder.path.resolve()
+            parts = own + (fingerprint_folder(open_model(str(base)).path) if apart else "")
+        else:
+            parts = fingerprint_folder(open_model(wanted.model).path)
+        found[name] = _digest(parts.encode())
+    for spec in parse_rewards(wanted.functions):
+        if spec.module.endswith(".py"):
+            try:
+                content = Path(spec.module).expanduser().read_bytes()
+            except OSError as error:
+                reason = error.strerror or error
+                raise ConfigError(f"--reward {spec.text}: can't be read ({reason})") from error
+            found[f"reward file {spec.module}"] = _digest(content)
+    return found
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.blake2b(content, digest_size=16).hexdigest()
 
 
 class Judge(AbstractContextManager["Judge"]):

@@ -23,7 +23,7 @@ from mlx_align.models.loading import LanguageModel
 from mlx_align.models.roles import Tree
 from mlx_align.rollout.experience import Rollouts, laid_out, rows_of
 from mlx_align.train.shares import role_entropies, role_logps
-from mlx_align.train.update import Loss, Ready, Sums
+from mlx_align.train.update import Loss, Ready, Sums, Updated
 from mlx_align.types import PolicyBatch, PolicySample
 
 Array = npt.NDArray[Any]
@@ -187,22 +187,38 @@ def policy_share(
 
 
 class Tally:
-    """Means over the tokens of several updates, from their sums of metrics."""
+    """Means over the tokens of several updates, from their sums of metrics.
+
+    Attributes:
+        updates: How many were made.
+        skipped: Why others were not: a loss or gradient that is not finite.
+    """
 
     def __init__(self) -> None:
         self._sums: dict[str, float] = {}
         self._last: dict[str, float] = {}
         self.updates = 0
         self.loss = self.norm = 0.0
+        self.skipped: list[str] = []
 
-    def add(self, loss: float, sums: dict[str, float], norm: float) -> None:
+    def add(self, done: Updated) -> None:
         """Another update."""
+        if done.skipped is not None:
+            self.skipped.append(done.skipped)
+            return
         self.updates += 1
-        self.loss += loss
-        self.norm += norm
-        self._last = sums
-        for name, value in sums.items():
+        self.loss += done.loss
+        self.norm += done.norm
+        self._last = done.sums
+        for name, value in done.sums.items():
             self._sums[name] = self._sums.get(name, 0.0) + value
+
+    def means(self, loss: str, norm: str) -> dict[str, float]:
+        """Mean loss and norm under these names; nothing where all updates were skipped."""
+        if self.skipped and not self.updates:
+            return {}
+        count = max(self.updates, 1)
+        return {loss: self.loss / count, norm: self.norm / count}
 
     def last(self, name: str) -> float | None:
         """A metric of the last update alone; None if there was none."""
@@ -222,8 +238,7 @@ class Tally:
 def policy_metrics(tally: Tally) -> dict[str, float]:
     """The metrics of a rollout batch's updates of the policy, as reports name them."""
     return {
-        "loss": tally.loss / max(tally.updates, 1),
-        "grad_norm": tally.norm / max(tally.updates, 1),
+        **tally.means("loss", "grad_norm"),
         **tally.row(REPORTED),
         **tally.row({"ptx/nll": "ptx/nll"}, "ptx/tokens"),
     }

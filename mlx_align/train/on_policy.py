@@ -7,6 +7,7 @@ start, and comes out the same.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -18,7 +19,7 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from mlx_align.config import OnPolicyConfig
-from mlx_align.errors import TrainingError
+from mlx_align.errors import ModelError, TrainingError
 from mlx_align.models.adapters import ADAPTER_WEIGHTS, save_adapter
 from mlx_align.models.compat import read_tensors
 from mlx_align.models.loading import open_model
@@ -161,6 +162,8 @@ class _Course:
         self._rows: list[dict[str, float]] = []
         # Completions and seconds of the rollout batches of this process.
         self._paces: list[tuple[int, float]] = []
+        # Whether the run's health ended it: a run that goes on after that has nothing left to do.
+        self._stopped = False
         self.samples: list[dict[str, Any]] = []
         per_batch = workplace.prompts_per_batch
         epochs = (config.epochs or 1.0) * len(workplace.prompts)
@@ -181,24 +184,35 @@ class _Course:
                 self._run, self._learner.trees, self._learner.optimizers, self._display.note
             )
         if found is not None:
-            self._progress = found.progress
-            self._learner.trees = dict(found.trees)
-            self._learner.restore(found.extra["learner"])
-            self._health = Health.restored(found.extra["health"])
-            self._watched.restore(found.extra["held_out"])
-            self._rows = found.extra["rows"]
+            self._restore(found)
             runlog.drop_rows_after(self._run, self._progress.step)
             runlog.drop_samples_after(self._run, self._progress.step)
             self._display.note(
                 f"Going on after rollout batch {self._progress.step} of {self._total}."
             )
         else:
+            if resume:
+                self._display.note("No checkpoint yet: from the start.")
             runlog.drop_rows_after(self._run, -1)
             runlog.drop_samples_after(self._run, -1)
             if line := self._learner.begin():
                 self._display.note(line)
             self._evaluate()
         return self._answers(self._place.policy.start)
+
+    def _restore(self, found: State) -> None:
+        self._progress = found.progress
+        self._learner.trees = dict(found.trees)
+        try:
+            self._learner.restore(found.extra["learner"])
+            self._health = Health.restored(found.extra["health"])
+            self._watched.restore(found.extra["held_out"])
+            self._rows = [dict(row) for row in found.extra["rows"]]
+            self._stopped = bool(found.extra["stopped"])
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+            raise ModelError(
+                f"{self._run}: its last checkpoint is not one of this command"
+            ) from error
 
     def train(self) -> None:
         """All steps that are left; ends early where the run's health asks for it.
@@ -215,7 +229,7 @@ class _Course:
             memory,
             self._publication.training(self._progress.step, total, self._progress.seconds),
         ):
-            while self._progress.step < total:
+            while self._progress.step < total and not self._stopped:
                 undo = self._restorer()
                 try:
                     stops = self._step(pending)
@@ -235,12 +249,13 @@ class _Course:
                     stops = self._act_on(found) or stops
                 if stops:
                     self._report_rows()
+                self._stopped = stops
                 if pending or best or last or _due(step, self._config.save_every):
                     self._save()
-                if pending and not last:
+                if pending:
                     raise Interrupted(pending[0])
-                if stops:
-                    return
+                if step == total:
+                    self._check_learned()
 
     def _restorer(self) -> Callable[[], None]:
         """A function that puts what is trained back to where it is now."""
@@ -278,6 +293,9 @@ class _Course:
         learned = self._learner.learn(experience, step, rate)
         self._check_ratio(learned.first_deviation)
         self._progress.step += 1
+        self._progress.skipped += len(learned.skipped)
+        for reason in learned.skipped:
+            self._display.note(f"! an update of rollout batch {step + 1} skipped: {reason}")
         self._progress.microbatches += taken
         self._progress.groups += taken
         self._progress.tokens += rollouts.tokens
@@ -294,6 +312,15 @@ class _Course:
         runlog.append_samples(self._run, _sampled(experience, self._progress.step))
         self._report(row, rollouts.tokens, time.perf_counter() - began)
         return self._act_on(self._health.look(row, self._progress.step))
+
+    def _check_learned(self) -> None:
+        """Refuse to call it a run where updates were skipped and none was made."""
+        optimizers = self._learner.optimizers.values()
+        if self._progress.skipped and not any(one.step.item() for one in optimizers):
+            raise TrainingError(
+                f"every update was skipped, all {self._progress.skipped}: no loss was finite; "
+                "lower --learning-rate, and look at the rewards"
+            )
 
     def _check_ratio(self, deviation: float | None) -> None:
         if deviation is not None and not deviation <= RATIO_TOLERANCE:
@@ -321,8 +348,11 @@ class _Course:
             for name in names
         }
         self._rows = []
+        # Where all updates were skipped, the loss is null: a row has one.
+        means.setdefault("loss", math.nan)
         memory = {"peak_memory_bytes": self._place.memory.peak_bytes, "num_tokens": at.tokens}
-        runlog.append_row(self._run, {"step": at.step, **means, **memory})
+        skipped = {"skipped": at.skipped} if at.skipped else {}
+        runlog.append_row(self._run, {"step": at.step, **means, **memory, **skipped})
         left = runlog.say_seconds((self._total - at.step) * at.seconds / at.step)
         said = runlog.say_metrics({**means, **memory})
         self._display.note(f"  batch {at.step}/{self._total}: {said}, {left} left")
@@ -357,6 +387,7 @@ class _Course:
             "health": self._health.state(),
             "held_out": self._watched.state(),
             "rows": self._rows,
+            "stopped": self._stopped,
         }
         trees, optimizers = self._learner.trees, self._learner.optimizers
         policy = self._place.policy
@@ -400,6 +431,7 @@ class _Course:
             "model": self._config.model,
             "data": self._config.data,
             "steps": at.step,
+            "skipped": at.skipped,
             "prompts": at.groups,
             "completions": at.groups * self._config.group_size,
             "tokens": at.tokens,

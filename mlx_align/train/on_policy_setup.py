@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from mlx_align.config import DEFAULT_BATCH_SIZE, OnPolicyConfig
+from mlx_align.config import DEFAULT_BATCH_SIZE, OnPolicyConfig, PpoConfig
 from mlx_align.data.formats import read_prompts
 from mlx_align.data.groups import split_validation
 from mlx_align.data.prompts import PromptReport, tokenize_prompts
@@ -22,6 +22,7 @@ from mlx_align.models.heads import has_head
 from mlx_align.models.loading import ModelFolder
 from mlx_align.models.roles import Tree
 from mlx_align.rollout.experience import Prompt
+from mlx_align.train.demonstrations import read_demonstrations
 from mlx_align.train.display import Display
 from mlx_align.train.fingerprints import fingerprints
 from mlx_align.train.heldout_rewards import HeldOut
@@ -30,6 +31,7 @@ from mlx_align.train.judging import (
     ScoreModel,
     Wanted,
     apart,
+    fingerprint_rewards,
     open_second_model,
     require_rewards,
     reward_tree,
@@ -41,6 +43,7 @@ from mlx_align.train.planned import check_memory
 from mlx_align.train.run_ahead import RunAhead
 from mlx_align.train.setup import Policy, make_roles, resolve_layout, say_policy
 from mlx_align.train.workplace import Workplace
+from mlx_align.types import TokenizedGroup
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,7 @@ class Prepared:
         lines: To show.
         facts: For the summary.
         made_of: Fingerprints, by which a run is known again.
+        demonstrations: To learn from beside the prompts; as a rule none.
     """
 
     train: list[Prompt]
@@ -68,6 +72,7 @@ class Prepared:
     lines: list[str]
     facts: dict[str, Any]
     made_of: dict[str, Any]
+    demonstrations: list[TokenizedGroup]
 
 
 def prepare_on_policy(command: str, config: OnPolicyConfig, folder: ModelFolder) -> Prepared:
@@ -90,12 +95,15 @@ def prepare_on_policy(command: str, config: OnPolicyConfig, folder: ModelFolder)
     train, valid, report, title = read_run_prompts(config, folder)
     shown = [prompt.tokens for prompt in (*train, *valid)]
     size = config.batch_size or DEFAULT_BATCH_SIZE
-    made_of = fingerprints(
-        command,
-        config,
-        folder.path,
-        {"prompts": [p.tokens for p in train], "held-out prompts": [p.tokens for p in valid]},
-    )
+    data = {"prompts": [p.tokens for p in train], "held-out prompts": [p.tokens for p in valid]}
+    shown_to_learn: list[TokenizedGroup] = []
+    if isinstance(config, PpoConfig) and config.ptx_data is not None:
+        shown_to_learn = read_demonstrations(config, folder.tokenizer)
+        data["demonstrations"] = shown_to_learn
+    judges = fingerprint_rewards(rewards, "reward model", folder)
+    if looked_at is not None:
+        judges |= fingerprint_rewards(looked_at, "held-out reward model", folder)
+    made_of = fingerprints(command, config, folder.path, data, judges)
     lines, facts = _say_prompts(report, title, train, valid)
     parts = [p.tokens for p in train], [p.tokens for p in valid]
     lines.append(check_memory(config, folder, layout, *parts))
@@ -109,6 +117,7 @@ def prepare_on_policy(command: str, config: OnPolicyConfig, folder: ModelFolder)
         lines,
         facts,
         made_of,
+        shown_to_learn,
     )
 
 
@@ -242,7 +251,16 @@ def set_up(
     looked_at = None
     if prepared.looked_at is not None:
         looked_at = opened(prepared.looked_at, "--eval-reward-model")[0]
-    place = Workplace(config, policy, tree, prepared.train, prepared.shapes, RunAhead(), judge)
+    place = Workplace(
+        config,
+        policy,
+        tree,
+        prepared.train,
+        prepared.shapes,
+        RunAhead(),
+        judge,
+        prepared.demonstrations,
+    )
     return place, HeldOut(place, prepared.valid, looked_at)
 
 

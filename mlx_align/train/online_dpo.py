@@ -76,6 +76,7 @@ class PairLearner:
             self._objective.loss,
             config.max_grad_norm,
             workplace.memory,
+            skip=config.on_non_finite == "skip",
         )
 
     def state(self) -> dict[str, Any]:
@@ -108,10 +109,11 @@ class PairLearner:
                     rate,
                 )
                 self.trees["policy"] = done.tree
-                tally.add(done.loss, done.sums, done.norm)
+                tally.add(done)
         names = ("rewards/accuracies", "rewards/margins", "logps/chosen", "logps/rejected")
         metrics = {**policy_metrics(tally), **tally.row({name: name for name in names})}
-        return Learned({**metrics, "frac_reward_zero_std": zero_variance_share(rewards)}, None)
+        metrics["frac_reward_zero_std"] = zero_variance_share(rewards)
+        return Learned(metrics, None, tally.skipped)
 
     def _take_pairs(self, experience: Experience, rewards: np.ndarray) -> dict[int, int]:
         """Make the batch's pairs; where each prompt's is, for those that have one."""

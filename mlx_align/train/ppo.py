@@ -108,7 +108,7 @@ class PpoLearner:
         self._mean, self._deviation = 0.0, 1.0
         self._values = compiled_scorer(model, token_values)
         self._demonstrations = (
-            None if config.ptx_data is None else Demonstrations(config, model.folder.tokenizer)
+            None if config.ptx_data is None else Demonstrations(config, workplace.demonstrations)
         )
         start, critic = workplace.policy.start, self._fresh_critic()
         self.trees: dict[str, Tree] = {"policy": start, "critic": critic}
@@ -132,6 +132,7 @@ class PpoLearner:
             loss,
             self._config.max_grad_norm,
             self._place.memory,
+            skip=self._config.on_non_finite == "skip",
         )
 
     def _with_demonstrations(self, loss: Loss) -> Loss:
@@ -271,15 +272,16 @@ class PpoLearner:
                     done = self._learn(joint, micro, both, rate)
                     head = done.tree.pop(VALUE_NAME)
                     self.trees = {"policy": done.tree, "critic": {VALUE_NAME: head}}
-                    critic.add(done.sums.pop("value_loss") / tokens, done.sums, done.norm)
+                    value_loss = done.sums.pop("value_loss", 0.0) / tokens
+                    critic.add(done._replace(loss=value_loss))
                     if acts:
-                        tally.add(done.loss, done.sums, done.norm)
+                        tally.add(done)
                 else:
                     micro = ready(rollouts, chosen, self._place.shapes, to_value)
                     rate_critic = config.critic_learning_rate * rate / config.learning_rate
                     done = self._update_critic(self.trees["critic"], micro, below, rate_critic)
                     self.trees["critic"] = done.tree
-                    critic.add(done.loss, done.sums, done.norm)
+                    critic.add(done)
                     if not acts:
                         continue
                     micro = ready(
@@ -287,13 +289,14 @@ class PpoLearner:
                     )
                     done = self._learn(self.trees["policy"], micro, above, rate)
                     self.trees["policy"] = done.tree
-                    tally.add(done.loss, done.sums, done.norm)
+                    tally.add(done)
                 first = tally.last("ratio/deviation") if first is None else first
             if acts and too_far(tally):
                 break
         metrics = {
             **policy_metrics(tally),
-            "value/loss": critic.loss / max(critic.updates, 1),
-            "value/grad_norm": critic.norm / max(critic.updates, 1),
+            **critic.means("value/loss", "value/grad_norm"),
         }
-        return Learned(metrics, first)
+        # With one trunk an update is one of both, and is left out once.
+        skipped = critic.skipped if self._shared else [*critic.skipped, *tally.skipped]
+        return Learned(metrics, first, skipped)

@@ -23,6 +23,7 @@ from mlx_align.rollout.rewards import RewardTable
 from mlx_align.train.judging import Judge
 from mlx_align.train.run_ahead import RunAhead
 from mlx_align.train.setup import Policy
+from mlx_align.types import TokenizedGroup
 
 # Mean difference of a token's log-prob between sampler and learner, nats: above the first tokens
 # are weighed by their probability ratio, above the second what was sampled is another policy's.
@@ -98,10 +99,12 @@ class Learned(NamedTuple):
     Attributes:
         metrics: For the report.
         first_deviation: Mean |ratio − 1| in the first update of the policy, None if there was none.
+        skipped: Why updates were left out, a line each.
     """
 
     metrics: dict[str, float]
     first_deviation: float | None
+    skipped: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -116,6 +119,7 @@ class Workplace:
         shapes: Of microbatches.
         memory: Bounds how far mlx runs ahead.
         judge: What completions earn.
+        demonstrations: To learn from beside the prompts; as a rule none.
     """
 
     config: OnPolicyConfig
@@ -125,6 +129,7 @@ class Workplace:
     shapes: Sequence[AnyShape]
     memory: RunAhead
     judge: Judge
+    demonstrations: Sequence[TokenizedGroup] = ()
 
     @property
     def prompts_per_batch(self) -> int:
