@@ -22,6 +22,7 @@ from mlx_align.rollout.advantages import (
     whiten,
     zero_variance_share,
 )
+from mlx_align.train.learner import Learned
 from mlx_align.train.lessons import (
     Array,
     Lesson,
@@ -37,7 +38,7 @@ from mlx_align.train.lessons import (
 )
 from mlx_align.train.loop import make_optimizer
 from mlx_align.train.update import Updater
-from mlx_align.train.workplace import Experience, Learned, Workplace
+from mlx_align.train.workplace import Experience, Workplace
 
 # Their estimator in the loss, by the names of --kl.
 KL_IN_LOSS = {"k1": "k1_reward", "k2": "k2", "k3": "k3"}

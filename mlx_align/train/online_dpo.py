@@ -13,11 +13,12 @@ from mlx_align.errors import ConfigError
 from mlx_align.inference.score import make_scorer
 from mlx_align.losses.registry import combine, parse_losses
 from mlx_align.rollout.advantages import zero_variance_share
+from mlx_align.train.learner import Learned
 from mlx_align.train.lessons import Tally, passes, policy_metrics
 from mlx_align.train.loop import make_optimizer, ready
 from mlx_align.train.preference import preference_objective
 from mlx_align.train.update import Updater
-from mlx_align.train.workplace import Experience, Learned, Workplace
+from mlx_align.train.workplace import Experience, Workplace
 from mlx_align.types import Logps, TokenizedGroup
 
 ONLINE_DPO = "online_dpo"

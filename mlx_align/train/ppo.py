@@ -45,6 +45,7 @@ from mlx_align.train.demonstrations import (
     check_demonstrations,
     joined,
 )
+from mlx_align.train.learner import Learned
 from mlx_align.train.lessons import (
     Array,
     Lesson,
@@ -60,7 +61,7 @@ from mlx_align.train.lessons import (
 )
 from mlx_align.train.loop import make_optimizer
 from mlx_align.train.update import Loss, Ready, Updated, Updater
-from mlx_align.train.workplace import Experience, Learned, Workplace
+from mlx_align.train.workplace import Experience, Workplace
 
 
 def check_ppo_options(config: PpoConfig) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -91,20 +91,6 @@ class Experience:
             "completions/max_length": float(lengths.max()),
             "completions/ended": float(rollouts.ended.mean()),
         }
-
-
-class Learned(NamedTuple):
-    """What the updates of a rollout batch were.
-
-    Attributes:
-        metrics: For the report.
-        first_deviation: Mean |ratio − 1| in the first update of the policy, None if there was none.
-        skipped: Why updates were left out, a line each.
-    """
-
-    metrics: dict[str, float]
-    first_deviation: float | None
-    skipped: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
