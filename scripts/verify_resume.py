@@ -37,9 +37,9 @@ import numpy as np  # noqa: E402
 # Imported here, not by each process.
 from mlx_align.cli import display  # noqa: E402, F401
 from mlx_align.train import (  # noqa: E402
+    course,
     grpo,  # noqa: F401
     offline,
-    on_policy,
     online_dpo,  # noqa: F401
     ppo,  # noqa: F401
     preference,  # noqa: F401
@@ -202,7 +202,7 @@ def die_at(moment: Moment) -> None:
         runlog.append_samples = tearing(runlog.append_samples, runlog.SAMPLES_FILE)
         if moment.kind == "checkpoint":
             saved = offline.save_checkpoint
-            offline.save_checkpoint = on_policy.save_checkpoint = flagged
+            offline.save_checkpoint = course.save_checkpoint = flagged
 
 
 def outcome(run: Path) -> dict[str, Any]:

@@ -32,7 +32,7 @@ def runs(tmp_path_factory):
     """A grpo run on prompts, and a ppo run on pairs that started from it; what both held out."""
     folder = tmp_path_factory.mktemp("runs")
     held_out = {}
-    original = on_policy_setup._read
+    original = on_policy_setup.read_run_prompts
     questions = [turns("user", f"{i}: is it good?") for i in range(12)]
     prompts = [{"prompt": one, "number": i} for i, one in enumerate(questions)]
     answers = {"chosen": turns("assistant", "yes " * 9), "rejected": turns("assistant", "no")}
@@ -50,7 +50,7 @@ def runs(tmp_path_factory):
                 held_out[name] = [prompt.text.prompt for prompt in found[1]]
                 return found
 
-            patched.setattr(on_policy_setup, "_read", read)
+            patched.setattr(on_policy_setup, "read_run_prompts", read)
             where = ("--model", TINY, "--data", folder / data, "--output", folder / name)
             own = ("--valid-fraction", 0.3, "--seed", 3)
             assert command(name, *where, *SMALL, *own, *options) == 0
