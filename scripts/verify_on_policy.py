@@ -133,7 +133,7 @@ def capital(folder: Path, _: argparse.Namespace) -> bool:
 def arithmetic(folder: Path, _: argparse.Namespace) -> bool:
     """Sums that SFT left mostly wrong become right."""
     draw = random.Random(0)
-    pairs = [(a, b) for a in range(6) for b in range(6)]
+    pairs = [(a, b) for a in range(5) for b in range(5)]
     demonstrations, prompts = [], []
     for a, b in pairs:
         asked = [{"role": "user", "content": f"What is {a} + {b}?"}]
@@ -157,12 +157,13 @@ def arithmetic(folder: Path, _: argparse.Namespace) -> bool:
             **common,
             "--data": folder / "sft.jsonl",
             "--output": folder / "sft",
-            "--iters": 1000,
-            "--batch-size": 36,
+            "--iters": 800,
+            "--batch-size": 25,
             "--grad-accumulation-steps": 1,
             "--learning-rate": 3e-3,
             "--samples": 0,
             "--steps-per-eval": 0,
+            "--valid-fraction": 0,
         },
     )
     summary = command(
@@ -173,13 +174,13 @@ def arithmetic(folder: Path, _: argparse.Namespace) -> bool:
             "--init-adapter": folder / "sft",
             "--reward": "exact_answer",
             "--output": folder / "sums",
-            "--iters": 120,
-            "--batch-size": 18,
+            "--iters": 150,
+            "--batch-size": 25,
             "--grad-accumulation-steps": 1,
             "--group-size": 16,
             "--max-completion-length": 6,
-            "--learning-rate": 6e-4,
-            "--steps-per-eval": 40,
+            "--learning-rate": 4e-4,
+            "--steps-per-eval": 50,
             "--val-batches": -1,
             "--samples": 4,
         },
