@@ -466,8 +466,8 @@ def test_a_demonstration_counts_by_its_coefficient(train, places, tmp_path):
 
 
 def test_a_batch_that_fails_half_way_leaves_no_half(train, monkeypatch):
-    """What is saved is where the batch began, and goes on to the bytes of a whole run."""
-    options = {"--iters": 3, "--learning-rate": 1e-2}
+    """The last checkpoint is whole, and goes on to the bytes of a run that did not fail."""
+    options = {"--iters": 3, "--learning-rate": 1e-2, "--save-every": 1}
     assert train("ppo", options, output="whole")[0] == 0
     original, calls = Updater.__call__, []
 
@@ -481,6 +481,7 @@ def test_a_batch_that_fails_half_way_leaves_no_half(train, monkeypatch):
     monkeypatch.setattr(Updater, "__call__", failing)
     code, folder = train("ppo", options, output="stopped")
     assert code == 1
+    assert [one.name for one in (folder / "checkpoints").iterdir()] == ["0000001"]
     monkeypatch.undo()
     monkeypatch.chdir(folder.parent)
     assert run(["ppo", "--resume", "stopped"]) == 0

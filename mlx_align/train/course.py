@@ -8,10 +8,7 @@ start, and comes out the same.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from pathlib import Path
-
-from mlx.utils import tree_map
 
 from mlx_align.config import OnPolicyConfig
 from mlx_align.errors import ModelError, TrainingError
@@ -58,6 +55,8 @@ class Course:
         self.progress = Progress()
         # Whether the run's health ended it: a run that goes on after that has nothing left to do.
         self._stopped = False
+        # Whether a rollout batch is being learned from.
+        self._halfway = False
         epochs = (config.epochs or 1.0) * len(workplace.prompts)
         self.total = config.iters or max(1, round(epochs / workplace.prompts_per_batch))
         self._rate = make_schedule(
@@ -122,15 +121,16 @@ class Course:
             self._publication.training(self.progress.step, total, self.progress.seconds),
         ):
             while self.progress.step < total and not self._stopped:
-                undo = self._restorer()
                 try:
                     stops = self._step(pending)
                 except _Abandoned:
                     self._save()
                     raise Interrupted(pending[0]) from None
                 except TrainingError:
-                    undo()  # some of the batch's updates may have been made
-                    self._save()
+                    # Half of a batch's updates are none to keep, and to hold what was before
+                    # them would take another optimizer's memory.
+                    if self.progress.step and not self._halfway:
+                        self._save()
                     raise
                 bar.advance()
                 step = self.progress.step
@@ -148,21 +148,6 @@ class Course:
                     raise Interrupted(pending[0])
                 if step == total:
                     self._check_learned()
-
-    def _restorer(self) -> Callable[[], None]:
-        """A function that puts what is trained back to where it is now."""
-        learner = self._learner
-        trees, state = dict(learner.trees), learner.state()
-        # Updates put new arrays into an optimizer's state, so its structure has to be copied.
-        kept = {name: tree_map(lambda a: a, one.state) for name, one in learner.optimizers.items()}
-
-        def undo() -> None:
-            learner.trees = trees
-            learner.restore(state)
-            for name, optimizer in learner.optimizers.items():
-                optimizer.state = kept[name]
-
-        return undo
 
     def _step(self, pending: list[int]) -> bool:
         """One rollout batch with its updates; whether the run has to stop."""
@@ -182,8 +167,10 @@ class Course:
         experience = place.experience(self._policy, rollouts, rewards, taken)
         heed()
         rate = self._rate(step) * self._health.rate_scale
+        self._halfway = True
         learned = self._learner.learn(experience, step, rate)
         self._check_ratio(learned.first_deviation)
+        self._halfway = False
         self.progress.step += 1
         self.progress.skipped += len(learned.skipped)
         for reason in learned.skipped:
