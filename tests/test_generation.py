@@ -102,7 +102,7 @@ def test_a_prompt_runs_once_and_groups_beyond_the_batch_all_come():
 def test_long_prompts_run_in_pieces(monkeypatch):
     model = make_model("gemma3_text")
     whole = generate_groups(model, PROMPTS, 2, [END], max_tokens=6, temperature=0, seed=0)
-    monkeypatch.setattr(generation, "_TOKENS_AT_ONCE", 4)
+    monkeypatch.setattr(generation, "TOKENS_AT_ONCE", 4)
     assert generate_groups(model, PROMPTS, 2, [END], max_tokens=6, temperature=0, seed=0) == whole
 
 

@@ -77,6 +77,7 @@ def main() -> None:
             groups,
             shapes,
             cache,
+            range(len(groups)),
             lambda count: clock.tick() if count else None,
         )
         cache.close()
@@ -97,7 +98,7 @@ def main() -> None:
     clock = common.StepClock()
     hooks = LoopHooks(
         report=lambda _, row: rows.append(row),
-        evaluate=lambda _, __: None,
+        evaluate=lambda _, __: False,
         save=lambda _, __, ___: None,
         tick=lambda _: clock.tick(),
     )
