@@ -7,7 +7,7 @@
 capital     the starter, rewarded for naming the capital in few words, by PPO and by GRPO: the
             reward on held-out prompts rises by two of its first standard deviations, at a KL
             below 10 nats
-arithmetic  the starter, after an SFT that teaches mostly wrong sums: 20% to 80% right
+arithmetic  a small model that was taught mostly wrong sums: from below 20% to above 80% right
 stories     a story model, rewarded for a word: it rises while the text stays text
 gamed       a proxy that is not what is meant: the run stops, and the best checkpoint is kept
 
@@ -20,6 +20,7 @@ import contextlib
 import io
 import json
 import random
+import subprocess
 import sys
 import tempfile
 import time
@@ -131,62 +132,85 @@ def capital(folder: Path, _: argparse.Namespace) -> bool:
 
 
 def arithmetic(folder: Path, _: argparse.Namespace) -> bool:
-    """Sums that SFT left mostly wrong become right."""
-    draw = random.Random(0)
-    pairs = [(a, b) for a in range(5) for b in range(5)]
-    demonstrations, prompts = [], []
-    for a, b in pairs:
-        asked = [{"role": "user", "content": f"What is {a} + {b}?"}]
-        prompts.append({"prompt": asked, "answer": str(a + b)})
-        for _ in range(20):
-            off = draw.choices((0, 1, 2), (0.18, 0.42, 0.4))[0]
-            said = [{"role": "assistant", "content": f"{a + b + off}"}]
-            demonstrations.append({"prompt": asked, "completion": said})
+    """Sums that a small model mostly gets wrong become right."""
+    sums = [(a, b) for a in range(10) for b in range(10)]
+    asked = [[{"role": "user", "content": f"What is {a} + {b}?"}] for a, b in sums]
+    rows = [
+        {"prompt": prompt, "answer": str(a + b)} for prompt, (a, b) in zip(asked, sums, strict=True)
+    ]
     # All sums are trained on: what is looked at is whether they are learned.
     (folder / "prompts").mkdir()
-    for name, rows in (
-        ("sft", demonstrations),
-        ("prompts/train", prompts),
-        ("prompts/valid", prompts),
-    ):
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    common = {"--model": "starter", "--no-grad-checkpoint": None, "--max-seq-length": 64}
-    command(
-        "sft",
-        {
-            **common,
-            "--data": folder / "sft.jsonl",
-            "--output": folder / "sft",
-            "--iters": 800,
-            "--batch-size": 25,
-            "--grad-accumulation-steps": 1,
-            "--learning-rate": 3e-3,
-            "--samples": 0,
-            "--steps-per-eval": 0,
-            "--valid-fraction": 0,
-        },
-    )
+    for name in ("train", "valid"):
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        (folder / "prompts" / f"{name}.jsonl").write_text(lines)
+    model_that_adds_badly(folder / "model", asked, [a + b for a, b in sums])
     summary = command(
         "grpo",
         {
-            **common,
+            "--model": folder / "model",
             "--data": folder / "prompts",
-            "--init-adapter": folder / "sft",
+            "--no-grad-checkpoint": None,
+            "--max-seq-length": 128,
             "--reward": "exact_answer",
-            "--output": folder / "sums",
-            "--iters": 150,
+            "--output": folder / "run",
+            "--iters": 80,
             "--batch-size": 25,
             "--grad-accumulation-steps": 1,
-            "--group-size": 16,
             "--max-completion-length": 6,
-            "--learning-rate": 4e-4,
-            "--steps-per-eval": 50,
+            "--learning-rate": 2e-3,
+            "--steps-per-eval": 20,
             "--val-batches": -1,
             "--samples": 4,
         },
     )
     print(f"arithmetic: {held_out(summary)}")
     return summary["eval_before"]["reward"] < 0.2 and summary["eval"]["reward"] > 0.8
+
+
+def model_that_adds_badly(folder: Path, asked: list[Any], right: list[int]) -> None:
+    """A small random model, all of it trained to answer sums, mostly one or two too high."""
+    import mlx.core as mx
+    import mlx.nn as nn
+    import mlx.optimizers as optim
+    from mlx.utils import tree_flatten
+    from mlx_lm import load
+
+    maker = ROOT / "scripts" / "bench" / "model.py"
+    size = ["--vocabulary", "320", "--hidden", "128", "--layers", "3", "--intermediate", "384"]
+    size += ["--heads", "4", "--kv-heads", "4"]
+    subprocess.run([sys.executable, maker, folder, *size], check=True, stdout=subprocess.DEVNULL)
+    model, tokenizer = load(str(folder))
+    model.unfreeze()
+    prompts = [tokenizer.apply_chat_template(one, add_generation_prompt=True) for one in asked]
+    draw = random.Random(0)
+
+    def batch() -> tuple[mx.array, mx.array]:
+        """Rows, and which of their tokens are an answer's."""
+        said = [str(n + draw.choices((0, 1, 2), (0.15, 0.45, 0.4))[0]) for n in right]
+        ends = [
+            [*tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_id]
+            for text in said
+        ]
+        rows = [[*prompt, *end] for prompt, end in zip(prompts, ends, strict=True)]
+        width = max(map(len, rows))
+        answers = [
+            [0] * len(prompt) + [1] * len(end) + [0] * (width - len(prompt) - len(end))
+            for prompt, end in zip(prompts, ends, strict=True)
+        ]
+        return mx.array([row + [0] * (width - len(row)) for row in rows]), mx.array(answers)
+
+    def loss(model: nn.Module, rows: mx.array, answers: mx.array) -> mx.array:
+        losses = nn.losses.cross_entropy(model(rows[:, :-1]), rows[:, 1:])
+        return (losses * answers[:, 1:]).sum() / answers.sum()
+
+    optimizer = optim.AdamW(learning_rate=1e-3, bias_correction=True)
+    step = nn.value_and_grad(model, loss)
+    for _ in range(400):
+        _, grads = step(model, *batch())
+        optimizer.update(model, grads)
+        mx.eval(model.parameters(), optimizer.state)
+    weights = dict(tree_flatten(model.parameters()))
+    mx.save_safetensors(str(folder / "model.safetensors"), weights, metadata={"format": "mlx"})
 
 
 def stories(folder: Path, arguments: argparse.Namespace) -> bool:
