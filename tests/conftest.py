@@ -8,9 +8,10 @@ import pytest
 # The hub is never asked: what a test needs, it makes or the repository holds.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-# A shell has what it starts in the background ignore Ctrl-C, and runs respect that; tests of being
-# interrupted are not to depend on how they were started.
+# What a shell starts in the background ignores Ctrl-C, under nohup a hangup too, and runs respect
+# that; tests of being interrupted are not to depend on how they were started.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture(autouse=True)
