@@ -2,6 +2,7 @@
 
 import json
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
@@ -15,6 +16,7 @@ from mlx_align.cli.main import run
 from mlx_align.errors import TrainingError
 from mlx_align.inference.reward_model import RewardModel
 from mlx_align.models.adapters import ADAPTER_WEIGHTS
+from mlx_align.rollout.rewards import combine
 from mlx_align.train import on_policy, on_policy_setup
 from mlx_align.train.update import Updater
 from mlx_align.train.workplace import Workplace
@@ -509,3 +511,32 @@ def test_the_reward_rises(train, command):
     assert code == 0
     rows = training_rows(folder)
     assert rows[-1]["reward"] > rows[0]["reward"] + 0.9 * rows[0]["reward_std"]
+
+
+def test_dynamic_sampling_keeps_what_differs(train, places):
+    """Prompts whose answers all earn the same are drawn again; each answer is judged once."""
+    assert train("grpo", {"--iters": 1})[0] == 0
+    (place,) = places
+    judged = []
+
+    def odd(rollouts):
+        """Every second prompt's answers all earn the same."""
+        size = rollouts.group_size
+        judged.append(len(rollouts.texts))
+        values = np.array([sum(map(ord, text)) + n / 64 for n, text in enumerate(rollouts.texts)])
+        for index in range(0, len(rollouts.groups), 2):
+            values[index * size : (index + 1) * size] = 1.0
+        return combine(["odd"], values[:, None], [1.0])
+
+    place = replace(place, judge=odd)
+    stream = place.stream(0)
+    rollouts, rewards, taken = place.collect(
+        place.policy.start, stream, 0, lambda: None, dynamic=True
+    )
+    assert len(rollouts.groups) <= place.prompts_per_batch < taken
+    assert sum(judged) == taken * rollouts.group_size
+    assert len(rewards.total) == len(rollouts.texts)
+    by_prompt = rewards.total.reshape(len(rollouts.groups), -1)
+    assert (by_prompt.max(axis=1) > by_prompt.min(axis=1)).all()
+    own = [sum(map(ord, text)) for text in rollouts.texts]
+    np.testing.assert_allclose(rewards.total, own, atol=1)  # each beside its own text

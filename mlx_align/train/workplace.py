@@ -18,8 +18,17 @@ from mlx_align.inference.score import compiled_scorer, make_scorer
 from mlx_align.models.logps import batch_token_entropies
 from mlx_align.models.roles import Tree
 from mlx_align.rollout.advantages import zero_variance_share
-from mlx_align.rollout.experience import Floats, Prompt, Rollouts, by_role, join, roll_out, select
-from mlx_align.rollout.rewards import RewardTable
+from mlx_align.rollout.experience import (
+    Floats,
+    Prompt,
+    Rollouts,
+    by_role,
+    join,
+    roll_out,
+    rows_of,
+    select,
+)
+from mlx_align.rollout.rewards import RewardTable, combine
 from mlx_align.train.judging import Judge
 from mlx_align.train.run_ahead import RunAhead
 from mlx_align.train.setup import Policy
@@ -187,20 +196,25 @@ class Workplace:
         """
         wanted, taken = self.prompts_per_batch, 0
         kept: list[Rollouts] = []
+        earned: list[npt.NDArray[np.float64]] = []
         for attempt in range(DYNAMIC_TRIES if dynamic else 1):
             missing = wanted - sum(len(part.groups) for part in kept)
             drawn = self.sample(tree, list(islice(stream, missing)), (1, step, attempt), on_token)
+            rewards = self.judge(drawn)
             taken += missing
             if not dynamic:
-                return drawn, self.judge(drawn), taken
-            table = self.judge(drawn).total.reshape(-1, drawn.group_size)
+                break
+            size = drawn.group_size
+            table = rewards.total.reshape(-1, size)
             useful = [i for i in range(len(table)) if zero_variance_share(table[i : i + 1]) < 1]
             if useful:
                 kept.append(select(drawn, useful))
+                earned.append(rewards.values[rows_of(useful, size)])
             if len(useful) == missing:
                 break
-        rollouts = join(kept) if kept else drawn
-        return rollouts, self.judge(rollouts), taken
+        if kept:
+            rewards = combine(rewards.names, np.concatenate(earned), rewards.weights.tolist())
+        return join(kept) if kept else drawn, rewards, taken
 
     def experience(
         self, tree: Tree, rollouts: Rollouts, rewards: RewardTable, taken: int
