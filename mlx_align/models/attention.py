@@ -19,6 +19,8 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 
+from mlx_align.models.exponential import exp
+
 # Stretches that a prompt is cut into, and the fewest queries in one: 8 leave 56% of the square,
 # and matrices much smaller than 64 rows are slow to multiply.
 STRETCHES = 8
@@ -56,7 +58,7 @@ def attend(queries: mx.array, segments: Sequence[Segment], scale: float) -> mx.a
         top = scores[0].max(axis=-1, keepdims=True)
         for score in scores[1:]:
             top = mx.maximum(top, score.max(axis=-1, keepdims=True))
-        exponentials = [mx.exp(score - top) for score in scores]
+        exponentials = [exp(score - top) for score in scores]
         total = sum(exponential.sum(axis=-1, keepdims=True) for exponential in exponentials)
         kept = [exponential.astype(queries.dtype) for exponential in exponentials]
         out = sum(_times(e, values) for e, values in zip(kept, pairs[1::2], strict=True))

@@ -16,13 +16,15 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models import activations
 
+from mlx_align.models.exponential import sigmoid
+
 _custom_function: Any = mx.custom_function  # the stubs lose the signature of what it wraps
 
 
 @_custom_function
 def swiglu(gate: mx.array, x: mx.array) -> mx.array:
     """silu(gate) · x, elementwise."""
-    return gate * mx.sigmoid(gate) * x
+    return gate * sigmoid(gate) * x
 
 
 @swiglu.vjp
@@ -30,9 +32,9 @@ def _backward(
     primals: tuple[mx.array, mx.array], cotangent: mx.array, _output: mx.array
 ) -> tuple[mx.array, mx.array]:
     gate, x = primals
-    sigmoid = mx.sigmoid(gate)
-    silu = gate * sigmoid
-    return cotangent * x * (sigmoid + silu * (1 - sigmoid)), cotangent * silu
+    share = sigmoid(gate)
+    silu = gate * share
+    return cotangent * x * (share + silu * (1 - share)), cotangent * silu
 
 
 @contextmanager

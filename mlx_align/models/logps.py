@@ -19,6 +19,7 @@ import mlx.core as mx
 from mlx.utils import tree_map
 
 from mlx_align.models.compat import Anatomy
+from mlx_align.models.exponential import exp, logsumexp
 from mlx_align.models.packed import predicting_states
 from mlx_align.models.roles import acting_as
 from mlx_align.models.trunk import completion_hidden, packed_hidden
@@ -206,15 +207,15 @@ def _logps(
     """Log-probs (n,) of one chunk and, if asked, log Σ_v p_v² or the entropy (n,)."""
     logits = anatomy.logits(hidden).astype(mx.float32)
     target = mx.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
-    normaliser = mx.logsumexp(logits, axis=-1)
+    normaliser = logsumexp(logits)
     logps = target - normaliser
     if extra == "none":
         return (logps,)
     if extra == "log_squares":
-        return logps, mx.logsumexp(2 * logits, axis=-1) - 2 * normaliser
+        return logps, logsumexp(2 * logits) - 2 * normaliser
     top = mx.stop_gradient(logits.max(axis=-1, keepdims=True))
     centred = mx.maximum(logits - top, MIN_LOG_RATIO)
-    exponential = mx.exp(centred)
+    exponential = exp(centred)
     total = exponential.sum(axis=-1)
     return logps, mx.log(total) - (exponential * centred).sum(axis=-1) / total
 
@@ -233,12 +234,12 @@ def _logps_and_gradient(
     centred = None
     if extra in ("entropy", "entropy_value"):
         centred = mx.maximum(raw.astype(mx.float32) - top, MIN_LOG_RATIO)
-        exponential = mx.exp(centred)
+        exponential = exp(centred)
     else:
         # All that reads the logits, but the exponential, comes before it, which can then take
         # their memory for its own; and what is made of it likewise.
         (raw,) = mx.depends([raw], [top, target])
-        exponential = mx.exp(raw.astype(mx.float32) - top)
+        exponential = exp(raw.astype(mx.float32) - top)
     total = exponential.sum(axis=-1, keepdims=True)
     logps = (target - top - mx.log(total))[:, 0]
     is_target = mx.arange(raw.shape[-1])[None] == targets[:, None]
