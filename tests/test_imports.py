@@ -16,6 +16,7 @@ ALLOWED = {
     "settings": {"errors"},
     "config": {"errors", "settings"},
     "shipped": set(),
+    "thresholds": set(),
     "losses": {"types", "errors"},
     "data": GROUND,
     "models": GROUND,
@@ -23,8 +24,9 @@ ALLOWED = {
     "inference": GROUND | {"losses", "data", "models", "rollout"},
     "plan": GROUND | {"data", "models"},
     # Reads run folders only.
-    "report": {"errors"},
-    "train": GROUND | {"losses", "data", "models", "rollout", "inference", "plan", "report"},
+    "report": {"errors", "thresholds"},
+    "train": GROUND
+    | {"losses", "data", "models", "rollout", "inference", "plan", "report", "thresholds"},
     "cli": GROUND
     | {"losses", "data", "models", "rollout", "inference", "plan", "train", "shipped", "__init__"}
     | {"report"},

@@ -93,9 +93,9 @@ def train(tmp_path, data, monkeypatch):
     def call(command, options=None, *, model=TINY, reward="letters", output="run", resume=False):
         chosen = {**SMALL, **(PPO if command == "ppo" else {}), **(options or {})}
         chosen.setdefault("--iters", 2)
-        if reward is not None:
-            chosen["--reward"] = f"{data / 'rewards.py'}:{reward}"
         arguments = [command, "--model", str(model), "--data", str(data), "--output", output]
+        for name in [] if reward is None else reward.split(","):
+            arguments += ["--reward", f"{data / 'rewards.py'}:{name}"]
         for name, value in chosen.items():
             if value is not False:
                 arguments += [name] if value is None else [name, str(value)]
@@ -238,6 +238,47 @@ def test_every_method_runs(train, options):
     assert any(np.any(w) for name, w in weights_of(folder).items() if name.endswith("lora_b"))
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"--loss": "rloo"}, ["--loss rloo", "gspo"]),
+        ({"--kl": "k1", "--kl-coef": 0.1}, ["--kl k1", "--kl k2"]),
+        ({"--loss": "online_dpo"}, ["--multi-objective-aggregation", "online_dpo"]),
+    ],
+)
+def test_rewards_apart_need_a_deviation_and_no_other_term(train, capsys, options, words):
+    apart = {"--multi-objective-aggregation": "normalize_then_sum", **options}
+    assert train("grpo", apart, reward="letters,some")[0] == 1
+    refused(capsys, *words)
+
+
+def test_rewards_are_normalised_apart(train, places):
+    """Each counts by its weight, however widely it spreads; what is only watched does not."""
+    apart = {"--multi-objective-aggregation": "normalize_then_sum", "--learning-rate": 1e-3}
+    code, folder = train("grpo", apart, reward="letters=3,some,same=0")
+    assert code == 0
+    assert any(np.any(w) for name, w in weights_of(folder).items() if name.endswith("lora_b"))
+
+    from mlx_align.train.grpo import GroupLearner
+
+    (place,) = places
+    learner, tree = GroupLearner(place.config, place), place.policy.start
+    prompts = [place.prompts[0], place.prompts[1]]
+    rollouts = place.sample(tree, prompts, (0,))
+    rows, size = len(rollouts.texts), rollouts.group_size
+    values = np.random.default_rng(0).normal(size=(rows, 3)) * [1.0, 1_000.0, 1.0]
+    rewards = combine(["narrow", "wide", "watched"], values, [3.0, 1.0, 0.0])
+    experience = place.experience(tree, rollouts, rewards, len(prompts))
+    lesson = learner._lesson(experience, rewards.total.reshape(-1, size))
+    grouped = values.reshape(-1, size, 3)
+    scaled = (grouped - grouped.mean(1, keepdims=True)) / (
+        grouped.std(1, ddof=1, keepdims=True) + 1e-4
+    )
+    total = scaled @ [3.0, 1.0, 0.0]
+    wanted = total / (total.std(ddof=1) + 1e-4)
+    np.testing.assert_allclose(lesson.advantages[:, 0], wanted.reshape(-1), rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("reward", ["same", "none"])
 def test_rewards_that_teach_nothing_change_nothing(train, reward):
     code, folder = train("grpo", reward=reward)
@@ -327,6 +368,7 @@ def refused(capsys, *words):
         ("grpo", {"--loss": "rloo", "--clip-eps": 0.1}, ["--clip-eps", "does not clip"]),
         ("grpo", {"--loss": "online_dpo", "--clip-eps": 0.1}, ["--clip-eps", "--beta"]),
         ("grpo", {"--beta": 0.1}, ["--beta", "online_dpo"]),
+        ("grpo", {"--multi-objective-aggregation": "sum_then_normalize"}, ["no effect on one"]),
         ("grpo", {"--batch-tokens": 64, "--batch-size": False}, ["--batch-tokens"]),
         ("grpo", {"--lora-dropout": 0.1}, ["--lora-dropout"]),
         ("grpo", {"--max-completion-length": 96}, ["--max-completion-length 96"]),

@@ -35,10 +35,10 @@ from mlx_align.rollout.advantages import (
     leave_one_out,
     normalised_rewards,
     token_rewards,
-    weighted_rewards,
     whiten,
     zero_variance_share,
 )
+from mlx_align.rollout.rewards import combine
 from mlx_align.types import PolicySample
 
 BATCH = BATCHES["grpo"]
@@ -314,11 +314,12 @@ def test_advantages_of_several_rewards(name):
     rewards = np.array([record["rewards_fixed"], lengths_reward()]).reshape(2, 4, 2)
     assert rewards[1].mean() == pytest.approx(record["metrics"]["rewards/reward_len/mean"])
     weights = record["config"]["reward_weights"]
-    together = weighted_rewards(rewards, weights)
+    table = combine(["task", "reward_len"], rewards.reshape(2, -1).T, weights)
+    together = table.total.reshape(4, 2)
     assert together.mean() == pytest.approx(record["metrics"]["reward"])
     assert zero_variance_share(together) == record["metrics"]["frac_reward_zero_std"]
     if "multi_objective_aggregation" in record["config"]:
-        got = normalised_rewards(rewards, weights)
+        got = normalised_rewards(*table.by_group(2))
     else:
         got = GROUP_ADVANTAGES["group_std"](together)
     assert got.reshape(-1) == pytest.approx(record["advantages"], rel=1e-5, abs=1e-6)

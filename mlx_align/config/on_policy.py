@@ -196,6 +196,13 @@ class GrpoConfig(OnPolicyConfig):
         choices=("k1", "k2", "k3"),
     )
     beta: float | None = option(None, "Temperature of --loss online_dpo. Default: 0.1.", above=0)
+    multi_objective_aggregation: str | None = option(
+        None,
+        "Several rewards: weighted, added up and then compared within the group "
+        "(sum_then_normalize), or compared one by one, then weighted (normalize_then_sum, GDPO). "
+        "Default: sum_then_normalize.",
+        choices=("sum_then_normalize", "normalize_then_sum"),
+    )
     entropy_coef: float = option(0.0, "Weight of an entropy bonus.", at_least=0)
     overlong: str | None = option(
         None,

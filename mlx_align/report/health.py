@@ -12,6 +12,23 @@ from typing import NamedTuple
 
 from mlx_align.report.numbers import say
 from mlx_align.report.runs import RunFacts
+from mlx_align.thresholds import (
+    CLIPPED_WARNS,
+    DISTINCT_STOPS,
+    DISTINCT_WARNS,
+    ENDED_WARNS,
+    ENTROPY_STOPS,
+    EXPLAINED_FROM,
+    KL_ENDS_EPOCHS,
+    KL_HALVES,
+    KL_STOPS,
+    KL_TOKENS,
+    KL_WARNS,
+    LENGTH_STOPS,
+    LENGTH_WARNS,
+    REPEATED_STOPS,
+    REPEATED_WARNS,
+)
 
 # Pairs: the chosen answer losing more than this share of its log-prob, or nats a token.
 CHOSEN_FALL = 0.1
@@ -19,18 +36,6 @@ CHOSEN_FALL_A_TOKEN = 1.0
 WIDE_MARGIN = 5.0
 FLAT = 0.01
 GAP = 0.15
-# On-policy training.
-APPROX_KL, APPROX_KL_HIGH = 0.03, 0.1
-CLIPPED = 0.3
-CRITIC_SINCE = 30
-ENTROPY_LEFT = 0.3
-# Nats a completion of 128 tokens; longer ones may move further.
-KL_WARN, KL_STOP, KL_TOKENS = 15.0, 30.0, 128
-ENDED = 0.8
-LONGER, LONGER_STOP = 1.5, 2.5
-# Points of a share, and shares of the start.
-REPEATED, REPEATED_STOP = 0.05, 0.15
-VARIETY_LOST, VARIETY_LOST_STOP = 0.2, 0.4
 
 
 class Warning(NamedTuple):
@@ -128,12 +133,12 @@ def _overfitted(run: RunFacts) -> Warning | None:
 
 def _large_updates(run: RunFacts) -> Warning | None:
     recent, mean = run.values("policy/approx_kl")[-3:], run.lately("policy/approx_kl")
-    if mean is None or mean <= APPROX_KL:
+    if mean is None or mean <= KL_ENDS_EPOCHS:
         return None
-    high = min(recent) > APPROX_KL_HIGH
+    high = min(recent) > KL_HALVES
     return Warning(
-        f"An update moves the policy by {say(mean)} nats a token, more than {APPROX_KL}: its data "
-        "is stale before it is used up.",
+        f"An update moves the policy by {say(mean)} nats a token, more than {KL_ENDS_EPOCHS}: "
+        "its data is stale before it is used up.",
         "Halve --learning-rate."
         if high
         else "Fewer passes over a batch, or a lower --learning-rate.",
@@ -143,7 +148,7 @@ def _large_updates(run: RunFacts) -> Warning | None:
 
 def _much_clipped(run: RunFacts) -> Warning | None:
     mean = run.lately("policy/clip_ratio")
-    if mean is None or mean <= CLIPPED:
+    if mean is None or mean <= CLIPPED_WARNS:
         return None
     return Warning(
         f"{mean:.0%} of the tokens are beyond the clip range, where they teach nothing.",
@@ -153,7 +158,7 @@ def _much_clipped(run: RunFacts) -> Warning | None:
 
 def _broken_critic(run: RunFacts) -> Warning | None:
     mean = run.lately("value/explained_variance")
-    if mean is None or mean >= 0 or run.step < CRITIC_SINCE:
+    if mean is None or mean >= 0 or run.step < EXPLAINED_FROM:
         return None
     return Warning(
         f"The critic explains less of the returns than their mean would (explained variance "
@@ -165,7 +170,7 @@ def _broken_critic(run: RunFacts) -> Warning | None:
 
 def _collapsing(run: RunFacts) -> Warning | None:
     entropy, now = run.values("objective/entropy"), run.lately("objective/entropy")
-    if now is None or entropy[0] <= 0 or now >= ENTROPY_LEFT * entropy[0]:
+    if now is None or entropy[0] <= 0 or now >= ENTROPY_STOPS * entropy[0]:
         return None
     return Warning(
         f"Entropy is {now / entropy[0]:.0%} of what it was at the start: the policy says nearly "
@@ -178,19 +183,19 @@ def _collapsing(run: RunFacts) -> Warning | None:
 def _far_away(run: RunFacts) -> Warning | None:
     mean = run.lately("objective/kl")
     scale = max(1.0, (run.lately("completions/mean_length") or 0.0) / KL_TOKENS)
-    if mean is None or mean <= KL_WARN * scale:
+    if mean is None or mean <= KL_WARNS * scale:
         return None
     return Warning(
         f"The policy is {mean:.0f} nats a completion away from the reference (more than "
-        f"{KL_WARN * scale:.0f}): the reward model is asked about text it has never seen.",
+        f"{KL_WARNS * scale:.0f}): the reward model is asked about text it has never seen.",
         "Raise --kl-coef or stop earlier; read samples of the last checkpoints.",
-        mean > KL_STOP * scale,
+        mean > KL_STOPS * scale,
     )
 
 
 def _endless(run: RunFacts) -> Warning | None:
     mean = run.lately("completions/ended")
-    if mean is None or mean >= ENDED:
+    if mean is None or mean >= ENDED_WARNS:
         return None
     return Warning(
         f"Only {mean:.0%} of the completions end by themselves; the rest are cut and judged as "
@@ -201,36 +206,36 @@ def _endless(run: RunFacts) -> Warning | None:
 
 def _longer(run: RunFacts) -> Warning | None:
     lengths, now = run.values("completions/mean_length"), run.lately("completions/mean_length")
-    if now is None or not 0 < LONGER * lengths[0] < now:
+    if now is None or not 0 < LENGTH_WARNS * lengths[0] < now:
         return None
     return Warning(
         f"Completions are {now / lengths[0]:.1f} times as long as at the start: the reward may be "
         "paid for length.",
         "Look at reward against length, and penalise length or balance the reward model's data.",
-        now > LONGER_STOP * lengths[0],
+        now > LENGTH_STOPS * lengths[0],
     )
 
 
 def _repeats(run: RunFacts) -> Warning | None:
     shares, now = run.values("text/repeated_4grams"), run.lately("text/repeated_4grams")
-    if now is None or now - shares[0] <= REPEATED:
+    if now is None or now - shares[0] <= REPEATED_WARNS:
         return None
     return Warning(
         f"Completions repeat {now:.0%} of their runs of four tokens, at the start {shares[0]:.0%}.",
         "Read the samples, and penalise repetition.",
-        now - shares[0] > REPEATED_STOP,
+        now - shares[0] > REPEATED_STOPS,
     )
 
 
 def _monotonous(run: RunFacts) -> Warning | None:
     shares, now = run.values("text/distinct_2"), run.lately("text/distinct_2")
-    if now is None or shares[0] <= 0 or 1 - now / shares[0] <= VARIETY_LOST:
+    if now is None or shares[0] <= 0 or 1 - now / shares[0] <= DISTINCT_WARNS:
         return None
     return Warning(
         f"{now:.0%} of the pairs of tokens are different ones, at the start {shares[0]:.0%}: the "
         "completions grow alike.",
         "Raise --kl-coef or lower --learning-rate.",
-        1 - now / shares[0] > VARIETY_LOST_STOP,
+        1 - now / shares[0] > DISTINCT_STOPS,
     )
 
 

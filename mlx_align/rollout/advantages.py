@@ -6,7 +6,7 @@ nothing here has a gradient.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -195,17 +195,7 @@ def zero_variance_share(rewards: npt.ArrayLike) -> float:
     return float(_equal(table).mean()) if len(table) else 0.0
 
 
-def weighted_rewards(rewards: npt.ArrayLike, weights: Sequence[float]) -> Floats:
-    """Σ_k w_k·r_k (B, G) of rewards (K, B, G); those that are NaN are left out, NaN if all are.
-
-    Source: TRL's `sum_then_normalize`.
-    """
-    table = np.asarray(rewards, np.float64)
-    total = np.tensordot(np.asarray(weights, np.float64), np.nan_to_num(table, nan=0.0), axes=1)
-    return np.where(_given(table).any(axis=0), total, np.nan)
-
-
-def normalised_rewards(rewards: npt.ArrayLike, weights: Sequence[float]) -> Floats:
+def normalised_rewards(rewards: npt.ArrayLike, weights: npt.ArrayLike) -> Floats:
     """Advantages (B, G): Σ_k w_k·`group_std`(r_k) of rewards (K, B, G), then normalised at large.
 
     Each reward counts by its weight, however widely it spreads. A completion without any reward
@@ -216,7 +206,7 @@ def normalised_rewards(rewards: npt.ArrayLike, weights: Sequence[float]) -> Floa
     """
     table = np.asarray(rewards, np.float64)
     total = sum(
-        (weight * group_std(one) for weight, one in zip(weights, table, strict=True)),
+        (weight * group_std(one) for weight, one in zip(np.asarray(weights), table, strict=True)),
         np.zeros(table.shape[1:]),
     )
     given = _given(table).any(axis=0)

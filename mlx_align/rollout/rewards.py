@@ -64,6 +64,11 @@ class RewardTable:
     weights: Values
     total: Values
 
+    def by_group(self, size: int) -> tuple[Values, Values]:
+        """Rewards (K, B, size) of the K whose weight is not 0, and these weights (K,)."""
+        counted = self.weights != 0
+        return self.values.T[counted].reshape(int(counted.sum()), -1, size), self.weights[counted]
+
     def metrics(self) -> dict[str, float]:
         """`rewards/<name>/mean`, `…/std` (n − 1) and `…/none`, the share without a value.
 

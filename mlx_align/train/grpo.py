@@ -17,11 +17,13 @@ from mlx_align.errors import ConfigError
 from mlx_align.losses.policy import POLICY_METHODS, PolicyMethod
 from mlx_align.rollout.advantages import (
     GROUP_ADVANTAGES,
+    normalised_rewards,
     returns_to_go,
     token_rewards,
     whiten,
     zero_variance_share,
 )
+from mlx_align.rollout.rewards import parse_rewards
 from mlx_align.train.learner import Learned
 from mlx_align.train.lessons import (
     Array,
@@ -97,6 +99,30 @@ def check_group_options(config: GrpoConfig) -> None:
             f"--group-size {config.group_size}: --loss {config.loss} compares a prompt's "
             "completions; give 2 or more"
         )
+    if config.multi_objective_aggregation is not None:
+        _check_aggregation(config, method)
+
+
+def _check_aggregation(config: GrpoConfig, method: PolicyMethod) -> None:
+    given = f"--multi-objective-aggregation {config.multi_objective_aggregation}"
+    counted = [spec for spec in parse_rewards(config.reward or ()) if spec.weight != 0]
+    if len(counted) + (config.reward_model is not None) < 2:
+        raise ConfigError(f"{given}: has no effect on one reward; give another, or leave it out")
+    if not _apart(config):
+        return
+    if method.advantage != "group_std":
+        fitting = [name for name, m in POLICY_METHODS.items() if m.advantage == "group_std"]
+        raise ConfigError(
+            f"{given}: --loss {config.loss} does not divide by a group's deviation; choose from "
+            f"{', '.join(fitting)}"
+        )
+    if method.kl == "k1_reward":
+        raise ConfigError(f"{given}: --kl k1 adds to the sum of the rewards; give --kl k2 or k3")
+
+
+def _apart(config: GrpoConfig) -> bool:
+    """Whether each reward is normalised by itself."""
+    return config.multi_objective_aggregation == "normalize_then_sum"
 
 
 class GroupLearner:
@@ -193,8 +219,11 @@ class GroupLearner:
             if penalised:
                 k1 = np.where(rollouts.mask, experience.old_logps - experience.reference_logps, 0)
                 rewards = rewards - config.kl_coef * k1.sum(axis=1).reshape(rewards.shape)
-            by_row = GROUP_ADVANTAGES[self.method.advantage](rewards).reshape(-1, 1)
-            advantages = by_row * mask
+            if _apart(config):
+                by_group = normalised_rewards(*experience.rewards.by_group(config.group_size))
+            else:
+                by_group = GROUP_ADVANTAGES[self.method.advantage](rewards)
+            advantages = by_group.reshape(-1, 1) * mask
         return Lesson(
             rollouts,
             experience.old_logps,

@@ -13,21 +13,29 @@ from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from typing import Any, Literal
 
+from mlx_align.thresholds import (
+    CLIPPED_WARNS,
+    DISTINCT_STOPS,
+    DISTINCT_WARNS,
+    ENDED_WARNS,
+    ENTROPY_STOPS,
+    EXPLAINED_FROM,
+    KL_HALVES,
+    KL_STOPS,
+    KL_TOKENS,
+    KL_WARNS,
+    LENGTH_STOPS,
+    LENGTH_WARNS,
+    REPEATED_STOPS,
+    REPEATED_WARNS,
+)
+
 Level = Literal["warn", "halve", "stop"]
 
-# Thresholds of RLHF practice: ratios and KLs after Schulman et al. 2017, Huang et al. 2024 and
-# OpenRLHF; text statistics our choice, at the values where samples read as broken.
-KL_HALVES, HALVES_AFTER = 0.1, 3
-CLIPPED_WARNS = 0.3
-EXPLAINED_FROM = 30
-ENTROPY_STOPS = 0.3
-# Nats per completion of 128 tokens; longer ones may move further.
-KL_WARNS, KL_STOPS, KL_TOKENS = 15.0, 30.0, 128
-ENDED_WARNS = 0.8
+# Batches too far in a row; share of groups whose rewards are all equal; first deviations between
+# the reward trained on and the one held out, and evaluations for which the latter falls.
+HALVES_AFTER = 3
 ALIKE_WARNS = 0.8
-LENGTH_WARNS, LENGTH_STOPS = 1.5, 2.5
-REPEATED_WARNS, REPEATED_STOPS = 0.05, 0.15
-DISTINCT_WARNS, DISTINCT_STOPS = 0.2, 0.4
 PROXY_GAP, FALLING_FOR = 1.0, 3
 
 

@@ -22,14 +22,13 @@ from mlx_align.losses.policy import PolicyMethod, PolicyTotals, policy_loss, pol
 from mlx_align.models.loading import LanguageModel
 from mlx_align.models.roles import Tree
 from mlx_align.rollout.experience import Rollouts, laid_out, rows_of
+from mlx_align.thresholds import KL_ENDS_EPOCHS
 from mlx_align.train.shares import role_entropies, role_logps
 from mlx_align.train.update import Loss, Ready, Sums, Updated
 from mlx_align.types import PolicyBatch, PolicySample
 
 Array = npt.NDArray[Any]
 
-# Nats per token from the policy that sampled, by which passes over a rollout batch end.
-KL_ENDS_EPOCHS = 0.03
 # What policy_loss calls its metrics -> what reports call them.
 REPORTED = {
     "ratio": "policy/ratio",

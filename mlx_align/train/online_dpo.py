@@ -33,7 +33,8 @@ def check_pair_options(config: GrpoConfig) -> None:
         ConfigError: Such an option was given, or a prompt has one completion only.
     """
     defaults = GrpoConfig()
-    for name in ("clip_eps", "clip_eps_high", "kl", "kl_coef", "entropy_coef", "overlong"):
+    method = ("clip_eps", "clip_eps_high", "kl", "kl_coef", "entropy_coef", "overlong")
+    for name in (*method, "multi_objective_aggregation"):
         if getattr(config, name) != getattr(defaults, name):
             raise ConfigError(
                 f"--{name.replace('_', '-')}: has no effect on --loss online_dpo, whose pull to "
