@@ -18,9 +18,7 @@ from typing import Any
 
 # Closing a terminal sends SIGHUP. Under nohup it is ignored, and stays ignored.
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-STOP_MESSAGE = (
-    "\nstopping after this update, with a checkpoint; press Ctrl-C again to stop at once\n"
-)
+STOP_MESSAGE = "\nstopping after this update with a checkpoint; interrupt again to stop at once\n"
 
 
 class Interrupted(BaseException):

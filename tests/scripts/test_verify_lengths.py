@@ -13,7 +13,7 @@ from mlx_align.data.batching import padding_waste
 from mlx_align.data.shapes import Shape
 from mlx_align.types import TokenizedGroup
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 TINY = ROOT / "tests" / "oracle" / "models" / "policy"
 
 
