@@ -37,23 +37,14 @@ import mlx.core as mx  # noqa: E402
 import numpy as np  # noqa: E402
 
 from mlx_align.config import DpoConfig  # noqa: E402
-from mlx_align.data.batching import (  # noqa: E402
-    microbatch_stream,
-    padding_waste,
-)
-from mlx_align.data.rendering import chat_style  # noqa: E402
-from mlx_align.data.shapes import (  # noqa: E402
-    MAX_SHAPES,
-    AnyShape,
-    batch_limit,
-    lengths_of,
-    plan_shapes,
-)
-from mlx_align.data.tokenize import try_tokenize_group  # noqa: E402
+from mlx_align.data.batching import microbatch_stream, padding_fraction
+from mlx_align.data.buckets import MAX_SHAPES, AnyShape, batch_limit, group_lengths, plan_shapes
+from mlx_align.data.chat_template import inspect_chat_template  # noqa: E402
+from mlx_align.data.tokenization import try_tokenize_group  # noqa: E402
 from mlx_align.inference.score import make_scorer  # noqa: E402
 from mlx_align.models.loading import ModelFolder, open_model  # noqa: E402
-from mlx_align.plan.memory import room_bytes  # noqa: E402
 from mlx_align.settings import resolve  # noqa: E402
+from mlx_align.system.memory_limit import headroom_bytes  # noqa: E402
 from mlx_align.train.loop import (  # noqa: E402
     LoopHooks,
     LoopSettings,
@@ -103,7 +94,7 @@ class Watched:
 
 def fitting_pairs(folder: ModelFolder, data: str, max_seq_length: int) -> list[TokenizedGroup]:
     """The pairs of `data` that are not too long, tokenised."""
-    groups, style = [], chat_style(folder.tokenizer)
+    groups, style = [], inspect_chat_template(folder.tokenizer)
     for group in read_pairs(data, "train", None)[0]:
         result = try_tokenize_group(group, style, max_seq_length=max_seq_length)
         if result.group is not None:
@@ -139,7 +130,7 @@ def watch(
             Line(
                 progress.step,
                 len({batch.shape for batch in done}),
-                padding_waste(done, groups),
+                padding_fraction(done, groups),
                 min(active),
                 int(row["peak_memory_bytes"]),
             )
@@ -162,7 +153,7 @@ def unavoidable(groups: Sequence[TokenizedGroup]) -> float:
     """Share of padding if each group had a shape of exactly its widths."""
     real = sum(len(group.prompt) + sum(map(len, group.completions)) for group in groups)
     rows = len(groups[0].completions)
-    return 1 - real / sum(p + rows * c for p, c in map(lengths_of, groups))
+    return 1 - real / sum(p + rows * c for p, c in map(group_lengths, groups))
 
 
 def faults(found: Watched, max_padding: float, tolerance: float = TOLERANCE) -> list[str]:
@@ -178,7 +169,7 @@ def faults(found: Watched, max_padding: float, tolerance: float = TOLERANCE) -> 
     for name in ("active", "peak"):
         first, most = getattr(after[0], name), max(getattr(line, name) for line in after)
         # Below its bound, how far mlx runs ahead is chance.
-        allowed = first * (1 + tolerance) if name == "active" else first + room_bytes(first)
+        allowed = first * (1 + tolerance) if name == "active" else first + headroom_bytes(first)
         if most > allowed:
             said.append(f"{name} memory grew from {first:,} to {most:,} bytes")
     return said

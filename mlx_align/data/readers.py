@@ -14,9 +14,10 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn, Protocol
+from typing import Any, NoReturn, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -56,6 +57,7 @@ class Row:
     fields: Mapping[str, Any]
 
 
+@runtime_checkable
 class DataSource(Protocol):
     """A dataset with named splits."""
 
@@ -101,9 +103,8 @@ def open_data(data: object) -> DataSource:
         return MemorySource(_check_splits(data), lambda split: f"data[{split!r}]")
     if _is_table(data):
         return MemorySource({"train": data}, lambda split: "data")
-    if hasattr(data, "has_split") and hasattr(data, "rows"):
-        source: DataSource = data
-        return source
+    if isinstance(data, DataSource):
+        return data
     raise DataError(
         f"data is of type {type(data).__name__}; expected a path, a hub name, a list of dicts, a "
         "datasets.Dataset, or a dict of these by split name"
@@ -366,7 +367,7 @@ def _read_array(name: str, content: bytes) -> Iterator[Row]:
 def _read_csv(name: str, content: bytes) -> Iterator[Row]:
     """Read a CSV file with a header row.
 
-    Cells are text, except in columns of labels, scores and lists, which hold JSON values. Empty
+    Cells are text, except that columns of labels, scores and lists may hold JSON values. Empty
     cells are null. A row's location is the line on which it ends.
     """
     reader = csv.reader(io.StringIO(_decode(name, content), newline=""), strict=True)
@@ -380,15 +381,15 @@ def _read_csv(name: str, content: bytes) -> Iterator[Row]:
                 raise DataError(f"{source}: {len(cells)} cells, but {len(header)} columns")
             if any(cells):
                 pairs = zip(header, cells, strict=False)
-                yield _row(source, {key: _cell(source, key, cell) for key, cell in pairs})
+                yield _row(source, {key: _cell(key, cell) for key, cell in pairs})
     except csv.Error as error:
         raise DataError(f"{name}:{reader.line_num}: not CSV ({error})") from None
 
 
-def _cell(source: str, column: str, cell: str) -> Any:
-    if cell and _CSV_JSON_COLUMNS.fullmatch(column):
-        value = cell.lower() if cell.lower() in ("true", "false") else cell
-        return _parse(f"{source}: {column!r}", value)
+def _cell(column: str, cell: str) -> Any:
+    if _CSV_JSON_COLUMNS.fullmatch(column):
+        with suppress(DataError):  # not JSON: text, which the converter of the column may refuse
+            return _parse(column, cell.lower() if cell.lower() in ("true", "false") else cell)
     return cell or None
 
 

@@ -10,9 +10,9 @@ from mlx_align.data.batching import (
     epoch_order,
     groups_per_batch,
     microbatch_stream,
-    padding_waste,
+    padding_fraction,
 )
-from mlx_align.data.shapes import MAX_SHAPES, BatchLimit, Shape, plan_shapes
+from mlx_align.data.buckets import MAX_SHAPES, BatchLimit, Shape, plan_shapes
 from mlx_align.types import TokenizedGroup
 
 
@@ -83,7 +83,7 @@ def test_shapes_are_never_worse_than_one_and_each_pays():
     groups[0] = TokenizedGroup(np.ones(80, np.int32), (np.ones(80, np.int32),) * 2, "")
 
     def waste(shapes):
-        return padding_waste(epoch_order(groups, shapes, seed=0), groups)
+        return padding_fraction(epoch_order(groups, shapes, seed=0), groups)
 
     largest = Shape(80, 80, 1)
     tried = [
@@ -134,10 +134,10 @@ def test_padding_stays_small_on_ragged_data():
         shapes = plan_shapes(groups, BatchLimit(batch_size))
         order = epoch_order(groups, shapes, seed=0)
         one_shape = epoch_order(groups, plan_shapes(groups, BatchLimit(batch_size), 1), seed=0)
-        waste = padding_waste(order, groups)
+        waste = padding_fraction(order, groups)
         # The two completions of a pair differ in length: that part no shape can save.
         assert waste < 0.45
-        assert waste < 0.6 * padding_waste(one_shape, groups)
+        assert waste < 0.6 * padding_fraction(one_shape, groups)
 
 
 def test_collate_pads_and_masks():

@@ -17,8 +17,8 @@ from tiny_tokenizers import (
     tiny_tokenizer,
 )
 
-from mlx_align.data.rendering import chat_style
-from mlx_align.data.tokenize import (
+from mlx_align.data.chat_template import inspect_chat_template
+from mlx_align.data.tokenization import (
     TOO_LONG,
     percentiles,
     tokenize_conversation,
@@ -56,8 +56,8 @@ def test_chatml_loses_the_newline_after_the_end_token(stops):
 
 
 def test_end_token_at_which_generation_does_not_stop_is_told():
-    assert "<|im_end|>" in chat_style(tiny_tokenizer(CHATML)).chat_notes[0]
-    assert chat_style(tiny_tokenizer(CHATML, stops=("<|im_end|>",))).chat_notes == ()
+    assert "<|im_end|>" in inspect_chat_template(tiny_tokenizer(CHATML)).chat_notes[0]
+    assert inspect_chat_template(tiny_tokenizer(CHATML, stops=("<|im_end|>",))).chat_notes == ()
 
 
 def test_template_bos_is_not_doubled():
@@ -176,7 +176,7 @@ def test_without_a_template_turns_are_plain_text():
         " four, hello<eos>",
         " no<eos>",
     ]
-    assert "no chat template" in chat_style(tokenizer).chat_notes[0]
+    assert "no chat template" in inspect_chat_template(tokenizer).chat_notes[0]
 
 
 def test_strings_are_tokenised_as_they_stand():
@@ -242,7 +242,7 @@ def test_every_answer_of_a_conversation_counts_and_nothing_else(template):
 
 
 def test_conversation_without_an_answer_is_refused():
-    with pytest.raises(DataError, match="no answer"):
+    with pytest.raises(DataError, match="no assistant turn after a user turn"):
         tokenize_conversation([YES, USER], tiny_tokenizer(CHATML), max_seq_length=99)
 
 
@@ -297,7 +297,7 @@ def test_limits_below_one_are_refused():
 def test_pairs_that_become_equal_are_dropped():
     tokenizer = tiny_tokenizer(LLAMA3)
     padded = chat(NO, Message("assistant", "no  "))
-    result = try_tokenize_group(padded, chat_style(tokenizer), max_seq_length=99)
+    result = try_tokenize_group(padded, inspect_chat_template(tokenizer), max_seq_length=99)
     assert result.dropped == "identical completions"
 
 

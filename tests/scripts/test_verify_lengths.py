@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from mlx_align.config import DpoConfig
-from mlx_align.data.batching import padding_waste
-from mlx_align.data.shapes import Shape
+from mlx_align.data.batching import padding_fraction
+from mlx_align.data.buckets import Shape
 from mlx_align.types import TokenizedGroup
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -68,7 +68,7 @@ def test_growth_is_seen(script, groups, monkeypatch):
     config = DpoConfig(model=str(TINY), grad_accumulation_steps=1, lora_rank=2, batch_size=2)
     found = script.watch(config, groups, steps=60, every=20)
     assert any(fault.startswith("active memory grew") for fault in script.faults(found, 1.0, 0.05))
-    assert padding_waste is original
+    assert padding_fraction is original
 
 
 def _held(nbytes):
@@ -81,7 +81,7 @@ def test_limits(script):
     lines = [script.Line(s, 2, 0.3, 1000, 5000) for s in (50, 100, 150)]
     found = script.Watched(lines, [Shape(8, 8, 1)] * 2, 2, 0.1)
     assert script.faults(found, 0.3) == []
-    ahead = script.room_bytes(5000)  # as far mlx may run ahead
+    ahead = script.headroom_bytes(5000)  # as far mlx may run ahead
     near = [*lines[:2], lines[2]._replace(peak=5000 + ahead)]
     assert script.faults(script.Watched(near, found.planned, 2, 0.1), 0.3) == []
     grown = [*lines[:2], lines[2]._replace(peak=5001 + ahead)]

@@ -3,9 +3,9 @@
 import mlx.core as mx
 
 from mlx_align.data.batching import Microbatch
-from mlx_align.data.shapes import Shape
-from mlx_align.plan import memory
-from mlx_align.train.run_ahead import RunAhead
+from mlx_align.data.buckets import Shape
+from mlx_align.system import memory_limit
+from mlx_align.system.memory_limit import MemoryLimit
 
 SMALL, LARGE = (Microbatch((0,), Shape(width, 1, 1)) for width in (250_000, 1_000_000))
 
@@ -20,7 +20,7 @@ def step(micro):
 
 
 def test_steps_stay_within_their_room(monkeypatch):
-    monkeypatch.setattr(memory, "LEAST_ROOM_BYTES", 1 << 20)
+    monkeypatch.setattr(memory_limit, "MIN_HEADROOM_BYTES", 1 << 20)
     mx.clear_cache()
     before = mx.get_active_memory()
     mx.reset_peak_memory()
@@ -28,7 +28,7 @@ def test_steps_stay_within_their_room(monkeypatch):
     free = mx.get_peak_memory() - before
     limit = mx.set_memory_limit(1 << 40)
     mx.reset_peak_memory()
-    with RunAhead() as ahead:
+    with MemoryLimit() as ahead:
         for _ in range(4):
             with ahead.bounded([LARGE.shape]):
                 step(LARGE)
