@@ -74,7 +74,7 @@ class ChatTemplate:
 
         Args:
             messages: The turns, after `fold_system`.
-            generation_prompt: Whether to append the opening of an assistant turn.
+            generation_prompt: Whether to append the start of an assistant turn.
             thinking: The value of `enable_thinking` for the template; None is mlx-lm's default.
 
         Raises:
@@ -101,7 +101,7 @@ class ChatTemplate:
     def end_once(self, ids: Ids) -> tuple[Ids, bool]:
         r"""Cut a rendered conversation right after the token that ends its completion.
 
-        Removes what the template writes after that token (a "\n", the opening of the next turn)
+        Removes what the template writes after that token (a "\n", the start of the next turn)
         and an end token that is part of the data.
 
         Returns:

@@ -1,12 +1,12 @@
 """Tokenise prompt groups: the prompt/completion boundary, end tokens, and length limits.
 
-**The boundary** is found by rendering, not assumed. The prompt is rendered alone (with the opening
-of an assistant turn) and with each of its completions, and cut where these renderings start to
-differ. A group has one prompt, so it is cut at the shortest common prefix. If that is shorter than
-the prompt (tokens that merge across the boundary, templates that write something else before a
-finished completion), the row is counted as "boundary moved".
+**The boundary** is found by rendering, not assumed. The prompt is rendered alone (with the
+generation prompt) and with each of its completions, and cut where these renderings start to differ.
+A group has one prompt, so it is cut at the shortest common prefix. If that is shorter than the
+prompt (tokens that merge across the boundary, templates that write something else before a finished
+completion), the row is counted as "boundary moved".
 
-**Thinking templates** open an assistant turn differently from how they write a finished one,
+**Thinking templates** start an assistant turn differently from how they write a finished one,
 depending on whether thinking is on. mlx-lm's default is tried first (on, if the tokenizer has
 thinking tokens). If the prompt is not a prefix then, the row is rendered with thinking off, which
 is used if the prompt is a prefix. So completions that contain their reasoning train the thinking
@@ -474,14 +474,14 @@ def _assistant_mask(
     """Which of `ids[shared:]` belong to assistant turns, starting with turn `first`.
 
     Returns:
-        The mask, and whether every assistant turn starts right after its rendered opening.
+        The mask, and whether every assistant turn starts right after its generation prompt.
     """
     assistant = [i for i in range(first, len(turns)) if turns[i].role == "assistant"]
     starts, exact = [shared], True
     for i in assistant[1:]:
-        opening = template.render(turns[:i], generation_prompt=True, thinking=thinking)
-        starts.append(common_prefix(opening, ids))
-        exact = exact and starts[-1] == len(opening)
+        head = template.render(turns[:i], generation_prompt=True, thinking=thinking)
+        starts.append(common_prefix(head, ids))
+        exact = exact and starts[-1] == len(head)
     mask = np.zeros(len(ids), np.bool_)
     mask[starts[-1] :] = True
     for i, start, limit in zip(assistant, starts, starts[1:], strict=False):

@@ -1,4 +1,4 @@
-"""What data says of every two completions: pairs, ratings, ties, margins, folds, batches."""
+"""Comparisons of completions: pairs, ratings, ties, margins, folds, batches."""
 
 import json
 
@@ -30,11 +30,11 @@ def test_a_pair():
     assert compare_completions(rated, rating_margin=0.2).margin == pytest.approx([0.5])
     named = group([1], [2], scores=(4.0, 1.5), margin=3.0)
     assert compare_completions(named, rating_margin=0.2).margin == [3.0]
-    # The label of a pair is its order, whatever its ratings say.
+    # The order of a pair is its label, even if the ratings disagree.
     assert compare_completions(group([1], [2], scores=(1.0, 2.0))).probability == [1.0]
 
 
-def test_a_list_with_ties_fillers_and_equal_completions():
+def test_a_list_with_ties_padding_and_identical_completions():
     ranked = group([1], [2], [3], [3], scores=(3.0, 2.0, 2.0, 1.0))
     found = compare_completions(ranked, rating_margin=0.1)
     # (0,1) (0,2) (0,3) (1,2) tied (1,3) (2,3) equal
@@ -49,7 +49,7 @@ def test_a_list_with_ties_fillers_and_equal_completions():
     assert compare_completions(ranked).weight.tolist() == pytest.approx([1 / 3] * 3)
 
 
-def test_each_member_leaves_a_fold_of_prompts_out():
+def test_each_member_is_not_trained_on_its_own_fold():
     groups = [group([1], [2], prompt=(i // 2, 5)) for i in range(40)]
     fold = assign_folds(groups, 4, seed=0)
     assert (fold[0::2] == fold[1::2]).all()  # one prompt, one fold
@@ -62,7 +62,7 @@ def test_each_member_leaves_a_fold_of_prompts_out():
     assert ensemble_mask(groups, 1, seed=0).tolist() == [[1]] * 40
 
 
-def test_fillers_of_a_batch_weigh_nothing():
+def test_filler_groups_have_no_weight():
     groups = pad_completion_lists([group([1, 2], [3], [4], scores=(3, 2, 1)), group([5], [6])])
     learns = np.ones((2, 2), np.float32)
     batch = collate_rewards(
@@ -98,7 +98,7 @@ def test_margins_are_read(write):
         read_preferences(write({**PAIR, "margin": "big"}))
 
 
-def test_what_can_be_scored_keeps_its_order(write):
+def test_rows_to_score_keep_their_order(write):
     def read(*rows, format=None):
         found = read_scorable(write(*rows), format=format)
         return found, list(found)

@@ -52,7 +52,7 @@ def test_lengths_and_counts(tokenizer):
     assert "! the longer completion is chosen in 75% of the pairs" in render_statistics(statistics)
 
 
-def test_only_the_masked_tokens_of_a_conversation_count_as_scored(tokenizer):
+def test_scored_tokens_of_a_conversation_are_those_in_the_mask(tokenizer):
     turns = (Message("assistant", "abc"), Message("user", "hello"), Message("assistant", "no"))
     one = PromptGroup((Message("user", "one"),), (turns,), "train.jsonl:1")
     tokenized, report = tokenize_groups([one], tokenizer, max_seq_length=500)
@@ -87,7 +87,7 @@ def test_repetitions_contradictions_and_scores(tokenizer):
     )
 
 
-def test_dropped_rows_of_reading_and_tokenising_are_added_up(tokenizer):
+def test_dropped_rows_of_reading_and_tokenising_are_summed(tokenizer):
     groups = [group(str(i), "abc", "no") for i in range(10)] + [group("x", "abc " * 600, "no")]
     report = ReadReport("pairs", "pairs", 12, {"identical completions": 1})
     statistics = statistics_of(groups, tokenizer, read_report=report)

@@ -157,7 +157,7 @@ PREFERENCES = [
 
 
 @pytest.mark.parametrize(("name", "row", "prompt", "completions"), PREFERENCES)
-def test_preference_formats_are_recognised(tmp_path, name, row, prompt, completions):
+def test_preference_formats_are_detected(tmp_path, name, row, prompt, completions):
     (group,), report = read_preferences(write(tmp_path, row))
     assert report.format == name
     assert (group.prompt, group.completions) == (prompt, completions)
@@ -179,7 +179,7 @@ def test_format_names_are_unique():
     assert len(set(FORMAT_NAMES)) == len(FORMAT_NAMES)
 
 
-def test_conversations_that_part_before_the_last_turn_keep_the_rest_as_completion(tmp_path):
+def test_conversations_that_differ_before_the_last_turn(tmp_path):
     row = {
         "chosen": "\n\nHuman: Hi\n\nAssistant: A\n\nHuman: B\n\nAssistant: C",
         "rejected": "\n\nHuman: Hi\n\nAssistant: A\n\nHuman: X\n\nAssistant: Y",
@@ -218,7 +218,7 @@ def test_unpaired(tmp_path):
     assert (group.prompt, group.completions, group.label) == (ASKED, (YES,), True)
 
 
-def test_pairs_are_taken_apart_for_unpaired_training(tmp_path):
+def test_pairs_are_split_for_unpaired_training(tmp_path):
     groups, report = read_unpaired(write(tmp_path, PAIR))
     assert [(group.completions, group.label) for group in groups] == [
         ((" Yes",), True),
@@ -253,7 +253,7 @@ def test_prompts_keep_the_other_fields(tmp_path):
     assert (group.prompt, group.completions) == ("Hi", ())
 
 
-def test_rows_without_use_are_dropped_and_counted(tmp_path):
+def test_unusable_rows_are_dropped_and_counted(tmp_path):
     same = PAIR | {"rejected": " Yes"}
     path = write(tmp_path, PAIR, same, PAIR | {"rejected": " "}, PAIR | {"prompt": ""}, "", PAIR)
     groups, report = read_preferences(path)
@@ -331,7 +331,7 @@ def test_a_label_has_to_be_true_or_false(tmp_path):
         read_unpaired(path)
 
 
-def test_format_settles_what_is_ambiguous_and_is_checked(tmp_path):
+def test_format_option(tmp_path):
     path = write(tmp_path, PAIR | {"instruction": "Other"})
     assert read_preferences(path, format="pairs")[0][0].prompt == "Hi"
     assert read_preferences(path, format="instruction")[0][0].prompt[0].content == "Other"
@@ -379,7 +379,7 @@ def test_empty_files_and_missing_splits(tmp_path):
     assert not has_split(write(tmp_path, PAIR, name="mine.jsonl"), "valid")
 
 
-def test_a_wrong_path_is_refused_without_asking_the_hub(tmp_path):
+def test_a_wrong_path_is_refused_without_a_hub_request(tmp_path):
     for wrong in ("nowhere", "./owner/name", "owner/name.jsonl", "a/b/c", "~/x", "", "a\0b"):
         with pytest.raises(DataError, match="no such file or folder"):
             check_data(wrong)
@@ -417,7 +417,7 @@ def test_datasets_saved_to_disk(tmp_path):
     assert len(read_preferences(tmp_path / "single")[0]) == 2
 
 
-def test_sharded_folders_go_through_the_library(tmp_path, monkeypatch):
+def test_sharded_folders_are_read_by_the_library(tmp_path, monkeypatch):
     import datasets
 
     (tmp_path / "hub" / "data").mkdir(parents=True)
@@ -444,7 +444,7 @@ def test_ranked_groups_become_all_strictly_ordered_pairs():
     assert to_pairs([pair]) == [pair]
 
 
-def test_split_keeps_a_prompt_on_one_side_and_is_deterministic():
+def test_split_keeps_prompts_together_and_is_deterministic():
     groups = [PromptGroup(f"p{i % 40}", (f"a{i}", "b"), f"x:{i}") for i in range(100)]
     train, valid = split_validation(groups, 0.1, seed=3)
     assert len(train) + len(valid) == 100
@@ -490,7 +490,7 @@ JUNK = [
 
 
 def mutate(random, row):
-    """One row as damaged JSON text: fields lost, renamed, of other types, bytes changed."""
+    """A row as corrupted JSON: fields missing, renamed or of other types, bytes changed."""
     row = dict(row)
     for _ in range(random.choice([0, 1, 1, 2])):
         key = random.choice([*row, "prompt", "messages", "label", "scores"])
@@ -507,7 +507,7 @@ def mutate(random, row):
     return bytes(raw[: random.randrange(len(raw) + 1)] if random.random() < 0.1 else raw)
 
 
-def test_no_file_gets_anything_but_a_data_error(tmp_path):
+def test_corrupted_files_only_raise_data_errors(tmp_path):
     chance = random.Random(0)
     rows = [row for _, row, _, _ in PREFERENCES]
     rows += [{"prompt": "a", "completion": "b", "label": True}, {"text": "t"}]

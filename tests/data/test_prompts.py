@@ -1,4 +1,4 @@
-"""Prompts to answer: what is taken from the data, and as which tokens."""
+"""Reading and tokenising prompts."""
 
 import json
 
@@ -129,7 +129,7 @@ def test_margins_and_votes_of_pairs_are_left_out(tmp_path):
         ),
     ],
 )
-def test_what_is_no_prompt_is_named(tmp_path, rows, message):
+def test_errors_name_the_row(tmp_path, rows, message):
     with pytest.raises(DataError, match=message):
         read(tmp_path, *rows)
 
@@ -142,7 +142,7 @@ def test_empty_prompts_are_counted(tmp_path):
 
 @pytest.mark.parametrize("template", [CHATML, LLAMA2, LLAMA3, DOUBLE_BOS, PHI3, REFUSES_SYSTEM])
 @pytest.mark.parametrize("prompt", [(USER,), (SYSTEM, USER), (USER, YES, USER)])
-def test_prompt_ids_are_those_before_an_answer(template, prompt):
+def test_prompts_have_the_same_ids_as_in_training(template, prompt):
     tokenizer = tiny_tokenizer(template, bos=template != CHATML)
     asked = PromptGroup(prompt, (), "train.jsonl:1")
     answered = PromptGroup(prompt, ((YES,),), "train.jsonl:1")
@@ -152,14 +152,14 @@ def test_prompt_ids_are_those_before_an_answer(template, prompt):
     assert ready.prompt.tolist() == pair.prompt.tolist()
     assert ready.prompt.tolist().count(tokenizer.bos_token_id) == ("bos_token" in template)
     assert report.system_folded == (template == REFUSES_SYSTEM and SYSTEM in prompt)
-    # Completions that a group has are not looked at.
+    # Completions are ignored.
     assert tokenize_prompts([answered], tokenizer, 500)[0][0].prompt.tolist() == (
         ready.prompt.tolist()
     )
 
 
 @pytest.mark.parametrize("template", [THINKS, OPENS_THINKING])
-def test_thinking_templates_open_as_generation_does(template):
+def test_thinking_templates_render_as_in_generation(template):
     tokenizer = tiny_tokenizer(template, thinking=True)
     (ready,), _ = tokenize_prompts([PromptGroup((USER,), (), "x:1")], tokenizer, 500)
     generated = tokenizer.apply_chat_template(
@@ -168,7 +168,7 @@ def test_thinking_templates_open_as_generation_does(template):
     assert ready.prompt.tolist() == list(generated)
 
 
-def test_strings_are_tokenised_as_they_stand_with_one_bos():
+def test_strings_are_tokenised_unchanged_with_one_bos():
     tokenizer = tiny_tokenizer(CHATML)
     (ready,), _ = tokenize_prompts([PromptGroup("hello there", (), "x:1")], tokenizer, 500)
     answered = PromptGroup("hello there", (" four",), "x:1")
@@ -179,7 +179,7 @@ def test_strings_are_tokenised_as_they_stand_with_one_bos():
     assert tokenizer.bos_token_id not in ready.prompt[1:].tolist()
 
 
-def test_long_prompts_are_dropped_and_counted_and_a_tenth_is_too_many():
+def test_long_prompts_are_dropped_unless_they_are_more_than_10_percent():
     tokenizer = tiny_tokenizer(CHATML)
     short = [PromptGroup("hello", (), f"x:{i}") for i in range(19)]
     long = PromptGroup("hello " * 50, (), "x:long")

@@ -177,7 +177,7 @@ def test_csv_labels_and_lists(tmp_path):
     path = csv_file(tmp_path, 'prompt,completions,scores\na,"[""x"",""y""]","[1, 2]"\n')
     assert read_preferences(path)[0][0].completions == ("y", "x")
     path = csv_file(tmp_path, "prompt,completion,label\na,b,good\n")
-    with pytest.raises(DataError, match=r"train\.csv:2: 'label' is text 'good'; expected true or f"):
+    with pytest.raises(DataError, match=r"train\.csv:2: 'label' is text 'good'; expected true"):
         read_unpaired(path)
     path = csv_file(tmp_path, "question,answer\n1+1?,2\n")
     assert read_prompts(path)[0][0].columns == {"answer": "2"}

@@ -1,4 +1,4 @@
-"""Steps take what they need and a little more, however much mlx could plan ahead."""
+"""Steps use little more memory than they need, even if mlx could schedule far memory."""
 
 import mlx.core as mx
 
@@ -11,7 +11,7 @@ SMALL, LARGE = (Microbatch((0,), Shape(width, 1, 1)) for width in (250_000, 1_00
 
 
 def step(micro):
-    """A chain that needs two arrays of the shape's width at a time, and leaves none behind."""
+    """A chain that needs two arrays of the shape's width at a time, and keeps none."""
     total = mx.array(0.0)
     for i in range(60):
         start = mx.depends([mx.zeros(micro.shape.prompt)], [total])[0]
@@ -19,7 +19,7 @@ def step(micro):
     mx.eval(total)
 
 
-def test_steps_stay_within_their_room(monkeypatch):
+def test_steps_stay_within_the_limit(monkeypatch):
     monkeypatch.setattr(memory_limit, "MIN_HEADROOM_BYTES", 1 << 20)
     mx.clear_cache()
     before = mx.get_active_memory()
@@ -28,17 +28,17 @@ def test_steps_stay_within_their_room(monkeypatch):
     free = mx.get_peak_memory() - before
     limit = mx.set_memory_limit(1 << 40)
     mx.reset_peak_memory()
-    with MemoryLimit() as ahead:
+    with MemoryLimit() as memory:
         for _ in range(4):
-            with ahead.bounded([LARGE.shape]):
+            with memory.bounded([LARGE.shape]):
                 step(LARGE)
-        bounded = ahead.peak_bytes - before
-        # A new shape starts mlx's counter again; what was seen stays seen.
-        with ahead.bounded([SMALL.shape]):
+        bounded = memory.peak_bytes - before
+        # A new shape resets mlx's counter, but not the reported peak.
+        with memory.bounded([SMALL.shape]):
             step(SMALL)
-        assert mx.get_peak_memory() < ahead.peak_bytes
-        assert ahead.peak_bytes - before == bounded
+        assert mx.get_peak_memory() < memory.peak_bytes
+        assert memory.peak_bytes - before == bounded
     array = 4 * LARGE.shape.prompt
-    assert bounded <= 4 * array + 4096  # and what stands beside them
+    assert bounded <= 4 * array + 4096  # and small arrays
     assert free >= 2 * bounded
-    assert mx.set_memory_limit(limit) == 1 << 40  # mlx's own limit is back
+    assert mx.set_memory_limit(limit) == 1 << 40  # the previous limit is restored
