@@ -325,7 +325,7 @@ def detect_format(row: Row, kind: str, preferred: Sequence[Sequence[Format]]) ->
             raise DataError(f"{row.source}: matches the formats {names}; choose one with --format")
     if kind == "preference" and _has(row, "completion") and _has(row, "prompt"):
         raise DataError(
-            f"{row.source}: has a prompt and a completion, but no pair; expected chosen and "
+            f"{row.source}: found prompt and completion, but no pair; expected chosen and "
             "rejected (labelled completions are for kto, unlabelled ones for sft)"
         )
     found_keys = ", ".join(map(repr, row.fields))[:120] or "no fields"
