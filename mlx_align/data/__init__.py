@@ -1,1 +1,1 @@
-"""Data: from files to batches of tokens."""
+"""Datasets: reading, formats, tokenisation and batching."""

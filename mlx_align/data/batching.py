@@ -1,6 +1,9 @@
-"""From tokenised groups to padded batches of few shapes, in an order that repeats.
+"""Batch tokenised groups: the order of an epoch, padding, and packing.
 
-The order of batches is a function of (seed, epoch) alone, so a run can be continued at any batch.
+The order of batches depends only on the seed and the epoch, so a run can be resumed at any batch.
+
+A *padded* microbatch has one row for each prompt and for each completion. A *packed* microbatch has
+one row of prompts and one row of completions, each filled with as many groups as fit.
 """
 
 from __future__ import annotations
@@ -13,22 +16,31 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
-from mlx_align.data.packing import collate_packed, packed_order
-from mlx_align.data.shapes import (
+from mlx_align.data.buckets import (
     AnyShape,
     BatchLimit,
     PackedShape,
     Shape,
-    lengths_of,
+    group_lengths,
+    group_tokens,
+    microbatch_tokens,
+    packed_lengths,
     plan_shapes,
-    tokens_of,
-    tokens_run,
 )
-from mlx_align.types import GroupBatch, LabelledBatch, Logps, PairBatch, TokenizedGroup
+from mlx_align.types import GroupBatch, LabelledBatch, Logps, Packing, PairBatch, TokenizedGroup
+
+# Number of groups that are packed at once. The time to pack is quadratic in it; each window ends
+# with rows that are not full.
+PACKING_WINDOW = 1024
 
 
 class Microbatch(NamedTuple):
-    """Which groups run together, and in which shape."""
+    """The groups of a microbatch and its shape.
+
+    Attributes:
+        indices: Indices of the groups in the dataset.
+        shape: The shape to which they are padded, or in which they are packed.
+    """
 
     indices: tuple[int, ...]
     shape: AnyShape
@@ -41,16 +53,19 @@ def epoch_order(
     seed: int | None,
     epoch: int = 0,
 ) -> list[Microbatch]:
-    """Every group once, in microbatches of one shape each, shuffled by (seed, epoch).
+    """Arrange all groups in microbatches, each group once, shuffled by (seed, epoch).
 
-    The shapes are all packed or all padded. `seed=None` keeps the order of the data, for
-    evaluation.
+    Args:
+        groups: All groups of the dataset.
+        shapes: From `plan_shapes`; all packed or all padded.
+        seed: Random seed; None keeps the order of the data, for evaluation.
+        epoch: Number of the epoch, from 0.
     """
     random = None if seed is None else np.random.default_rng((seed, epoch))
     order = np.arange(len(groups)) if random is None else random.permutation(len(groups))
     packed = [shape for shape in shapes if isinstance(shape, PackedShape)]
     if packed:
-        batches = [Microbatch(*batch) for batch in packed_order(groups, packed, order)]
+        batches = _packed_order(groups, packed, order)
     else:
         padded = [shape for shape in shapes if isinstance(shape, Shape)]
         batches = _padded_order(groups, padded, order)
@@ -62,13 +77,13 @@ def epoch_order(
 def _padded_order(
     groups: Sequence[TokenizedGroup], shapes: Sequence[Shape], order: npt.NDArray[np.int64]
 ) -> list[Microbatch]:
-    """Groups left over in one shape move on to the next that holds them.
+    """Fill microbatches shape by shape; leftover groups move to the next shape that fits them.
 
-    That has room for as many or fewer: so fillers are needed once at most.
+    Later shapes hold as many groups or fewer, so at most one microbatch is not full.
     """
     waiting: dict[Shape, list[int]] = {shape: [] for shape in shapes}
     for index in order:
-        waiting[_fitting(lengths_of(groups[index]), shapes)].append(int(index))
+        waiting[_fitting(group_lengths(groups[index]), shapes)].append(int(index))
     batches = []
     for position, shape in enumerate(shapes):
         row = waiting[shape]
@@ -79,7 +94,7 @@ def _padded_order(
             if position == len(shapes) - 1:
                 batches.append(_last(row[full:], groups, shapes))
                 break
-            target = _fitting(lengths_of(groups[index]), shapes[position + 1 :])
+            target = _fitting(group_lengths(groups[index]), shapes[position + 1 :])
             waiting[target].append(index)
     return batches
 
@@ -87,8 +102,8 @@ def _padded_order(
 def _last(
     indices: Sequence[int], groups: Sequence[TokenizedGroup], shapes: Sequence[Shape]
 ) -> Microbatch:
-    """The batch of what is left over at the end, in whichever shape runs fewest tokens."""
-    lengths = [lengths_of(groups[index]) for index in indices]
+    """The last, partly filled microbatch, in the shape with the fewest tokens."""
+    lengths = [group_lengths(groups[index]) for index in indices]
     longest = max(p for p, _ in lengths), max(c for _, c in lengths)
     rows = len(groups[indices[0]].completions)
     holding = [
@@ -98,16 +113,60 @@ def _last(
         and longest[0] <= shape.prompt
         and longest[1] <= shape.completion
     ]
-    cheapest = min(holding, key=lambda shape: shape.groups * tokens_of(shape, rows))
+    cheapest = min(holding, key=lambda shape: shape.groups * group_tokens(shape, rows))
     return Microbatch(tuple(indices), cheapest)
 
 
 def _fitting(lengths: tuple[int, int], shapes: Sequence[Shape]) -> Shape:
-    """The first of `shapes` (cheapest first) that holds a group; the last one always does."""
+    """The first of `shapes` (smallest first) that fits a group; the last one always does."""
     for shape in shapes:
         if lengths[0] <= shape.prompt and lengths[1] <= shape.completion:
             return shape
     raise AssertionError(f"no shape of {shapes} holds {lengths}")
+
+
+def _packed_order(
+    groups: Sequence[TokenizedGroup], shapes: Sequence[PackedShape], order: npt.NDArray[np.int64]
+) -> list[Microbatch]:
+    """Pack all groups into microbatches, taking them from `order` in windows.
+
+    A microbatch starts with a group that fits no earlier shape. Then the group is added whose
+    prompt and completions best match the remaining room of the two rows: large groups first, then
+    small ones, so that both rows fill up together.
+    """
+    batches = []
+    for start in range(0, len(order), PACKING_WINDOW):
+        window = order[start : start + PACKING_WINDOW]
+        sizes = np.array([packed_lengths(groups[index]) for index in window])
+        widths = np.array([[shape.prompt, shape.completion] for shape in shapes])
+        first = (sizes[:, None] <= widths[None]).all(axis=2).argmax(axis=1)
+        waiting = np.arange(len(window))
+        while len(waiting):
+            largest = int(first[waiting].max())
+            # The first group must be one that needs this shape; the others need not.
+            openers = first[waiting] == largest
+            taken = _fill(sizes[waiting], widths[largest], openers)
+            members = tuple(int(window[i]) for i in waiting[taken])
+            batches.append(Microbatch(members, shapes[largest]))
+            waiting = np.delete(waiting, taken)
+    return batches
+
+
+def _fill(
+    sizes: npt.NDArray[np.int64], widths: npt.NDArray[np.int64], openers: npt.NDArray[np.bool_]
+) -> list[int]:
+    """Choose from groups of `sizes` (n, 2) those that go into rows of `widths` (2,)."""
+    room = widths.copy()
+    taken: list[int] = []
+    free = openers.copy()
+    while free.any():
+        along = (sizes / widths) @ (room / widths)
+        best = int(np.where(free, along, -1.0).argmax())
+        taken.append(best)
+        room -= sizes[best]
+        free = np.asarray((sizes <= room).all(axis=1))
+        free[taken] = False
+    return taken
 
 
 def microbatch_stream(
@@ -117,9 +176,9 @@ def microbatch_stream(
     seed: int,
     start: int = 0,
 ) -> Iterator[Microbatch]:
-    """Microbatches without end, epoch after epoch, from the `start`-th on.
+    """Yield microbatches forever, epoch after epoch, beginning with number `start`.
 
-    Epochs may differ in length: which groups are left over depends on their order.
+    Epochs may differ in length, because the leftover groups depend on the order.
     """
     epoch = 0
     while True:
@@ -130,9 +189,9 @@ def microbatch_stream(
 
 
 def collate_groups(groups: Sequence[TokenizedGroup], shape: AnyShape) -> GroupBatch:
-    """Groups in `shape`; short batches are filled up with groups whose mask is all false."""
+    """Pad or pack groups; missing groups become filler whose mask is all false."""
     if isinstance(shape, PackedShape):
-        return collate_packed(groups, shape)
+        return _collate_packed(groups, shape)
     rows, size = len(groups[0].completions), shape.groups
     prompts = np.zeros((size, shape.prompt), np.int32)
     lengths = np.ones((size,), np.int32)
@@ -144,8 +203,7 @@ def collate_groups(groups: Sequence[TokenizedGroup], shape: AnyShape) -> GroupBa
         for k, completion in enumerate(group.completions):
             n = b * rows + k
             completions[n, : len(completion)] = completion
-            scored = True if group.loss_masks is None else group.loss_masks[k]
-            mask[n, : len(completion)] = scored
+            mask[n, : len(completion)] = completion_mask(group, k)
     return GroupBatch(
         prompt_tokens=mx.array(prompts),
         prompt_lengths=mx.array(lengths),
@@ -154,12 +212,44 @@ def collate_groups(groups: Sequence[TokenizedGroup], shape: AnyShape) -> GroupBa
     )
 
 
+def _collate_packed(groups: Sequence[TokenizedGroup], shape: PackedShape) -> GroupBatch:
+    """Pack groups into two rows, with the index of every completion token in the (N, C) layout."""
+    rows = len(groups[0].completions)
+    prompts = np.zeros((1, shape.prompt), np.int32)
+    lengths = np.zeros((shape.groups,), np.int32)
+    completions = np.zeros((shape.groups * rows, shape.longest), np.int32)
+    mask = np.zeros(completions.shape, np.bool_)
+    place = np.zeros(completions.shape, np.int32)
+    tokens, step, completion = np.zeros((3, shape.completion), np.int32)
+    completion -= 1
+    prompts_end = completions_end = 0
+    for b, group in enumerate(groups):
+        lengths[b] = len(group.prompt)
+        prompts[0, prompts_end : prompts_end + lengths[b]] = group.prompt
+        prompts_end += len(group.prompt)
+        for k, ids in enumerate(group.completions):
+            n = b * rows + k
+            here = slice(completions_end, completions_end + len(ids))
+            tokens[here], step[here], completion[here] = ids, np.arange(len(ids)), n
+            completions[n, : len(ids)] = ids
+            mask[n, : len(ids)] = completion_mask(group, k)
+            place[n, : len(ids)] = np.arange(here.start, here.stop)
+            completions_end = here.stop
+    return GroupBatch(
+        prompt_tokens=mx.array(prompts),
+        prompt_lengths=mx.array(lengths),
+        completion_tokens=mx.array(completions),
+        completion_mask=mx.array(mask),
+        packing=Packing(*(mx.array(array) for array in (tokens, completion, step, place))),
+    )
+
+
 def collate_pairs(
     groups: Sequence[TokenizedGroup],
     reference_logps: Sequence[tuple[Logps, ...]] | None,
     shape: AnyShape,
 ) -> PairBatch:
-    """Pad pairs, with the reference's log-prob of each completion token where there is one."""
+    """Collate pairs and the reference log-probs of their completion tokens, if there are any."""
     batch = collate_groups(groups, shape)
     rows = [row for logps in reference_logps or () for row in logps]
     filled = np.arange(shape.groups) < len(groups)
@@ -178,7 +268,7 @@ def collate_labelled(
     shape: AnyShape,
     completion: int = 0,
 ) -> LabelledBatch:
-    """Pad groups, one completion of each, with the reference's log-probs of its tokens."""
+    """Collate one completion of each group, its label and its reference log-probs."""
     batch = collate_groups([_single(group, completion) for group in groups], shape)
     labels = np.zeros((shape.groups,), np.bool_)
     labels[: len(groups)] = [bool(group.label) for group in groups]
@@ -192,41 +282,41 @@ def collate_labelled(
 
 
 def _single(group: TokenizedGroup, completion: int) -> TokenizedGroup:
-    """The group with one of its completions."""
+    """The group with only one of its completions."""
     one = slice(completion, completion + 1)
     masks = None if group.loss_masks is None else group.loss_masks[one]
     return replace(group, completions=group.completions[one], loss_masks=masks)
 
 
 def _padded(rows: Sequence[Logps], like: mx.array) -> mx.array:
-    """Rows of floats in an array of the shape of `like` (N, C); 0 where nothing is given."""
+    """Rows of floats as an array of the shape of `like` (N, C), padded with zeros."""
     padded = np.zeros(like.shape, np.float32)
     for n, row in enumerate(rows):
         padded[n, : len(row)] = row
     return mx.array(padded)
 
 
-def scored(group: TokenizedGroup, completion: int) -> npt.NDArray[np.bool_]:
-    """Which tokens of a completion count, (length,) bool."""
+def completion_mask(group: TokenizedGroup, completion: int) -> npt.NDArray[np.bool_]:
+    """Which tokens of a completion are in the loss, (length,) bool."""
     if group.loss_masks is not None:
         return group.loss_masks[completion]
     return np.ones(len(group.completions[completion]), np.bool_)
 
 
 def groups_per_batch(groups: Sequence[TokenizedGroup], limit: BatchLimit) -> float:
-    """Groups of a microbatch: the number asked for, or the mean of what fits."""
+    """Groups per microbatch: --batch-size, or the average number that fits --batch-tokens."""
     if limit.tokens is None:
         return limit.groups
     return len(groups) / len(epoch_order(groups, plan_shapes(groups, limit), seed=None))
 
 
-def padding_waste(batches: Sequence[Microbatch], groups: Sequence[TokenizedGroup]) -> float:
-    """Share of the tokens run through the model that are padding."""
-    run = real = 0
+def padding_fraction(batches: Sequence[Microbatch], groups: Sequence[TokenizedGroup]) -> float:
+    """Fraction of the tokens run through the model that are padding, in [0, 1]."""
+    total = real = 0
     for batch in batches:
         rows = len(groups[batch.indices[0]].completions)
-        run += tokens_run(batch.shape, rows)
+        total += microbatch_tokens(batch.shape, rows)
         for index in batch.indices:
             group = groups[index]
             real += len(group.prompt) + sum(len(c) for c in group.completions)
-    return 1 - real / run
+    return 1 - real / total

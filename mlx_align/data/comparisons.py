@@ -1,7 +1,7 @@
-"""What a group says of every two of its completions, for reward models.
+"""Pairwise comparisons of a group's completions, for reward models.
 
-Pairs and ranked lists take one way: a pair is a list of two. Groups of one data set are filled up
-to a common number of completions, and fillers are compared with nothing.
+Pairs and ranked lists are treated alike: a pair is a list of two. All groups of a dataset are
+padded to the same number of completions; padding completions are never compared.
 """
 
 from __future__ import annotations
@@ -15,33 +15,35 @@ import numpy as np
 import numpy.typing as npt
 
 from mlx_align.data.batching import collate_groups
-from mlx_align.data.shapes import AnyShape
+from mlx_align.data.buckets import AnyShape
 from mlx_align.types import Comparisons, RewardBatch, TokenizedGroup
 
 Floats = npt.NDArray[np.float32]
 
 
-class Compared(NamedTuple):
-    """One row of `Comparisons`, (P,) each."""
+class GroupComparisons(NamedTuple):
+    """The comparisons of one group: one row of `Comparisons`, (P,) each."""
 
     probability: Floats
     margin: Floats
     weight: Floats
 
 
-def compare(group: TokenizedGroup, *, rating_margin: float = 0.0, ties: str = "skip") -> Compared:
-    """What is known of every two of a group's completions, which stand best first.
+def compare_completions(
+    group: TokenizedGroup, *, rating_margin: float = 0.0, ties: str = "skip"
+) -> GroupComparisons:
+    """Compare every two completions of a group, which are ordered best first.
 
-    Of a pair the order is the label, or its soft label the probability; of longer lists the
-    ratings decide. Each two weigh 1/C(K,2), of K completions without fillers; equal completions
-    are not compared.
+    In a pair the first completion is better, with the probability of the soft label if there is
+    one. In longer lists the scores decide. Each comparison has the weight 1/C(K,2), where K is the
+    number of completions without padding; identical completions have weight 0.
 
     Args:
-        group: A pair, or a ranked list with its ratings.
-        rating_margin: Margin asked for per point that two ratings differ by; a margin the data
-            names wins.
-        ties: What two equal ratings of a list mean: nothing (`skip`), or that each wins half of
-            the time (`half`).
+        group: A pair, or a ranked list with scores.
+        rating_margin: Margin per point of difference between two scores. A margin given in the
+            data takes precedence.
+        ties: How to treat equal scores in a list: `skip` ignores them, `half` gives both
+            completions the probability 0.5.
     """
     count = len(group.completions)
     real = sum(len(completion) > 0 for completion in group.completions)
@@ -64,11 +66,13 @@ def compare(group: TokenizedGroup, *, rating_margin: float = 0.0, ties: str = "s
     margin = rating_margin * np.abs(rating[first] - rating[second])
     if group.margin is not None:
         margin[0] = group.margin
-    return Compared(*(column.astype(np.float32) for column in (probability, margin, weight)))
+    return GroupComparisons(
+        *(column.astype(np.float32) for column in (probability, margin, weight))
+    )
 
 
-def filled_up(groups: Sequence[TokenizedGroup]) -> list[TokenizedGroup]:
-    """The groups, all with as many completions as the longest list has; fillers have no tokens."""
+def pad_completion_lists(groups: Sequence[TokenizedGroup]) -> list[TokenizedGroup]:
+    """Add empty completions so that all groups have as many as the longest list."""
     most = max((len(group.completions) for group in groups), default=0)
     nothing = np.zeros(0, np.int32)
     no_mask = np.zeros(0, np.bool_)
@@ -85,8 +89,8 @@ def filled_up(groups: Sequence[TokenizedGroup]) -> list[TokenizedGroup]:
     return [fill(group) for group in groups]
 
 
-def folds(groups: Sequence[TokenizedGroup], count: int, seed: int) -> npt.NDArray[np.int64]:
-    """Per group, the one of `count` folds it falls into; all groups of a prompt fall together."""
+def assign_folds(groups: Sequence[TokenizedGroup], count: int, seed: int) -> npt.NDArray[np.int64]:
+    """Assign each group to one of `count` folds; groups with the same prompt share a fold."""
     prompts = {group.prompt.tobytes(): 0 for group in groups}
     order = np.random.default_rng((seed, count)).permutation(len(prompts))
     for position, prompt in enumerate(prompts):
@@ -94,29 +98,33 @@ def folds(groups: Sequence[TokenizedGroup], count: int, seed: int) -> npt.NDArra
     return np.array([prompts[group.prompt.tobytes()] for group in groups], np.int64)
 
 
-def members_that_learn(
+def ensemble_mask(
     groups: Sequence[TokenizedGroup], members: int, seed: int
 ) -> npt.NDArray[np.float32]:
-    """(groups, members), 1 where a member learns from a group: each leaves its own fold out."""
+    """Which groups each member of an ensemble is trained on: all but its own fold.
+
+    Returns:
+        (groups, members), 1 if the member is trained on the group, else 0.
+    """
     if members == 1:
         return np.ones((len(groups), 1), np.float32)
-    fold = folds(groups, members, seed)
+    fold = assign_folds(groups, members, seed)
     return (fold[:, None] != np.arange(members)[None]).astype(np.float32)
 
 
 def collate_rewards(
     groups: Sequence[TokenizedGroup],
-    compared: Sequence[Compared],
+    compared: Sequence[GroupComparisons],
     learns: npt.NDArray[np.float32],
     shape: AnyShape,
 ) -> RewardBatch:
-    """Pad groups of equally many completions, with what is known of each two of them.
+    """Collate groups with the same number of completions, and their comparisons.
 
     Args:
         groups: The groups of the microbatch.
-        compared: What `compare` gave for each.
-        learns: (groups, members), as `members_that_learn` gave it for each.
-        shape: Widths, and groups of a full microbatch.
+        compared: Their comparisons, from `compare_completions`.
+        learns: (groups, members), the rows of `ensemble_mask` for these groups.
+        shape: The shape of the microbatch.
     """
     missing = shape.groups - len(groups)
 

@@ -1,7 +1,7 @@
-"""From a row to a `PromptGroup`, one function per format of single answers and of prompts.
+"""Convert rows to `PromptGroup`s, one function per data format.
 
-Each raises `DataError` for a row that isn't of its format, and `Unusable` for one nothing can be
-learned from. Which format a file has is decided in `mlx_align.data.formats`.
+Each function raises `DataError` for a row that is not of its format, and `UnusableRow` for a row
+that can't be used for training. `mlx_align.data.formats` decides which format a file has.
 """
 
 from __future__ import annotations
@@ -9,103 +9,285 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from mlx_align.data.conversations import (
-    Unusable,
+from mlx_align.data.messages import (
+    UnusableRow,
     as_messages,
+    as_number,
     as_string,
     as_text,
-    need,
-    shown,
+    brief,
+    is_messages,
+    is_transcript,
+    parse_transcript,
+    required_field,
+    split_shared_text,
+    split_shared_turns,
 )
-from mlx_align.data.sources import Row
+from mlx_align.data.readers import Row
 from mlx_align.errors import DataError
 from mlx_align.types import Message, PromptGroup, Text
 
-QUESTIONS = ("instruction", "question")
+QUESTION_FIELDS = ("instruction", "question")
+PAIR_SCORES = (
+    ("score_chosen", "score_rejected"),
+    ("chosen_score", "rejected_score"),
+    ("chosen_rating", "rejected_rating"),
+    ("chosen-rating", "rejected-rating"),
+)
+COMPLETION_LIST_FIELDS = ("completions", "responses")
+RATING_LIST_FIELDS = ("scores", "ratings", "rank", "ranks")
+
+
+# --- pairs and ranked lists ---
+
+
+def pair(row: Row) -> PromptGroup:
+    """`prompt`, `chosen`, `rejected`: each a string or a list of messages."""
+    prompt = as_text(row, "prompt", required_field(row, "prompt"))
+    completions = tuple(
+        as_text(row, key, required_field(row, key)) for key in ("chosen", "rejected")
+    )
+    return _pair(row, with_system(row, prompt), completions, ("prompt", "system"))
+
+
+def implicit_pair(row: Row) -> PromptGroup:
+    """`chosen` and `rejected` without a prompt: texts or conversations that share a prefix."""
+    whole = [as_text(row, key, required_field(row, key)) for key in ("chosen", "rejected")]
+    strings = [text for text in whole if isinstance(text, str)]
+    turns = [text for text in whole if not isinstance(text, str)]
+    if len(strings) == 2:
+        return _pair(row, *split_shared_text(strings))
+    if strings:
+        raise DataError(
+            f"{row.source}: one of 'chosen' and 'rejected' is text, the other is a list of messages"
+        )
+    return _pair(row, *split_shared_turns(turns))
+
+
+def transcript_pair(row: Row) -> PromptGroup:
+    """HH-RLHF text: whole transcripts, or a transcript as `prompt` and completions as text."""
+    if "prompt" in row.fields:
+        prompt = parse_transcript(row, "prompt", row.fields["prompt"])
+        if prompt[-1] == Message("assistant", ""):  # the open "Assistant:" at the end
+            prompt = prompt[:-1]
+        completions = [
+            as_string(row, k, required_field(row, k)).strip() for k in ("chosen", "rejected")
+        ]
+        return _pair(row, prompt, completions, ("prompt",))
+    whole = [parse_transcript(row, key, required_field(row, key)) for key in ("chosen", "rejected")]
+    if any(turns[-1].role != "assistant" for turns in whole):
+        raise UnusableRow("does not end with an assistant turn")
+    return _pair(row, *split_shared_turns(whole))
+
+
+def whole_conversation_pair(row: Row) -> PromptGroup:
+    """UltraFeedback: `prompt`, and `chosen`/`rejected` as conversations that include it."""
+    whole = [as_messages(row, key, required_field(row, key)) for key in ("chosen", "rejected")]
+    prompt = as_text(row, "prompt", required_field(row, "prompt"))
+    turns, completions = split_shared_turns(whole)
+    present = {turn.content.strip() for turn in turns}
+    expected = [prompt] if isinstance(prompt, str) else [turn.content for turn in prompt]
+    if not all(text.strip() in present for text in expected):
+        raise DataError(
+            f"{row.source}: 'prompt' is not among the turns that 'chosen' and 'rejected' share; "
+            "correct it, or ignore it with --format implicit"
+        )
+    return _pair(row, with_system(row, turns), completions, ("prompt", "system"))
+
+
+def openai_pair(row: Row) -> PromptGroup:
+    """`input.messages`, `preferred_output`, `non_preferred_output`."""
+    given = required_field(row, "input")
+    if not isinstance(given, dict):
+        raise DataError(f"{row.source}: 'input' is {brief(given)}; expected {{'messages': […]}}")
+    if given.get("tools"):
+        raise DataError(f"{row.source}: 'input.tools' is not supported; remove it")
+    prompt = as_messages(row, "input.messages", given.get("messages"))
+    keys = ("preferred_output", "non_preferred_output")
+    completions = [as_messages(row, key, required_field(row, key)) for key in keys]
+    return _pair(row, prompt, completions, ("input", *keys))
+
+
+def sharegpt_pair(row: Row) -> PromptGroup:
+    """`conversations` with `from`/`value` turns; `chosen` and `rejected` are one turn each."""
+    turns = as_messages(row, "conversations", required_field(row, "conversations"))
+    completions = [as_text(row, key, required_field(row, key)) for key in ("chosen", "rejected")]
+    return _pair(row, with_system(row, turns), completions, ("conversations", "system"))
+
+
+def instruction_pair(row: Row) -> PromptGroup:
+    """`instruction` (or `question`) with `input`, `system`, `history`; `chosen`, `rejected`."""
+    completions = [as_string(row, key, required_field(row, key)) for key in ("chosen", "rejected")]
+    return _pair(
+        row, instruction_turns(row), completions, (*QUESTION_FIELDS, "input", "system", "history")
+    )
+
+
+def ranked(row: Row) -> PromptGroup:
+    """`prompt` and a list of completions with scores, or ranks (1 is best); returns best first.
+
+    A completion is a string, a list of messages, or an object with a text and a score.
+    """
+    prompt_key, prompt, key, values = _prompt_and_list(row)
+    rating = next((name for name in RATING_LIST_FIELDS if name in row.fields), None)
+    if rating is not None:
+        ratings = row.fields[rating]
+        if not isinstance(ratings, list) or len(ratings) != len(values):
+            raise DataError(
+                f"{row.source}: {rating!r} is {brief(ratings)}; expected one number for each of "
+                f"the {len(values)} {key}"
+            )
+        sign = -1.0 if rating.startswith("rank") else 1.0
+        scores = [sign * as_number(row, f"{rating}[{i}]", r) for i, r in enumerate(ratings)]
+        texts = [as_text(row, f"{key}[{i}]", value) for i, value in enumerate(values)]
+    else:
+        rated = [_rated(row, f"{key}[{i}]", value) for i, value in enumerate(values)]
+        texts, scores = [text for text, _ in rated], [score for _, score in rated]
+    if len(texts) < 2:
+        raise UnusableRow("fewer than two completions")
+    if len(set(scores)) == 1:
+        raise UnusableRow("all completions rated the same")
+    order = sorted(range(len(texts)), key=lambda i: -scores[i])
+    return make_group(
+        row,
+        with_system(row, prompt),
+        [texts[i] for i in order],
+        (prompt_key, key, "system", *([rating] if rating else [])),
+        scores=tuple(scores[i] for i in order),
+    )
+
+
+def completion_list(row: Row) -> PromptGroup:
+    """`prompt` and a list of completions to score, in the order of the row; ratings are ignored."""
+    prompt_key, prompt, key, values = _prompt_and_list(row)
+    texts = []
+    for i, value in enumerate(values):
+        where = f"{key}[{i}]"
+        if isinstance(value, dict) and (name := _text_key(value)) is not None:
+            value = value[name]
+        texts.append(as_text(row, where, value))
+    if not texts:
+        raise UnusableRow("no completions")
+    return make_group(
+        row, with_system(row, prompt), texts, (prompt_key, key, "system"), allow_identical=True
+    )
+
+
+# --- single completions ---
 
 
 def unpaired(row: Row) -> PromptGroup:
     """`prompt`, `completion`, `label` (true: desirable)."""
-    prompt = as_text(row, "prompt", need(row, "prompt"))
-    answer = as_text(row, "completion", need(row, "completion"))
+    prompt = as_text(row, "prompt", required_field(row, "prompt"))
+    completion = as_text(row, "completion", required_field(row, "completion"))
     keys = ("prompt", "completion", "label", "system")
-    return group(row, with_system(row, prompt), [answer], keys, label=_label(row, "label"))
+    return make_group(row, with_system(row, prompt), [completion], keys, label=_label(row, "label"))
 
 
 def unpaired_conversation(row: Row) -> PromptGroup:
-    """`messages` or `conversations` ending with the rated answer, and `label` or `kto_tag`."""
-    key, tag = _turns_key(row), "label" if "label" in row.fields else "kto_tag"
-    turns = as_messages(row, key, need(row, key))
+    """`messages` or `conversations` whose last turn is rated by `label` or `kto_tag`."""
+    key, tag = _messages_field(row), "label" if "label" in row.fields else "kto_tag"
+    turns = as_messages(row, key, required_field(row, key))
     if len(turns) < 2:
-        raise DataError(f"{row.source}: {key!r} holds one turn; expected a question and an answer")
+        raise DataError(
+            f"{row.source}: {key!r} has only one turn; expected a prompt and a completion"
+        )
     prompt = with_system(row, turns[:-1])
-    return group(row, prompt, [turns[-1:]], (key, tag, "system"), label=_label(row, tag))
+    return make_group(row, prompt, [turns[-1:]], (key, tag, "system"), label=_label(row, tag))
 
 
 def prompt_completion(row: Row) -> PromptGroup:
-    """`prompt` and `completion`; of rows with a `label`, the desirable ones."""
+    """`prompt` and `completion`; rows with a false `label` are dropped."""
     if "label" in row.fields and not _label(row, "label"):
-        raise Unusable("labelled undesirable")
-    prompt = as_text(row, "prompt", need(row, "prompt"))
-    answer = as_text(row, "completion", need(row, "completion"))
+        raise UnusableRow("labelled undesirable")
+    prompt = as_text(row, "prompt", required_field(row, "prompt"))
+    completion = as_text(row, "completion", required_field(row, "completion"))
     keys = ("prompt", "completion", "label", "system")
-    return group(row, with_system(row, prompt), [answer], keys)
+    return make_group(row, with_system(row, prompt), [completion], keys)
 
 
 def conversation(row: Row) -> PromptGroup:
-    """`messages` or `conversations`: everything from the first answer on is the completion."""
-    key = _turns_key(row)
-    turns = as_messages(row, key, need(row, key))
+    """`messages` or `conversations`; the completion starts at the first assistant turn."""
+    key = _messages_field(row)
+    turns = as_messages(row, key, required_field(row, key))
     if row.fields.get("tools"):
-        raise DataError(f"{row.source}: 'tools' is not read; write it into a system message")
+        raise DataError(f"{row.source}: 'tools' is not supported; write it into a system message")
     roles = [turn.role for turn in turns]
     first = next(
         (i for i, role in enumerate(roles) if role == "assistant" and "user" in roles[:i]), None
     )
     if first is None:
-        raise Unusable("no answer to a user's turn")
+        raise UnusableRow("no assistant turn after a user turn")
     last = max(i for i, role in enumerate(roles) if role == "assistant")
     prompt = with_system(row, turns[:first])
-    return group(row, prompt, [turns[first : last + 1]], (key, "system", "tools"))
+    return make_group(row, prompt, [turns[first : last + 1]], (key, "system", "tools"))
 
 
 def plain_text(row: Row) -> PromptGroup:
-    """`text` alone: an empty prompt and the text as its completion."""
-    text = as_string(row, "text", need(row, "text"))
+    """`text`: an empty prompt with the text as its completion."""
+    text = as_string(row, "text", required_field(row, "text"))
     if not text.strip():
-        raise Unusable("empty completion")
-    return PromptGroup("", (text,), row.source, columns=_others(row, ("text",)))
+        raise UnusableRow("empty completion")
+    return PromptGroup("", (text,), row.source, columns=_other_columns(row, ("text",)))
 
 
 def instruction_output(row: Row) -> PromptGroup:
     """`instruction` (or `question`) with `input`, `system`, `history`; and `output`."""
-    output = as_string(row, "output", need(row, "output"))
-    keys = (*QUESTIONS, "input", "system", "history", "output")
-    return group(row, instruction_turns(row), [output], keys)
+    output = as_string(row, "output", required_field(row, "output"))
+    keys = (*QUESTION_FIELDS, "input", "system", "history", "output")
+    return make_group(row, instruction_turns(row), [output], keys)
+
+
+def scorable_completion(row: Row) -> PromptGroup:
+    """`prompt` and `completion` to score; the label is ignored."""
+    prompt = as_text(row, "prompt", required_field(row, "prompt"))
+    completion = as_text(row, "completion", required_field(row, "completion"))
+    return make_group(
+        row, with_system(row, prompt), [completion], ("prompt", "completion", "system")
+    )
+
+
+def scorable_conversation(row: Row) -> PromptGroup:
+    """`messages` or `conversations`; the last turn is the completion to score."""
+    key = "conversations" if "conversations" in row.fields else "messages"
+    turns = as_messages(row, key, required_field(row, key))
+    if len(turns) < 2:
+        raise DataError(
+            f"{row.source}: {key!r} has only one turn; expected a prompt and a completion"
+        )
+    return make_group(row, with_system(row, turns[:-1]), [turns[-1:]], (key, "system"))
+
+
+# --- prompts ---
 
 
 def prompt_only(row: Row) -> PromptGroup:
-    """`prompt`, or a question, without completions."""
-    if "prompt" not in row.fields and any(key in row.fields for key in QUESTIONS):
-        return group(row, instruction_turns(row), [], (*QUESTIONS, "input", "system", "history"))
-    prompt = with_system(row, as_text(row, "prompt", need(row, "prompt")))
-    return group(row, prompt, [], ("prompt", "system"))
+    """`prompt`, `instruction` or `question`, without completions."""
+    if "prompt" not in row.fields and any(key in row.fields for key in QUESTION_FIELDS):
+        return make_group(
+            row, instruction_turns(row), [], (*QUESTION_FIELDS, "input", "system", "history")
+        )
+    prompt = with_system(row, as_text(row, "prompt", required_field(row, "prompt")))
+    return make_group(row, prompt, [], ("prompt", "system"))
 
 
 def conversation_prompt(row: Row) -> PromptGroup:
-    """`messages` or `conversations` to be answered; an answer that they end with is left out."""
-    key = _turns_key(row)
-    turns = as_messages(row, key, need(row, key))
+    """`messages` or `conversations` as a prompt; assistant turns at the end are removed."""
+    key = _messages_field(row)
+    turns = as_messages(row, key, required_field(row, key))
     if row.fields.get("tools"):
-        raise DataError(f"{row.source}: 'tools' is not read; write it into a system message")
+        raise DataError(f"{row.source}: 'tools' is not supported; write it into a system message")
     while turns and turns[-1].role == "assistant":
         turns = turns[:-1]
     if not turns:
-        raise DataError(f"{row.source}: {key!r} has no user turn; expected a question to answer")
-    return group(row, with_system(row, turns), [], (key, "system", "tools"))
+        raise DataError(f"{row.source}: {key!r} has no user turn; expected one")
+    return make_group(row, with_system(row, turns), [], (key, "system", "tools"))
 
 
-def group(
+# --- shared by the converters ---
+
+
+def make_group(
     row: Row,
     prompt: Text,
     completions: Sequence[Text],
@@ -115,11 +297,20 @@ def group(
     label: bool | None = None,
     soft_label: float | None = None,
     margin: float | None = None,
-    alike: bool = False,
+    allow_identical: bool = False,
 ) -> PromptGroup:
-    """A checked group: a string beside messages becomes a message, `used` fields no columns.
+    """Check a group and make it uniform: if the prompt or a completion is messages, all become so.
 
-    `alike` says whether all completions may be the same, which nothing can be learned from.
+    Args:
+        row: The row it comes from.
+        prompt: The prompt.
+        completions: The completions.
+        used: Fields that were read; all others go into `columns`.
+        scores: As in `PromptGroup`, like the next three.
+        label: See above.
+        soft_label: See above.
+        margin: See above.
+        allow_identical: Whether all completions may be the same (to score them).
     """
     if any(not isinstance(text, str) for text in (prompt, *completions)):
         prompt = (Message("user", prompt),) if isinstance(prompt, str) else prompt
@@ -129,8 +320,8 @@ def group(
     _check_prompt(row, prompt)
     for completion in completions:
         _check_completion(row, completion)
-    if len(completions) > 1 and len(set(completions)) == 1 and not alike:
-        raise Unusable("identical completions")
+    if len(completions) > 1 and len(set(completions)) == 1 and not allow_identical:
+        raise UnusableRow("identical completions")
     return PromptGroup(
         prompt,
         tuple(completions),
@@ -139,69 +330,158 @@ def group(
         label,
         soft_label,
         margin,
-        columns=_others(row, used),
+        columns=_other_columns(row, used),
     )
 
 
 def _check_prompt(row: Row, prompt: Text) -> None:
     if isinstance(prompt, str):
         if not prompt.strip():
-            raise Unusable("empty prompt")
+            raise UnusableRow("empty prompt")
     elif prompt[-1].role not in ("user", "tool"):
         raise DataError(
             f"{row.source}: the prompt ends with role {prompt[-1].role!r}; expected a user turn"
         )
     elif not any(turn.content.strip() for turn in prompt):
-        raise Unusable("empty prompt")
+        raise UnusableRow("empty prompt")
 
 
 def _check_completion(row: Row, completion: Text) -> None:
     if isinstance(completion, str):
         if not completion.strip():
-            raise Unusable("empty completion")
+            raise UnusableRow("empty completion")
     elif {completion[0].role, completion[-1].role} != {"assistant"}:
         role = next(turn.role for turn in (completion[0], completion[-1]) if turn.role[0] != "a")
         raise DataError(
-            f"{row.source}: a completion begins or ends with role {role!r}; expected 'assistant'"
+            f"{row.source}: a completion starts or ends with role {role!r}; expected 'assistant'"
         )
     elif not completion[-1].content.strip():
-        raise Unusable("empty completion")
+        raise UnusableRow("empty completion")
 
 
 def _label(row: Row, key: str) -> bool:
-    value = need(row, key)
+    value = required_field(row, key)
     if isinstance(value, bool) or value in (0, 1):
         return bool(value)
-    raise DataError(f"{row.source}: {key!r} is {shown(value)}; expected true or false")
+    raise DataError(f"{row.source}: {key!r} is {brief(value)}; expected true or false")
 
 
 def instruction_turns(row: Row) -> Text:
     """A prompt from `instruction` (or `question`), `input`, `history` and `system`."""
-    key = next((key for key in QUESTIONS if key in row.fields), QUESTIONS[0])
-    parts = [as_string(row, key, need(row, key))]
+    key = next((key for key in QUESTION_FIELDS if key in row.fields), QUESTION_FIELDS[0])
+    parts = [as_string(row, key, required_field(row, key))]
     if row.fields.get("input"):
         parts.append(as_string(row, "input", row.fields["input"]))
     turns = []
     history = row.fields.get("history") or []
     for turn in history if isinstance(history, list) else [history]:
         if not (isinstance(turn, list) and len(turn) == 2):
-            raise DataError(f"{row.source}: 'history' expects [question, answer] lists")
+            raise DataError(f"{row.source}: 'history' must be a list of [question, answer] lists")
         turns.append(Message("user", as_string(row, "history", turn[0])))
         turns.append(Message("assistant", as_string(row, "history", turn[1])))
     return with_system(row, (*turns, Message("user", "\n".join(parts))))
 
 
 def with_system(row: Row, prompt: Text) -> Text:
-    """The prompt with the row's `system` field as its first turn, if there is one."""
+    """The prompt with the row's `system` field, if any, as its first turn."""
     if not row.fields.get("system"):
         return prompt
     system = Message("system", as_string(row, "system", row.fields["system"]))
     return (system, *((Message("user", prompt),) if isinstance(prompt, str) else prompt))
 
 
-def _turns_key(row: Row) -> str:
+def _messages_field(row: Row) -> str:
     return "conversations" if "conversations" in row.fields else "messages"
 
 
-def _others(row: Row, used: Sequence[str]) -> dict[str, Any]:
+def _other_columns(row: Row, used: Sequence[str]) -> dict[str, Any]:
     return {key: value for key, value in row.fields.items() if key not in used}
+
+
+def _prompt_and_list(row: Row) -> tuple[str, Text, str, list[Any]]:
+    """The prompt and the list of completions, each with the name of its field."""
+    prompt_key = "prompt" if "prompt" in row.fields else "instruction"
+    prompt = as_text(row, prompt_key, required_field(row, prompt_key))
+    key = next(
+        (key for key in COMPLETION_LIST_FIELDS if key in row.fields), COMPLETION_LIST_FIELDS[0]
+    )
+    values = required_field(row, key)
+    if not isinstance(values, list):
+        raise DataError(f"{row.source}: {key!r} is {brief(values)}; expected a list")
+    return prompt_key, prompt, key, values
+
+
+def _text_key(value: dict[str, Any]) -> str | None:
+    """The field that holds the text of an object with a text and a rating."""
+    if "role" in value or "from" in value:
+        return None  # a message
+    return next((k for k in ("text", "response", "completion", "content") if k in value), None)
+
+
+def _rated(row: Row, where: str, value: Any) -> tuple[Text, float]:
+    if isinstance(value, dict):
+        text = _text_key(value)
+        score = next((k for k in ("score", "rating", "overall_score", "rank") if k in value), None)
+        if text and score:
+            number = as_number(row, f"{where}.{score}", value[score])
+            return as_text(row, where, value[text]), -number if score == "rank" else number
+    raise DataError(
+        f"{row.source}: {where} has no rating; expected a field 'scores', 'ratings' or 'rank', "
+        "or completions that are objects with 'text' and 'score'"
+    )
+
+
+def _pair(
+    row: Row, prompt: Text, completions: Sequence[Text], used: Sequence[str] = ()
+) -> PromptGroup:
+    soft_label, votes = _soft_label(row)
+    keys = next((keys for keys in PAIR_SCORES if set(keys) <= row.fields.keys()), ())
+    scores = tuple(as_number(row, key, row.fields[key]) for key in keys) or None
+    margin = None
+    if "margin" in row.fields:
+        margin = as_number(row, "margin", row.fields["margin"])
+        if margin < 0:
+            raise DataError(f"{row.source}: 'margin' is {margin:g}; expected 0 or more")
+    used = ("chosen", "rejected", "margin", *used, *votes, *keys)
+    return make_group(
+        row, prompt, completions, used, scores=scores, soft_label=soft_label, margin=margin
+    )
+
+
+def _soft_label(row: Row) -> tuple[float | None, tuple[str, ...]]:
+    """The probability that chosen is better, in [0, 1], and the fields it was read from.
+
+    From votes it is (votes + ½)/(n + 1), the posterior mean under Jeffreys' prior, so that a
+    unanimous vote does not mean certainty.
+    """
+    given = [key for key in ("soft_label", "chosen_prob") if key in row.fields]
+    votes = [key for key in ("votes_chosen", "votes_rejected") if key in row.fields]
+    if len(given) + bool(votes) > 1:
+        raise DataError(f"{row.source}: has {given + votes}; give only one soft label")
+    if given:
+        label = as_number(row, given[0], row.fields[given[0]])
+        if not 0 <= label <= 1:
+            raise DataError(f"{row.source}: {given[0]!r} is {label}; expected 0 to 1")
+        return label, tuple(given)
+    if not votes:
+        return None, ()
+    chosen, rejected = (
+        as_number(row, key, required_field(row, key)) for key in ("votes_chosen", "votes_rejected")
+    )
+    if min(chosen, rejected) < 0 or not 0 < chosen + rejected < float("inf"):
+        raise DataError(f"{row.source}: votes {chosen:g} to {rejected:g}; expected counts")
+    return (chosen + 0.5) / (chosen + rejected + 1), tuple(votes)
+
+
+def holds_prompt(value: Any) -> bool:
+    """Whether `chosen` is a conversation that begins before the completion."""
+    if not is_messages(value):
+        return False
+    role = value[0].get("role", value[0].get("from"))
+    return isinstance(role, str) and role.lower() in ("user", "human", "system", "developer")
+
+
+def holds_transcript(row: Row) -> bool:
+    """Whether the row's prompt (or `chosen`, if it has no prompt) is HH-RLHF text."""
+    key = "prompt" if "prompt" in row.fields else "chosen"
+    return is_transcript(row.fields.get(key))

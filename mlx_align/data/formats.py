@@ -1,28 +1,34 @@
-"""Recognising what a data file means, and reading it into prompt groups.
+"""Detect the format of a dataset and read it into prompt groups.
 
-A format is a signature (which fields, of which shape) and a converter. The first row decides; the
-other rows have to fit it. Rows that fit two formats with different meanings are refused rather
-than guessed at, and `format=` settles it.
+A format is a test for rows (which fields, of which type) and a converter. The first row decides the
+format, and all other rows have to match it. A row that matches several formats is an error, which
+`format=` resolves.
 """
 
 from __future__ import annotations
 
-import os
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from mlx_align.data import converters, pair_converters
-from mlx_align.data.conversations import Unusable
-from mlx_align.data.groups import to_pairs, unpair
-from mlx_align.data.sources import Row, read_rows
+from mlx_align.data import converters
+from mlx_align.data.messages import UnusableRow
+from mlx_align.data.readers import Data, Row, container_of, read_rows
+from mlx_align.data.transforms import to_pairs, unpair
 from mlx_align.errors import ConfigError, DataError
 from mlx_align.types import PromptGroup
 
 
 @dataclass(frozen=True, slots=True)
 class Format:
-    """A data format: its name for `--format`, how it is announced, and how it is read."""
+    """A data format.
+
+    Attributes:
+        name: The name, as `--format` takes it.
+        title: The description that is printed.
+        matches: Whether a row has this format.
+        convert: Converts a row.
+    """
 
     name: str
     title: str
@@ -31,14 +37,14 @@ class Format:
 
 
 @dataclass(frozen=True, slots=True)
-class Reading:
-    """What a file was read as. `str()` of it is the line a command prints.
+class ReadReport:
+    """How a split was read. `str()` of it is the line that commands print.
 
     Attributes:
         format: Name of the format, as `--format` takes it.
-        title: The same in words.
-        rows: Rows in the file.
-        dropped: Rows nothing can be learned from, by reason.
+        title: Description of the format.
+        rows: Rows in the split.
+        dropped: Number of unusable rows, by reason.
     """
 
     format: str
@@ -63,7 +69,7 @@ def _is_pair(row: Row) -> bool:
 
 
 def _holds_prompt(row: Row) -> bool:
-    return pair_converters.holds_prompt(row.fields.get("chosen"))
+    return converters.holds_prompt(row.fields.get("chosen"))
 
 
 PREFERENCE_FORMATS = (
@@ -74,58 +80,58 @@ PREFERENCE_FORMATS = (
             _is_pair(row)
             and _has(row, "prompt")
             and not _holds_prompt(row)
-            and not pair_converters.holds_transcript(row)
+            and not converters.holds_transcript(row)
         ),
-        pair_converters.pair,
+        converters.pair,
     ),
     Format(
         "implicit",
         "pairs with the prompt inside chosen and rejected",
         lambda row: (
             _is_pair(row)
-            and not _has(row, "prompt", "conversations", *converters.QUESTIONS)
-            and not pair_converters.holds_transcript(row)
+            and not _has(row, "prompt", "conversations", *converters.QUESTION_FIELDS)
+            and not converters.holds_transcript(row)
         ),
-        pair_converters.implicit_pair,
+        converters.implicit_pair,
     ),
     Format(
         "hh-rlhf",
         "HH-RLHF text",
-        lambda row: _is_pair(row) and pair_converters.holds_transcript(row),
-        pair_converters.transcript_pair,
+        lambda row: _is_pair(row) and converters.holds_transcript(row),
+        converters.transcript_pair,
     ),
     Format(
         "ultrafeedback",
         "UltraFeedback pairs (whole conversations)",
         lambda row: _is_pair(row) and _has(row, "prompt") and _holds_prompt(row),
-        pair_converters.whole_conversation_pair,
+        converters.whole_conversation_pair,
     ),
     Format(
         "openai",
         "OpenAI preference pairs",
         lambda row: _has(row, "preferred_output", "non_preferred_output"),
-        pair_converters.openai_pair,
+        converters.openai_pair,
     ),
     Format(
         "sharegpt",
         "ShareGPT conversations with chosen and rejected",
         lambda row: _is_pair(row) and _has(row, "conversations"),
-        pair_converters.sharegpt_pair,
+        converters.sharegpt_pair,
     ),
     Format(
         "instruction",
         "instructions with chosen and rejected",
-        lambda row: _is_pair(row) and _has(row, *converters.QUESTIONS),
-        pair_converters.instruction_pair,
+        lambda row: _is_pair(row) and _has(row, *converters.QUESTION_FIELDS),
+        converters.instruction_pair,
     ),
     Format(
         "ranked",
         "ranked completions",
         lambda row: (
-            _has(row, *pair_converters.COMPLETION_LISTS)
-            and _has(row, "prompt", *converters.QUESTIONS)
+            _has(row, *converters.COMPLETION_LIST_FIELDS)
+            and _has(row, "prompt", *converters.QUESTION_FIELDS)
         ),
-        pair_converters.ranked,
+        converters.ranked,
     ),
 )
 UNPAIRED_FORMATS = (
@@ -151,14 +157,14 @@ SUPERVISED_FORMATS = (
     ),
     Format(
         "conversation",
-        "conversations, every answer counting",
+        "conversations (trained on every assistant turn)",
         lambda row: _has(row, "messages", "conversations"),
         converters.conversation,
     ),
     Format(
         "instruction-output",
         "instructions with outputs",
-        lambda row: _has(row, "output") and _has(row, *converters.QUESTIONS),
+        lambda row: _has(row, "output") and _has(row, *converters.QUESTION_FIELDS),
         converters.instruction_output,
     ),
     Format("text", "plain text", lambda row: _has(row, "text"), converters.plain_text),
@@ -167,15 +173,15 @@ PROMPT_FORMATS = (
     Format(
         "prompts",
         "prompts",
-        lambda row: _has(row, "prompt", *converters.QUESTIONS),
+        lambda row: _has(row, "prompt", *converters.QUESTION_FIELDS),
         converters.prompt_only,
     ),
     Format(
         "conversation-prompts",
-        "conversations up to the last question",
+        "conversations up to the last user turn",
         lambda row: (
             _has(row, "messages", "conversations")
-            and not _has(row, "prompt", *converters.QUESTIONS)
+            and not _has(row, "prompt", *converters.QUESTION_FIELDS)
         ),
         converters.conversation_prompt,
     ),
@@ -188,27 +194,25 @@ _EXPECTED = {
     "scorable": "pairs, or a prompt with completion, completions or messages",
 }
 
-# What `--format` may name.
+# The choices of `--format`.
 FORMAT_NAMES: tuple[str, ...] = tuple(
     entry.name
     for entry in (*PREFERENCE_FORMATS, *UNPAIRED_FORMATS, *SUPERVISED_FORMATS, *PROMPT_FORMATS)
 )
 
-Data = str | os.PathLike[str]
-
 
 def read_preferences(
     data: Data, split: str = "train", format: str | None = None
-) -> tuple[list[PromptGroup], Reading]:
+) -> tuple[list[PromptGroup], ReadReport]:
     """Read preference data: pairs (chosen first, rejected second) or ranked lists (best first).
 
     Args:
-        data: A file, folder or dataset name, as in `sources.read_rows`.
+        data: A path, hub name or `DataSource`, as for `readers.read_rows`.
         split: `train`, `valid` or `test`.
-        format: A name of `PREFERENCE_FORMATS`; by default it is recognised.
+        format: The name of a format in `PREFERENCE_FORMATS`; detected by default.
 
     Raises:
-        DataError: The data can't be read, isn't preference data, fits several formats, or holds
+        DataError: The data can't be read, isn't preference data, matches several formats, or has
             no usable row.
     """
     return _read(data, split, format, "preference", PREFERENCE_FORMATS)
@@ -216,104 +220,113 @@ def read_preferences(
 
 def read_unpaired(
     data: Data, split: str = "train", format: str | None = None
-) -> tuple[list[PromptGroup], Reading]:
-    """Read labelled single answers (KTO); pairs are taken apart into a good and a bad answer.
+) -> tuple[list[PromptGroup], ReadReport]:
+    """Read labelled completions (KTO). A pair becomes a desirable and an undesirable completion.
 
-    Arguments and errors as in `read_preferences`.
+    Arguments and errors as for `read_preferences`.
     """
-    groups, reading = _read(data, split, format, "unpaired", UNPAIRED_FORMATS, PREFERENCE_FORMATS)
+    groups, report = _read(data, split, format, "unpaired", UNPAIRED_FORMATS, PREFERENCE_FORMATS)
     if all(group.label is not None for group in groups):
-        return groups, reading
-    title = f"{reading.title}, taken apart into good and bad answers"
-    return unpair(to_pairs(groups)), replace(reading, title=title)
+        return groups, report
+    title = f"{report.title}, split into desirable and undesirable completions"
+    return unpair(to_pairs(groups)), replace(report, title=title)
 
 
 def read_supervised(
     data: Data, split: str = "train", format: str | None = None
-) -> tuple[list[PromptGroup], Reading]:
-    """Read demonstrations: one completion a group; of preference data, the best one.
+) -> tuple[list[PromptGroup], ReadReport]:
+    """Read demonstrations, one completion per prompt. From preference data the best one is taken.
 
-    Arguments and errors as in `read_preferences`.
+    Arguments and errors as for `read_preferences`.
     """
-    groups, reading = _read(
+    groups, report = _read(
         data, split, format, "supervised", SUPERVISED_FORMATS, PREFERENCE_FORMATS
     )
     if all(len(group.completions) == 1 for group in groups):
-        return groups, reading
+        return groups, report
     best = [
         replace(group, completions=group.completions[:1], scores=None, soft_label=None)
         for group in groups
     ]
-    return best, replace(reading, title=f"the best answers of {reading.title}")
+    return best, replace(report, title=f"the best completions of {report.title}")
 
 
 def read_prompts(
     data: Data, split: str = "train", format: str | None = None
-) -> tuple[list[PromptGroup], Reading]:
-    """Read prompts to answer: groups without completions, other fields kept in `columns`.
+) -> tuple[list[PromptGroup], ReadReport]:
+    """Read prompts: groups without completions, with all other fields in `columns`.
 
-    Of preference data the prompts are taken. Arguments and errors as in `read_preferences`.
+    From preference data the prompts are taken. Arguments and errors as for `read_preferences`.
     """
-    # Beside a prompt, a list of completions may be anything; it stays in the columns.
+    # A list of completions next to a prompt may be anything, for instance the expected answers of
+    # a reward function; it stays in `columns`.
     pairs = tuple(entry for entry in PREFERENCE_FORMATS if entry.name != "ranked")
-    groups, reading = _read(data, split, format, "prompts", pairs, PROMPT_FORMATS)
+    groups, report = _read(data, split, format, "prompts", pairs, PROMPT_FORMATS)
     if all(not group.completions for group in groups):
-        return groups, reading
+        return groups, report
     bare = [
         replace(group, completions=(), scores=None, soft_label=None, margin=None)
         for group in groups
     ]
-    return bare, replace(reading, title=f"the prompts of {reading.title}")
+    return bare, replace(report, title=f"the prompts of {report.title}")
 
 
 def _read(
     data: Data, split: str, format: str | None, kind: str, *preferred: Sequence[Format]
-) -> tuple[list[PromptGroup], Reading]:
+) -> tuple[list[PromptGroup], ReadReport]:
     allowed = [entry for entries in preferred for entry in entries]
     if format is not None and format not in {entry.name for entry in allowed}:
         names = ", ".join(entry.name for entry in allowed)
-        raise ConfigError(f"--format {format}: not a format of {kind} data (those: {names})")
+        raise ConfigError(f"--format {format}: not a format of {kind} data (choose from: {names})")
     rows = read_rows(data, split)
-    chosen = (
-        next(entry for entry in allowed if entry.name == format)
-        if format is not None
-        else recognise(rows[0], kind, preferred)
-    )
+    if format is None:
+        chosen = detect_format(rows[0], kind, preferred)
+    else:
+        chosen = next(entry for entry in allowed if entry.name == format)
     groups: list[PromptGroup] = []
     dropped: Counter[str] = Counter()
     for row in rows:
         try:
             group = chosen.convert(row)
-        except Unusable as reason:
+        except UnusableRow as reason:
             dropped[str(reason)] += 1
             continue
         if format is None and not chosen.matches(row):
             raise DataError(
-                f"{row.source}: doesn't read as {chosen.title}, which the first row is; separate "
-                f"the files, or force one reading with --format {chosen.name}"
+                f"{row.source}: does not match {chosen.title}, the format of the first row; put "
+                f"these rows into separate files, or give --format {chosen.name}"
             )
-        _check_alike(group, groups)
+        _check_same_kind(group, groups)
         groups.append(group)
     if not groups:
         reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.items())
-        where = rows[0].source.rpartition(":")[0]
-        raise DataError(f"{where}: none of the {len(rows)} rows is of use ({reasons})")
-    return groups, Reading(chosen.name, chosen.title, len(rows), dict(dropped))
+        where = container_of(rows[0].source)
+        raise DataError(f"{where}: none of the {len(rows)} rows can be used ({reasons})")
+    return groups, ReadReport(chosen.name, chosen.title, len(rows), dict(dropped))
 
 
-def recognise(row: Row, kind: str, preferred: Sequence[Sequence[Format]]) -> Format:
-    """The one format the row fits; formats of the second kind only count where no first does."""
+def detect_format(row: Row, kind: str, preferred: Sequence[Sequence[Format]]) -> Format:
+    """Find the one format that a row matches.
+
+    Args:
+        row: The first row of the data.
+        kind: What the data is read as, for messages: a key of `_EXPECTED`.
+        preferred: Lists of formats; a list is only tried if no format of an earlier one matches.
+
+    Raises:
+        DataError: No format matches, or several do.
+    """
     for entries in preferred:
         found = [entry for entry in entries if entry.matches(row)]
         if len(found) == 1:
             return found[0]
         if found:
             names = " and ".join(entry.name for entry in found)
-            raise DataError(f"{row.source}: fits the formats {names}; say which with --format")
+            raise DataError(f"{row.source}: matches the formats {names}; choose one with --format")
     if kind == "preference" and _has(row, "completion") and _has(row, "prompt"):
         raise DataError(
-            f"{row.source}: prompt and completion, but no pair; expected chosen and rejected "
-            "(labelled single answers are for kto, unlabelled ones for sft)"
+            f"{row.source}: found prompt and completion, but no pair; expected chosen and "
+            "rejected (labelled completions are for kto, unlabelled ones for sft)"
         )
     found_keys = ", ".join(map(repr, row.fields))[:120] or "no fields"
     raise DataError(
@@ -322,11 +335,104 @@ def recognise(row: Row, kind: str, preferred: Sequence[Sequence[Format]]) -> For
     )
 
 
-def _check_alike(group: PromptGroup, groups: Sequence[PromptGroup]) -> None:
-    """Text and conversations take different ways to tokens: one file holds one of them."""
+def _check_same_kind(group: PromptGroup, groups: Sequence[PromptGroup]) -> None:
+    """Refuse a mix of text and conversations, which are tokenised differently."""
     if groups and isinstance(group.prompt, str) != isinstance(groups[0].prompt, str):
         kinds = ("text", "messages") if isinstance(group.prompt, str) else ("messages", "text")
         raise DataError(
-            f"{group.source}: the prompt is {kinds[0]} where {groups[0].source} has {kinds[1]}; "
-            "write all rows alike"
+            f"{group.source}: the prompt is {kinds[0]}, but {groups[0].source} has {kinds[1]}; "
+            "use one kind for all rows"
         )
+
+
+# --- data to score: every row keeps its place, with a reason if it can't be scored ---
+
+PAIR_FORMATS = tuple(entry for entry in PREFERENCE_FORMATS if entry.name != "ranked")
+_RANKED = next(entry for entry in PREFERENCE_FORMATS if entry.name == "ranked")
+LIST_FORMATS = (
+    Format(
+        "completions",
+        "prompts with lists of completions",
+        _RANKED.matches,
+        converters.completion_list,
+    ),
+)
+SINGLE_FORMATS = (
+    Format(
+        "completion",
+        "prompts with completions",
+        lambda row: {"prompt", "completion"} <= row.fields.keys(),
+        converters.scorable_completion,
+    ),
+    Format(
+        "conversation",
+        "conversations (the last turn is scored)",
+        lambda row: bool({"messages", "conversations"} & row.fields.keys()),
+        converters.scorable_conversation,
+    ),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class ScorableRow:
+    """A row to score.
+
+    Attributes:
+        row: The row.
+        group: Its prompt and completions, or None if it can't be scored.
+        reason: Why it can't be scored.
+    """
+
+    row: Row
+    group: PromptGroup | None
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class ScorableDataset:
+    """Rows to score; iterating converts them one by one.
+
+    Attributes:
+        title: Description of the format.
+        rows: The rows, in the order of the file.
+        format: The format of all rows.
+    """
+
+    title: str
+    rows: list[Row]
+    format: Format
+
+    @property
+    def is_pairs(self) -> bool:
+        """Whether the first completion of each row is labelled as the better one."""
+        return self.format in PAIR_FORMATS
+
+    def __iter__(self) -> Iterator[ScorableRow]:
+        """Convert the rows.
+
+        Raises:
+            DataError: A row does not have the format of the first row.
+        """
+        for row in self.rows:
+            try:
+                yield ScorableRow(row, self.format.convert(row))
+            except UnusableRow as reason:
+                yield ScorableRow(row, None, str(reason))
+
+
+def read_scorable(data: Data, split: str = "train", format: str | None = None) -> ScorableDataset:
+    """Read pairs, lists, completions or conversations to score. Arguments as `read_preferences`.
+
+    Raises:
+        ConfigError: There is no such format.
+        DataError: The data can't be read, or its first row has no known format.
+    """
+    preferred = (PAIR_FORMATS + LIST_FORMATS, SINGLE_FORMATS)
+    every = {entry.name: entry for entries in preferred for entry in entries}
+    if format is not None and format not in every:
+        raise ConfigError(
+            f"--format {format}: not a format of data to score (choose from: {', '.join(every)})"
+        )
+    rows = read_rows(data, split)
+    chosen = every[format] if format is not None else detect_format(rows[0], "scorable", preferred)
+    return ScorableDataset(chosen.title, rows, chosen)

@@ -1,4 +1,4 @@
-"""Which rows a run learns from, and which it holds out: one rule, for training and for judging."""
+"""Split a run's data into training and held-out rows, by one rule for training and evaluation."""
 
 from __future__ import annotations
 
@@ -6,34 +6,44 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from mlx_align.config import TrainConfig
-from mlx_align.data.formats import Reading
-from mlx_align.data.groups import split_validation
-from mlx_align.data.sources import has_split
+from mlx_align.data.formats import ReadReport
+from mlx_align.data.readers import Data, has_split
+from mlx_align.data.transforms import split_validation
 from mlx_align.types import PromptGroup
 
-# (data, split, format) -> groups and how they were read.
-Reader = Callable[[str, str, str | None], tuple[list[PromptGroup], Reading]]
+# A reader of one kind of data: (data, split, format) -> groups and a report, such as
+# `formats.read_preferences`.
+GroupReader = Callable[[Data, str, str | None], tuple[list[PromptGroup], ReadReport]]
 
 
-class Splits(NamedTuple):
-    """Rows of a run's data."""
+class DatasetSplits(NamedTuple):
+    """The rows of a run's data."""
 
     train: list[PromptGroup]
     valid: list[PromptGroup]
-    reading: Reading  # of the training rows
+    report: ReadReport  # of the training split
 
 
-def read_splits(config: TrainConfig, read: Reader) -> Splits:
-    """The valid split of the data, or where it has none, a share of it set aside by the seed.
+def read_splits(config: TrainConfig, read: GroupReader, data: Data | None = None) -> DatasetSplits:
+    """Read the training split and the valid split.
+
+    If the data has no valid split, `valid_fraction` of the training rows are held out, chosen by
+    the seed.
+
+    Args:
+        config: Names the data, its format, the seed and `valid_fraction`.
+        read: The reader for the kind of data.
+        data: Data to use instead of `config.data`, such as Python objects opened by `open_data`.
 
     Raises:
         DataError: The data can't be used; the text names file and line.
     """
-    assert config.data is not None
-    groups, reading = read(config.data, "train", config.format)
+    data = config.data if data is None else data
+    assert data is not None
+    groups, report = read(data, "train", config.format)
     held_out: list[PromptGroup] = []
-    if has_split(config.data, "valid"):
-        held_out, _ = read(config.data, "valid", config.format)
+    if has_split(data, "valid"):
+        held_out, _ = read(data, "valid", config.format)
     elif config.valid_fraction > 0:
         groups, held_out = split_validation(groups, config.valid_fraction, config.seed)
-    return Splits(groups, held_out, reading)
+    return DatasetSplits(groups, held_out, report)

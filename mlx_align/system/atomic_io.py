@@ -1,6 +1,7 @@
-"""Files written whole or not at all, so that no kill, full disk or power cut leaves half of one.
+"""Write files completely or not at all.
 
-What is new is written beside its final name, brought to the disk, and renamed.
+A process that is killed, a full disk or a power cut never leaves half a file: the new content is
+written to a temporary file in the same folder, flushed to disk, and renamed.
 """
 
 from __future__ import annotations
@@ -18,22 +19,23 @@ import mlx.core as mx
 
 from mlx_align.errors import WriteError
 
-# Less room than this is none: mlx says that it could not write, but not why.
+# mlx reports that a file could not be written, but not why. With less free space than this, the
+# disk is reported as full.
 FULL_BYTES = 1 << 20
 
 
 @contextmanager
-def writing(
+def wrap_write_errors(
     path: Path, errors: tuple[type[Exception], ...] = (OSError, RuntimeError)
 ) -> Iterator[None]:
-    """Within the block, `path` is written.
+    """Turn errors raised in the block into a `WriteError` that names `path`.
 
     Args:
-        path: For messages.
-        errors: What it means that it could not be; mlx raises RuntimeError.
+        path: The file or folder that the block writes.
+        errors: The exceptions to convert; mlx raises RuntimeError when a write fails.
 
     Raises:
-        WriteError: The disk is full, or the folder can't be written to.
+        WriteError: The disk is full, the quota is used up, or permission is denied.
     """
     try:
         yield
@@ -55,73 +57,75 @@ def _reason(path: Path, error: BaseException) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0][:200]
 
 
-def sync(path: Path) -> None:
-    """Bring a file, or the names in a folder, from the system's memory to the disk."""
+def flush_to_disk(path: Path) -> None:
+    """Flush a file, or the entries of a folder, from the system's cache to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
-        # macOS's fsync leaves data in the drive's own cache, which a power cut empties.
+        # On macOS, fsync leaves data in the drive's own cache, which is lost in a power cut.
         if (full := getattr(fcntl, "F_FULLFSYNC", None)) is not None:
-            with suppress(OSError):  # network drives have no such thing
+            with suppress(OSError):  # not supported by network drives
                 fcntl.fcntl(descriptor, full)
     finally:
         os.close(descriptor)
 
 
 def write_text(file: Path, text: str) -> None:
-    """Write text so that a reader sees the old file or the new one, never half.
+    """Write a text file atomically: readers see the old file or the new one.
 
     Raises:
-        WriteError: It can't be written; the old file is as it was.
+        WriteError: The file can't be written; the old file is unchanged.
     """
     partial = file.with_name(f".{file.name}.partial")
-    with _replacing(file, partial):
+    with _replace(file, partial):
         partial.write_text(text, encoding="utf-8")
 
 
 def write_tensors(file: Path, tensors: Mapping[str, mx.array]) -> None:
-    """Write a safetensors file whole or not at all, tensors sorted by name.
+    """Write a safetensors file atomically, with the tensors sorted by name.
 
     Raises:
-        WriteError: It can't be written; the old file is as it was.
+        WriteError: The file can't be written; the old file is unchanged.
     """
     partial = file.with_name(f".{file.stem}.partial.safetensors")
-    with _replacing(file, partial):
+    with _replace(file, partial):
         ordered = dict(sorted(tensors.items()))
         mx.save_safetensors(str(partial), ordered, metadata={"format": "mlx"})
 
 
 @contextmanager
-def writing_whole(file: Path) -> Iterator[TextIO]:
-    """A stream of text that becomes `file` at the end of the block, if that is reached.
+def open_atomic(file: Path) -> Iterator[TextIO]:
+    """Open a text stream that replaces `file` when the block ends without an error.
 
     Raises:
-        WriteError: It can't be written; there is no new file then.
+        WriteError: The file can't be written; the old file is unchanged.
     """
     partial = file.with_name(f".{file.name}.partial")
-    # A RuntimeError is one of the work whose results are written.
-    with _replacing(file, partial, (OSError,)), partial.open("w", encoding="utf-8") as stream:
+    # A RuntimeError in the block comes from the work whose results are written, not from writing.
+    with _replace(file, partial, (OSError,)), partial.open("w", encoding="utf-8") as stream:
         yield stream
         stream.flush()
 
 
 @contextmanager
-def writing_folder(folder: Path) -> Iterator[Path]:
-    """A folder to fill that becomes `folder`, which is empty or not there, if the block ends.
+def atomic_folder(folder: Path) -> Iterator[Path]:
+    """Yield a folder to fill; it is renamed to `folder` when the block ends without an error.
+
+    `folder` must be empty or not exist.
 
     Raises:
-        WriteError: It can't be written; there is no new folder then.
+        WriteError: The folder can't be written; no new folder is left behind.
     """
     partial = folder.with_name(f".{folder.name}.partial")
     try:
-        with writing(folder):
+        with wrap_write_errors(folder):
             folder.parent.mkdir(parents=True, exist_ok=True)
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir()
         yield partial
-        with writing(folder):
+        with wrap_write_errors(folder):
             for file in partial.iterdir():
-                sync(file)
+                flush_to_disk(file)
             if folder.is_dir():
                 folder.rmdir()
             partial.rename(folder)
@@ -131,16 +135,16 @@ def writing_folder(folder: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def _replacing(
+def _replace(
     file: Path, partial: Path, errors: tuple[type[Exception], ...] = (OSError, RuntimeError)
 ) -> Iterator[None]:
-    with writing(file, errors):
+    with wrap_write_errors(file, errors):
         try:
             yield
-            sync(partial)
+            flush_to_disk(partial)
             partial.replace(file)
         except BaseException:
             with suppress(OSError):
                 partial.unlink(missing_ok=True)
             raise
-        sync(file.parent)
+        flush_to_disk(file.parent)

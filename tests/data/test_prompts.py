@@ -1,4 +1,4 @@
-"""Prompts to answer: what is taken from the data, and as which tokens."""
+"""Reading and tokenising prompts."""
 
 import json
 
@@ -16,8 +16,7 @@ from tiny_tokenizers import (
 )
 
 from mlx_align.data.formats import read_prompts
-from mlx_align.data.prompts import tokenize_prompts
-from mlx_align.data.tokenize import tokenize_group
+from mlx_align.data.tokenization import tokenize_group, tokenize_prompts
 from mlx_align.errors import ConfigError, DataError
 from mlx_align.types import Message, PromptGroup
 
@@ -48,13 +47,13 @@ ASKED = (Message("user", "1+1?"),)
             {"messages": [turn("user", "1+1?")], "answer": 2},
             ASKED,
             {"answer": 2},
-            "conversations up to the last question",
+            "conversations up to the last user turn",
         ),
         (
             {"messages": [turn("user", "1+1?"), turn("assistant", "2")]},
             ASKED,
             {},
-            "conversations up to the last question",
+            "conversations up to the last user turn",
         ),
         (
             {
@@ -68,7 +67,7 @@ ASKED = (Message("user", "1+1?"),)
             },
             (SYSTEM, Message("user", "Hi"), Message("assistant", "Hello"), *ASKED),
             {},
-            "conversations up to the last question",
+            "conversations up to the last user turn",
         ),
         (
             {"prompt": [turn("user", "1+1?")], "messages": [turn("user", "x")]},
@@ -91,10 +90,10 @@ ASKED = (Message("user", "1+1?"),)
     ],
 )
 def test_prompts_are_read_from_many_kinds_of_rows(tmp_path, row, prompt, columns, title):
-    (group,), reading = read(tmp_path, row)
+    (group,), report = read(tmp_path, row)
     assert (group.prompt, group.completions) == (prompt, ())
     assert (dict(group.columns), group.source) == (columns, "train.jsonl:1")
-    assert reading.title == title
+    assert report.title == title
     assert (group.scores, group.label, group.soft_label, group.margin) == (None,) * 4
 
 
@@ -109,7 +108,7 @@ def test_margins_and_votes_of_pairs_are_left_out(tmp_path):
         (['{"prompt": "a"'], "train.jsonl:1: not JSON"),
         ([{"prompt": "a"}, {"prompt": 5}], "train.jsonl:2: 'prompt' is int 5; expected text"),
         ([{"prompt": "a"}, {"answer": "2"}], "train.jsonl:2: no 'prompt'; found 'answer'"),
-        ([{"prompt": " "}], r"train.jsonl: none of the 1 rows is of use \(1 empty prompt\)"),
+        ([{"prompt": " "}], r"train.jsonl: none of the 1 rows can be used \(1 empty prompt\)"),
         ([{"messages": []}], "train.jsonl:1: 'messages' is list; expected a list of"),
         ([{"messages": [turn("assistant", "2")]}], "train.jsonl:1: 'messages' has no user turn"),
         (
@@ -120,27 +119,30 @@ def test_margins_and_votes_of_pairs_are_left_out(tmp_path):
             [{"prompt": [turn("user", "a"), turn("assistant", "b")]}],
             "train.jsonl:1: the prompt ends with role 'assistant'",
         ),
-        ([{"messages": [turn("user", "a")], "tools": [1]}], "train.jsonl:1: 'tools' is not read"),
+        (
+            [{"messages": [turn("user", "a")], "tools": [1]}],
+            "train.jsonl:1: 'tools' is not supported",
+        ),
         (
             [{"text": "a"}],
             "train.jsonl:1: not recognised as prompts data; found 'text', expected p",
         ),
     ],
 )
-def test_what_is_no_prompt_is_named(tmp_path, rows, message):
+def test_errors_name_the_row(tmp_path, rows, message):
     with pytest.raises(DataError, match=message):
         read(tmp_path, *rows)
 
 
 def test_empty_prompts_are_counted(tmp_path):
-    groups, reading = read(tmp_path, {"prompt": "a"}, {"prompt": ""}, {"prompt": "b"})
+    groups, report = read(tmp_path, {"prompt": "a"}, {"prompt": ""}, {"prompt": "b"})
     assert [group.source for group in groups] == ["train.jsonl:1", "train.jsonl:3"]
-    assert "1 of 3 rows dropped: 1 empty prompt" in str(reading)
+    assert "1 of 3 rows dropped: 1 empty prompt" in str(report)
 
 
 @pytest.mark.parametrize("template", [CHATML, LLAMA2, LLAMA3, DOUBLE_BOS, PHI3, REFUSES_SYSTEM])
 @pytest.mark.parametrize("prompt", [(USER,), (SYSTEM, USER), (USER, YES, USER)])
-def test_prompt_ids_are_those_before_an_answer(template, prompt):
+def test_prompts_have_the_same_ids_as_in_training(template, prompt):
     tokenizer = tiny_tokenizer(template, bos=template != CHATML)
     asked = PromptGroup(prompt, (), "train.jsonl:1")
     answered = PromptGroup(prompt, ((YES,),), "train.jsonl:1")
@@ -150,14 +152,14 @@ def test_prompt_ids_are_those_before_an_answer(template, prompt):
     assert ready.prompt.tolist() == pair.prompt.tolist()
     assert ready.prompt.tolist().count(tokenizer.bos_token_id) == ("bos_token" in template)
     assert report.system_folded == (template == REFUSES_SYSTEM and SYSTEM in prompt)
-    # Completions that a group has are not looked at.
+    # Completions are ignored.
     assert tokenize_prompts([answered], tokenizer, 500)[0][0].prompt.tolist() == (
         ready.prompt.tolist()
     )
 
 
 @pytest.mark.parametrize("template", [THINKS, OPENS_THINKING])
-def test_thinking_templates_open_as_generation_does(template):
+def test_thinking_templates_render_as_in_generation(template):
     tokenizer = tiny_tokenizer(template, thinking=True)
     (ready,), _ = tokenize_prompts([PromptGroup((USER,), (), "x:1")], tokenizer, 500)
     generated = tokenizer.apply_chat_template(
@@ -166,7 +168,7 @@ def test_thinking_templates_open_as_generation_does(template):
     assert ready.prompt.tolist() == list(generated)
 
 
-def test_strings_are_tokenised_as_they_stand_with_one_bos():
+def test_strings_are_tokenised_unchanged_with_one_bos():
     tokenizer = tiny_tokenizer(CHATML)
     (ready,), _ = tokenize_prompts([PromptGroup("hello there", (), "x:1")], tokenizer, 500)
     answered = PromptGroup("hello there", (" four",), "x:1")
@@ -177,7 +179,7 @@ def test_strings_are_tokenised_as_they_stand_with_one_bos():
     assert tokenizer.bos_token_id not in ready.prompt[1:].tolist()
 
 
-def test_long_prompts_are_dropped_and_counted_and_a_tenth_is_too_many():
+def test_long_prompts_are_dropped_unless_they_are_more_than_10_percent():
     tokenizer = tiny_tokenizer(CHATML)
     short = [PromptGroup("hello", (), f"x:{i}") for i in range(19)]
     long = PromptGroup("hello " * 50, (), "x:long")
@@ -186,7 +188,7 @@ def test_long_prompts_are_dropped_and_counted_and_a_tenth_is_too_many():
     ready, report = tokenize_prompts(groups, tokenizer, length - 1)
     assert report.dropped == {"too long": 1}
     assert (report.rows, len(ready)) == (20, 19)
-    assert [group.source for group in ready] == [groups[i].source for i in report.places]
+    assert [group.source for group in ready] == [groups[i].source for i in report.indices]
     assert len(tokenize_prompts(groups, tokenizer, length)[0]) == 20
     message = rf"2 of 12 rows are longer than --max-prompt-length {length - 1} .*longest {length}"
     with pytest.raises(DataError, match=message):

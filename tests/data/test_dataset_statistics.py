@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 from tiny_tokenizers import CHATML, tiny_tokenizer
 
-from mlx_align.data.checks import describe, render_facts, token_overlap, visible
-from mlx_align.data.formats import Reading
-from mlx_align.data.tokenize import tokenize_groups
+from mlx_align.data.formats import ReadReport
+from mlx_align.data.statistics import compute_statistics, render_statistics, token_overlap, visible
+from mlx_align.data.tokenization import tokenize_groups
 from mlx_align.types import Message, PromptGroup
 
 PAIRS = [
@@ -28,35 +28,42 @@ def tokenizer():
     return tiny_tokenizer(CHATML, stops=("<|im_end|>",))
 
 
-def facts_of(groups, tokenizer, **more):
+def statistics_of(groups, tokenizer, **more):
     tokenized, report = tokenize_groups(groups, tokenizer, max_seq_length=500)
-    return describe(groups, tokenized, report, tokenizer, **more)
+    return compute_statistics(groups, tokenized, report, tokenizer, **more)
 
 
 def test_lengths_and_counts(tokenizer):
     groups = [group(*pair) for pair in PAIRS]
     tokenized, report = tokenize_groups(groups, tokenizer, max_seq_length=500)
-    facts = describe(groups, tokenized, report, tokenizer)
-    assert (facts.rows, facts.groups, facts.pairs, facts.completions) == (4, 4, 4, 8)
+    statistics = compute_statistics(groups, tokenized, report, tokenizer)
+    assert (statistics.rows, statistics.groups, statistics.pairs, statistics.completions) == (
+        4,
+        4,
+        4,
+        8,
+    )
     scored = sum(len(ids) for one in tokenized for ids in one.completions)
-    assert facts.scored_tokens == scored
-    assert facts.tokens == scored + sum(len(one.prompt) for one in tokenized)
-    assert facts.prompt_lengths["100"] == max(len(one.prompt) for one in tokenized)
-    assert facts.chosen_longer == 0.75
-    assert facts.rejected_longer == 0.25
-    assert "! longer is chosen in 75% of the pairs" in render_facts(facts)
+    assert statistics.scored_tokens == scored
+    assert statistics.tokens == scored + sum(len(one.prompt) for one in tokenized)
+    assert statistics.prompt_lengths["100"] == max(len(one.prompt) for one in tokenized)
+    assert statistics.chosen_longer == 0.75
+    assert statistics.rejected_longer == 0.25
+    assert "! the longer completion is chosen in 75% of the pairs" in render_statistics(statistics)
 
 
-def test_only_the_masked_tokens_of_a_conversation_count_as_scored(tokenizer):
+def test_scored_tokens_of_a_conversation_are_those_in_the_mask(tokenizer):
     turns = (Message("assistant", "abc"), Message("user", "hello"), Message("assistant", "no"))
     one = PromptGroup((Message("user", "one"),), (turns,), "train.jsonl:1")
     tokenized, report = tokenize_groups([one], tokenizer, max_seq_length=500)
-    facts = describe([one], tokenized, report, tokenizer)
+    statistics = compute_statistics([one], tokenized, report, tokenizer)
     assert (
-        facts.scored_tokens == tokenized[0].loss_masks[0].sum() < len(tokenized[0].completions[0])
+        statistics.scored_tokens
+        == tokenized[0].loss_masks[0].sum()
+        < len(tokenized[0].completions[0])
     )
-    assert facts.pairs == 0
-    assert facts.chosen_longer is None
+    assert statistics.pairs == 0
+    assert statistics.chosen_longer is None
 
 
 def test_repetitions_contradictions_and_scores(tokenizer):
@@ -67,39 +74,43 @@ def test_repetitions_contradictions_and_scores(tokenizer):
         group("two", "hello there", "no", scores=(1.0, 2.0)),
         group("two", "abc " * 30 + "no", "abc " * 30 + "hello"),
     ]
-    facts = facts_of(groups, tokenizer, valid=[group("two", "a", "b"), group("new", "a", "b")])
-    assert facts.duplicates == 1
-    assert facts.contradictions == 3
-    assert facts.scores_disagree == 1
-    assert facts.near_identical == 1
-    assert (facts.valid_overlap, facts.valid_groups) == (1, 2)
-    assert "! 1 of 2 valid rows have a prompt of train's" in render_facts(facts)
+    statistics = statistics_of(
+        groups, tokenizer, valid=[group("two", "a", "b"), group("new", "a", "b")]
+    )
+    assert statistics.duplicates == 1
+    assert statistics.contradictions == 3
+    assert statistics.scores_disagree == 1
+    assert statistics.near_identical == 1
+    assert (statistics.valid_overlap, statistics.valid_groups) == (1, 2)
+    assert "! validation rows whose prompt is also in train: 1 of 2" in render_statistics(
+        statistics
+    )
 
 
-def test_dropped_rows_of_reading_and_tokenising_are_added_up(tokenizer):
+def test_dropped_rows_of_reading_and_tokenising_are_summed(tokenizer):
     groups = [group(str(i), "abc", "no") for i in range(10)] + [group("x", "abc " * 600, "no")]
-    reading = Reading("pairs", "pairs", 12, {"identical completions": 1})
-    facts = facts_of(groups, tokenizer, reading=reading)
-    assert facts.dropped == {"identical completions": 1, "too long": 1}
-    assert facts.rows == 12
-    assert "dropped: 1 identical completions, 1 too long" in render_facts(facts)
+    report = ReadReport("pairs", "pairs", 12, {"identical completions": 1})
+    statistics = statistics_of(groups, tokenizer, read_report=report)
+    assert statistics.dropped == {"identical completions": 1, "too long": 1}
+    assert statistics.rows == 12
+    assert "dropped: 1 identical completions, 1 too long" in render_statistics(statistics)
 
 
 def test_completions_that_repeat_the_prompt(tokenizer):
     doubled = PromptGroup("the answer is", ("the answer is four", "the answer is no"), "x:1")
     plain = PromptGroup("the answer is", (" four", " no"), "x:2")
-    assert facts_of([doubled, plain], tokenizer).prompt_repeated == 1
+    assert statistics_of([doubled, plain], tokenizer).prompt_repeated == 1
 
 
 def test_facts_go_into_json(tokenizer):
-    facts = facts_of([group(*pair) for pair in PAIRS], tokenizer)
-    assert json.loads(json.dumps(dataclasses.asdict(facts)))["pairs"] == 4
+    statistics = statistics_of([group(*pair) for pair in PAIRS], tokenizer)
+    assert json.loads(json.dumps(dataclasses.asdict(statistics)))["pairs"] == 4
 
 
 def test_one_screen_shows_the_boundary_and_nothing_raw(tokenizer):
     long = "abc\x1b[31m\n" + "hello there " * 100
     groups = [group(long, long + "a", long + "b")] + [group(*pair) for pair in PAIRS]
-    text = render_facts(facts_of(groups, tokenizer))
+    text = render_statistics(statistics_of(groups, tokenizer))
     lines = text.split("\n")
     assert len(lines) <= 30
     assert max(map(len, lines)) <= 100

@@ -1,4 +1,4 @@
-"""`scripts/verify_lengths.py` in small: memory is steady once every shape was seen."""
+"""`scripts/verify_lengths.py` on small data: memory is constant once every shape has occurred."""
 
 import importlib.util
 import sys
@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from mlx_align.config import DpoConfig
-from mlx_align.data.batching import padding_waste
-from mlx_align.data.shapes import Shape
+from mlx_align.data.batching import padding_fraction
+from mlx_align.data.buckets import Shape
 from mlx_align.types import TokenizedGroup
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 TINY = ROOT / "tests" / "oracle" / "models" / "policy"
 
 
@@ -23,7 +23,7 @@ def script():
         "verify_lengths", ROOT / "scripts" / "verify_lengths.py"
     )
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # its dataclasses look there for their own module
+    sys.modules[spec.name] = module  # needed by its dataclasses
     spec.loader.exec_module(module)
     yield module
     del sys.modules[spec.name]
@@ -31,7 +31,7 @@ def script():
 
 @pytest.fixture(scope="module")
 def groups():
-    """Pairs of a few lengths: some shapes, all of them seen within few steps."""
+    """Pairs of a few lengths: few shapes, which all occur within a few steps."""
     random = np.random.default_rng(0)
 
     def ids(length):
@@ -42,33 +42,35 @@ def groups():
 
 
 @pytest.mark.parametrize("batch", [{"batch_size": 2}, {"batch_tokens": 160}])
-def test_memory_is_steady_once_every_shape_was_seen(script, groups, batch):
+def test_memory_is_constant_once_every_shape_has_occurred(script, groups, batch):
     config = DpoConfig(model=str(TINY), grad_accumulation_steps=1, lora_rank=2, **batch)
-    found = script.watch(config, groups, steps=60, every=20)
+    found = script.measure(config, groups, steps=60, every=20)
     assert found.used > (2 if "batch_size" in batch else 0)
-    # Peaks of 3 MB differ by tens of kilobytes with what mlx frees when.
-    assert script.faults(found, 0.4, tolerance=0.05) == []
+    # Peaks of 3 MB vary by tens of kilobytes, depending on when mlx frees memory.
+    assert script.violations(found, 0.4, tolerance=0.05) == []
     assert found.unavoidable == pytest.approx(
         4 * 32 / sum(len(group.prompt) + 2 * len(group.completions[0]) for group in groups)
     )
-    if "batch_size" in batch:  # packed, a pair's unequal answers cost nothing
+    if "batch_size" in batch:  # packed, completions of different length cost nothing
         assert found.lines[-1].padding >= found.unavoidable
-    assert script.faults(found, 0.01)[0].endswith("padding, 1.0% allowed")
+    assert script.violations(found, 0.01)[0].endswith("padding, 1.0% allowed")
 
 
-def test_growth_is_seen(script, groups, monkeypatch):
+def test_growth_is_reported(script, groups, monkeypatch):
     kept = []
-    original = script.padding_waste
-    # What steps leave behind: at every line, a fifth more than what is held.
+    original = script.padding_fraction
+    # Simulate a leak: at every line, hold another fifth of the memory in use.
     monkeypatch.setattr(
         script,
-        "padding_waste",
+        "padding_fraction",
         lambda *a: kept.append(_held(mx.get_active_memory() // 5)) or original(*a),
     )
     config = DpoConfig(model=str(TINY), grad_accumulation_steps=1, lora_rank=2, batch_size=2)
-    found = script.watch(config, groups, steps=60, every=20)
-    assert any(fault.startswith("active memory grew") for fault in script.faults(found, 1.0, 0.05))
-    assert padding_waste is original
+    found = script.measure(config, groups, steps=60, every=20)
+    assert any(
+        text.startswith("active memory grew") for text in script.violations(found, 1.0, 0.05)
+    )
+    assert padding_fraction is original
 
 
 def _held(nbytes):
@@ -79,16 +81,16 @@ def _held(nbytes):
 
 def test_limits(script):
     lines = [script.Line(s, 2, 0.3, 1000, 5000) for s in (50, 100, 150)]
-    found = script.Watched(lines, [Shape(8, 8, 1)] * 2, 2, 0.1)
-    assert script.faults(found, 0.3) == []
-    ahead = script.room_bytes(5000)  # as far mlx may run ahead
+    found = script.Measurements(lines, [Shape(8, 8, 1)] * 2, 2, 0.1)
+    assert script.violations(found, 0.3) == []
+    ahead = script.headroom_bytes(5000)  # what mlx may schedule ahead
     near = [*lines[:2], lines[2]._replace(peak=5000 + ahead)]
-    assert script.faults(script.Watched(near, found.planned, 2, 0.1), 0.3) == []
+    assert script.violations(script.Measurements(near, found.planned, 2, 0.1), 0.3) == []
     grown = [*lines[:2], lines[2]._replace(peak=5001 + ahead)]
-    assert script.faults(script.Watched(grown, found.planned, 2, 0.1), 0.3) == [
+    assert script.violations(script.Measurements(grown, found.planned, 2, 0.1), 0.3) == [
         f"peak memory grew from 5,000 to {5001 + ahead:,} bytes"
     ]
-    many = script.Watched(lines, [Shape(8, 8, 1)] * 13, 2, 0.1)
-    assert script.faults(many, 0.3) == ["13 shapes, 12 allowed"]
-    late = script.Watched([lines[0]._replace(shapes=1), *lines[1:2]], found.planned, 2, 0.1)
-    assert "more --steps" in script.faults(late, 0.3)[0]
+    many = script.Measurements(lines, [Shape(8, 8, 1)] * 13, 2, 0.1)
+    assert script.violations(many, 0.3) == ["13 shapes, 12 allowed"]
+    late = script.Measurements([lines[0]._replace(shapes=1), *lines[1:2]], found.planned, 2, 0.1)
+    assert "more --steps" in script.violations(late, 0.3)[0]

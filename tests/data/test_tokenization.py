@@ -17,8 +17,8 @@ from tiny_tokenizers import (
     tiny_tokenizer,
 )
 
-from mlx_align.data.rendering import chat_style
-from mlx_align.data.tokenize import (
+from mlx_align.data.chat_template import inspect_chat_template
+from mlx_align.data.tokenization import (
     TOO_LONG,
     percentiles,
     tokenize_conversation,
@@ -55,9 +55,9 @@ def test_chatml_loses_the_newline_after_the_end_token(stops):
     ]
 
 
-def test_end_token_at_which_generation_does_not_stop_is_told():
-    assert "<|im_end|>" in chat_style(tiny_tokenizer(CHATML)).chat_notes[0]
-    assert chat_style(tiny_tokenizer(CHATML, stops=("<|im_end|>",))).chat_notes == ()
+def test_a_note_warns_if_generation_does_not_stop_at_the_end_token():
+    assert "<|im_end|>" in inspect_chat_template(tiny_tokenizer(CHATML)).chat_notes[0]
+    assert inspect_chat_template(tiny_tokenizer(CHATML, stops=("<|im_end|>",))).chat_notes == ()
 
 
 def test_template_bos_is_not_doubled():
@@ -78,7 +78,7 @@ def test_template_without_bos_gets_none_as_in_generation():
     assert prompt == generated
 
 
-def test_llama2_keeps_the_blank_before_eos():
+def test_llama2_keeps_the_space_before_eos():
     assert tokenized(tiny_tokenizer(LLAMA2), chat(YES, NO)) == [
         "<bos>[INST] what is it? [/INST]",
         " four, hello <eos>",
@@ -103,7 +103,7 @@ def test_no_generation_prompt_after_the_answer():
     assert tokenized(tokenizer, chat(YES, NO))[1:] == ["four, hello<|im_end|>", "no<|im_end|>"]
 
 
-def test_eos_is_appended_where_the_template_leaves_none():
+def test_eos_is_appended_if_the_template_writes_no_end_token():
     tokenizer = tiny_tokenizer(NO_END)
     groups, report = tokenize_groups([chat(YES, NO)], tokenizer, max_seq_length=500)
     assert report.end_appended == 1
@@ -124,7 +124,7 @@ def test_hugging_face_tokenizers_are_wrapped():
     assert tokenized(wrapped, chat(YES, NO)) == tokenized(bare, chat(YES, NO))
 
 
-def test_thinking_template_keeps_the_default_prompt_where_it_is_a_prefix():
+def test_thinking_template_keeps_the_default_prompt_if_it_is_a_prefix():
     tokenizer = tiny_tokenizer(THINKS, thinking=True)
     groups, report = tokenize_groups([chat(YES, NO)], tokenizer, max_seq_length=500)
     prompt, yes, _ = shown(tokenizer, groups[0])
@@ -150,7 +150,7 @@ def test_thinking_template_that_opens_the_block_turns_thinking_off_for_bare_answ
 
 
 @pytest.mark.parametrize("template", [REFUSES_SYSTEM, FORGETS_SYSTEM])
-def test_system_turn_is_folded_where_the_template_does_not_take_it(template):
+def test_system_turn_is_folded_if_the_template_does_not_support_it(template):
     tokenizer = tiny_tokenizer(template)
     group = chat(YES, NO, prompt=(Message("system", "hello there"), USER))
     groups, report = tokenize_groups([group, chat(YES, NO)], tokenizer, max_seq_length=500)
@@ -158,7 +158,7 @@ def test_system_turn_is_folded_where_the_template_does_not_take_it(template):
     assert report.system_folded == 1
 
 
-def test_rows_the_template_refuses_are_counted_and_stop_a_run_when_many():
+def test_rows_that_the_template_refuses_are_counted():
     tokenizer = tiny_tokenizer(REFUSES_SYSTEM)
     twice = chat(YES, NO, prompt=(USER, USER))
     _, report = tokenize_groups([twice] + [chat(YES, NO)] * 19, tokenizer, max_seq_length=500)
@@ -176,10 +176,10 @@ def test_without_a_template_turns_are_plain_text():
         " four, hello<eos>",
         " no<eos>",
     ]
-    assert "no chat template" in chat_style(tokenizer).chat_notes[0]
+    assert "no chat template" in inspect_chat_template(tokenizer).chat_notes[0]
 
 
-def test_strings_are_tokenised_as_they_stand():
+def test_strings_are_tokenised_unchanged():
     tokenizer = tiny_tokenizer(CHATML)
     group = PromptGroup("the answer is", (" four", " hello there"), "x:1")
     assert tokenized(tokenizer, group) == ["<bos>the answer is", " four<eos>", " hello there<eos>"]
@@ -207,7 +207,7 @@ def test_prompt_and_completion_join_to_the_rendering_of_both():
             assert ids.dtype == np.int32
 
 
-def test_plain_text_without_bos_gives_its_first_token_as_prompt():
+def test_the_prompt_of_plain_text_without_bos_is_its_first_token():
     text = PromptGroup("", ("hello there",), "x:1")
     for bos in (True, False):
         tokenizer = tiny_tokenizer(None, bos=bos)
@@ -225,7 +225,7 @@ def test_prompts_alone():
 
 
 @pytest.mark.parametrize("template", [CHATML, LLAMA3, LLAMA2, THINKS, RETURNS, NO_END, None])
-def test_every_answer_of_a_conversation_counts_and_nothing_else(template):
+def test_the_loss_mask_covers_exactly_the_assistant_turns(template):
     tokenizer = tiny_tokenizer(template, thinking=True)
     turns = [USER, YES, Message("user", "hello?"), Message("assistant", "the answer"), USER, NO]
     group = tokenize_conversation(turns, tokenizer, max_seq_length=500)
@@ -242,7 +242,7 @@ def test_every_answer_of_a_conversation_counts_and_nothing_else(template):
 
 
 def test_conversation_without_an_answer_is_refused():
-    with pytest.raises(DataError, match="no answer"):
+    with pytest.raises(DataError, match="no assistant turn after a user turn"):
         tokenize_conversation([YES, USER], tiny_tokenizer(CHATML), max_seq_length=99)
 
 
@@ -255,7 +255,7 @@ def test_too_long_rows_are_dropped_and_counted():
     assert report.lengths["100"] > 60 >= report.lengths["90"]
 
 
-def test_a_run_that_would_lose_more_than_a_tenth_refuses_and_says_what_would_do():
+def test_more_than_10_percent_too_long_is_an_error_that_suggests_a_limit():
     tokenizer = tiny_tokenizer(CHATML)
     long = chat(Message("assistant", "xyz " * 50), NO)
     rows = [chat(YES, NO)] * 8 + [long] * 2
@@ -275,7 +275,7 @@ def test_all_rows_too_long():
         tokenize_group(chat(YES, NO), tiny_tokenizer(CHATML), max_seq_length=5)
 
 
-def test_completions_are_cut_only_when_asked_and_then_lose_their_end():
+def test_truncated_completions_lose_their_end_token():
     tokenizer = tiny_tokenizer(CHATML)
     group = chat(Message("assistant", "xyz " * 50), NO)
     groups, report = tokenize_groups(
@@ -297,11 +297,11 @@ def test_limits_below_one_are_refused():
 def test_pairs_that_become_equal_are_dropped():
     tokenizer = tiny_tokenizer(LLAMA3)
     padded = chat(NO, Message("assistant", "no  "))
-    result = try_tokenize_group(padded, chat_style(tokenizer), max_seq_length=99)
+    result = try_tokenize_group(padded, inspect_chat_template(tokenizer), max_seq_length=99)
     assert result.dropped == "identical completions"
 
 
-def test_percentiles_keep_what_they_promise():
+def test_percentiles():
     lengths = list(range(1, 101))
     assert percentiles(lengths) == {"50": 50, "90": 90, "99": 99, "100": 100}
     assert percentiles([7]) == {"50": 7, "90": 7, "99": 7, "100": 7}

@@ -1,4 +1,4 @@
-"""Batches: every group once, few shapes, little padding, an order that repeats."""
+"""Batches: every group once, few shapes, little padding, a reproducible order."""
 
 import mlx.core as mx
 import numpy as np
@@ -10,9 +10,9 @@ from mlx_align.data.batching import (
     epoch_order,
     groups_per_batch,
     microbatch_stream,
-    padding_waste,
+    padding_fraction,
 )
-from mlx_align.data.shapes import MAX_SHAPES, BatchLimit, Shape, plan_shapes
+from mlx_align.data.buckets import MAX_SHAPES, BatchLimit, Shape, plan_shapes
 from mlx_align.types import TokenizedGroup
 
 
@@ -45,7 +45,7 @@ def test_every_group_once_per_epoch(n, batch_size):
 
 
 @pytest.mark.parametrize("tokens", [1, 700, 3000, 20_000])
-def test_as_many_groups_as_fit_so_many_tokens(tokens):
+def test_batch_tokens_limits_the_groups_of_a_batch(tokens):
     groups = make_groups(300)
     limit = BatchLimit(tokens=tokens)
     shapes = plan_shapes(groups, limit)
@@ -59,7 +59,7 @@ def test_as_many_groups_as_fit_so_many_tokens(tokens):
         assert len(set(sizes)) > 3
     order = epoch_order(groups, shapes, seed=0)
     assert sorted(i for batch in order for i in batch.indices) == list(range(300))
-    # What is left over in a shape fills batches of larger ones: one batch at most is not full.
+    # Leftover groups of a shape fill batches of larger ones: at most one batch is not full.
     assert sum(len(batch.indices) < batch.shape.groups for batch in order) <= 1
     assert groups_per_batch(groups, limit) == pytest.approx(300 / len(order), rel=0.05)
     batch = collate_groups([groups[i] for i in order[0].indices], order[0].shape)
@@ -67,13 +67,13 @@ def test_as_many_groups_as_fit_so_many_tokens(tokens):
     assert batch.completion_tokens.shape[0] == 2 * order[0].shape.groups
 
 
-def test_no_batch_has_more_room_than_there_are_groups():
+def test_shapes_hold_at_most_the_number_of_groups():
     for limit in (BatchLimit(64), BatchLimit(tokens=10**6)):
         assert plan_shapes(make_groups(5), limit)[-1].groups == 5
 
 
-def test_shapes_are_never_worse_than_one_and_each_pays():
-    """Against all ways to choose two shapes of few lengths, tried one by one."""
+def test_shapes_minimise_padding():
+    """Compared with all choices of two shapes from a few lengths."""
     random = np.random.default_rng(3)
     lengths = random.choice([8, 16, 40, 80], (40, 2))
     groups = [
@@ -83,7 +83,7 @@ def test_shapes_are_never_worse_than_one_and_each_pays():
     groups[0] = TokenizedGroup(np.ones(80, np.int32), (np.ones(80, np.int32),) * 2, "")
 
     def waste(shapes):
-        return padding_waste(epoch_order(groups, shapes, seed=0), groups)
+        return padding_fraction(epoch_order(groups, shapes, seed=0), groups)
 
     largest = Shape(80, 80, 1)
     tried = [
@@ -96,7 +96,7 @@ def test_shapes_are_never_worse_than_one_and_each_pays():
     assert waste(plan_shapes(groups, BatchLimit(), 3)) < min(tried)
 
 
-def test_the_last_batch_takes_the_shape_that_runs_fewest_tokens():
+def test_the_last_batch_has_the_shape_with_the_fewest_tokens():
     small = [TokenizedGroup(np.ones(8, np.int32), (np.ones(8, np.int32),) * 2, "") for _ in "abc"]
     shapes = [Shape(8, 8, 2), Shape(80, 80, 2)]
     order = epoch_order(small, shapes, seed=None)
@@ -106,7 +106,7 @@ def test_the_last_batch_takes_the_shape_that_runs_fewest_tokens():
     ]
 
 
-def test_order_depends_on_seed_and_epoch_alone():
+def test_order_depends_only_on_seed_and_epoch():
     groups = make_groups(60)
     shapes = plan_shapes(groups, BatchLimit(4))
     first = epoch_order(groups, shapes, seed=0, epoch=0)
@@ -116,12 +116,12 @@ def test_order_depends_on_seed_and_epoch_alone():
 
 
 @pytest.mark.parametrize("limit", [BatchLimit(4), BatchLimit(tokens=700)])
-def test_stream_can_be_entered_anywhere(limit):
+def test_stream_can_start_anywhere(limit):
     groups = make_groups(300)
     shapes = plan_shapes(groups, limit)
     epochs = [epoch_order(groups, shapes, seed=5, epoch=epoch) for epoch in range(4)]
     if limit.tokens:
-        assert len({len(epoch) for epoch in epochs}) > 1  # what is left over differs
+        assert len({len(epoch) for epoch in epochs}) > 1  # the leftover groups differ
     batches = [batch for epoch in epochs for batch in epoch]
     ends = np.cumsum([len(epoch) for epoch in epochs[:-1]])
     for start in [0, 1, 50, *ends - 1, *ends, *ends + 1]:
@@ -134,10 +134,10 @@ def test_padding_stays_small_on_ragged_data():
         shapes = plan_shapes(groups, BatchLimit(batch_size))
         order = epoch_order(groups, shapes, seed=0)
         one_shape = epoch_order(groups, plan_shapes(groups, BatchLimit(batch_size), 1), seed=0)
-        waste = padding_waste(order, groups)
-        # The two completions of a pair differ in length: that part no shape can save.
+        waste = padding_fraction(order, groups)
+        # The two completions of a pair differ in length: no shape can avoid that padding.
         assert waste < 0.45
-        assert waste < 0.6 * padding_waste(one_shape, groups)
+        assert waste < 0.6 * padding_fraction(one_shape, groups)
 
 
 def test_collate_pads_and_masks():
@@ -164,7 +164,7 @@ def test_collate_pads_and_masks():
     assert batch.completion_tokens[2, :3].tolist() == [0, 0, 9]
 
 
-def test_collate_pairs_puts_the_reference_beside_its_tokens():
+def test_collate_pairs_aligns_reference_logps_with_tokens():
     groups = make_groups(3, longest=12)
     reference = [
         tuple(np.arange(len(c), dtype=np.float32) + 100 * i for c in group.completions)

@@ -10,8 +10,8 @@ from mlx_align.data.formats import (
     read_supervised,
     read_unpaired,
 )
-from mlx_align.data.groups import split_validation, to_pairs
-from mlx_align.data.sources import check_data, has_split, read_rows
+from mlx_align.data.readers import check_data, has_split, read_rows
+from mlx_align.data.transforms import split_validation, to_pairs
 from mlx_align.errors import ConfigError, DataError
 from mlx_align.types import Message, PromptGroup
 
@@ -157,9 +157,9 @@ PREFERENCES = [
 
 
 @pytest.mark.parametrize(("name", "row", "prompt", "completions"), PREFERENCES)
-def test_preference_formats_are_recognised(tmp_path, name, row, prompt, completions):
-    (group,), reading = read_preferences(write(tmp_path, row))
-    assert reading.format == name
+def test_preference_formats_are_detected(tmp_path, name, row, prompt, completions):
+    (group,), report = read_preferences(write(tmp_path, row))
+    assert report.format == name
     assert (group.prompt, group.completions) == (prompt, completions)
     assert group.source == "train.jsonl:1"
     forced, _ = read_preferences(tmp_path / "train.jsonl", format=name)
@@ -167,19 +167,19 @@ def test_preference_formats_are_recognised(tmp_path, name, row, prompt, completi
 
 
 def test_description_and_columns_and_scores(tmp_path):
-    (group,), reading = read_preferences(write(tmp_path, PREFERENCES[8][1]))
-    assert str(reading) == "read as: UltraFeedback pairs (whole conversations)"
+    (group,), report = read_preferences(write(tmp_path, PREFERENCES[8][1]))
+    assert str(report) == "read as: UltraFeedback pairs (whole conversations)"
     assert group.scores == (8.5, 3.0)
     assert set(group.columns) == {"prompt_id", "messages"}
-    _, reading = read_preferences(write(tmp_path, PREFERENCES[6][1]))
-    assert str(reading) == "read as: HH-RLHF text"
+    _, report = read_preferences(write(tmp_path, PREFERENCES[6][1]))
+    assert str(report) == "read as: HH-RLHF text"
 
 
 def test_format_names_are_unique():
     assert len(set(FORMAT_NAMES)) == len(FORMAT_NAMES)
 
 
-def test_conversations_that_part_before_the_last_turn_keep_the_rest_as_completion(tmp_path):
+def test_conversations_that_differ_before_the_last_turn(tmp_path):
     row = {
         "chosen": "\n\nHuman: Hi\n\nAssistant: A\n\nHuman: B\n\nAssistant: C",
         "rejected": "\n\nHuman: Hi\n\nAssistant: A\n\nHuman: X\n\nAssistant: Y",
@@ -210,27 +210,27 @@ def test_soft_labels(tmp_path, fields, label):
 
 def test_unpaired(tmp_path):
     row = {"prompt": "Hi", "completion": "Yes", "label": False, "topic": "x"}
-    (group,), reading = read_unpaired(write(tmp_path, row))
+    (group,), report = read_unpaired(write(tmp_path, row))
     assert (group.completions, group.label, group.columns) == (("Yes",), False, {"topic": "x"})
-    assert reading.format == "unpaired"
+    assert report.format == "unpaired"
     row = {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Yes"}]}
     (group,), _ = read_unpaired(write(tmp_path, row | {"kto_tag": True}))
     assert (group.prompt, group.completions, group.label) == (ASKED, (YES,), True)
 
 
-def test_pairs_are_taken_apart_for_unpaired_training(tmp_path):
-    groups, reading = read_unpaired(write(tmp_path, PAIR))
+def test_pairs_are_split_for_unpaired_training(tmp_path):
+    groups, report = read_unpaired(write(tmp_path, PAIR))
     assert [(group.completions, group.label) for group in groups] == [
         ((" Yes",), True),
         ((" No",), False),
     ]
-    assert "taken apart" in str(reading)
+    assert "split into desirable and undesirable completions" in str(report)
 
 
 def test_supervised(tmp_path):
     turns = [user("Hi"), assistant("A"), user("B"), assistant("C"), user("unanswered")]
-    (group,), reading = read_supervised(write(tmp_path, {"messages": turns}))
-    assert reading.format == "conversation"
+    (group,), report = read_supervised(write(tmp_path, {"messages": turns}))
+    assert report.format == "conversation"
     assert group.prompt == ASKED
     assert [turn.content for turn in group.completions[0]] == ["A", "B", "C"]
     (group,), _ = read_supervised(write(tmp_path, {"prompt": "Hi", "completion": " Yes"}))
@@ -239,9 +239,9 @@ def test_supervised(tmp_path):
     assert (group.prompt, group.completions) == ("", ("Once upon a time",))
     (group,), _ = read_supervised(write(tmp_path, {"instruction": "Hi", "output": "Yes"}))
     assert (group.prompt, group.completions) == (ASKED, (YES,))
-    (group,), reading = read_supervised(write(tmp_path, PAIR))
+    (group,), report = read_supervised(write(tmp_path, PAIR))
     assert group.completions == (" Yes",)
-    assert "best" in str(reading)
+    assert "best" in str(report)
 
 
 def test_prompts_keep_the_other_fields(tmp_path):
@@ -253,18 +253,18 @@ def test_prompts_keep_the_other_fields(tmp_path):
     assert (group.prompt, group.completions) == ("Hi", ())
 
 
-def test_rows_without_use_are_dropped_and_counted(tmp_path):
+def test_unusable_rows_are_dropped_and_counted(tmp_path):
     same = PAIR | {"rejected": " Yes"}
     path = write(tmp_path, PAIR, same, PAIR | {"rejected": " "}, PAIR | {"prompt": ""}, "", PAIR)
-    groups, reading = read_preferences(path)
+    groups, report = read_preferences(path)
     assert [group.source for group in groups] == ["train.jsonl:1", "train.jsonl:6"]
-    assert reading.dropped == {
+    assert report.dropped == {
         "identical completions": 1,
         "empty completion": 1,
         "empty prompt": 1,
     }
-    assert "3 of 5 rows dropped: 1 identical completions" in str(reading)
-    with pytest.raises(DataError, match=r"train\.jsonl: none of the 2 rows is of use"):
+    assert "3 of 5 rows dropped: 1 identical completions" in str(report)
+    with pytest.raises(DataError, match=r"train\.jsonl: none of the 2 rows can be used"):
         read_preferences(write(tmp_path, same, same))
 
 
@@ -286,13 +286,13 @@ ERRORS = [
     ([PAIR | {"soft_label": 10**400}], r"'soft_label' is .*expected a finite number"),
     ([PAIR | {"votes_chosen": 1}], r"no 'votes_rejected'"),
     ([PAIR | {"votes_chosen": 0, "votes_rejected": 0}], r"votes 0 to 0"),
-    ([PAIR, PREFERENCES[1][1]], r"train\.jsonl:2: the prompt is messages where .* has text"),
+    ([PAIR, PREFERENCES[1][1]], r"train\.jsonl:2: the prompt is messages, but .* has text"),
     ([PREFERENCES[6][1], {"chosen": "a b", "rejected": "a c"}], r"train\.jsonl:2: 'chosen' is"),
     (
         [PAIR | {"instruction": "Hi"}],
-        r"fits the formats pairs and instruction; say which with --format",
+        r"matches the formats pairs and instruction; choose one with --format",
     ),
-    ([PAIR | {"completions": ["a"], "scores": [1]}], r"fits the formats pairs and ranked"),
+    ([PAIR | {"completions": ["a"], "scores": [1]}], r"matches the formats pairs and ranked"),
     ([{"question": "x"}], r"not recognised as preference data; found 'question', expected prompt"),
     ([{"prompt": "a", "completion": "b"}], r"but no pair; expected chosen and rejected"),
     ([PAIR | {"prompt": [{"role": "wizard", "content": "x"}]}], r"prompt\[0\] has role text 'wiz"),
@@ -302,15 +302,15 @@ ERRORS = [
     ([PAIR | {"prompt": [[]]}], r"prompt\[0\] is list; expected a message"),
     (
         [{"prompt": [user("a")], "chosen": [assistant("b"), user("c")], "rejected": "d"}],
-        r"begins or ends with role 'user'",
+        r"starts or ends with role 'user'",
     ),
     (
         [PAIR | {"prompt": [{**user("a"), "tool_calls": [{}]}]}],
-        r"'tool_calls', which is not read",
+        r"'tool_calls', which is not supported",
     ),
     (
         [PAIR | {"prompt": [{"role": "user", "content": [{"type": "image_url"}]}]}],
-        r"a part that is no text",
+        r"a part that is not text",
     ),
     ([{"prompt": "a", "completions": ["x", "y"], "scores": [1]}], r"one number for each of the 2"),
     ([{"prompt": "a", "completions": ["x", "y"]}], r"completions\[0\] has no rating"),
@@ -331,7 +331,7 @@ def test_a_label_has_to_be_true_or_false(tmp_path):
         read_unpaired(path)
 
 
-def test_format_settles_what_is_ambiguous_and_is_checked(tmp_path):
+def test_format_option(tmp_path):
     path = write(tmp_path, PAIR | {"instruction": "Other"})
     assert read_preferences(path, format="pairs")[0][0].prompt == "Hi"
     assert read_preferences(path, format="instruction")[0][0].prompt[0].content == "Other"
@@ -379,7 +379,7 @@ def test_empty_files_and_missing_splits(tmp_path):
     assert not has_split(write(tmp_path, PAIR, name="mine.jsonl"), "valid")
 
 
-def test_a_wrong_path_is_refused_without_asking_the_hub(tmp_path):
+def test_a_wrong_path_is_refused_without_a_hub_request(tmp_path):
     for wrong in ("nowhere", "./owner/name", "owner/name.jsonl", "a/b/c", "~/x", "", "a\0b"):
         with pytest.raises(DataError, match="no such file or folder"):
             check_data(wrong)
@@ -417,7 +417,7 @@ def test_datasets_saved_to_disk(tmp_path):
     assert len(read_preferences(tmp_path / "single")[0]) == 2
 
 
-def test_sharded_folders_go_through_the_library(tmp_path, monkeypatch):
+def test_sharded_folders_are_read_by_the_library(tmp_path, monkeypatch):
     import datasets
 
     (tmp_path / "hub" / "data").mkdir(parents=True)
@@ -444,7 +444,7 @@ def test_ranked_groups_become_all_strictly_ordered_pairs():
     assert to_pairs([pair]) == [pair]
 
 
-def test_split_keeps_a_prompt_on_one_side_and_is_deterministic():
+def test_split_keeps_prompts_together_and_is_deterministic():
     groups = [PromptGroup(f"p{i % 40}", (f"a{i}", "b"), f"x:{i}") for i in range(100)]
     train, valid = split_validation(groups, 0.1, seed=3)
     assert len(train) + len(valid) == 100
@@ -490,7 +490,7 @@ JUNK = [
 
 
 def mutate(random, row):
-    """One row as damaged JSON text: fields lost, renamed, of other types, bytes changed."""
+    """A row as corrupted JSON: fields missing, renamed or of other types, bytes changed."""
     row = dict(row)
     for _ in range(random.choice([0, 1, 1, 2])):
         key = random.choice([*row, "prompt", "messages", "label", "scores"])
@@ -507,7 +507,7 @@ def mutate(random, row):
     return bytes(raw[: random.randrange(len(raw) + 1)] if random.random() < 0.1 else raw)
 
 
-def test_no_file_gets_anything_but_a_data_error(tmp_path):
+def test_corrupted_files_only_raise_data_errors(tmp_path):
     chance = random.Random(0)
     rows = [row for _, row, _, _ in PREFERENCES]
     rows += [{"prompt": "a", "completion": "b", "label": True}, {"text": "t"}]

@@ -1,20 +1,19 @@
-"""What data says of every two completions: pairs, ratings, ties, margins, folds, batches."""
+"""Comparisons of completions: pairs, ratings, ties, margins, folds, batches."""
 
 import json
 
 import numpy as np
 import pytest
 
-from mlx_align.data.batching import Shape
+from mlx_align.data.buckets import Shape
 from mlx_align.data.comparisons import (
+    assign_folds,
     collate_rewards,
-    compare,
-    filled_up,
-    folds,
-    members_that_learn,
+    compare_completions,
+    ensemble_mask,
+    pad_completion_lists,
 )
-from mlx_align.data.formats import read_preferences
-from mlx_align.data.scorable import read_scorable
+from mlx_align.data.formats import read_preferences, read_scorable
 from mlx_align.errors import ConfigError, DataError
 from mlx_align.types import Message, TokenizedGroup
 
@@ -25,48 +24,50 @@ def group(*completions, prompt=(7, 8), **more):
 
 
 def test_a_pair():
-    assert compare(group([1], [2])) == ([1], [0], [1])
-    assert compare(group([1], [2], soft_label=0.25)).probability == [0.25]
+    assert compare_completions(group([1], [2])) == ([1], [0], [1])
+    assert compare_completions(group([1], [2], soft_label=0.25)).probability == [0.25]
     rated = group([1], [2], scores=(4.0, 1.5))
-    assert compare(rated, rating_margin=0.2).margin == pytest.approx([0.5])
+    assert compare_completions(rated, rating_margin=0.2).margin == pytest.approx([0.5])
     named = group([1], [2], scores=(4.0, 1.5), margin=3.0)
-    assert compare(named, rating_margin=0.2).margin == [3.0]
-    # The label of a pair is its order, whatever its ratings say.
-    assert compare(group([1], [2], scores=(1.0, 2.0))).probability == [1.0]
+    assert compare_completions(named, rating_margin=0.2).margin == [3.0]
+    # The order of a pair is its label, even if the ratings disagree.
+    assert compare_completions(group([1], [2], scores=(1.0, 2.0))).probability == [1.0]
 
 
-def test_a_list_with_ties_fillers_and_equal_completions():
+def test_a_list_with_ties_padding_and_identical_completions():
     ranked = group([1], [2], [3], [3], scores=(3.0, 2.0, 2.0, 1.0))
-    found = compare(ranked, rating_margin=0.1)
+    found = compare_completions(ranked, rating_margin=0.1)
     # (0,1) (0,2) (0,3) (1,2) tied (1,3) (2,3) equal
     assert found.weight.tolist() == pytest.approx([1 / 6, 1 / 6, 1 / 6, 0, 1 / 6, 0])
     assert found.margin.tolist() == pytest.approx([0.1, 0.1, 0.2, 0, 0.1, 0.1])
-    half = compare(ranked, ties="half")
+    half = compare_completions(ranked, ties="half")
     assert half.weight[3] == pytest.approx(1 / 6)
     assert half.probability.tolist() == [1, 1, 1, 0.5, 1, 1]
-    pair, ranked = filled_up([group([1], [2]), group([1], [2], [3], scores=(3, 2, 1))])
+    pair, ranked = pad_completion_lists([group([1], [2]), group([1], [2], [3], scores=(3, 2, 1))])
     assert [len(c) for c in pair.completions] == [1, 1, 0]
-    assert compare(pair).weight.tolist() == [1, 0, 0]
-    assert compare(ranked).weight.tolist() == pytest.approx([1 / 3] * 3)
+    assert compare_completions(pair).weight.tolist() == [1, 0, 0]
+    assert compare_completions(ranked).weight.tolist() == pytest.approx([1 / 3] * 3)
 
 
-def test_each_member_leaves_a_fold_of_prompts_out():
+def test_each_member_is_not_trained_on_its_own_fold():
     groups = [group([1], [2], prompt=(i // 2, 5)) for i in range(40)]
-    fold = folds(groups, 4, seed=0)
+    fold = assign_folds(groups, 4, seed=0)
     assert (fold[0::2] == fold[1::2]).all()  # one prompt, one fold
     assert np.bincount(fold).tolist() == [10] * 4
-    assert (folds(groups, 4, seed=0) == fold).all()
-    assert (folds(groups, 4, seed=1) != fold).any()
-    learns = members_that_learn(groups, 4, seed=0)
+    assert (assign_folds(groups, 4, seed=0) == fold).all()
+    assert (assign_folds(groups, 4, seed=1) != fold).any()
+    learns = ensemble_mask(groups, 4, seed=0)
     assert learns.sum(axis=1).tolist() == [3] * 40
     assert (learns[np.arange(40), fold] == 0).all()
-    assert members_that_learn(groups, 1, seed=0).tolist() == [[1]] * 40
+    assert ensemble_mask(groups, 1, seed=0).tolist() == [[1]] * 40
 
 
-def test_fillers_of_a_batch_weigh_nothing():
-    groups = filled_up([group([1, 2], [3], [4], scores=(3, 2, 1)), group([5], [6])])
+def test_filler_groups_have_no_weight():
+    groups = pad_completion_lists([group([1, 2], [3], [4], scores=(3, 2, 1)), group([5], [6])])
     learns = np.ones((2, 2), np.float32)
-    batch = collate_rewards(groups, [compare(g) for g in groups], learns, Shape(8, 8, 3))
+    batch = collate_rewards(
+        groups, [compare_completions(g) for g in groups], learns, Shape(8, 8, 3)
+    )
     assert batch.weight.tolist() == [1, 1, 0]
     assert batch.learns.tolist() == [[1, 1], [1, 1], [0, 0]]
     assert batch.comparisons.weight.shape == (3, 3)
@@ -97,7 +98,7 @@ def test_margins_are_read(write):
         read_preferences(write({**PAIR, "margin": "big"}))
 
 
-def test_what_can_be_scored_keeps_its_order(write):
+def test_rows_to_score_keep_their_order(write):
     def read(*rows, format=None):
         found = read_scorable(write(*rows), format=format)
         return found, list(found)
@@ -126,5 +127,5 @@ def test_what_can_be_scored_keeps_its_order(write):
         read({"question_text": "Q"})
     with pytest.raises(ConfigError, match="--format ranked: not a format of data to score"):
         read(PAIR, format="ranked")
-    with pytest.raises(DataError, match="holds one turn"):
+    with pytest.raises(DataError, match="has only one turn"):
         read({"messages": turns[1:]})

@@ -1,0 +1,497 @@
+"""Tokenise prompt groups: the prompt/completion boundary, end tokens, and length limits.
+
+**The boundary** is found by rendering, not assumed. The prompt is rendered alone (with the
+generation prompt) and with each of its completions, and cut where these renderings start to differ.
+A group has one prompt, so it is cut at the shortest common prefix. If that is shorter than the
+prompt (tokens that merge across the boundary, templates that write something else before a finished
+completion), the row is counted as "boundary moved".
+
+**Thinking templates** start an assistant turn differently from how they write a finished one,
+depending on whether thinking is on. mlx-lm's default is tried first (on, if the tokenizer has
+thinking tokens). If the prompt is not a prefix then, the row is rendered with thinking off, which
+is used if the prompt is a prefix. So completions that contain their reasoning train the thinking
+mode.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from mlx_align.data.chat_template import (
+    ChatTemplate,
+    Ids,
+    TemplateError,
+    common_prefix,
+    inspect_chat_template,
+)
+from mlx_align.errors import ConfigError, DataError
+from mlx_align.types import Message, PromptGroup, Text, TokenizedGroup
+
+# If a larger fraction of the rows would be dropped, the data is refused.
+MAX_DROPPED = 0.1
+# If the boundary moves by more tokens than this, the row is dropped: part of the user's turn would
+# be trained on.
+MAX_BOUNDARY_SHIFT = 16
+
+# Reasons to drop a group.
+TOO_LONG = "too long"
+REFUSED = "refused by the chat template"
+NO_PROMPT = "prompt rendered differently with its completion"
+IDENTICAL = "identical completions"
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizeResult:
+    """The result of tokenising one group.
+
+    Attributes:
+        group: The tokenised group, or None if it has to be dropped.
+        length: Tokens of the prompt and its longest completion, 0 if it can't be rendered.
+        dropped: The reason to drop it, one of this module's constants.
+        detail: The error message of the chat template.
+        truncated: Number of completions cut to `max_completion_length` (they have no end token).
+        boundary_moved: The prompt rendered alone is not a prefix of prompt and completion.
+        end_appended: The template writes no end token, so EOS was appended.
+        thinking_off: The group was rendered with thinking off.
+        system_folded: A system turn was put in front of the first user turn.
+    """
+
+    group: TokenizedGroup | None
+    length: int = 0
+    dropped: str | None = None
+    detail: str = ""
+    truncated: int = 0
+    boundary_moved: bool = False
+    end_appended: bool = False
+    thinking_off: bool = False
+    system_folded: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizeReport:
+    """Counts over all groups of a split.
+
+    Attributes:
+        rows: Groups before tokenisation.
+        kept: Groups that were not dropped.
+        dropped: Number of dropped groups, by reason.
+        cut_completions: Number of completions cut to `max_completion_length`.
+        boundary_moved: Number of groups with this property of `TokenizeResult`; also the next
+            three.
+        end_appended: See above.
+        thinking_off: See above.
+        system_folded: See above.
+        lengths: Percentiles of the tokens of prompt and longest completion, before dropping:
+            "50", "90", "99", "100" → tokens.
+        notes: Sentences about the tokenizer that users should know.
+    """
+
+    rows: int
+    kept: int
+    dropped: Mapping[str, int]
+    cut_completions: int
+    boundary_moved: int
+    end_appended: int
+    thinking_off: int
+    system_folded: int
+    lengths: Mapping[str, int]
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class PromptReport:
+    """Counts over all prompts of a split.
+
+    Attributes:
+        rows: Prompts before tokenisation.
+        indices: Indices of the prompts that were kept.
+        dropped: Number of dropped prompts, by reason.
+        system_folded: Prompts whose system turn was put in front of the first user turn.
+        lengths: Percentiles of their tokens, before dropping: "50", "90", "99", "100" → tokens.
+        notes: Sentences about the tokenizer that users should know.
+    """
+
+    rows: int
+    indices: tuple[int, ...]
+    dropped: Mapping[str, int]
+    system_folded: int
+    lengths: Mapping[str, int]
+    notes: tuple[str, ...]
+
+
+def tokenize_group(
+    group: PromptGroup,
+    tokenizer: Any,
+    *,
+    max_seq_length: int,
+    max_completion_length: int | None = None,
+) -> TokenizedGroup:
+    """Tokenise one group. Arguments as for `tokenize_groups`.
+
+    Raises:
+        DataError: The group has to be dropped; the text gives the reason.
+    """
+    result = try_tokenize_group(
+        group,
+        inspect_chat_template(tokenizer),
+        max_seq_length=max_seq_length,
+        max_completion_length=max_completion_length,
+    )
+    if result.group is None:
+        detail = f" ({result.detail})" if result.detail else ""
+        length = f": {result.length} tokens, over {max_seq_length}" if result.length else ""
+        raise DataError(f"{group.source}: {result.dropped}{length}{detail}")
+    return result.group
+
+
+def tokenize_conversation(
+    messages: Sequence[Message],
+    tokenizer: Any,
+    *,
+    max_seq_length: int,
+    source: str = "conversation",
+) -> TokenizedGroup:
+    """Tokenise a conversation as one group whose loss mask covers every assistant turn.
+
+    The prompt is everything before the first assistant turn. The completion is the rest; its user
+    turns are masked.
+
+    Raises:
+        DataError: It has no assistant turn after a user turn, or has to be dropped.
+    """
+    roles = [turn.role for turn in messages]
+    first = next((i for i, r in enumerate(roles) if r == "assistant" and "user" in roles[:i]), None)
+    if first is None:
+        raise DataError(f"{source}: no assistant turn after a user turn")
+    last = max(i for i, role in enumerate(roles) if role == "assistant")
+    group = PromptGroup(tuple(messages[:first]), (tuple(messages[first : last + 1]),), source)
+    return tokenize_group(group, tokenizer, max_seq_length=max_seq_length)
+
+
+def tokenize_groups(
+    groups: Iterable[PromptGroup],
+    tokenizer: Any,
+    *,
+    max_seq_length: int,
+    max_completion_length: int | None = None,
+) -> tuple[list[TokenizedGroup], TokenizeReport]:
+    """Tokenise the groups of a split.
+
+    Args:
+        groups: The groups; they may have no completions.
+        tokenizer: An mlx-lm `TokenizerWrapper` or a Hugging Face tokenizer.
+        max_seq_length: In tokens. A group is dropped if its prompt and longest completion together
+            are longer.
+        max_completion_length: In tokens. Longer completions are cut first, and lose their end
+            token.
+
+    Raises:
+        ConfigError: A limit is below 1.
+        DataError: More than 10% of the groups, or all of them, would be dropped.
+    """
+    template = inspect_chat_template(tokenizer)
+    results = []
+    chats = False
+    for group in groups:
+        chats = chats or not isinstance(group.prompt, str)
+        results.append(
+            try_tokenize_group(
+                group,
+                template,
+                max_seq_length=max_seq_length,
+                max_completion_length=max_completion_length,
+            )
+        )
+    kept = [result.group for result in results if result.group is not None]
+    report = TokenizeReport(
+        rows=len(results),
+        kept=len(kept),
+        dropped=dict(Counter(r.dropped for r in results if r.dropped is not None)),
+        cut_completions=sum(r.truncated for r in results if r.group is not None),
+        boundary_moved=sum(r.boundary_moved for r in results),
+        end_appended=sum(r.end_appended for r in results),
+        thinking_off=sum(r.thinking_off for r in results),
+        system_folded=sum(r.system_folded for r in results),
+        lengths=percentiles([r.length for r in results if r.length]),
+        notes=template.notes + (template.chat_notes if chats else ()),
+    )
+    check_dropped(results, "--max-seq-length", max_seq_length)
+    return kept, report
+
+
+def try_tokenize_group(
+    group: PromptGroup,
+    template: ChatTemplate,
+    *,
+    max_seq_length: int,
+    max_completion_length: int | None = None,
+    drop_identical: bool = True,
+) -> TokenizeResult:
+    """Tokenise one group, or return the reason to drop it. Arguments as for `tokenize_groups`.
+
+    Args:
+        group: The group.
+        template: From `inspect_chat_template`.
+        max_seq_length: See `tokenize_groups`.
+        max_completion_length: See `tokenize_groups`.
+        drop_identical: Whether to drop groups of identical completions: they can't be used for
+            training, but they can be scored.
+
+    Raises:
+        ConfigError: A limit is below 1.
+    """
+    limit = max_completion_length
+    if max_seq_length < 1 or (limit is not None and limit < 1):
+        raise ConfigError("--max-seq-length and --max-completion-length: expected at least 1")
+    folded = (
+        template.folds_system
+        and not isinstance(group.prompt, str)
+        and any(turn.role == "system" for turn in group.prompt)
+    )
+    try:
+        rendered = render_group(group.prompt, group.completions, template)
+    except TemplateError as error:
+        return TokenizeResult(None, dropped=REFUSED, detail=str(error))
+    if rendered is None:
+        return TokenizeResult(None, dropped=NO_PROMPT)
+    truncated = 0 if limit is None else sum(len(ids) > limit for ids in rendered.completions)
+    completions = [ids[:limit] for ids in rendered.completions]
+    result = TokenizeResult(
+        group=None,
+        length=len(rendered.prompt) + max(map(len, completions), default=0),
+        truncated=truncated,
+        boundary_moved=rendered.moved,
+        end_appended=rendered.appended,
+        thinking_off=rendered.thinking_off,
+        system_folded=folded,
+    )
+    if result.length > max_seq_length:
+        return replace(result, dropped=TOO_LONG)
+    identical = len(completions) > 1 and all(ids == completions[0] for ids in completions)
+    if identical and drop_identical:
+        return replace(result, dropped=IDENTICAL)
+    tokenized = TokenizedGroup(
+        prompt=np.array(rendered.prompt, np.int32),
+        completions=tuple(np.array(ids, np.int32) for ids in completions),
+        source=group.source,
+        scores=group.scores,
+        label=group.label,
+        soft_label=group.soft_label,
+        margin=group.margin,
+        loss_masks=tuple(mask[:limit] for mask in rendered.masks) if rendered.masks else None,
+    )
+    return replace(result, group=tokenized)
+
+
+def tokenize_prompts(
+    groups: Sequence[PromptGroup], tokenizer: Any, max_prompt_length: int
+) -> tuple[list[TokenizedGroup], PromptReport]:
+    """Tokenise prompts as for training, so that a policy samples from what it was trained on.
+
+    Args:
+        groups: The groups; their completions are ignored.
+        tokenizer: An mlx-lm `TokenizerWrapper` or a Hugging Face tokenizer.
+        max_prompt_length: In tokens. Longer prompts are dropped, never cut.
+
+    Returns:
+        Groups without completions, and a report.
+
+    Raises:
+        ConfigError: `max_prompt_length` is below 1.
+        DataError: More than 10% of the prompts, or all of them, would be dropped.
+    """
+    if max_prompt_length < 1:
+        raise ConfigError(f"--max-prompt-length {max_prompt_length}: expected at least 1")
+    template = inspect_chat_template(tokenizer)
+    results = [
+        try_tokenize_group(
+            replace(group, completions=(), scores=None), template, max_seq_length=max_prompt_length
+        )
+        for group in groups
+    ]
+    check_dropped(results, "--max-prompt-length", max_prompt_length)
+    kept = [(index, r.group) for index, r in enumerate(results) if r.group is not None]
+    chats = any(not isinstance(group.prompt, str) for group in groups)
+    return [group for _, group in kept], PromptReport(
+        rows=len(results),
+        indices=tuple(index for index, _ in kept),
+        dropped=dict(Counter(r.dropped for r in results if r.dropped is not None)),
+        system_folded=sum(r.system_folded for r in results),
+        lengths=percentiles([r.length for r in results if r.length]),
+        notes=template.notes + (template.chat_notes if chats else ()),
+    )
+
+
+def percentiles(lengths: Sequence[int]) -> dict[str, int]:
+    """The smallest lengths that cover 50%, 90%, 99% and 100% of the rows, by percentile."""
+    if not lengths:
+        return {}
+    ordered = np.sort(np.array(lengths))
+    return {str(p): int(ordered[-(-len(ordered) * p // 100) - 1]) for p in (50, 90, 99, 100)}
+
+
+def check_dropped(results: Sequence[TokenizeResult], option: str, limit: int) -> None:
+    """Refuse data if more than 10% of its groups, or all of them, would be dropped.
+
+    Args:
+        results: The results of all groups.
+        option: The option that limits lengths, for the message.
+        limit: Its value, tokens.
+
+    Raises:
+        DataError: Too many would be dropped; the text gives reasons and limits that keep more.
+    """
+    rows = len(results)
+    dropped = Counter(r.dropped for r in results if r.dropped is not None)
+    kept = rows - dropped.total()
+    lost = dropped.total() - dropped[IDENTICAL]
+    if kept and lost <= MAX_DROPPED * rows:
+        return
+    if not rows:
+        raise DataError("no rows to tokenise")
+    too_long = dropped[TOO_LONG]
+    if 2 * too_long >= max(lost, 1):
+        at = percentiles([r.length for r in results if r.length])
+        raise DataError(
+            f"{'all' if too_long == rows else too_long} of {rows} rows are longer than "
+            f"{option} {limit} and would be dropped (tokens: median {at['50']}, "
+            f"longest {at['100']}); {option} {at['90']} keeps 90% of them, {at['99']} "
+            "keeps 99%"
+        )
+    reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.items())
+    detail = next((f" ({r.detail})" for r in results if r.detail), "")
+    raise DataError(
+        f"{rows - kept} of {rows} rows would be dropped: {reasons}{detail}; correct or remove them"
+    )
+
+
+# --- the boundary between prompt and completions ---
+
+
+@dataclass(frozen=True, slots=True)
+class RenderedGroup:
+    """The token ids of a group, before any length limit.
+
+    Attributes:
+        prompt: At least one id.
+        completions: At least one id each, with one end token.
+        masks: For each completion, which ids belong to assistant turns; None if all do.
+        moved: The prompt rendered alone is not a prefix of prompt and completion.
+        appended: The template writes no end token, so EOS was appended.
+        thinking_off: Rendered with thinking off.
+    """
+
+    prompt: Ids
+    completions: list[Ids]
+    masks: list[npt.NDArray[np.bool_]] | None = None
+    moved: bool = False
+    appended: bool = False
+    thinking_off: bool = False
+
+
+def render_group(
+    prompt: Text, completions: Sequence[Text], template: ChatTemplate
+) -> RenderedGroup | None:
+    """Render a group; None if its renderings don't share a usable prompt.
+
+    Raises:
+        TemplateError: The chat template raised an error.
+    """
+    if isinstance(prompt, str):
+        return _render_strings(prompt, [str(text) for text in completions], template)
+    whole = [
+        template.fold_system((*prompt, *turns))
+        for turns in completions
+        if not isinstance(turns, str)
+    ]
+    prompt = template.fold_system(prompt)
+    first = _render_turns(prompt, whole, template, None)
+    if first is not None and not first.moved:
+        return first
+    if template.has_template:
+        without = _render_turns(prompt, whole, template, False)
+        if without is not None and not without.moved:
+            return replace(without, thinking_off=True)
+    return first
+
+
+def _render_strings(
+    prompt: str, completions: Sequence[str], template: ChatTemplate
+) -> RenderedGroup | None:
+    head = template.encode(prompt)
+    if not completions:
+        return RenderedGroup(head, []) if head else None
+    whole = [template.encode(prompt + text) for text in completions]
+    shared = min(common_prefix(head, ids) for ids in whole)
+    if not head and not prompt and min(map(len, whole)) > 1:
+        shared = len(head := whole[0][:1])  # text without BOS: its first token is the prompt
+    end = [] if template.eos is None else [template.eos]
+    tails = [ids[shared:] + end for ids in whole]
+    if not shared or not all(tails) or len(head) - shared > MAX_BOUNDARY_SHIFT:
+        return None
+    return RenderedGroup(head[:shared], tails, moved=shared < len(head), appended=bool(end))
+
+
+def _render_turns(
+    prompt: Sequence[Message],
+    whole: Sequence[Sequence[Message]],
+    template: ChatTemplate,
+    thinking: bool | None,
+) -> RenderedGroup | None:
+    head = template.render(prompt, generation_prompt=True, thinking=thinking)
+    if not whole:
+        return RenderedGroup(head, []) if head else None
+    ended = [template.end_once(template.render(turns, thinking=thinking)) for turns in whole]
+    shared = min(common_prefix(head, ids) for ids, _ in ended)
+    completions = [ids[shared:] for ids, _ in ended]
+    if not shared or not all(completions) or len(head) - shared > MAX_BOUNDARY_SHIFT:
+        return None
+    moved = shared < len(head)
+    masks = None
+    if any(len(turns) > len(prompt) + 1 for turns in whole):
+        masks = []
+        for turns, (ids, _) in zip(whole, ended, strict=True):
+            mask, exact = _assistant_mask(turns, len(prompt), ids, shared, template, thinking)
+            masks.append(mask)
+            moved = moved or not exact
+    return RenderedGroup(head[:shared], completions, masks, moved, any(added for _, added in ended))
+
+
+def _assistant_mask(
+    turns: Sequence[Message],
+    first: int,
+    ids: Ids,
+    shared: int,
+    template: ChatTemplate,
+    thinking: bool | None,
+) -> tuple[npt.NDArray[np.bool_], bool]:
+    """Which of `ids[shared:]` belong to assistant turns, starting with turn `first`.
+
+    Returns:
+        The mask, and whether every assistant turn starts right after its generation prompt.
+    """
+    assistant = [i for i in range(first, len(turns)) if turns[i].role == "assistant"]
+    starts, exact = [shared], True
+    for i in assistant[1:]:
+        head = template.render(turns[:i], generation_prompt=True, thinking=thinking)
+        starts.append(common_prefix(head, ids))
+        exact = exact and starts[-1] == len(head)
+    mask = np.zeros(len(ids), np.bool_)
+    mask[starts[-1] :] = True
+    for i, start, limit in zip(assistant, starts, starts[1:], strict=False):
+        # Templates may render an assistant turn differently if others follow it (without its
+        # thinking), so its end is found by the end token, unless that is only written at the very
+        # end.
+        if template.ending and template.ending[0] in ids[start:limit]:
+            stop = ids.index(template.ending[0], start) + 1
+        else:
+            finished = template.render(turns[: i + 1], thinking=thinking)
+            stop = min(common_prefix(finished, ids), limit)
+        mask[start:stop] = True
+    return mask[shared:], exact
