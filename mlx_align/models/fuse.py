@@ -1,8 +1,8 @@
-"""One model out of base and adapter, without losing the change to quantisation.
+"""Fusing an adapter into its base model without losing the change to quantisation.
 
-Re-quantising a fused weight rounds it to the base's grid, and a small change can vanish in the
-rounding: "the merged model equals the base". Here each layer's loss is measured, and a layer that
-would lose more than `LOSS_ALLOWED` of its change stays dequantised.
+Re-quantising a fused weight rounds it to the quantisation grid, which can undo a small change: "the
+merged model equals the base". Here the loss is measured for each layer, and a layer that would lose
+more than `LOSS_ALLOWED` of its change stays dequantised.
 """
 
 from __future__ import annotations
@@ -19,27 +19,27 @@ from mlx_lm.utils import save
 
 from mlx_align.errors import ConfigError, ModelError
 from mlx_align.files import writing, writing_folder
-from mlx_align.models.adapters import install, load_tree, read_layout
-from mlx_align.models.compat import dissect
-from mlx_align.models.heads import has_head
+from mlx_align.models.adapters import install_adapters, load_adapter, read_layout
+from mlx_align.models.backbone import split_backbone
+from mlx_align.models.forward import token_logprobs
+from mlx_align.models.heads import has_reward_head
 from mlx_align.models.loading import LanguageModel, ModelFolder, load_language_model
-from mlx_align.models.logps import batch_token_logps
-from mlx_align.models.selfcheck import random_batch
+from mlx_align.models.verification import random_batch
 
-# Share of a layer's change that re-quantising may lose before the layer is left dequantised.
+# Largest part of a layer's change that re-quantising may lose; otherwise it stays dequantised.
 LOSS_ALLOWED = 0.1
 
 
 @dataclass(frozen=True)
 class FusedLayer:
-    """What became of one adapted layer.
+    """Result of fusing one adapted layer.
 
     Attributes:
         name: Its path in the model.
-        quantized: Whether the base's layer was.
-        change: ‖Δ‖ / ‖W‖, how far the adapter moved it.
-        lost: ‖(requantised − W) − Δ‖ / ‖Δ‖, 0 where nothing was quantised.
-        kept_quantized: Whether it is quantised in the fused model.
+        quantized: Whether the base model's layer is quantised.
+        change: ‖Δ‖ / ‖W‖, the relative size of the adapter's change.
+        lost: ‖(requantised − W) − Δ‖ / ‖Δ‖; 0 if the layer is not quantised.
+        kept_quantized: Whether the layer is quantised in the fused model.
     """
 
     name: str
@@ -51,13 +51,13 @@ class FusedLayer:
 
 @dataclass(frozen=True)
 class FuseReport:
-    """What fusing did.
+    """Result of fusing an adapter.
 
     Attributes:
         layers: One entry per adapted layer.
-        logps_gap: Largest difference, nats, of token log-probs between base with adapter and the
-            fused model, on random tokens.
-        logps_change: The same between the base and base with adapter: what there is to lose.
+        logps_gap: Largest difference of token log-probs, nats, between the base with the adapter
+            and the fused model, on random tokens.
+        logps_change: The same between the base without and with the adapter.
     """
 
     layers: tuple[FusedLayer, ...]
@@ -77,34 +77,34 @@ def fuse_adapter(
 
     Args:
         folder: The base model.
-        adapter: A run folder, or any adapter folder of mlx-lm's.
-        output: Folder to write; must not hold a model yet.
-        dequantize: Leave no adapted layer quantised.
+        adapter: A run folder, or any adapter folder of mlx-lm.
+        output: Folder to write; must be empty or not exist.
+        dequantize: Leave all adapted layers dequantised.
         on_layer: Called after each layer.
 
     Raises:
-        ConfigError: The output folder holds something, or the run is a reward model's.
+        ConfigError: The output folder is not empty, or the adapter is a reward model's.
         ModelError: The adapter does not fit the model.
     """
     if output.exists() and any(output.iterdir()):
-        raise ConfigError(f"--output {output}: is not empty; name a new folder")
-    if has_head(adapter):
+        raise ConfigError(f"--output {output}: is not empty; choose a new folder")
+    if has_reward_head(adapter):
         raise ConfigError(
-            f"--adapter-path {adapter}: a reward model's, whose head would be lost; "
-            "mlx-align reward export keeps it"
+            f"--adapter-path {adapter}: fusing a reward model would drop its head; use "
+            "mlx-align reward export"
         )
     layout = read_layout(adapter)
     model = load_language_model(folder)
     tokens = random_batch(folder.vocab_size, pad=0)
-    base = batch_token_logps(model.anatomy, tokens, shared=False)
+    base = token_logprobs(model.backbone, tokens, shared=False)
     mx.eval(base)
-    start = install(model.module, replace(layout, dropout=0.0))
-    model.module.update(load_tree(adapter, start, layout))
-    adapted = batch_token_logps(model.anatomy, tokens, shared=False)
+    start = install_adapters(model.module, replace(layout, dropout=0.0))
+    model.module.update(load_adapter(adapter, start, layout))
+    adapted = token_logprobs(model.backbone, tokens, shared=False)
     mx.eval(adapted)
     layers = fuse_layers(model, dequantize, on_layer)
-    fused = batch_token_logps(dissect(model.module), tokens, shared=False)
-    gap = _furthest(fused, adapted)
+    fused = token_logprobs(split_backbone(model.module), tokens, shared=False)
+    gap = _largest_difference(fused, adapted)
     config = dict(folder.config)
     for layer in layers:
         if layer.quantized and not layer.kept_quantized:
@@ -113,14 +113,14 @@ def fuse_adapter(
                     config[key] = {**config[key], layer.name: False}
     with writing_folder(output) as partial, writing(output):
         save(partial, str(folder.path), model.module, folder.tokenizer, config, donate_model=False)
-    change = _furthest(adapted, base)
+    change = _largest_difference(adapted, base)
     return FuseReport(tuple(layers), gap, change)
 
 
 def fuse_layers(
     model: LanguageModel, dequantize: bool, on_layer: Callable[[], None]
 ) -> list[FusedLayer]:
-    """Replace each adapted layer of the model by one plain layer, and say what that lost.
+    """Replace each adapted layer of the model by a plain layer, in place.
 
     Raises:
         ModelError: mlx-lm can't fuse the adapters of this model.
@@ -160,12 +160,12 @@ def _norm(array: mx.array) -> float:
     return float(np.linalg.norm(np.array(array)))
 
 
-def _furthest(a: mx.array, b: mx.array) -> float:
+def _largest_difference(a: mx.array, b: mx.array) -> float:
     return float(np.abs(np.array(a) - np.array(b)).max())
 
 
 def _weight(layer: nn.Module) -> mx.array:
-    """A layer's weight in float32."""
+    """A layer's weight, dequantised, in float32."""
     if not hasattr(layer, "bits"):
         weight: mx.array = layer.weight.astype(mx.float32)
         return weight

@@ -1,9 +1,9 @@
-"""The check at load: is the shared prompt, and the chunked head, exact for this very model?
+"""Verification at load: are shared prompts and the chunked head exact for this model?
 
-On random tokens, the log-probs of completions that share a prompt are compared with those of
-whole rows, and the chunked head with the model's own logits. What two paddings of the same rows
-differ by is the measure, and by how much attention in float32 changes the model's own: rounding in
-the model's dtype, not an error.
+On random tokens, the log-probs of full rows through the chunked head are compared with the model's
+own logits, and those of completions that share a prompt, or are packed, with full rows. The
+tolerance comes from rounding in the model's dtype, measured in two ways: as the difference between
+two paddings of the same rows, and between the model's attention in its dtype and in float32.
 """
 
 from __future__ import annotations
@@ -17,55 +17,61 @@ import numpy as np
 import numpy.typing as npt
 
 from mlx_align.errors import ModelError
-from mlx_align.models.attention import float32_attention
-from mlx_align.models.compat import Anatomy
-from mlx_align.models.logps import batch_token_logps
-from mlx_align.models.trunk import flat_rows
+from mlx_align.models.backbone import Backbone
+from mlx_align.models.forward import full_rows, token_logprobs
+from mlx_align.models.patches import float32_attention
 from mlx_align.types import GroupBatch, Packing
 
-# Shared may differ from flat by so many times what two flat paddings, or two precisions of
-# attention, differ by …
+# Log-probs may differ by at most this multiple of the measured rounding …
 TOLERANCE = 3.0
-# … and always by this share of the largest log-prob: below it float32 itself is not better. In
-# 16 bits it is half a unit in the last place of a logit; wrong paths were 0.3 to 17 nats off.
+# … or by this fraction of the largest log-prob, if that is more: float32 is not more exact than
+# that. In 16 bits it is half a unit in the last place of a logit. Where a path was wrong, log-probs
+# were 0.3 to 17 nats off.
 FLOOR = 1e-5
 FLOOR_16_BIT = 2e-3
+
+# What mlx-lm's code raises when it is called in a way that a family does not support.
+_FAILURES = (TypeError, AttributeError, ValueError, RuntimeError, IndexError, KeyError)
 
 _PROMPT_LENGTHS = (5, 9)
 _COMPLETION_LENGTHS = (7, 3, 4, 6)
 
 
-def check_paths(anatomy: Anatomy, vocab_size: int) -> tuple[Anatomy, bool, str]:
-    """The anatomy to use, whether completions may share their prompt, and what was found.
+def verify_forward(backbone: Backbone, vocab_size: int) -> tuple[Backbone, bool, str]:
+    """Find out how the forward pass can run exactly for this model.
+
+    Returns:
+        The backbone with its settings (mask axes, caches, packing), whether completions may share
+        their prompt, and the findings as a sentence for the user.
 
     Raises:
-        ModelError: Even whole rows through the chunked head disagree with the model's own logits.
+        ModelError: Even full rows through the chunked head disagree with the model's own logits.
     """
     narrow, wide = random_batch(vocab_size, pad=0), random_batch(vocab_size, pad=6)
     try:
-        own, dtype = _own_logps(anatomy, narrow)
+        own, dtype = _own_logps(backbone, narrow)
         with float32_attention():
-            rounding = _gap(_own_logps(anatomy, narrow)[0], own)
+            rounding = _gap(_own_logps(backbone, narrow)[0], own)
         floor = (FLOOR if dtype == mx.float32 else FLOOR_16_BIT) * max(1.0, _largest(own))
         least = max(TOLERANCE * rounding, floor)
-        flat, allowed = _whole_rows(anatomy, narrow, wide, least)
-        if not _gap(flat, own) <= allowed:
-            anatomy = replace(anatomy, flat_caches=True)
-            flat, allowed = _whole_rows(anatomy, narrow, wide, least)
+        full, allowed = _full_row_logprobs(backbone, narrow, wide, least)
+        if not _gap(full, own) <= allowed:
+            backbone = replace(backbone, flat_caches=True)
+            full, allowed = _full_row_logprobs(backbone, narrow, wide, least)
     except (ModelError, *_FAILURES) as error:
         raise ModelError(f"this model can't be run here: {_words(error)}") from error
-    own_gap = _gap(flat, own)
+    own_gap = _gap(full, own)
     if not own_gap <= allowed:
         raise ModelError(
-            f"whole rows through the chunked vocabulary head differ from the model's own logits "
-            f"by {own_gap:.2g} nats (allowed {allowed:.2g}); this family is not supported"
+            f"this model family is not supported: log-probs of the chunked vocabulary head differ "
+            f"from the model's own by {own_gap:.2g} nats ({allowed:.2g} allowed)"
         )
     reason = ""
     for mask_axes in (0, 1, 2):
-        candidate = replace(anatomy, mask_axes=mask_axes)
+        candidate = replace(backbone, mask_axes=mask_axes)
         try:
             gaps = [
-                _gap(batch_token_logps(candidate, narrow, shared=True, grad_checkpoint=way), flat)
+                _gap(token_logprobs(candidate, narrow, shared=True, grad_checkpoint=way), full)
                 for way in (False, True)
             ]
         except ModelError as error:
@@ -76,23 +82,23 @@ def check_paths(anatomy: Anatomy, vocab_size: int) -> tuple[Anatomy, bool, str]:
             continue
         gap = max(gaps)
         if gap <= allowed:
-            note = f"prompts are shared (checked against whole rows: at most {gap:.1e} nats apart)"
-            why_not = _refuses_packing(candidate, narrow, flat, allowed)
+            note = f"prompts are shared (verified against full rows: within {gap:.1e} nats)"
+            why_not = _why_not_packed(candidate, narrow, full, allowed)
             note += f"; rows are padded, not packed: {why_not}" if why_not else ""
             return replace(candidate, packs=not why_not), True, note
         reason = f"sharing changes log-probs by {gap:.2g} nats, {allowed:.2g} allowed"
-    return anatomy, False, f"prompts are run once per completion: {reason}"
+    return backbone, False, f"prompts are run once per completion: {reason}"
 
 
-def _refuses_packing(anatomy: Anatomy, narrow: GroupBatch, flat: mx.array, allowed: float) -> str:
-    """Why the groups of a batch can't run in one row; nothing where they can.
+def _why_not_packed(backbone: Backbone, narrow: GroupBatch, full: mx.array, allowed: float) -> str:
+    """Why the groups of a batch can't run in one row; "" if they can.
 
-    Every token of one group that another's saw would change its log-probs.
+    If a token saw one of another group, its log-prob would change.
     """
     batch = packed_batch(narrow, pad=3)
     try:
         gap = max(
-            _gap(batch_token_logps(anatomy, batch, grad_checkpoint=way), flat)
+            _gap(token_logprobs(backbone, batch, grad_checkpoint=way), full)
             for way in (False, True)
         )
     except ModelError as error:
@@ -105,7 +111,7 @@ def _refuses_packing(anatomy: Anatomy, narrow: GroupBatch, flat: mx.array, allow
 
 
 def packed_batch(batch: GroupBatch, pad: int) -> GroupBatch:
-    """The same groups packed, each row with `pad` tokens of padding."""
+    """Pack the groups of a padded batch, with `pad` tokens of padding at the end of each row."""
     prompts = np.array(batch.prompt_lengths)
     lengths = np.array(batch.completion_mask).sum(axis=1)
     tokens, place = np.array(batch.completion_tokens), np.zeros(batch.completion_mask.shape)
@@ -126,23 +132,19 @@ def _row(parts: Sequence[npt.NDArray[Any]], pad: int) -> mx.array:
     return mx.array(np.pad(np.concatenate(parts), (0, pad)).astype(np.int32))
 
 
-def check_adapted(model: Anatomy, vocab_size: int) -> None:
-    """Run a few tokens through a model that has adapters in it now.
+def verify_adapters(backbone: Backbone, vocab_size: int) -> None:
+    """Run a few tokens through a model with adapters installed.
 
     Raises:
-        ModelError: Its code reads weights where an adapter stands.
+        ModelError: The model's code fails: it reads the weights of an adapted layer directly.
     """
     try:
-        mx.eval(batch_token_logps(model, random_batch(vocab_size, pad=0), shared=False))
+        mx.eval(token_logprobs(backbone, random_batch(vocab_size, pad=0), shared=False))
     except _FAILURES as error:
         raise ModelError(
-            f"this model does not run with these adapters ({_words(error)}); name the layers to "
-            "adapt with --lora-keys, self_attn.q_proj,self_attn.v_proj for example"
+            f"this model does not run with these adapters ({_words(error)}); choose the layers to "
+            "adapt with --lora-keys, for example self_attn.q_proj,self_attn.v_proj"
         ) from error
-
-
-# What mlx-lm's code raises when it is called in a way a family was not written for.
-_FAILURES = (TypeError, AttributeError, ValueError, RuntimeError, IndexError, KeyError)
 
 
 def _words(error: Exception) -> str:
@@ -150,7 +152,7 @@ def _words(error: Exception) -> str:
 
 
 def random_batch(vocab_size: int, pad: int) -> GroupBatch:
-    """Two ragged prompts with two ragged completions each, the same tokens whatever the padding."""
+    """Two prompts of different lengths with two completions each; the same tokens for any `pad`."""
     key = mx.random.key(0)
     high = max(2, min(vocab_size, 32_000))
     width = max(_COMPLETION_LENGTHS) + pad
@@ -164,19 +166,19 @@ def random_batch(vocab_size: int, pad: int) -> GroupBatch:
     )
 
 
-def _whole_rows(
-    anatomy: Anatomy, narrow: GroupBatch, wide: GroupBatch, least: float
+def _full_row_logprobs(
+    backbone: Backbone, narrow: GroupBatch, wide: GroupBatch, least: float
 ) -> tuple[mx.array, float]:
-    """Log-probs (N, C) of whole rows, and by how much, `least` or more, others may differ."""
-    flat = batch_token_logps(anatomy, narrow, shared=False)
-    padded = batch_token_logps(anatomy, wide, shared=False)[:, : flat.shape[1]]
-    return flat, max(TOLERANCE * _gap(flat, padded), least)
+    """Log-probs (N, C) of full rows, and the tolerance in nats, at least `least`."""
+    full = token_logprobs(backbone, narrow, shared=False)
+    padded = token_logprobs(backbone, wide, shared=False)[:, : full.shape[1]]
+    return full, max(TOLERANCE * _gap(full, padded), least)
 
 
-def _own_logps(anatomy: Anatomy, batch: GroupBatch) -> tuple[mx.array, mx.Dtype]:
-    """Log-probs (N, C) from the full logits of the model as it generates; the logits' dtype."""
-    rows, starts = flat_rows(batch)
-    raw = anatomy.generation_logits(rows)
+def _own_logps(backbone: Backbone, batch: GroupBatch) -> tuple[mx.array, mx.Dtype]:
+    """Log-probs (N, C) from the model's own logits when it generates, and the logits' dtype."""
+    rows, starts = full_rows(batch)
+    raw = backbone.generation_logits(rows)
     logits = raw.astype(mx.float32)
     logps = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
     positions = starts[:, None] - 1 + mx.arange(batch.completion_tokens.shape[1])[None]
