@@ -124,7 +124,7 @@ class GroupBatch(NamedTuple):
 
 
 class PairBatch(NamedTuple):
-    """A microbatch of B pairs. Completions alternate: chosen, rejected, chosen, rejected, …"""
+    """A microbatch of B pairs. Completions alternate: chosen 0, rejected 0, chosen 1, and so on."""
 
     groups: GroupBatch
     reference_logps: mx.array  # (N, C) float32 nats per token; zeros for reference-free losses

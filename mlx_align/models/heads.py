@@ -161,7 +161,7 @@ def read_reward_head(folder: Path) -> mx.array:
     file = folder / HEAD_WEIGHTS
     if not file.is_file():
         raise ModelError(
-            f"{folder}: not a reward model (it has no {HEAD_WEIGHTS}); train one with "
+            f"{folder}: not a reward model: there is no {HEAD_WEIGHTS} in it; train one with "
             "mlx-align reward"
         )
     weights = read_tensors(file)

@@ -8,7 +8,7 @@ import mlx.core as mx
 import pytest
 
 from mlx_align.errors import ConfigError
-from mlx_align.losses import options
+from mlx_align.losses import hyperparameters
 from mlx_align.losses.registry import (
     PAIRWISE_LOSSES,
     UNPAIRED_LOSSES,
@@ -47,7 +47,7 @@ def test_parse_losses():
         ("zzz", ["--loss zzz: unknown; choose from"]),
         ("", ["--loss : unknown; choose from"]),
         ("sigmoid,", ["unknown"]),
-        ("sigmoid=1,sigmoid=2", ["sigmoid comes twice"]),
+        ("sigmoid=1,sigmoid=2", ["sigmoid appears twice"]),
         ("sigmoid=", ["--loss sigmoid=", "positive weight"]),
         ("sigmoid=x", ["--loss sigmoid=x", "positive weight"]),
         ("sigmoid=-1", ["positive weight"]),
@@ -149,9 +149,9 @@ def test_f_divergence_only_where_it_is_defined():
 
 
 def test_ranges_read_as_text():
-    assert str(options.Range(low=0, low_open=True)) == "must be > 0"
-    assert str(options.Range(low=0, high=1, high_open=True)) == "must be >= 0 and < 1"
-    assert str(options.Range()) == "must be finite"
+    assert str(hyperparameters.Range(low=0, low_open=True)) == "must be > 0"
+    assert str(hyperparameters.Range(low=0, high=1, high_open=True)) == "must be >= 0 and < 1"
+    assert str(hyperparameters.Range()) == "must be finite"
 
 
 # ---------------------------------------------------------------- sums of several

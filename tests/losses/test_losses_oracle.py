@@ -1,83 +1,56 @@
 """The offline losses against TRL's own numbers: loss, whole gradients, gradient norms.
 
 `tests/oracle` holds what TRL 1.16 computed for one fixed batch of a tiny random llama (float32,
-CPU); `scripts/make_oracle.py` makes it. Held here: the loss to 1e-5 relative, the gradient of
-every parameter to 1e-4 in norm, and where the whole gradient is kept, ‖difference‖/‖gradient‖ to
-1e-4. Log-probs come from a plain slow function (one unpadded row at a time, all logits): it is
-the parameter of these tests, and another one can stand in its place.
+CPU); `scripts/make_oracle.py` makes it. Compared are the loss to 1e-5 relative, the norm of every
+parameter's gradient to 1e-4, and where the full gradient is stored, ‖difference‖/‖gradient‖ to
+1e-4. Log-probs come from a plain slow function (one unpadded row at a time, all logits), which is
+a parameter of these tests.
 
-Cases that the package can't have as it stands, and how they are held:
+Cases that the package does not have in this form, and how they are compared:
 
-    case               why                                     held by
-    orpo               TRL's NLL runs over the prompt too;     odds-ratio part as it is, and NLL
-                       the paper's, and ours, does not         of the whole rows, added up here
-    cpo_hinge, cpo_ipo no such names here (CPO is the          hinge / ipo on log-probs in place
-                       sigmoid one)                            of log-ratios, + sft
-    sft_full           prompts are never scored here           rows with a prompt of one token
+    case               why                                     compared as
+    orpo               TRL's NLL includes the prompt; the      odds-ratio loss, plus NLL of the
+                       paper's, and ours, does not             full rows
+    cpo_hinge, cpo_ipo CPO is only the sigmoid loss here       hinge / ipo on log-probs instead
+                                                               of log-ratios, + sft
+    sft_full           prompts are never trained on here       rows with a prompt of one token
 """
 
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
-import mlx_lm
 import pytest
 from mlx.utils import tree_flatten
 from mlx_lm.models import llama
 from mlx_lm.tuner.lora import LoRALinear
+from oracle_helpers import (
+    BATCHES,
+    DPO_CASES,
+    ORACLE,
+    Row,
+    TokenLogps,
+    case,
+    check,
+    check_numbers,
+    collated_rows,
+    dpo_loss_of,
+    flat_log_square_sums,
+    flat_token_logps,
+    load,
+    mask_of,
+    pair_rows,
+)
 
 from mlx_align.losses import masking
-from mlx_align.losses.coupled import linear_loss, loss_and_logps_gradient
-from mlx_align.losses.reference_free import odds_ratio_loss
+from mlx_align.losses.pairwise import linear_loss, loss_and_logps_gradient, odds_ratio_loss
 from mlx_align.losses.registry import TOKEN_LOSSES, UNPAIRED_LOSSES, combine, parse_losses
 from mlx_align.losses.reward import reward_bt
 from mlx_align.losses.unpaired import kto_kl
 from mlx_align.types import PairLogps
-
-ORACLE = Path(__file__).parent / "oracle"
-BATCHES = json.loads((ORACLE / "batches.json").read_text())
-DIVERGENCES = {"forward_kl": "forward_kl", "js_divergence": "js", "alpha_divergence": "alpha"}
-
-
-class Row(NamedTuple):
-    """One flat row: what is given, what is scored, and which of its tokens count."""
-
-    prompt: list[int]
-    completion: list[int]
-    mask: list[bool]
-
-
-TokenLogps = Callable[[nn.Module, list[Row]], mx.array]
-
-
-def flat_token_logps(model: nn.Module, rows: list[Row]) -> mx.array:
-    """(N, C) float32: the log-prob of every completion token, rows one by one, all logits."""
-    return _stacked(_logps_and_square_sums(model, row)[0] for row in rows)
-
-
-def flat_log_square_sums(model: nn.Module, rows: list[Row]) -> mx.array:
-    """(N, C) float32: log Σ_v p_v² of the distribution of every completion token."""
-    return _stacked(_logps_and_square_sums(model, row)[1] for row in rows)
-
-
-def _logps_and_square_sums(model: nn.Module, row: Row) -> tuple[mx.array, mx.array]:
-    tokens = mx.array([row.prompt + row.completion])
-    logits = model(tokens[:, :-1])[0, len(row.prompt) - 1 :].astype(mx.float32)
-    logps = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
-    chosen = mx.take_along_axis(logps, mx.array(row.completion)[:, None], axis=-1)[:, 0]
-    return chosen, mx.logsumexp(2 * logps, axis=-1)
-
-
-def _stacked(rows: Any) -> mx.array:
-    rows = list(rows)
-    width = max(len(row) for row in rows)
-    return mx.stack([mx.pad(row, (0, width - len(row))) for row in rows])
 
 
 @pytest.fixture(params=[flat_token_logps], ids=["flat"])
@@ -88,92 +61,12 @@ def token_logps_fn(request) -> TokenLogps:
 # ---------------------------------------------------------------- rows, models, records
 
 
-def collated_rows(batch: dict[str, Any], prefix: str = "", limit: int | None = None) -> list[Row]:
-    """Unpadded rows of a padded batch: what is scored starts the completion."""
-    ids, attention = batch[prefix + "input_ids"], batch[prefix + "attention_mask"]
-    if prefix + "labels" in batch:
-        scored = [[label != -100 for label in row] for row in batch[prefix + "labels"]]
-    else:
-        scored = [[bool(flag) for flag in row] for row in batch[prefix + "completion_mask"]]
-    rows = []
-    for tokens, real, flags in zip(ids, attention, scored, strict=True):
-        end = min(sum(real), limit or sum(real))
-        start = max(1, flags.index(True))  # the first token of a row has nothing to predict it
-        rows.append(Row(tokens[:start], tokens[start:end], flags[start:end]))
-    return rows
-
-
-def pair_rows(key: str, limit: int | None = None) -> list[Row]:
-    """The batch's rows as chosen 0, rejected 0, chosen 1 … (there: all chosen first)."""
-    batch = BATCHES[key]["collated"]
-    if key.startswith(("cpo", "orpo")):
-        chosen, rejected = collated_rows(batch, "chosen_"), collated_rows(batch, "rejected_")
-    else:
-        rows = collated_rows(batch, limit=limit)
-        chosen, rejected = rows[:4], rows[4:]
-    return [row for pair in zip(chosen, rejected, strict=True) for row in pair]
-
-
-def mask_of(rows: list[Row]) -> mx.array:
-    return _stacked(mx.array(row.mask) for row in rows) != 0
-
-
-def load(name: str) -> nn.Module:
-    model, _ = mlx_lm.load(str(ORACLE / "models" / name))
-    return model
-
-
 @pytest.fixture(scope="module")
 def models() -> dict[str, nn.Module]:
     return {name: load(name) for name in ("policy", "reference")}
 
 
-def case(name: str) -> dict[str, Any]:
-    return json.loads((ORACLE / "cases" / f"{name}.json").read_text())
-
-
-def check(name: str, model: nn.Module, loss_fn: Callable[[], mx.array], loss_tol: float = 1e-5):
-    """Hold loss and gradients of `loss_fn`, a closure over `model`, to the recorded case."""
-    record = case(name)
-    loss, tree = nn.value_and_grad(model, loss_fn)()
-    gradient = dict(tree_flatten(tree))
-    mx.eval(loss, gradient)
-    check_numbers(record, name, loss.item(), gradient, loss_tol)
-
-
-def check_numbers(
-    record: dict[str, Any],
-    name: str,
-    loss: float,
-    gradient: dict[str, mx.array],
-    loss_tol: float = 1e-5,
-) -> None:
-    assert loss == pytest.approx(record["loss"], rel=loss_tol)
-    norms = {key: math.sqrt(mx.sum(mx.square(g)).item()) for key, g in gradient.items()}
-    assert norms == pytest.approx(record["grad_norms"], rel=1e-4)
-    path = ORACLE / "grads" / f"{name}.safetensors"
-    if path.exists():
-        whole = mx.load(str(path))
-        assert whole.keys() == gradient.keys()
-        differences = [mx.sum(mx.square(gradient[key] - g)) for key, g in whole.items()]
-        assert math.sqrt(sum(differences).item()) < 1e-4 * record["grad_norm"]
-
-
 # ---------------------------------------------------------------- pairs with a reference
-
-DPO_CASES = sorted(
-    path.stem for path in (ORACLE / "cases").glob("dpo_*.json") if "lora" not in path.stem
-)
-
-
-def dpo_loss_of(config: dict[str, Any]):
-    """Our combined loss for a recorded configuration."""
-    names = config.get("loss_type", ["sigmoid"])
-    weights = config.get("loss_weights", [1.0] * len(names))
-    given = {k: v for k, v in config.items() if k in ("beta", "label_smoothing")}
-    if "f_divergence_type" in config:
-        given["f_divergence"] = DIVERGENCES[config["f_divergence_type"]]
-    return combine(tuple(zip(names, weights, strict=True)), given)
 
 
 @pytest.mark.parametrize("name", DPO_CASES)

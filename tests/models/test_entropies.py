@@ -7,19 +7,19 @@ import mlx.core as mx
 import mlx.nn as nn
 import pytest
 from families import VOCAB, make_model
-from test_trunk import difference, ragged_batch, scramble, weights_of
+from forward_helpers import difference, ragged_batch, scramble, weights_of
 
-from mlx_align.models import logps as logps_module
-from mlx_align.models.adapters import AdapterLayout, install
-from mlx_align.models.compat import dissect
-from mlx_align.models.logps import (
-    batch_token_entropies,
-    batch_token_logps,
-    batch_token_statistics,
-    token_logps,
+from mlx_align.models import forward as logps_module
+from mlx_align.models.adapters import AdapterLayout, install_adapters
+from mlx_align.models.backbone import split_backbone
+from mlx_align.models.forward import (
+    target_logprobs,
+    token_logprobs,
+    token_logprobs_and_entropies,
+    token_logprobs_and_square_sums,
 )
-from mlx_align.models.roles import acting_as
-from mlx_align.models.selfcheck import check_paths, packed_batch
+from mlx_align.models.verification import packed_batch, verify_forward
+from mlx_align.models.weights import use_adapter
 
 
 @pytest.fixture(autouse=True)
@@ -50,7 +50,7 @@ def weighted_gradient(model, values_of, batch, weight):
     a, b = weights_of(batch), mx.random.normal(batch.completion_mask.shape, key=mx.random.key(4))
 
     def scalar(tree):
-        with acting_as(model, tree):
+        with use_adapter(model, tree):
             logps, entropies = values_of(batch)
         return (logps * a).sum() + weight * (entropies * b).sum()
 
@@ -63,14 +63,14 @@ def adapted(family, head="frozen", bits=None):
     model = make_model(family)
     if bits:
         nn.quantize(model, group_size=32, bits=bits)
-    install(model, AdapterLayout(rank=4))
+    install_adapters(model, AdapterLayout(rank=4))
     if head == "trained":
         (model.lm_head if "lm_head" in model else model.model.embed_tokens).unfreeze()
     scramble(model, 0.1)
-    anatomy, _, _ = check_paths(dissect(model), VOCAB)
-    assert bool(anatomy.trainable_head()) == (head == "trained")
+    backbone, _, _ = verify_forward(split_backbone(model), VOCAB)
+    assert bool(backbone.trainable_head()) == (head == "trained")
     model.train()
-    return model, anatomy
+    return model, backbone
 
 
 # qwen2: tied embeddings; llama: its own head; gemma2: soft caps behind a tied one.
@@ -88,19 +88,19 @@ def adapted(family, head="frozen", bits=None):
 )
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_entropies_equal_those_of_full_logits(family, head, bits, temperature):
-    model, anatomy = adapted(family, head, bits)
-    anatomy, batch = replace(anatomy, temperature=temperature), ragged_batch()
+    model, backbone = adapted(family, head, bits)
+    backbone, batch = replace(backbone, temperature=temperature), ragged_batch()
     expected = plain(model, temperature, batch)
     for training in (True, False):
         model.train(training)
-        got = mx.stack(batch_token_entropies(anatomy, batch))
+        got = mx.stack(token_logprobs_and_entropies(backbone, batch))
         assert mx.allclose(got, expected, rtol=1e-5, atol=2e-5)
     model.train()
     # Of entropies alone, so that log-probs can't hide them, and of both.
     for weight in (1.0, 1000.0):
         value, grads = weighted_gradient(model, partial(plain, model, temperature), batch, weight)
         for checkpoint in (False, True):
-            way = partial(batch_token_entropies, anatomy, grad_checkpoint=checkpoint)
+            way = partial(token_logprobs_and_entropies, backbone, grad_checkpoint=checkpoint)
             got_value, got_grads = weighted_gradient(model, way, batch, weight)
             assert got_value == pytest.approx(value, rel=1e-5, abs=1e-4)  # terms cancel
             # Rows that share nothing differ from the plain ones by up to 0.9e-5 there.
@@ -108,12 +108,12 @@ def test_entropies_equal_those_of_full_logits(family, head, bits, temperature):
 
 
 def test_packed_entropies():
-    model, anatomy = adapted("llama")
-    assert anatomy.packs
+    model, backbone = adapted("llama")
+    assert backbone.packs
     batch = ragged_batch()
     value, grads = weighted_gradient(model, partial(plain, model, 1.0), batch, 10.0)
     got_value, got_grads = weighted_gradient(
-        model, partial(batch_token_entropies, anatomy), packed_batch(batch, 4), 10.0
+        model, partial(token_logprobs_and_entropies, backbone), packed_batch(batch, 4), 10.0
     )
     assert got_value == pytest.approx(value, rel=1e-5)
     assert difference(got_grads, grads) < 1e-5
@@ -122,50 +122,50 @@ def test_packed_entropies():
 @pytest.mark.parametrize("head", ["frozen", "trained"])
 def test_entropies_without_gradient(head):
     """As numbers to look at: the same numbers, and the gradient is that of log-probs alone."""
-    model, anatomy = adapted("llama", head)
+    model, backbone = adapted("llama", head)
     batch = ragged_batch()
-    look = partial(batch_token_entropies, anatomy, entropy_gradient=False)
+    look = partial(token_logprobs_and_entropies, backbone, entropy_gradient=False)
     assert mx.allclose(mx.stack(look(batch)), plain(model, 1.0, batch), rtol=1e-5, atol=2e-5)
     _, with_them = weighted_gradient(model, look, batch, 5.0)
-    logps_alone = partial(batch_token_entropies, anatomy)
+    logps_alone = partial(token_logprobs_and_entropies, backbone)
     _, without = weighted_gradient(model, logps_alone, batch, 0.0)
     assert difference(with_them, without) < 1e-6
 
 
 def test_temperature_reaches_every_function():
     """In eval and in training, with a head that is scaled after the division or before."""
-    model, anatomy = adapted("gemma2")
-    batch, hot = ragged_batch(), replace(anatomy, temperature=1.7)
+    model, backbone = adapted("gemma2")
+    batch, hot = ragged_batch(), replace(backbone, temperature=1.7)
     logps, _ = plain(model, 1.7, batch)
     for training in (True, False):
         model.train(training)
         for values in (
-            batch_token_logps(hot, batch),
-            batch_token_statistics(hot, batch)[0],
-            batch_token_entropies(hot, batch)[0],
+            token_logprobs(hot, batch),
+            token_logprobs_and_square_sums(hot, batch)[0],
+            token_logprobs_and_entropies(hot, batch)[0],
         ):
             assert mx.allclose(values, logps, rtol=1e-5, atol=1e-5)
-    assert mx.abs(batch_token_logps(anatomy, batch) - logps).max().item() > 0.1
+    assert mx.abs(token_logprobs(backbone, batch) - logps).max().item() > 0.1
 
 
 def test_temperature_of_a_bf16_model_divides_in_float32():
     model = make_model("qwen2", mx.bfloat16)
-    anatomy = dissect(model)
+    backbone = split_backbone(model)
     hidden = mx.random.normal((64, 64), key=mx.random.key(1)).astype(mx.bfloat16)
     targets = mx.random.randint(0, VOCAB, (64,), key=mx.random.key(2))
-    exact = nn.log_softmax(anatomy.logits(hidden).astype(mx.float32) / 0.7, axis=-1)
+    exact = nn.log_softmax(backbone.logits(hidden).astype(mx.float32) / 0.7, axis=-1)
     exact = mx.take_along_axis(exact, targets[:, None], axis=-1)[:, 0]
-    got = token_logps(replace(anatomy, temperature=0.7), hidden, targets)
+    got = target_logprobs(replace(backbone, temperature=0.7), hidden, targets)
     assert mx.abs(got - exact).max().item() < 1e-5
 
 
 def test_a_certain_distribution_has_no_entropy_and_a_finite_gradient():
     """One logit far above the rest, and words that are ruled out by −∞."""
-    _, anatomy = adapted("llama")
+    _, backbone = adapted("llama")
     ruled_out = mx.where(mx.arange(VOCAB) % 2 == 1, -mx.inf, 0.0)
 
     class Masked:
-        model = anatomy.model
+        model = backbone.model
 
         @staticmethod
         def trainable_head():

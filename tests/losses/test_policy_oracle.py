@@ -1,11 +1,11 @@
 """The policy-gradient losses against TRL's own numbers: loss, metrics, gradients, advantages.
 
-As `test_losses_oracle.py` and `test_oracle_trunk.py`: on log-probs of a plain slow function, and
-through collating, the shared trunk and the chunked head, as one batch and accumulated one group at
-a time. TRL 1.16 has no PPO: `ppo_*` are the formulas of its last, restated in torch.
+Like `test_losses_oracle.py` and `test_forward_oracle.py`: on log-probs of a plain slow function,
+and through collating, shared prompts and the chunked head, as one batch and accumulated one group
+at a time. TRL 1.16 has no PPO: `ppo_*` are the formulas of its last one, rewritten in torch.
 
-What TRL logs and these don't hold: `clip_ratio/low_min` and `high_max` are extrema over
-completions, and what is reported here are means.
+Not compared: TRL's `clip_ratio/low_min` and `high_max`, which are extrema over completions where
+this package reports means.
 """
 
 from __future__ import annotations
@@ -20,15 +20,26 @@ import mlx_lm
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten, tree_map
-from test_losses_oracle import BATCHES, ORACLE, Row, case, check_numbers, load
-from test_oracle_trunk import ONE_BY_ONE, SHAPE, TOGETHER, group_of, microbatches
+from oracle_helpers import (
+    BATCHES,
+    ONE_BY_ONE,
+    ORACLE,
+    SHAPE,
+    TOGETHER,
+    Row,
+    case,
+    check_numbers,
+    group_of,
+    load,
+    microbatches,
+)
 
 from mlx_align.data.batching import collate_groups
 from mlx_align.losses.masking import masked_mean, masked_sum
 from mlx_align.losses.policy import POLICY_METHODS, PolicyMethod, policy_loss, policy_totals
 from mlx_align.losses.value import value_loss
-from mlx_align.models.compat import dissect
-from mlx_align.models.logps import batch_token_entropies
+from mlx_align.models.backbone import split_backbone
+from mlx_align.models.forward import token_logprobs_and_entropies
 from mlx_align.rollout.advantages import (
     GROUP_ADVANTAGES,
     gae,
@@ -86,10 +97,10 @@ def plain_values(model: nn.Module, temperature: float) -> tuple[mx.array, mx.arr
 
 def shared_values(model: nn.Module, temperature: float, indices) -> tuple[mx.array, mx.array]:
     """The same of some of the groups, the package's way."""
-    anatomy = replace(dissect(model), temperature=temperature)
+    backbone = replace(split_backbone(model), temperature=temperature)
     groups = [GROUPS[i] for i in indices]
     batch = collate_groups(groups, SHAPE._replace(groups=len(groups)))
-    logps, entropies = batch_token_entropies(anatomy, batch)
+    logps, entropies = token_logprobs_and_entropies(backbone, batch)
     return logps[:, : MASK.shape[1]], entropies[:, : MASK.shape[1]]
 
 

@@ -16,24 +16,24 @@ from mlx_align.data.batching import Microbatch, Shape, collate_groups
 from mlx_align.data.comparisons import filled_up
 from mlx_align.errors import ModelError
 from mlx_align.inference.reward_model import RewardModel
-from mlx_align.models.adapters import AdapterLayout, install, save_adapter
-from mlx_align.models.compat import dissect
+from mlx_align.models.adapters import AdapterLayout, install_adapters, save_adapter
+from mlx_align.models.backbone import split_backbone
 from mlx_align.models.heads import (
     HEAD_NAME,
+    add_reward_head,
     completion_scores,
     hidden_width,
-    put_head,
-    read_head,
+    read_reward_head,
     split_head,
 )
 from mlx_align.models.loading import load_language_model, open_model
-from mlx_align.models.selfcheck import check_paths
+from mlx_align.models.verification import verify_forward
 from mlx_align.train.loop import ready
 from mlx_align.train.reward import reward_objective
 from mlx_align.train.update import accumulate, compiled_gradient
 from mlx_align.types import TokenizedGroup
 
-ORACLE = Path(__file__).parent / "oracle"
+ORACLE = Path(__file__).parent.parent / "oracle"
 KINDS = ("llama", "qwen2", "gemma2", "qwen3", "mamba2", "gpt2")
 FLAT_KINDS = ("mamba", "internlm2-dynamic")
 
@@ -56,19 +56,19 @@ def batch_of(groups, pad=0):
     return collate_groups(groups, Shape(prompt + pad, completion + pad, len(groups)))
 
 
-def plain_scores(anatomy, groups):
+def plain_scores(backbone, groups):
     """One row at a time, nothing padded, the last state through the head: (N, members)."""
-    weight = anatomy.model[HEAD_NAME].weight
+    weight = backbone.model[HEAD_NAME].weight
     rows = [np.concatenate([g.prompt, c]) for g in groups for c in g.completions]
-    last = [anatomy.hidden(mx.array(row)[None])[0, -1].astype(mx.float32) for row in rows]
+    last = [backbone.hidden(mx.array(row)[None])[0, -1].astype(mx.float32) for row in rows]
     return mx.stack([(state[None] * weight).sum(axis=1) for state in last])
 
 
 def with_head(family, dtype=mx.float32, members=2):
     """A model with adapters away from the identity and a head; whether it shares its prompts."""
     model = make_model(family, dtype)
-    anatomy, shared, _ = check_paths(dissect(model), VOCAB)
-    install(model, AdapterLayout(rank=4))
+    backbone, shared, _ = verify_forward(split_backbone(model), VOCAB)
+    install_adapters(model, AdapterLayout(rank=4))
     mx.random.seed(3)
     model.update(
         tree_map(
@@ -76,32 +76,32 @@ def with_head(family, dtype=mx.float32, members=2):
             model.trainable_parameters(),
         )
     )
-    put_head(anatomy, members=members)
-    return anatomy, shared
+    add_reward_head(backbone, members=members)
+    return backbone, shared
 
 
 @pytest.mark.parametrize("family", KINDS)
 def test_padding_company_and_sharing_do_not_change_a_score(family):
-    anatomy, shared = with_head(family)
+    backbone, shared = with_head(family)
     assert shared
     groups = groups_of()
-    alone = np.array(plain_scores(anatomy, groups))
+    alone = np.array(plain_scores(backbone, groups))
     for pad in (0, 5):
         for way in (True, False):
-            found = np.array(completion_scores(anatomy, batch_of(groups, pad), shared=way))
+            found = np.array(completion_scores(backbone, batch_of(groups, pad), shared=way))
             assert np.abs(found - alone).max() < 1e-5, (pad, way)
-    one = np.array(completion_scores(anatomy, batch_of(groups[1:2])))
+    one = np.array(completion_scores(backbone, batch_of(groups[1:2])))
     assert np.abs(one - alone[2:4]).max() < 1e-5
 
 
 @pytest.mark.parametrize("family", FLAT_KINDS)
 def test_families_that_run_whole_rows(family):
-    anatomy, shared = with_head(family)
+    backbone, shared = with_head(family)
     assert not shared
     groups = groups_of()
-    found = np.array(completion_scores(anatomy, batch_of(groups, 3), shared=False))
-    assert np.abs(found - np.array(plain_scores(anatomy, groups))).max() < 1e-5
-    alone = np.array(completion_scores(anatomy, batch_of(groups[:1]), shared=False))
+    found = np.array(completion_scores(backbone, batch_of(groups, 3), shared=False))
+    assert np.abs(found - np.array(plain_scores(backbone, groups))).max() < 1e-5
+    alone = np.array(completion_scores(backbone, batch_of(groups[:1]), shared=False))
     assert np.abs(found[:2] - alone).max() < 1e-5
 
 
@@ -125,18 +125,18 @@ def apart(found, wanted):
 @pytest.mark.parametrize("compiled", [False, True])
 def test_gradients(family, checkpoint, compiled):
     """By adapters and head, of a sum with another weight for every score."""
-    anatomy, _ = with_head(family)
-    groups, model = groups_of(), anatomy.model
+    backbone, _ = with_head(family)
+    groups, model = groups_of(), backbone.model
     weights = mx.random.normal((6, 2), key=mx.random.key(5))
 
     def ours(tree):
         model.update(tree)
         batch = batch_of(groups, 3)
-        return (completion_scores(anatomy, batch, grad_checkpoint=checkpoint) * weights).sum()
+        return (completion_scores(backbone, batch, grad_checkpoint=checkpoint) * weights).sum()
 
     def plain(tree):
         model.update(tree)
-        return (plain_scores(anatomy, groups) * weights).sum()
+        return (plain_scores(backbone, groups) * weights).sum()
 
     tree = model.trainable_parameters()
     value, found = gradient_of(ours, tree, compiled=compiled)
@@ -151,8 +151,8 @@ def test_gradients_of_narrow_models(dtype):
     """No further from float32's than one row at a time is; 4-bit weights compute in float32."""
     results = {}
     for kind in ("float32", dtype) if dtype == "bfloat16" else (dtype,):
-        anatomy, _ = with_head("llama")
-        model = anatomy.model
+        backbone, _ = with_head("llama")
+        model = backbone.model
         if kind == "bfloat16":
             weights = model.trainable_parameters()
             model.set_dtype(mx.bfloat16)
@@ -163,13 +163,13 @@ def test_gradients_of_narrow_models(dtype):
         tree = model.trainable_parameters()
         assert model[HEAD_NAME].weight.dtype == mx.float32
 
-        def ours(tree, anatomy=anatomy, groups=groups):
-            anatomy.model.update(tree)
-            return completion_scores(anatomy, batch_of(groups, 3), grad_checkpoint=True).sum()
+        def ours(tree, backbone=backbone, groups=groups):
+            backbone.model.update(tree)
+            return completion_scores(backbone, batch_of(groups, 3), grad_checkpoint=True).sum()
 
-        def plain(tree, anatomy=anatomy, groups=groups):
-            anatomy.model.update(tree)
-            return plain_scores(anatomy, groups).sum()
+        def plain(tree, backbone=backbone, groups=groups):
+            backbone.model.update(tree)
+            return plain_scores(backbone, groups).sum()
 
         results[kind] = gradient_of(ours, tree, compiled=True)[1], gradient_of(plain, tree)[1]
     ours, plain = results[dtype]
@@ -266,8 +266,8 @@ def test_accumulating_is_one_batch():
     groups[3] = replace(groups[3], margin=0.4)
     groups = filled_up(groups)
     model = load_language_model(open_model(str(ORACLE / "models" / "policy")))
-    install(model.module, AdapterLayout(rank=4))
-    put_head(model.anatomy, members=3)
+    install_adapters(model.module, AdapterLayout(rank=4))
+    add_reward_head(model.backbone, members=3)
     found = {}
     for size in (1, 8):
         shape = Shape(16, 16, size)
@@ -282,8 +282,8 @@ def test_accumulating_is_one_batch():
 def test_a_member_learns_nothing_from_its_own_fold():
     groups = filled_up(groups_of(vocab=300))
     model = load_language_model(open_model(str(ORACLE / "models" / "policy")))
-    install(model.module, AdapterLayout(rank=4))
-    put_head(model.anatomy, members=3)
+    install_adapters(model.module, AdapterLayout(rank=4))
+    add_reward_head(model.backbone, members=3)
     config = RewardConfig(batch_size=1, members=3)
     objective = reward_objective(model, groups, config)
     for index in range(3):  # three prompts, three folds: each is left out by one member
@@ -300,10 +300,10 @@ def test_a_member_learns_nothing_from_its_own_fold():
 
 def test_a_fresh_head_is_normal_and_float32():
     model = make_model("llama", mx.bfloat16)
-    anatomy = dissect(model)
-    width = hidden_width(anatomy)
+    backbone = split_backbone(model)
+    width = hidden_width(backbone)
     mx.random.seed(0)
-    weight = put_head(anatomy, members=400).weight
+    weight = add_reward_head(backbone, members=400).weight
     assert weight.shape == (400, width)
     assert weight.dtype == mx.float32
     assert mx.std(weight).item() == pytest.approx((width + 1) ** -0.5, rel=0.03)
@@ -311,25 +311,25 @@ def test_a_fresh_head_is_normal_and_float32():
 
 
 def test_head_file(tmp_path):
-    anatomy, _ = with_head("llama")
-    tree = anatomy.model.trainable_parameters()
+    backbone, _ = with_head("llama")
+    tree = backbone.model.trainable_parameters()
     save_adapter(tmp_path, tree, AdapterLayout(rank=4), "base")
     stored = mx.load(str(tmp_path / "adapters.safetensors"))
     adapter, head = split_head(dict(tree_flatten(tree)))
     assert set(stored) == set(adapter)
-    assert mx.array_equal(read_head(tmp_path), head[f"{HEAD_NAME}.weight"])
+    assert mx.array_equal(read_reward_head(tmp_path), head[f"{HEAD_NAME}.weight"])
     file = str(tmp_path / "reward_head.safetensors")
     mx.save_safetensors(file, {**head, "other": mx.zeros(2)})
     with pytest.raises(ModelError, match="expected the tensor reward_head"):
-        read_head(tmp_path)
+        read_reward_head(tmp_path)
     mx.save_safetensors(file, {"score": mx.zeros((1, 2))})
     with pytest.raises(ModelError, match="found score"):
-        read_head(tmp_path)
+        read_reward_head(tmp_path)
     Path(file).write_bytes(b"torn")
     with pytest.raises(ModelError, match="damaged"):
-        read_head(tmp_path)
+        read_reward_head(tmp_path)
     Path(file).unlink()
     with pytest.raises(ModelError, match=r"no reward_head\.safetensors in it"):
-        read_head(tmp_path)
+        read_reward_head(tmp_path)
     with pytest.raises(ModelError, match="hidden states are"):
-        put_head(anatomy, mx.zeros((1, 3)))
+        add_reward_head(backbone, mx.zeros((1, 3)))

@@ -16,13 +16,13 @@ from tiny_tokenizers import CHATML, hf_tokenizer
 from mlx_align import RewardModel
 from mlx_align.cli.main import run
 from mlx_align.errors import ModelError
-from mlx_align.models.adapters import AdapterLayout, install, save_adapter
-from mlx_align.models.heads import HEAD_NAME, put_head
+from mlx_align.models.adapters import AdapterLayout, install_adapters, save_adapter
+from mlx_align.models.heads import HEAD_NAME, add_reward_head
 from mlx_align.models.loading import load_language_model, open_model
 from mlx_align.types import TokenizedGroup
 
-FOLDER = Path(__file__).parent / "oracle" / "classifiers"
-POLICY = Path(__file__).parent / "oracle" / "models" / "policy"
+FOLDER = Path(__file__).parent.parent / "oracle" / "classifiers"
+POLICY = Path(__file__).parent.parent / "oracle" / "models" / "policy"
 SCORES = json.loads((FOLDER / "scores.json").read_text())
 FAMILIES = ("llama", "qwen2")
 EOS = 2
@@ -132,9 +132,9 @@ def trained(tmp_path):
         model = load_language_model(open_model(str(base)))
         layout = AdapterLayout(rank=4)
         mx.random.seed(members)
-        tree = install(model.module, layout)
+        tree = install_adapters(model.module, layout)
         tree = tree_map(lambda w: w + 0.05 * mx.random.normal(w.shape), tree)
-        head = put_head(model.anatomy, members=members).parameters()
+        head = add_reward_head(model.backbone, members=members).parameters()
         folder = tmp_path / f"run-{members}"
         folder.mkdir()
         save_adapter(folder, {**tree, HEAD_NAME: head}, layout, str(base))

@@ -8,8 +8,8 @@ from mlx_lm.generate import generate_step
 from mlx_lm.models.cache import make_prompt_cache
 
 import mlx_align.models.generation as generation
-from mlx_align.models.compat import random_key
 from mlx_align.models.generation import generate_batch, generate_groups
+from mlx_align.models.patches import random_key
 
 PROMPTS = [np.random.default_rng(0).integers(1, 150, n).tolist() for n in (13, 1, 3, 9, 2)]
 END = 7
@@ -54,7 +54,7 @@ def test_groups_are_what_whole_prompts_give(family):
         expected = stock_greedy(model, prompt, 9)
         assert [one.tokens for one in group] == [expected, expected]
         assert [one.logps for one in group] == [[0.0] * len(expected)] * 2
-        assert [one.ended for one in group] == [expected[-1] == END] * 2
+        assert [one.finished for one in group] == [expected[-1] == END] * 2
     sampled = generate_groups(model, PROMPTS, 3, [END], max_tokens=9, temperature=0.7, seed=5)
     for prompt, group in zip(PROMPTS, sampled, strict=True):
         for one in group:
@@ -95,8 +95,8 @@ def test_a_prompt_runs_once_and_groups_beyond_the_batch_all_come():
     assert len(ticks) == sum(len(one.tokens) for group in groups for one in group)
     for one in (one for group in groups for one in group):
         assert len(one.tokens) == len(one.logps)
-        assert one.ended == (one.tokens[-1] == END)
-        assert len(one.tokens) == 4 or one.ended
+        assert one.finished == (one.tokens[-1] == END)
+        assert len(one.tokens) == 4 or one.finished
 
 
 def test_long_prompts_run_in_pieces(monkeypatch):

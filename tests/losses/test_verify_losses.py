@@ -8,7 +8,7 @@ import pytest
 
 from mlx_align.losses.registry import PAIRWISE_LOSSES, TOKEN_LOSSES, UNPAIRED_LOSSES
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent.parent
 SMALL = ("--iters", "4", "--learning-rate", "1e-3", "--warmup", "0", "--batch-size", "4")
 SMALL += ("--grad-accumulation-steps", "1", "--no-grad-checkpoint", "--steps-per-eval", "0")
 

@@ -8,8 +8,7 @@ import pytest
 from test_losses import pairs
 
 from mlx_align.losses import masking
-from mlx_align.losses.coupled import linear_loss, loss_and_logps_gradient
-from mlx_align.losses.divergence import DIVERGENCES
+from mlx_align.losses.pairwise import DIVERGENCES, linear_loss, loss_and_logps_gradient
 from mlx_align.losses.registry import PAIRWISE_LOSSES, combine, parse_losses
 from mlx_align.types import PairLogps
 

@@ -1,36 +1,46 @@
-"""TRL's numbers again, through the package's own way: what a training step really runs.
+"""TRL's numbers through the package's own forward pass: what a training step runs.
 
-`test_losses_oracle.py` holds the losses to them on log-probs of a plain slow function. Here the
-recorded batches become tokenised groups, and go through collating, the shared trunk, the chunked
-head and the objective's shares, as one batch and accumulated one group at a time. All weights
-are trained, embeddings and head too, as the recorded gradients are of all of them.
+`test_losses_oracle.py` compares the losses on log-probs of a plain slow function. Here the recorded
+batches become tokenised groups and go through collating, shared prompts, the chunked head and the
+objective, as one batch and accumulated one group at a time. All weights are trained, embeddings and
+head too, because the recorded gradients are of all weights.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
 import mlx.core as mx
 import numpy as np
 import pytest
-from families import VOCAB, make_model
-from mlx.utils import tree_flatten, tree_map
+from families import make_model
 from mlx_lm.tuner.lora import LoRALinear
-from test_losses_oracle import (
+from oracle_helpers import (
     BATCHES,
     DPO_CASES,
     ORACLE,
+    SMALL,
+    WAYS,
+    assert_accumulation_is_exact,
+    assert_same_update,
     case,
     check_numbers,
     collated_rows,
     dpo_loss_of,
+    group_of,
+    language_model,
     load,
-    pair_rows,
+    microbatches,
+    near,
+    pair_groups,
+    random_groups,
+    scores,
+    tree_of,
+    update,
+    zeros_like,
 )
 
 from mlx_align.data.batching import Microbatch, collate_groups, epoch_order
 from mlx_align.data.shapes import Shape
-from mlx_align.inference.score import make_scorer, score_groups
+from mlx_align.inference.score import make_scorer
 from mlx_align.losses.registry import (
     PAIRWISE_LOSSES,
     UNPAIRED_LOSSES,
@@ -38,58 +48,16 @@ from mlx_align.losses.registry import (
     parse_losses,
     resolve_options,
 )
-from mlx_align.models.adapters import AdapterLayout, install
-from mlx_align.models.compat import dissect
+from mlx_align.models.forward import (
+    completion_hidden_states,
+    token_logprobs,
+    token_logprobs_and_square_sums,
+)
 from mlx_align.models.loading import LanguageModel
-from mlx_align.models.logps import batch_token_logps, batch_token_statistics
-from mlx_align.models.trunk import completion_hidden
 from mlx_align.train.preference import preference_objective
 from mlx_align.train.supervised import supervised_objective
 from mlx_align.train.unpaired import KtoLoss, unpaired_objective
 from mlx_align.types import TokenizedGroup
-
-SHAPE = Shape(32, 40, 4)
-# How the four groups of a recorded batch come: at once, or one after the other.
-TOGETHER, ONE_BY_ONE = (4,), (1, 1, 1, 1)
-WAYS = pytest.mark.parametrize("sizes", [TOGETHER, ONE_BY_ONE], ids=["batch", "accumulated"])
-
-
-def language_model(module) -> LanguageModel:
-    """A loaded module as the package holds it, its prompts shared."""
-    return LanguageModel(None, dissect(module), True, "")
-
-
-def microbatches(sizes, shape=SHAPE, room=None) -> list[Microbatch]:
-    """Consecutive groups in microbatches of such sizes, each with room for the largest."""
-    starts, shape = np.cumsum([0, *sizes]), shape._replace(groups=room or max(sizes))
-    return [
-        Microbatch(tuple(range(start, start + size)), shape)
-        for start, size in zip(starts, sizes, strict=False)
-    ]
-
-
-def update(model, objective, tree, micro) -> tuple[float, dict[str, mx.array], dict[str, float]]:
-    """Loss, gradient and metric sums of one update, as the loop accumulates them."""
-    batches = [objective.collate(m) for m in micro]
-    totals = objective.totals(batches)
-    if objective.prepare is not None:
-        batches = objective.prepare(tree, batches, totals)
-    model.module.train()
-    loss, sums, grads = 0.0, {}, None
-    for batch in batches:
-        (share, metrics), part = mx.value_and_grad(objective.loss)(tree, batch, totals)
-        grads = part if grads is None else tree_map(mx.add, grads, part)
-        mx.eval(share, grads)
-        loss += share.item()
-        for name, value in metrics.items():
-            sums[name] = sums.get(name, 0.0) + value.item()
-    model.module.eval()
-    return loss, dict(tree_flatten(grads)), sums
-
-
-def scores(model, tree, groups):
-    return score_groups(make_scorer(model), tree, groups, [SHAPE])
-
 
 # ---------------------------------------------------------------- TRL's cases
 
@@ -98,31 +66,6 @@ def scores(model, tree, groups):
 def models() -> dict[str, LanguageModel]:
     """Policy and reference with all weights trainable."""
     return {name: language_model(load(name)) for name in ("policy", "reference")}
-
-
-def tree_of(model) -> dict[str, Any]:
-    return model.module.trainable_parameters()
-
-
-def group_of(rows, **fields) -> TokenizedGroup:
-    """Flat rows of one prompt as a group."""
-    assert all(row.prompt == rows[0].prompt for row in rows)
-    return TokenizedGroup(
-        np.array(rows[0].prompt, np.int32),
-        tuple(np.array(row.completion, np.int32) for row in rows),
-        "oracle",
-        loss_masks=tuple(np.array(row.mask) for row in rows),
-        **fields,
-    )
-
-
-def pair_groups(key, limit=None) -> list[TokenizedGroup]:
-    rows = pair_rows(key, limit)
-    return [group_of(pair) for pair in zip(rows[0::2], rows[1::2], strict=True)]
-
-
-def zeros_like(groups):
-    return [tuple(np.zeros(len(c), np.float32) for c in g.completions) for g in groups]
 
 
 @WAYS
@@ -266,67 +209,6 @@ def test_sft(name, sizes, models):
 # ---------------------------------------------------------------- 8 x 1 is 1 x 8
 
 
-def random_groups(count: int, completions: int, seed: int = 0) -> list[TokenizedGroup]:
-    """Groups of unequal lengths."""
-    random = np.random.default_rng(seed)
-
-    def ids(low, high):
-        return random.integers(1, VOCAB, random.integers(low, high)).astype(np.int32)
-
-    return [
-        TokenizedGroup(
-            ids(2, 9), tuple(ids(1, 14) for _ in range(completions)), f"row {i}", label=i % 3 > 0
-        )
-        for i in range(count)
-    ]
-
-
-@pytest.fixture(scope="module")
-def tiny() -> LanguageModel:
-    """A tiny random model whose adapters are no longer at their start."""
-    module = make_model("llama")
-    start = install(module, AdapterLayout(rank=4))
-    mx.random.seed(1)
-    module.update(tree_map(lambda p: p + 0.1 * mx.random.normal(p.shape), start))
-    return language_model(module)
-
-
-SMALL = Shape(16, 16, 8)
-# Seven groups: one batch of 8 with a filler, two of 4 with one, and seven of 1.
-SPLITS = ((8, (7,)), (4, (4, 3)), (1, (1,) * 7))
-
-
-def assert_accumulation_is_exact(model, objective):
-    """The update is the same however its groups are split into microbatches."""
-    results = [
-        update(model, objective, tree_of(model), microbatches(sizes, SMALL, room))
-        for room, sizes in SPLITS
-    ]
-    for result in results[1:]:
-        assert_same_update(result, results[0])
-
-
-def assert_same_update(result, expected):
-    """Loss and gradient to 1e-5, and the sums of metrics."""
-    (loss, gradient, sums), (whole, whole_gradient, whole_sums) = result, expected
-    norm = sum(mx.sum(mx.square(g)).item() for g in whole_gradient.values()) ** 0.5
-    assert norm > 0
-    assert loss == pytest.approx(whole, rel=1e-5)
-    gaps = [mx.sum(mx.square(g - whole_gradient[name])).item() for name, g in gradient.items()]
-    assert sum(gaps) ** 0.5 < 1e-5 * max(norm, 1.0)
-    assert sums == pytest.approx(whole_sums, rel=1e-4, abs=1e-4)
-
-
-def near(model, groups):
-    """Reference log-probs a little off the model's own."""
-    own = score_groups(make_scorer(model), tree_of(model), groups, [SMALL])
-    noise = np.random.default_rng(5)
-    return [
-        tuple(row + noise.normal(0, 0.1, row.shape).astype(np.float32) for row in rows)
-        for rows in own
-    ]
-
-
 @pytest.mark.parametrize("loss", [*PAIRWISE_LOSSES, "sigmoid=1,sft=0.2", "wpo", "ld"])
 def test_pairs_accumulate_exactly(loss, tiny):
     groups = random_groups(7, 2)
@@ -380,27 +262,27 @@ def test_square_sums_come_from_the_same_pass(tiny, monkeypatch):
     batch = collate_groups(groups, SMALL._replace(groups=3))
     full = language_model(make_model("llama", seed=3))
     for model in (tiny, full):
-        hidden = completion_hidden(model.anatomy, batch)
-        logits = model.anatomy.logits(hidden)
+        hidden = completion_hidden_states(model.backbone, batch)
+        logits = model.backbone.logits(hidden)
         logps = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
         expected = mx.where(batch.completion_mask, mx.logsumexp(2 * logps, axis=-1), 0)
         passes = []
-        original = type(model.anatomy).logits
+        original = type(model.backbone).logits
 
         def counting(self, hidden, original=original, passes=passes):
             passes.append(hidden.shape[0])
             return original(self, hidden)
 
-        monkeypatch.setattr(type(model.anatomy), "logits", counting)
+        monkeypatch.setattr(type(model.backbone), "logits", counting)
         for training in (False, True):
             model.module.train(training)
             passes.clear()
-            plain = batch_token_logps(model.anatomy, batch)
+            plain = token_logprobs(model.backbone, batch)
             asked_nothing = len(passes)
             passes.clear()
-            values, squares = batch_token_statistics(model.anatomy, batch)
+            values, squares = token_logprobs_and_square_sums(model.backbone, batch)
             assert len(passes) == asked_nothing
             assert mx.abs(values - plain).max().item() < 1e-6
             assert mx.abs(squares - expected).max().item() < 1e-5
         model.module.eval()
-        monkeypatch.setattr(type(model.anatomy), "logits", original)
+        monkeypatch.setattr(type(model.backbone), "logits", original)

@@ -7,28 +7,28 @@ import mlx.core as mx
 import mlx.nn as nn
 import pytest
 from families import make_model
+from forward_helpers import difference, gradient, plain_logps, ragged_batch, scramble
 from mlx.utils import tree_flatten
 from mlx_lm.tuner.utils import load_adapters
-from test_trunk import difference, gradient, plain_logps, ragged_batch, scramble
 
 from mlx_align.errors import ConfigError, ModelError
 from mlx_align.models.adapters import (
     AdapterLayout,
     fingerprint_folder,
-    install,
-    load_tree,
+    install_adapters,
+    load_adapter,
     read_layout,
     save_adapter,
 )
-from mlx_align.models.compat import dissect
-from mlx_align.models.logps import batch_token_logps
-from mlx_align.models.roles import acting_as
+from mlx_align.models.backbone import split_backbone
+from mlx_align.models.forward import token_logprobs
+from mlx_align.models.weights import use_adapter
 
 
 def saved_adapter(folder, layout, family="llama", size=0.3):
     """A trained-looking adapter on disk, and the log-probs of the model that holds it."""
     model = make_model(family)
-    install(model, layout)
+    install_adapters(model, layout)
     scramble(model, size)
     folder.mkdir()
     save_adapter(folder, model.trainable_parameters(), layout, "base")
@@ -70,11 +70,11 @@ def test_any_adapter_maps_into_the_runs_layout(tmp_path, family, theirs, ours):
     expected = saved_adapter(tmp_path / "a", AdapterLayout(**{"rank": 4, **theirs}), family)
     model = make_model(family)
     layout = AdapterLayout(**{"rank": 4, **ours})
-    fresh = install(model, layout)
-    tree = load_tree(tmp_path / "a", fresh, layout)
-    anatomy = dissect(model)
-    with acting_as(model, tree):
-        got = batch_token_logps(anatomy, ragged_batch())
+    fresh = install_adapters(model, layout)
+    tree = load_adapter(tmp_path / "a", fresh, layout)
+    backbone = split_backbone(model)
+    with use_adapter(model, tree):
+        got = token_logprobs(backbone, ragged_batch())
     assert mx.allclose(got, expected, rtol=1e-5, atol=2e-5)
     # Rank that the adapter has not can still learn: its lora_a is not zero.
     if "rank" in theirs and theirs["rank"] < layout.rank:
@@ -92,8 +92,8 @@ def test_dora_maps_with_its_magnitudes(tmp_path):
     expected = saved_adapter(tmp_path / "a", small)
     model = make_model("llama")
     layout = AdapterLayout("dora", rank=4, scale=2.0)
-    tree = load_tree(tmp_path / "a", install(model, layout), layout)
-    with acting_as(model, tree):
+    tree = load_adapter(tmp_path / "a", install_adapters(model, layout), layout)
+    with use_adapter(model, tree):
         assert mx.allclose(plain_logps(model, ragged_batch()), expected, atol=2e-5)
 
 
@@ -101,9 +101,11 @@ def test_what_cannot_be_mapped_is_refused(tmp_path):
     saved_adapter(tmp_path / "wide", AdapterLayout(rank=8))
 
     def load(layout):
-        return load_tree(tmp_path / "wide", install(make_model("llama"), layout), layout)
+        return load_adapter(
+            tmp_path / "wide", install_adapters(make_model("llama"), layout), layout
+        )
 
-    with pytest.raises(ModelError, match=r"lora_a has shape .* where this model and --lora-rank"):
+    with pytest.raises(ModelError, match=r"lora_a has shape .*; this model and --lora-rank need"):
         load(AdapterLayout(rank=4))
     with pytest.raises(ModelError, match="which this run does not"):
         load(AdapterLayout(rank=8, keys=("self_attn.q_proj",)))
@@ -113,13 +115,13 @@ def test_what_cannot_be_mapped_is_refused(tmp_path):
 
 def test_wrong_layouts_are_named():
     with pytest.raises(ConfigError, match="--num-layers 9: the model has 2 blocks"):
-        install(make_model("llama"), AdapterLayout(num_layers=9))
+        install_adapters(make_model("llama"), AdapterLayout(num_layers=9))
     with pytest.raises(ConfigError, match=r"--lora-keys q_proj: no such layer.*self_attn.q_proj"):
-        install(make_model("llama"), AdapterLayout(keys=("q_proj",)))
+        install_adapters(make_model("llama"), AdapterLayout(keys=("q_proj",)))
     quantized = make_model("llama")
     nn.quantize(quantized, group_size=32, bits=4)
     with pytest.raises(ConfigError, match="quantised and its weights can't be trained"):
-        install(quantized, AdapterLayout("full"))
+        install_adapters(quantized, AdapterLayout("full"))
 
 
 @pytest.mark.parametrize(
@@ -150,7 +152,7 @@ def test_damaged_weights_are_one_line(tmp_path):
     (tmp_path / "adapters.safetensors").write_bytes(b"\x10" + b"\0" * 30)
     (tmp_path / "adapter_config.json").write_text(json.dumps(layout.to_mlx_lm()))
     with pytest.raises(ModelError, match="damaged"):
-        load_tree(tmp_path, install(make_model("llama"), layout), layout)
+        load_adapter(tmp_path, install_adapters(make_model("llama"), layout), layout)
 
 
 def test_saved_bytes_repeat_and_fingerprints_follow_content(tmp_path):
@@ -169,16 +171,16 @@ def test_adapters_on_head_and_embeddings_get_exact_gradients():
     for family, key in (("llama", "lm_head"), ("qwen2", "model.embed_tokens")):
         model = make_model(family)
         layout = AdapterLayout(rank=4, keys=("self_attn.q_proj", key))
-        install(model, layout)
+        install_adapters(model, layout)
         scramble(model)
         model.train()
-        anatomy = dissect(model)
-        assert anatomy.trainable_head()
+        backbone = split_backbone(model)
+        assert backbone.trainable_head()
         batch = ragged_batch()
         value, grads = gradient(model, partial(plain_logps, model), batch)
         for compiled in (False, True):
             for checkpoint in (False, True):
-                way = partial(batch_token_logps, anatomy, grad_checkpoint=checkpoint)
+                way = partial(token_logprobs, backbone, grad_checkpoint=checkpoint)
                 got_value, got = gradient(model, way, batch, compiled=compiled)
                 assert got_value == pytest.approx(value, rel=1e-5)
                 assert difference(got, grads) < 1e-5

@@ -6,7 +6,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from families import VOCAB, make_model
-from test_trunk import difference, gradient, plain_logps, ragged_batch, scramble
+from forward_helpers import difference, gradient, plain_logps, ragged_batch, scramble
 
 from mlx_align.data.batching import (
     Microbatch,
@@ -26,12 +26,12 @@ from mlx_align.data.shapes import (
 from mlx_align.inference.score import make_scorer
 from mlx_align.losses.registry import combine, parse_losses
 from mlx_align.models import attention
-from mlx_align.models.adapters import AdapterLayout, install
-from mlx_align.models.compat import dissect
-from mlx_align.models.heads import completion_scores, put_head
+from mlx_align.models.adapters import AdapterLayout, install_adapters
+from mlx_align.models.backbone import split_backbone
+from mlx_align.models.forward import token_logprobs, token_logprobs_and_square_sums
+from mlx_align.models.heads import add_reward_head, completion_scores
 from mlx_align.models.loading import LanguageModel
-from mlx_align.models.logps import batch_token_logps, batch_token_statistics
-from mlx_align.models.selfcheck import check_paths, packed_batch
+from mlx_align.models.verification import packed_batch, verify_forward
 from mlx_align.train.loop import ready
 from mlx_align.train.preference import preference_objective
 from mlx_align.train.update import accumulate
@@ -40,16 +40,16 @@ from mlx_align.types import TokenizedGroup
 
 @pytest.fixture(autouse=True)
 def _short_stretches(monkeypatch):
-    monkeypatch.setattr(attention, "SHORTEST_STRETCH", 3)  # rows of some 30 tokens have several
+    monkeypatch.setattr(attention, "MIN_BLOCK_LENGTH", 3)  # rows of some 30 tokens have several
 
 
 def adapted(family):
     model = make_model(family)
-    install(model, AdapterLayout(rank=4))
+    install_adapters(model, AdapterLayout(rank=4))
     scramble(model, 0.2)
-    anatomy, _, note = check_paths(dissect(model), VOCAB)
-    assert anatomy.packs, note
-    return model, anatomy
+    backbone, _, note = verify_forward(split_backbone(model), VOCAB)
+    assert backbone.packs, note
+    return model, backbone
 
 
 def make_groups(n, seed=0, longest=400, mean=4.0):
@@ -65,33 +65,33 @@ def make_groups(n, seed=0, longest=400, mean=4.0):
 # qwen2: biases and tied embeddings; deepseek_v2: latent attention; glm4: part of a head rotates.
 @pytest.mark.parametrize("family", ["llama", "qwen2", "phi3", "mixtral", "deepseek_v2", "glm4"])
 def test_packed_rows_equal_plain_ones(family):
-    model, anatomy = adapted(family)
+    model, backbone = adapted(family)
     batch = ragged_batch()
     expected = plain_logps(model, batch)
     for pad in (0, 5):
-        got = batch_token_logps(anatomy, packed_batch(batch, pad))
+        got = token_logprobs(backbone, packed_batch(batch, pad))
         assert mx.allclose(got, expected, rtol=1e-5, atol=1e-5), (family, pad)
     model.train()
     value, grads = gradient(model, partial(plain_logps, model), batch)
     # Compiled on a CPU, every new kernel is a C++ compiler's run: for one family only.
     for compiled in {False, family == "llama"}:
         for checkpoint in (False, True):
-            way = partial(batch_token_logps, anatomy, grad_checkpoint=checkpoint)
+            way = partial(token_logprobs, backbone, grad_checkpoint=checkpoint)
             got_value, got = gradient(model, way, packed_batch(batch, 4), compiled=compiled)
             assert got_value == pytest.approx(value, rel=1e-5)
             assert difference(got, grads) < 1e-5, (family, checkpoint, compiled)
 
 
 def test_no_group_sees_another():
-    _, anatomy = adapted("llama")
+    _, backbone = adapted("llama")
     batch = ragged_batch()
-    before = np.array(batch_token_logps(anatomy, packed_batch(batch, 2)))
+    before = np.array(token_logprobs(backbone, packed_batch(batch, 2)))
     for b in range(3):
         prompts, completions = batch.prompt_tokens + 0, batch.completion_tokens + 0
         prompts[b] = prompts[b] % (VOCAB - 1) + 1
         completions[2 * b + 1] = completions[2 * b + 1] % (VOCAB - 1) + 1
         changed = batch._replace(prompt_tokens=prompts, completion_tokens=completions)
-        after = np.array(batch_token_logps(anatomy, packed_batch(changed, 2)))
+        after = np.array(token_logprobs(backbone, packed_batch(changed, 2)))
         same = [(row == now).all() for row, now in zip(before, after, strict=True)]
         assert same == [n // 2 != b for n in range(6)]
 
@@ -107,47 +107,47 @@ def test_no_group_sees_another():
     ],
 )
 def test_families_that_keep_padding_say_so(family, why):
-    anatomy, shared, note = check_paths(dissect(make_model(family)), VOCAB)
+    backbone, shared, note = verify_forward(split_backbone(make_model(family)), VOCAB)
     assert shared
-    assert not anatomy.packs
+    assert not backbone.packs
     assert "padded, not packed" in note
     assert why in note
 
 
 def test_a_model_that_leaks_is_not_packed(monkeypatch):
-    real = attention.attend_among
+    real = attention.packed_attention
 
-    def blind(queries, own, member, *others):
-        return real(queries, own, mx.zeros_like(member), *others)
+    def blind(queries, own, sequence, *others):
+        return real(queries, own, mx.zeros_like(sequence), *others)
 
-    monkeypatch.setattr("mlx_align.models.packed.attend_among", blind)
-    anatomy, shared, note = check_paths(dissect(make_model("llama")), VOCAB)
+    monkeypatch.setattr("mlx_align.models.prefix_cache.packed_attention", blind)
+    backbone, shared, note = verify_forward(split_backbone(make_model("llama")), VOCAB)
     assert shared
-    assert not anatomy.packs
+    assert not backbone.packs
     assert "packing changes log-probs" in note
 
 
 def test_statistics_of_packed_rows():
-    _, anatomy = adapted("qwen2")
+    _, backbone = adapted("qwen2")
     batch = ragged_batch()
     for got, wanted in zip(
-        batch_token_statistics(anatomy, packed_batch(batch, 3)),
-        batch_token_statistics(anatomy, batch),
+        token_logprobs_and_square_sums(backbone, packed_batch(batch, 3)),
+        token_logprobs_and_square_sums(backbone, batch),
         strict=True,
     ):
         assert mx.allclose(got, wanted, rtol=1e-5, atol=1e-5)
 
 
 def test_scores_of_packed_rows():
-    _, anatomy = adapted("llama")
-    put_head(anatomy, members=2)
+    _, backbone = adapted("llama")
+    add_reward_head(backbone, members=2)
     groups = make_groups(3, longest=9, mean=1.5)
     nothing = np.zeros(0, np.int32)  # as a ranked list shorter than others is filled up
     groups[1] = TokenizedGroup(groups[1].prompt, (groups[1].completions[0], nothing), "")
-    padded = completion_scores(anatomy, collate_groups(groups, Shape(16, 16, 3)))
+    padded = completion_scores(backbone, collate_groups(groups, Shape(16, 16, 3)))
     (shape,) = plan_shapes(groups, BatchLimit(tokens=96, packed=True))
     for way in (False, True):
-        found = completion_scores(anatomy, collate_groups(groups, shape), grad_checkpoint=way)
+        found = completion_scores(backbone, collate_groups(groups, shape), grad_checkpoint=way)
         real = np.array([0, 1, 2, 4, 5])
         assert np.isfinite(np.array(found)).all()
         assert np.abs(np.array(found)[real] - np.array(padded)[real]).max() < 1e-5
@@ -155,14 +155,14 @@ def test_scores_of_packed_rows():
 
 def test_dpo_gradient_of_packed_batches():
     """One packed batch, and two that are not full, against one padded one."""
-    model, anatomy = adapted("llama")
+    model, backbone = adapted("llama")
     groups = make_groups(5, longest=20, mean=2.0)
     random = np.random.default_rng(1)
     reference = [
         tuple(random.normal(-5, 0.2, len(c)).astype(np.float32) for c in group.completions)
         for group in groups
     ]
-    whole = LanguageModel(None, anatomy, True, "")
+    whole = LanguageModel(None, backbone, True, "")
     objective = preference_objective(
         whole,
         combine(parse_losses("sigmoid"), {"beta": 0.1}),

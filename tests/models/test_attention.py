@@ -6,9 +6,9 @@ import pytest
 from families import make_model
 from mlx_lm.models import activations, llama
 
-from mlx_align.models import attention, gated
-from mlx_align.models.attention import attend_to_prompt, attend_within, causal_attention
-from mlx_align.models.gated import lean_gates
+from mlx_align.models import attention, patches
+from mlx_align.models.attention import blockwise_causal_attention, shared_prompt_attention
+from mlx_align.models.patches import replace_attention, replace_swiglu
 
 SCALE = 0.4
 
@@ -39,7 +39,7 @@ def compare(ours, theirs, arrays, rtol=2e-5):
 @pytest.mark.parametrize("length", [1, 5, 8, 21, 64])
 @pytest.mark.parametrize(("heads", "groups", "value_size"), [(4, 4, 8), (6, 2, 8), (4, 1, 5)])
 def test_rows_within_themselves(monkeypatch, length, heads, groups, value_size):
-    monkeypatch.setattr(attention, "SHORTEST_STRETCH", 5)
+    monkeypatch.setattr(attention, "MIN_BLOCK_LENGTH", 5)
     arrays = [
         random(2, heads, length, 8, seed=1),
         random(2, groups, length, 8, seed=2),
@@ -49,7 +49,7 @@ def test_rows_within_themselves(monkeypatch, length, heads, groups, value_size):
     def theirs(q, k, v):
         return mx.fast.scaled_dot_product_attention(q, k, v, scale=SCALE, mask="causal")
 
-    compare(lambda q, k, v: attend_within(q, k, v, SCALE), theirs, arrays)
+    compare(lambda q, k, v: blockwise_causal_attention(q, k, v, SCALE), theirs, arrays)
 
 
 @pytest.mark.parametrize("each", [1, 2, 3])
@@ -73,7 +73,7 @@ def test_completions_of_ragged_prompts(each, heads, groups):
     )
 
     def ours(q, k, v, prompt_k, prompt_v):
-        return attend_to_prompt(q, (k, v), (prompt_k, prompt_v), lengths, SCALE)
+        return shared_prompt_attention(q, (k, v), (prompt_k, prompt_v), lengths, SCALE)
 
     def theirs(q, k, v, prompt_k, prompt_v):
         keys, values = (
@@ -94,7 +94,7 @@ def test_scores_far_apart_neither_overflow_nor_vanish():
     def theirs(q, k, v):
         return mx.fast.scaled_dot_product_attention(q, k, v, scale=SCALE, mask="causal")
 
-    compare(lambda q, k, v: attend_within(q, k, v, SCALE), theirs, arrays, rtol=1e-4)
+    compare(lambda q, k, v: blockwise_causal_attention(q, k, v, SCALE), theirs, arrays, rtol=1e-4)
 
 
 def test_bf16_is_as_near_to_float32_as_mlx_is():
@@ -112,7 +112,7 @@ def test_bf16_is_as_near_to_float32_as_mlx_is():
         return np.concatenate([np.array(g.astype(mx.float32)).ravel() for g in found])
 
     exact = grads(theirs, [a.astype(mx.float32) for a in arrays])
-    ours = grads(lambda q, k, v: attend_within(q, k, v, SCALE), arrays)
+    ours = grads(lambda q, k, v: blockwise_causal_attention(q, k, v, SCALE), arrays)
     assert np.linalg.norm(ours - exact) <= 1.2 * np.linalg.norm(grads(theirs, arrays) - exact)
 
 
@@ -125,7 +125,7 @@ def test_only_causal_calls_are_ours():
         return q * 0
 
     before = mx.fast.scaled_dot_product_attention
-    with causal_attention(ours):
+    with replace_attention(ours):
         call = mx.fast.scaled_dot_product_attention
         assert mx.all(call(q, q, q, scale=1.0, mask="causal") == 0)
         array = mx.ones((6, 6), mx.bool_)
@@ -138,11 +138,11 @@ def test_only_causal_calls_are_ours():
 
 def test_the_lean_gate_is_mlx_lms():
     arrays = [random(3, 5, seed=1) * 20, random(3, 5, seed=2)]
-    compare(gated.swiglu, activations.swiglu, arrays, rtol=1e-5)
+    compare(patches.swiglu, activations.swiglu, arrays, rtol=1e-5)
 
 
 def test_the_lean_gate_is_there_for_a_while():
     theirs = llama.swiglu
-    with lean_gates(make_model("llama")):
-        assert llama.swiglu is gated.swiglu
+    with replace_swiglu(make_model("llama")):
+        assert llama.swiglu is patches.swiglu
     assert llama.swiglu is theirs

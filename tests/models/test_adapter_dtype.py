@@ -11,21 +11,21 @@ from mlx.utils import tree_flatten, tree_map
 from mlx_lm import load as mlx_lm_load
 from mlx_lm.convert import convert
 from mlx_lm.models.llama import Model, ModelArgs
-from test_oracle_trunk import language_model, microbatches
+from oracle_helpers import language_model, microbatches
 
 from mlx_align.cli.main import run
 from mlx_align.data.shapes import Shape
 from mlx_align.inference.score import make_scorer, score_groups
 from mlx_align.losses.registry import combine, parse_losses
-from mlx_align.models.adapters import AdapterLayout, install, save_adapter
-from mlx_align.models.compat import load_weights
+from mlx_align.models.adapters import AdapterLayout, install_adapters, save_adapter
+from mlx_align.models.loading import load_module
 from mlx_align.train.loop import ready
 from mlx_align.train.preference import preference_objective
 from mlx_align.train.reference import reference_key
 from mlx_align.train.update import accumulate, compiled_gradient
 from mlx_align.types import TokenizedGroup
 
-TINY = Path(__file__).parent / "oracle" / "models" / "policy"
+TINY = Path(__file__).parent.parent / "oracle" / "models" / "policy"
 LN2 = 0.6931471805599453
 VOCABULARY = 64
 
@@ -42,9 +42,9 @@ def bf16(tmp_path_factory):
 def start(tmp_path_factory, bf16):
     """An adapter of it that is far from the identity, so that its rounding shows."""
     layout = AdapterLayout(rank=4, scale=2.0)
-    model = load_weights(bf16)
+    model = load_module(bf16)
     mx.random.seed(3)
-    install(model, layout)
+    install_adapters(model, layout)
     tree = tree_map(lambda w: w + 0.1 * mx.random.normal(w.shape), model.trainable_parameters())
     folder = tmp_path_factory.mktemp("start")
     save_adapter(folder, tree, layout, "base")
@@ -132,7 +132,7 @@ def make_llama(dtype, **sizes):
     model = Model(ModelArgs.from_dict({**arguments, **shape}))
     # Both dtypes have the same weights.
     model.update(tree_map(lambda w: w.astype(mx.bfloat16).astype(dtype), model.parameters()))
-    tree = install(model, AdapterLayout(rank=4))
+    tree = install_adapters(model, AdapterLayout(rank=4))
     mx.random.seed(1)
     tree = tree_map(lambda w: w + 0.05 * mx.random.normal(w.shape), tree)
     model.update(tree)

@@ -4,15 +4,15 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_align.models import exponential
-from mlx_align.models.exponential import exp, logsumexp, sigmoid
+from mlx_align.models import patches
+from mlx_align.models.patches import exp, logsumexp, sigmoid
 
 WAYS = pytest.mark.parametrize("by_power", [False, True], ids=["mlx's", "by power"])
 
 
 @pytest.fixture
 def way(by_power: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(exponential, "_by_power", lambda: by_power)
+    monkeypatch.setattr(patches, "_by_power", lambda: by_power)
 
 
 @WAYS
