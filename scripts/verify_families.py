@@ -205,15 +205,15 @@ def plain_logps(model: nn.Module, groups: Sequence[TokenizedGroup], width: int) 
 
 def plain_gradient(
     model: nn.Module,
-    tree: AdapterWeights,
+    weights: AdapterWeights,
     groups: Sequence[TokenizedGroup],
     reference: Sequence[tuple[Logps, ...]],
     width: int = 1,
 ) -> tuple[float, AdapterWeights]:
     """DPO's loss, −log σ(β(chosen − rejected log-ratio)), mean over pairs, and its gradient."""
 
-    def loss(tree: AdapterWeights) -> mx.array:
-        with use_adapter(model, tree):
+    def loss(weights: AdapterWeights) -> mx.array:
+        with use_adapter(model, weights):
             rows = plain_logps(model, groups, width)
         total = mx.array(0.0)
         for i, logps in enumerate(reference):
@@ -224,14 +224,14 @@ def plain_gradient(
             total = total + nn.softplus(-BETA * (chosen - rejected))
         return total / len(groups)
 
-    value, grads = mx.value_and_grad(loss)(tree)
+    value, grads = mx.value_and_grad(loss)(weights)
     mx.eval(value, grads)
     return value.item(), grads
 
 
 def package_gradient(
     model: LanguageModel,
-    tree: AdapterWeights,
+    weights: AdapterWeights,
     groups: Sequence[TokenizedGroup],
     reference: Sequence[tuple[Logps, ...]],
     way: Way,
@@ -254,7 +254,7 @@ def package_gradient(
     gradient: Callable[..., Any] = mx.value_and_grad(objective.loss)
     if way.compiled:
         gradient = compiled_gradient(objective.loss)
-    loss, _, grads = accumulate(gradient, tree, ready(objective, batches, micro), totals)
+    loss, _, grads = accumulate(gradient, weights, ready(objective, batches, micro), totals)
     return loss, grads
 
 
@@ -307,18 +307,18 @@ def verify(family: str, precision: str, ways: Sequence[Way] = WAYS) -> Result:
     result.shared, result.note = model.shared, model.check
     groups = make_pairs()
     module = model.module
-    tree: AdapterWeights = module.trainable_parameters()
+    weights: AdapterWeights = module.trainable_parameters()
     reference = reference_near(module, groups)
     module.train()
     losses: dict[str, float] = {}
     grads: dict[str, AdapterWeights] = {}
     for way in ways:
-        losses[str(way)], grads[str(way)] = package_gradient(model, tree, groups, reference, way)
-    value, plain = plain_gradient(module, tree, groups, reference)
+        losses[str(way)], grads[str(way)] = package_gradient(model, weights, groups, reference, way)
+    value, plain = plain_gradient(module, weights, groups, reference)
     result.gaps = {way: difference(g, plain) for way, g in grads.items()}
     if precision == "bf16":
-        padded = plain_gradient(module, tree, groups, reference, width=19)[1]
-        _, exact = plain_gradient(in_float32(module), tree, groups, reference)
+        padded = plain_gradient(module, weights, groups, reference, width=19)[1]
+        _, exact = plain_gradient(in_float32(module), weights, groups, reference)
         result.paddings = difference(padded, plain)
         result.rounding = difference(plain, exact)
         result.error = max(difference(g, exact) for g in grads.values())
@@ -328,7 +328,7 @@ def verify(family: str, precision: str, ways: Sequence[Way] = WAYS) -> Result:
             patch.object(patches, "swiglu", swiglu_rounded_otherwise),
             patches.replace_swiglu(module),
         ):
-            _, otherwise = plain_gradient(module, tree, groups, reference)
+            _, otherwise = plain_gradient(module, weights, groups, reference)
         result.rounding = difference(otherwise, plain)
         result.allowed = max(EXACT, TIMES_ROUNDING * result.rounding)
     result.loss_gap = max(abs(loss - value) / abs(value) for loss in losses.values())

@@ -166,7 +166,7 @@ def row(name: str, result: Result) -> str:
             return ""
         return f"{pattern} → {pattern}".format(result.before[key], result.after[key])
 
-    told = "loads" if result.told is None else f"loads, {abs(result.stock - result.told):.0e} apart"
+    told = "loads" if result.told is None else f"loads, {abs(result.stock - result.told):.0e} off"
     cells: list[Any] = [
         f"{result.command} `{name}`",
         change("loss", "{:.4f}"),
