@@ -33,7 +33,6 @@ from oracle_helpers import (
     pair_groups,
     random_groups,
     scores,
-    tiny,  # noqa: F401
     tree_of,
     update,
     zeros_like,
