@@ -1,12 +1,14 @@
-"""The shapes that travel through the package: text first, then tokens, then arrays.
+"""The data types of the package: text, tokens, batches of arrays.
 
-Every job is a *group*: one prompt and N completions. Pairs have N = 2 (chosen, rejected),
-supervised rows N = 1, ranked rows N = K. Text and tokens are frozen dataclasses; batches of
-arrays are NamedTuples, because `mx.compile` takes those and refuses dataclasses.
+Everything is a *group*: one prompt and its completions. A pair has two (chosen, rejected), a
+supervised row one, a ranked row K. A pair is a `PromptGroup` (text), a `TokenizedGroup` (tokens),
+part of a `PairBatch` (arrays) and part of a `PairLogps` (what a loss takes).
 
-Units: log-probabilities are in nats, lengths in tokens. Shape letters: B groups in a batch,
-N completion rows in a batch, P prompt positions, C completion positions, D hidden size, V
-vocabulary.
+Text and tokens are frozen dataclasses. Batches are NamedTuples, because `mx.compile` accepts those
+but not dataclasses.
+
+Units: log-probs are in nats, lengths in tokens. Shape letters: B groups in a batch, N completions
+in a batch, P prompt positions, C completion positions, D hidden size, V vocabulary.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ class Message:
     content: str
 
 
-# Text as it stands in the data: a plain string, or the turns of a conversation.
+# A plain string, or the turns of a conversation.
 Text = str | tuple[Message, ...]
 
 
@@ -40,14 +42,14 @@ class PromptGroup:
     """One prompt and its completions, as text.
 
     Attributes:
-        prompt: What the model is given. Conversations end on a user (or tool) turn.
-        completions: What it may answer; for a pair (chosen, rejected).
-        source: Where the row stands, for messages: `train.jsonl:17`.
-        scores: A rating per completion, where the data has one (higher is better).
-        label: For unpaired data: whether the one completion is desirable.
-        soft_label: For pairs: the probability that chosen is the better one, where known.
-        margin: For pairs: by how much chosen should outscore rejected, where the data says it.
-        columns: The row's other fields, untouched (reward functions get them).
+        prompt: The model's input. Conversations end with a user (or tool) turn.
+        completions: The possible answers; for a pair (chosen, rejected).
+        source: File and line of the row, for error messages: `train.jsonl:17`.
+        scores: A rating per completion if the data has one; higher is better.
+        label: For unpaired data, whether the one completion is desirable.
+        soft_label: For pairs, the probability that chosen is better, if known.
+        margin: For pairs, the least difference of the reward model's scores, if the data has one.
+        columns: The row's other fields, unchanged, for reward functions.
     """
 
     prompt: Text
@@ -65,16 +67,16 @@ class TokenizedGroup:
     """One prompt and its completions, as token ids.
 
     Attributes:
-        prompt: Prompt ids, at least one (a model can score nothing from an empty prompt).
-        completions: Completion ids, each at least one; each ends with the end-of-turn or EOS
-            token exactly once, unless it was cut.
-        source: Where the row stands in the data.
+        prompt: Prompt ids, at least one: nothing predicts the first token of an empty prompt.
+        completions: Completion ids, each at least one. Each ends with the end-of-turn or EOS
+            token exactly once, unless it was truncated.
+        source: As in `PromptGroup`.
         scores: As in `PromptGroup`.
         label: As in `PromptGroup`.
         soft_label: As in `PromptGroup`.
         margin: As in `PromptGroup`.
-        loss_masks: Per completion, which tokens count; None where all do. (Supervised training
-            on every assistant turn leaves the user's turns in the completion, unscored.)
+        loss_masks: Per completion, which tokens count in the loss; None if all do. (Supervised
+            training on every assistant turn masks the user's turns in the completion.)
     """
 
     prompt: TokenIds
@@ -88,51 +90,50 @@ class TokenizedGroup:
 
 
 class Packing(NamedTuple):
-    """The completions of a packed batch as they run: one behind the other in one row.
+    """The completions of a packed batch: N completions in one row of T tokens, padding last.
 
-    Those of N completions in their order, T tokens with the padding at the end; `place` leads from
-    a token in the layout (N, C), which losses see, to its own in the row.
+    Losses take arrays of shape (N, C); `place` maps such a position to the token in the row.
     """
 
     tokens: mx.array  # (T,) int32
-    completion: mx.array  # (T,) int32, the completion that a token is of; -1 for padding
-    step: mx.array  # (T,) int32, which of its completion's tokens it is: 0, 1 …
-    place: mx.array  # (N, C) int32; 0 where there is no token
+    completion: mx.array  # (T,) int32, index of the completion of a token; -1 for padding
+    step: mx.array  # (T,) int32, position of the token in its completion: 0, 1, …
+    place: mx.array  # (N, C) int32, position in the row; 0 where there is no token
 
 
 class GroupBatch(NamedTuple):
-    """B prompts, padded on the right, and their N completions, padded on the right.
+    """B prompts and their N completions, both padded on the right.
 
-    Every prompt has as many completions, N / B, and they stand together, in the prompts' order.
-    Which positions are real is told by lengths and masks, never by token ids: pad may equal EOS.
+    Every prompt has N / B completions, which are next to each other, in the order of the prompts.
+    Lengths and masks tell which positions are real, never token ids: pad may equal EOS.
 
-    A *packed* batch has its prompts one behind the other in one row, (1, P), and runs its
-    completions as `packing` says; the fillers it ends with have prompts of length 0.
+    A *packed* batch has all prompts in one row, (1, P), and its completions in the row of
+    `packing`. Its fillers have prompts of length 0.
     """
 
     prompt_tokens: mx.array  # (B, P) int32
     prompt_lengths: mx.array  # (B,) int32, at least 1
     completion_tokens: mx.array  # (N, C) int32
-    completion_mask: mx.array  # (N, C) bool, true where a token counts
+    completion_mask: mx.array  # (N, C) bool, true where a token counts in the loss
     packing: Packing | None = None
 
     def for_each_completion(self, by_prompt: mx.array) -> mx.array:
-        """Of something by prompt (B, …), each completion's own, (N, …)."""
+        """Repeat rows of prompts (B, …) for each of their completions, (N, …)."""
         each = self.completion_tokens.shape[0] // self.prompt_lengths.shape[0]
         return mx.repeat(by_prompt, each, axis=0)
 
 
 class PairBatch(NamedTuple):
-    """B pairs ready for a step. Completion rows alternate: chosen, rejected, chosen, rejected."""
+    """A microbatch of B pairs. Completions alternate: chosen 0, rejected 0, chosen 1, and so on."""
 
     groups: GroupBatch
     reference_logps: mx.array  # (N, C) float32 nats per token; zeros for reference-free losses
-    weight: mx.array  # (B,) float32, 0 for the filler groups of a batch that is not full
+    weight: mx.array  # (B,) float32, 0 for the fillers of a batch that is not full
     soft_label: mx.array  # (B,) float32, probability that chosen is better; 1 where not given
 
 
 class LabelledBatch(NamedTuple):
-    """B prompts with one labelled completion each, ready for a step."""
+    """A microbatch of B prompts with one labelled completion each."""
 
     groups: GroupBatch
     reference_logps: mx.array  # (B, C) float32 nats per token
@@ -141,67 +142,68 @@ class LabelledBatch(NamedTuple):
 
 
 class Comparisons(NamedTuple):
-    """What is known of every two of a group's K completions, for B groups.
+    """Labels of all pairs among the K completions of each of B groups.
 
-    The P = K·(K − 1)/2 columns are the pairs (0, 1), (0, 2) … (1, 2) … of the group's completions.
+    The P = K·(K − 1)/2 columns are the pairs (0, 1), (0, 2), …, (1, 2), … of the completions.
     """
 
-    probability: mx.array  # (B, P) that the first of the two is the better one
-    margin: mx.array  # (B, P) by how much the better one should outscore the other, at least
-    weight: mx.array  # (B, P) what the pair counts within its group; 0 where not compared
+    probability: mx.array  # (B, P) probability that the first of the two is better
+    margin: mx.array  # (B, P) least difference that their scores should have
+    weight: mx.array  # (B, P) weight of the pair within its group; 0 where not compared
 
 
 class RewardBatch(NamedTuple):
-    """B prompts with K completions each, ready for a step of a reward model."""
+    """A microbatch of B prompts with K completions each, for a reward model."""
 
     groups: GroupBatch
     comparisons: Comparisons
-    weight: mx.array  # (B,) float32, 0 for the filler groups of a batch that is not full
-    learns: mx.array  # (B, members) float32, 1 where a member learns from the group
+    weight: mx.array  # (B,) float32, 0 for the fillers of a batch that is not full
+    learns: mx.array  # (B, members) float32, 1 where a member is trained on the group
 
 
 class PairLogps(NamedTuple):
-    """What a pairwise loss sees of B pairs.
+    """Log-probs of B pairs, the argument of every pairwise loss.
 
-    The log-ratios are sums of per-token differences, which is not the same in float32 as the
-    difference of the sums: near −1,000 nats that loses 1e-4.
+    The log-ratios are sums of per-token differences. In float32 the difference of two sums near
+    −1,000 nats would lose 1e-4.
     """
 
     chosen: mx.array  # (B,) nats, policy log-prob of the chosen completion, summed over tokens
     rejected: mx.array  # (B,)
     chosen_logratio: mx.array  # (B,) nats, policy − reference, summed over tokens
     rejected_logratio: mx.array  # (B,)
-    chosen_length: mx.array  # (B,) float32, scored tokens
+    chosen_length: mx.array  # (B,) float32, tokens that count
     rejected_length: mx.array  # (B,)
-    soft_label: mx.array  # (B,) probability that chosen is the better one
+    soft_label: mx.array  # (B,) probability that chosen is better
 
 
 class PolicySample(NamedTuple):
-    """What a policy-gradient loss sees of N completions; a row may be skipped by an empty mask.
+    """N sampled completions, the argument of a policy-gradient loss.
 
-    Log-probs are in nats, at the sampling temperature. What stands off the mask may be anything.
+    Log-probs are in nats, at the sampling temperature. Values off the mask may be anything, and a
+    row with an empty mask is skipped.
     """
 
     logps: mx.array  # (N, C) policy, with gradient
-    old_logps: mx.array  # (N, C) the policy before this rollout's updates
-    reference_logps: mx.array  # (N, C) anything where the method has no reference
-    advantages: mx.array  # (N, C); group methods repeat one number along a row
-    mask: mx.array  # (N, C) nonzero where a token counts; a row of zeros is skipped or filler
-    correction: mx.array  # (N, C) importance weight of the sampler's tokens, ones as a rule
-    entropies: mx.array | None = None  # (N, C) nats; with gradient where an entropy bonus is used
+    old_logps: mx.array  # (N, C) the policy before the updates on this rollout batch
+    reference_logps: mx.array  # (N, C) anything if the method has no reference
+    advantages: mx.array  # (N, C); constant along a row in group methods
+    mask: mx.array  # (N, C) nonzero where a token counts
+    correction: mx.array  # (N, C) importance weight of the sampler's tokens, usually 1
+    entropies: mx.array | None = None  # (N, C) nats; with gradient for an entropy bonus
 
 
 class PolicyBatch(NamedTuple):
-    """B prompts with G sampled completions each, ready for an update of the policy."""
+    """A microbatch of B prompts with sampled completions, for the policy."""
 
     groups: GroupBatch
-    sample: PolicySample  # its logps stand in until the step makes them
+    sample: PolicySample  # its `logps` are replaced by the step's
 
 
 class ValueBatch(NamedTuple):
-    """B prompts with G sampled completions each, ready for an update of the critic."""
+    """A microbatch of B prompts with sampled completions, for the critic."""
 
     groups: GroupBatch
-    old_values: mx.array  # (N, C) before the first update
-    returns: mx.array  # (N, C) what they should have been
+    old_values: mx.array  # (N, C) values before the first update
+    returns: mx.array  # (N, C) targets of the values
     mask: mx.array  # (N, C) float32, 1 where a token counts

@@ -4,10 +4,10 @@ r"""Make tests/oracle/classifiers: tiny reward models of transformers, and its o
     python scripts/make_classifiers.py --output tests/oracle/classifiers \
         --tokenizer tests/oracle/models/policy
 
-Writes, per family, a random *ForSequenceClassification folder with one label, and
-scores.json: ragged rows of token ids, run as one right-padded batch, and what transformers scores
-them in float32 on the CPU; once with a padding token of its own, once where it is the end token.
-The tests need two families; `--families all` makes those of scripts/verify_classifiers.py.
+Writes for each family a random *ForSequenceClassification folder with one label, and scores.json:
+rows of token ids of different lengths, and transformers' scores of them as one right-padded batch
+in float32 on the CPU, once with a pad token and once with the end token as padding. The tests
+need two families; `--families all` makes those of scripts/verify_classifiers.py.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def tiny_config(family: str, pad: int) -> Any:
 
 
 def scores_of(model: Any, rows: list[list[int]], pad: int) -> list[float]:
-    """What transformers scores one right-padded batch of rows."""
+    """Scores by transformers of one right-padded batch of rows."""
     width = max(map(len, rows))
     ids = torch.tensor([row + [pad] * (width - len(row)) for row in rows])
     mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])

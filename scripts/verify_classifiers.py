@@ -1,12 +1,13 @@
-"""Reward models to and from transformers, family by family: the table of it, for the README.
+"""Compare reward models with transformers, family by family, and print the table.
 
     pip install torch transformers
     python scripts/verify_classifiers.py [--families llama,qwen2]
 
-Of each family a tiny random classifier is made by transformers and scored here: ragged rows, padded
-with a token of their own and with the end token. A LoRA run with two heads on it is exported, and
-what transformers scores with that is compared with the run here. Largest differences are printed;
-exits with 1 where one of a family that mlx-align exports is above 1e-4, or a tensor is not taken.
+For each family transformers makes a tiny random classifier, and its scores are compared with the
+package's: rows of different lengths, padded with a pad token and with the end token. A LoRA run
+with two heads is exported, and its scores in transformers are compared with the run's. Prints the
+largest differences. Exits with 1 if one exceeds 1e-4 in a family that mlx-align exports, or if a
+tensor is missing or unknown.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ from mlx.utils import tree_map
 from mlx_align import RewardModel
 from mlx_align.errors import MlxAlignError
 from mlx_align.inference.export import FAMILIES, export_reward_model
-from mlx_align.models.adapters import AdapterLayout, install, save_adapter
-from mlx_align.models.heads import HEAD_NAME, put_head
+from mlx_align.models.adapters import AdapterLayout, install_adapters, save_adapter
+from mlx_align.models.heads import HEAD_NAME, add_reward_head
 from mlx_align.models.loading import load_language_model, open_model
 from mlx_align.types import TokenizedGroup
 
@@ -38,7 +39,7 @@ ALLOWED = 1e-4
 
 
 def scores_here(model: RewardModel, content: dict[str, Any]) -> np.ndarray:
-    """What the package scores the rows, each cut into prompt and completion."""
+    """The package's scores of the rows, each split into prompt and completion."""
     groups = []
     for row in content["rows"]:
         ids = np.array(row, np.int32)
@@ -50,15 +51,15 @@ def scores_here(model: RewardModel, content: dict[str, Any]) -> np.ndarray:
 
 
 def make_run(base: Path, folder: Path) -> None:
-    """A run folder on `base`: adapters away from the identity, two heads."""
+    """A run folder on `base`: random adapters and two heads."""
     model = load_language_model(open_model(str(base)))
     layout = AdapterLayout(rank=4)
     mx.random.seed(1)
-    tree = install(model.module, layout)
-    tree = tree_map(lambda w: w + 0.05 * mx.random.normal(w.shape), tree)
-    head = put_head(model.anatomy, members=2).parameters()
+    weights = install_adapters(model.module, layout)
+    weights = tree_map(lambda w: w + 0.05 * mx.random.normal(w.shape), weights)
+    head = add_reward_head(model.backbone, members=2).parameters()
     folder.mkdir()
-    save_adapter(folder, {**tree, HEAD_NAME: head}, layout, str(base))
+    save_adapter(folder, {**weights, HEAD_NAME: head}, layout, str(base))
 
 
 def verify(family: str, folder: Path) -> list[float]:

@@ -8,20 +8,20 @@ gradient of the textbook formula: every row by itself, whole, the model's own fu
 mlx-lm generates with them, log-softmax in float32, eager. The number is
 ‖ours − plain‖ / ‖plain‖ over all adapter weights; the table shows the largest of the eight.
 
-Allowed in float32: 1e-5. The 4-bit models have 4-bit weights and float32 scales, so their
-activations are float32 and the same 1e-5 holds. A family that is above it must be within 3 times
-what the plain formula itself changes by when the sigmoid of its gates is rounded otherwise, which
-the package does (`mlx_align/models/exponential.py`): some tiny random models amplify that. In bf16
-the measure is rounding: what the plain formula in bf16 is itself off by from float32 at the very
-same (bf16) weights, or what two paddings of it differ by, if that is more (on the CPU two paddings
-agree bit for bit). Both our distance from the plain formula in bf16 and from float32 may be at most
-3 times that.
+The tolerance in float32 is 1e-5. The 4-bit models have float32 scales and activations, so it holds
+for them too. A family that exceeds it must be within 3 times the change of the plain formula itself
+when the sigmoid of its gates is rounded differently, which
+the package does (`sigmoid` in `mlx_align/models/patches.py`): some tiny random models amplify that.
+In bf16 the measure is rounding: the error of the plain formula in bf16 against float32 with the
+same (bf16) weights, or the difference between two paddings of it, if that is larger (on the CPU two
+paddings agree bit for bit). The package's gradient may differ from the plain formula in bf16, and
+from float32, by at most 3 times that.
 
     python scripts/verify_families.py                          # everything, as a text table
-    python scripts/verify_families.py --markdown               # the table of the README
+    python scripts/verify_families.py --markdown               # the table for the docs
     python scripts/verify_families.py --families llama,qwen3 --ways   # all eight numbers
 
-Ends with 1 if anything is above what is allowed.
+Exits with 1 if a gradient exceeds its tolerance.
 """
 
 import argparse
@@ -63,12 +63,12 @@ from mlx_align.data.shapes import Shape  # noqa: E402
 from mlx_align.errors import ModelError  # noqa: E402
 from mlx_align.inference.score import make_scorer  # noqa: E402
 from mlx_align.losses.registry import combine, parse_losses  # noqa: E402
-from mlx_align.models import gated  # noqa: E402
-from mlx_align.models.adapters import AdapterLayout, install  # noqa: E402
-from mlx_align.models.compat import dissect  # noqa: E402
+from mlx_align.models import patches  # noqa: E402
+from mlx_align.models.adapters import AdapterLayout, install_adapters  # noqa: E402
+from mlx_align.models.backbone import split_backbone  # noqa: E402
 from mlx_align.models.loading import LanguageModel, ModelFolder  # noqa: E402
-from mlx_align.models.roles import Tree, acting_as  # noqa: E402
-from mlx_align.models.selfcheck import check_paths  # noqa: E402
+from mlx_align.models.verification import verify_forward  # noqa: E402
+from mlx_align.models.weights import AdapterWeights, use_adapter  # noqa: E402
 from mlx_align.train.loop import ready  # noqa: E402
 from mlx_align.train.preference import preference_objective  # noqa: E402
 from mlx_align.train.update import accumulate, compiled_gradient  # noqa: E402
@@ -105,20 +105,20 @@ WAYS = tuple(Way(*flags) for flags in product((False, True), repeat=3))
 
 @dataclass
 class Result:
-    """What was found for one family in one precision.
+    """Results for one family in one precision.
 
     Attributes:
         family: Its name in mlx-lm.
         precision: One of `PRECISIONS`.
         shared: Whether its completions share their prompt.
-        note: What the check at load said.
+        note: What the verification at load found.
         gaps: Per way, the relative difference of the gradient.
         loss_gap: The largest relative difference of the loss.
         allowed: How much the gaps may be.
-        rounding: In bf16: what the plain formula is itself off by, against float32. Else, where a
-            gap is above `EXACT`: what its own rounding of gates changes.
-        error: In bf16: the most that ours is off by, against float32.
-        paddings: In bf16: what two paddings of the plain formula differ by.
+        rounding: In bf16: error of the plain formula against float32. Otherwise, where a gap is
+            above `EXACT`: the effect of rounding its gates differently.
+        error: In bf16: largest error of the package's gradients against float32.
+        paddings: In bf16: difference between two paddings of the plain formula.
         refused: The error with which the package refuses the family, if it does.
         seconds: Time for all of it.
     """
@@ -163,7 +163,7 @@ def make_pairs(vocab: int = VOCAB, seed: int = 5) -> list[TokenizedGroup]:
 
 
 def prepare(family: str, precision: str) -> LanguageModel:
-    """A tiny model in `precision`, checked as at load, with adapters far from the identity.
+    """A tiny model in `precision`, verified as at load, with adapters far from the identity.
 
     Raises:
         ModelError: The package refuses the family.
@@ -172,9 +172,9 @@ def prepare(family: str, precision: str) -> LanguageModel:
     if precision == "4-bit":
         with redirect_stdout(sys.stderr):  # it prints what it did
             model, _ = quantize_model(model, config_of(family), group_size=32, bits=4)
-    anatomy, shared, note = check_paths(dissect(model), VOCAB)
+    backbone, shared, note = verify_forward(split_backbone(model), VOCAB)
     mx.random.seed(1)
-    install(model, AdapterLayout(rank=4, keys=LORA_KEYS.get(family)))
+    install_adapters(model, AdapterLayout(rank=4, keys=LORA_KEYS.get(family)))
     # mlx-lm starts lora_b at zero, where no gradient reaches lora_a.
     moved = tree_map(
         lambda p: p + (0.15 * mx.random.normal(p.shape)).astype(p.dtype),
@@ -183,7 +183,7 @@ def prepare(family: str, precision: str) -> LanguageModel:
     model.update(moved)
     mx.eval(model.parameters())
     folder = ModelFolder(family, Path(), config_of(family), None)
-    return LanguageModel(folder, anatomy, shared, note)
+    return LanguageModel(folder, backbone, shared, note)
 
 
 def plain_logps(model: nn.Module, groups: Sequence[TokenizedGroup], width: int) -> list[mx.array]:
@@ -205,15 +205,15 @@ def plain_logps(model: nn.Module, groups: Sequence[TokenizedGroup], width: int) 
 
 def plain_gradient(
     model: nn.Module,
-    tree: Tree,
+    weights: AdapterWeights,
     groups: Sequence[TokenizedGroup],
     reference: Sequence[tuple[Logps, ...]],
     width: int = 1,
-) -> tuple[float, Tree]:
+) -> tuple[float, AdapterWeights]:
     """DPO's loss, −log σ(β(chosen − rejected log-ratio)), mean over pairs, and its gradient."""
 
-    def loss(tree: Tree) -> mx.array:
-        with acting_as(model, tree):
+    def loss(weights: AdapterWeights) -> mx.array:
+        with use_adapter(model, weights):
             rows = plain_logps(model, groups, width)
         total = mx.array(0.0)
         for i, logps in enumerate(reference):
@@ -224,20 +224,20 @@ def plain_gradient(
             total = total + nn.softplus(-BETA * (chosen - rejected))
         return total / len(groups)
 
-    value, grads = mx.value_and_grad(loss)(tree)
+    value, grads = mx.value_and_grad(loss)(weights)
     mx.eval(value, grads)
     return value.item(), grads
 
 
 def package_gradient(
     model: LanguageModel,
-    tree: Tree,
+    weights: AdapterWeights,
     groups: Sequence[TokenizedGroup],
     reference: Sequence[tuple[Logps, ...]],
     way: Way,
     batch_size: int | None = None,
-) -> tuple[float, Tree]:
-    """The same by the package: its objective, and its loop's accumulation."""
+) -> tuple[float, AdapterWeights]:
+    """The same computed by the package: its objective, accumulated as in training."""
     size = batch_size or (1 if way.accumulated else len(groups))
     objective = preference_objective(
         model,
@@ -254,11 +254,11 @@ def package_gradient(
     gradient: Callable[..., Any] = mx.value_and_grad(objective.loss)
     if way.compiled:
         gradient = compiled_gradient(objective.loss)
-    loss, _, grads = accumulate(gradient, tree, ready(objective, batches, micro), totals)
+    loss, _, grads = accumulate(gradient, weights, ready(objective, batches, micro), totals)
     return loss, grads
 
 
-def difference(ours: Tree, plain: Tree) -> float:
+def difference(ours: AdapterWeights, plain: AdapterWeights) -> float:
     """‖ours − plain‖ / ‖plain‖ over all weights."""
     flat_ours, flat_plain = dict(tree_flatten(ours)), dict(tree_flatten(plain))
     assert set(flat_ours) == set(flat_plain)
@@ -291,7 +291,7 @@ def in_float32(model: nn.Module) -> nn.Module:
 
 
 def swiglu_rounded_otherwise(gate: mx.array, x: mx.array) -> mx.array:
-    """silu(gate) · x with the sigmoid written another way than mlx's."""
+    """silu(gate) · x with the sigmoid computed in another way than mlx's."""
     return gate / (1 + mx.exp(-gate)) * x
 
 
@@ -307,25 +307,28 @@ def verify(family: str, precision: str, ways: Sequence[Way] = WAYS) -> Result:
     result.shared, result.note = model.shared, model.check
     groups = make_pairs()
     module = model.module
-    tree: Tree = module.trainable_parameters()
+    weights: AdapterWeights = module.trainable_parameters()
     reference = reference_near(module, groups)
     module.train()
     losses: dict[str, float] = {}
-    grads: dict[str, Tree] = {}
+    grads: dict[str, AdapterWeights] = {}
     for way in ways:
-        losses[str(way)], grads[str(way)] = package_gradient(model, tree, groups, reference, way)
-    value, plain = plain_gradient(module, tree, groups, reference)
+        losses[str(way)], grads[str(way)] = package_gradient(model, weights, groups, reference, way)
+    value, plain = plain_gradient(module, weights, groups, reference)
     result.gaps = {way: difference(g, plain) for way, g in grads.items()}
     if precision == "bf16":
-        padded = plain_gradient(module, tree, groups, reference, width=19)[1]
-        _, exact = plain_gradient(in_float32(module), tree, groups, reference)
+        padded = plain_gradient(module, weights, groups, reference, width=19)[1]
+        _, exact = plain_gradient(in_float32(module), weights, groups, reference)
         result.paddings = difference(padded, plain)
         result.rounding = difference(plain, exact)
         result.error = max(difference(g, exact) for g in grads.values())
         result.allowed = TIMES_ROUNDING * max(result.paddings, result.rounding)
     elif result.worst > EXACT:
-        with patch.object(gated, "swiglu", swiglu_rounded_otherwise), gated.lean_gates(module):
-            _, otherwise = plain_gradient(module, tree, groups, reference)
+        with (
+            patch.object(patches, "swiglu", swiglu_rounded_otherwise),
+            patches.replace_swiglu(module),
+        ):
+            _, otherwise = plain_gradient(module, weights, groups, reference)
         result.rounding = difference(otherwise, plain)
         result.allowed = max(EXACT, TIMES_ROUNDING * result.rounding)
     result.loss_gap = max(abs(loss - value) / abs(value) for loss in losses.values())
@@ -364,11 +367,11 @@ def table(results: Sequence[Result], markdown: bool) -> str:
     reasons = []
     for family, found in by_family.items():
         # A precision may fall back where another does not.
-        apart = [r for r in found.values() if not r.shared and NOT_ON_CPU not in r.refused]
-        if apart:
+        fallbacks = [r for r in found.values() if not r.shared and NOT_ON_CPU not in r.refused]
+        if fallbacks:
             elsewhere = any(r.shared for r in found.values())
-            where = f" in {apart[0].precision}" if elsewhere else ""
-            reasons.append(f"- {family}{where}: {apart[0].refused or apart[0].note}")
+            where = f" in {fallbacks[0].precision}" if elsewhere else ""
+            reasons.append(f"- {family}{where}: {fallbacks[0].refused or fallbacks[0].note}")
     return "\n".join([*lines, "", *reasons]).rstrip()
 
 

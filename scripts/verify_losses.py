@@ -1,18 +1,18 @@
-"""Train with every loss for a moment, and print what became of it as a table.
+"""Train briefly with every loss, check the result, and print a table.
 
-Each loss of `dpo`, `kto` and `sft` makes a short run on the starter that comes with the package,
-through the command line. Checked of each:
+Each loss of `dpo`, `kto` and `sft` trains for a few steps on the starter data that comes with the
+package, through the command line. The checks:
 
-    held-out   its own held-out loss is lower after than before
-    adapter    the adapter file is not the one that the run started from (SHA-256)
-    stock      stock mlx-lm loads the run folder on the model, and gives the held-out answers the
-               log-prob (of sft the perplexity) that the run's last evaluation reports
+    held-out   the held-out loss is lower after training than before
+    adapter    the adapter file differs from the one that the run started from (SHA-256)
+    stock      stock mlx-lm loads the run folder and gives the held-out completions the log-prob
+               (for sft, the perplexity) that the run's last evaluation reports
 
     python scripts/verify_losses.py                                # every loss, some minutes
     python scripts/verify_losses.py --losses simpo,kto --iters 20
     python scripts/verify_losses.py --model starter --data starter
 
-Ends with 1 if a check fails.
+Exits with 1 if a check fails.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ from mlx_align.config import DpoConfig
 from mlx_align.losses.registry import PAIRWISE_LOSSES, TOKEN_LOSSES, UNPAIRED_LOSSES
 from mlx_align.models.adapters import ADAPTER_WEIGHTS, AdapterLayout, save_adapter
 from mlx_align.models.loading import open_model
+from mlx_align.models.policy import make_policy
 from mlx_align.shipped import shipped_or_given
-from mlx_align.train.setup import make_policy
 
-# What is run for a name in the table: the command, and its options.
+# By name in the table: the command and its options.
 RUNS: dict[str, tuple[str, tuple[str, ...]]] = {
     **{name: ("dpo", ("--loss", name)) for name in PAIRWISE_LOSSES},
     "sigmoid=1,sft=0.2": ("dpo", ("--loss", "sigmoid=1,sft=0.2")),
@@ -55,17 +55,17 @@ RUNS: dict[str, tuple[str, tuple[str, ...]]] = {
 
 @dataclass(frozen=True)
 class Result:
-    """What became of one run.
+    """Result of one run.
 
     Attributes:
         command: dpo, kto or sft.
         before: Held-out metrics before training.
-        after: Held-out metrics after it.
-        changed: Whether the adapter file is another one than at the start.
-        stock: What stock mlx-lm makes of the held-out answers: mean log-prob of the chosen ones
-            in nats, or of sft the perplexity.
-        told: The same as the run tells it; None where the two are not the same thing.
-        seconds: Time of the whole run.
+        after: Held-out metrics after training.
+        changed: Whether the adapter file differs from the one at the start.
+        stock: Stock mlx-lm's mean log-prob of the chosen held-out completions in nats, or for sft
+            the perplexity.
+        told: The same as reported by the run; None where it is defined differently.
+        seconds: Duration of the run.
     """
 
     command: str
@@ -78,7 +78,7 @@ class Result:
 
     @property
     def failures(self) -> list[str]:
-        """The checks that failed, in words."""
+        """The checks that failed, as text."""
         checks = (
             (self.after["loss"] < self.before["loss"], "held-out loss did not fall"),
             (self.changed, "adapter did not change"),
@@ -166,7 +166,7 @@ def row(name: str, result: Result) -> str:
             return ""
         return f"{pattern} → {pattern}".format(result.before[key], result.after[key])
 
-    told = "loads" if result.told is None else f"loads, {abs(result.stock - result.told):.0e} apart"
+    told = "loads" if result.told is None else f"loads, {abs(result.stock - result.told):.0e} off"
     cells: list[Any] = [
         f"{result.command} `{name}`",
         change("loss", "{:.4f}"),

@@ -1,1 +1,1 @@
-"""Losses, estimators and masks: pure functions of arrays, and the tables of their names."""
+"""Losses, KL estimators and masking: pure functions of arrays, and registries of their names."""

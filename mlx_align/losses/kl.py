@@ -1,17 +1,17 @@
-"""Estimators of KL(policy‖reference) from log-probs of tokens the policy sampled.
+"""Estimators of KL(policy‖reference) from log-probs of tokens that the policy sampled.
 
-Each is elementwise: nats in, nats out, and its mean over samples of the policy estimates the KL.
-With l = logp − ref_logp the three differ in variance and, which matters more, in their gradient:
+Each is elementwise, in nats; its mean over samples of the policy estimates the KL. With
+l = logp − ref_logp the three differ in variance and, more importantly, in their gradient:
 
-    k1 = l                   unbiased; as a loss its gradient is 0 on average (it teaches nothing):
-                             it belongs into the reward
-    k2 = l²/2                biased, small variance; as a loss on policy its gradient is that of
+    k1 = l                   unbiased; as a loss its expected gradient is 0, so it is only useful
+                             in the reward
+    k2 = l²/2                biased, small variance; as an on-policy loss it has the gradient of
                              KL(policy‖reference)
-    k3 = e^(−l) − 1 + l      unbiased, never negative; as a loss on policy its gradient is that of
-                             KL(reference‖policy): another optimum
+    k3 = e^(−l) − 1 + l      unbiased, never negative; as an on-policy loss it has the gradient of
+                             KL(reference‖policy), which has another optimum
 
-Positions off the mask have to be set to equal log-probs *before* the call: garbage in the
-exponent of k3 overflows, and no mask afterwards mends inf.
+Set positions off the mask to equal log-probs *before* the call: padding in the exponent of k3
+overflows, and no mask afterwards repairs an inf.
 
 Source: Schulman 2020, "Approximating KL divergence"; for the gradients Tang & Munos 2025, "On a
 few pitfalls in KL divergence gradient estimation for RL".
@@ -25,19 +25,19 @@ import mlx.core as mx
 
 
 def k1(logps: mx.array, ref_logps: mx.array) -> mx.array:
-    """k1 = logp − ref_logp, elementwise."""
+    """Estimator k1 = logp − ref_logp, elementwise."""
     return logps - ref_logps
 
 
 def k2(logps: mx.array, ref_logps: mx.array) -> mx.array:
-    """k2 = (logp − ref_logp)²/2, elementwise."""
+    """Estimator k2 = (logp − ref_logp)²/2, elementwise."""
     return mx.square(logps - ref_logps) / 2
 
 
 def k3(logps: mx.array, ref_logps: mx.array) -> mx.array:
-    """k3 = e^(ref_logp − logp) − 1 − (ref_logp − logp), elementwise."""
+    """Estimator k3 = e^(ref_logp − logp) − 1 − (ref_logp − logp), elementwise."""
     difference = ref_logps - logps
-    # expm1: near 0 the value is difference²/2, which e^x − 1 − x would drown in rounding.
+    # expm1: near 0 the value is difference²/2, which e^x − 1 − x would lose to rounding.
     return mx.expm1(difference) - difference
 
 

@@ -1,7 +1,9 @@
-"""From per-token to per-row to per-pair numbers: sums under masks, lengths, weights.
+"""Masked sums, lengths and weights, and numerically stable sigmoids.
 
-Masks are true (or positive, when they weigh) where a token counts. Everything here selects with
-`where` before it sums: a product with 0 would keep the inf or NaN of a padded position.
+Masks are true where a token counts, or positive where they carry weights. All functions select with
+`where` before they sum: a product with 0 would keep the inf or NaN of a padded position.
+
+Shape letters: B pairs, N completions (2B for pairs), C completion positions.
 """
 
 from __future__ import annotations
@@ -10,9 +12,24 @@ import mlx.core as mx
 
 from mlx_align.types import PairLogps
 
+# Stable functions
+
+
+def log_sigmoid(x: mx.array) -> mx.array:
+    """Logarithm of the sigmoid, −log(1 + e^(−x)), elementwise; exact at ±1e4, gradient too."""
+    return -mx.logaddexp(-x, mx.array(0.0))
+
+
+def logistic(logits: mx.array, probability: mx.array | float) -> mx.array:
+    """Cross-entropy of σ(logits) against `probability`, elementwise, nats."""
+    return -probability * log_sigmoid(logits) - (1 - probability) * log_sigmoid(-logits)
+
+
+# Sums under a mask
+
 
 def masked_sum(values: mx.array, mask: mx.array, axis: int | None = -1) -> mx.array:
-    """Σ mask·values in float32 along `axis` (None: everywhere); unmasked garbage is ignored."""
+    """Σ mask·values in float32 along `axis` (None: all axes); values off the mask are ignored."""
     kept = mx.where(mask != 0, values.astype(mx.float32), 0.0)
     return mx.sum(kept * mask.astype(mx.float32), axis=axis)
 
@@ -23,18 +40,21 @@ def masked_mean(values: mx.array, mask: mx.array, axis: int | None = -1) -> mx.a
 
 
 def lengths(mask: mx.array, axis: int | None = -1) -> mx.array:
-    """Scored tokens per row, (N,) float32, of a mask (N, C)."""
+    """Number of tokens under a mask (N, C) in each row, (N,) float32."""
     return mx.sum((mask != 0).astype(mx.float32), axis=axis)
 
 
 def safe_length(length: mx.array) -> mx.array:
-    """Lengths to divide by: filler rows have none, and 0/0 would reach every weight as NaN."""
+    """Lengths to divide by, at least 1: filler rows have length 0, and 0/0 is NaN."""
     return mx.maximum(length, 1.0)
 
 
 def weighted_sum(values: mx.array, weight: mx.array) -> mx.array:
-    """Σ weight·values over the rows of a batch, scalar; rows of weight 0 can't spoil it."""
+    """Σ weight·values over the rows of a batch, scalar; rows of weight 0 may hold anything."""
     return masked_sum(values, weight, axis=None)
+
+
+# Pairs
 
 
 def pair_logps(
@@ -44,20 +64,20 @@ def pair_logps(
     soft_label: mx.array,
     token_weight: mx.array | None = None,
 ) -> PairLogps:
-    """What the pairwise losses see, from per-token log-probs of alternating rows.
+    """Sum per-token log-probs to what the pairwise losses take.
 
     Args:
-        token_logps: (2B, C) nats, policy; the rows are chosen 0, rejected 0, chosen 1 …
+        token_logps: (2B, C) nats, policy; the rows are chosen 0, rejected 0, chosen 1, …
         reference_logps: (2B, C) nats; zeros where the loss has no reference.
-        mask: (2B, C), true where a token is scored: lengths are counted from it.
-        soft_label: (B,) probability that chosen is the better one.
-        token_weight: (2B, C) weights of tokens in the sums (see `ld_mask`); default the mask.
+        mask: (2B, C), true where a token counts.
+        soft_label: (B,) probability that chosen is better.
+        token_weight: (2B, C) weights of tokens in the sums (see `ld_mask`); default: the mask.
 
     Returns:
         Sums over tokens. The log-ratio is the sum of per-token differences.
     """
     weight = mask if token_weight is None else token_weight
-    # In float32 before the difference: in bf16 it would have three digits.
+    # To float32 before the difference: in bf16 it would have three digits.
     policy = token_logps.astype(mx.float32)
     logps = masked_sum(policy, weight)
     logratios = masked_sum(policy - reference_logps.astype(mx.float32), weight)
@@ -74,21 +94,21 @@ def pair_logps(
 
 
 def shared_lengths(mask: mx.array) -> mx.array:
-    """For rows chosen 0, rejected 0, …: the length (2B,) of the shorter row of each row's pair."""
+    """For rows chosen 0, rejected 0, …: length (2B,) of the shorter row of each row's pair."""
     pairs = lengths(mask).reshape(-1, 2)
     return mx.repeat(mx.min(pairs, axis=1), 2)
 
 
 def ld_mask(mask: mx.array, shared_length: mx.array, alpha: float) -> mx.array:
-    """LD-DPO's token weights (N, C): 1 up to the shared length, α past it, 0 off the mask.
+    """LD-DPO's token weights (N, C): 1 up to the shared length, α after it, 0 off the mask.
 
-    Given as the `token_weight` of `pair_logps`, for policy and reference alike; α = 1 is plain
-    DPO, α = 0 ignores what the longer completion says after the shorter one ended.
+    Pass them as the `token_weight` of `pair_logps`. α = 1 is plain DPO; α = 0 ignores the part of
+    the longer completion that exceeds the shorter one.
 
     Args:
-        mask: (N, C), true where a token is scored.
-        shared_length: (N,) scored tokens that both rows of the pair have.
-        alpha: What a token past them counts, 0 to 1.
+        mask: (N, C), true where a token counts.
+        shared_length: (N,) length of the shorter completion of the row's pair.
+        alpha: Weight of the tokens after it, 0 to 1.
 
     Source: Liu et al. 2024, "Length Desensitization in Direct Preference Optimization".
     """
@@ -98,15 +118,15 @@ def ld_mask(mask: mx.array, shared_length: mx.array, alpha: float) -> mx.array:
 
 
 def wpo_weight(token_logps: mx.array, log_square_sums: mx.array, mask: mx.array) -> mx.array:
-    """WPO's weight of each row, (N,): exp(mean over tokens of log p − log Σ_v p_v²), no gradient.
+    """WPO's row weights (N,): exp(mean over tokens of log p − log Σ_v p_v²), without gradient.
 
-    How likely the policy itself would have written the completion, per token and measured
-    against how peaked it is there. A pair's loss is multiplied by the weights of both its rows.
+    How likely the policy is to write the completion itself, per token and relative to how peaked
+    its distributions are. A pair's loss is multiplied by the weights of both its rows.
 
     Args:
-        token_logps: (N, C) nats, policy log-prob of the completion's tokens.
-        log_square_sums: (N, C) nats, log Σ_v p_v² of the distributions they were drawn from.
-        mask: (N, C), true where a token is scored.
+        token_logps: (N, C) nats, policy log-probs of the completion's tokens.
+        log_square_sums: (N, C) nats, log Σ_v p_v² of the distribution at each token.
+        mask: (N, C), true where a token counts.
 
     Source: Zhou et al. 2024, "WPO: Enhancing RLHF with Weighted Preference Optimization".
     """

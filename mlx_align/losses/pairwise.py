@@ -1,26 +1,31 @@
-"""Losses of preference pairs: pure functions of log-probabilities, one value per pair.
+"""Losses of preference pairs: DPO and its relatives, with and without a reference model.
 
-Every function takes `PairLogps` and returns a (B,) float32 array, in nats; the mean over the
-update's pairs is the loss. Its keyword-only arguments are its hyperparameters, with the paper's
-or TRL's defaults: the command line reads names, ranges and defaults from the signature.
+Every loss is a pure function of `PairLogps` that returns one value per pair, (B,) float32, in nats;
+their mean over an update's pairs is the loss. Keyword-only arguments are its hyperparameters, with
+the defaults of the paper or of TRL; names, ranges and defaults of `--loss-option` are read from the
+signature. `registry.py` lists the losses by name.
 
-Notation in the formulas: a and d are the log-ratios policy − reference of chosen and rejected,
-Δ = φ(a) − φ(d), φ the identity or another f-divergence's (`divergence.py`), n_c and n_r the
-lengths in tokens, ε the label smoothing, p the soft label, σ the sigmoid, ls its logarithm.
-1 − σ(x) is written σ(−x), and its logarithm ls(−x): they keep their digits where σ is nearly 1.
+Notation in the formulas:
+
+    a, d      log-ratios log π − log π_ref of the chosen and the rejected completion, nats
+    Δ         φ(a) − φ(d), where φ is the identity or belongs to another f-divergence (see `phi`)
+    n_c, n_r  lengths in tokens
+    ε, p      label smoothing; soft label, the probability that chosen is better
+    σ, ls     the sigmoid and its logarithm
+
+1 − σ(x) is written σ(−x), and its logarithm ls(−x), which stay accurate where σ is nearly 1.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Annotated
 
 import mlx.core as mx
 
-from mlx_align.losses.divergence import Divergence, phi
-from mlx_align.losses.masking import safe_length
-from mlx_align.losses.numerics import log_sigmoid, logistic
-from mlx_align.losses.options import (
+from mlx_align.losses.hyperparameters import (
+    Choice,
     NonNegative,
     Positive,
     PositiveSmoothing,
@@ -28,7 +33,24 @@ from mlx_align.losses.options import (
     Smoothing,
     UnitInterval,
 )
+from mlx_align.losses.masking import log_sigmoid, logistic, safe_length
 from mlx_align.types import PairLogps
+
+DIVERGENCES = ("reverse_kl", "forward_kl", "js", "alpha")
+Divergence = Annotated[str, Choice(DIVERGENCES)]
+
+# e^80 is the last round number that can be subtracted from another in float32: beyond it a pair's
+# score stops growing instead of becoming inf − inf.
+MAX_EXPONENT = 80.0
+# A mean log-prob per token that rounds to 0 has infinite odds. This is the nearest to certainty
+# that float32 resolves well, 1 − p = 1e-6.
+MAX_MEAN_LOGP = -1e-6
+
+# A loss as `registry.combine` returns it: (pairs, mean chosen length) -> (B,).
+LossFunction = Callable[[PairLogps, mx.array | float], mx.array]
+
+
+# Losses with a reference
 
 
 def dpo_loss(
@@ -45,7 +67,7 @@ def dpo_loss(
         pol_rejected_logp: The same of the rejected completion.
         ref_chosen_logp: Reference log-prob of the chosen completion.
         ref_rejected_logp: The same of the rejected completion.
-        beta: Temperature: how strongly the policy is held to the reference.
+        beta: Temperature; larger values keep the policy closer to the reference.
 
     Returns:
         The losses in nats, of the arguments' common shape (floats give a scalar array); the
@@ -66,10 +88,9 @@ def sigmoid_loss(
     f_divergence: Divergence = "reverse_kl",
     f_alpha: UnitInterval = 0.5,
 ) -> mx.array:
-    """DPO, and with label smoothing conservative DPO: −(1−ε)·ls(βΔ) − ε·ls(−βΔ).
+    """DPO, and with label smoothing conservative DPO: −q·ls(βΔ) − (1−q)·ls(−βΔ).
 
-    A pair's soft label p takes the place of certainty: its weight on "chosen is better" is
-    p(1−ε) + (1−p)ε.
+    q = p(1−ε) + (1−p)ε is the probability that chosen is better, after label smoothing.
 
     Source: Rafailov et al. 2023, eq. 7; Mitchell 2023, "A note on DPO with noisy preferences".
     """
@@ -85,7 +106,9 @@ def sigmoid_norm_loss(
     f_divergence: Divergence = "reverse_kl",
     f_alpha: UnitInterval = 0.5,
 ) -> mx.array:
-    """Length-normalised DPO: −ls(β(φ(a)/n_c − φ(d)/n_r)); smoothing, soft labels as in sigmoid.
+    """Length-normalised DPO: −ls(β(φ(a)/n_c − φ(d)/n_r)).
+
+    Label smoothing and soft labels as in `sigmoid_loss`.
 
     Source: Lambert et al. 2024, "Tülu 3: Pushing Frontiers in Open Language Model Post-Training".
     """
@@ -100,7 +123,7 @@ def hinge_loss(
     f_divergence: Divergence = "reverse_kl",
     f_alpha: UnitInterval = 0.5,
 ) -> mx.array:
-    """Hinge: max(0, 1 − βΔ): a pair that is apart by 1/β nats teaches nothing more.
+    """Hinge: max(0, 1 − βΔ). A pair whose Δ exceeds 1/β nats has no gradient.
 
     Source: Zhao et al. 2023, "SLiC-HF"; Liu et al. 2023, "Statistical Rejection Sampling
     Improves Preference Optimization".
@@ -115,10 +138,10 @@ def ipo_loss(
     f_divergence: Divergence = "reverse_kl",
     f_alpha: UnitInterval = 0.5,
 ) -> mx.array:
-    """IPO, length-averaged: (φ(a)/n_c − φ(d)/n_r − 1/(2β))²: a gap to meet, not to widen for ever.
+    """IPO, averaged over tokens: (φ(a)/n_c − φ(d)/n_r − 1/(2β))², a margin with a fixed target.
 
-    The paper's formula has sums; TRL averages over tokens, after asking its authors. β is the
-    paper's τ.
+    The paper's formula has sums; TRL averages over tokens, as confirmed by the paper's authors. β
+    is the paper's τ.
 
     Source: Azar et al. 2023, "A General Theoretical Paradigm to Understand Learning from Human
     Preferences", eq. 17.
@@ -134,7 +157,7 @@ def exo_pair_loss(
     f_divergence: Divergence = "reverse_kl",
     f_alpha: UnitInterval = 0.5,
 ) -> mx.array:
-    """EXO: KL of (σ(βΔ), σ(−βΔ)) to the smoothed label (1−ε, ε): the reverse of DPO's direction.
+    """EXO: KL from (σ(βΔ), σ(−βΔ)) to the smoothed label (1−ε, ε), DPO's KL reversed.
 
     q(log q − log(1−ε)) + (1−q)(log(1−q) − log ε), q = σ(βΔ).
 
@@ -154,7 +177,9 @@ def robust_loss(
     f_divergence: Divergence = "reverse_kl",
     f_alpha: UnitInterval = 0.5,
 ) -> mx.array:
-    """Robust DPO: [−(1−ε)·ls(βΔ) + ε·ls(−βΔ)] / (1−2ε), unbiased if a share ε of labels is flipped.
+    """Robust DPO: [−(1−ε)·ls(βΔ) + ε·ls(−βΔ)] / (1−2ε).
+
+    Unbiased if a fraction ε of the labels is flipped.
 
     Source: Chowdhury et al. 2024, "Provably Robust DPO: Aligning Language Models with Noisy
     Feedback".
@@ -179,7 +204,7 @@ def discopop_loss(
     Language Models".
     """
     z = beta * _difference(logps, f_divergence, f_alpha)
-    # m·e^(−z) in one exponent: apart they are 0·inf for pairs that are far on the wrong side.
+    # m·e^(−z) in one exponent: as two factors they are 0·inf for pairs with a very negative margin.
     exponential = mx.exp(log_sigmoid(z / tau) - z)
     return mx.sigmoid(-z / tau) * logistic(z, 1.0) + exponential
 
@@ -196,7 +221,7 @@ def nca_pair_loss(logps: PairLogps, *, beta: Positive = 0.1) -> mx.array:
 
 
 def bco_pair_loss(logps: PairLogps, *, beta: Positive = 0.1) -> mx.array:
-    """BCO of pairs: −ls(βa) − ls(−βd): a classifier of good and bad, without the reward shift δ.
+    """BCO of pairs: −ls(βa) − ls(−βd), a binary classifier, without the reward shift δ.
 
     Source: Jung et al. 2024, "Binary Classifier Optimization for Large Language Model Alignment".
     """
@@ -216,18 +241,17 @@ def sppo_hard_loss(logps: PairLogps, *, beta: Positive = 0.1) -> mx.array:
 def aot_loss(
     logps: PairLogps, *, beta: Positive = 0.1, label_smoothing: Smoothing = 0.0
 ) -> mx.array:
-    """AOT, paired: sigmoid loss of x = sort(π_c − π_r) − sort(ref_c − ref_r), sorted over pairs.
+    """AOT, paired: sigmoid loss of β(sort(π_c − π_r) − sort(ref_c − ref_r)), sorted over pairs.
 
-    The distribution of the policy's margins is to dominate the reference's, quantile by
-    quantile: rows don't keep their partners. The B values are those of the quantiles; pass
-    exactly the pairs of the whole update, no fillers.
+    Compares the distribution of the policy's margins with the reference's, quantile by quantile,
+    not pair by pair. The B values belong to quantiles; pass all pairs of the update and no fillers.
 
     Source: Melnyk et al. 2024, "Distributional Preference Alignment of LLMs via Optimal
     Transport".
     """
     policy = logps.chosen - logps.rejected
-    # The reference is a constant; without the stop the policy's gradient would come in through
-    # both terms and cancel only up to rounding.
+    # The reference is a constant. Without the stop, the policy's gradient would enter through both
+    # terms and cancel only up to rounding.
     reference = mx.stop_gradient(policy - (logps.chosen_logratio - logps.rejected_logratio))
     logits = beta * (mx.sort(policy) - mx.sort(reference))
     return logistic(logits, 1 - label_smoothing)
@@ -236,7 +260,7 @@ def aot_loss(
 def aot_unpaired_loss(
     logps: PairLogps, *, beta: Positive = 0.1, label_smoothing: Smoothing = 0.0
 ) -> mx.array:
-    """AOT, unpaired: sigmoid loss of x = sort(a) − sort(d), sorted over the update's pairs.
+    """AOT, unpaired: sigmoid loss of β(sort(a) − sort(d)), sorted over the update's pairs.
 
     Source: Melnyk et al. 2024, as `aot_loss`.
     """
@@ -245,7 +269,7 @@ def aot_unpaired_loss(
 
 
 def apo_zero_loss(logps: PairLogps, *, beta: Positive = 0.1) -> mx.array:
-    """APO-zero: 1 − σ(βa) + σ(βd): chosen up, rejected down (the policy is worse than chosen).
+    """APO-zero: 1 − σ(βa) + σ(βd), for data whose chosen completions are better than the policy's.
 
     Source: D'Oosterlinck et al. 2024, "Anchored Preference Optimization and Contrastive
     Revisions".
@@ -255,7 +279,7 @@ def apo_zero_loss(logps: PairLogps, *, beta: Positive = 0.1) -> mx.array:
 
 
 def apo_down_loss(logps: PairLogps, *, beta: Positive = 0.1) -> mx.array:
-    """APO-down: σ(βa) + 1 − σ(β(a − d)): both down, rejected more (the policy is the better one).
+    """APO-down: σ(βa) + 1 − σ(β(a − d)), for a policy that is better than the chosen completions.
 
     Source: D'Oosterlinck et al. 2024, as `apo_zero_loss`.
     """
@@ -264,7 +288,7 @@ def apo_down_loss(logps: PairLogps, *, beta: Positive = 0.1) -> mx.array:
 
 
 def dpop_loss(logps: PairLogps, *, beta: Positive = 0.1, penalty: NonNegative = 50.0) -> mx.array:
-    """DPO-positive: −ls(β(Δ − λ·max(0, −a))): λ (`penalty`) for a chosen that lost probability.
+    """DPO-positive: −ls(β(Δ − λ·max(0, −a))); λ (`penalty`) acts where chosen loses probability.
 
     Source: Pal et al. 2024, "Smaug: Fixing Failure Modes of Preference Optimisation with
     DPO-Positive".
@@ -274,8 +298,111 @@ def dpop_loss(logps: PairLogps, *, beta: Positive = 0.1, penalty: NonNegative = 
     return logistic(beta * (margin - penalty * lost), 1.0)
 
 
+# Losses without a reference
+#
+# sft, orpo and cpo contain a mean over tokens instead of pairs: mean NLL = −Σ logp_c / T, where T
+# is the number of chosen tokens of the whole update. Written as one value per pair, that is
+# −logp_c / (T / pairs). No microbatch can compute T / pairs from its own rows, so these losses take
+# it as their second argument, `mean_chosen_length`.
+
+
+def sft_loss(logps: PairLogps, mean_chosen_length: mx.array | float) -> mx.array:
+    """Supervised loss of the chosen completions, as the mean NLL per token of the update.
+
+    Args:
+        logps: The pairs.
+        mean_chosen_length: Mean number of chosen tokens per pair, over the whole update.
+
+    Returns:
+        (B,) values whose mean over the update's pairs is −Σ logp_c / Σ n_c.
+    """
+    return -logps.chosen / mean_chosen_length
+
+
+def odds_ratio_loss(logps: PairLogps) -> mx.array:
+    """ORPO's preference term: −ls(log-odds of chosen − log-odds of rejected), (B,) nats.
+
+    The odds p/(1 − p) are those of the geometric mean of the token probabilities, p = e^(logp/n).
+
+    Source: Hong et al. 2024, "ORPO: Monolithic Preference Optimization without Reference Model",
+    eq. 7.
+    """
+    chosen = _log_odds(logps.chosen / safe_length(logps.chosen_length))
+    rejected = _log_odds(logps.rejected / safe_length(logps.rejected_length))
+    return logistic(chosen - rejected, 1.0)
+
+
+def orpo_loss(
+    logps: PairLogps, mean_chosen_length: mx.array | float, *, beta: NonNegative = 0.1
+) -> mx.array:
+    """ORPO: NLL of the chosen completion + β · odds-ratio loss (the paper's λ), nats.
+
+    Source: Hong et al. 2024, "ORPO: Monolithic Preference Optimization without Reference Model",
+    eq. 6.
+    """
+    return sft_loss(logps, mean_chosen_length) + beta * odds_ratio_loss(logps)
+
+
+def cpo_loss(
+    logps: PairLogps,
+    mean_chosen_length: mx.array | float,
+    *,
+    beta: Positive = 0.1,
+    alpha: NonNegative = 1.0,
+    label_smoothing: Smoothing = 0.0,
+) -> mx.array:
+    """CPO: DPO with a uniform reference, plus NLL: −ls(β(logp_c − logp_r)) + α·NLL(chosen).
+
+    Source: Xu et al. 2024, "Contrastive Preference Optimization".
+    """
+    logits = beta * (logps.chosen - logps.rejected)
+    preference = logistic(logits, target(logps, label_smoothing))
+    return preference + alpha * sft_loss(logps, mean_chosen_length)
+
+
+def simpo_loss(
+    logps: PairLogps,
+    *,
+    beta: Positive = 2.0,
+    gamma: NonNegative = 1.0,
+    label_smoothing: Smoothing = 0.0,
+) -> mx.array:
+    """SimPO: −ls(β(logp_c/n_c − logp_r/n_r) − γ), a margin of γ/β between mean log-probs.
+
+    γ is not scaled by β. Soft labels and label smoothing as in `sigmoid_loss`.
+
+    Source: Meng et al. 2024, "SimPO: Simple Preference Optimization with a Reference-Free Reward",
+    eq. 6.
+    """
+    chosen = logps.chosen / safe_length(logps.chosen_length)
+    rejected = logps.rejected / safe_length(logps.rejected_length)
+    return logistic(beta * (chosen - rejected) - gamma, target(logps, label_smoothing))
+
+
+def alphapo_loss(
+    logps: PairLogps, *, beta: Positive = 2.0, gamma: NonNegative = 1.0, alpha: Positive = 0.25
+) -> mx.array:
+    """AlphaPO: SimPO with the reward reshaped, −ls(β(s_c − s_r) − γ), s = (1 − p^(−α))/α.
+
+    p = e^(logp/n) is the geometric mean of the token probabilities; α → 0 is SimPO.
+
+    Source: Gupta et al. 2025, "AlphaPO: Reward Shape Matters for LLM Alignment".
+    """
+
+    def shaped(logp: mx.array, length: mx.array) -> mx.array:
+        exponent = mx.minimum(-alpha * logp / safe_length(length), MAX_EXPONENT)
+        return -mx.expm1(exponent) / alpha
+
+    chosen = shaped(logps.chosen, logps.chosen_length)
+    rejected = shaped(logps.rejected, logps.rejected_length)
+    return logistic(beta * (chosen - rejected) - gamma, 1.0)
+
+
+# Shared parts
+
+
 def target(logps: PairLogps, label_smoothing: float) -> mx.array:
-    """Probability (B,) given to "chosen is better" by soft label and smoothing together."""
+    """Probability (B,) that chosen is better, from soft label and label smoothing."""
     return logps.soft_label * (1 - label_smoothing) + (1 - logps.soft_label) * label_smoothing
 
 
@@ -292,3 +419,93 @@ def _difference_per_token(
     chosen = phi(logps.chosen_logratio, f_divergence, f_alpha) / safe_length(logps.chosen_length)
     rejected = phi(logps.rejected_logratio, f_divergence, f_alpha)
     return chosen - rejected / safe_length(logps.rejected_length)
+
+
+def phi(logratio: mx.array, f_divergence: Divergence, f_alpha: UnitInterval) -> mx.array:
+    """φ(x) = f′(e^x), elementwise, of log-ratios x in nats.
+
+    Takes the place of the log-ratio when the KL penalty is another f-divergence. DPO's closed form
+    holds for any f whose derivative is invertible and goes to −∞ at 0: the implicit reward becomes
+    β·f′(π/π_ref) plus a term of the prompt alone, which cancels between the two completions of a
+    pair. Only losses of the difference φ(a) − φ(d) can use it.
+
+    reverse_kl: x; forward_kl: 1 − e^(−x); js: log 2 + ls(x); alpha: (e^((α−1)x) − 1)/(α−1), which
+    lies between forward KL (α → 0) and reverse KL (α → 1). Exponents are clamped at 80.
+
+    Source: Wang et al. 2024, "Beyond Reverse KL", table 1 (f′ there, of u = e^x).
+    """
+    if f_divergence == "reverse_kl":
+        return logratio
+    if f_divergence == "forward_kl":
+        return -mx.expm1(mx.minimum(-logratio, MAX_EXPONENT))
+    if f_divergence == "js":
+        return math.log(2) + log_sigmoid(logratio)
+    if f_divergence == "alpha":
+        return mx.expm1(mx.minimum((f_alpha - 1) * logratio, MAX_EXPONENT)) / (f_alpha - 1)
+    raise ValueError(f"f_divergence {f_divergence!r}: choose from {', '.join(DIVERGENCES)}")
+
+
+def _log_odds(mean_logp: mx.array) -> mx.array:
+    """Log-odds log(p/(1−p)) of p = e^mean_logp, elementwise."""
+    x = mx.minimum(mean_logp, MAX_MEAN_LOGP)
+    return x - mx.log(-mx.expm1(x))
+
+
+# Losses over the whole batch, with gradient accumulation
+#
+# aot and aot_unpaired sort over all pairs of an update, but the model runs on one microbatch at a
+# time. The chain rule separates the two. First, all log-probs are computed without gradient, then
+# the gradient of the loss with respect to them. Each microbatch then runs again with a loss that is
+# linear in its log-probs and has that gradient as its coefficients.
+
+
+def loss_and_logps_gradient(
+    loss: LossFunction, logps: PairLogps, mean_chosen_length: mx.array | float
+) -> tuple[mx.array, PairLogps]:
+    """Values (B,) of an update's pairs, and the gradient of their mean.
+
+    Args:
+        loss: As `registry.combine` returns it.
+        logps: All pairs of the update, no fillers.
+        mean_chosen_length: Mean number of chosen tokens per pair.
+
+    Returns:
+        The values, and a `PairLogps` whose four log-prob fields hold the gradient with respect to
+        them; its other fields are 0.
+    """
+    values = loss(logps, mean_chosen_length)
+
+    def mean(
+        chosen: mx.array, rejected: mx.array, chosen_ratio: mx.array, rejected_ratio: mx.array
+    ) -> mx.array:
+        moved = logps._replace(
+            chosen=chosen,
+            rejected=rejected,
+            chosen_logratio=chosen_ratio,
+            rejected_logratio=rejected_ratio,
+        )
+        return mx.mean(loss(moved, mean_chosen_length))
+
+    by_chosen, by_rejected, by_chosen_ratio, by_rejected_ratio = mx.grad(
+        mean, argnums=(0, 1, 2, 3)
+    )(logps.chosen, logps.rejected, logps.chosen_logratio, logps.rejected_logratio)
+    zero = mx.zeros(logps.chosen.shape)
+    return values, PairLogps(
+        by_chosen, by_rejected, by_chosen_ratio, by_rejected_ratio, zero, zero, zero
+    )
+
+
+def linear_loss(logps: PairLogps, gradient: PairLogps) -> mx.array:
+    """A microbatch's part of a scalar that has the gradient of the coupled loss.
+
+    Args:
+        logps: The pairs of the microbatch, with gradient.
+        gradient: The same rows of what `loss_and_logps_gradient` returned; zeros for fillers.
+    """
+    total = (
+        logps.chosen * mx.stop_gradient(gradient.chosen)
+        + logps.rejected * mx.stop_gradient(gradient.rejected)
+        + logps.chosen_logratio * mx.stop_gradient(gradient.chosen_logratio)
+        + logps.rejected_logratio * mx.stop_gradient(gradient.rejected_logratio)
+    )
+    return mx.sum(total)

@@ -1,32 +1,40 @@
-"""The losses by name: what `--loss` accepts, what each needs, and how several add up.
+"""The losses by name: what `--loss` accepts, what each of them needs, and weighted sums of them.
 
-A new pairwise loss is one function, one line here and one test. The command line takes its
-choices from these tables and the hyperparameters from the functions' signatures.
+To add a pairwise loss, write a function of `PairLogps` and add a line to `PAIRWISE_LOSSES`; its
+keyword-only arguments become `--loss-option`s. From Python, `loss=` also takes the function itself:
 
-How a trainer uses a pairwise loss, so that 8 microbatches of 1 pair equal 1 batch of 8:
+    def my_loss(logps: PairLogps, *, beta: float = 0.1) -> mx.array:
+        return mx.maximum(0.0, 1 - beta * (logps.chosen_logratio - logps.rejected_logratio))
+
+    mlx_align.dpo(..., loss=my_loss)
+
+or `PairwiseLoss(my_loss, needs_reference=False)` if it does not use the log-ratios.
+
+How a trainer uses a pairwise loss, such that 8 microbatches of 1 pair equal 1 batch of 8:
 
     loss = combine(parse_losses("sigmoid=1,sft=0.2"), {"beta": 0.1})
-    pairs = sum of the weights of the whole update           # fillers weigh 0
-    mean_chosen_length = its scored chosen tokens / pairs    # known from the masks, beforehand
+    pairs = sum of the weights of the whole update           # 0 for fillers
+    mean_chosen_length = its number of chosen tokens / pairs # from the masks, before the update
     per microbatch: weighted_sum(loss(logps, mean_chosen_length), weight) / pairs
 
-These add up to the update's loss, and their gradients to its gradient. Where
-`loss.couples_batch`, the values of one pair depend on the others': see `coupled.py`.
+These contributions add up to the update's loss, and their gradients to its gradient. If
+`loss.couples_batch`, the value of a pair depends on other pairs: see `loss_and_logps_gradient`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, overload
 
 import mlx.core as mx
 
 from mlx_align.errors import ConfigError
-from mlx_align.losses import pairwise, reference_free, unpaired
-from mlx_align.losses.options import (
-    OptionValue,
-    options_of,
+from mlx_align.losses import pairwise, unpaired
+from mlx_align.losses.hyperparameters import (
+    HyperparameterValue,
+    hyperparameters_of,
     refuse_without_effect,
     resolve,
     unknown_name,
@@ -35,15 +43,16 @@ from mlx_align.types import PairLogps
 
 
 class PairwiseLoss(NamedTuple):
-    """A loss of pairs and what it asks of the run.
+    """A loss of pairs and its requirements.
 
     Attributes:
-        function: PairLogps (and the mean chosen length, see below) -> (B,) values.
-        needs_reference: Whether the log-ratios have to be there.
-        soft_labels: Whether it reads them; data that has some is refused elsewhere.
-        mean_over_tokens: Whether it takes the update's mean chosen length as second argument.
-        couples_batch: Whether it sorts over pairs: it must see the whole update at once, and
-            per-pair weights (WPO) have no meaning.
+        function: (PairLogps, and the mean chosen length if `mean_over_tokens`) -> (B,) values. Its
+            keyword-only arguments are the hyperparameters.
+        needs_reference: Whether it uses the log-ratios, so that a reference model is needed.
+        soft_labels: Whether it uses the soft labels; if not, data with soft labels is refused.
+        mean_over_tokens: Whether it takes the update's mean chosen length as its second argument.
+        couples_batch: Whether the value of a pair depends on other pairs (it sorts them). It is
+            then computed over the whole update at once, and can't be combined with WPO.
     """
 
     function: Callable[..., mx.array]
@@ -53,21 +62,30 @@ class PairwiseLoss(NamedTuple):
     couples_batch: bool = False
 
     @property
-    def options(self) -> dict[str, Any]:
-        """The hyperparameters and their defaults, read from the signature."""
-        return {name: option.default for name, option in options_of(self.function).items()}
+    def name(self) -> str:
+        """The function's name."""
+        return getattr(self.function, "__name__", type(self.function).__name__)
+
+    @property
+    def options(self) -> dict[str, HyperparameterValue]:
+        """The hyperparameters and their defaults, from the function's signature."""
+        return _defaults(self.function)
 
 
 class UnpairedLoss(NamedTuple):
-    """A loss of labelled rows: (log-ratio, desirable) -> (B,), with the KL point where needed."""
+    """A loss of labelled rows: (log-ratio, desirable, and the KL if `needs_kl`) -> (B,)."""
 
     function: Callable[..., mx.array]
     needs_kl: bool = False
 
     @property
-    def options(self) -> dict[str, Any]:
-        """The hyperparameters and their defaults, read from the signature."""
-        return {name: option.default for name, option in options_of(self.function).items()}
+    def options(self) -> dict[str, HyperparameterValue]:
+        """The hyperparameters and their defaults, from the function's signature."""
+        return _defaults(self.function)
+
+
+def _defaults(function: Callable[..., mx.array]) -> dict[str, HyperparameterValue]:
+    return {name: found.default for name, found in hyperparameters_of(function).items()}
 
 
 PAIRWISE_LOSSES: dict[str, PairwiseLoss] = {
@@ -86,12 +104,12 @@ PAIRWISE_LOSSES: dict[str, PairwiseLoss] = {
     "apo_down": PairwiseLoss(pairwise.apo_down_loss),
     "discopop": PairwiseLoss(pairwise.discopop_loss),
     "dpop": PairwiseLoss(pairwise.dpop_loss),
-    "sft": PairwiseLoss(reference_free.sft_loss, needs_reference=False, mean_over_tokens=True),
-    "simpo": PairwiseLoss(reference_free.simpo_loss, needs_reference=False, soft_labels=True),
-    "alphapo": PairwiseLoss(reference_free.alphapo_loss, needs_reference=False),
-    "orpo": PairwiseLoss(reference_free.orpo_loss, needs_reference=False, mean_over_tokens=True),
+    "sft": PairwiseLoss(pairwise.sft_loss, needs_reference=False, mean_over_tokens=True),
+    "simpo": PairwiseLoss(pairwise.simpo_loss, needs_reference=False, soft_labels=True),
+    "alphapo": PairwiseLoss(pairwise.alphapo_loss, needs_reference=False),
+    "orpo": PairwiseLoss(pairwise.orpo_loss, needs_reference=False, mean_over_tokens=True),
     "cpo": PairwiseLoss(
-        reference_free.cpo_loss, needs_reference=False, soft_labels=True, mean_over_tokens=True
+        pairwise.cpo_loss, needs_reference=False, soft_labels=True, mean_over_tokens=True
     ),
 }
 
@@ -100,119 +118,197 @@ UNPAIRED_LOSSES: dict[str, UnpairedLoss] = {
     "apo_zero_unpaired": UnpairedLoss(unpaired.apo_zero_unpaired_loss),
 }
 
-# Token losses of supervised training: log-probs (N, C) -> (N, C), no hyperparameters.
+# Losses of supervised training: log-probs (N, C) -> (N, C) per token, no hyperparameters.
 TOKEN_LOSSES: dict[str, Callable[[mx.array], mx.array]] = {
     "nll": unpaired.nll_loss,
     "dft": unpaired.dft_loss,
 }
 
 
-def resolve_options(name: str, given: Mapping[str, Any]) -> dict[str, OptionValue]:
-    """The hyperparameters of loss `name`, pairwise or unpaired: defaults overridden by `given`.
+def resolve_options(name: str, given: Mapping[str, Any]) -> dict[str, HyperparameterValue]:
+    """The hyperparameters of a registered loss, pairwise or unpaired.
 
-    Numbers are returned as float, enumerations as text; text that spells a number will do.
+    Args:
+        name: The loss.
+        given: Values that override the defaults; text that spells a number is accepted.
+
+    Returns:
+        All hyperparameters, numbers as float.
 
     Raises:
-        ConfigError: The loss is unknown, has no such option, or a value is out of range.
+        ConfigError: The loss is unknown, has no such hyperparameter, or a value is out of range.
     """
     functions = {key: loss.function for key, loss in PAIRWISE_LOSSES.items()}
     functions.update({key: loss.function for key, loss in UNPAIRED_LOSSES.items()})
     if name not in functions:
         raise unknown_name("--loss", name, functions)
-    return resolve(name, options_of(functions[name]), given)
+    return resolve(name, hyperparameters_of(functions[name]), given)
 
 
-def parse_losses(text: str) -> tuple[tuple[str, float], ...]:
-    """`sigmoid=1,sft=0.2` as ((name, weight), …); a name alone weighs 1.
+@overload
+def parse_losses(loss: str) -> tuple[tuple[str, float], ...]: ...
+
+
+@overload
+def parse_losses(
+    loss: Callable[..., mx.array] | PairwiseLoss,
+) -> tuple[tuple[PairwiseLoss, float], ...]: ...
+
+
+def parse_losses(
+    loss: str | Callable[..., mx.array] | PairwiseLoss,
+) -> tuple[tuple[str | PairwiseLoss, float], ...]:
+    """Parse the value of `--loss` into the losses to add up and their weights.
+
+    Args:
+        loss: Names with weights, `sigmoid=1,sft=0.2`, where a name alone has weight 1. Or a
+            function of PairLogps, or a PairwiseLoss.
+
+    Returns:
+        ((name, weight), …), with a PairwiseLoss in place of the name for a function.
 
     Raises:
-        ConfigError: A name is unknown or comes twice, or a weight is not a positive number.
+        ConfigError: A name is unknown or appears twice, a weight is not a positive number, or the
+            function's arguments are not those of a loss.
     """
-    losses: dict[str, float] = {}
-    for part in text.split(","):
+    if isinstance(loss, PairwiseLoss):
+        _check_signature(loss)
+        return ((loss, 1.0),)
+    if callable(loss):
+        return parse_losses(PairwiseLoss(loss))
+    weights: dict[str, float] = {}
+    for part in loss.split(","):
         name, equals, weight = (piece.strip() for piece in part.partition("="))
         if name not in PAIRWISE_LOSSES:
             raise unknown_name("--loss", name, PAIRWISE_LOSSES)
-        if name in losses:
-            raise ConfigError(f"--loss {text}: {name} comes twice")
-        losses[name] = _weight(name, weight) if equals else 1.0
-    return tuple(losses.items())
+        if name in weights:
+            raise ConfigError(f"--loss {loss}: {name} appears twice")
+        weights[name] = _weight(name, weight) if equals else 1.0
+    return tuple(weights.items())
 
 
 @dataclass(frozen=True, slots=True)
 class CombinedLoss:
-    """A weighted sum of pairwise losses with their hyperparameters; one loss is a sum of one.
+    """A weighted sum of pairwise losses with their hyperparameters, also of a single one.
 
     Attributes:
-        parts: (name, weight) in the order given.
-        options: Per name, the resolved hyperparameters.
-        needs_reference: Whether any part does.
-        soft_labels: Whether every part that compares the two completions reads soft labels.
-        couples_batch: Whether any part sorts over pairs.
+        parts: (name, weight) in the given order.
+        losses: The loss of each name.
+        options: The hyperparameters of each name.
+        needs_reference: Whether any part needs a reference.
+        soft_labels: Whether every part that compares the two completions uses soft labels.
+        couples_batch: Whether any part couples the pairs of an update.
     """
 
     parts: tuple[tuple[str, float], ...]
-    options: Mapping[str, Mapping[str, OptionValue]]
+    losses: Mapping[str, PairwiseLoss]
+    options: Mapping[str, Mapping[str, HyperparameterValue]]
     needs_reference: bool
     soft_labels: bool
     couples_batch: bool
 
     def __call__(self, logps: PairLogps, mean_chosen_length: mx.array | float) -> mx.array:
-        """The values (B,) of B pairs, nats; the mean over the update's pairs is its loss.
+        """Values (B,) of B pairs, nats; their mean over the update's pairs is its loss.
 
         Args:
-            logps: The pairs; where `couples_batch`, all of the update's and no fillers.
-            mean_chosen_length: Scored chosen tokens per pair, over the pairs of the update.
+            logps: The pairs; if `couples_batch`, all of the update's and no fillers.
+            mean_chosen_length: Mean number of chosen tokens per pair, over the update.
+
+        Raises:
+            ConfigError: A function given by the user does not return one value per pair.
         """
         total = mx.zeros(logps.chosen.shape)
         for name, weight in self.parts:
-            loss = PAIRWISE_LOSSES[name]
+            loss = self.losses[name]
             length = (mean_chosen_length,) if loss.mean_over_tokens else ()
-            total = total + weight * loss.function(logps, *length, **self.options[name])
+            values = loss.function(logps, *length, **self.options[name])
+            shape = getattr(values, "shape", None)
+            if shape != logps.chosen.shape:
+                found = type(values).__name__ if shape is None else f"shape {shape}"
+                raise ConfigError(
+                    f"loss {name}: returned {found}, expected one value per pair, shape "
+                    f"{logps.chosen.shape}"
+                )
+            total = total + weight * values
         return total
 
     @property
     def beta(self) -> float | None:
-        """β of the first part that has one, for implicit rewards in the metrics."""
+        """β of the first part that has one, for the implicit rewards in the metrics."""
         for options in self.options.values():
             if "beta" in options:
                 return float(options["beta"])
         return None
 
 
-def combine(parts: tuple[tuple[str, float], ...], given: Mapping[str, Any]) -> CombinedLoss:
-    """The weighted sum of the losses `parts`, as `parse_losses` gives them.
+def combine(
+    parts: Sequence[tuple[str | PairwiseLoss, float]], given: Mapping[str, Any]
+) -> CombinedLoss:
+    """The weighted sum of losses.
 
-    Each option of `given` goes to every part that has it, and one part at least must.
+    Args:
+        parts: What `parse_losses` returned.
+        given: Values of hyperparameters. Each goes to every part that has it.
 
     Raises:
-        ConfigError: An option has no effect, is out of range, or an f-divergence meets a loss
-            that has none.
+        ConfigError: A hyperparameter belongs to no part or is out of range, or an f-divergence is
+            combined with a loss that has none.
     """
-    names = [name for name, _ in parts]
-    have = {name: options_of(PAIRWISE_LOSSES[name].function) for name in names}
+    losses = {_name(loss): _loss(loss) for loss, _ in parts}
+    names = list(losses)
+    have = {name: hyperparameters_of(loss.function) for name, loss in losses.items()}
     anywhere = dict.fromkeys(option for options in have.values() for option in options)
     refuse_without_effect(",".join(names), anywhere, given)
     if given.get("f_divergence", "reverse_kl") != "reverse_kl":
-        for name in names:
-            if PAIRWISE_LOSSES[name].needs_reference and "f_divergence" not in have[name]:
+        for name, loss in losses.items():
+            if loss.needs_reference and "f_divergence" not in have[name]:
                 raise ConfigError(
                     f"--loss-option f_divergence={given['f_divergence']}: not defined for "
-                    f"--loss {name}, which is no function of the difference of the two log-ratios"
+                    f"--loss {name}, which is not a function of the difference of the log-ratios"
                 )
-    losses = [PAIRWISE_LOSSES[name] for name in names]
-    comparing = [loss for name, loss in zip(names, losses, strict=True) if name != "sft"]
+    # sft depends on the chosen completion alone, so soft labels don't concern it.
+    comparing = [loss for name, loss in losses.items() if name != "sft"]
     return CombinedLoss(
-        parts=tuple(parts),
+        parts=tuple((_name(loss), weight) for loss, weight in parts),
+        losses=losses,
         options={
             name: resolve(name, have[name], {k: v for k, v in given.items() if k in have[name]})
             for name in names
         },
-        needs_reference=any(loss.needs_reference for loss in losses),
-        # sft sees the chosen alone: beside another loss it neither reads nor ignores them.
+        needs_reference=any(loss.needs_reference for loss in losses.values()),
         soft_labels=bool(comparing) and all(loss.soft_labels for loss in comparing),
-        couples_batch=any(loss.couples_batch for loss in losses),
+        couples_batch=any(loss.couples_batch for loss in losses.values()),
     )
+
+
+def _name(loss: str | PairwiseLoss) -> str:
+    return loss if isinstance(loss, str) else loss.name
+
+
+def _loss(loss: str | PairwiseLoss) -> PairwiseLoss:
+    return PAIRWISE_LOSSES[loss] if isinstance(loss, str) else loss
+
+
+def _check_signature(loss: PairwiseLoss) -> None:
+    """Raise a ConfigError unless the function can be called as a pairwise loss."""
+    expected = ["logps", "mean_chosen_length"] if loss.mean_over_tokens else ["logps"]
+    example = f"def {loss.name}({', '.join(expected)}, *, beta=0.1)"
+    positional = []
+    for parameter in inspect.signature(loss.function).parameters.values():
+        if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD):
+            positional.append(parameter.name)
+        elif parameter.kind is not parameter.KEYWORD_ONLY:
+            raise ConfigError(
+                f"loss {loss.name}: it takes *args or **kwargs; name its hyperparameters, as in "
+                f"{example}"
+            )
+    if len(positional) != len(expected):
+        raise ConfigError(
+            f"loss {loss.name}: it takes {len(positional)} positional arguments "
+            f"({', '.join(positional) or 'none'}), expected {len(expected)}; hyperparameters are "
+            f"keyword-only, as in {example}"
+        )
+    hyperparameters_of(loss.function)
 
 
 def _weight(name: str, text: str) -> float:

@@ -1,11 +1,11 @@
-"""Losses of reward models: pure functions of scores (Bradley–Terry, margins, rankings)."""
+"""Losses of reward models, as functions of scores: Bradley–Terry, with margins, of rankings."""
 
 from __future__ import annotations
 
 import mlx.core as mx
 
-from mlx_align.losses.numerics import log_sigmoid
-from mlx_align.losses.options import NonNegative, Smoothing
+from mlx_align.losses.hyperparameters import NonNegative, Smoothing
+from mlx_align.losses.masking import log_sigmoid
 from mlx_align.types import Comparisons
 
 
@@ -34,19 +34,20 @@ def reward_bt(
     center: NonNegative = 0.0,
     label_smoothing: Smoothing = 0.0,
 ) -> mx.array:
-    """Bradley–Terry with margins, soft labels and a pull of the scores towards 0.
+    """Bradley–Terry with margins, soft labels and centred scores.
 
-    −q·ls(r_c − r_r − m) − (1−q)·ls(r_r − r_c − m) + center·(r_c + r_r)², q = (1−ε)p + ε(1−p): the
-    order seen has to hold by m, and with probability 1 − q the pair is the other way round.
-    Without a margin the optimum of r_c − r_r is log q/(1−q).
+    −q·ls(r_c − r_r − m) − (1−q)·ls(r_r − r_c − m) + center·(r_c + r_r)², with q = (1−ε)p + ε(1−p)
+    the probability that the labelled order is right. Without a margin the optimum of r_c − r_r is
+    log q/(1−q).
 
     Args:
         r_chosen: Scores of the chosen completions, any shape.
         r_rejected: Scores of the rejected completions, the same shape.
-        margin: How far apart the scores should be, at least.
-        soft_label: Probability p that chosen is the better one.
-        center: Weight of the squared sum: Bradley–Terry leaves the mean of the scores free.
-        label_smoothing: ε, the probability that a label is wrong, whatever the data says.
+        margin: m, the least difference that the scores should have.
+        soft_label: p, the probability that chosen is better.
+        center: Weight of the squared sum, which determines the mean of the scores; Bradley–Terry
+            alone leaves it free.
+        label_smoothing: ε, the probability that a label is wrong.
 
     Returns:
         Losses in nats, of the scores' shape.
@@ -63,13 +64,13 @@ def reward_bt(
 
 
 def every_two(count: int) -> tuple[list[int], list[int]]:
-    """The columns of `Comparisons`: of each two of `count` completions the first and the second."""
+    """The first and the second completion of each pair, for the columns of `Comparisons`."""
     pairs = [(i, j) for i in range(count) for j in range(i + 1, count)]
     return [i for i, _ in pairs], [j for _, j in pairs]
 
 
 def differences(scores: mx.array, comparisons: Comparisons) -> mx.array:
-    """Score of the first minus score of the second, (B, P); 0 where they are not compared."""
+    """Score of the first minus score of the second, (B, P); 0 where a pair is not compared."""
     first, second = _compared(scores, comparisons)
     return first - second
 
@@ -81,15 +82,14 @@ def kwise_loss(
     center: NonNegative = 0.0,
     label_smoothing: Smoothing = 0.0,
 ) -> mx.array:
-    """Σ w_ij·reward_bt(s_i, s_j) over every two of K completions of a prompt.
+    """Bradley–Terry loss of rankings: Σ w_ij·reward_bt(s_i, s_j) over all pairs of K completions.
 
-    With weights 1/C(K,2) each prompt counts once, however many completions it has. A pair is the
-    case K = 2.
+    With weights 1/C(K,2) each prompt counts once, however many completions it has. K = 2 is the
+    loss of a pair.
 
     Args:
-        scores: (B, K) the model's scores.
-        comparisons: What is known of each two; scores of completions that are compared with none
-            may be anything.
+        scores: (B, K) scores; those of completions that are never compared may be anything.
+        comparisons: Labels of the pairs.
         center: As in `reward_bt`.
         label_smoothing: As in `reward_bt`.
 
@@ -111,8 +111,8 @@ def kwise_loss(
 
 
 def _compared(scores: mx.array, comparisons: Comparisons) -> tuple[mx.array, mx.array]:
-    """Scores (B, P) of the first and the second of each two."""
-    # Before the difference: the gradient of inf − inf is NaN, whatever is selected afterwards.
+    """Scores (B, P) of the first and the second completion of each pair."""
+    # Select before subtracting: the gradient of inf − inf is NaN, even if it is masked afterwards.
     real = comparisons.weight > 0
     first, second = (mx.array(column) for column in every_two(scores.shape[1]))
     return mx.where(real, scores[:, first], 0.0), mx.where(real, scores[:, second], 0.0)

@@ -1,15 +1,16 @@
-"""Losses of single completions: KTO's of rows with a label, and supervised ones of tokens.
+"""Losses of single completions: KTO for labelled rows, and supervised losses per token.
 
-Row losses return a (B,) float32 array whose weighted mean over the update's rows is the loss.
-Token losses return (N, C), to be summed under the mask and divided by the update's scored tokens.
+Losses of rows return a (B,) float32 array, whose weighted mean over the update's rows is the loss.
+Losses of tokens return (N, C); their sum under the mask, divided by the update's number of tokens,
+is the loss.
 """
 
 from __future__ import annotations
 
 import mlx.core as mx
 
+from mlx_align.losses.hyperparameters import Positive
 from mlx_align.losses.masking import weighted_sum
-from mlx_align.losses.options import Positive
 
 
 def kto_loss(
@@ -26,10 +27,10 @@ def kto_loss(
     Args:
         logratio: (B,) nats, policy − reference, summed over the completion's tokens.
         desirable: (B,) bool.
-        kl: The reference point in nats, see `kto_kl`: one number for the whole update.
+        kl: The reference point in nats, one number for the whole update (see `kto_kl`).
         beta: Temperature.
         desirable_weight: w of desirable rows.
-        undesirable_weight: w of the others.
+        undesirable_weight: w of undesirable rows.
 
     Returns:
         (B,) losses.
@@ -45,8 +46,8 @@ def kto_loss(
 def kto_kl(mismatched_logratio: mx.array, weight: mx.array) -> mx.array:
     """KTO's reference point: max(0, mean log-ratio of mismatched completions), without gradient.
 
-    Mismatched: each prompt with its neighbour's completion. Small batches make it noisy, so it
-    is taken over the whole update, before its gradient.
+    Mismatched means each prompt with another prompt's completion. The estimate is noisy in small
+    batches, so it is computed over the whole update, before the update's gradient.
 
     Args:
         mismatched_logratio: (M,) nats, policy − reference, summed over tokens.
@@ -69,7 +70,7 @@ def apo_zero_unpaired_loss(
     desirable_weight: Positive = 1.0,
     undesirable_weight: Positive = 1.0,
 ) -> mx.array:
-    """APO-zero of single rows: KTO with its reference point at 0 (arguments as there).
+    """APO-zero of single rows: KTO with its reference point at 0. Arguments: `kto_loss`.
 
     Source: D'Oosterlinck et al. 2024, "Anchored Preference Optimization".
     """
@@ -89,7 +90,7 @@ def nll_loss(token_logps: mx.array) -> mx.array:
 
 
 def dft_loss(token_logps: mx.array) -> mx.array:
-    """Dynamic fine-tuning, per token: −sg(p)·log p, nats: unlikely tokens pull less.
+    """Dynamic fine-tuning, per token: −sg(p)·log p, nats; unlikely tokens have smaller gradients.
 
     Source: Wu et al. 2025, "On the Generalization of SFT: a Reinforcement Learning Perspective".
     """

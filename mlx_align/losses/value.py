@@ -1,4 +1,4 @@
-"""The critic's loss and how much of the returns it explains."""
+"""The critic's loss, and how much of the returns' variance it explains."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ def value_loss(
     *,
     clip: float | None,
 ) -> mx.array:
-    """½·max((V − R)², (V_clip − R)²) per token, V_clip = V held to ±clip around V_old.
+    """Value loss ½·max((V − R)², (V_clip − R)²) per token, V_clip = V clipped to V_old ± clip.
 
     Args:
-        values: (N, C) the critic's, with gradient.
-        old_values: (N, C) those the advantages were made of.
+        values: (N, C) the critic's values, with gradient.
+        old_values: (N, C) the values that the advantages were computed from.
         returns: (N, C).
-        mask: (N, C) nonzero where a token counts; what stands elsewhere may be anything.
-        clip: In the rewards' units; None: ½(V − R)².
+        mask: (N, C) nonzero where a token counts; the other arrays may hold anything elsewhere.
+        clip: In units of the rewards; None for no clipping, ½(V − R)².
 
     Returns:
         (N, C) float32, 0 off the mask; the caller averages.
@@ -43,9 +43,9 @@ def value_loss(
 
 
 def explained_variance(values: mx.array, returns: mx.array, mask: mx.array) -> mx.array:
-    """1 − Var(R − V)/Var(R) over all tokens under the mask, scalar; 0 where R does not vary.
+    """Explained variance 1 − Var(R − V)/Var(R) over the tokens under the mask, scalar.
 
-    1 is a perfect critic, 0 one that knows the mean, below 0 worse than that.
+    1 for a perfect critic, 0 for a constant one, below 0 for a worse one; 0 if R is constant.
     """
     real = mask != 0
     values, returns = (mx.where(real, x.astype(mx.float32), 0.0) for x in (values, returns))

@@ -1,1 +1,1 @@
-"""The language model: loading, adapters, the way through it."""
+"""Language models: loading them, adapters and heads, the forward pass, generation."""

@@ -1,9 +1,9 @@
-"""Adapters: what is trained, put into a model, read from and written to mlx-lm's folders.
+"""Adapters: installing them in a model, and reading and writing mlx-lm's adapter folders.
 
-All trees of a run have one layout, because `LoRALinear.scale` is no parameter and stays with the
-modules: an adapter made at another scale is folded into lora_b, a smaller rank is padded with
-zeros, a layer it does not cover contributes zeros. What can't be mapped without changing the
-function is refused.
+All adapter weights of a run have one layout, because `LoRALinear.scale` is not a parameter and
+belongs to the module. An adapter with another scale is loaded with the scale folded into lora_b, a
+smaller rank is padded with zeros, and layers it does not cover get zeros. An adapter that can't be
+mapped without changing the function is refused.
 """
 
 from __future__ import annotations
@@ -24,9 +24,8 @@ from mlx_lm.tuner.utils import linear_to_lora_layers
 from mlx_align.errors import ConfigError, ModelError
 from mlx_align.files import write_tensors, write_text
 from mlx_align.models.checkpointing import Dropout
-from mlx_align.models.compat import read_tensors
 from mlx_align.models.heads import HEAD_WEIGHTS, split_head
-from mlx_align.models.roles import Tree
+from mlx_align.models.weights import AdapterWeights, read_tensors
 
 ADAPTER_WEIGHTS = "adapters.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
@@ -34,15 +33,15 @@ ADAPTER_CONFIG = "adapter_config.json"
 
 @dataclass(frozen=True)
 class AdapterLayout:
-    """What is trained, in mlx-lm's terms.
+    """What is trained, under mlx-lm's names.
 
     Attributes:
-        fine_tune_type: lora, dora or full (all weights of the chosen blocks).
+        fine_tune_type: lora, dora or full (all weights of the last `num_layers` blocks).
         rank: Rank of every adapter.
-        scale: Multiplier of the low-rank update; mlx-lm's word for alpha / rank.
-        dropout: Probability of dropping an adapter's input while training.
-        num_layers: Blocks to adapt, counted from the last; −1 for all.
-        keys: Names of the layers to adapt within a block; None for all linear ones.
+        scale: Multiplier of the low-rank update, alpha / rank.
+        dropout: Probability of dropping an adapter's input in training mode.
+        num_layers: Number of blocks to adapt, counted from the last; −1 for all.
+        keys: Names of the layers to adapt within a block; None for all linear layers.
     """
 
     fine_tune_type: str = "lora"
@@ -66,14 +65,15 @@ class AdapterLayout:
         }
 
 
-def install(model: nn.Module, layout: AdapterLayout) -> Tree:
-    """Freeze `model` and put fresh adapters into it; the tree it starts from.
+def install_adapters(model: nn.Module, layout: AdapterLayout) -> AdapterWeights:
+    """Freeze `model`, add new adapters to it and return their weights.
 
-    LoRA starts as the identity (lora_b zero); draws lora_a from mlx's global generator.
+    The model computes the same function afterwards (lora_b is zero). lora_a is drawn from mlx's
+    global generator.
 
     Raises:
-        ConfigError: The layout names blocks or layers that the model has not, or nothing that
-            can be trained.
+        ConfigError: The model does not have the blocks or layers that the layout names, or they
+            can't be trained.
         ModelError: mlx-lm has no such adapter for this model.
     """
     model.freeze()
@@ -105,19 +105,19 @@ def install(model: nn.Module, layout: AdapterLayout) -> Tree:
             )
         except ValueError as error:
             raise ModelError(
-                f"--fine-tune-type {layout.fine_tune_type}: {error}; use lora, or name other "
+                f"--fine-tune-type {layout.fine_tune_type}: {error}; use lora, or choose other "
                 "layers with --lora-keys"
             ) from error
         for module in model.modules():
             if "lora_a" in module and isinstance(module.dropout, nn.Dropout):
                 module.dropout = Dropout(layout.dropout)
-    tree: Tree = model.trainable_parameters()
-    mx.eval(tree)
-    return tree
+    weights: AdapterWeights = model.trainable_parameters()
+    mx.eval(weights)
+    return weights
 
 
-def covering(layout: AdapterLayout, others: Sequence[AdapterLayout]) -> AdapterLayout:
-    """`layout`, with adapters also wherever `others` have some."""
+def covering_layout(layout: AdapterLayout, others: Sequence[AdapterLayout]) -> AdapterLayout:
+    """`layout`, extended to all layers that `others` adapt."""
     every = [layout, *others]
     keys: tuple[str, ...] | None = None
     if all(one.keys is not None for one in every):
@@ -126,48 +126,76 @@ def covering(layout: AdapterLayout, others: Sequence[AdapterLayout]) -> AdapterL
     return replace(layout, keys=keys, num_layers=-1 if -1 in blocks else max(blocks))
 
 
-def part_within(model: nn.Module, tree: Tree, layout: AdapterLayout) -> Tree:
-    """Of the tree that `install` just made by a covering layout, what `layout` would have made."""
+def common_layout(layouts: Sequence[AdapterLayout]) -> AdapterLayout | None:
+    """The smallest layout that holds adapters of all `layouts`, at the scale of the first.
+
+    None if they are adapters of different types.
+    """
+    first = layouts[0]
+    if any(layout.fine_tune_type != first.fine_tune_type for layout in layouts):
+        return None
+    numbers = [layout.num_layers for layout in layouts]
+    return replace(
+        first,
+        rank=max(layout.rank for layout in layouts),
+        dropout=0.0,
+        num_layers=-1 if min(numbers) < 0 else max(numbers),
+        keys=None
+        if any(layout.keys is None for layout in layouts)
+        else tuple(dict.fromkeys(key for layout in layouts for key in layout.keys or ())),
+    )
+
+
+def weights_within(
+    model: nn.Module, weights: AdapterWeights, layout: AdapterLayout
+) -> AdapterWeights:
+    """The part of `weights` that belongs to `layout`.
+
+    Args:
+        model: The model after `install_adapters`.
+        weights: What `install_adapters` returned, for a layout that covers `layout`.
+        layout: Which blocks and layers to keep.
+    """
     count = len(model.layers) if layout.num_layers == -1 else layout.num_layers
     modules = [pair for layer in model.layers[-count:] for pair in layer.named_modules()]
     if layout.keys is not None:
         modules = [pair for pair in modules if pair[0] in layout.keys]
         modules += [pair for pair in model.named_modules() if pair[0] in layout.keys]
     inside = {id(a) for _, m in modules for _, a in tree_flatten(m.trainable_parameters())}
-    part = [(name, array) for name, array in tree_flatten(tree) if id(array) in inside]
-    own: Tree = tree_unflatten(part)
+    part = [(name, array) for name, array in tree_flatten(weights) if id(array) in inside]
+    own: AdapterWeights = tree_unflatten(part)
     return own
 
 
 def compute_dtype(name: str, model_dtypes: Collection[mx.Dtype]) -> mx.Dtype | None:
-    """The dtype that adapters compute in under `--adapter-dtype name`; None for their own, float32.
+    """The dtype that `--adapter-dtype name` casts adapters to; None for float32, no cast.
 
     Raises:
-        ConfigError: The model does not compute in it, so that it would only round the adapters.
+        ConfigError: The model does not compute in that dtype, so it would only round the adapters.
     """
     if name == "float32":
         return None
     if mx.bfloat16 not in model_dtypes:
         raise ConfigError(
             f"--adapter-dtype {name}: the model does not compute in it, so nothing would be "
-            "saved; leave it out, or take a bf16 model (mlx_lm.convert --dtype bfloat16)"
+            "saved; leave it out, or use a bf16 model (mlx_lm.convert --dtype bfloat16)"
         )
     return mx.bfloat16
 
 
-def cast_adapters(tree: Tree, dtype: mx.Dtype | None) -> Tree:
-    """The tree with its LoRA matrices in `dtype`; gradients come back in theirs.
+def cast_adapters(weights: AdapterWeights, dtype: mx.Dtype | None) -> AdapterWeights:
+    """The weights with LoRA matrices cast to `dtype`; their gradients stay in the original dtype.
 
-    What multiplies a bf16 activation then is bf16, and so is what is kept for the backward pass.
+    With bf16 activations and bf16 adapters, what is kept for the backward pass is bf16 too.
     """
     if dtype is None:
-        return tree
+        return weights
 
     def cast(name: str, weight: mx.array) -> mx.array:
         return weight.astype(dtype) if name.endswith(("lora_a", "lora_b")) else weight
 
-    cast_tree: Tree = tree_map_with_path(cast, tree)
-    return cast_tree
+    result: AdapterWeights = tree_map_with_path(cast, weights)
+    return result
 
 
 def _check_keys(model: nn.Module, keys: tuple[str, ...]) -> None:
@@ -186,10 +214,10 @@ def _check_keys(model: nn.Module, keys: tuple[str, ...]) -> None:
 
 
 def read_layout(folder: Path) -> AdapterLayout:
-    """The layout of an adapter folder that mlx-lm or this package wrote.
+    """Read the layout of an adapter folder written by mlx-lm or this package.
 
     Raises:
-        ModelError: The folder holds no adapter, or its configuration makes no sense.
+        ModelError: The folder holds no adapter, or its configuration is invalid.
     """
     config_file = folder / ADAPTER_CONFIG
     if not (folder / ADAPTER_WEIGHTS).is_file() or not config_file.is_file():
@@ -222,7 +250,7 @@ def read_layout(folder: Path) -> AdapterLayout:
 
 
 def read_weights(folder: Path) -> dict[str, mx.array]:
-    """The tensors of an adapter folder.
+    """Read the tensors of an adapter folder.
 
     Raises:
         ModelError: The file is damaged.
@@ -230,17 +258,18 @@ def read_weights(folder: Path) -> dict[str, mx.array]:
     return read_tensors(folder / ADAPTER_WEIGHTS)
 
 
-def load_tree(folder: Path, fresh: Tree, layout: AdapterLayout, *, keep_rank: bool = False) -> Tree:
-    """The adapter of `folder` as a tree in the run's layout, equal to it as a function.
+def load_adapter(
+    folder: Path, fresh: AdapterWeights, layout: AdapterLayout, *, keep_rank: bool = False
+) -> AdapterWeights:
+    """Load an adapter into the run's layout, without changing the function it computes.
 
     Args:
-        folder: An adapter that mlx-lm or this package wrote.
-        fresh: The tree that `install` returned: names, shapes, and what lora_a starts from where
-            the adapter has nothing (its lora_b is zero there, so the function is the adapter's,
-            and the added rank can still learn).
+        folder: An adapter folder written by mlx-lm or this package.
+        fresh: What `install_adapters` returned: names, shapes, and the values of lora_a in ranks
+            and layers that the adapter does not have. (lora_b is zero there, so they change
+            nothing at first and can still learn.)
         layout: The run's layout.
-        keep_rank: Whether the adapter keeps its rank, whatever the run's is: of a role that is
-            only looked at, or trained at its own.
+        keep_rank: Keep the adapter's own rank instead of padding it to the run's.
 
     Raises:
         ModelError: The adapter can't be expressed in the run's layout.
@@ -250,13 +279,13 @@ def load_tree(folder: Path, fresh: Tree, layout: AdapterLayout, *, keep_rank: bo
     if theirs.fine_tune_type != layout.fine_tune_type:
         raise ModelError(
             f"{folder}: a {theirs.fine_tune_type} adapter can't start a {layout.fine_tune_type} "
-            f"run; leave --fine-tune-type out, or fuse it first with mlx-align fuse"
+            f"run; leave out --fine-tune-type, or fuse it first with mlx-align fuse"
         )
     names = dict(tree_flatten(fresh))
     if strange := sorted(set(weights) - set(names)):
         raise ModelError(
-            f"{folder}: it adapts {strange[0]} (and {len(strange) - 1} more) which this run does "
-            "not; leave --lora-keys and --num-layers out, or widen them"
+            f"{folder}: it adapts {strange[0]} (and {len(strange) - 1} more), which this run does "
+            "not; leave out --lora-keys and --num-layers, or widen them"
         )
     fold = theirs.scale / layout.scale
     mapped = {}
@@ -277,57 +306,57 @@ def load_tree(folder: Path, fresh: Tree, layout: AdapterLayout, *, keep_rank: bo
             mapped[name] = given
         else:
             mapped[name] = _padded(given, own, folder, name)
-    tree: Tree = tree_unflatten(list(mapped.items()))
-    mx.eval(tree)
-    return tree
+    loaded: AdapterWeights = tree_unflatten(list(mapped.items()))
+    mx.eval(loaded)
+    return loaded
 
 
 def _differ_in_rank(given: mx.array, own: mx.array) -> bool:
-    """Whether two adapters' matrices are of one layer, as far as their shapes tell."""
+    """Whether the shapes of two matrices differ in their rank at most."""
     same = [g == o for g, o in zip(given.shape, own.shape, strict=False)]
     return given.ndim == own.ndim and same.count(False) <= 1
 
 
 def _padded(given: mx.array, own: mx.array, folder: Path, name: str) -> mx.array:
-    """`given` in the shape of `own`, whose values fill the rank that `given` has not."""
+    """`given` in the shape of `own`, whose values fill up the rank."""
     wider = [i for i, (g, o) in enumerate(zip(given.shape, own.shape, strict=False)) if g != o]
     if not wider and given.ndim == own.ndim:
         return given
     if given.ndim != own.ndim or len(wider) > 1 or given.shape[wider[0]] > own.shape[wider[0]]:
         raise ModelError(
-            f"{folder}: {name} has shape {given.shape} where this model and --lora-rank make "
-            f"{own.shape}"
+            f"{folder}: {name} has shape {given.shape}; this model and --lora-rank need {own.shape}"
         )
     axis = wider[0]
     rest = mx.split(own, [given.shape[axis]], axis=axis)[1]
     return mx.concatenate([given, rest], axis=axis)
 
 
-def save_adapter(folder: Path, tree: Tree, layout: AdapterLayout, model: str) -> None:
-    """Write an adapter that stock mlx-lm loads; tensors sorted by name, so bytes repeat.
+def save_adapter(folder: Path, weights: AdapterWeights, layout: AdapterLayout, model: str) -> None:
+    """Write an adapter folder that stock mlx-lm loads.
 
-    The head of a reward model goes into a file of its own, of which mlx-lm knows nothing.
+    Tensors are sorted by name, so that equal weights give equal bytes. A reward head goes into a
+    file of its own, which mlx-lm does not read.
 
     Args:
-        folder: Must exist.
-        tree: The weights.
+        folder: The folder, which must exist.
+        weights: The weights.
         layout: What mlx-lm needs to rebuild the modules.
-        model: The base model, for people: mlx-lm does not read it.
+        model: Name of the base model, for the reader; mlx-lm ignores it.
 
     Raises:
         WriteError: The folder can't be written to, or the disk is full.
     """
-    weights, head = split_head(dict(tree_flatten(tree)))
+    tensors, head = split_head(dict(tree_flatten(weights)))
     config = {"model": model, **layout.to_mlx_lm()}
-    # The weights come last: without them the folder is no adapter yet.
+    # The weights come last: without them the folder does not count as an adapter.
     write_text(folder / ADAPTER_CONFIG, json.dumps(config, indent=2) + "\n")
     if head:
         write_tensors(folder / HEAD_WEIGHTS, head)
-    write_tensors(folder / ADAPTER_WEIGHTS, weights)
+    write_tensors(folder / ADAPTER_WEIGHTS, tensors)
 
 
 def fingerprint_folder(folder: Path, names: str = "*") -> str:
-    """A hash of the contents of a folder's weights and configuration files."""
+    """Hash of the contents of a folder's weight and configuration files."""
     digest = hashlib.blake2b(digest_size=16)
     for file in sorted(folder.glob(names)):
         if file.suffix in (".safetensors", ".json") and "tokenizer" not in file.name:

@@ -1,8 +1,8 @@
 """Gradient checkpointing that is exact with a shared prompt and with dropout.
 
-mlx-lm's own checkpointing closes over the cache, so the gradient through the shared prefix is
-lost (the loss is right, the gradient wrong). Here a block's keys and values are explicit inputs
-and outputs of the checkpointed function. Dropout draws from a key that is an input too: a block
+mlx-lm's own checkpointing closes over the cache and loses the gradient through the shared prompt:
+the loss is right, the gradient wrong. Here a block's keys and values are explicit inputs and
+outputs of the checkpointed function. So is the key from which dropout draws: a block that is
 recomputed in the backward pass drops the same units.
 """
 
@@ -16,24 +16,23 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map
 
-from mlx_align.models.caches import CompletionKV, PromptKV, StateCache
-from mlx_align.models.compat import layer_calls
-from mlx_align.models.packed import PackedKV
-from mlx_align.models.roles import acting_as
+from mlx_align.models.patches import wrap_blocks
+from mlx_align.models.prefix_cache import CompletionKV, PackedKV, PromptKV, StateCache
+from mlx_align.models.weights import use_adapter
 
-# Keys of the blocks being (re)computed now, innermost last; empty outside checkpointed blocks.
+# Random keys of the blocks that are being (re)computed, innermost last; empty outside of them.
 _keys: list[mx.array] = []
 
 
 class Dropout(nn.Module):
-    """Dropout (inverted scaling) that repeats itself when a checkpointed block is recomputed."""
+    """Dropout that drops the same units again when a checkpointed block is recomputed."""
 
     def __init__(self, p: float) -> None:
         super().__init__()
         self.p = p
 
     def __call__(self, x: mx.array) -> mx.array:
-        """Zero each element with probability p while training; scale the others by 1/(1−p)."""
+        """Zero each element with probability p in training mode; scale the others by 1/(1−p)."""
         if self.p == 0 or not self.training:
             return x
         key = None
@@ -43,31 +42,34 @@ class Dropout(nn.Module):
         return mx.where(keep, x / (1 - self.p), mx.array(0, x.dtype))
 
 
-# A context in which blocks are called.
-Within = Callable[[], AbstractContextManager[None]]
+# Returns the context in which blocks run (see `patches.apply_patches`).
+Patches = Callable[[], AbstractContextManager[None]]
 
 
-def checkpointed(model: nn.Module, within: Within) -> AbstractContextManager[None]:
-    """Within the block, every layer of `model` keeps its inputs only and is recomputed.
+def checkpointed(model: nn.Module, patches: Patches) -> AbstractContextManager[None]:
+    """Within the block, every layer of `model` keeps only its inputs for the backward pass.
 
-    That happens after the block has ended: `within` gives the context that a layer's code needs.
+    The backward pass recomputes the layers after the block has ended, so it needs the `patches`
+    under which their code runs.
     """
     has_dropout = any(isinstance(m, Dropout) and m.p > 0 for m in model.modules())
 
     def wrap(call: Callable[..., Any]) -> Callable[..., Any]:
-        return _checkpoint_layer(call, has_dropout and model.training, within)
+        return _checkpoint_layer(call, has_dropout and model.training, patches)
 
-    return layer_calls(model, wrap)
+    return wrap_blocks(model, wrap)
 
 
-def _checkpoint_layer(call: Callable[..., Any], random: bool, within: Within) -> Callable[..., Any]:
+def _checkpoint_layer(
+    call: Callable[..., Any], random: bool, patches: Patches
+) -> Callable[..., Any]:
     def checkpointed_call(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
         given, rebuild = _pull_out_arrays((args, kwargs))
         caches = _filling_caches((args, kwargs))
         shape_of: list[Any] = []  # filled while tracing: the structure of the layer's output
 
         def run(parameters: Any, key: mx.array, arrays: list[mx.array]) -> list[mx.array]:
-            # Lengths and masks are inputs like the others, and have no gradient.
+            # Lengths and masks are inputs too, but have no gradient.
             held = [
                 a if mx.issubdtype(a.dtype, mx.floating) else mx.stop_gradient(a) for a in arrays
             ]
@@ -75,20 +77,20 @@ def _checkpoint_layer(call: Callable[..., Any], random: bool, within: Within) ->
             inner_caches = _filling_caches((inner_args, inner_kwargs))
             _keys.append(mx.stop_gradient(key))
             try:
-                with acting_as(layer, parameters), within():
+                with use_adapter(layer, parameters), patches():
                     out = call(layer, *inner_args, **inner_kwargs)
             finally:
                 _keys.pop()
             outputs, rebuild_output = _pull_out_arrays(out)
             kept = [cache.arrays() for cache in inner_caches]
             shape_of[:] = [rebuild_output, len(outputs), [len(k) for k in kept]]
-            # mx.checkpoint keeps one cotangent per output array, and a block may hand out the keys
-            # that its cache records too (gemma4 lends them to later blocks): each output becomes
-            # an array of its own, by a view that costs nothing.
+            # mx.checkpoint keeps one cotangent per output array, but a block may return the keys
+            # that its cache records too (gemma4 passes them to later blocks). A view that costs
+            # nothing makes each output an array of its own.
             every = [*outputs, *(array for arrays in kept for array in arrays)]
             return [mx.expand_dims(array, 0) for array in every]
 
-        # A constant key where nothing is random: the state of the generator stays untouched.
+        # A constant key where nothing is random leaves the generator's state untouched.
         key = _fresh_key() if random else mx.zeros((2,), mx.uint32)
         wrapped = mx.checkpoint(run)(layer.trainable_parameters(), key, given)
         results = [mx.squeeze(array, 0) for array in wrapped]
@@ -116,17 +118,19 @@ def _is_leaf(node: Any) -> bool:
 
 
 def _filling_caches(tree: Any) -> list[Any]:
-    """The caches that a layer writes to; completions only read theirs."""
+    """The caches that a layer writes to; those of completions are only read."""
     leaves = (leaf for _, leaf in tree_flatten(tree, is_leaf=_is_leaf))
     return [leaf for leaf in leaves if _is_filling(leaf)]
 
 
 def _is_filling(leaf: Any) -> bool:
-    return isinstance(leaf, PromptKV | StateCache) or (isinstance(leaf, PackedKV) and leaf.fills)
+    return isinstance(leaf, PromptKV | StateCache) or (
+        isinstance(leaf, PackedKV) and leaf.is_prompt
+    )
 
 
 def _pull_out_arrays(tree: Any) -> tuple[list[mx.array], Callable[[list[mx.array]], Any]]:
-    """All arrays in `tree`, those inside caches too, and a function that puts others in."""
+    """All arrays in `tree` and its caches, and a function that rebuilds it with other arrays."""
     arrays: list[mx.array] = []
     sizes: list[int] = []  # arrays of each leaf now: the caller's caches fill up later
 
@@ -153,6 +157,6 @@ def _pull_out_arrays(tree: Any) -> tuple[list[mx.array], Callable[[list[mx.array
 
 
 def _refill(cache: PromptKV | StateCache | PackedKV, arrays: list[mx.array]) -> None:
-    """Put what the checkpointed layer handed back into the caller's cache object."""
+    """Put the arrays that a checkpointed layer returned into the caller's cache."""
     filled = cache.with_arrays(arrays)
     cache.__dict__.update(filled.__dict__)

@@ -1,9 +1,9 @@
-"""Sequence classifiers with one label, as transformers writes them: reward models of the hub.
+"""Reward models from the hub: transformers' sequence classifiers with one label.
 
-Such a folder is a language model without a vocabulary head and with one linear layer `score`,
-read at the last token that is not padding. transformers finds that token by id: where pad and end
-token are the same, the end itself is passed over. Rows are cut accordingly before they are run,
-so that scores are read by length here too.
+Such a folder holds a language model with a linear layer `score` in place of the vocabulary head.
+The score is read at the last token that is not padding. transformers finds that token by its id, so
+it skips the end token too where pad and end token are the same. Rows are shortened accordingly
+before they run, so that scores can be read by length.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from mlx_align.models.heads import HEAD_NAME, RewardHead
 SUFFIX = "ForSequenceClassification"
 SCORE = "score.weight"
 VOCABULARY, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
-# In the configuration of what `mlx-align reward export` wrote: rows end at the end token, with
-# nothing of the chat template behind it.
+# Key and value in the config.json that `mlx-align reward export` writes: rows end at the end token,
+# without what the chat template appends to it.
 MARK = "mlx_align_reads_at"
 AT_END_TOKEN = "end_token"
 
@@ -36,17 +36,17 @@ def is_classifier(config: Mapping[str, Any]) -> bool:
 
 
 def load_classifier(path: Path, config: Mapping[str, Any]) -> nn.Module:
-    """The language model of a classifier's folder, with its head, in evaluation mode.
+    """Load a classifier as a language model with a reward head, in evaluation mode.
 
-    Its vocabulary head, of which the folder has none, is its embedding: scores do not use it.
+    The folder has no vocabulary head; the model gets its embedding instead, which scores don't use.
 
     Raises:
-        ModelError: It has more than one label, no `score`, or tensors that are missing or extra.
+        ModelError: It has more than one label, no `score`, or tensors are missing or unknown.
     """
     labels = config.get("num_labels") or len(config.get("id2label") or {"LABEL_0": 0})
     if labels != 1:
         raise ModelError(
-            f"{path}: a classifier with {labels} labels; a reward model has one, so take a model "
+            f"{path}: a classifier with {labels} labels; a reward model has one, so use a model "
             "trained with num_labels=1"
         )
     head: dict[str, mx.array] = {}
@@ -72,10 +72,10 @@ def load_classifier(path: Path, config: Mapping[str, Any]) -> nn.Module:
 
 
 def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Rotary options where mlx-lm looks for them.
+    """Rotary options under the names that mlx-lm reads.
 
-    transformers 5 writes them into `rope_parameters`, which mlx-lm 0.32 reads for few families: the
-    others would silently take their own default base.
+    transformers 5 writes them into `rope_parameters`, which mlx-lm 0.32 reads for few families; the
+    others would silently use their default base.
     """
     nested = config.get("rope_parameters")
     if not isinstance(nested, Mapping) or "rope_theta" not in nested:
@@ -92,24 +92,24 @@ def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def padding_id(path: Path, config: Mapping[str, Any]) -> int | None:
-    """The id that transformers takes for padding with this model, also where only its class says.
+    """The token id that transformers treats as padding with this model.
 
-    Its classes have defaults that config.json leaves out (Gemma's is 0).
+    If config.json does not say, it is the default of the configuration's class (0 for Gemma).
     """
     pad = config.get("pad_token_id")
     if "pad_token_id" not in config:
         try:
             pad = AutoConfig.from_pretrained(path).get_text_config().pad_token_id
-        except Exception:  # a family it does not know, or knows otherwise: nothing is known
+        except Exception:  # a family that transformers does not know: no padding id
             pad = None
     return pad if isinstance(pad, int) else None
 
 
 def _without_score(config: dict[str, Any], head: dict[str, mx.array]) -> tuple[type, type]:
-    """mlx-lm's classes for `config`, the model's taking `score` out of the weights it is given."""
+    """mlx-lm's classes for `config`; the model's moves `score` from its weights into `head`."""
     model_class, arguments = _get_classes(config)
 
-    class Trunk(model_class):  # type: ignore[misc, valid-type]
+    class WithoutScore(model_class):  # type: ignore[misc, valid-type]
         def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
             rest = dict(weights)
             if SCORE in rest:
@@ -121,4 +121,4 @@ def _without_score(config: dict[str, Any], head: dict[str, mx.array]) -> tuple[t
                 rest[VOCABULARY] = rest[EMBEDDING]
             return rest
 
-    return Trunk, arguments
+    return WithoutScore, arguments

@@ -1,7 +1,7 @@
-"""Completions sampled from the live model, prompts run once, through mlx-lm's generators.
+"""Sampling completions from the model in memory, through mlx-lm's generators.
 
-With `compat.py` and `caches.py`, what touches mlx-lm's internals: a release that moves its
-generators, or the merging of their caches, breaks this file.
+Each prompt runs once for all its completions. This relies on mlx-lm's `BatchGenerator` and on how
+its caches are merged, which may change with a release.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from mlx_lm.generate import BatchGenerator, generate_step
 from mlx_lm.models.cache import RotatingKVCache, make_prompt_cache
 from mlx_lm.sample_utils import make_sampler
 
-from mlx_align.models.compat import random_key, restore_random_key
+from mlx_align.models.patches import random_key, restore_random_key
 
-# Sequences that are decoded together, and prompt tokens that are run together: as in mlx-lm.
+# Sequences decoded together, and prompt tokens run together; the same as in mlx-lm.
 ROWS_AT_ONCE = 32
 TOKENS_AT_ONCE = 2048
 
@@ -29,15 +29,15 @@ class Generated(NamedTuple):
     """One sampled completion.
 
     Attributes:
-        tokens: Its tokens, the end token included if it was sampled.
-        logps: Of each token, the log-probability (nats) with which the sampler drew it: of the
-            tempered distribution, 0 for greedy choice.
-        ended: Whether it ends with an end token; False: it was cut at the most tokens allowed.
+        tokens: Its tokens, including the end token if it was sampled.
+        logps: Log-prob of each token under the distribution it was drawn from (after division by
+            the temperature), nats; 0 for greedy decoding.
+        finished: Whether it ends with an end token. Otherwise it was truncated at `max_tokens`.
     """
 
     tokens: list[int]
     logps: list[float]
-    ended: bool
+    finished: bool
 
 
 def generate_batch(
@@ -50,7 +50,7 @@ def generate_batch(
     seed: int,
     on_token: Callable[[], None] | None = None,
 ) -> list[list[int]]:
-    """One completion of each of `prompts`: the tokens of `generate_groups`."""
+    """Tokens of one completion for each of `prompts`. Arguments: `generate_groups`."""
     groups = generate_groups(
         model,
         prompts,
@@ -75,28 +75,28 @@ def generate_groups(
     seed: int,
     on_token: Callable[[], None] | None = None,
 ) -> list[list[Generated]]:
-    """Several independent completions of each of `prompts` by the live model, prompts run once.
+    """Sample several independent completions for each of `prompts`.
 
-    Each prompt but its last token runs once and by itself: mlx-lm pads prompts that it runs
-    together, which recurrent families (mamba, jamba, nemotron_h, rwkv7) take for tokens. Its
-    completions start from copies of its cache and are decoded together with those of the other
-    prompts, or one by one in families that can't (llama4, gemma2).
+    Each prompt, except its last token, runs once and in a row of its own: mlx-lm pads prompts that
+    it runs together, and recurrent families (mamba, jamba, nemotron_h, rwkv7) read that padding as
+    tokens. Its completions start from copies of its cache. They are decoded together with those of
+    the other prompts, or one by one in families that can't do that (llama4, gemma2).
 
-    Temperature 0 is greedy. Sampling is untruncated: no top-p, no top-k. The same seed with other
-    prompts, or another number of them, gives other samples.
+    There is no top-p or top-k. The same seed gives other samples if the prompts, or their number,
+    differ.
 
     Args:
-        model: The model, with whatever adapters it holds now, in evaluation mode.
+        model: The model, with the adapter weights it holds now, in evaluation mode.
         prompts: Token ids, at least one each; lengths may differ.
-        completions_per_prompt: How many of each.
+        completions_per_prompt: Number of completions of each prompt.
         stop_tokens: The end tokens.
-        max_tokens: The most tokens of a completion, at least 1.
-        temperature: Logits are divided by it.
-        seed: Of the draws; the global generator is put back where it was.
+        max_tokens: Maximum number of tokens of a completion, at least 1.
+        temperature: Logits are divided by it; 0 is greedy decoding.
+        seed: Random seed for sampling. The global generator's state is restored afterwards.
         on_token: Called after every token of every completion.
 
     Returns:
-        For each prompt its completions, in no order that means anything.
+        For each prompt its completions, in arbitrary order.
     """
     high, low = random_key()
     work = _Work(
@@ -117,12 +117,12 @@ def generate_groups(
                 mx.random.seed(seed)
         return _one_by_one(work)
     finally:
-        # Training goes on with the draws it would have had.
+        # Training must draw the same numbers with and without sampling in between.
         restore_random_key(high, low)
 
 
 class _Work(NamedTuple):
-    """What is to be generated."""
+    """Arguments of `generate_groups`."""
 
     model: nn.Module
     prompts: list[list[int]]
@@ -138,12 +138,12 @@ class _NotTogetherError(Exception):
 
 
 def _merges(cache: Any) -> bool:
-    # Merging forgets the first tokens that a rotating cache was told to keep.
+    # Merging drops the first tokens that a rotating cache was told to keep.
     return hasattr(cache, "merge") and not (type(cache) is RotatingKVCache and cache.keep)
 
 
 def _prompt_cache(model: nn.Module, prompt: list[int]) -> list[Any] | None:
-    """mlx-lm's caches after all but the last token of a prompt; None if that is all of it."""
+    """mlx-lm's caches after all tokens of a prompt but the last; None if it has only one."""
     if len(prompt) == 1:
         return None
     caches: list[Any] = make_prompt_cache(model)
@@ -161,21 +161,22 @@ def _together(work: _Work) -> list[list[Generated]]:
         stop_tokens=[[token] for token in work.stop],
         sampler=make_sampler(temp=work.temperature),
         completion_batch_size=ROWS_AT_ONCE,
-        # With the prompts behind them, the completions of several can start in one step.
+        # The prompts have run already, so completions of several can start in one step.
         prefill_batch_size=ROWS_AT_ONCE,
     )
     waiting = deque(enumerate(work.prompts))
-    prompt_of: dict[int, int] = {}  # by sequence, as are the next two
+    # By sequence id of the generator.
+    prompt_of: dict[int, int] = {}
     tokens: dict[int, list[int]] = {}
-    ended: dict[int, bool] = {}
-    steps: list[tuple[list[int], mx.array]] = []  # sequences, and the logps of their tokens
+    finished: dict[int, bool] = {}
+    steps: list[tuple[list[int], mx.array]] = []  # sequence ids, and the logps of their tokens
     try:
         while True:
-            # No further ahead than fills the batch: what waits to start holds its prompt's cache.
+            # Only as many prompts as fill the batch: each holds its cache until it starts.
             while waiting and len(prompt_of) - len(tokens) < ROWS_AT_ONCE:
                 index, prompt = waiting.popleft()
                 cache = _prompt_cache(work.model, prompt)
-                # The batch copies what it merges, so all sequences may be given one cache.
+                # The batch copies what it merges, so all sequences can be given the same cache.
                 uids = generator.insert(
                     [prompt[-1:] for _ in range(work.each)], caches=[cache] * work.each
                 )
@@ -183,7 +184,7 @@ def _together(work: _Work) -> list[list[Generated]]:
             try:
                 responses = generator.next_generated()
             except (ValueError, TypeError) as error:
-                # Masks or offsets of one row are taken for granted (gemma2, dynamic rope).
+                # The model's code assumes masks or offsets of a single row (gemma2, dynamic rope).
                 if steps:
                     raise
                 raise _NotTogetherError from error
@@ -192,7 +193,7 @@ def _together(work: _Work) -> list[list[Generated]]:
             for response in responses:
                 tokens.setdefault(response.uid, []).append(response.token)
                 if response.finish_reason is not None:
-                    ended[response.uid] = response.finish_reason == "stop"
+                    finished[response.uid] = response.finish_reason == "stop"
                 work.on_token()
             drawn = mx.array([response.token for response in responses])
             rows = mx.stack([response.logprobs for response in responses])
@@ -206,7 +207,7 @@ def _together(work: _Work) -> list[list[Generated]]:
             logps_of[uid].append(float(value))
     groups: list[list[Generated]] = [[] for _ in work.prompts]
     for uid, index in prompt_of.items():
-        groups[index].append(Generated(tokens[uid], logps_of[uid], ended[uid]))
+        groups[index].append(Generated(tokens[uid], logps_of[uid], finished[uid]))
     return groups
 
 
@@ -238,12 +239,12 @@ def _one_by_one(work: _Work) -> list[list[Generated]]:
 
 
 def _sampler_logps(rows: mx.array, drawn: mx.array, temperature: float) -> mx.array:
-    """Log-probabilities (N,) float32 with which tokens (N,) were drawn from log-probs (N, V)."""
+    """Log-probs (N,) float32 of tokens `drawn` (N,) from untempered log-probs `rows` (N, V)."""
     if temperature == 0:
         return mx.zeros(drawn.shape)
-    # What the draw was made from, tempered in its own dtype: bf16 rows need not sum to one.
+    # Tempered in their own dtype, as the sampler does, and normalised: bf16 rows may not sum to 1.
     rows = (rows * (1.0 / temperature)).astype(mx.float32)
     logps = mx.take_along_axis(rows, drawn[:, None], axis=-1)[:, 0] - mx.logsumexp(rows, axis=-1)
-    # Read at the end: to wait here is to wait for the next step, which is under way.
+    # Read at the end: waiting here would mean waiting for the next step, which is already running.
     mx.async_eval(logps)  # type: ignore[no-untyped-call]
     return logps

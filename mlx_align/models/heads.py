@@ -1,8 +1,11 @@
-"""The scalar head of a reward model: one linear projection of the last completion token's state.
+"""Scalar heads: the reward model's score of a completion, the critic's value of each token.
 
-The head is a submodule of the language model, so it is part of the tree that is trained, swapped
-and saved like any adapter; in a folder it has a file of its own, because mlx-lm refuses tensors
-that it does not know.
+A head is a submodule of the language model, so its parameters are trained, swapped and saved along
+with the adapter weights. On disk the reward head has its own file, because mlx-lm refuses adapter
+files with tensors that it doesn't know.
+
+Shape letters: N completions, C completion positions, D hidden size. A reward head has one or more
+*members*, each a linear projection of its own (an ensemble on one backbone).
 """
 
 from __future__ import annotations
@@ -15,27 +18,32 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_align.errors import ModelError
-from mlx_align.models.compat import Anatomy, read_tensors
-from mlx_align.models.trunk import completion_hidden, packed_hidden
+from mlx_align.models.backbone import Backbone
+from mlx_align.models.forward import (
+    completion_hidden_states,
+    packed_hidden_states,
+    target_logprobs,
+)
+from mlx_align.models.weights import read_tensors
 from mlx_align.types import GroupBatch
 
 HEAD_NAME = "reward_head"
 VALUE_NAME = "value_head"
 HEAD_WEIGHTS = "reward_head.safetensors"
-# The one tensor of that file, (members, hidden size) float32.
+# The one tensor of that file, (members, D) float32.
 HEAD_TENSOR = f"{HEAD_NAME}.weight"
 
 
 class RewardHead(nn.Module):
     """Linear map of hidden states to one score per member, float32 whatever the model's dtype.
 
-    No bias: Bradley–Terry sees differences only.
+    It has no bias: the Bradley–Terry loss sees only differences of scores.
     """
 
     def __init__(self, width: int, members: int = 1) -> None:
         super().__init__()
-        # Scores of unit-variance states then start with a variance of about 1 (Stiennon et al.
-        # 2020, appendix B). Draws from mlx's global generator.
+        # Scores of unit-variance states start with a variance of about 1 (Stiennon et al. 2020,
+        # appendix B). Draws from mlx's global generator.
         self.weight = mx.random.normal((members, width)) / math.sqrt(width + 1)
 
     def __call__(self, hidden: mx.array) -> mx.array:
@@ -46,7 +54,7 @@ class RewardHead(nn.Module):
 class ValueHead(nn.Module):
     """Linear map of hidden states to the expected return, float32 whatever the model's dtype.
 
-    Starts at zero, or as the reward that it is to predict: see `value_tree`.
+    It starts at zero or as a reward model's head: see `value_head_weights`.
     """
 
     def __init__(self, width: int) -> None:
@@ -59,52 +67,23 @@ class ValueHead(nn.Module):
         return (hidden.astype(mx.float32) @ self.weight.T)[..., 0] + self.bias
 
 
-def value_tree(
-    width: int, reward: mx.array | None, mean: float, scale: float
-) -> dict[str, mx.array]:
-    """Weights of a value head: zeros, or those with which it says what a reward model would.
-
-    Args:
-        width: D.
-        reward: Weight (members, D) of a reward model's head; its members' mean is what it says.
-        mean: What is subtracted from scores before they become rewards.
-        scale: What they are then divided by.
-    """
-    if reward is None:
-        return {"weight": mx.zeros((1, width)), "bias": mx.zeros((1,))}
-    weight = reward.astype(mx.float32).mean(axis=0, keepdims=True) / scale
-    return {"weight": weight, "bias": mx.array([-mean / scale])}
-
-
-def put_value_head(anatomy: Anatomy) -> None:
-    """Give the model a place for a value head; its weights come with the critic's tree."""
-    head = ValueHead(hidden_width(anatomy))
-    # Trained through the critic's tree; as a trainable part of the module it would be taken for
-    # one of the vocabulary head's.
-    head.freeze()
-    anatomy.model[VALUE_NAME] = head
-
-
-def token_values(
-    anatomy: Anatomy, batch: GroupBatch, *, shared: bool = True, grad_checkpoint: bool = False
-) -> mx.array:
-    """Values (N, C) float32 before each completion token is said; 0 where the mask is false."""
-    hidden = completion_hidden(anatomy, batch, shared=shared, grad_checkpoint=grad_checkpoint)
-    return mx.where(batch.completion_mask, anatomy.model[VALUE_NAME](hidden), 0)
-
-
-def hidden_width(anatomy: Anatomy) -> int:
+def hidden_width(backbone: Backbone) -> int:
     """D, the size of the model's hidden states."""
-    return int(anatomy.hidden(mx.zeros((1, 1), mx.int32)).shape[-1])
+    return int(backbone.hidden(mx.zeros((1, 1), mx.int32)).shape[-1])
 
 
-def put_head(anatomy: Anatomy, weight: mx.array | None = None, *, members: int = 1) -> RewardHead:
-    """Give the model a head: a fresh one of so many members, or one with `weight` (members, D).
+# Reward models
+
+
+def add_reward_head(
+    backbone: Backbone, weight: mx.array | None = None, *, members: int = 1
+) -> RewardHead:
+    """Add a reward head to the model: one with `weight` (members, D), or a fresh one.
 
     Raises:
-        ModelError: The weight is of another width than the model's hidden states.
+        ModelError: The weight does not fit the model's hidden size.
     """
-    width = hidden_width(anatomy)
+    width = hidden_width(backbone)
     if weight is None:
         head = RewardHead(width, members)
     else:
@@ -115,69 +94,74 @@ def put_head(anatomy: Anatomy, weight: mx.array | None = None, *, members: int =
             )
         head = RewardHead(width, weight.shape[0])
         head.weight = weight.astype(mx.float32)
-    anatomy.model[HEAD_NAME] = head
+    backbone.model[HEAD_NAME] = head
     mx.eval(head.parameters())
     return head
 
 
 def completion_scores(
-    anatomy: Anatomy, batch: GroupBatch, *, shared: bool = True, grad_checkpoint: bool = False
+    backbone: Backbone, batch: GroupBatch, *, shared: bool = True, grad_checkpoint: bool = False
 ) -> mx.array:
-    """Scores (N, members) float32 of the completions, each read at its last unmasked token.
+    """Scores of the completions, read at each one's last unmasked token.
 
-    Where that is follows from the mask, never from token ids: pad may equal EOS. A completion
-    without tokens (a filler) gets a finite number that means nothing.
+    The last token is found by the mask, never by token ids: pad may equal EOS. A completion
+    without tokens (a filler) gets a finite number without meaning.
 
     Args:
-        anatomy: A model with a head, and whatever adapter it holds now.
+        backbone: A model with a reward head, with the adapter weights it holds now.
         batch: B prompts and N completions.
-        shared: Run each prompt once for all its completions.
-        grad_checkpoint: Recompute activations in the backward pass.
+        shared: As in `forward.token_logprobs`.
+        grad_checkpoint: As in `forward.token_logprobs`.
+
+    Returns:
+        (N, members) float32.
     """
     mask = batch.completion_mask
     ends = mx.where(mask, mx.arange(1, mask.shape[1] + 1)[None], 0).max(axis=1)
     if batch.packing is not None:
-        _, rows = packed_hidden(anatomy, batch, grad_checkpoint=grad_checkpoint)
+        _, rows = packed_hidden_states(backbone, batch, grad_checkpoint=grad_checkpoint)
         at = mx.take_along_axis(batch.packing.place, mx.maximum(ends - 1, 0)[:, None], axis=1)
-        return _scores(anatomy, rows[0][at[:, 0]])
-    # Hidden state t predicts token t, so the one that has read the last token is the one that
-    # would predict what comes after it: one more (padded) column brings it in.
+        return _scores(backbone, rows[0][at[:, 0]])
+    # Hidden state t predicts token t. The state that has read the last token is the next one, so
+    # the batch is widened by one column of padding.
     wider = batch._replace(
         completion_tokens=mx.pad(batch.completion_tokens, [(0, 0), (0, 1)]),
         completion_mask=mx.pad(mask, [(0, 0), (0, 1)]),
     )
-    hidden = completion_hidden(anatomy, wider, shared=shared, grad_checkpoint=grad_checkpoint)
-    return _scores(anatomy, mx.take_along_axis(hidden, ends[:, None, None], axis=1)[:, 0])
+    hidden = completion_hidden_states(
+        backbone, wider, shared=shared, grad_checkpoint=grad_checkpoint
+    )
+    return _scores(backbone, mx.take_along_axis(hidden, ends[:, None, None], axis=1)[:, 0])
 
 
-def _scores(anatomy: Anatomy, hidden: mx.array) -> mx.array:
-    scores: mx.array = anatomy.model[HEAD_NAME](hidden)
+def _scores(backbone: Backbone, hidden: mx.array) -> mx.array:
+    scores: mx.array = backbone.model[HEAD_NAME](hidden)
     return scores
 
 
 def split_head(
     weights: Mapping[str, mx.array],
 ) -> tuple[dict[str, mx.array], dict[str, mx.array]]:
-    """The tensors of a flat tree as (those of the adapter, those of the head)."""
+    """Split flat weights into those of the adapter and those of the reward head."""
     head = {name: array for name, array in weights.items() if name.startswith(HEAD_NAME + ".")}
     return {name: array for name, array in weights.items() if name not in head}, head
 
 
-def has_head(folder: Path) -> bool:
+def has_reward_head(folder: Path) -> bool:
     """Whether a run or adapter folder is that of a reward model."""
     return (folder / HEAD_WEIGHTS).is_file()
 
 
-def read_head(folder: Path) -> mx.array:
-    """The head (members, D) of a run folder.
+def read_reward_head(folder: Path) -> mx.array:
+    """The weight (members, D) of the reward head in a run folder.
 
     Raises:
-        ModelError: There is none, it is damaged, or the file holds other tensors than the head.
+        ModelError: There is none, it is damaged, or its file holds other tensors.
     """
     file = folder / HEAD_WEIGHTS
     if not file.is_file():
         raise ModelError(
-            f"{folder}: no {HEAD_WEIGHTS} in it, so it is no reward model; train one with "
+            f"{folder}: not a reward model: there is no {HEAD_WEIGHTS} in it; train one with "
             "mlx-align reward"
         )
     weights = read_tensors(file)
@@ -188,3 +172,77 @@ def read_head(folder: Path) -> mx.array:
     if weight.ndim != 2:
         raise ModelError(f"{file}: {HEAD_TENSOR} has shape {weight.shape}, expected (members, D)")
     return weight
+
+
+# Critics
+
+
+def add_value_head(backbone: Backbone) -> None:
+    """Add a value head of zeros to the model; its real weights come with the critic's weights."""
+    head = ValueHead(hidden_width(backbone))
+    # It is trained as part of the critic's weights. As a trainable part of the module it would be
+    # taken for a part of the vocabulary head.
+    head.freeze()
+    backbone.model[VALUE_NAME] = head
+
+
+def value_head_weights(
+    width: int, reward: mx.array | None, mean: float, scale: float
+) -> dict[str, mx.array]:
+    """Initial weights of a value head: zeros, or such that it predicts a reward model's reward.
+
+    Args:
+        width: D.
+        reward: Weight (members, D) of a reward model's head, whose score is the members' mean.
+        mean: What is subtracted from scores to make them rewards.
+        scale: What the difference is divided by.
+    """
+    if reward is None:
+        return {"weight": mx.zeros((1, width)), "bias": mx.zeros((1,))}
+    weight = reward.astype(mx.float32).mean(axis=0, keepdims=True) / scale
+    return {"weight": weight, "bias": mx.array([-mean / scale])}
+
+
+def token_values(
+    backbone: Backbone, batch: GroupBatch, *, shared: bool = True, grad_checkpoint: bool = False
+) -> mx.array:
+    """Values (N, C) float32 of the states before each completion token; 0 where the mask is false.
+
+    Arguments as in `forward.token_logprobs`; the model must have a value head.
+    """
+    hidden = completion_hidden_states(
+        backbone, batch, shared=shared, grad_checkpoint=grad_checkpoint
+    )
+    return mx.where(batch.completion_mask, backbone.model[VALUE_NAME](hidden), 0)
+
+
+def token_logprobs_and_values(
+    backbone: Backbone,
+    batch: GroupBatch,
+    *,
+    value_gradient: mx.array,
+    shared: bool = True,
+    grad_checkpoint: bool = False,
+) -> tuple[mx.array, mx.array]:
+    """Log-probs and values of a policy and a critic that share a backbone, in one pass.
+
+    Args:
+        backbone: A model with a value head.
+        batch: As in `forward.token_logprobs`.
+        value_gradient: Scalar, 1 or 0: whether the values' gradient reaches the backbone.
+        shared: As in `forward.token_logprobs`.
+        grad_checkpoint: As in `forward.token_logprobs`.
+
+    Returns:
+        Two (N, C) float32 arrays; 0 where the mask is false.
+    """
+    hidden = completion_hidden_states(
+        backbone, batch, shared=shared, grad_checkpoint=grad_checkpoint
+    )
+    logps = target_logprobs(backbone, hidden, batch.completion_tokens)
+    held = mx.stop_gradient(hidden)
+    values = backbone.model[VALUE_NAME](
+        held + value_gradient.astype(hidden.dtype) * (hidden - held)
+    )
+    mask = batch.completion_mask
+    return mx.where(mask, logps, 0), mx.where(mask, values, 0)

@@ -1,33 +1,62 @@
-"""A model ready for work: loaded, taken apart, and checked."""
+"""Loading models: from a folder or the hub, with their tokenizer and adapters.
+
+`open_model` finds the folder and loads the tokenizer, `load_language_model` loads the weights and
+verifies the forward pass, `load_adapters` adds several adapters that take turns on one base model.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import mlx.core as mx
 import mlx.nn as nn
-
-from mlx_align.models.adapters import cast_adapters
-from mlx_align.models.classifiers import is_classifier, load_classifier
-from mlx_align.models.compat import (
-    Anatomy,
-    dissect,
-    load_tokenizer,
-    load_weights,
-    read_model_config,
-    resolve_model_path,
-    set_memory_limits,
+from mlx.utils import tree_flatten
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+from mlx_lm.tokenizer_utils import load as _load_tokenizer
+from mlx_lm.utils import (
+    _download,
+    load_config,
+    load_model,
+    maybe_set_recommended_wired_limit,
 )
-from mlx_align.models.roles import Tree, acting_as
-from mlx_align.models.selfcheck import check_paths
+
+from mlx_align.errors import ConfigError, ModelError
+from mlx_align.models import forward, heads
+from mlx_align.models.adapters import (
+    AdapterLayout,
+    cast_adapters,
+    common_layout,
+    install_adapters,
+    load_adapter,
+    read_layout,
+    read_weights,
+)
+from mlx_align.models.backbone import Backbone, split_backbone
+from mlx_align.models.classifiers import is_classifier, load_classifier
+from mlx_align.models.verification import verify_forward
+from mlx_align.models.weights import AdapterWeights, use_adapter
+from mlx_align.types import GroupBatch
+
+T = TypeVar("T")
+
+# Freed buffers kept for reuse. Without a limit, every new padded length leaves its own behind.
+CACHE_LIMIT_BYTES = 1 << 30
 
 
 @dataclass(frozen=True)
 class ModelFolder:
-    """A model's folder, its configuration and tokenizer: all that data preparation needs."""
+    """A model's folder, configuration and tokenizer: all that data preparation needs.
+
+    Attributes:
+        name: The path or hub name as the user gave it.
+        path: The local folder.
+        config: The content of its config.json.
+        tokenizer: mlx-lm's `TokenizerWrapper`.
+    """
 
     name: str
     path: Path
@@ -36,51 +65,138 @@ class ModelFolder:
 
     @property
     def vocab_size(self) -> int:
-        """Size of the vocabulary (text part of multimodal models)."""
+        """Size of the vocabulary (of the text part of multimodal models)."""
         config = self.config.get("text_config", self.config)
         return int(config.get("vocab_size", self.config.get("vocab_size", 0)))
 
 
 @dataclass(frozen=True)
 class LanguageModel:
-    """A loaded model and the way its rows are run.
+    """A loaded model, and what it computes for a batch with given adapter weights.
+
+    The methods take the adapter weights as an argument, so that policy, reference, reward model
+    and critic are the same function of different weights, and so that gradients with respect to
+    the weights can be taken. They all take `grad_checkpoint`: keep only each block's inputs and
+    recompute it in the backward pass. Shape letters: N completions, C completion positions.
 
     Attributes:
-        folder: Where it came from.
-        anatomy: Trunk and head.
-        shared: Whether completions share their prompt's keys and values; decided by the check
-            at load, False for families that can't.
-        check: What the check found, one line for people.
-        adapter_dtype: What adapters are cast to where they compute; None for their own dtype.
+        folder: Where the model was loaded from.
+        backbone: The model, split into backbone and head.
+        shared: Whether completions share their prompt's keys and values. Decided by the
+            verification at load; False for families that can't.
+        check: The verification's findings, one sentence for the user.
+        adapter_dtype: What adapters are cast to when they compute; None for their own dtype.
     """
 
     folder: ModelFolder
-    anatomy: Anatomy
+    backbone: Backbone
     shared: bool
     check: str
     adapter_dtype: mx.Dtype | None = None
 
     @property
     def packs(self) -> bool:
-        """Whether several groups may run in one row; decided by the check at load."""
-        return self.anatomy.packs
+        """Whether several groups may be packed into one row; decided at load."""
+        return self.backbone.packs
 
     @property
     def module(self) -> nn.Module:
         """The mlx-lm model."""
-        return self.anatomy.model
+        return self.backbone.model
 
-    def acting_as(self, tree: Tree) -> AbstractContextManager[None]:
-        """Within the block, the model plays the role `tree`, computing in `adapter_dtype`.
+    def use_adapter(self, weights: AdapterWeights) -> AbstractContextManager[None]:
+        """Within the block, the model holds `weights`, cast to `adapter_dtype`."""
+        return use_adapter(self.module, cast_adapters(weights, self.adapter_dtype))
 
-        The one way to play a role: policy, reference and samples are then the same function of
-        their trees.
+    def token_logprobs(
+        self, weights: AdapterWeights, batch: GroupBatch, *, grad_checkpoint: bool = False
+    ) -> mx.array:
+        """Log-probs (N, C) of the completions' tokens, float32 nats; 0 where the mask is false."""
+        return self._run(forward.token_logprobs, weights, batch, grad_checkpoint=grad_checkpoint)
+
+    def token_logprobs_and_square_sums(
+        self, weights: AdapterWeights, batch: GroupBatch, *, grad_checkpoint: bool = False
+    ) -> tuple[mx.array, mx.array]:
+        """Log-probs (N, C), and log Σ_v p_v² (N, C) at every token, without gradient; nats."""
+        return self._run(
+            forward.token_logprobs_and_square_sums,
+            weights,
+            batch,
+            grad_checkpoint=grad_checkpoint,
+        )
+
+    def token_logprobs_and_entropies(
+        self,
+        weights: AdapterWeights,
+        batch: GroupBatch,
+        *,
+        grad_checkpoint: bool = False,
+        entropy_gradient: bool = True,
+    ) -> tuple[mx.array, mx.array]:
+        """Log-probs (N, C), and the entropy (N, C) at every token; nats.
+
+        Without `entropy_gradient` the entropy has no gradient and costs less.
         """
-        return acting_as(self.module, cast_adapters(tree, self.adapter_dtype))
+        return self._run(
+            forward.token_logprobs_and_entropies,
+            weights,
+            batch,
+            grad_checkpoint=grad_checkpoint,
+            entropy_gradient=entropy_gradient,
+        )
+
+    def scores(
+        self, weights: AdapterWeights, batch: GroupBatch, *, grad_checkpoint: bool = False
+    ) -> mx.array:
+        """Scores (N, members) float32 of the completions by the model's reward head."""
+        return self._run(heads.completion_scores, weights, batch, grad_checkpoint=grad_checkpoint)
+
+    def values(
+        self, weights: AdapterWeights, batch: GroupBatch, *, grad_checkpoint: bool = False
+    ) -> mx.array:
+        """Values (N, C) float32 before each completion token, by the model's value head."""
+        return self._run(heads.token_values, weights, batch, grad_checkpoint=grad_checkpoint)
+
+    def token_logprobs_and_values(
+        self,
+        weights: AdapterWeights,
+        batch: GroupBatch,
+        *,
+        value_gradient: mx.array,
+        grad_checkpoint: bool = False,
+    ) -> tuple[mx.array, mx.array]:
+        """Log-probs and values (N, C) of a policy and a critic on one backbone, in one pass.
+
+        The values' gradient reaches the backbone multiplied by `value_gradient`, 0 or 1.
+        """
+        return self._run(
+            heads.token_logprobs_and_values,
+            weights,
+            batch,
+            grad_checkpoint=grad_checkpoint,
+            value_gradient=value_gradient,
+        )
+
+    def _run(
+        self,
+        function: Callable[..., T],
+        weights: AdapterWeights,
+        batch: GroupBatch,
+        **options: Any,
+    ) -> T:
+        """`function(backbone, batch, shared=…, **options)` while the model holds `weights`."""
+        with self.use_adapter(weights):
+            return function(self.backbone, batch, shared=self.shared, **options)
+
+
+# A model, without and with its weights
 
 
 def open_model(path_or_name: str) -> ModelFolder:
-    """Find a model and load its tokenizer, not its weights.
+    """Find a model and load its tokenizer, but not its weights.
+
+    Args:
+        path_or_name: A local folder, or a hub name (owner/name), which is downloaded.
 
     Raises:
         ModelError: There is no such model, or its configuration or tokenizer is broken.
@@ -91,17 +207,154 @@ def open_model(path_or_name: str) -> ModelFolder:
 
 
 def load_language_model(folder: ModelFolder) -> LanguageModel:
-    """Load the weights and check the way through the model on random tokens.
+    """Load a model's weights and verify its forward pass on random tokens.
 
-    A sequence classifier with one label comes with its reward head.
+    A sequence classifier with one label gets its reward head too.
 
     Raises:
-        ModelError: mlx-lm can't load it, or no correct way through it was found.
+        ModelError: mlx-lm can't load the model, or its forward pass can't be verified.
     """
     set_memory_limits()
     if is_classifier(folder.config):
-        dissected = dissect(load_classifier(folder.path, folder.config))
+        module = load_classifier(folder.path, folder.config)
     else:
-        dissected = dissect(load_weights(folder.path))
-    anatomy, shared, check = check_paths(dissected, folder.vocab_size)
-    return LanguageModel(folder, anatomy, shared, check)
+        module = load_module(folder.path)
+    backbone, shared, check = verify_forward(split_backbone(module), folder.vocab_size)
+    return LanguageModel(folder, backbone, shared, check)
+
+
+def resolve_model_path(path_or_name: str) -> Path:
+    """The local folder of a model: the path itself, or a snapshot downloaded from the hub.
+
+    Raises:
+        ModelError: There is no such folder or hub model, or the download failed.
+    """
+    path = Path(path_or_name).expanduser()
+    if path.exists():
+        if not (path / "config.json").is_file():
+            raise ModelError(f"--model {path_or_name}: no config.json in it; is it a model folder?")
+        return path
+    looks_local = path_or_name.startswith((".", "/", "~")) or path_or_name.count("/") != 1
+    if looks_local:
+        raise ModelError(
+            f"--model {path_or_name}: no such folder (a hub model is named owner/name)"
+        )
+    try:
+        return Path(_download(path_or_name))
+    except Exception as error:  # the hub client raises a dozen kinds, all meaning: not available
+        raise ModelError(
+            f"--model {path_or_name}: no such folder, and it can't be downloaded from the hub "
+            f"({_first_line(error)})"
+        ) from error
+
+
+def read_model_config(path: Path) -> dict[str, Any]:
+    """Read a model's config.json, with the end tokens of its generation config.
+
+    Raises:
+        ModelError: It is missing, or not a JSON object with a `model_type`.
+    """
+    try:
+        config: dict[str, Any] = load_config(path)
+        if not isinstance(config, dict) or "model_type" not in config:
+            raise ValueError("no model_type in it")
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path / 'config.json'}: {_first_line(error)}") from error
+    return config
+
+
+def load_tokenizer(path: Path, config: dict[str, Any]) -> TokenizerWrapper:
+    """Load the tokenizer of a model folder as mlx-lm wraps it. Never runs code from the folder.
+
+    Raises:
+        ModelError: It can't be loaded.
+    """
+    eos = config.get("eos_token_id")
+    try:
+        return _load_tokenizer(
+            path,
+            # Explicit, because transformers would ask on a terminal.
+            tokenizer_config_extra={"trust_remote_code": False},
+            eos_token_ids=[eos] if isinstance(eos, int) else eos,
+        )
+    except Exception as error:  # transformers raises whatever its parsers raise
+        raise ModelError(f"{path}: its tokenizer can't be loaded ({_first_line(error)})") from error
+
+
+def load_module(path: Path) -> nn.Module:
+    """Load the mlx-lm model of a folder, with its weights in memory, in evaluation mode.
+
+    Raises:
+        ModelError: mlx-lm can't load it.
+    """
+    try:
+        model, _ = load_model(path)
+    except Exception as error:  # mlx-lm raises KeyError, ValueError, TypeError … for bad folders
+        raise ModelError(f"{path}: mlx-lm can't load this model ({_first_line(error)})") from error
+    model.eval()
+    return model
+
+
+def set_memory_limits() -> None:
+    """Limit mlx's buffer cache and, on Metal, keep the recommended working set resident."""
+    mx.set_cache_limit(CACHE_LIMIT_BYTES)
+    maybe_set_recommended_wired_limit()
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0][:200] if lines else type(error).__name__
+
+
+# Several adapters on one model
+
+
+def load_adapters(
+    folder: ModelFolder, adapters: Sequence[Path | None]
+) -> tuple[LanguageModel, list[AdapterWeights]]:
+    """Load a model that generates text, and the weights of several adapters for it.
+
+    Args:
+        folder: The base model.
+        adapters: Adapter folders; None for the base model without an adapter.
+
+    Returns:
+        The model, which holds no adapter, and the weights for `LanguageModel.use_adapter`.
+
+    Raises:
+        ModelError: The base can't be loaded or is a classifier, or an adapter does not belong to
+            it or has no layout in common with the others.
+    """
+    layouts = [read_layout(path) for path in adapters if path is not None]
+    layout = common_layout(layouts) if layouts else None
+    if layouts and layout is None:
+        names = " and ".join(str(path) for path in adapters if path is not None)
+        raise ModelError(f"{names}: adapters of different types can't be used on one model")
+    model = load_language_model(folder)
+    if heads.HEAD_NAME in model.module:
+        raise ModelError(f"--model {folder.name}: a sequence classifier, which writes no text")
+    if layout is None:
+        model.module.freeze()
+        return model, [{} for _ in adapters]
+    loaded = []
+    base: AdapterWeights | None = None
+    for path in adapters:
+        try:
+            base = install_adapters(model.module, layout) if base is None else base
+            loaded.append(base if path is None else _load_whole_adapter(path, base, layout))
+        except (ModelError, ConfigError) as error:
+            raise ModelError(f"{path}: is --model {folder.name} its base? {error}") from error
+    # Nothing is trained: the vocabulary head then runs as a frozen one, even if it has an adapter.
+    model.module.freeze()
+    model.module.eval()
+    mx.eval(model.module.parameters(), loaded)
+    return model, loaded
+
+
+def _load_whole_adapter(path: Path, base: AdapterWeights, layout: AdapterLayout) -> AdapterWeights:
+    weights = load_adapter(path, base, layout)
+    if read_layout(path) == replace(layout, dropout=read_layout(path).dropout):
+        missing = {name for name, _ in tree_flatten(base)} - set(read_weights(path))
+        if missing:
+            raise ModelError(f"{sorted(missing)[0]} is missing (of {len(missing)} such tensors)")
+    return weights

@@ -1,0 +1,257 @@
+"""Every patch of mlx and mlx-lm, and every workaround for one of their functions.
+
+Written against mlx 0.32 and mlx-lm 0.32, to which pyproject.toml pins this package: check this file
+first when either is upgraded. No patch is made on import. Each is a context manager that is active
+while a forward pass runs or is traced, and `apply_patches` combines those of a normal forward pass.
+
+Patched:
+
+- `mx.fast.scaled_dot_product_attention`, by `replace_attention`: mlx keeps the whole score matrix
+  for the backward pass and needs the prompt's keys copied for every completion. `attention.py`
+  does neither. `float32_attention` patches it too, for the check at load.
+- `mx.fast.rope`, by `rope_per_token`: mlx accepts one offset per row, a packed row needs one per
+  token.
+- `swiglu` in mlx-lm's model files, by `replace_swiglu`: mlx's gradient keeps one more array of the
+  MLP's width per block.
+- `__call__` of the block classes, by `wrap_blocks`: mlx-lm's own gradient checkpointing loses the
+  gradient through a shared prompt.
+- the backbone of one model object, by `replace_backbone`: to run the vocabulary head alone, with
+  the model's own code.
+
+Worked around without a patch:
+
+- `mx.exp`, `mx.sigmoid` and `mx.logsumexp` on CPUs other than Apple's (`exp` and others).
+- assignment to `mx.random.state`, which is silently wrong (`restore_random_key`).
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.models import activations
+
+_custom_function: Any = mx.custom_function  # the stubs lose the signature of what it wraps
+
+# (queries, keys, values, scale) -> attention output, or None to let mlx compute it.
+Attention = Callable[[mx.array, mx.array, mx.array, float], mx.array | None]
+
+
+@contextmanager
+def apply_patches(
+    model: nn.Module, attention: Attention, *, packed: bool = False
+) -> Iterator[None]:
+    """Within the block, `model` runs with everything that this package replaces.
+
+    Args:
+        model: The mlx-lm model, any of the supported families.
+        attention: Computes causal attention (see `replace_attention`).
+        packed: Whether rows hold several prompts or completions, whose positions start anew.
+    """
+    rope = rope_per_token() if packed else nullcontext()
+    with rope, replace_attention(attention), replace_swiglu(model):
+        yield
+
+
+# Attention
+
+
+@contextmanager
+def replace_attention(attention: Attention) -> Iterator[None]:
+    """Within the block, `attention` serves calls of mlx's attention that have a causal mask.
+
+    Other calls (the mask is an array, or there are attention sinks) go to mlx.
+    """
+    original = mx.fast.scaled_dot_product_attention
+
+    def dispatch(
+        q: mx.array, k: mx.array, v: mx.array, *, scale: float, mask: Any = None, **others: Any
+    ) -> mx.array:
+        if isinstance(mask, str) and all(value is None for value in others.values()):
+            out = attention(q, k, v, scale)
+            if out is not None:
+                return out
+        return original(q, k, v, scale=scale, mask=mask, **others)
+
+    with _scaled_dot_product_attention(dispatch):
+        yield
+
+
+@contextmanager
+def float32_attention() -> Iterator[None]:
+    """Within the block, mlx's attention computes in float32, whatever the inputs' dtype."""
+    original = mx.fast.scaled_dot_product_attention
+
+    def attention(q: mx.array, k: mx.array, v: mx.array, **others: Any) -> mx.array:
+        wide = (array.astype(mx.float32) for array in (q, k, v))
+        return original(*wide, **others).astype(q.dtype)
+
+    with _scaled_dot_product_attention(attention):
+        yield
+
+
+@contextmanager
+def _scaled_dot_product_attention(replacement: Any) -> Iterator[None]:
+    original = mx.fast.scaled_dot_product_attention
+    mx.fast.scaled_dot_product_attention = replacement
+    try:
+        yield
+    finally:
+        mx.fast.scaled_dot_product_attention = original
+
+
+# Rotary embeddings
+
+
+@contextmanager
+def rope_per_token() -> Iterator[None]:
+    """Within the block, `mx.fast.rope` accepts one offset per token (T,) for a single row."""
+    original = mx.fast.rope
+
+    def rope(a: mx.array, *args: Any, offset: Any, **others: Any) -> mx.array:
+        if not (isinstance(offset, mx.array) and offset.ndim == 1 and a.shape[0] == 1):
+            return original(a, *args, offset=offset, **others)
+        # mlx accepts one offset per row, so each token becomes a row.
+        by_token = a.transpose(2, 1, 0, 3)
+        return original(by_token, *args, offset=offset, **others).transpose(2, 1, 0, 3)
+
+    mx.fast.rope = rope
+    try:
+        yield
+    finally:
+        mx.fast.rope = original
+
+
+# SwiGLU
+
+
+@_custom_function
+def swiglu(gate: mx.array, x: mx.array) -> mx.array:
+    """silu(gate) · x, elementwise, with a gradient that keeps its two inputs only.
+
+    mlx's own gradient also keeps silu(gate), one of the five arrays of the MLP's width that a block
+    holds for its backward pass. Here the backward pass computes it again. (mlx's compiler sees that
+    both passes compute the same sigmoid and still keeps that one.)
+    """
+    return gate * sigmoid(gate) * x
+
+
+@swiglu.vjp
+def _swiglu_backward(
+    primals: tuple[mx.array, mx.array], cotangent: mx.array, _output: mx.array
+) -> tuple[mx.array, mx.array]:
+    gate, x = primals
+    gated = sigmoid(gate)
+    silu = gate * gated
+    return cotangent * x * (gated + silu * (1 - gated)), cotangent * silu
+
+
+@contextmanager
+def replace_swiglu(model: nn.Module) -> Iterator[None]:
+    """Within the block, the model files of `model` that call mlx-lm's `swiglu` call this one."""
+    original = activations.swiglu
+    files: set[Any] = {sys.modules[type(module).__module__] for module in model.modules()}
+    callers = [file for file in files if getattr(file, "swiglu", None) is original]
+    for file in callers:
+        file.swiglu = swiglu
+    try:
+        yield
+    finally:
+        for file in callers:
+            file.swiglu = original
+
+
+# Parts of a model
+
+
+@contextmanager
+def wrap_blocks(model: nn.Module, wrap: Callable[[Any], Any]) -> Iterator[None]:
+    """Within the block, every layer of `model` is called through `wrap(its own __call__)`."""
+    kinds = {type(layer) for layer in model.layers}
+    originals = {kind: kind.__call__ for kind in kinds}
+    for kind, call in originals.items():
+        kind.__call__ = wrap(call)
+    try:
+        yield
+    finally:
+        for kind, call in originals.items():
+            kind.__call__ = call
+
+
+@contextmanager
+def replace_backbone(owner: nn.Module, name: str, hidden: mx.array) -> Iterator[None]:
+    """Within the block, the submodule `name` of `owner` returns `hidden` instead of running."""
+    # An instance attribute shadows the submodule without changing the module's dictionary, so
+    # the order of its parameters, and with it the inputs of compiled functions, stays the same.
+    owner.__dict__[name] = _FixedOutput(owner[name], hidden)
+    try:
+        yield
+    finally:
+        del owner.__dict__[name]
+
+
+class _FixedOutput:
+    """Returns `output` when called; has all other attributes of `module`."""
+
+    def __init__(self, module: nn.Module, output: mx.array) -> None:
+        self._module = module
+        self._output = output
+
+    def __call__(self, *args: Any, **kwargs: Any) -> mx.array:
+        return self._output
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)
+
+
+# Exponentials
+#
+# mlx's CPU kernels for processors other than Apple's compute e^x from a polynomial whose
+# multiply-adds are calls into the C library: 15 to 22 ns per element, where the C library's own
+# power takes 6 (x86-64, mlx 0.32.4, one core). In a DPO step of 34M parameters with a vocabulary
+# of 32,000 that was two fifths of the time. GPUs and Apple's processors use mlx's own functions.
+
+
+def exp(x: mx.array) -> mx.array:
+    """e^x, elementwise, of float32. As a power, exact to 3e-8·|x| + 1e-7 of its value."""
+    # float32's nearest to e is 3e-8 too small; 2^(x·log₂e) would round the exponent twice as much.
+    return mx.power(mx.array(math.e), x) if _by_power() else mx.exp(x)
+
+
+def sigmoid(x: mx.array) -> mx.array:
+    """1 / (1 + e^−x), elementwise."""
+    if not _by_power():
+        return mx.sigmoid(x)
+    return (1 / (1 + exp(-x.astype(mx.float32)))).astype(x.dtype)
+
+
+def logsumexp(x: mx.array) -> mx.array:
+    """Logarithm of Σ e^x over the last axis, of float32."""
+    if not _by_power():
+        return mx.logsumexp(x, axis=-1)
+    top = mx.stop_gradient(x.max(axis=-1, keepdims=True))
+    return top[..., 0] + mx.log(exp(x - top).sum(axis=-1))
+
+
+def _by_power() -> bool:
+    return sys.platform != "darwin" and mx.default_device() == mx.cpu
+
+
+# Random state
+
+
+def random_key() -> tuple[int, int]:
+    """The two words of the global generator's state, for `restore_random_key`."""
+    state: Any = mx.random.state  # a list of one key, which the stubs call an object
+    high, low = state[0].tolist()
+    return high, low
+
+
+def restore_random_key(high: int, low: int) -> None:
+    """Set the global generator's state: assigning to `mx.random.state` is silently wrong."""
+    mx.random.seed((high << 32) | low)

@@ -1,0 +1,143 @@
+"""The policy: a model with adapters and the weights that training starts from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import mlx.core as mx
+from mlx.utils import tree_flatten
+
+from mlx_align.config import RewardConfig, TrainConfig
+from mlx_align.errors import ConfigError, ModelError
+from mlx_align.models.adapters import (
+    AdapterLayout,
+    compute_dtype,
+    covering_layout,
+    install_adapters,
+    load_adapter,
+    weights_within,
+)
+from mlx_align.models.heads import (
+    HEAD_NAME,
+    add_reward_head,
+    has_reward_head,
+    read_reward_head,
+)
+from mlx_align.models.loading import LanguageModel, ModelFolder, load_language_model
+from mlx_align.models.verification import verify_adapters
+from mlx_align.models.weights import AdapterWeights
+
+
+class Policy(NamedTuple):
+    """The model that is trained.
+
+    Attributes:
+        model: The base model with adapters installed.
+        layout: What is trained.
+        start: The initial weights, which are also those of the reference model.
+    """
+
+    model: LanguageModel
+    layout: AdapterLayout
+    start: AdapterWeights
+
+
+class Roles(NamedTuple):
+    """A policy on a base model that has adapters for other roles too (reward model, critic).
+
+    Attributes:
+        policy: The policy.
+        layout: Where the base model has adapters: in all layers that one of the roles adapts.
+        fresh: The weights of those adapters as they were installed; they change nothing.
+    """
+
+    policy: Policy
+    layout: AdapterLayout
+    fresh: AdapterWeights
+
+
+def make_policy(config: TrainConfig, folder: ModelFolder, layout: AdapterLayout) -> Policy:
+    """Load the model and install adapters, with the weights of `--init-adapter` if given.
+
+    Args:
+        config: Options of the run.
+        folder: The base model.
+        layout: What to train.
+
+    Raises:
+        ModelError: The model or the init adapter can't be used.
+        ConfigError: The layout does not fit the model.
+    """
+    return make_roles(config, folder, layout, []).policy
+
+
+def make_roles(
+    config: TrainConfig,
+    folder: ModelFolder,
+    layout: AdapterLayout,
+    others: Sequence[AdapterLayout],
+) -> Roles:
+    """Like `make_policy`, on a base model with adapters in all layers of `others` too.
+
+    Args:
+        config: Options of the run.
+        folder: The base model.
+        layout: What to train.
+        others: Layouts of the other roles.
+
+    Raises:
+        ModelError: The model or the init adapter can't be used.
+        ConfigError: The layout does not fit the model.
+    """
+    init = None if config.init_adapter is None else Path(config.init_adapter)
+    if init is not None and has_reward_head(init) and not isinstance(config, RewardConfig):
+        raise ModelError(
+            f"--init-adapter {init}: a reward model's, which writes no text; it can only start "
+            "mlx-align reward"
+        )
+    model = load_language_model(folder)
+    dtypes = {array.dtype for _, array in tree_flatten(model.module.parameters())}
+    model = replace(model, adapter_dtype=compute_dtype(config.adapter_dtype, dtypes))
+    mx.random.seed(config.seed)
+    everywhere = covering_layout(layout, others)
+    fresh = install_adapters(model.module, everywhere)
+    start = fresh if everywhere == layout else weights_within(model.module, fresh, layout)
+    verify_adapters(model.backbone, folder.vocab_size)
+    if init is not None:
+        start = load_adapter(init, start, layout)
+        model.module.update(start)
+    if isinstance(config, RewardConfig):
+        start = {**start, HEAD_NAME: _start_head(config, model)}
+    elif HEAD_NAME in model.module:
+        raise ModelError(
+            f"--model {folder.name}: a sequence classifier, which writes no text; use it with "
+            "mlx-align reward or mlx-align score"
+        )
+    return Roles(Policy(model, layout, start), everywhere, fresh)
+
+
+def _start_head(config: RewardConfig, model: LanguageModel) -> AdapterWeights:
+    """Add a reward head: that of the init adapter or the base model, or a fresh one.
+
+    Raises:
+        ConfigError: Its number of members is not `--members`.
+        ModelError: It does not fit the model.
+    """
+    weight, source = None, ""
+    if HEAD_NAME in model.module:
+        weight, source = model.module[HEAD_NAME].weight, f"--model {config.model}"
+    if config.init_adapter is not None and has_reward_head(Path(config.init_adapter)):
+        source = f"--init-adapter {config.init_adapter}"
+        weight = read_reward_head(Path(config.init_adapter))
+    if weight is not None and weight.shape[0] != config.members:
+        raise ConfigError(
+            f"--members {config.members}: {source} has a head of {weight.shape[0]}; "
+            f"give --members {weight.shape[0]}"
+        )
+    head: AdapterWeights = add_reward_head(
+        model.backbone, weight, members=config.members
+    ).parameters()
+    return head

@@ -1,0 +1,195 @@
+"""Verification at load: are shared prompts and the chunked head exact for this model?
+
+On random tokens, the log-probs of full rows through the chunked head are compared with the model's
+own logits, and those of completions that share a prompt, or are packed, with full rows. The
+tolerance comes from rounding in the model's dtype, measured in two ways: as the difference between
+two paddings of the same rows, and between the model's attention in its dtype and in float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import numpy.typing as npt
+
+from mlx_align.errors import ModelError
+from mlx_align.models.backbone import Backbone
+from mlx_align.models.forward import full_rows, token_logprobs
+from mlx_align.models.patches import float32_attention
+from mlx_align.types import GroupBatch, Packing
+
+# Log-probs may differ by at most this multiple of the measured rounding …
+TOLERANCE = 3.0
+# … or by this fraction of the largest log-prob, if that is more: float32 is not more exact than
+# that. In 16 bits it is half a unit in the last place of a logit. Where a path was wrong, log-probs
+# were 0.3 to 17 nats off.
+FLOOR = 1e-5
+FLOOR_16_BIT = 2e-3
+
+# What mlx-lm's code raises when it is called in a way that a family does not support.
+_FAILURES = (TypeError, AttributeError, ValueError, RuntimeError, IndexError, KeyError)
+
+_PROMPT_LENGTHS = (5, 9)
+_COMPLETION_LENGTHS = (7, 3, 4, 6)
+
+
+def verify_forward(backbone: Backbone, vocab_size: int) -> tuple[Backbone, bool, str]:
+    """Find out how the forward pass can run exactly for this model.
+
+    Returns:
+        The backbone with its settings (mask axes, caches, packing), whether completions may share
+        their prompt, and the findings as a sentence for the user.
+
+    Raises:
+        ModelError: Even full rows through the chunked head disagree with the model's own logits.
+    """
+    narrow, wide = random_batch(vocab_size, pad=0), random_batch(vocab_size, pad=6)
+    try:
+        own, dtype = _own_logps(backbone, narrow)
+        with float32_attention():
+            rounding = _gap(_own_logps(backbone, narrow)[0], own)
+        floor = (FLOOR if dtype == mx.float32 else FLOOR_16_BIT) * max(1.0, _largest(own))
+        least = max(TOLERANCE * rounding, floor)
+        full, allowed = _full_row_logprobs(backbone, narrow, wide, least)
+        if not _gap(full, own) <= allowed:
+            backbone = replace(backbone, flat_caches=True)
+            full, allowed = _full_row_logprobs(backbone, narrow, wide, least)
+    except (ModelError, *_FAILURES) as error:
+        raise ModelError(f"this model can't be run here: {_words(error)}") from error
+    own_gap = _gap(full, own)
+    if not own_gap <= allowed:
+        raise ModelError(
+            f"this model family is not supported: log-probs of the chunked vocabulary head differ "
+            f"from the model's own by {own_gap:.2g} nats ({allowed:.2g} allowed)"
+        )
+    reason = ""
+    for mask_axes in (0, 1, 2):
+        candidate = replace(backbone, mask_axes=mask_axes)
+        try:
+            gaps = [
+                _gap(token_logprobs(candidate, narrow, shared=True, grad_checkpoint=way), full)
+                for way in (False, True)
+            ]
+        except ModelError as error:
+            reason = reason or str(error)
+            continue
+        except _FAILURES as error:
+            reason = reason or f"its code can't run them together ({_words(error)})"
+            continue
+        gap = max(gaps)
+        if gap <= allowed:
+            note = f"prompts are shared (verified against full rows: within {gap:.1e} nats)"
+            why_not = _why_not_packed(candidate, narrow, full, allowed)
+            note += f"; rows are padded, not packed: {why_not}" if why_not else ""
+            return replace(candidate, packs=not why_not), True, note
+        reason = f"sharing changes log-probs by {gap:.2g} nats, {allowed:.2g} allowed"
+    return backbone, False, f"prompts are run once per completion: {reason}"
+
+
+def _why_not_packed(backbone: Backbone, narrow: GroupBatch, full: mx.array, allowed: float) -> str:
+    """Why the groups of a batch can't run in one row; "" if they can.
+
+    If a token saw one of another group, its log-prob would change.
+    """
+    batch = packed_batch(narrow, pad=3)
+    try:
+        gap = max(
+            _gap(token_logprobs(backbone, batch, grad_checkpoint=way), full)
+            for way in (False, True)
+        )
+    except ModelError as error:
+        return str(error)
+    except _FAILURES as error:
+        return f"its code can't run them in one row ({_words(error)})"
+    if not gap <= allowed:
+        return f"packing changes log-probs by {gap:.2g} nats, {allowed:.2g} allowed"
+    return ""
+
+
+def packed_batch(batch: GroupBatch, pad: int) -> GroupBatch:
+    """Pack the groups of a padded batch, with `pad` tokens of padding at the end of each row."""
+    prompts = np.array(batch.prompt_lengths)
+    lengths = np.array(batch.completion_mask).sum(axis=1)
+    tokens, place = np.array(batch.completion_tokens), np.zeros(batch.completion_mask.shape)
+    for n, length in enumerate(lengths):
+        place[n, :length] = lengths[:n].sum() + np.arange(length)
+    row = [np.array(batch.prompt_tokens)[b, :length] for b, length in enumerate(prompts)]
+    number = np.repeat(np.arange(len(lengths)), lengths)
+    packing = Packing(
+        tokens=_row([tokens[n, :length] for n, length in enumerate(lengths)], pad),
+        completion=_row([number, np.full(pad, -1)], 0),
+        step=_row([np.arange(length) for length in lengths], pad),
+        place=mx.array(place.astype(np.int32)),
+    )
+    return batch._replace(prompt_tokens=_row(row, pad)[None], packing=packing)
+
+
+def _row(parts: Sequence[npt.NDArray[Any]], pad: int) -> mx.array:
+    return mx.array(np.pad(np.concatenate(parts), (0, pad)).astype(np.int32))
+
+
+def verify_adapters(backbone: Backbone, vocab_size: int) -> None:
+    """Run a few tokens through a model with adapters installed.
+
+    Raises:
+        ModelError: The model's code fails: it reads the weights of an adapted layer directly.
+    """
+    try:
+        mx.eval(token_logprobs(backbone, random_batch(vocab_size, pad=0), shared=False))
+    except _FAILURES as error:
+        raise ModelError(
+            f"this model does not run with these adapters ({_words(error)}); choose the layers to "
+            "adapt with --lora-keys, for example self_attn.q_proj,self_attn.v_proj"
+        ) from error
+
+
+def _words(error: Exception) -> str:
+    return str(error).splitlines()[0][:120] if str(error) else type(error).__name__
+
+
+def random_batch(vocab_size: int, pad: int) -> GroupBatch:
+    """Two prompts of different lengths with two completions each; the same tokens for any `pad`."""
+    key = mx.random.key(0)
+    high = max(2, min(vocab_size, 32_000))
+    width = max(_COMPLETION_LENGTHS) + pad
+    tokens = mx.random.randint(1, high, (6, 16), key=key)
+    lengths = mx.array(_COMPLETION_LENGTHS)
+    return GroupBatch(
+        prompt_tokens=mx.pad(tokens[:2, : max(_PROMPT_LENGTHS)], [(0, 0), (0, pad)]),
+        prompt_lengths=mx.array(_PROMPT_LENGTHS),
+        completion_tokens=mx.pad(tokens[2:, : max(_COMPLETION_LENGTHS)], [(0, 0), (0, pad)]),
+        completion_mask=mx.arange(width)[None] < lengths[:, None],
+    )
+
+
+def _full_row_logprobs(
+    backbone: Backbone, narrow: GroupBatch, wide: GroupBatch, least: float
+) -> tuple[mx.array, float]:
+    """Log-probs (N, C) of full rows, and the tolerance in nats, at least `least`."""
+    full = token_logprobs(backbone, narrow, shared=False)
+    padded = token_logprobs(backbone, wide, shared=False)[:, : full.shape[1]]
+    return full, max(TOLERANCE * _gap(full, padded), least)
+
+
+def _own_logps(backbone: Backbone, batch: GroupBatch) -> tuple[mx.array, mx.Dtype]:
+    """Log-probs (N, C) from the model's own logits when it generates, and the logits' dtype."""
+    rows, starts = full_rows(batch)
+    raw = backbone.generation_logits(rows)
+    logits = raw.astype(mx.float32)
+    logps = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+    positions = starts[:, None] - 1 + mx.arange(batch.completion_tokens.shape[1])[None]
+    of_token = mx.take_along_axis(logps, positions[..., None], axis=1)
+    of_token = mx.take_along_axis(of_token, batch.completion_tokens[..., None], axis=-1)[..., 0]
+    return mx.where(batch.completion_mask, of_token, 0), raw.dtype
+
+
+def _gap(a: mx.array, b: mx.array) -> float:
+    return float(np.abs(np.array(a) - np.array(b)).max())
+
+
+def _largest(a: mx.array) -> float:
+    return float(np.abs(np.array(a)).max())
