@@ -12,7 +12,7 @@ from mlx_align.rollout.advantages import (
     AdaptiveKL,
     gae,
     leave_one_out,
-    normalised_rewards,
+    normalize_then_sum,
     returns_to_go,
     token_rewards,
     whiten,
@@ -163,10 +163,10 @@ def test_zero_variance_share():
 def test_several_rewards_normalised_apart():
     first, second = [[1.0, 0.0, NAN]], [[10.0, 30.0, NAN]]
     # Each counts by its weight: A − .5·A, whatever the spread.
-    apart = normalised_rewards([first, second], [1.0, 0.5])
+    apart = normalize_then_sum([first, second], [1.0, 0.5])
     assert apart[0] == pytest.approx([1 / math.sqrt(2), -1 / math.sqrt(2), 0.0], rel=1e-3)
-    assert not normalised_rewards([[[NAN, NAN]], [[NAN, NAN]]], [1.0, 1.0]).any()
-    assert not normalised_rewards([[[1.0, 1.0]], [[2.0, 2.0]]], [1.0, 1.0]).any()
+    assert not normalize_then_sum([[[NAN, NAN]], [[NAN, NAN]]], [1.0, 1.0]).any()
+    assert not normalize_then_sum([[[1.0, 1.0]], [[2.0, 2.0]]], [1.0, 1.0]).any()
 
 
 # ---------------------------------------------------------------- the coefficient

@@ -16,10 +16,10 @@ from mlx_align.cli.main import run
 from mlx_align.errors import TrainingError
 from mlx_align.inference.reward_model import RewardModel
 from mlx_align.models.adapters import ADAPTER_WEIGHTS
-from mlx_align.rollout.rewards import combine
+from mlx_align.rollout.collector import RolloutCollector
+from mlx_align.rollout.reward_functions import combine
 from mlx_align.train import on_policy, on_policy_setup
 from mlx_align.train.update import Updater
-from mlx_align.train.workplace import Workplace
 
 TINY = Path(__file__).parent / "oracle" / "models" / "policy"
 SMALL = {
@@ -259,10 +259,10 @@ def test_rewards_are_normalised_apart(train, places):
     assert code == 0
     assert any(np.any(w) for name, w in weights_of(folder).items() if name.endswith("lora_b"))
 
-    from mlx_align.train.grpo import GroupLearner
+    from mlx_align.algorithms.grpo import GRPO
 
     (place,) = places
-    learner, tree = GroupLearner(place.config, place), place.policy.start
+    learner, tree = GRPO(place.config, place), place.policy.start
     prompts = [place.prompts[0], place.prompts[1]]
     rollouts = place.sample(tree, prompts, (0,))
     rows, size = len(rollouts.texts), rollouts.group_size
@@ -314,7 +314,7 @@ def test_a_resumed_run_ends_with_the_same_bytes(train, monkeypatch, command, mom
         options |= {"--target-kl": 1.0}
     assert train(command, options, output="whole")[0] == 0
     name = "sample" if moment == "sampling" else "experience"
-    original, calls = getattr(Workplace, name), []
+    original, calls = getattr(RolloutCollector, name), []
 
     def stopping(self, *arguments, **named):
         calls.append(1)
@@ -323,7 +323,7 @@ def test_a_resumed_run_ends_with_the_same_bytes(train, monkeypatch, command, mom
             signal.raise_signal(signal.SIGINT)
         return original(self, *arguments, **named)
 
-    monkeypatch.setattr(Workplace, name, stopping)
+    monkeypatch.setattr(RolloutCollector, name, stopping)
     code, folder = train(command, options, output="stopped")
     assert code == 130
     assert f"--resume {'stopped'}" in capsys.readouterr().out
@@ -346,7 +346,7 @@ def test_temperature_is_the_log_probs_too(train, places):
     (place,) = places
     rollouts = place.sample(place.policy.start, place.prompts[:4], (3,))
     logps = place.logps(place.policy.start, rollouts)
-    np.testing.assert_allclose(logps, rollouts.sampler_logps, atol=1e-4)
+    np.testing.assert_allclose(logps, rollouts.sampler_logprobs, atol=1e-4)
     cold = place.policy.model.anatomy.temperature
     assert cold == 0.5
 
@@ -470,13 +470,13 @@ def test_demonstrations_are_learned_beside_the_rewards(train, tmp_path):
 
 def test_a_demonstration_counts_by_its_coefficient(train, places, tmp_path):
     """The share of demonstrations is coefficient x mean log-loss, however they are split."""
-    from mlx_align.config import PpoConfig
-    from mlx_align.train.demonstrations import (
+    from mlx_align.algorithms.ppo import (
         Demonstrations,
-        WithDemonstrations,
-        joined,
+        PtxDenominators,
+        PtxObjective,
         read_demonstrations,
     )
+    from mlx_align.config import PpoConfig
 
     assert train("grpo", {"--iters": 1})[0] == 0
     (place,) = places
@@ -499,8 +499,8 @@ def test_a_demonstration_counts_by_its_coefficient(train, places, tmp_path):
         )
         groups = read_demonstrations(config, model.folder.tokenizer)
         shown, scale = Demonstrations(config, groups).take()
-        loss = joined(None, model, grad_checkpoint=False)
-        shares = [loss(tree, one.arrays, WithDemonstrations(None, scale)) for one in shown]
+        loss = PtxObjective(None, model, grad_checkpoint=False)
+        shares = [loss(tree, one.arrays, PtxDenominators(None, scale)) for one in shown]
         total = sum(share.item() for share, _ in shares)
         tokens = sum(sums["ptx/tokens"].item() for _, sums in shares)
         nll = sum(sums["ptx/nll"].item() for _, sums in shares)

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from mlx_align.errors import ConfigError, TrainingError
-from mlx_align.rollout.rewards import CompletionFacts, combine, open_rewards, parse_rewards
+from mlx_align.rollout.builtin_rewards import CompletionFacts
+from mlx_align.rollout.reward_functions import combine, open_rewards, parse_rewards
 from mlx_align.types import Message, PromptGroup
 
 FUNCTIONS = """

@@ -10,13 +10,15 @@ import pytest
 
 from mlx_align.cli.main import run
 from mlx_align.data.formats import read_preferences, read_supervised
-from mlx_align.rollout.experience import Prompt
-from mlx_align.train import best_sampled
-from mlx_align.train.best_sampled import Wish, rows_of_prompt
+from mlx_align.rollout import rejection_sampling
+from mlx_align.rollout.rejection_sampling import RejectionSamplingConfig, select_rows
+from mlx_align.rollout.sampler import Prompt
 from mlx_align.types import Message, PromptGroup, TokenizedGroup
 
 TINY = Path(__file__).parent / "oracle" / "models" / "policy"
-WISH = Wish(n=4, keep=1, threshold=None, pairs=False, max_tokens=8, temperature=1.0, seed=0)
+WISH = RejectionSamplingConfig(
+    n=4, keep=1, threshold=None, pairs=False, max_tokens=8, temperature=1.0, seed=0
+)
 
 
 @pytest.fixture
@@ -54,7 +56,9 @@ def planted(**wish):
     prompt = Prompt(group, TokenizedGroup(np.array([1], np.int32), (), "f:1"))
     texts = ["a", "b", " ", "b", "c", "d"]
     scores = np.array([1.0, 3.0, 9.0, 3.0, np.nan, 2.0])
-    return rows_of_prompt(prompt, texts, scores, Wish(**{**WISH.__dict__, "n": 6, **wish}))
+    return select_rows(
+        prompt, texts, scores, RejectionSamplingConfig(**{**WISH.__dict__, "n": 6, **wish})
+    )
 
 
 def test_the_best_are_kept_once_each():
@@ -75,8 +79,8 @@ def test_pairs_are_best_and_worst():
 def test_equal_scores_make_no_pair():
     group = PromptGroup((Message("user", "Q"),), (), "f:1")
     prompt = Prompt(group, TokenizedGroup(np.array([1], np.int32), (), "f:1"))
-    wish = Wish(**{**WISH.__dict__, "pairs": True, "n": 2})
-    assert rows_of_prompt(prompt, ["a", "b"], np.array([1.0, 1.0]), wish) == []
+    wish = RejectionSamplingConfig(**{**WISH.__dict__, "pairs": True, "n": 2})
+    assert select_rows(prompt, ["a", "b"], np.array([1.0, 1.0]), wish) == []
 
 
 @pytest.mark.parametrize("chat", [True, False])
@@ -142,7 +146,7 @@ def test_prompts_without_a_score_have_no_row(sample):
 
 
 def test_whole_lines_are_left_when_it_is_stopped(sample, monkeypatch):
-    original, calls = best_sampled.roll_out, []
+    original, calls = rejection_sampling.roll_out, []
 
     def stopping(*arguments, **named):
         calls.append(1)
@@ -150,7 +154,7 @@ def test_whole_lines_are_left_when_it_is_stopped(sample, monkeypatch):
             signal.raise_signal(signal.SIGINT)
         return original(*arguments, **named)
 
-    monkeypatch.setattr(best_sampled, "roll_out", stopping)
+    monkeypatch.setattr(rejection_sampling, "roll_out", stopping)
     code, rows = sample()
     assert code == 130
     assert [row["number"] for row in rows] == list(range(16))
