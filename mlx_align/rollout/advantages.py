@@ -194,7 +194,7 @@ def zero_variance_share(rewards: npt.ArrayLike) -> float:
 
 
 def normalize_then_sum(rewards: npt.ArrayLike, weights: npt.ArrayLike) -> Floats:
-    """Advantages (B, G): Σ_k w_k·`group_std`(r_k) of K rewards (K, B, G), normalised over the batch.
+    """Advantages (B, G) = Σ_k w_k·`group_std`(r_k) of rewards (K, B, G), normalised over the batch.
 
     The influence of a reward is its weight, independent of its spread. A completion without any
     reward gets 0 and is left out of all means.

@@ -122,8 +122,10 @@ def parse_rewards(sources: Sequence[RewardSource]) -> tuple[RewardSpec, ...]:
 
 
 def _parse_callable(source: RewardFunction | tuple[RewardFunction, float]) -> RewardSpec:
-    pair = isinstance(source, tuple) and len(source) == 2
-    function, weight = source if pair else (source, 1.0)
+    function: Any = source
+    weight: Any = 1.0
+    if isinstance(source, tuple) and len(source) == 2:
+        function, weight = source
     if not callable(function):
         raise ConfigError(
             f"reward {source!r}: expected text such as 'length(target=200)=0.5', a function, or "

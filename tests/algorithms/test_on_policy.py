@@ -21,7 +21,7 @@ from mlx_align.rollout.reward_functions import combine
 from mlx_align.train import on_policy, on_policy_setup
 from mlx_align.train.update import Updater
 
-TINY = Path(__file__).parent / "oracle" / "models" / "policy"
+TINY = Path(__file__).parents[1] / "oracle" / "models" / "policy"
 SMALL = {
     "--batch-size": 2,
     "--grad-accumulation-steps": 2,
@@ -123,15 +123,15 @@ def weights_of(folder):
 
 
 @pytest.fixture
-def places(monkeypatch):
-    """The workplaces of the runs that follow, to look into."""
+def collectors(monkeypatch):
+    """The collectors of the runs that follow."""
     seen = []
     original = on_policy.set_up
 
     def watched(*arguments):
-        place, held_out = original(*arguments)
-        seen.append(place)
-        return place, held_out
+        collector, held_out = original(*arguments)
+        seen.append(collector)
+        return collector, held_out
 
     monkeypatch.setattr(on_policy, "set_up", watched)
     return seen
@@ -162,24 +162,24 @@ def test_a_run_writes_what_stock_mlx_lm_loads(train, models, command, dtype):
 
 
 @pytest.mark.parametrize("command", ["ppo", "grpo"])
-def test_only_policy_and_critic_learn(train, places, reward_run, command):
+def test_only_policy_and_critic_learn(train, collectors, reward_run, command):
     options = {"--reward-model": reward_run, "--learning-rate": 1e-2}
     if command == "grpo":
         options |= {"--kl-coef": 0.1}
     code, folder = train(command, options, reward=None)
     assert code == 0
-    (place,) = places
-    start = dict(tree_flatten(place.policy.start))
+    (collector,) = collectors
+    start = dict(tree_flatten(collector.policy.start))
     assert not any(np.any(np.array(w)) for name, w in start.items() if name.endswith("lora_b"))
     head = mx.load(str(reward_run / "reward_head.safetensors"))["reward_head.weight"]
-    swapped = dict(tree_flatten(place.reward))
-    assert np.array_equal(np.array(swapped["reward_head.weight"]), np.array(head))
+    reward = dict(tree_flatten(collector.reward_adapter))
+    assert np.array_equal(np.array(reward["reward_head.weight"]), np.array(head))
     stored = mx.load(str(reward_run / ADAPTER_WEIGHTS))
     for name, weight in stored.items():
         fold = 5 / 3 / 2 if name.endswith("lora_b") else 1.0  # scales of both
-        np.testing.assert_allclose(np.array(swapped[name]), fold * np.array(weight), rtol=1e-6)
+        np.testing.assert_allclose(np.array(reward[name]), fold * np.array(weight), rtol=1e-6)
     base = mx.load(str(TINY / "model.safetensors"))
-    now = dict(tree_flatten(place.policy.model.module.parameters()))
+    now = dict(tree_flatten(collector.policy.model.module.parameters()))
     for name, weight in base.items():
         own = now.get(name, now.get(name.replace(".weight", ".linear.weight")))
         assert np.array_equal(np.array(own), np.array(weight)), name
@@ -189,11 +189,11 @@ def test_only_policy_and_critic_learn(train, places, reward_run, command):
     assert (checkpoint / "critic.safetensors").exists() == (command == "ppo")
 
 
-def test_a_swapped_reward_model_scores_as_it_does_by_itself(train, places, reward_run):
+def test_a_swapped_reward_model_scores_as_it_does_by_itself(train, collectors, reward_run):
     assert train("grpo", {"--reward-model": reward_run}, reward=None)[0] == 0
-    (place,) = places
-    rollouts = place.sample(place.policy.start, place.prompts[:4], (9,))
-    ours = place.judge(rollouts).total
+    (collector,) = collectors
+    rollouts = collector.sample(collector.policy.start, collector.prompts[:4], (9,))
+    ours = collector.rewards(rollouts).total
     alone = RewardModel.load(str(TINY), reward_run)
     theirs = np.concatenate([s[:, 0] for s in alone.score_tokens(rollouts.groups)])
     np.testing.assert_allclose(ours, theirs, atol=1e-5)
@@ -252,7 +252,7 @@ def test_rewards_apart_need_a_deviation_and_no_other_term(train, capsys, options
     refused(capsys, *words)
 
 
-def test_rewards_are_normalised_apart(train, places):
+def test_rewards_are_normalised_apart(train, collectors):
     """Each counts by its weight, however widely it spreads; what is only watched does not."""
     apart = {"--multi-objective-aggregation": "normalize_then_sum", "--learning-rate": 1e-3}
     code, folder = train("grpo", apart, reward="letters=3,some,same=0")
@@ -261,22 +261,22 @@ def test_rewards_are_normalised_apart(train, places):
 
     from mlx_align.algorithms.grpo import GRPO
 
-    (place,) = places
-    learner, tree = GRPO(place.config, place), place.policy.start
-    prompts = [place.prompts[0], place.prompts[1]]
-    rollouts = place.sample(tree, prompts, (0,))
-    rows, size = len(rollouts.texts), rollouts.group_size
+    (collector,) = collectors
+    algorithm, weights = GRPO(collector.config, collector), collector.policy.start
+    prompts = [collector.prompts[0], collector.prompts[1]]
+    completions = collector.sample(weights, prompts, (0,))
+    rows, size = len(completions.texts), completions.group_size
     values = np.random.default_rng(0).normal(size=(rows, 3)) * [1.0, 1_000.0, 1.0]
     rewards = combine(["narrow", "wide", "watched"], values, [3.0, 1.0, 0.0])
-    experience = place.experience(tree, rollouts, rewards, len(prompts))
-    lesson = learner._lesson(experience, rewards.total.reshape(-1, size))
+    batch = collector.add_logprobs(weights, completions, rewards, len(prompts))
+    batch = algorithm.with_advantages(batch)
     grouped = values.reshape(-1, size, 3)
     scaled = (grouped - grouped.mean(1, keepdims=True)) / (
         grouped.std(1, ddof=1, keepdims=True) + 1e-4
     )
     total = scaled @ [3.0, 1.0, 0.0]
     wanted = total / (total.std(ddof=1) + 1e-4)
-    np.testing.assert_allclose(lesson.advantages[:, 0], wanted.reshape(-1), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(batch.advantages[:, 0], wanted.reshape(-1), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("reward", ["same", "none"])
@@ -313,7 +313,7 @@ def test_a_resumed_run_ends_with_the_same_bytes(train, monkeypatch, command, mom
     if command == "ppo":
         options |= {"--target-kl": 1.0}
     assert train(command, options, output="whole")[0] == 0
-    name = "sample" if moment == "sampling" else "experience"
+    name = "sample" if moment == "sampling" else "add_logprobs"
     original, calls = getattr(RolloutCollector, name), []
 
     def stopping(self, *arguments, **named):
@@ -341,13 +341,13 @@ def test_a_resumed_run_ends_with_the_same_bytes(train, monkeypatch, command, mom
     assert samples_of(folder) == samples_of(whole)
 
 
-def test_temperature_is_the_log_probs_too(train, places):
+def test_temperature_is_the_log_probs_too(train, collectors):
     assert train("grpo", {"--temperature": 0.5})[0] == 0
-    (place,) = places
-    rollouts = place.sample(place.policy.start, place.prompts[:4], (3,))
-    logps = place.logps(place.policy.start, rollouts)
+    (collector,) = collectors
+    rollouts = collector.sample(collector.policy.start, collector.prompts[:4], (3,))
+    logps = collector.token_logprobs(collector.policy.start, rollouts)
     np.testing.assert_allclose(logps, rollouts.sampler_logprobs, atol=1e-4)
-    cold = place.policy.model.anatomy.temperature
+    cold = collector.policy.model.anatomy.temperature
     assert cold == 0.5
 
 
@@ -468,8 +468,8 @@ def test_demonstrations_are_learned_beside_the_rewards(train, tmp_path):
     assert nll[-1] < nll[0] - 0.5
 
 
-def test_a_demonstration_counts_by_its_coefficient(train, places, tmp_path):
-    """The share of demonstrations is coefficient x mean log-loss, however they are split."""
+def test_a_demonstration_counts_by_its_coefficient(train, collectors, tmp_path):
+    """Demonstrations add coefficient x mean log-loss, however they are split."""
     from mlx_align.algorithms.ppo import (
         Demonstrations,
         PtxDenominators,
@@ -479,7 +479,7 @@ def test_a_demonstration_counts_by_its_coefficient(train, places, tmp_path):
     from mlx_align.config import PpoConfig
 
     assert train("grpo", {"--iters": 1})[0] == 0
-    (place,) = places
+    (collector,) = collectors
     rows = [
         {
             "prompt": [{"role": "user", "content": "a" * (i + 1)}],
@@ -488,7 +488,7 @@ def test_a_demonstration_counts_by_its_coefficient(train, places, tmp_path):
         for i in range(6)
     ]
     (tmp_path / "shown.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    model, tree = place.policy.model, place.policy.start
+    model, weights = collector.policy.model, collector.policy.start
     plain = None
     for size, count in ((2, 3), (1, 6)):
         config = PpoConfig(
@@ -499,11 +499,14 @@ def test_a_demonstration_counts_by_its_coefficient(train, places, tmp_path):
         )
         groups = read_demonstrations(config, model.folder.tokenizer)
         shown, scale = Demonstrations(config, groups).take()
-        loss = PtxObjective(None, model, grad_checkpoint=False)
-        shares = [loss(tree, one.arrays, PtxDenominators(None, scale)) for one in shown]
-        total = sum(share.item() for share, _ in shares)
-        tokens = sum(sums["ptx/tokens"].item() for _, sums in shares)
-        nll = sum(sums["ptx/nll"].item() for _, sums in shares)
+        objective, denominators = (
+            PtxObjective(None, model, grad_checkpoint=False),
+            PtxDenominators(None, scale),
+        )
+        found = [objective.loss(weights, one.arrays, denominators) for one in shown]
+        total = sum(loss.item() for loss, _ in found)
+        tokens = sum(sums["ptx/tokens"].item() for _, sums in found)
+        nll = sum(sums["ptx/nll"].item() for _, sums in found)
         assert total == pytest.approx(3.0 * nll / tokens, rel=1e-6)
         plain = plain or total
         assert total == pytest.approx(plain, rel=1e-5)
@@ -555,10 +558,10 @@ def test_the_reward_rises(train, command):
     assert rows[-1]["reward"] > rows[0]["reward"] + 0.9 * rows[0]["reward_std"]
 
 
-def test_dynamic_sampling_keeps_what_differs(train, places):
+def test_dynamic_sampling_keeps_what_differs(train, collectors):
     """Prompts whose answers all earn the same are drawn again; each answer is judged once."""
     assert train("grpo", {"--iters": 1})[0] == 0
-    (place,) = places
+    (collector,) = collectors
     judged = []
 
     def odd(rollouts):
@@ -570,12 +573,12 @@ def test_dynamic_sampling_keeps_what_differs(train, places):
             values[index * size : (index + 1) * size] = 1.0
         return combine(["odd"], values[:, None], [1.0])
 
-    place = replace(place, judge=odd)
-    stream = place.stream(0)
-    rollouts, rewards, taken = place.collect(
-        place.policy.start, stream, 0, lambda: None, dynamic=True
+    collector = replace(collector, rewards=odd)
+    stream = collector.stream(0)
+    rollouts, rewards, taken = collector.sample_and_reward(
+        collector.policy.start, stream, 0, lambda: None, dynamic_sampling=True
     )
-    assert len(rollouts.groups) <= place.prompts_per_batch < taken
+    assert len(rollouts.groups) <= collector.prompts_per_batch < taken
     assert sum(judged) == taken * rollouts.group_size
     assert len(rewards.total) == len(rollouts.texts)
     by_prompt = rewards.total.reshape(len(rollouts.groups), -1)

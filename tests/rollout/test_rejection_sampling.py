@@ -1,4 +1,4 @@
-"""`mlx-align data sample`: the best of several answers, as rows that sft and dpo read."""
+"""`mlx-align data sample`: the best of several completions, as rows that sft and dpo read."""
 
 import itertools
 import json
@@ -15,8 +15,8 @@ from mlx_align.rollout.rejection_sampling import RejectionSamplingConfig, select
 from mlx_align.rollout.sampler import Prompt
 from mlx_align.types import Message, PromptGroup, TokenizedGroup
 
-TINY = Path(__file__).parent / "oracle" / "models" / "policy"
-WISH = RejectionSamplingConfig(
+TINY = Path(__file__).parents[1] / "oracle" / "models" / "policy"
+CONFIG = RejectionSamplingConfig(
     n=4, keep=1, threshold=None, pairs=False, max_tokens=8, temperature=1.0, seed=0
 )
 
@@ -51,13 +51,13 @@ def sample(tmp_path, monkeypatch):
     return call
 
 
-def planted(**wish):
+def planted(**config):
     group = PromptGroup("Q", (), "f:1", columns={"id": 7, "messages": "clashes"})
     prompt = Prompt(group, TokenizedGroup(np.array([1], np.int32), (), "f:1"))
     texts = ["a", "b", " ", "b", "c", "d"]
     scores = np.array([1.0, 3.0, 9.0, 3.0, np.nan, 2.0])
     return select_rows(
-        prompt, texts, scores, RejectionSamplingConfig(**{**WISH.__dict__, "n": 6, **wish})
+        prompt, texts, scores, RejectionSamplingConfig(**{**CONFIG.__dict__, "n": 6, **config})
     )
 
 
@@ -79,8 +79,8 @@ def test_pairs_are_best_and_worst():
 def test_equal_scores_make_no_pair():
     group = PromptGroup((Message("user", "Q"),), (), "f:1")
     prompt = Prompt(group, TokenizedGroup(np.array([1], np.int32), (), "f:1"))
-    wish = RejectionSamplingConfig(**{**WISH.__dict__, "pairs": True, "n": 2})
-    assert select_rows(prompt, ["a", "b"], np.array([1.0, 1.0]), wish) == []
+    config = RejectionSamplingConfig(**{**CONFIG.__dict__, "pairs": True, "n": 2})
+    assert select_rows(prompt, ["a", "b"], np.array([1.0, 1.0]), config) == []
 
 
 @pytest.mark.parametrize("chat", [True, False])
@@ -146,7 +146,7 @@ def test_prompts_without_a_score_have_no_row(sample):
 
 
 def test_whole_lines_are_left_when_it_is_stopped(sample, monkeypatch):
-    original, calls = rejection_sampling.roll_out, []
+    original, calls = rejection_sampling.sample_completions, []
 
     def stopping(*arguments, **named):
         calls.append(1)
@@ -154,7 +154,7 @@ def test_whole_lines_are_left_when_it_is_stopped(sample, monkeypatch):
             signal.raise_signal(signal.SIGINT)
         return original(*arguments, **named)
 
-    monkeypatch.setattr(rejection_sampling, "roll_out", stopping)
+    monkeypatch.setattr(rejection_sampling, "sample_completions", stopping)
     code, rows = sample()
     assert code == 130
     assert [row["number"] for row in rows] == list(range(16))

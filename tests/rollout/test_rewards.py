@@ -1,4 +1,4 @@
-"""Rewards: what is named, what is run, and what becomes of functions that misbehave."""
+"""Reward functions: how specs are read, how functions are run, and what happens when they fail."""
 
 import datetime
 import json
@@ -17,7 +17,7 @@ from mlx_align.rollout.reward_functions import combine, open_rewards, parse_rewa
 from mlx_align.types import Message, PromptGroup
 
 FUNCTIONS = """
-import ctypes, json, os, re, subprocess, sys, time
+import asyncio, ctypes, json, os, re, subprocess, sys, time
 
 calls = 0
 
@@ -100,7 +100,11 @@ def crashes(completions):
     ctypes.string_at(0)
 
 async def later(completions):
+    await asyncio.sleep(0.01)
     return [1.0] * len(completions)
+
+def lazy(completions):
+    return (1.0 for text in completions)
 
 def by_position(completions, /):
     return [1.0] * len(completions)
@@ -173,7 +177,7 @@ def test_specs_have_names_options_and_weights():
     ("spec", "message"),
     [
         ("exact_anwer", "no built-in reward 'exact_anwer' .*; did you mean exact_answer"),
-        ("zzz", "no built-in reward 'zzz' .*; a function of yours is module:function"),
+        ("zzz", "no built-in reward 'zzz' .*; your own function is module:function"),
         ("length=much", "weight 'much'; expected a number"),
         ("length=nan", "weight 'nan'"),
         ("mine.py:short=inf", "weight 'inf'"),
@@ -184,11 +188,11 @@ def test_specs_have_names_options_and_weights():
         ("length(target=", "expected a built-in reward"),
         ("length(target=0)", "target: expected more than 0"),
         ("regex", r"regex needs pattern, as in regex\(pattern=…\)"),
-        ("regex(pattern='(')", "pattern: no regular expression"),
+        ("regex(pattern='(')", "pattern: not a regular expression"),
         ("other.py:f", "there is no file other.py"),
-        ("a-b:f", "'a-b' is no module's name; a file's ends in .py"),
-        ("mine.py:f(2)", "'f\\(2\\)' is no function's name"),
-        ("mine.py:", "'' is no function's name"),
+        ("a-b:f", "'a-b' is not a module name; a file name must end in .py"),
+        ("mine.py:f(2)", "'f\\(2\\)' is not a function name"),
+        ("mine.py:", "'' is not a function name"),
         ("", "expected a built-in reward"),
     ],
 )
@@ -204,7 +208,7 @@ def test_specs_that_are_wrong_are_named(spec, message):
     [
         ("mine.py:nothing", "mine.py has no function 'nothing' .it has: short, everything,"),
         ("mine.py:calls", "mine.py has no function 'calls'"),
-        ("nowhere:f", "no module 'nowhere'; expected one that Python can import"),
+        ("nowhere:f", "no module 'nowhere'; expected an importable module, or a file"),
         ("mine.py:by_position", "takes 'completions' by position only"),
         ("broken.py:f", r"can't be imported: SyntaxError: .* \(.*broken.py:2\)"),
         ("raises.py:f", r"can't be imported: ZeroDivisionError: .* \(.*raises.py:3\)"),
@@ -270,6 +274,10 @@ def test_no_completions_and_groups_of_unequal_size():
     assert table.values.tolist() == [[3, 0.75]]
 
 
+def test_async_functions_are_awaited():
+    assert rewarded("mine.py:later").values.tolist() == [[1]] * 4
+
+
 def test_what_a_function_prints_breaks_nothing(capfd):
     assert rewarded("mine.py:loud", "mine.py:short").values[:, 0].tolist() == [1, 1, 1, 1]
     printed = capfd.readouterr()
@@ -312,7 +320,7 @@ def test_every_character_and_great_batches_pass():
         ("one_number", r"returned float; expected a list of 4 numbers or None"),
         ("words", r"returned str; expected a number or None, at completion 1 of train.jsonl:1 “Wh"),
         ("endless", r"returned nan; expected a finite number, .*, at completion 2 of train.*:1"),
-        ("later", r"returned coroutine; expected a list of 4"),
+        ("lazy", r"returned generator; expected a list of 4"),
         (
             "dies",
             r"its process exited with 3, on 4 completions, the first of train.jsonl:1 “What i",
@@ -388,9 +396,9 @@ import sys, time
 from mlx_align.rollout.reward_process import RewardProcess
 from mlx_align.rollout.reward_worker import write_frame
 process = RewardProcess()
-process.ask("load", {"target": "mine.py", "name": sys.argv[1]}, 20)
-process.ask("batch", {"prompts": ["x"], "completions": [["y"]], "columns": {}}, 20)
-call = {"do": "call", "function": 0, "seconds": float(sys.argv[2])}
+process.request("load", {"target": "mine.py", "name": sys.argv[1]}, 20)
+process.request("batch", {"prompts": ["x"], "completions": [["y"]], "columns": {}}, 20)
+call = {"method": "call", "function": 0, "seconds": float(sys.argv[2])}
 write_frame(process._connection, call)
 print(process.pid, flush=True)
 time.sleep(60)
@@ -431,7 +439,7 @@ def test_fields_that_rewards_need_are_asked_for_before_training():
     ):
         check("mine.py:needs_gold")
     with pytest.raises(
-        ConfigError, match=r"exact_answer: needs 'answer', .*none beside the prompt"
+        ConfigError, match=r"exact_answer: needs 'answer', .*none except the prompt"
     ):
         check("exact_answer", groups=[PromptGroup("Hi", (), "train.jsonl:1")])
     listed = PromptGroup("Hi", (), "train.jsonl:3", columns={"answer": ["4"]})
