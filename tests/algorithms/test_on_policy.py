@@ -1,4 +1,4 @@
-"""`mlx-align ppo` and `mlx-align grpo` from options to files, on a tiny chat model."""
+"""`mlx-align ppo` and `mlx-align grpo` from options to run folder, on a tiny chat model."""
 
 import json
 import signal
@@ -45,7 +45,7 @@ def models(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def data(tmp_path_factory):
-    """Prompts, pairs with the same prompts, and reward functions."""
+    """Preference pairs, whose prompts are used, and reward functions."""
     folder = tmp_path_factory.mktemp("on-policy-data")
     random = np.random.default_rng(0)
     for name, n in (("train", 12), ("valid", 4)):
@@ -75,7 +75,7 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def reward_run(tmp_path_factory, data):
-    """A reward model on other layers and of another rank than the policy's."""
+    """A reward model with other layers and another rank than the policy's."""
     folder = tmp_path_factory.mktemp("reward") / "run"
     options = ["--lora-rank", "3", "--lora-alpha", "5", "--num-layers", "1"]
     options += ["--iters", "4", "--grad-accumulation-steps", "1", "--batch-size", "4"]
@@ -87,7 +87,7 @@ def reward_run(tmp_path_factory, data):
 
 @pytest.fixture
 def train(tmp_path, data, monkeypatch):
-    """Runs a command in this process; the exit code and the run folder."""
+    """Run a command in this process; returns the exit code and the run folder."""
     monkeypatch.chdir(tmp_path)
 
     def call(command, options=None, *, model=TINY, reward="letters", output="run", resume=False):
@@ -139,7 +139,7 @@ def collectors(monkeypatch):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "4-bit"])
 @pytest.mark.parametrize("command", ["ppo", "grpo"])
-def test_a_run_writes_what_stock_mlx_lm_loads(train, models, command, dtype):
+def test_run_folder_loads_in_mlx_lm(train, models, command, dtype):
     options = {"--temperature": 0.8, "--learning-rate": 1e-3}
     code, folder = train(command, options, model=models[dtype])
     assert code == 0
@@ -162,7 +162,7 @@ def test_a_run_writes_what_stock_mlx_lm_loads(train, models, command, dtype):
 
 
 @pytest.mark.parametrize("command", ["ppo", "grpo"])
-def test_only_policy_and_critic_learn(train, collectors, reward_run, command):
+def test_only_policy_and_critic_are_trained(train, collectors, reward_run, command):
     options = {"--reward-model": reward_run, "--learning-rate": 1e-2}
     if command == "grpo":
         options |= {"--kl-coef": 0.1}
@@ -189,7 +189,7 @@ def test_only_policy_and_critic_learn(train, collectors, reward_run, command):
     assert (checkpoint / "critic.safetensors").exists() == (command == "ppo")
 
 
-def test_a_swapped_reward_model_scores_as_it_does_by_itself(train, collectors, reward_run):
+def test_reward_adapter_scores_like_the_standalone_reward_model(train, collectors, reward_run):
     assert train("grpo", {"--reward-model": reward_run}, reward=None)[0] == 0
     (collector,) = collectors
     rollouts = collector.sample(collector.policy.start, collector.prompts[:4], (9,))
@@ -199,7 +199,7 @@ def test_a_swapped_reward_model_scores_as_it_does_by_itself(train, collectors, r
     np.testing.assert_allclose(ours, theirs, atol=1e-5)
 
 
-def test_another_base_is_a_second_model(train, models, reward_run, capsys):
+def test_reward_model_on_another_base_is_a_second_model(train, models, reward_run, capsys):
     code, folder = train(
         "grpo", {"--reward-model": reward_run}, model=models["bfloat16"], reward="letters=0.5"
     )
@@ -208,7 +208,7 @@ def test_another_base_is_a_second_model(train, models, reward_run, capsys):
     assert {"rewards/letters/mean", "rewards/reward_model/mean"} <= training_rows(folder)[0].keys()
 
 
-def test_the_reference_is_where_the_run_starts(train, tmp_path):
+def test_reference_is_the_initial_policy(train, tmp_path):
     assert train("grpo", {"--learning-rate": 1e-2}, output="first")[0] == 0
     code, folder = train("grpo", {"--init-adapter": "first", "--kl-coef": 0.1}, output="second")
     assert code == 0
@@ -246,16 +246,18 @@ def test_every_method_runs(train, options):
         ({"--loss": "online_dpo"}, ["--multi-objective-aggregation", "online_dpo"]),
     ],
 )
-def test_rewards_apart_need_a_deviation_and_no_other_term(train, capsys, options, words):
-    apart = {"--multi-objective-aggregation": "normalize_then_sum", **options}
-    assert train("grpo", apart, reward="letters,some")[0] == 1
+def test_normalize_then_sum_needs_a_group_deviation_and_no_kl_in_the_reward(
+    train, capsys, options, words
+):
+    given = {"--multi-objective-aggregation": "normalize_then_sum", **options}
+    assert train("grpo", given, reward="letters,some")[0] == 1
     refused(capsys, *words)
 
 
-def test_rewards_are_normalised_apart(train, collectors):
-    """Each counts by its weight, however widely it spreads; what is only watched does not."""
-    apart = {"--multi-objective-aggregation": "normalize_then_sum", "--learning-rate": 1e-3}
-    code, folder = train("grpo", apart, reward="letters=3,some,same=0")
+def test_normalize_then_sum(train, collectors):
+    """A reward counts by its weight, independent of its spread; one of weight 0 does not count."""
+    given = {"--multi-objective-aggregation": "normalize_then_sum", "--learning-rate": 1e-3}
+    code, folder = train("grpo", given, reward="letters=3,some,same=0")
     assert code == 0
     assert any(np.any(w) for name, w in weights_of(folder).items() if name.endswith("lora_b"))
 
@@ -280,7 +282,7 @@ def test_rewards_are_normalised_apart(train, collectors):
 
 
 @pytest.mark.parametrize("reward", ["same", "none"])
-def test_rewards_that_teach_nothing_change_nothing(train, reward):
+def test_equal_or_missing_rewards_change_nothing(train, reward):
     code, folder = train("grpo", reward=reward)
     assert code == 0
     assert not any(np.any(w) for name, w in weights_of(folder).items() if name.endswith("lora_b"))
@@ -288,7 +290,7 @@ def test_rewards_that_teach_nothing_change_nothing(train, reward):
 
 
 @pytest.mark.parametrize("command", ["ppo", "grpo"])
-def test_completions_without_reward_or_of_one_token(train, command):
+def test_completions_of_one_token_some_without_reward(train, command):
     options = {"--max-completion-length": 1, "--learning-rate": 1e-3}
     code, folder = train(command, options, reward="some")
     assert code == 0
@@ -296,11 +298,11 @@ def test_completions_without_reward_or_of_one_token(train, command):
     assert training_rows(folder)[0]["completions/max_length"] == 1
 
 
-def test_actor_and_critic_can_share_a_trunk(train):
+def test_shared_critic(train):
     code, folder = train("ppo", {"--critic": "shared", "--iters": 3, "--learning-rate": 1e-3})
     assert code == 0
     rows = training_rows(folder)
-    # In the warm-up the policy stands still, although the critic on its trunk learns.
+    # During the warm-up the policy does not change, although the critic on its backbone learns.
     assert rows[1]["objective/kl"] == pytest.approx(0, abs=1e-6)
     assert rows[0]["value/loss"] > 0
     mlx_lm_load(str(TINY), adapter_path=str(folder))
@@ -308,7 +310,7 @@ def test_actor_and_critic_can_share_a_trunk(train):
 
 @pytest.mark.parametrize("command", ["ppo", "grpo"])
 @pytest.mark.parametrize("moment", ["sampling", "learning"])
-def test_a_resumed_run_ends_with_the_same_bytes(train, monkeypatch, command, moment, capsys):
+def test_resumed_run_ends_with_the_same_bytes(train, monkeypatch, command, moment, capsys):
     options = {"--iters": 4, "--learning-rate": 1e-2, "--kl-coef": 0.05}
     if command == "ppo":
         options |= {"--target-kl": 1.0}
@@ -341,14 +343,14 @@ def test_a_resumed_run_ends_with_the_same_bytes(train, monkeypatch, command, mom
     assert samples_of(folder) == samples_of(whole)
 
 
-def test_temperature_is_the_log_probs_too(train, collectors):
+def test_logprobs_are_at_the_sampling_temperature(train, collectors):
     assert train("grpo", {"--temperature": 0.5})[0] == 0
     (collector,) = collectors
     rollouts = collector.sample(collector.policy.start, collector.prompts[:4], (3,))
     logps = collector.token_logprobs(collector.policy.start, rollouts)
     np.testing.assert_allclose(logps, rollouts.sampler_logprobs, atol=1e-4)
-    cold = collector.policy.model.anatomy.temperature
-    assert cold == 0.5
+    temperature = collector.policy.model.anatomy.temperature
+    assert temperature == 0.5
 
 
 def refused(capsys, *words):
@@ -382,17 +384,17 @@ def refused(capsys, *words):
         ("ppo", {"--ptx-coef": 1}, ["--ptx-coef", "--ptx-data"]),
     ],
 )
-def test_what_cannot_be_is_refused_in_one_line(train, capsys, command, options, words):
+def test_wrong_options_are_refused_in_one_line(train, capsys, command, options, words):
     assert train(command, options)[0] == 1
     refused(capsys, *words)
 
 
-def test_a_run_without_rewards_is_refused(train, capsys):
+def test_run_without_rewards_is_refused(train, capsys):
     assert train("grpo", reward=None)[0] == 1
     refused(capsys, "--reward", "--reward-model")
 
 
-def test_a_failing_reward_names_itself_and_keeps_the_run(train, data, capsys):
+def test_failing_reward_is_named_and_the_checkpoint_kept(train, data, capsys):
     (data / "broken.py").write_text(
         "seen = []\n"
         "def late(completions, **columns):\n"
@@ -410,7 +412,7 @@ def test_a_failing_reward_names_itself_and_keeps_the_run(train, data, capsys):
     assert any((folder / "checkpoints").iterdir())
 
 
-def test_a_gamed_reward_is_stopped_and_the_best_remains(train, monkeypatch, capsys):
+def test_gamed_reward_stops_the_run_and_the_best_policy_is_kept(train, monkeypatch, capsys):
     looks = iter([(0.0, 0.0), (0.8, 0.5), (1.2, 0.4), (2.0, 0.1), (2.5, -0.2), (3.0, -0.5)])
 
     def planted(self, metrics):
@@ -438,7 +440,7 @@ def test_a_gamed_reward_is_stopped_and_the_best_remains(train, monkeypatch, caps
     assert (again["stopped_early"], again["best_step"], again["steps"]) == (True, 1, 4)
 
 
-def test_completions_that_did_not_end_can_be_left_out(train):
+def test_truncated_completions_can_be_masked(train):
     # The tiny model never ends within eight tokens: nothing is left to learn from.
     code, folder = train("grpo", {"--overlong": "mask", "--learning-rate": 1e-2})
     assert code == 0
@@ -446,7 +448,7 @@ def test_completions_that_did_not_end_can_be_left_out(train):
     assert not any(np.any(w) for name, w in weights_of(folder).items() if name.endswith("lora_b"))
 
 
-def test_demonstrations_are_learned_beside_the_rewards(train, tmp_path):
+def test_ptx_learns_the_demonstrations(train, tmp_path):
     rows = [
         {
             "prompt": [{"role": "user", "content": f"show {i}"}],
@@ -468,8 +470,8 @@ def test_demonstrations_are_learned_beside_the_rewards(train, tmp_path):
     assert nll[-1] < nll[0] - 0.5
 
 
-def test_a_demonstration_counts_by_its_coefficient(train, collectors, tmp_path):
-    """Demonstrations add coefficient x mean log-loss, however they are split."""
+def test_ptx_loss_is_the_coefficient_times_the_mean_log_loss(train, collectors, tmp_path):
+    """However the demonstrations are split into microbatches."""
     from mlx_align.algorithms.ppo import (
         Demonstrations,
         PtxDenominators,
@@ -512,8 +514,8 @@ def test_a_demonstration_counts_by_its_coefficient(train, collectors, tmp_path):
         assert total == pytest.approx(plain, rel=1e-5)
 
 
-def test_a_batch_that_fails_half_way_leaves_no_half(train, monkeypatch):
-    """The last checkpoint is whole, and goes on to the bytes of a run that did not fail."""
+def test_failed_batch_leaves_the_last_checkpoint_whole(train, monkeypatch):
+    """Resuming from it gives the same bytes as a run that did not fail."""
     options = {"--iters": 3, "--learning-rate": 1e-2, "--save-every": 1}
     assert train("ppo", options, output="whole")[0] == 0
     original, calls = Updater.__call__, []
@@ -538,7 +540,7 @@ def test_a_batch_that_fails_half_way_leaves_no_half(train, monkeypatch):
 
 @pytest.mark.parametrize("command", ["ppo", "grpo"])
 def test_the_reward_rises(train, command):
-    """In twelve rollout batches, by most of a deviation; verify_on_policy.py has real ones."""
+    """By most of a deviation in twelve rollout batches; verify_on_policy.py has real cases."""
     options = {
         "--iters": 12,
         "--batch-size": 6,
@@ -558,16 +560,16 @@ def test_the_reward_rises(train, command):
     assert rows[-1]["reward"] > rows[0]["reward"] + 0.9 * rows[0]["reward_std"]
 
 
-def test_dynamic_sampling_keeps_what_differs(train, collectors):
-    """Prompts whose answers all earn the same are drawn again; each answer is judged once."""
+def test_dynamic_sampling_replaces_prompts_of_equal_rewards(train, collectors):
+    """Every completion is rewarded once, and keeps its own reward."""
     assert train("grpo", {"--iters": 1})[0] == 0
     (collector,) = collectors
-    judged = []
+    rewarded = []
 
     def odd(rollouts):
-        """Every second prompt's answers all earn the same."""
+        """Every second prompt's completions all have the same reward."""
         size = rollouts.group_size
-        judged.append(len(rollouts.texts))
+        rewarded.append(len(rollouts.texts))
         values = np.array([sum(map(ord, text)) + n / 64 for n, text in enumerate(rollouts.texts)])
         for index in range(0, len(rollouts.groups), 2):
             values[index * size : (index + 1) * size] = 1.0
@@ -579,9 +581,9 @@ def test_dynamic_sampling_keeps_what_differs(train, collectors):
         collector.policy.start, stream, 0, lambda: None, dynamic_sampling=True
     )
     assert len(rollouts.groups) <= collector.prompts_per_batch < taken
-    assert sum(judged) == taken * rollouts.group_size
+    assert sum(rewarded) == taken * rollouts.group_size
     assert len(rewards.total) == len(rollouts.texts)
     by_prompt = rewards.total.reshape(len(rollouts.groups), -1)
     assert (by_prompt.max(axis=1) > by_prompt.min(axis=1)).all()
     own = [sum(map(ord, text)) for text in rollouts.texts]
-    np.testing.assert_allclose(rewards.total, own, atol=1)  # each beside its own text
+    np.testing.assert_allclose(rewards.total, own, atol=1)  # each with its own text

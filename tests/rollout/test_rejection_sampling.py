@@ -23,7 +23,7 @@ CONFIG = RejectionSamplingConfig(
 
 @pytest.fixture
 def sample(tmp_path, monkeypatch):
-    """Runs the command on 20 prompts; the exit code and the rows."""
+    """Run the command on 20 prompts; returns the exit code and the rows."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "rewards.py").write_text(
         "def letters(completions, **columns):\n"
@@ -51,7 +51,7 @@ def sample(tmp_path, monkeypatch):
     return call
 
 
-def planted(**config):
+def selected(**config):
     group = PromptGroup("Q", (), "f:1", columns={"id": 7, "messages": "clashes"})
     prompt = Prompt(group, TokenizedGroup(np.array([1], np.int32), (), "f:1"))
     texts = ["a", "b", " ", "b", "c", "d"]
@@ -63,17 +63,17 @@ def planted(**config):
 
 def test_the_best_are_kept_once_each():
     row = {"id": 7, "prompt": "Q", "n": 6}
-    assert planted() == [{**row, "completion": "b", "score": 3.0}]
-    assert [r["completion"] for r in planted(keep=6)] == ["b", "d", "a"]
-    assert [r["completion"] for r in planted(keep=6, threshold=2.0)] == ["b", "d"]
-    assert planted(threshold=3.5) == []
+    assert selected() == [{**row, "completion": "b", "score": 3.0}]
+    assert [r["completion"] for r in selected(keep=6)] == ["b", "d", "a"]
+    assert [r["completion"] for r in selected(keep=6, threshold=2.0)] == ["b", "d"]
+    assert selected(threshold=3.5) == []
 
 
 def test_pairs_are_best_and_worst():
-    (pair,) = planted(pairs=True)
+    (pair,) = selected(pairs=True)
     assert (pair["chosen"], pair["rejected"]) == ("b", "a")
     assert (pair["score_chosen"], pair["score_rejected"], pair["id"]) == (3.0, 1.0, 7)
-    assert planted(pairs=True, threshold=3.5) == []
+    assert selected(pairs=True, threshold=3.5) == []
 
 
 def test_equal_scores_make_no_pair():
@@ -107,7 +107,7 @@ def test_rows_are_what_sft_and_dpo_read(sample, chat, capsys):
     assert len(read_preferences("pairs.jsonl")[0]) == len(pairs)
 
 
-def test_an_adapter_answers_and_a_reward_model_judges(sample, tmp_path, capsys):
+def test_with_an_adapter_and_a_reward_model(sample, tmp_path, capsys):
     pairs = [
         {"prompt": [{"role": "user", "content": f"{i}?"}], "chosen": "yes", "rejected": "no no"}
         for i in range(12)
@@ -127,7 +127,7 @@ def test_an_adapter_answers_and_a_reward_model_judges(sample, tmp_path, capsys):
     assert [r["completion"] for r in rows] != [r["completion"] for r in bare]
     capsys.readouterr()
     more = ("--reward-model", "rm", "--adapter-path", "sft", "--json")
-    code, rows = sample(*more, output="judged.jsonl", reward=None)
+    code, rows = sample(*more, output="scored.jsonl", reward=None)
     assert code == 0
     summary = json.loads(capsys.readouterr().out)
     assert (summary["rows"], summary["prompts"]) == (len(rows), 20)
@@ -145,7 +145,7 @@ def test_prompts_without_a_score_have_no_row(sample):
     assert [row["number"] for row in rows] == list(range(0, 20, 2))
 
 
-def test_whole_lines_are_left_when_it_is_stopped(sample, monkeypatch):
+def test_interrupted_output_has_only_whole_lines(sample, monkeypatch):
     original, calls = rejection_sampling.sample_completions, []
 
     def stopping(*arguments, **named):
@@ -185,7 +185,7 @@ def test_mistakes_are_one_line(sample, capsys, more, said):
 @pytest.mark.parametrize(
     "more", [["--threshold", "1e9"], ["--reward", "exact_answer(column='gone')"]]
 )
-def test_no_file_is_left_where_nothing_can_be_written(sample, more):
+def test_no_file_is_left_when_there_are_no_rows(sample, more):
     assert sample(*more) == (1, [])
     assert not Path("out.jsonl").exists()
 

@@ -1,4 +1,4 @@
-"""Python callables as reward functions: they run in this process, beside specs."""
+"""Python callables as reward functions: they run in this process, and mix with specs."""
 
 import asyncio
 import datetime
