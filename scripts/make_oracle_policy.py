@@ -2,8 +2,8 @@
 
     python scripts/make_oracle_policy.py --out tests/oracle [--only REGEX] [--grads REGEX]
 
-As `make_oracle.py`, whose models and folders these share. Losses and advantages are TRL's own, on
-fixed completions; PPO is a restatement of the formulas of TRL 1.12, the last that had it.
+These share the models and folders of `make_oracle.py`. Losses and advantages are computed by TRL on
+fixed completions. PPO follows the formulas of TRL 1.12, the last version that had it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from make_oracle import TEXT, Oracle, parse_arguments, plain, run
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
 PROMPTS = {"prompt": TEXT["prompt"]}
-# One group of equal rewards is among them.
+# One group has equal rewards.
 REWARDS = [1.0, 0.0, 0.3, 0.3, 2.0, -1.0, 0.5, 0.25]
 ADVANTAGES = [0.7, -0.7, 1.1, -0.4, 0.0, 0.5, -1.2, 0.9]
 
@@ -35,7 +35,7 @@ class PolicyOracle:
         self.oracle = oracle
         encode = oracle.tokenizer
         self.prompts = [encode(text)["input_ids"] for text in TEXT["prompt"] for _ in range(2)]
-        # One completion was cut: it has no end token.
+        # One completion is truncated: it has no end token.
         texts = [
             TEXT[side][i] + ("" if (side, i) == ("rejected", 1) else "<|eos|>")
             for i in range(4)
@@ -91,7 +91,7 @@ class PolicyOracle:
         return trainer
 
     def grpo(self, name: str, onpolicy: bool = False, **config: Any) -> None:
-        """A case of GRPO's family on the rollout."""
+        """A GRPO-style loss on the rollout."""
         name = f"grpo_{name}"
         if not self.oracle.wants(name):
             return
@@ -110,7 +110,7 @@ class PolicyOracle:
         functions: Any = (reward_fixed,),
         **config: Any,
     ) -> None:
-        """TRL's own way from rewards to advantages; for RLOO to the loss as well."""
+        """TRL's advantages; for RLOO, its loss too."""
         if not self.oracle.wants(name):
             return
         trainer = self.trainer(kind, config_kind, functions, config)
@@ -161,7 +161,7 @@ class PolicyOracle:
         self.oracle.write(name, record | plain(ppo_numbers(config, inputs)))
 
     def run(self) -> None:
-        """All of them."""
+        """Write all cases."""
         for loss in ("grpo", "bnpo", "dr_grpo", "dapo", "sapo", "vespo"):
             self.grpo(loss, loss_type=loss)
         self.grpo("cispo", loss_type="cispo", epsilon_high=5.0)
@@ -201,9 +201,9 @@ def token_logps(model: Any, rollout: dict[str, Any]) -> Any:
     ids = torch.cat([rollout["prompt_ids"], rollout["completion_ids"]], 1)
     mask = torch.cat([rollout["prompt_mask"], rollout["completion_mask"]], 1)
     logps = torch.log_softmax(model(input_ids=ids, attention_mask=mask).logits[:, :-1], -1)
-    chosen = logps.gather(-1, ids[:, 1:, None]).squeeze(-1)
+    selected = logps.gather(-1, ids[:, 1:, None]).squeeze(-1)
     completion_mask = rollout["completion_mask"]
-    return chosen[:, -completion_mask.shape[1] :] * completion_mask
+    return selected[:, -completion_mask.shape[1] :] * completion_mask
 
 
 def masked_mean(x: Any, mask: Any) -> Any:
@@ -211,7 +211,7 @@ def masked_mean(x: Any, mask: Any) -> Any:
 
 
 def whiten(x: Any, mask: Any, shift_mean: bool) -> Any:
-    """To unit (unbiased) variance under the mask, and to mean 0 if `shift_mean`."""
+    """Scale to unit (unbiased) variance inside the mask, and shift to mean 0 if `shift_mean`."""
     mean, count = masked_mean(x, mask), mask.sum()
     variance = masked_mean((x - mean) ** 2, mask) * count / (count - 1)
     whitened = (x - mean) * torch.rsqrt(variance + 1e-8)

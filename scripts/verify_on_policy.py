@@ -1,17 +1,18 @@
-"""Train small models on their own samples, as a user would, and see whether they learn it.
+"""Train small models by PPO and GRPO, as a user would, and check that they learn.
 
-    python scripts/verify_on_policy.py                       # the table, some 20 minutes on 2 cores
+    python scripts/verify_on_policy.py                       # all cases, 20 minutes on 2 cores
     python scripts/verify_on_policy.py --stories MODEL       # also on a small story model
     python scripts/verify_on_policy.py --only arithmetic
 
-capital     the starter, rewarded for naming the capital in few words, by PPO and by GRPO: the
-            reward on held-out prompts rises by two of its first standard deviations, at a KL
-            below 10 nats
-arithmetic  a small model that was taught mostly wrong sums: from below 20% to above 80% right
-stories     a story model, rewarded for a word: it rises while the text stays text
-gamed       a proxy that is not what is meant: the run stops, and the best checkpoint is kept
+capital     the starter model, rewarded for naming the capital in few words, by PPO and by GRPO:
+            the reward on held-out prompts rises by two of its initial standard deviations, at a
+            KL below 10 nats
+arithmetic  a small model trained on mostly wrong sums: accuracy rises from below 20% to above 80%
+stories     a story model, rewarded for a word: the reward rises and the text doesn't degenerate
+gamed       a proxy reward that differs from the true one: the run stops, and the best checkpoint
+            is kept
 
-Ends with 1 if one of them fails. On Linux float32 is some 60 times faster with LD_PRELOAD naming
+Exits with 1 if a case fails. On Linux, float32 is about 60 times faster with LD_PRELOAD set to
 libopenblas (apt-get install libopenblas0-pthread).
 """
 
@@ -29,18 +30,18 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-KL_ALLOWED = 10.0
+MAX_KL = 10.0
 
 CAPITAL = '''
 import json
 COUNTRIES = json.load(open({world!r}))["countries"]
 
 def capital(prompts, completions, **columns):
-    """1 where the answer names the capital of the country asked about, in five words at most."""
+    """1 if the completion names the capital of the country, in at most five words."""
     rewards = []
     for prompt, text in zip(prompts, completions):
-        asked = prompt[-1]["content"]
-        country = next((c for c in COUNTRIES if c["name"] in asked), None)
+        question = prompt[-1]["content"]
+        country = next((c for c in COUNTRIES if c["name"] in question), None)
         if country is None:
             rewards.append(None)
             continue
@@ -49,7 +50,7 @@ def capital(prompts, completions, **columns):
     return rewards
 
 def exclamations(completions, **columns):
-    """What is paid for: the more exclamation marks, the better."""
+    """The proxy: the more exclamation marks, the better."""
     return [float(text.count("!")) for text in completions]
 
 def happy(completions, **columns):
@@ -99,7 +100,7 @@ def reward_file(folder: Path) -> Path:
 
 
 def capital(folder: Path, _: argparse.Namespace) -> bool:
-    """Both methods raise the reward that is planted."""
+    """Both algorithms raise the reward."""
     common = {
         **SMALL,
         "--model": "starter",
@@ -127,23 +128,24 @@ def capital(folder: Path, _: argparse.Namespace) -> bool:
         before, after = summary["eval_before"], summary["eval"]
         rise = (after["reward"] - before["reward"]) / before["reward_std"]
         print(f"capital, {name}: {held_out(summary)}; {rise:+.1f} deviations")
-        good &= rise >= 2 and after["objective/kl"] < KL_ALLOWED
+        good &= rise >= 2 and after["objective/kl"] < MAX_KL
     return good
 
 
 def arithmetic(folder: Path, _: argparse.Namespace) -> bool:
-    """Sums that a small model mostly gets wrong become right."""
+    """A small model that mostly gets sums wrong learns to get them right."""
     sums = [(a, b) for a in range(10) for b in range(10)]
-    asked = [[{"role": "user", "content": f"What is {a} + {b}?"}] for a, b in sums]
+    questions = [[{"role": "user", "content": f"What is {a} + {b}?"}] for a, b in sums]
     rows = [
-        {"prompt": prompt, "answer": str(a + b)} for prompt, (a, b) in zip(asked, sums, strict=True)
+        {"prompt": prompt, "answer": str(a + b)}
+        for prompt, (a, b) in zip(questions, sums, strict=True)
     ]
-    # All sums are trained on: what is looked at is whether they are learned.
+    # All sums are in both splits: this tests learning, not generalisation.
     (folder / "prompts").mkdir()
     for name in ("train", "valid"):
         lines = "".join(json.dumps(row) + "\n" for row in rows)
         (folder / "prompts" / f"{name}.jsonl").write_text(lines)
-    model_that_adds_badly(folder / "model", asked, [a + b for a, b in sums])
+    model_that_adds_badly(folder / "model", questions, [a + b for a, b in sums])
     summary = command(
         "grpo",
         {
@@ -167,8 +169,8 @@ def arithmetic(folder: Path, _: argparse.Namespace) -> bool:
     return summary["eval_before"]["reward"] < 0.2 and summary["eval"]["reward"] > 0.8
 
 
-def model_that_adds_badly(folder: Path, asked: list[Any], right: list[int]) -> None:
-    """A small random model, all of it trained to answer sums, mostly one or two too high."""
+def model_that_adds_badly(folder: Path, questions: list[Any], right: list[int]) -> None:
+    """A small random model, trained to answer sums, mostly one or two too high."""
     import mlx.core as mx
     import mlx.nn as nn
     import mlx.optimizers as optim
@@ -181,15 +183,15 @@ def model_that_adds_badly(folder: Path, asked: list[Any], right: list[int]) -> N
     subprocess.run([sys.executable, maker, folder, *size], check=True, stdout=subprocess.DEVNULL)
     model, tokenizer = load(str(folder))
     model.unfreeze()
-    prompts = [tokenizer.apply_chat_template(one, add_generation_prompt=True) for one in asked]
+    prompts = [tokenizer.apply_chat_template(one, add_generation_prompt=True) for one in questions]
     draw = random.Random(0)
 
     def batch() -> tuple[mx.array, mx.array]:
-        """Rows, and which of their tokens are an answer's."""
-        said = [str(n + draw.choices((0, 1, 2), (0.15, 0.45, 0.4))[0]) for n in right]
+        """Token rows, and a mask of the answers' tokens."""
+        answered = [str(n + draw.choices((0, 1, 2), (0.15, 0.45, 0.4))[0]) for n in right]
         ends = [
             [*tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_id]
-            for text in said
+            for text in answered
         ]
         rows = [[*prompt, *end] for prompt, end in zip(prompts, ends, strict=True)]
         width = max(map(len, rows))
@@ -214,7 +216,7 @@ def model_that_adds_badly(folder: Path, asked: list[Any], right: list[int]) -> N
 
 
 def stories(folder: Path, arguments: argparse.Namespace) -> bool:
-    """A word is said more often, and the text stays text."""
+    """A word becomes more frequent, and the text doesn't degenerate."""
     openings = ("Once upon a time", "One day", "There was a", "Tom and", "Lily saw", "The sun")
     subjects = ("a girl", "a boy", "a cat", "a dog", "a bird", "a bear", "a king", "a tree")
     rows = [{"prompt": f"{opening}, {subject}"} for opening in openings for subject in subjects]
@@ -256,7 +258,7 @@ def stories(folder: Path, arguments: argparse.Namespace) -> bool:
 
 
 def gamed(folder: Path, _: argparse.Namespace) -> bool:
-    """What is meant is the capital, what is paid for are exclamation marks."""
+    """The proxy is exclamation marks, the true reward is the capital."""
     file = reward_file(folder)
     summary = command(
         "grpo",
@@ -277,13 +279,13 @@ def gamed(folder: Path, _: argparse.Namespace) -> bool:
     rows = [
         json.loads(row) for row in (folder / "gamed" / "metrics.jsonl").read_text().splitlines()
     ]
-    looks = [row for row in rows if "eval/held_out" in row]
-    best = next(row for row in looks if row["step"] == summary["best_step"])
+    evals = [row for row in rows if "eval/held_out" in row]
+    best = next(row for row in evals if row["step"] == summary["best_step"])
     print(
         f"gamed: stopped after {summary['steps']} of 100 rollout batches, "
-        f"proxy {looks[0]['eval/reward']:.2f} -> {looks[-1]['eval/reward']:.2f}, what is meant "
-        f"{looks[0]['eval/held_out']:.2f} -> {looks[-1]['eval/held_out']:.2f}; kept is the policy "
-        f"after {summary['best_step']}, at {best['eval/held_out']:.2f}"
+        f"proxy {evals[0]['eval/reward']:.2f} -> {evals[-1]['eval/reward']:.2f}, true reward "
+        f"{evals[0]['eval/held_out']:.2f} -> {evals[-1]['eval/held_out']:.2f}; the policy kept is "
+        f"that after {summary['best_step']}, at {best['eval/held_out']:.2f}"
     )
     return bool(summary["stopped_early"])
 
@@ -309,7 +311,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             if not case(Path(folder), arguments):
                 failed.append(name)
-        print(f"  {name}: {time.perf_counter() - began:.0f} s in all", flush=True)
+        print(f"  {name}: {time.perf_counter() - began:.0f} s", flush=True)
     if failed:
         sys.exit(f"failed: {', '.join(failed)}")
 

@@ -1,1 +1,1 @@
-"""What a model says, what that earns, and what is to be learned from it."""
+"""Rollouts: sampling completions, rewarding them, and turning rewards into advantages."""

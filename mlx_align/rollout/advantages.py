@@ -1,7 +1,6 @@
-"""From rewards to advantages: plain numpy in float64, over all of a rollout at once.
+"""Turn rewards into advantages: NumPy in float64, over a whole rollout batch.
 
-Whole batches, because means and deviations of a microbatch are others. All of these are data:
-nothing here has a gradient.
+Means and deviations are those of the whole batch, not of a microbatch. Nothing here has a gradient.
 """
 
 from __future__ import annotations
@@ -14,12 +13,11 @@ import numpy.typing as npt
 
 Floats = npt.NDArray[np.float64]
 
-# What keeps a deviation from dividing by 0; GRPO's and TRL's.
-STD_EPSILON = 1e-4
-WHITEN_EPSILON = 1e-8  # on the variance, as in TRL's PPO
+STD_EPSILON = 1e-4  # added to a deviation, as in GRPO and TRL
+WHITEN_EPSILON = 1e-8  # added to a variance, as in TRL's PPO
 
 
-# ---------------------------------------------------------------- rewards of tokens, with a critic
+# ---------------------------------------------------------------- per token, for PPO
 
 
 def token_rewards(
@@ -29,23 +27,23 @@ def token_rewards(
     mask: npt.ArrayLike,
     kl_coef: float,
 ) -> Floats:
-    """−kl_coef·k1 of every token, and the score on a completion's last one.
+    """The reward of every token: −kl_coef·k1, plus the score on a completion's last token.
 
-    k1 = log π_old − log π_ref of the tokens that were sampled. Of the estimators only k1 in the
-    reward makes π* ∝ π_ref·e^(r/kl_coef) the optimum.
+    k1 = log π_old − log π_ref of the sampled tokens. Of the KL estimators, only k1 in the reward
+    has the optimum π* ∝ π_ref·e^(r/kl_coef).
 
     Args:
-        scores: (N,) of the completions; ignored where the mask has no token.
+        scores: (N,) one per completion; ignored for rows that are masked out.
         logps: (N, C) nats, of the policy that sampled.
         reference_logps: (N, C) nats.
-        mask: (N, C) nonzero where a token is real; the rest may be anything.
+        mask: (N, C) nonzero for tokens that count; other positions may hold anything.
         kl_coef: Reward per nat.
 
     Returns:
-        (N, C), 0 off the mask.
+        (N, C), 0 outside the mask.
 
     Raises:
-        ValueError: A completion has a token under the mask and no finite score.
+        ValueError: A completion that is not masked out has no finite score.
 
     Source: Ziegler et al. 2019, eq. 2; Stiennon et al. 2020, section 3.4.
     """
@@ -69,17 +67,17 @@ def gae(
     gamma: float = 1.0,
     lam: float = 0.95,
 ) -> tuple[Floats, Floats]:
-    """Generalised advantages and returns, each (N, C), 0 off the mask.
+    """Generalised advantage estimates and returns, each (N, C), 0 outside the mask.
 
     A_t = δ_t + γλ·A_(t+1), δ_t = r_t + γ·V_(t+1) − V_t, R_t = A_t + V_t, where t + 1 is the next
-    token under the mask; after the last there is nothing, of value 0.
+    token inside the mask. The value after the last token is 0.
 
     Args:
         rewards: (N, C).
-        values: (N, C) of the state each token was chosen in.
-        mask: (N, C) nonzero where a token is real; the rest may be anything.
+        values: (N, C), of the state before each token.
+        mask: (N, C) nonzero for tokens that count; other positions may hold anything.
         gamma: Discount per token.
-        lam: λ; 1: returns minus values, 0: one step.
+        lam: λ; 1 gives returns minus values, 0 gives one-step advantages.
 
     Source: Schulman et al. 2016 ("High-dimensional continuous control using GAE"), eq. 16.
     """
@@ -98,26 +96,26 @@ def gae(
 
 
 def returns_to_go(rewards: npt.ArrayLike, mask: npt.ArrayLike, gamma: float = 1.0) -> Floats:
-    """Σ_(s ≥ t) γ^(s−t)·r_s per token (N, C): what REINFORCE++ whitens.
+    """Σ_(s ≥ t) γ^(s−t)·r_s per token (N, C): REINFORCE++'s advantage before whitening.
 
-    Source: Hu et al. 2025 (REINFORCE++), the advantage before it is normalised.
+    Source: Hu et al. 2025 (REINFORCE++).
     """
     return gae(rewards, np.zeros_like(np.asarray(rewards, np.float64)), mask, gamma, 1.0)[0]
 
 
 def whiten(values: npt.ArrayLike, mask: npt.ArrayLike) -> Floats:
-    """The values under the mask to mean 0 and (unbiased) variance 1; 0 elsewhere.
+    """Shift and scale the values inside the mask to mean 0 and unbiased variance 1; 0 elsewhere.
 
-    Values that are all equal become exactly 0.
+    If all values are equal, they become exactly 0.
 
     Source: Ziegler et al. 2019, their code; Huang et al. 2024 ("The N+ implementation details").
     """
     real = _real(mask)
-    chosen = np.asarray(values, np.float64)[real]
+    inside = np.asarray(values, np.float64)[real]
     whitened = np.zeros(real.shape)
-    if chosen.size > 1 and chosen.max() > chosen.min():
-        variance = chosen.var(ddof=1)
-        whitened[real] = (chosen - chosen.mean()) / np.sqrt(variance + WHITEN_EPSILON)
+    if inside.size > 1 and inside.max() > inside.min():
+        variance = inside.var(ddof=1)
+        whitened[real] = (inside - inside.mean()) / np.sqrt(variance + WHITEN_EPSILON)
     return whitened
 
 
@@ -129,11 +127,11 @@ def _under(values: npt.ArrayLike, real: npt.NDArray[np.bool_]) -> Floats:
     return np.where(real, np.asarray(values, np.float64), 0.0)
 
 
-# ---------------------------------------------------------------- advantages within groups
+# ---------------------------------------------------------------- within groups
 #
-# Rewards are (B, G), G completions of each of B prompts; NaN where a completion has no reward: its
-# advantage is 0 and it enters no mean. Groups of equal rewards get exactly 0, whatever rounding
-# their mean would leave.
+# Rewards are (B, G): G completions of each of B prompts. A completion without a reward is NaN: its
+# advantage is 0, and it is left out of all means. Groups of equal rewards get exactly 0, free of
+# the rounding error of their mean.
 
 
 def centred(rewards: npt.ArrayLike) -> Floats:
@@ -157,7 +155,7 @@ def batch_std(rewards: npt.ArrayLike) -> Floats:
 
 
 def leave_one_out(rewards: npt.ArrayLike) -> Floats:
-    """Rewards minus the mean of the *others* of their group: n/(n − 1) times `centred`.
+    """Rewards minus the mean of the other rewards of their group: n/(n − 1) times `centred`.
 
     Source: Kool et al. 2019; Ahmadian et al. 2024 ("Back to Basics"), RLOO.
     """
@@ -167,7 +165,7 @@ def leave_one_out(rewards: npt.ArrayLike) -> Floats:
 
 
 def whitened(rewards: npt.ArrayLike) -> Floats:
-    """Rewards whitened over the whole batch, prompts apart or not. Source: Hu et al. 2025."""
+    """Rewards whitened over the whole batch, ignoring groups. Source: Hu et al. 2025."""
     table = np.asarray(rewards, np.float64)
     return whiten(table, _given(table))
 
@@ -190,16 +188,16 @@ GROUP_ADVANTAGES: dict[str, Callable[[npt.ArrayLike], Floats]] = {
 
 
 def zero_variance_share(rewards: npt.ArrayLike) -> float:
-    """The share of groups that teach nothing: rewards all equal, or none."""
+    """The fraction of groups without a signal: all rewards are equal, or missing."""
     table = np.asarray(rewards, np.float64)
     return float(_equal(table).mean()) if len(table) else 0.0
 
 
-def normalised_rewards(rewards: npt.ArrayLike, weights: npt.ArrayLike) -> Floats:
-    """Advantages (B, G): Σ_k w_k·`group_std`(r_k) of rewards (K, B, G), then normalised at large.
+def normalize_then_sum(rewards: npt.ArrayLike, weights: npt.ArrayLike) -> Floats:
+    """Advantages (B, G) = Σ_k w_k·`group_std`(r_k) of rewards (K, B, G), normalised over the batch.
 
-    Each reward counts by its weight, however widely it spreads. A completion without any reward
-    gets 0 and enters no mean.
+    The influence of a reward is its weight, independent of its spread. A completion without any
+    reward gets 0 and is left out of all means.
 
     Source: Liu et al. 2026 (GDPO, group reward-decoupled normalisation); TRL's
     `normalize_then_sum`.
@@ -210,10 +208,10 @@ def normalised_rewards(rewards: npt.ArrayLike, weights: npt.ArrayLike) -> Floats
         np.zeros(table.shape[1:]),
     )
     given = _given(table).any(axis=0)
-    chosen = total[given]
-    if chosen.size < 2 or chosen.max() == chosen.min():
+    known = total[given]
+    if known.size < 2 or known.max() == known.min():
         return np.zeros(total.shape)
-    scaled = (total - chosen.mean()) / (chosen.std(ddof=1) + STD_EPSILON)
+    scaled = (total - known.mean()) / (known.std(ddof=1) + STD_EPSILON)
     return np.where(given, scaled, 0.0)
 
 
@@ -222,7 +220,7 @@ def _given(rewards: Floats) -> npt.NDArray[np.bool_]:
 
 
 def _equal(rewards: Floats) -> npt.NDArray[np.bool_]:
-    """(B, 1) groups whose rewards are all equal, or of which there is one or none."""
+    """(B, 1) whether a group has no two different rewards."""
     given = _given(rewards)
     low = np.where(given, rewards, np.inf).min(axis=1, keepdims=True, initial=np.inf)
     high = np.where(given, rewards, -np.inf).max(axis=1, keepdims=True, initial=-np.inf)
@@ -237,7 +235,7 @@ def _centred(rewards: Floats) -> Floats:
 
 
 def _std(rewards: Floats, axis: int | None) -> Floats:
-    """Unbiased deviation of the rewards that are given; 0 of one or none."""
+    """Unbiased deviation of the rewards that are not NaN; 0 if there are fewer than two."""
     given = _given(rewards)
     kept = np.where(given, rewards, 0.0)
     count = given.sum(axis=axis, keepdims=True)
@@ -246,17 +244,17 @@ def _std(rewards: Floats, axis: int | None) -> Floats:
     return np.asarray(np.sqrt(squares / np.maximum(count - 1, 1)))
 
 
-# ---------------------------------------------------------------- the coefficient of the KL
+# ---------------------------------------------------------------- the KL coefficient
 
 
 @dataclass(frozen=True, slots=True)
 class AdaptiveKL:
-    """A controller that holds KL(policy‖reference) of completions near a target.
+    """A controller that keeps KL(policy‖reference) near a target.
 
     Attributes:
         target: Nats per completion.
-        horizon: Completions in which the coefficient follows.
-        floor: The coefficient is never less: at 0 it could not rise again.
+        horizon: Completions; the larger, the slower the coefficient changes.
+        floor: The lowest coefficient; from 0 it could not rise again.
 
     Source: Ziegler et al. 2019, section 2.2.
     """
@@ -266,6 +264,6 @@ class AdaptiveKL:
     floor: float = 1e-3
 
     def next(self, coef: float, kl: float, n: int) -> float:
-        """The coefficient after n completions whose mean KL was `kl`, in nats a completion."""
+        """The coefficient after n completions with a mean KL of `kl` nats per completion."""
         error = min(max(kl / self.target - 1, -0.2), 0.2)
         return max(coef * (1 + error * n / self.horizon), self.floor)

@@ -1,8 +1,9 @@
-"""Our end of the process that runs a user's reward functions: started, asked, timed, ended.
+"""The process that runs a user's reward functions, as the trainer sees it.
 
-The functions run apart from training so that one that hangs can be stopped, and one that takes its
-process down (a segmentation fault, `os._exit`, memory) takes nothing else with it. The process is
-a fresh interpreter, never a fork of ours: a fork of a process that uses the GPU is not safe.
+The functions run outside the training process, so that one that hangs can be stopped, and one that
+ends its process (a segmentation fault, `os._exit`, out of memory) doesn't end the run. The process
+is a new interpreter, never a fork: forking a process that uses the GPU is not safe.
+`multiprocessing` is not used, because its children import the main module, and with it mlx.
 """
 
 from __future__ import annotations
@@ -23,21 +24,21 @@ from typing import Any
 from mlx_align.rollout import reward_worker
 from mlx_align.rollout.reward_worker import HEADER_SIZE, frame_size, write_frame
 
-# How often a wait looks whether the process still lives: what it started may hold its end of the
-# connection open. Nothing but the wait depends on it.
-_LOOK = 0.2
-# What a process has for its own exit handlers once the connection is closed.
+# How often a wait checks that the process is alive: its children may hold the connection open after
+# its death.
+_POLL_SECONDS = 0.2
+# Time for the process's own exit handlers once the connection is closed.
 _EXIT_SECONDS = 2.0
 _LIBRARIES = ("<", *(sysconfig.get_paths()[kind] for kind in ("stdlib", "purelib", "platlib")))
 _FRAME = re.compile(r'File "(.+)", line (\d+)')
 
 
 class WorkerFailure(Exception):
-    """The process hung or died; the text says which, and in which line where that is known."""
+    """The process hung or died; the text says which, and at which line if that is known."""
 
 
 class RewardProcess:
-    """A process for reward functions, in a session of its own: Ctrl-C reaches only us."""
+    """A process for reward functions, in a session of its own, so that Ctrl-C does not reach it."""
 
     def __init__(self) -> None:
         ours, theirs = socket.socketpair()
@@ -45,13 +46,13 @@ class RewardProcess:
         self._trace, trace_end = os.pipe()
         os.set_blocking(self._trace, False)
         passed = (theirs.fileno(), lifeline_end, trace_end)
-        # -P: the folder of the file that is run, ours, is no place to look for modules.
+        # -P: modules are not searched in the folder of the script, which is this package's.
         command = [sys.executable, "-P", reward_worker.__file__, *map(str, passed)]
         try:
             self._process = subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,
-                stdout=2,  # stdout is the command's own, for its results
+                stdout=2,  # stdout is for the results of the command
                 pass_fds=passed,
                 start_new_session=True,
             )
@@ -64,16 +65,16 @@ class RewardProcess:
 
     @property
     def pid(self) -> int:
-        """Its process id, which is its group's too."""
+        """Its process id, which is also its process group's."""
         return self._process.pid
 
-    def ask(self, do: str, request: Mapping[str, Any], seconds: float) -> dict[str, Any]:
+    def request(self, method: str, message: Mapping[str, Any], seconds: float) -> dict[str, Any]:
         """Send a request and wait for the reply.
 
         Args:
-            do: A method of `reward_worker.Worker`.
-            request: What it gets.
-            seconds: The longest wait; then, and when the process dies, it is ended.
+            method: A method of `reward_worker.Worker`.
+            message: Its argument.
+            seconds: The longest wait. After it, or when the process dies, the process is ended.
 
         Raises:
             WorkerFailure: It hung or died.
@@ -83,14 +84,14 @@ class RewardProcess:
         deadline = time.monotonic() + seconds
         try:
             self._connection.settimeout(seconds)
-            write_frame(self._connection, {"do": do, "seconds": seconds, **request})
+            write_frame(self._connection, {"method": method, "seconds": seconds, **message})
             header = self._read(HEADER_SIZE, deadline)
             return dict(json.loads(self._read(frame_size(header), deadline)))
         except TimeoutError:
             failure = f"no answer within {seconds:g} s{self._where(interrupt=True)}"
         except (EOFError, OSError):
             failure = f"its process {self._ending()}{self._where()}"
-        except BaseException:  # Ctrl-C, say: the next reply would be the answer to this request
+        except BaseException:  # after Ctrl-C, the next reply would be the one to this request
             self.close(0)
             raise
         self.close(0)
@@ -102,12 +103,12 @@ class RewardProcess:
             left = deadline - time.monotonic()
             if left <= 0:
                 raise TimeoutError
-            gone = self._process.poll() is not None
-            self._connection.settimeout(min(left, _LOOK))
+            dead = self._process.poll() is not None
+            self._connection.settimeout(min(left, _POLL_SECONDS))
             try:
                 part = self._connection.recv(min(size - len(received), 1 << 20))
             except TimeoutError:
-                if gone:
+                if dead:
                     raise EOFError from None
                 continue
             if not part:
@@ -127,7 +128,7 @@ class RewardProcess:
         return f"was ended by {signal.Signals(-code).name}{hint}"
 
     def _where(self, interrupt: bool = False) -> str:
-        """The innermost line of Python it was in, as its fault handler wrote it."""
+        """The innermost Python line it was running, from the traceback of its faulthandler."""
         text = b""
         if interrupt:
             with contextlib.suppress(ProcessLookupError):
@@ -144,7 +145,7 @@ class RewardProcess:
         return f" ({places[0][0]}:{places[0][1]})" if places else ""
 
     def close(self, seconds: float = _EXIT_SECONDS) -> None:
-        """End the process and all it started, after `seconds` at most; twice does no more."""
+        """End the process and its children after at most `seconds`; does nothing if closed."""
         if not self._open:
             return
         self._open = False

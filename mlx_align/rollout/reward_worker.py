@@ -1,8 +1,11 @@
-"""The process that runs a user's reward functions; started by `reward_process`.
+"""The program of the reward process, started by `reward_process`.
 
-It is run as a file, in an interpreter of its own, and imports nothing but the standard library and
-what the user named: no mlx, no model. Requests and replies are frames of JSON over a socket that
-nothing else writes to; what functions print goes to stderr. It ends when its parent does.
+It runs as a script in an interpreter of its own and imports only the standard library and the
+user's modules: no mlx, no model. Requests and replies are JSON frames over a socket that nothing
+else writes to. What functions print goes to stderr. The process ends when its parent does.
+
+`expand`, `parameters`, `call_function` and `as_rewards` also serve the functions that are called
+without a process.
 """
 
 from __future__ import annotations
@@ -18,26 +21,27 @@ import socket
 import struct
 import sys
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 _HEADER = struct.Struct(">Q")
-# A watchdog of C ends a process whose parent is gone while its interpreter is stuck in one long
-# call (a regular expression, say), which no thread of Python could.
+# Seconds after the timeout at which faulthandler's C thread ends the process. Without it, a process
+# whose interpreter is stuck in one long call, such as a regular expression, would outlive its
+# parent: no Python thread gets to run.
 _GRACE = 5.0
-# Columns that the data may have under the names of the two arguments every function gets.
+# The arguments that every function gets; columns of these names are not passed.
 RESERVED = ("prompts", "completions")
 
 
 def write_frame(connection: socket.socket, message: Any) -> None:
-    """Send a message: its length in 8 bytes, then JSON in ASCII (half surrogates pass too).
+    """Send a message: its length in 8 bytes, then JSON in ASCII, which keeps lone surrogates.
 
-    What JSON doesn't know, a date in a Parquet file say, goes as its `str()`.
+    Values that JSON can't represent, such as dates in a Parquet file, are sent as their `str()`.
 
     Raises:
-        OSError: The other side is gone, or the connection's timeout is over.
+        OSError: The other side is gone, or the connection timed out.
     """
     body = json.dumps(message, default=str).encode("ascii")
     connection.sendall(_HEADER.pack(len(body)))
@@ -45,7 +49,7 @@ def write_frame(connection: socket.socket, message: Any) -> None:
 
 
 def frame_size(header: bytes) -> int:
-    """How many bytes follow a frame's header."""
+    """The number of bytes that follow a frame's header."""
     (size,) = _HEADER.unpack(header)
     return int(size)
 
@@ -54,7 +58,7 @@ HEADER_SIZE = _HEADER.size
 
 
 def expand(batch: Mapping[str, Any]) -> dict[str, list[Any]]:
-    """A batch by prompts as the arguments of a reward function: one entry a completion.
+    """The arguments of a reward function, one entry per completion, from a batch by prompts.
 
     Args:
         batch: `prompts`, `completions` (a list per prompt) and `columns` (name → one value per
@@ -72,8 +76,12 @@ def expand(batch: Mapping[str, Any]) -> dict[str, list[Any]]:
     return arguments
 
 
-class _Refusal(Exception):
-    """What is wrong with a function or its answer; `index` is the completion, where one is."""
+class InvalidReward(Exception):
+    """A function or what it returned can't be used.
+
+    Attributes:
+        index: The completion concerned, if there is one.
+    """
 
     def __init__(self, text: str, index: int | None = None) -> None:
         super().__init__(text)
@@ -85,8 +93,12 @@ def _one_line(error: BaseException, limit: int = 200) -> str:
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
+def describe_error(error: BaseException, file: str | None) -> str:
+    """An exception in one line, with its innermost line in `file`, else its innermost line."""
+    return f"{_one_line(error)}{_place(error, file)}"
+
+
 def _place(error: BaseException, file: str | None) -> str:
-    """The innermost line of the user's file that an exception passed, else the innermost line."""
     if isinstance(error, SyntaxError) and error.filename:
         return f" ({error.filename}:{error.lineno})"
     lines, trace = [], error.__traceback__
@@ -110,8 +122,8 @@ def _load_module(target: str) -> ModuleType:
         name += "_"
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
-        raise _Refusal(f"{target} can't be imported")
-    # As if it were run: it finds the modules beside it.
+        raise InvalidReward(f"{target} can't be imported")
+    # As for a script: modules in the same folder can be imported.
     sys.path.insert(0, str(path.parent))
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
@@ -120,15 +132,17 @@ def _load_module(target: str) -> ModuleType:
 
 
 def load(target: str, name: str) -> tuple[Callable[..., Any], str | None]:
-    """The function `name` of a module or file, and the file it stands in."""
+    """The function `name` of a module or file, and the file that defines it."""
     try:
         module = _load_module(target)
     except (Exception, SystemExit) as error:
         if isinstance(error, ModuleNotFoundError) and f"{target}.".startswith(f"{error.name}."):
-            text = f"no module {error.name!r}; expected one that Python can import, or a file.py"
+            text = (
+                f"no module {error.name!r}; expected an importable module, or a file ending in .py"
+            )
         else:
-            text = f"{target} can't be imported: {_one_line(error)}{_place(error, None)}"
-        raise _Refusal(text) from None
+            text = f"{target} can't be imported: {describe_error(error, None)}"
+        raise InvalidReward(text) from None
     function = getattr(module, name, None)
     if not callable(function):
         own = [
@@ -137,12 +151,19 @@ def load(target: str, name: str) -> tuple[Callable[..., Any], str | None]:
             if inspect.isfunction(value) and value.__module__ == module.__name__
         ]
         has = ", ".join(own) or "no functions"
-        raise _Refusal(f"{target} has no function {name!r} (it has: {has})")
+        raise InvalidReward(f"{target} has no function {name!r} (it has: {has})")
     return function, getattr(module, "__file__", None)
 
 
 def parameters(function: Callable[..., Any]) -> dict[str, Any]:
-    """Which arguments a function takes: names, those without default, whether any others."""
+    """The arguments that a function accepts.
+
+    Returns:
+        `names`, those without a default (`required`), and whether it has `**kwargs` (`any`).
+
+    Raises:
+        InvalidReward: An argument can only be given by position.
+    """
     try:
         found = inspect.signature(function).parameters.values()
     except (TypeError, ValueError):
@@ -150,7 +171,9 @@ def parameters(function: Callable[..., Any]) -> dict[str, Any]:
     named = [p for p in found if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
     nameless = [p.name for p in found if p.kind == p.POSITIONAL_ONLY and p.default is p.empty]
     if nameless:
-        raise _Refusal(f"takes {nameless[0]!r} by position only; arguments are passed by name")
+        raise InvalidReward(
+            f"takes {nameless[0]!r} by position only, but arguments are passed by name"
+        )
     return {
         "names": [p.name for p in named],
         "required": [p.name for p in named if p.default is p.empty],
@@ -158,15 +181,52 @@ def parameters(function: Callable[..., Any]) -> dict[str, Any]:
     }
 
 
+def call_function(
+    function: Callable[..., Any], arguments: Mapping[str, Any], accepted: Mapping[str, Any]
+) -> Any:
+    """Call a function with the arguments it accepts, and await the result if it is awaitable.
+
+    Args:
+        function: The function.
+        arguments: All arguments there are, by name.
+        accepted: From `parameters`.
+    """
+    if not accepted["any"]:
+        arguments = {name: arguments[name] for name in accepted["names"] if name in arguments}
+    returned = function(**arguments)
+    return _run_awaitable(returned) if inspect.isawaitable(returned) else returned
+
+
+def _run_awaitable(awaitable: Awaitable[Any]) -> Any:
+    # Imported here: few functions need them, and the process starts faster without.
+    import asyncio
+    from concurrent.futures import ThreadPoolExecutor
+
+    async def wait() -> Any:
+        return await awaitable
+
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return asyncio.run(wait())
+    # In a notebook, this thread runs an event loop already.
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(asyncio.run, wait()).result()
+
+
 def as_rewards(returned: Any, count: int) -> list[float | None]:
-    """What a function returned as `count` numbers or None; NumPy and other scalars are numbers."""
+    """What a function returned, as `count` numbers or None; scalars of NumPy or mlx are numbers.
+
+    Raises:
+        InvalidReward: It is something else; the text says what.
+    """
     kind = type(returned).__name__
     unordered = isinstance(returned, str | bytes | dict | set | frozenset)
     if unordered or not hasattr(returned, "__len__"):
-        raise _Refusal(f"returned {kind}; expected a list of {count} numbers or None")
+        raise InvalidReward(f"returned {kind}; expected a list of {count} numbers or None")
     values = list(returned)
     if len(values) != count:
-        raise _Refusal(f"returned a list of {len(values)} for {count} completions")
+        raise InvalidReward(f"returned a list of {len(values)} for {count} completions")
     return [_as_reward(value, index) for index, value in enumerate(values)]
 
 
@@ -174,18 +234,18 @@ def _as_reward(value: Any, index: int) -> float | None:
     if value is None:
         return None
     if isinstance(value, str | bytes) or not hasattr(value, "__float__"):
-        raise _Refusal(f"returned {type(value).__name__}; expected a number or None", index)
+        raise InvalidReward(f"returned {type(value).__name__}; expected a number or None", index)
     try:
         number = float(value)
     except Exception as error:
-        raise _Refusal(f"returned no number ({_one_line(error)})", index) from None
+        raise InvalidReward(f"returned no number ({_one_line(error)})", index) from None
     if not abs(number) < float("inf"):
-        raise _Refusal(f"returned {number}; expected a finite number, or None for none", index)
+        raise InvalidReward(f"returned {number}; expected a finite number, or None", index)
     return number
 
 
 class Worker:
-    """The loaded functions and the batch they are called on."""
+    """The loaded functions, and the batch they are called on."""
 
     def __init__(self) -> None:
         self._functions: list[tuple[Callable[..., Any], str | None, dict[str, Any]]] = []
@@ -194,44 +254,40 @@ class Worker:
     def load(self, request: Mapping[str, Any]) -> dict[str, Any]:
         """Import one more function; replies with its parameters."""
         function, file = load(request["target"], request["name"])
-        found = parameters(function)
-        self._functions.append((function, file, found))
-        return found
+        accepted = parameters(function)
+        self._functions.append((function, file, accepted))
+        return accepted
 
     def batch(self, request: Mapping[str, Any]) -> dict[str, Any]:
-        """Keep what the next calls are about."""
-        # As text: every call gets lists of its own, and may change them.
+        """Store the batch for the calls that follow."""
+        # As text: every call gets new lists, which it may change.
         self._batch = json.dumps(request)
         return {}
 
     def call(self, request: Mapping[str, Any]) -> dict[str, Any]:
-        """Call a function on the whole batch; replies with one value a completion."""
-        function, file, takes = self._functions[request["function"]]
+        """Call a function on the whole batch; replies with one value per completion."""
+        function, file, accepted = self._functions[request["function"]]
         arguments = expand(json.loads(self._batch))
         count = len(arguments["completions"])
-        if not takes["any"]:
-            arguments = {name: arguments[name] for name in takes["names"] if name in arguments}
         try:
-            return {"values": as_rewards(function(**arguments), count)}
-        except _Refusal as refusal:
-            return {"error": str(refusal), "index": refusal.index}
-        except BaseException as error:  # a function may call sys.exit, too
+            return {"values": as_rewards(call_function(function, arguments, accepted), count)}
+        except InvalidReward as error:
+            return {"error": str(error), "index": error.index}
+        except BaseException as error:  # a function may call sys.exit
             return {
-                "error": f"raised {_one_line(error)}{_place(error, file)}",
+                "error": f"raised {describe_error(error, file)}",
                 "index": None,
                 "raised": type(error).__name__,
             }
 
     def locate(self, request: Mapping[str, Any]) -> dict[str, Any]:
-        """Call a function that raised on one completion after the other, until it raises again."""
-        function, _, takes = self._functions[request["function"]]
+        """Find the completion at which a function raised, by calling it on one after the other."""
+        function, _, accepted = self._functions[request["function"]]
         arguments = expand(json.loads(self._batch))
         for index in range(len(arguments["completions"])):
             one = {name: values[index : index + 1] for name, values in arguments.items()}
-            if not takes["any"]:
-                one = {name: one[name] for name in takes["names"] if name in one}
             try:
-                function(**one)
+                call_function(function, one, accepted)
             except BaseException as error:
                 return {"index": index if type(error).__name__ == request["raised"] else None}
         return {"index": None}
@@ -249,7 +305,7 @@ def _read(connection: socket.socket, size: int) -> bytes:
 
 
 def _end_with_parent(lifeline: int) -> None:
-    os.read(lifeline, 1)  # returns when the parent, who never writes, is gone
+    os.read(lifeline, 1)  # the parent never writes: this returns when it is gone
     os.killpg(0, signal.SIGKILL)
 
 
@@ -257,8 +313,8 @@ def main(arguments: Sequence[str]) -> None:
     """Answer requests until the connection closes.
 
     Args:
-        arguments: File descriptors of the connection, of the lifeline, and of the pipe that is
-            told where the process was when it hung or crashed.
+        arguments: File descriptors of the connection, of the lifeline, and of the pipe to which a
+            traceback is written when the process hangs or crashes.
     """
     descriptors = [int(text) for text in arguments]
     for descriptor in descriptors:
@@ -280,9 +336,9 @@ def main(arguments: Sequence[str]) -> None:
             return
         faulthandler.dump_traceback_later(request["seconds"] + _GRACE, exit=True, file=trace)
         try:
-            reply = getattr(worker, request["do"])(request)
-        except _Refusal as refusal:
-            reply = {"error": str(refusal)}
+            reply = getattr(worker, request["method"])(request)
+        except InvalidReward as error:
+            reply = {"error": str(error)}
         faulthandler.cancel_dump_traceback_later()
         try:
             write_frame(connection, reply)

@@ -1,4 +1,4 @@
-"""`mlx-align data sample`: the best of several answers, as rows that sft and dpo read."""
+"""`mlx-align data sample`: the best of several completions, as rows that sft and dpo read."""
 
 import itertools
 import json
@@ -10,18 +10,20 @@ import pytest
 
 from mlx_align.cli.main import run
 from mlx_align.data.formats import read_preferences, read_supervised
-from mlx_align.rollout.experience import Prompt
-from mlx_align.train import best_sampled
-from mlx_align.train.best_sampled import Wish, rows_of_prompt
+from mlx_align.rollout import rejection_sampling
+from mlx_align.rollout.rejection_sampling import RejectionSamplingConfig, select_rows
+from mlx_align.rollout.sampler import Prompt
 from mlx_align.types import Message, PromptGroup, TokenizedGroup
 
-TINY = Path(__file__).parent / "oracle" / "models" / "policy"
-WISH = Wish(n=4, keep=1, threshold=None, pairs=False, max_tokens=8, temperature=1.0, seed=0)
+TINY = Path(__file__).parents[1] / "oracle" / "models" / "policy"
+CONFIG = RejectionSamplingConfig(
+    n=4, keep=1, threshold=None, pairs=False, max_tokens=8, temperature=1.0, seed=0
+)
 
 
 @pytest.fixture
 def sample(tmp_path, monkeypatch):
-    """Runs the command on 20 prompts; the exit code and the rows."""
+    """Run the command on 20 prompts; returns the exit code and the rows."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "rewards.py").write_text(
         "def letters(completions, **columns):\n"
@@ -49,34 +51,36 @@ def sample(tmp_path, monkeypatch):
     return call
 
 
-def planted(**wish):
+def selected(**config):
     group = PromptGroup("Q", (), "f:1", columns={"id": 7, "messages": "clashes"})
     prompt = Prompt(group, TokenizedGroup(np.array([1], np.int32), (), "f:1"))
     texts = ["a", "b", " ", "b", "c", "d"]
     scores = np.array([1.0, 3.0, 9.0, 3.0, np.nan, 2.0])
-    return rows_of_prompt(prompt, texts, scores, Wish(**{**WISH.__dict__, "n": 6, **wish}))
+    return select_rows(
+        prompt, texts, scores, RejectionSamplingConfig(**{**CONFIG.__dict__, "n": 6, **config})
+    )
 
 
 def test_the_best_are_kept_once_each():
     row = {"id": 7, "prompt": "Q", "n": 6}
-    assert planted() == [{**row, "completion": "b", "score": 3.0}]
-    assert [r["completion"] for r in planted(keep=6)] == ["b", "d", "a"]
-    assert [r["completion"] for r in planted(keep=6, threshold=2.0)] == ["b", "d"]
-    assert planted(threshold=3.5) == []
+    assert selected() == [{**row, "completion": "b", "score": 3.0}]
+    assert [r["completion"] for r in selected(keep=6)] == ["b", "d", "a"]
+    assert [r["completion"] for r in selected(keep=6, threshold=2.0)] == ["b", "d"]
+    assert selected(threshold=3.5) == []
 
 
 def test_pairs_are_best_and_worst():
-    (pair,) = planted(pairs=True)
+    (pair,) = selected(pairs=True)
     assert (pair["chosen"], pair["rejected"]) == ("b", "a")
     assert (pair["score_chosen"], pair["score_rejected"], pair["id"]) == (3.0, 1.0, 7)
-    assert planted(pairs=True, threshold=3.5) == []
+    assert selected(pairs=True, threshold=3.5) == []
 
 
 def test_equal_scores_make_no_pair():
     group = PromptGroup((Message("user", "Q"),), (), "f:1")
     prompt = Prompt(group, TokenizedGroup(np.array([1], np.int32), (), "f:1"))
-    wish = Wish(**{**WISH.__dict__, "pairs": True, "n": 2})
-    assert rows_of_prompt(prompt, ["a", "b"], np.array([1.0, 1.0]), wish) == []
+    config = RejectionSamplingConfig(**{**CONFIG.__dict__, "pairs": True, "n": 2})
+    assert select_rows(prompt, ["a", "b"], np.array([1.0, 1.0]), config) == []
 
 
 @pytest.mark.parametrize("chat", [True, False])
@@ -103,7 +107,7 @@ def test_rows_are_what_sft_and_dpo_read(sample, chat, capsys):
     assert len(read_preferences("pairs.jsonl")[0]) == len(pairs)
 
 
-def test_an_adapter_answers_and_a_reward_model_judges(sample, tmp_path, capsys):
+def test_with_an_adapter_and_a_reward_model(sample, tmp_path, capsys):
     pairs = [
         {"prompt": [{"role": "user", "content": f"{i}?"}], "chosen": "yes", "rejected": "no no"}
         for i in range(12)
@@ -123,7 +127,7 @@ def test_an_adapter_answers_and_a_reward_model_judges(sample, tmp_path, capsys):
     assert [r["completion"] for r in rows] != [r["completion"] for r in bare]
     capsys.readouterr()
     more = ("--reward-model", "rm", "--adapter-path", "sft", "--json")
-    code, rows = sample(*more, output="judged.jsonl", reward=None)
+    code, rows = sample(*more, output="scored.jsonl", reward=None)
     assert code == 0
     summary = json.loads(capsys.readouterr().out)
     assert (summary["rows"], summary["prompts"]) == (len(rows), 20)
@@ -141,8 +145,8 @@ def test_prompts_without_a_score_have_no_row(sample):
     assert [row["number"] for row in rows] == list(range(0, 20, 2))
 
 
-def test_whole_lines_are_left_when_it_is_stopped(sample, monkeypatch):
-    original, calls = best_sampled.roll_out, []
+def test_interrupted_output_has_only_whole_lines(sample, monkeypatch):
+    original, calls = rejection_sampling.sample_completions, []
 
     def stopping(*arguments, **named):
         calls.append(1)
@@ -150,7 +154,7 @@ def test_whole_lines_are_left_when_it_is_stopped(sample, monkeypatch):
             signal.raise_signal(signal.SIGINT)
         return original(*arguments, **named)
 
-    monkeypatch.setattr(best_sampled, "roll_out", stopping)
+    monkeypatch.setattr(rejection_sampling, "sample_completions", stopping)
     code, rows = sample()
     assert code == 130
     assert [row["number"] for row in rows] == list(range(16))
@@ -181,7 +185,7 @@ def test_mistakes_are_one_line(sample, capsys, more, said):
 @pytest.mark.parametrize(
     "more", [["--threshold", "1e9"], ["--reward", "exact_answer(column='gone')"]]
 )
-def test_no_file_is_left_where_nothing_can_be_written(sample, more):
+def test_no_file_is_left_when_there_are_no_rows(sample, more):
     assert sample(*more) == (1, [])
     assert not Path("out.jsonl").exists()
 

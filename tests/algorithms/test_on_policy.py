@@ -1,4 +1,4 @@
-"""`mlx-align ppo` and `mlx-align grpo` from options to files, on a tiny chat model."""
+"""`mlx-align ppo` and `mlx-align grpo` from options to run folder, on a tiny chat model."""
 
 import json
 import signal
@@ -16,12 +16,12 @@ from mlx_align.cli.main import run
 from mlx_align.errors import TrainingError
 from mlx_align.inference.reward_model import RewardModel
 from mlx_align.models.adapters import ADAPTER_WEIGHTS
-from mlx_align.rollout.rewards import combine
+from mlx_align.rollout.collector import RolloutCollector
+from mlx_align.rollout.reward_functions import combine
 from mlx_align.train import on_policy, on_policy_setup
 from mlx_align.train.update import Updater
-from mlx_align.train.workplace import Workplace
 
-TINY = Path(__file__).parent / "oracle" / "models" / "policy"
+TINY = Path(__file__).parents[1] / "oracle" / "models" / "policy"
 SMALL = {
     "--batch-size": 2,
     "--grad-accumulation-steps": 2,
@@ -45,7 +45,7 @@ def models(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def data(tmp_path_factory):
-    """Prompts, pairs with the same prompts, and reward functions."""
+    """Preference pairs, whose prompts are used, and reward functions."""
     folder = tmp_path_factory.mktemp("on-policy-data")
     random = np.random.default_rng(0)
     for name, n in (("train", 12), ("valid", 4)):
@@ -75,7 +75,7 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def reward_run(tmp_path_factory, data):
-    """A reward model on other layers and of another rank than the policy's."""
+    """A reward model with other layers and another rank than the policy's."""
     folder = tmp_path_factory.mktemp("reward") / "run"
     options = ["--lora-rank", "3", "--lora-alpha", "5", "--num-layers", "1"]
     options += ["--iters", "4", "--grad-accumulation-steps", "1", "--batch-size", "4"]
@@ -87,7 +87,7 @@ def reward_run(tmp_path_factory, data):
 
 @pytest.fixture
 def train(tmp_path, data, monkeypatch):
-    """Runs a command in this process; the exit code and the run folder."""
+    """Run a command in this process; returns the exit code and the run folder."""
     monkeypatch.chdir(tmp_path)
 
     def call(command, options=None, *, model=TINY, reward="letters", output="run", resume=False):
@@ -123,15 +123,15 @@ def weights_of(folder):
 
 
 @pytest.fixture
-def places(monkeypatch):
-    """The workplaces of the runs that follow, to look into."""
+def collectors(monkeypatch):
+    """The collectors of the runs that follow."""
     seen = []
     original = on_policy.set_up
 
     def watched(*arguments):
-        place, held_out = original(*arguments)
-        seen.append(place)
-        return place, held_out
+        collector, held_out = original(*arguments)
+        seen.append(collector)
+        return collector, held_out
 
     monkeypatch.setattr(on_policy, "set_up", watched)
     return seen
@@ -139,7 +139,7 @@ def places(monkeypatch):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "4-bit"])
 @pytest.mark.parametrize("command", ["ppo", "grpo"])
-def test_a_run_writes_what_stock_mlx_lm_loads(train, models, command, dtype):
+def test_run_folder_loads_in_mlx_lm(train, models, command, dtype):
     options = {"--temperature": 0.8, "--learning-rate": 1e-3}
     code, folder = train(command, options, model=models[dtype])
     assert code == 0
@@ -162,24 +162,24 @@ def test_a_run_writes_what_stock_mlx_lm_loads(train, models, command, dtype):
 
 
 @pytest.mark.parametrize("command", ["ppo", "grpo"])
-def test_only_policy_and_critic_learn(train, places, reward_run, command):
+def test_only_policy_and_critic_are_trained(train, collectors, reward_run, command):
     options = {"--reward-model": reward_run, "--learning-rate": 1e-2}
     if command == "grpo":
         options |= {"--kl-coef": 0.1}
     code, folder = train(command, options, reward=None)
     assert code == 0
-    (place,) = places
-    start = dict(tree_flatten(place.policy.start))
+    (collector,) = collectors
+    start = dict(tree_flatten(collector.policy.start))
     assert not any(np.any(np.array(w)) for name, w in start.items() if name.endswith("lora_b"))
     head = mx.load(str(reward_run / "reward_head.safetensors"))["reward_head.weight"]
-    swapped = dict(tree_flatten(place.reward))
-    assert np.array_equal(np.array(swapped["reward_head.weight"]), np.array(head))
+    reward = dict(tree_flatten(collector.reward_adapter))
+    assert np.array_equal(np.array(reward["reward_head.weight"]), np.array(head))
     stored = mx.load(str(reward_run / ADAPTER_WEIGHTS))
     for name, weight in stored.items():
         fold = 5 / 3 / 2 if name.endswith("lora_b") else 1.0  # scales of both
-        np.testing.assert_allclose(np.array(swapped[name]), fold * np.array(weight), rtol=1e-6)
+        np.testing.assert_allclose(np.array(reward[name]), fold * np.array(weight), rtol=1e-6)
     base = mx.load(str(TINY / "model.safetensors"))
-    now = dict(tree_flatten(place.policy.model.module.parameters()))
+    now = dict(tree_flatten(collector.policy.model.module.parameters()))
     for name, weight in base.items():
         own = now.get(name, now.get(name.replace(".weight", ".linear.weight")))
         assert np.array_equal(np.array(own), np.array(weight)), name
@@ -189,17 +189,17 @@ def test_only_policy_and_critic_learn(train, places, reward_run, command):
     assert (checkpoint / "critic.safetensors").exists() == (command == "ppo")
 
 
-def test_a_swapped_reward_model_scores_as_it_does_by_itself(train, places, reward_run):
+def test_reward_adapter_scores_like_the_standalone_reward_model(train, collectors, reward_run):
     assert train("grpo", {"--reward-model": reward_run}, reward=None)[0] == 0
-    (place,) = places
-    rollouts = place.sample(place.policy.start, place.prompts[:4], (9,))
-    ours = place.judge(rollouts).total
+    (collector,) = collectors
+    rollouts = collector.sample(collector.policy.start, collector.prompts[:4], (9,))
+    ours = collector.rewards(rollouts).total
     alone = RewardModel.load(str(TINY), reward_run)
     theirs = np.concatenate([s[:, 0] for s in alone.score_tokens(rollouts.groups)])
     np.testing.assert_allclose(ours, theirs, atol=1e-5)
 
 
-def test_another_base_is_a_second_model(train, models, reward_run, capsys):
+def test_reward_model_on_another_base_is_a_second_model(train, models, reward_run, capsys):
     code, folder = train(
         "grpo", {"--reward-model": reward_run}, model=models["bfloat16"], reward="letters=0.5"
     )
@@ -208,7 +208,7 @@ def test_another_base_is_a_second_model(train, models, reward_run, capsys):
     assert {"rewards/letters/mean", "rewards/reward_model/mean"} <= training_rows(folder)[0].keys()
 
 
-def test_the_reference_is_where_the_run_starts(train, tmp_path):
+def test_reference_is_the_initial_policy(train, tmp_path):
     assert train("grpo", {"--learning-rate": 1e-2}, output="first")[0] == 0
     code, folder = train("grpo", {"--init-adapter": "first", "--kl-coef": 0.1}, output="second")
     assert code == 0
@@ -246,41 +246,43 @@ def test_every_method_runs(train, options):
         ({"--loss": "online_dpo"}, ["--multi-objective-aggregation", "online_dpo"]),
     ],
 )
-def test_rewards_apart_need_a_deviation_and_no_other_term(train, capsys, options, words):
-    apart = {"--multi-objective-aggregation": "normalize_then_sum", **options}
-    assert train("grpo", apart, reward="letters,some")[0] == 1
+def test_normalize_then_sum_needs_a_group_deviation_and_no_kl_in_the_reward(
+    train, capsys, options, words
+):
+    given = {"--multi-objective-aggregation": "normalize_then_sum", **options}
+    assert train("grpo", given, reward="letters,some")[0] == 1
     refused(capsys, *words)
 
 
-def test_rewards_are_normalised_apart(train, places):
-    """Each counts by its weight, however widely it spreads; what is only watched does not."""
-    apart = {"--multi-objective-aggregation": "normalize_then_sum", "--learning-rate": 1e-3}
-    code, folder = train("grpo", apart, reward="letters=3,some,same=0")
+def test_normalize_then_sum(train, collectors):
+    """A reward counts by its weight, independent of its spread; one of weight 0 does not count."""
+    given = {"--multi-objective-aggregation": "normalize_then_sum", "--learning-rate": 1e-3}
+    code, folder = train("grpo", given, reward="letters=3,some,same=0")
     assert code == 0
     assert any(np.any(w) for name, w in weights_of(folder).items() if name.endswith("lora_b"))
 
-    from mlx_align.train.grpo import GroupLearner
+    from mlx_align.algorithms.grpo import GRPO
 
-    (place,) = places
-    learner, tree = GroupLearner(place.config, place), place.policy.start
-    prompts = [place.prompts[0], place.prompts[1]]
-    rollouts = place.sample(tree, prompts, (0,))
-    rows, size = len(rollouts.texts), rollouts.group_size
+    (collector,) = collectors
+    algorithm, weights = GRPO(collector.config, collector), collector.policy.start
+    prompts = [collector.prompts[0], collector.prompts[1]]
+    completions = collector.sample(weights, prompts, (0,))
+    rows, size = len(completions.texts), completions.group_size
     values = np.random.default_rng(0).normal(size=(rows, 3)) * [1.0, 1_000.0, 1.0]
     rewards = combine(["narrow", "wide", "watched"], values, [3.0, 1.0, 0.0])
-    experience = place.experience(tree, rollouts, rewards, len(prompts))
-    lesson = learner._lesson(experience, rewards.total.reshape(-1, size))
+    batch = collector.add_logprobs(weights, completions, rewards, len(prompts))
+    batch = algorithm.with_advantages(batch)
     grouped = values.reshape(-1, size, 3)
     scaled = (grouped - grouped.mean(1, keepdims=True)) / (
         grouped.std(1, ddof=1, keepdims=True) + 1e-4
     )
     total = scaled @ [3.0, 1.0, 0.0]
     wanted = total / (total.std(ddof=1) + 1e-4)
-    np.testing.assert_allclose(lesson.advantages[:, 0], wanted.reshape(-1), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(batch.advantages[:, 0], wanted.reshape(-1), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("reward", ["same", "none"])
-def test_rewards_that_teach_nothing_change_nothing(train, reward):
+def test_equal_or_missing_rewards_change_nothing(train, reward):
     code, folder = train("grpo", reward=reward)
     assert code == 0
     assert not any(np.any(w) for name, w in weights_of(folder).items() if name.endswith("lora_b"))
@@ -288,7 +290,7 @@ def test_rewards_that_teach_nothing_change_nothing(train, reward):
 
 
 @pytest.mark.parametrize("command", ["ppo", "grpo"])
-def test_completions_without_reward_or_of_one_token(train, command):
+def test_completions_of_one_token_some_without_reward(train, command):
     options = {"--max-completion-length": 1, "--learning-rate": 1e-3}
     code, folder = train(command, options, reward="some")
     assert code == 0
@@ -296,11 +298,11 @@ def test_completions_without_reward_or_of_one_token(train, command):
     assert training_rows(folder)[0]["completions/max_length"] == 1
 
 
-def test_actor_and_critic_can_share_a_trunk(train):
+def test_shared_critic(train):
     code, folder = train("ppo", {"--critic": "shared", "--iters": 3, "--learning-rate": 1e-3})
     assert code == 0
     rows = training_rows(folder)
-    # In the warm-up the policy stands still, although the critic on its trunk learns.
+    # During the warm-up the policy does not change, although the critic on its backbone learns.
     assert rows[1]["objective/kl"] == pytest.approx(0, abs=1e-6)
     assert rows[0]["value/loss"] > 0
     mlx_lm_load(str(TINY), adapter_path=str(folder))
@@ -308,13 +310,13 @@ def test_actor_and_critic_can_share_a_trunk(train):
 
 @pytest.mark.parametrize("command", ["ppo", "grpo"])
 @pytest.mark.parametrize("moment", ["sampling", "learning"])
-def test_a_resumed_run_ends_with_the_same_bytes(train, monkeypatch, command, moment, capsys):
+def test_resumed_run_ends_with_the_same_bytes(train, monkeypatch, command, moment, capsys):
     options = {"--iters": 4, "--learning-rate": 1e-2, "--kl-coef": 0.05}
     if command == "ppo":
         options |= {"--target-kl": 1.0}
     assert train(command, options, output="whole")[0] == 0
-    name = "sample" if moment == "sampling" else "experience"
-    original, calls = getattr(Workplace, name), []
+    name = "sample" if moment == "sampling" else "add_logprobs"
+    original, calls = getattr(RolloutCollector, name), []
 
     def stopping(self, *arguments, **named):
         calls.append(1)
@@ -323,7 +325,7 @@ def test_a_resumed_run_ends_with_the_same_bytes(train, monkeypatch, command, mom
             signal.raise_signal(signal.SIGINT)
         return original(self, *arguments, **named)
 
-    monkeypatch.setattr(Workplace, name, stopping)
+    monkeypatch.setattr(RolloutCollector, name, stopping)
     code, folder = train(command, options, output="stopped")
     assert code == 130
     assert f"--resume {'stopped'}" in capsys.readouterr().out
@@ -341,14 +343,14 @@ def test_a_resumed_run_ends_with_the_same_bytes(train, monkeypatch, command, mom
     assert samples_of(folder) == samples_of(whole)
 
 
-def test_temperature_is_the_log_probs_too(train, places):
+def test_logprobs_are_at_the_sampling_temperature(train, collectors):
     assert train("grpo", {"--temperature": 0.5})[0] == 0
-    (place,) = places
-    rollouts = place.sample(place.policy.start, place.prompts[:4], (3,))
-    logps = place.logps(place.policy.start, rollouts)
-    np.testing.assert_allclose(logps, rollouts.sampler_logps, atol=1e-4)
-    cold = place.policy.model.anatomy.temperature
-    assert cold == 0.5
+    (collector,) = collectors
+    rollouts = collector.sample(collector.policy.start, collector.prompts[:4], (3,))
+    logps = collector.token_logprobs(collector.policy.start, rollouts)
+    np.testing.assert_allclose(logps, rollouts.sampler_logprobs, atol=1e-4)
+    temperature = collector.policy.model.anatomy.temperature
+    assert temperature == 0.5
 
 
 def refused(capsys, *words):
@@ -382,17 +384,17 @@ def refused(capsys, *words):
         ("ppo", {"--ptx-coef": 1}, ["--ptx-coef", "--ptx-data"]),
     ],
 )
-def test_what_cannot_be_is_refused_in_one_line(train, capsys, command, options, words):
+def test_wrong_options_are_refused_in_one_line(train, capsys, command, options, words):
     assert train(command, options)[0] == 1
     refused(capsys, *words)
 
 
-def test_a_run_without_rewards_is_refused(train, capsys):
+def test_run_without_rewards_is_refused(train, capsys):
     assert train("grpo", reward=None)[0] == 1
     refused(capsys, "--reward", "--reward-model")
 
 
-def test_a_failing_reward_names_itself_and_keeps_the_run(train, data, capsys):
+def test_failing_reward_is_named_and_the_checkpoint_kept(train, data, capsys):
     (data / "broken.py").write_text(
         "seen = []\n"
         "def late(completions, **columns):\n"
@@ -410,7 +412,7 @@ def test_a_failing_reward_names_itself_and_keeps_the_run(train, data, capsys):
     assert any((folder / "checkpoints").iterdir())
 
 
-def test_a_gamed_reward_is_stopped_and_the_best_remains(train, monkeypatch, capsys):
+def test_gamed_reward_stops_the_run_and_the_best_policy_is_kept(train, monkeypatch, capsys):
     looks = iter([(0.0, 0.0), (0.8, 0.5), (1.2, 0.4), (2.0, 0.1), (2.5, -0.2), (3.0, -0.5)])
 
     def planted(self, metrics):
@@ -438,7 +440,7 @@ def test_a_gamed_reward_is_stopped_and_the_best_remains(train, monkeypatch, caps
     assert (again["stopped_early"], again["best_step"], again["steps"]) == (True, 1, 4)
 
 
-def test_completions_that_did_not_end_can_be_left_out(train):
+def test_truncated_completions_can_be_masked(train):
     # The tiny model never ends within eight tokens: nothing is left to learn from.
     code, folder = train("grpo", {"--overlong": "mask", "--learning-rate": 1e-2})
     assert code == 0
@@ -446,7 +448,7 @@ def test_completions_that_did_not_end_can_be_left_out(train):
     assert not any(np.any(w) for name, w in weights_of(folder).items() if name.endswith("lora_b"))
 
 
-def test_demonstrations_are_learned_beside_the_rewards(train, tmp_path):
+def test_ptx_learns_the_demonstrations(train, tmp_path):
     rows = [
         {
             "prompt": [{"role": "user", "content": f"show {i}"}],
@@ -468,18 +470,18 @@ def test_demonstrations_are_learned_beside_the_rewards(train, tmp_path):
     assert nll[-1] < nll[0] - 0.5
 
 
-def test_a_demonstration_counts_by_its_coefficient(train, places, tmp_path):
-    """The share of demonstrations is coefficient x mean log-loss, however they are split."""
-    from mlx_align.config import PpoConfig
-    from mlx_align.train.demonstrations import (
+def test_ptx_loss_is_the_coefficient_times_the_mean_log_loss(train, collectors, tmp_path):
+    """However the demonstrations are split into microbatches."""
+    from mlx_align.algorithms.ppo import (
         Demonstrations,
-        WithDemonstrations,
-        joined,
+        PtxDenominators,
+        PtxObjective,
         read_demonstrations,
     )
+    from mlx_align.config import PpoConfig
 
     assert train("grpo", {"--iters": 1})[0] == 0
-    (place,) = places
+    (collector,) = collectors
     rows = [
         {
             "prompt": [{"role": "user", "content": "a" * (i + 1)}],
@@ -488,7 +490,7 @@ def test_a_demonstration_counts_by_its_coefficient(train, places, tmp_path):
         for i in range(6)
     ]
     (tmp_path / "shown.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    model, tree = place.policy.model, place.policy.start
+    model, weights = collector.policy.model, collector.policy.start
     plain = None
     for size, count in ((2, 3), (1, 6)):
         config = PpoConfig(
@@ -499,18 +501,21 @@ def test_a_demonstration_counts_by_its_coefficient(train, places, tmp_path):
         )
         groups = read_demonstrations(config, model.folder.tokenizer)
         shown, scale = Demonstrations(config, groups).take()
-        loss = joined(None, model, grad_checkpoint=False)
-        shares = [loss(tree, one.arrays, WithDemonstrations(None, scale)) for one in shown]
-        total = sum(share.item() for share, _ in shares)
-        tokens = sum(sums["ptx/tokens"].item() for _, sums in shares)
-        nll = sum(sums["ptx/nll"].item() for _, sums in shares)
+        objective, denominators = (
+            PtxObjective(None, model, grad_checkpoint=False),
+            PtxDenominators(None, scale),
+        )
+        found = [objective.loss(weights, one.arrays, denominators) for one in shown]
+        total = sum(loss.item() for loss, _ in found)
+        tokens = sum(sums["ptx/tokens"].item() for _, sums in found)
+        nll = sum(sums["ptx/nll"].item() for _, sums in found)
         assert total == pytest.approx(3.0 * nll / tokens, rel=1e-6)
         plain = plain or total
         assert total == pytest.approx(plain, rel=1e-5)
 
 
-def test_a_batch_that_fails_half_way_leaves_no_half(train, monkeypatch):
-    """The last checkpoint is whole, and goes on to the bytes of a run that did not fail."""
+def test_failed_batch_leaves_the_last_checkpoint_whole(train, monkeypatch):
+    """Resuming from it gives the same bytes as a run that did not fail."""
     options = {"--iters": 3, "--learning-rate": 1e-2, "--save-every": 1}
     assert train("ppo", options, output="whole")[0] == 0
     original, calls = Updater.__call__, []
@@ -535,7 +540,7 @@ def test_a_batch_that_fails_half_way_leaves_no_half(train, monkeypatch):
 
 @pytest.mark.parametrize("command", ["ppo", "grpo"])
 def test_the_reward_rises(train, command):
-    """In twelve rollout batches, by most of a deviation; verify_on_policy.py has real ones."""
+    """By most of a deviation in twelve rollout batches; verify_on_policy.py has real cases."""
     options = {
         "--iters": 12,
         "--batch-size": 6,
@@ -555,30 +560,30 @@ def test_the_reward_rises(train, command):
     assert rows[-1]["reward"] > rows[0]["reward"] + 0.9 * rows[0]["reward_std"]
 
 
-def test_dynamic_sampling_keeps_what_differs(train, places):
-    """Prompts whose answers all earn the same are drawn again; each answer is judged once."""
+def test_dynamic_sampling_replaces_prompts_of_equal_rewards(train, collectors):
+    """Every completion is rewarded once, and keeps its own reward."""
     assert train("grpo", {"--iters": 1})[0] == 0
-    (place,) = places
-    judged = []
+    (collector,) = collectors
+    rewarded = []
 
     def odd(rollouts):
-        """Every second prompt's answers all earn the same."""
+        """Every second prompt's completions all have the same reward."""
         size = rollouts.group_size
-        judged.append(len(rollouts.texts))
+        rewarded.append(len(rollouts.texts))
         values = np.array([sum(map(ord, text)) + n / 64 for n, text in enumerate(rollouts.texts)])
         for index in range(0, len(rollouts.groups), 2):
             values[index * size : (index + 1) * size] = 1.0
         return combine(["odd"], values[:, None], [1.0])
 
-    place = replace(place, judge=odd)
-    stream = place.stream(0)
-    rollouts, rewards, taken = place.collect(
-        place.policy.start, stream, 0, lambda: None, dynamic=True
+    collector = replace(collector, rewards=odd)
+    stream = collector.stream(0)
+    rollouts, rewards, taken = collector.sample_and_reward(
+        collector.policy.start, stream, 0, lambda: None, dynamic_sampling=True
     )
-    assert len(rollouts.groups) <= place.prompts_per_batch < taken
-    assert sum(judged) == taken * rollouts.group_size
+    assert len(rollouts.groups) <= collector.prompts_per_batch < taken
+    assert sum(rewarded) == taken * rollouts.group_size
     assert len(rewards.total) == len(rollouts.texts)
     by_prompt = rewards.total.reshape(len(rollouts.groups), -1)
     assert (by_prompt.max(axis=1) > by_prompt.min(axis=1)).all()
     own = [sum(map(ord, text)) for text in rollouts.texts]
-    np.testing.assert_allclose(rewards.total, own, atol=1)  # each beside its own text
+    np.testing.assert_allclose(rewards.total, own, atol=1)  # each with its own text

@@ -5,9 +5,15 @@ from fractions import Fraction
 
 import pytest
 
-from mlx_align.rollout.answers import first_number, last_number, marked_answer, whole_number
-from mlx_align.rollout.builtin_rewards import BUILTIN_REWARDS, CompletionFacts
-from mlx_align.rollout.rewards import parse_rewards
+from mlx_align.rollout.builtin_rewards import (
+    BUILTIN_REWARDS,
+    CompletionFacts,
+    first_number,
+    last_number,
+    marked_answer,
+    whole_number,
+)
+from mlx_align.rollout.reward_functions import parse_rewards
 
 
 def reward(spec, text="", *, tokens=1, max_tokens=100, **columns):

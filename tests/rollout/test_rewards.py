@@ -1,4 +1,4 @@
-"""Rewards: what is named, what is run, and what becomes of functions that misbehave."""
+"""Reward functions: how specs are read, how functions are run, and what happens when they fail."""
 
 import datetime
 import json
@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 
 from mlx_align.errors import ConfigError, TrainingError
-from mlx_align.rollout.rewards import CompletionFacts, combine, open_rewards, parse_rewards
+from mlx_align.rollout.builtin_rewards import CompletionFacts
+from mlx_align.rollout.reward_functions import combine, open_rewards, parse_rewards
 from mlx_align.types import Message, PromptGroup
 
 FUNCTIONS = """
-import ctypes, json, os, re, subprocess, sys, time
+import asyncio, ctypes, json, os, re, subprocess, sys, time
 
 calls = 0
 
@@ -99,7 +100,11 @@ def crashes(completions):
     ctypes.string_at(0)
 
 async def later(completions):
+    await asyncio.sleep(0.01)
     return [1.0] * len(completions)
+
+def lazy(completions):
+    return (1.0 for text in completions)
 
 def by_position(completions, /):
     return [1.0] * len(completions)
@@ -115,7 +120,7 @@ FACTS = [[CompletionFacts(3, True, 8), CompletionFacts(8, False, 8)]] * 2
 
 
 def line(text):
-    """Where a text stands in the file of functions, as messages say it."""
+    """The file and line of a text in FUNCTIONS, as in messages."""
     return rf"\(.*mine.py:{FUNCTIONS[: FUNCTIONS.index(text)].count(chr(10)) + 1}\)"
 
 
@@ -132,7 +137,7 @@ def rewarded(*specs):
 
 
 def alive(pid):
-    """Whether a process runs: one that waits for its parent to be buried doesn't."""
+    """Whether a process runs; a zombie doesn't."""
     try:
         os.kill(pid, 0)
         state = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True).stdout
@@ -172,7 +177,7 @@ def test_specs_have_names_options_and_weights():
     ("spec", "message"),
     [
         ("exact_anwer", "no built-in reward 'exact_anwer' .*; did you mean exact_answer"),
-        ("zzz", "no built-in reward 'zzz' .*; a function of yours is module:function"),
+        ("zzz", "no built-in reward 'zzz' .*; your own function is module:function"),
         ("length=much", "weight 'much'; expected a number"),
         ("length=nan", "weight 'nan'"),
         ("mine.py:short=inf", "weight 'inf'"),
@@ -183,15 +188,15 @@ def test_specs_have_names_options_and_weights():
         ("length(target=", "expected a built-in reward"),
         ("length(target=0)", "target: expected more than 0"),
         ("regex", r"regex needs pattern, as in regex\(pattern=…\)"),
-        ("regex(pattern='(')", "pattern: no regular expression"),
+        ("regex(pattern='(')", "pattern: not a regular expression"),
         ("other.py:f", "there is no file other.py"),
-        ("a-b:f", "'a-b' is no module's name; a file's ends in .py"),
-        ("mine.py:f(2)", "'f\\(2\\)' is no function's name"),
-        ("mine.py:", "'' is no function's name"),
+        ("a-b:f", "'a-b' is not a module name; a file name must end in .py"),
+        ("mine.py:f(2)", "'f\\(2\\)' is not a function name"),
+        ("mine.py:", "'' is not a function name"),
         ("", "expected a built-in reward"),
     ],
 )
-def test_specs_that_are_wrong_are_named(spec, message):
+def test_wrong_specs_are_named(spec, message):
     with pytest.raises(ConfigError, match=message) as caught:
         parse_rewards([spec])
     assert str(caught.value).startswith(f"--reward {spec}:")
@@ -203,7 +208,7 @@ def test_specs_that_are_wrong_are_named(spec, message):
     [
         ("mine.py:nothing", "mine.py has no function 'nothing' .it has: short, everything,"),
         ("mine.py:calls", "mine.py has no function 'calls'"),
-        ("nowhere:f", "no module 'nowhere'; expected one that Python can import"),
+        ("nowhere:f", "no module 'nowhere'; expected an importable module, or a file"),
         ("mine.py:by_position", "takes 'completions' by position only"),
         ("broken.py:f", r"can't be imported: SyntaxError: .* \(.*broken.py:2\)"),
         ("raises.py:f", r"can't be imported: ZeroDivisionError: .* \(.*raises.py:3\)"),
@@ -211,7 +216,7 @@ def test_specs_that_are_wrong_are_named(spec, message):
         ("exits.py:f", "while exits.py was imported: its process exited with 4"),
     ],
 )
-def test_functions_that_are_not_there_are_named(folder, spec, message):
+def test_functions_that_cannot_be_imported_are_named(folder, spec, message):
     (folder / "broken.py").write_text("x = 1\ndef f(:\n", encoding="utf-8")
     (folder / "raises.py").write_text("def f(completions):\n    pass\n1 / 0\n", encoding="utf-8")
     (folder / "lacks.py").write_text("import absent_module\n", encoding="utf-8")
@@ -222,15 +227,17 @@ def test_functions_that_are_not_there_are_named(folder, spec, message):
     assert "\n" not in str(caught.value)
 
 
-def test_a_function_gets_what_the_data_has_and_keeps_its_state(folder):
+def test_functions_get_the_columns_and_keep_their_state(folder):
     with open_rewards(parse_rewards(["mine.py:everything", "mine:again"]), 20.0) as rewards:
         rewards(GROUPS, TEXTS, FACTS)
         table = rewards(GROUPS, TEXTS, FACTS)
     prompts, completions, columns = json.loads((folder / "seen.json").read_text())
-    asked = [[{"role": "user", "content": g.prompt[0].content}] for g in GROUPS for _ in range(2)]
-    assert prompts == asked
+    expected = [
+        [{"role": "user", "content": g.prompt[0].content}] for g in GROUPS for _ in range(2)
+    ]
+    assert prompts == expected
     assert completions == ["4", "3", "x", ""]
-    # Fields under the names of the arguments are not passed; what a row lacks is None.
+    # Columns named like the arguments are not passed; a missing value is None.
     assert columns == {"answer": ["4", "4", None, None], "n": [None, None, 5, 5]}
     # A file and a module of one name are one module, imported once.
     assert table.values.tolist() == [[2, 2]] * 4
@@ -269,7 +276,11 @@ def test_no_completions_and_groups_of_unequal_size():
     assert table.values.tolist() == [[3, 0.75]]
 
 
-def test_what_a_function_prints_breaks_nothing(capfd):
+def test_async_functions_are_awaited():
+    assert rewarded("mine.py:later").values.tolist() == [[1]] * 4
+
+
+def test_printing_is_harmless(capfd):
     assert rewarded("mine.py:loud", "mine.py:short").values[:, 0].tolist() == [1, 1, 1, 1]
     printed = capfd.readouterr()
     assert printed.out == ""
@@ -277,12 +288,12 @@ def test_what_a_function_prints_breaks_nothing(capfd):
         assert text in printed.err
 
 
-def test_a_function_may_change_its_arguments():
+def test_functions_may_change_their_arguments():
     table = rewarded("mine.py:changes", "mine.py:lengths")
     assert table.values.tolist() == [[1, 1], [1, 1], [1, 1], [1, 0]]
 
 
-def test_every_character_and_great_batches_pass():
+def test_all_characters_and_large_batches_are_sent():
     odd = ["\ud800", "\U0001f600", "\x00", "\u2028"]
     facts = [[CompletionFacts(1, True, 1)] * 4]
     with open_rewards(parse_rewards(["mine.py:codes", "mine.py:lengths"]), 60.0) as rewards:
@@ -311,7 +322,7 @@ def test_every_character_and_great_batches_pass():
         ("one_number", r"returned float; expected a list of 4 numbers or None"),
         ("words", r"returned str; expected a number or None, at completion 1 of train.jsonl:1 “Wh"),
         ("endless", r"returned nan; expected a finite number, .*, at completion 2 of train.*:1"),
-        ("later", r"returned coroutine; expected a list of 4"),
+        ("lazy", r"returned generator; expected a list of 4"),
         (
             "dies",
             r"its process exited with 3, on 4 completions, the first of train.jsonl:1 “What i",
@@ -332,7 +343,7 @@ def test_failures_name_function_line_and_prompt(name, message):
 @pytest.mark.parametrize(
     ("name", "where"), [("sleeps", line("time.sleep(60)\n")), ("backtracks", line("re.match"))]
 )
-def test_a_function_that_hangs_is_ended_with_all_it_started(folder, name, where):
+def test_hanging_function_is_ended_with_its_children(folder, name, where):
     rewards = open_rewards(parse_rewards([f"mine.py:{name}"]), 0.7)
     start = time.monotonic()
     message = rf"no answer within 0.7 s {where}, .*--reward-timeout"
@@ -361,7 +372,7 @@ def test_ctrl_c_in_a_call_ends_the_process():
     assert gone(rewards.pid)
 
 
-def test_columns_that_json_does_not_know_go_as_text(folder):
+def test_columns_that_json_cannot_hold_are_sent_as_text(folder):
     group = PromptGroup("Hi", (), "x:1", columns={"day": datetime.date(2025, 3, 1)})
     with open_rewards(parse_rewards(["mine.py:everything"]), 20.0) as rewards:
         rewards([group], [["a"]], [FACTS[0][:1]])
@@ -380,16 +391,16 @@ def test_closing_ends_the_process_after_its_own_exit_handlers(folder):
     rewards.close()
 
 
-# What is asked last is not waited for. A process that is stuck in one call of C can't notice that
-# we are gone: it ends a grace of five seconds after the call's time, here after half a second.
+# The last request is not waited for. A process that is stuck in one C call can't notice that its
+# parent is gone: it ends five seconds after the timeout, here after half a second.
 PARENT = """
 import sys, time
 from mlx_align.rollout.reward_process import RewardProcess
 from mlx_align.rollout.reward_worker import write_frame
 process = RewardProcess()
-process.ask("load", {"target": "mine.py", "name": sys.argv[1]}, 20)
-process.ask("batch", {"prompts": ["x"], "completions": [["y"]], "columns": {}}, 20)
-call = {"do": "call", "function": 0, "seconds": float(sys.argv[2])}
+process.request("load", {"target": "mine.py", "name": sys.argv[1]}, 20)
+process.request("batch", {"prompts": ["x"], "completions": [["y"]], "columns": {}}, 20)
+call = {"method": "call", "function": 0, "seconds": float(sys.argv[2])}
 write_frame(process._connection, call)
 print(process.pid, flush=True)
 time.sleep(60)
@@ -397,7 +408,7 @@ time.sleep(60)
 
 
 @pytest.mark.parametrize(("name", "seconds"), [("sleeps", 50), ("backtracks", -4.5)])
-def test_the_process_ends_when_ours_is_killed(folder, name, seconds):
+def test_process_ends_when_its_parent_is_killed(folder, name, seconds):
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     with subprocess.Popen(
         [sys.executable, "-c", PARENT, name, str(seconds)],
@@ -419,7 +430,7 @@ def test_the_process_ends_when_ours_is_killed(folder, name, seconds):
         assert gone(int(child.read_text()))
 
 
-def test_fields_that_rewards_need_are_asked_for_before_training():
+def test_missing_columns_are_found_before_training():
     def check(*specs, groups=GROUPS):
         with open_rewards(parse_rewards(specs), 20.0) as rewards:
             rewards.check(groups)
@@ -430,7 +441,7 @@ def test_fields_that_rewards_need_are_asked_for_before_training():
     ):
         check("mine.py:needs_gold")
     with pytest.raises(
-        ConfigError, match=r"exact_answer: needs 'answer', .*none beside the prompt"
+        ConfigError, match=r"exact_answer: needs 'answer', .*none except the prompt"
     ):
         check("exact_answer", groups=[PromptGroup("Hi", (), "train.jsonl:1")])
     listed = PromptGroup("Hi", (), "train.jsonl:3", columns={"answer": ["4"]})
@@ -441,7 +452,7 @@ def test_fields_that_rewards_need_are_asked_for_before_training():
 
 
 @pytest.mark.parametrize("timeout", [0.0, -1.0, float("nan"), float("inf")])
-def test_a_timeout_is_a_time(timeout):
+def test_timeout_is_positive(timeout):
     with pytest.raises(ConfigError, match="--reward-timeout"):
         open_rewards(parse_rewards(["length"]), timeout)
 

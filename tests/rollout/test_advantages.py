@@ -1,4 +1,4 @@
-"""From rewards to advantages: known answers, missing rewards, garbage in padding."""
+"""Advantages: known answers, missing rewards, garbage in padding."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mlx_align.rollout.advantages import (
     AdaptiveKL,
     gae,
     leave_one_out,
-    normalised_rewards,
+    normalize_then_sum,
     returns_to_go,
     token_rewards,
     whiten,
@@ -31,7 +31,7 @@ EVERY = pytest.mark.parametrize("name", GROUP_ADVANTAGES)
     [(0.95, [0.46575, 0.385, 0.3]), (1.0, [0.5, 0.4, 0.3]), (0.0, [0.1, 0.1, 0.3])],
 )
 def test_gae(lam, expected):
-    """r = [0, 0, 1], V = [.5, .6, .7], γ = 1; and what stands in the padding is nothing."""
+    """r = [0, 0, 1], V = [.5, .6, .7], γ = 1; the content of the padding is ignored."""
     for garbage in (0.0, NAN, math.inf, -1e300):
         rewards, values = [[0, 0, 1, garbage, garbage]], [[0.5, 0.6, 0.7, garbage, garbage]]
         advantages, returns = gae(rewards, values, [[1, 1, 1, 0, 0]], 1.0, lam)
@@ -39,8 +39,8 @@ def test_gae(lam, expected):
         assert returns[0] == pytest.approx([*np.add(expected, [0.5, 0.6, 0.7]), 0, 0])
 
 
-def test_gae_passes_over_what_is_no_token():
-    """Tokens that are not the policy's own, amid a completion, are as if they were not there."""
+def test_gae_skips_masked_tokens():
+    """Masked tokens inside a completion have no influence."""
     whole = gae([[0, 0, 1]], [[0.5, 0.6, 0.7]], [[1, 1, 1]], 0.9, 0.95)
     holed = gae([[0, NAN, 0, NAN, 1]], [[0.5, 9, 0.6, NAN, 0.7]], [[1, 0, 1, 0, 1]], 0.9, 0.95)
     for part, expected in zip(holed, whole, strict=True):
@@ -121,7 +121,7 @@ def test_every_name_has_a_known_answer():
 
 @EVERY
 def test_missing_rewards(name):
-    """No reward: advantage 0, and the others' are those of a group without it."""
+    """A missing reward has advantage 0 and does not change the others."""
     function = GROUP_ADVANTAGES[name]
     whole = function([[1.0, 0.0, 0.5], [2.0, 1.0, 4.0]])
     assert np.isfinite(whole).all()
@@ -160,13 +160,13 @@ def test_zero_variance_share():
     assert zero_variance_share(np.zeros((0, 2))) == 0.0
 
 
-def test_several_rewards_normalised_apart():
+def test_normalize_then_sum():
     first, second = [[1.0, 0.0, NAN]], [[10.0, 30.0, NAN]]
-    # Each counts by its weight: A − .5·A, whatever the spread.
-    apart = normalised_rewards([first, second], [1.0, 0.5])
-    assert apart[0] == pytest.approx([1 / math.sqrt(2), -1 / math.sqrt(2), 0.0], rel=1e-3)
-    assert not normalised_rewards([[[NAN, NAN]], [[NAN, NAN]]], [1.0, 1.0]).any()
-    assert not normalised_rewards([[[1.0, 1.0]], [[2.0, 2.0]]], [1.0, 1.0]).any()
+    # A reward counts by its weight, independent of its spread: A − .5·A.
+    advantages = normalize_then_sum([first, second], [1.0, 0.5])
+    assert advantages[0] == pytest.approx([1 / math.sqrt(2), -1 / math.sqrt(2), 0.0], rel=1e-3)
+    assert not normalize_then_sum([[[NAN, NAN]], [[NAN, NAN]]], [1.0, 1.0]).any()
+    assert not normalize_then_sum([[[1.0, 1.0]], [[2.0, 2.0]]], [1.0, 1.0]).any()
 
 
 # ---------------------------------------------------------------- the coefficient

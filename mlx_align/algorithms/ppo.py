@@ -1,0 +1,557 @@
+"""PPO with a critic, a per-token KL penalty in the reward, and clipped ratios and values.
+
+Policy, reference, reward model and critic are adapters on one base. Policy and critic are updated
+in turn, so that the activations of only one of them are in memory. With `--critic shared` the
+critic is a value head on the policy's own hidden states, and both are updated together.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from itertools import islice
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_align.algorithms.policy_gradient import (
+    Array,
+    PolicyDenominators,
+    PolicyObjective,
+    UpdateMetrics,
+    minibatch_epochs,
+    prompts_with_signal,
+    split_microbatches,
+)
+from mlx_align.config import DEFAULT_BATCH_SIZE, PpoConfig
+from mlx_align.data.batching import Microbatch, collate_groups, microbatch_stream
+from mlx_align.data.formats import read_supervised
+from mlx_align.data.groups import last_answers
+from mlx_align.data.shapes import BatchLimit, Shape, plan_shapes
+from mlx_align.data.tokenize import tokenize_groups
+from mlx_align.errors import ConfigError
+from mlx_align.inference.score import compiled_scorer
+from mlx_align.losses.masking import masked_sum
+from mlx_align.losses.policy import POLICY_METHODS, PolicyMethod, policy_loss
+from mlx_align.losses.value import explained_variance, value_loss
+from mlx_align.models.heads import (
+    HEAD_NAME,
+    VALUE_NAME,
+    hidden_width,
+    put_value_head,
+    token_values,
+    value_tree,
+)
+from mlx_align.models.loading import LanguageModel
+from mlx_align.models.roles import Tree
+from mlx_align.rollout.advantages import AdaptiveKL, gae, token_rewards, whiten
+from mlx_align.rollout.collector import RolloutBatch, RolloutCollector
+from mlx_align.rollout.sampler import evaluate_tokens, microbatch_array
+from mlx_align.train.learner import Learned
+from mlx_align.train.loop import make_optimizer
+from mlx_align.train.shares import role_logps, role_logps_and_values, role_values
+from mlx_align.train.update import Loss, Ready, Sums, Updated, Updater
+from mlx_align.types import GroupBatch, PolicyBatch, TokenizedGroup, ValueBatch
+
+# Compiled shapes of demonstrations, in addition to those of the rollouts.
+DEMONSTRATION_SHAPES = 4
+
+
+def check_ppo_options(config: PpoConfig) -> None:
+    """Refuse options that have no effect or can't be combined.
+
+    Raises:
+        ConfigError: Such an option was given.
+    """
+    if config.target_kl is not None and config.kl_coef == 0:
+        raise ConfigError(
+            f"--target-kl {config.target_kl:g}: adapts --kl-coef, which is 0; give --kl-coef a "
+            "start above 0"
+        )
+    for name in ("gamma", "gae_lambda"):
+        if (value := getattr(config, name)) > 1:
+            raise ConfigError(f"--{name.replace('_', '-')} {value:g}: must be at most 1")
+    shared = config.critic == "shared"
+    for name, has_effect, why in (
+        ("value_clip", config.reward_rollouts, "is in units of standardised rewards"),
+        ("reward_clip", config.reward_rollouts, "clips standardised rewards"),
+        ("kl_horizon", config.target_kl, "adapts --kl-coef to --target-kl, which is not given"),
+        ("value_coef", shared, "weights the value loss of --critic shared"),
+        ("critic_learning_rate", not shared, "is for --critic own"),
+    ):
+        if not has_effect and getattr(config, name) != getattr(PpoConfig, name):
+            raise ConfigError(f"--{name.replace('_', '-')}: {why}, so it has no effect here")
+    if config.ptx_coef > 0 and config.ptx_data is None:
+        raise ConfigError(
+            f"--ptx-coef {config.ptx_coef:g} needs --ptx-data (a file of demonstrations)"
+        )
+    if config.ptx_data is not None and config.ptx_coef == 0:
+        raise ConfigError(f"--ptx-data {config.ptx_data}: has no effect without --ptx-coef")
+
+
+class PPO:
+    """Trains policy and critic on rollout batches.
+
+    Attributes:
+        title: Shown by the progress bar.
+        dynamic_sampling: False: no prompt is replaced.
+        weights: The trained weights: `policy` and `critic`.
+        optimizers: Their optimizers; only `policy` with --critic shared.
+    """
+
+    title = "PPO"
+    dynamic_sampling = False
+
+    def __init__(self, config: PpoConfig, collector: RolloutCollector) -> None:
+        self._config, self._collector = config, collector
+        model = collector.policy.model
+        put_value_head(model.anatomy)
+        method = dataclasses.replace(
+            POLICY_METHODS["ppo"], clip_low=config.clip_eps, clip_high=config.clip_eps
+        )
+        self._shared = config.critic == "shared"
+        self._kl_coef = config.kl_coef
+        # Rewards are shifted and scaled by these, once `prepare` has measured them.
+        self._reward_mean, self._reward_std = 0.0, 1.0
+        self._value_scorer = compiled_scorer(model, token_values)
+        self._demonstrations = (
+            None if config.ptx_data is None else Demonstrations(config, collector.demonstrations)
+        )
+        self._policy_objective = PolicyObjective(model, method, config)
+        start, critic = collector.policy.start, self._initial_critic()
+        self.weights: dict[str, Tree] = {"policy": start, "critic": critic}
+        if self._shared:
+            self.optimizers = {"policy": make_optimizer({**start, **critic}, config.weight_decay)}
+            joint = ActorCriticObjective(model, method, config)
+            self._policy_updater = self._updater("policy", self._with_demonstrations(joint.loss))
+            return
+        self.optimizers = {
+            "policy": make_optimizer(start, config.weight_decay),
+            "critic": make_optimizer(critic, config.weight_decay),
+        }
+        loss = self._with_demonstrations(self._policy_objective.loss)
+        self._policy_updater = self._updater("policy", loss)
+        self._critic_updater = self._updater("critic", ValueObjective(model, config).loss)
+
+    def _updater(self, name: str, loss: Loss) -> Updater:
+        return Updater(
+            self._collector.policy.model,
+            self.optimizers[name],
+            loss,
+            self._config.max_grad_norm,
+            self._collector.memory,
+            skip=self._config.on_non_finite == "skip",
+        )
+
+    def _with_demonstrations(self, loss: Loss) -> Loss:
+        if self._demonstrations is None:
+            return loss
+        model, grad_checkpoint = self._collector.policy.model, self._config.grad_checkpoint
+        return PtxObjective(loss, model, grad_checkpoint=grad_checkpoint).loss
+
+    def _initial_critic(self) -> Tree:
+        """The critic at the start: the reward model, where it is an adapter; else all zeros.
+
+        The value of an unfinished completion is then the reward model's score of it.
+        """
+        collector = self._collector
+        width, reward = hidden_width(collector.policy.model.anatomy), collector.reward_adapter
+        if self._shared or reward is None:
+            head = value_tree(width, None, 0.0, 1.0)
+            start = {} if self._shared else collector.policy.start
+            return {**start, VALUE_NAME: head}
+        adapter = {name: part for name, part in reward.items() if name != HEAD_NAME}
+        head = value_tree(width, reward[HEAD_NAME]["weight"], self._reward_mean, self._reward_std)
+        return {**adapter, VALUE_NAME: head}
+
+    def prepare(self) -> str:
+        """Measure the rewards of the reference, which are standardised from then on.
+
+        Returns:
+            A line to show.
+
+        Source: Ziegler et al. 2019, section 2.3.
+        """
+        count = self._config.reward_rollouts
+        if count == 0:
+            return ""
+        rewards = self._collector.reference_rewards(count)
+        given = rewards[~np.isnan(rewards)]
+        line = f"Rewards of {len(given)} completions of the reference: "
+        if len(given) < 2 or given.std() < 1e-8:
+            return line + "all equal, so rewards are not standardised."
+        self._reward_mean, self._reward_std = float(given.mean()), float(given.std(ddof=1))
+        self.weights["critic"] = self._initial_critic()
+        if not self._shared:
+            self.optimizers["critic"].init(self.weights["critic"])
+        return (
+            f"{line}mean {self._reward_mean:+.3f}, deviation {self._reward_std:.3f}; rewards are "
+            "standardised by these."
+        )
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint holds besides weights and optimizers."""
+        demonstrations = self._demonstrations
+        return {
+            "kl_coef": self._kl_coef,
+            "reward_mean": self._reward_mean,
+            "reward_deviation": self._reward_std,
+            "demonstrations": 0 if demonstrations is None else demonstrations.microbatches_taken,
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Restore such a state."""
+        self._kl_coef = float(state["kl_coef"])
+        self._reward_mean = float(state["reward_mean"])
+        self._reward_std = float(state["reward_deviation"])
+        if self._demonstrations is not None:
+            self._demonstrations.microbatches_taken = int(state["demonstrations"])
+
+    def update(self, batch: RolloutBatch, step: int, learning_rate: float) -> Learned:
+        """The updates on one rollout batch; in the first ones of a run, of the critic only."""
+        config = self._config
+        shared_part = self.weights["policy"] if self._shared else {}
+        (values,) = evaluate_tokens(
+            self._value_scorer,
+            {**shared_part, **self.weights["critic"]},
+            batch.completions,
+            self._collector.shapes,
+        )
+        mask = batch.loss_mask
+        by_token = token_rewards(
+            self._scores(batch),
+            batch.old_logprobs,
+            batch.reference_logprobs,
+            mask,
+            self._kl_coef,
+        )
+        advantages, returns = gae(by_token, values, mask, config.gamma, config.gae_lambda)
+        if config.whiten_advantages:
+            advantages = whiten(advantages, mask)
+        targets = ValueTargets(batch.with_advantages(advantages), values, returns)
+        policy, critic, first_deviation = self._update_on(targets, step, learning_rate)
+        metrics = {
+            **policy.policy(),
+            **critic.means("value/loss", "value/grad_norm"),
+            "value/explained_variance": float(
+                explained_variance(mx.array(values), mx.array(returns), mx.array(mask))
+            ),
+            "value/mean": float(values[mask > 0].mean()) if mask.any() else 0.0,
+            "kl_coef": self._kl_coef,
+        }
+        if config.target_kl is not None:
+            control = AdaptiveKL(config.target_kl, config.kl_horizon)
+            count = len(batch.completions.texts)
+            self._kl_coef = control.next(self._kl_coef, batch.kl, count)
+        # With a shared critic an update is one of both, and a skipped one counts once.
+        skipped = critic.skipped if self._shared else [*critic.skipped, *policy.skipped]
+        return Learned(metrics, first_deviation, skipped)
+
+    def _scores(self, batch: RolloutBatch) -> Array:
+        """(N,) the rewards of whole completions: standardised, clipped, less the EOS penalty."""
+        config = self._config
+        scores = (batch.rewards.total - self._reward_mean) / self._reward_std
+        if config.reward_rollouts:
+            scores = np.clip(scores, -config.reward_clip, config.reward_clip)
+        return np.asarray(scores - config.missing_eos_penalty * ~batch.completions.finished)
+
+    def _update_on(
+        self, targets: ValueTargets, step: int, rate: float
+    ) -> tuple[UpdateMetrics, UpdateMetrics, float | None]:
+        """Metrics of the policy and of the critic, and the first update's mean |ratio − 1|."""
+        batch = targets.batch
+        with_policy = step >= self._config.critic_warmup
+        policy, critic, first_deviation = UpdateMetrics(), UpdateMetrics(), None
+        with_signal = prompts_with_signal(batch.loss_mask, batch.completions.group_size)
+        update = self._update_jointly if self._shared else self._update_in_turn
+        prompts = len(batch.completions.groups)
+        for minibatches in minibatch_epochs(prompts, self._config, step):
+            for minibatch in minibatches:
+                selected = [index for index in minibatch if index in with_signal]
+                if not selected:
+                    continue
+                done = update(targets, selected, rate, with_policy=with_policy)
+                critic.add(done.critic)
+                if done.policy is not None:
+                    policy.add(done.policy)
+                if first_deviation is None:
+                    first_deviation = policy.last("ratio/deviation")
+            if with_policy and policy.exceeds_kl():
+                break
+        return policy, critic, first_deviation
+
+    def _update_in_turn(
+        self, targets: ValueTargets, selected: list[int], rate: float, *, with_policy: bool
+    ) -> _Updates:
+        """One update of the critic, then one of the policy."""
+        config, batch, shapes = self._config, targets.batch, self._collector.shapes
+        critic = self._critic_updater(
+            self.weights["critic"],
+            split_microbatches(batch.completions, selected, shapes, targets.collate),
+            targets.denominators(selected),
+            config.critic_learning_rate * rate / config.learning_rate,
+        )
+        self.weights["critic"] = critic.tree
+        if not with_policy:
+            return _Updates(critic, None)
+        policy = self._update_policy(
+            self.weights["policy"],
+            split_microbatches(batch.completions, selected, shapes, batch.collate),
+            self._policy_objective.denominators(batch, selected),
+            rate,
+        )
+        self.weights["policy"] = policy.tree
+        return _Updates(critic, policy)
+
+    def _update_jointly(
+        self, targets: ValueTargets, selected: list[int], rate: float, *, with_policy: bool
+    ) -> _Updates:
+        """One update of policy and value head by the joint loss."""
+        batch = targets.batch
+
+        def collate(micro: Microbatch) -> ActorCriticBatch:
+            return ActorCriticBatch(batch.collate(micro), targets.collate(micro))
+
+        denominators = ActorCriticDenominators(
+            self._policy_objective.denominators(batch, selected),
+            targets.denominators(selected),
+            mx.array(float(with_policy)),
+        )
+        both = self._update_policy(
+            {**self.weights["policy"], **self.weights["critic"]},
+            split_microbatches(batch.completions, selected, self._collector.shapes, collate),
+            denominators,
+            rate,
+        )
+        head = both.tree.pop(VALUE_NAME)
+        self.weights = {"policy": both.tree, "critic": {VALUE_NAME: head}}
+        mean_loss = both.sums.pop("value_loss", 0.0) / targets.tokens(selected)
+        return _Updates(both._replace(loss=mean_loss), both if with_policy else None)
+
+    def _update_policy(
+        self, weights: Tree, micro: list[Ready], denominators: Any, rate: float
+    ) -> Updated:
+        """An update of the policy, on demonstrations too if there are some."""
+        if self._demonstrations is not None:
+            demonstrations, scale = self._demonstrations.take()
+            micro = [*micro, *demonstrations]
+            denominators = PtxDenominators(denominators, scale)
+        return self._policy_updater(weights, micro, denominators, rate)
+
+
+class _Updates(NamedTuple):
+    critic: Updated
+    policy: Updated | None  # None while only the critic is trained
+
+
+# ---------------------------------------------------------------- the critic
+
+
+class ValueDenominators(NamedTuple):
+    """What the critic's microbatches of an update divide by."""
+
+    tokens: mx.array
+
+
+class ActorCriticBatch(NamedTuple):
+    """A microbatch of policy and value head on the same hidden states."""
+
+    policy: PolicyBatch
+    value: ValueBatch
+
+
+class ActorCriticDenominators(NamedTuple):
+    """What the microbatches of a joint update share."""
+
+    policy: PolicyDenominators
+    value: ValueDenominators
+    with_policy: mx.array  # 1, or 0 while only the critic is trained
+
+
+class ValueTargets(NamedTuple):
+    """What the critic is trained on.
+
+    Attributes:
+        batch: The rollout batch, with advantages.
+        values: (N, C) before the first update.
+        returns: (N, C).
+    """
+
+    batch: RolloutBatch
+    values: Array
+    returns: Array
+
+    def collate(self, micro: Microbatch) -> ValueBatch:
+        """The arrays of one microbatch of the critic."""
+        completions, shape = self.batch.completions, micro.shape
+        assert isinstance(shape, Shape)
+        rows, size = completions.rows(micro.indices), completions.group_size
+        values, returns, mask = (
+            microbatch_array(part, rows, shape, size)
+            for part in (self.values, self.returns, self.batch.loss_mask)
+        )
+        groups = collate_groups([completions.groups[i] for i in micro.indices], shape)
+        return ValueBatch(groups, values, returns, mask)
+
+    def tokens(self, prompts: Sequence[int]) -> float:
+        """Tokens of these prompts' completions that count."""
+        return float(self.batch.loss_mask[self.batch.completions.rows(prompts)].sum())
+
+    def denominators(self, prompts: Sequence[int]) -> ValueDenominators:
+        """The denominators of an update on these prompts."""
+        return ValueDenominators(mx.array(self.tokens(prompts)))
+
+
+class ValueObjective:
+    """The value loss: the mean over tokens of ½·max((V − R)², (V_clip − R)²)."""
+
+    def __init__(self, model: LanguageModel, config: PpoConfig) -> None:
+        self._model, self._config = model, config
+
+    def loss(
+        self, weights: Tree, batch: ValueBatch, denominators: ValueDenominators
+    ) -> tuple[mx.array, Sums]:
+        """The loss contribution of a microbatch, and its metric sums."""
+        values = role_values(
+            self._model, weights, batch.groups, grad_checkpoint=self._config.grad_checkpoint
+        )
+        loss = value_loss_sum(values, batch, self._config) / mx.maximum(denominators.tokens, 1.0)
+        return loss, {"weight": batch.mask.sum()}
+
+
+class ActorCriticObjective:
+    """Policy loss + value_coef · value loss, from one pass through the backbone.
+
+    While only the critic is trained, the policy loss is left out, and only the value head gets a
+    gradient.
+
+    Source: Schulman et al. 2017 (PPO), eq. 9.
+    """
+
+    def __init__(self, model: LanguageModel, method: PolicyMethod, config: PpoConfig) -> None:
+        self._model, self._method, self._config = model, method, config
+
+    def loss(
+        self, weights: Tree, batch: ActorCriticBatch, denominators: ActorCriticDenominators
+    ) -> tuple[mx.array, Sums]:
+        """The loss contribution of a microbatch, and its metric sums."""
+        logprobs, values = role_logps_and_values(
+            self._model,
+            weights,
+            batch.policy.groups,
+            denominators.with_policy,
+            grad_checkpoint=self._config.grad_checkpoint,
+        )
+        sample = batch.policy.sample._replace(logps=logprobs)
+        policy, sums = policy_loss(self._method, sample, denominators.policy.policy, kl_coef=0.0)
+        value = value_loss_sum(values, batch.value, self._config)
+        loss = denominators.with_policy * policy
+        loss = loss + self._config.value_coef * value / mx.maximum(denominators.value.tokens, 1.0)
+        return loss, {**sums, "value_loss": mx.stop_gradient(value)}
+
+
+def value_loss_sum(values: mx.array, batch: ValueBatch, config: PpoConfig) -> mx.array:
+    """The sum of the value losses of a microbatch's tokens."""
+    # The clip range is in units of standardised rewards.
+    clip = config.value_clip if config.reward_rollouts else None
+    losses = value_loss(values, batch.old_values, batch.returns, batch.mask, clip=clip)
+    return masked_sum(losses, batch.mask, axis=None)
+
+
+# ---------------------------------------------------------------- demonstrations (PPO-ptx)
+
+
+class PtxDenominators(NamedTuple):
+    """What the microbatches of an update with demonstrations share."""
+
+    policy: Any  # of the policy's own loss
+    scale: mx.array  # the coefficient, divided by the demonstrations' tokens in the update
+
+
+class PtxObjective:
+    """The policy's loss + ptx_coef · the mean log-loss of the demonstrations' tokens.
+
+    Training on demonstrations keeps the policy from unlearning them.
+
+    Source: Ouyang et al. 2022 (InstructGPT), eq. 2.
+
+    Args:
+        policy_loss: The policy's own loss.
+        model: The base model.
+        grad_checkpoint: Recompute activations in the backward pass.
+    """
+
+    def __init__(self, policy_loss: Loss, model: LanguageModel, *, grad_checkpoint: bool) -> None:
+        self._policy_loss, self._model = policy_loss, model
+        self._grad_checkpoint = grad_checkpoint
+
+    def loss(
+        self, weights: Tree, batch: Any, denominators: PtxDenominators
+    ) -> tuple[mx.array, Sums]:
+        """The loss contribution of a microbatch, and its metric sums.
+
+        A microbatch of demonstrations is a `GroupBatch`.
+        """
+        if not isinstance(batch, GroupBatch):
+            return self._policy_loss(weights, batch, denominators.policy)
+        logprobs = role_logps(self._model, weights, batch, grad_checkpoint=self._grad_checkpoint)
+        nll = -masked_sum(logprobs, batch.completion_mask, axis=None)
+        sums = {
+            "ptx/nll": mx.stop_gradient(nll),
+            "ptx/tokens": batch.completion_mask.sum().astype(mx.float32),
+        }
+        return denominators.scale * nll, sums
+
+
+def read_demonstrations(config: PpoConfig, tokenizer: Any) -> list[TokenizedGroup]:
+    """The demonstrations of --ptx-data, tokenised.
+
+    Raises:
+        DataError: They can't be used; the text names file and line.
+    """
+    assert config.ptx_data is not None
+    groups, _ = read_supervised(config.ptx_data, "train")
+    return tokenize_groups(
+        last_answers(groups), tokenizer=tokenizer, max_seq_length=config.max_seq_length
+    )[0]
+
+
+class Demonstrations:
+    """The demonstrations of a run; every update takes some.
+
+    Args:
+        config: The options.
+        groups: The demonstrations, from `read_demonstrations`.
+
+    Attributes:
+        microbatches_taken: Microbatches taken so far, which is the position in the data.
+    """
+
+    def __init__(self, config: PpoConfig, groups: Sequence[TokenizedGroup]) -> None:
+        self._config, self._groups = config, groups
+        size = config.batch_size or DEFAULT_BATCH_SIZE
+        self._shapes = plan_shapes(self._groups, BatchLimit(size), DEMONSTRATION_SHAPES)
+        self.microbatches_taken = 0
+
+    def take(self) -> tuple[list[Ready], mx.array]:
+        """The next `grad_accumulation_steps` microbatches, and the scale of their log-losses."""
+        count = self._config.grad_accumulation_steps
+        stream: Iterator[Microbatch] = microbatch_stream(
+            self._groups, self._shapes, seed=self._config.seed, start=self.microbatches_taken
+        )
+        self.microbatches_taken += count
+        batches = [
+            Ready(
+                collate_groups([self._groups[i] for i in micro.indices], micro.shape),
+                micro.shape,
+                partial(self._sources, micro),
+            )
+            for micro in islice(stream, count)
+        ]
+        tokens = sum((batch.arrays.completion_mask.sum() for batch in batches), mx.array(0))
+        return batches, self._config.ptx_coef / mx.maximum(tokens.astype(mx.float32), 1.0)
+
+    def _sources(self, micro: Microbatch) -> list[str]:
+        return [self._groups[i].source for i in micro.indices]

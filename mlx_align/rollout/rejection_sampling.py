@@ -1,0 +1,151 @@
+"""Rejection sampling: keep the best of several completions of a prompt, as rows to train on.
+
+Source: Touvron et al. 2023, "Llama 2", section 3.2.3 (rejection sampling fine-tuning).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from mlx_align.data.converters import QUESTIONS
+from mlx_align.data.pair_converters import COMPLETION_LISTS, RATING_LISTS
+from mlx_align.inference.finished import read_run
+from mlx_align.inference.implicit import computing_as_trained
+from mlx_align.inference.rerank import Reranker
+from mlx_align.inference.trees import load_trees
+from mlx_align.models.loading import LanguageModel, ModelFolder
+from mlx_align.models.roles import Tree
+from mlx_align.rollout.reward_functions import as_data
+from mlx_align.rollout.reward_models import CompletionScorer, SeparateRewardModel
+from mlx_align.rollout.rewards import Rewards
+from mlx_align.rollout.sampler import Prompt, sample_completions
+
+# Prompts whose completions are sampled together.
+PROMPTS_PER_BATCH = 16
+# Columns of the written rows, and columns by which a reader would take them for another format.
+_RESERVED = {"prompt", "completion", "chosen", "rejected", "score", "n", "score_chosen"}
+_RESERVED |= {"score_rejected", "messages", "conversations", "text", "output", "label", "kto_tag"}
+_RESERVED |= {"preferred_output", "non_preferred_output"}
+_RESERVED |= {*QUESTIONS, *COMPLETION_LISTS, *RATING_LISTS}
+
+
+@dataclass(frozen=True)
+class RejectionSamplingConfig:
+    """What to sample and what to keep.
+
+    Attributes:
+        n: Completions per prompt.
+        keep: Most completions kept per prompt; with `pairs`, the best and the worst are kept.
+        threshold: The lowest score to keep; None to keep any.
+        pairs: Write preference pairs instead of demonstrations.
+        max_tokens: Longest completion, in tokens.
+        temperature: Sampling temperature.
+        seed: Random seed.
+    """
+
+    n: int
+    keep: int
+    threshold: float | None
+    pairs: bool
+    max_tokens: int
+    temperature: float
+    seed: int
+
+
+def load_sampler(
+    folder: ModelFolder, adapter_path: str | None, reward_model: str | None
+) -> tuple[LanguageModel, Tree, CompletionScorer | None]:
+    """Load the model, the weights that sample, and the reward model's scorer if there is one.
+
+    A reward model on the same base shares its memory.
+
+    Raises:
+        ModelError: A model or run can't be used.
+    """
+    if reward_model is None:
+        run = None if adapter_path is None else read_run(adapter_path)
+        model, (policy,) = load_trees(folder, [None if run is None else run.folder])
+        return (model if run is None else computing_as_trained(model, run)), policy, None
+    both = Reranker.load(folder.name, adapter_path, reward_model)
+    return both.model, both.policy, SeparateRewardModel(both.reward_model, both.reward_tree)
+
+
+def sample_rows(
+    model: LanguageModel,
+    policy: Tree,
+    rewards: Rewards,
+    prompts: Sequence[Prompt],
+    config: RejectionSamplingConfig,
+    on_prompts: Callable[[int], None],
+) -> Iterator[dict[str, Any]]:
+    """Sample, reward and select, in the order of the prompts; deterministic for a config.
+
+    Args:
+        model: The base model.
+        policy: The weights that sample.
+        rewards: Rewards the completions.
+        prompts: The prompts.
+        config: What to sample and keep.
+        on_prompts: Called with the number of prompts just finished.
+
+    Raises:
+        TrainingError: A reward function failed.
+    """
+    for start in range(0, len(prompts), PROMPTS_PER_BATCH):
+        part = prompts[start : start + PROMPTS_PER_BATCH]
+        entropy = np.random.SeedSequence((config.seed, start))
+        completions = sample_completions(
+            model,
+            policy,
+            part,
+            group_size=config.n,
+            max_tokens=config.max_tokens,
+            temperature=config.temperature,
+            seed=int(entropy.generate_state(1, np.uint64)[0]),
+        )
+        scores = rewards(completions).total.reshape(-1, config.n)
+        for place, prompt in enumerate(part):
+            texts = completions.texts[place * config.n : (place + 1) * config.n]
+            yield from select_rows(prompt, texts, scores[place], config)
+        on_prompts(len(part))
+
+
+def select_rows(
+    prompt: Prompt,
+    texts: Sequence[str],
+    scores: npt.NDArray[np.float64],
+    config: RejectionSamplingConfig,
+) -> list[dict[str, Any]]:
+    """The rows kept of one prompt's completions, best first.
+
+    Empty completions and those without a score are dropped, and duplicates count once.
+    """
+    found: dict[str, float] = {}
+    for text, score in zip(texts, scores, strict=True):
+        if text.strip() and not np.isnan(score):
+            found.setdefault(text, float(score))
+    ranked = sorted(found.items(), key=lambda item: -item[1])
+    good = [item for item in ranked if config.threshold is None or item[1] >= config.threshold]
+    group = prompt.text
+    chat = not isinstance(group.prompt, str)
+    columns = {name: value for name, value in group.columns.items() if name not in _RESERVED}
+    row = {**columns, "prompt": as_data(group.prompt)}
+
+    def as_completion(text: str) -> Any:
+        return [{"role": "assistant", "content": text}] if chat else text
+
+    if not config.pairs:
+        return [
+            {**row, "completion": as_completion(text), "score": score, "n": config.n}
+            for text, score in good[: config.keep]
+        ]
+    if not good or good[0][1] == ranked[-1][1]:
+        return []
+    (best, high), (worst, low) = good[0], ranked[-1]
+    scored = {"score_chosen": high, "score_rejected": low, "n": config.n}
+    return [{**row, "chosen": as_completion(best), "rejected": as_completion(worst), **scored}]
