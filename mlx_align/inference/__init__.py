@@ -1,1 +1,1 @@
-"""Scoring what models say."""
+"""Using trained models: scoring, generation, and best-of-n reranking."""

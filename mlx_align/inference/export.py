@@ -1,4 +1,4 @@
-"""A trained reward model as one folder that transformers loads: base, adapter and head."""
+"""Export of a trained reward model, adapter and head fused, in transformers' layout."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mlx_lm.utils import dequantize_model, save
 from mlx_align.data.rendering import ChatStyle, chat_style
 from mlx_align.errors import ConfigError, ModelError
 from mlx_align.files import writing, writing_folder
-from mlx_align.inference.reward_model import put_run
+from mlx_align.inference.reward_model import install_reward_model
 from mlx_align.models.classifiers import AT_END_TOKEN, MARK, SUFFIX
 from mlx_align.models.compat import dissect
 from mlx_align.models.fusing import fuse_layers
@@ -23,9 +23,9 @@ from mlx_align.models.heads import HEAD_NAME, completion_scores
 from mlx_align.models.loading import ModelFolder, load_language_model
 from mlx_align.models.selfcheck import random_batch
 
-# Families whose tensors mlx-lm names and shapes as transformers does, and transformers' names for
-# them; of each a tiny model was exported, loaded in transformers and scored the same to 1e-5
-# (scripts/verify_classifiers.py). Gemma is not among them: mlx-lm runs its GELU by another formula.
+# Families (and their class prefix in transformers) whose tensors have the same names and shapes in
+# mlx-lm and transformers. Of each family a tiny model was exported and loaded in transformers: the
+# scores agree to 1e-5 (scripts/verify_classifiers.py). Gemma is missing: mlx-lm uses another GELU.
 FAMILIES = {
     "llama": "Llama",
     "mistral": "Mistral",
@@ -46,16 +46,16 @@ FAMILIES = {
 
 @dataclass(frozen=True)
 class ExportReport:
-    """What was written.
+    """What was exported.
 
     Attributes:
-        architecture: transformers' name of it.
-        members: Heads that the one written is the mean of.
-        score_gap: Largest difference, on random tokens, between the scores of the run and those
-            of the fused weights.
-        pad_token: What rows are padded with: a token that no row ends with, because transformers
-            looks for the last token that is another one.
-        reads_at: A sentence on where rows have to end.
+        architecture: Class name in transformers.
+        members: Number of heads; the exported one is their mean.
+        score_gap: Largest difference between the scores of the run and of the fused weights, on
+            random tokens.
+        pad_token: The padding token. No row ends with it, because transformers reads the score at
+            the last token that is not padding.
+        reads_at: Where rows have to end, one sentence.
     """
 
     architecture: str
@@ -66,29 +66,29 @@ class ExportReport:
 
 
 def export_reward_model(folder: ModelFolder, run: Path, output: Path) -> ExportReport:
-    """Write the reward model of `run` in transformers' layout.
+    """Export the reward model of `run` as a model that transformers can load.
 
     Args:
         folder: The run's base model.
-        run: Its run folder.
-        output: Folder to write; must not hold a model yet.
+        run: The run folder.
+        output: Folder to write; must be empty or not exist.
 
     Raises:
-        ConfigError: The output folder holds something.
-        ModelError: The family has no such class in transformers, or the run does not fit.
+        ConfigError: The output folder is not empty.
+        ModelError: The model family is not supported, or the run does not fit the model.
     """
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ConfigError(f"--output {output}: is not empty; name a new folder")
+        raise ConfigError(f"--output {output}: is not empty; give a new folder")
     family = FAMILIES.get(str(folder.config.get("model_type")))
     if family is None:
         raise ModelError(
             f"--model {folder.name}: {folder.config.get('model_type')} models can't be exported "
-            f"(those can: {', '.join(FAMILIES)}); mlx-align score runs it here"
+            f"(those can: {', '.join(FAMILIES)}); use it with mlx-align score instead"
         )
     style = chat_style(folder.tokenizer)
     pad = _pad_token(folder, style)
     model = load_language_model(folder)
-    put_run(model, run)
+    install_reward_model(model, run)
     tokens = random_batch(folder.vocab_size, pad=0)
     before = np.array(completion_scores(model.anatomy, tokens, shared=False)).mean(axis=1)
     fuse_layers(model, dequantize=True, on_layer=lambda: None)
@@ -116,13 +116,13 @@ def export_reward_model(folder: ModelFolder, run: Path, output: Path) -> ExportR
 def _config(base: dict[str, Any], module: nn.Module, architecture: str, pad: int) -> dict[str, Any]:
     quantized = ("quantization", "quantization_config")
     config = {key: value for key, value in base.items() if key not in quantized}
-    # The head is float32 whatever the rest is.
-    trunk = [w for name, w in tree_flatten(module.parameters()) if not name.startswith("score.")]
-    dtype = next(str(w.dtype) for w in trunk if mx.issubdtype(w.dtype, mx.floating))
+    # The head is always float32; the dtype is that of the other weights.
+    weights = [w for name, w in tree_flatten(module.parameters()) if not name.startswith("score.")]
+    dtype = next(str(w.dtype) for w in weights if mx.issubdtype(w.dtype, mx.floating))
     rope = config.get("rope_parameters")
     theta = getattr(getattr(module, "args", None), "rope_theta", None)
     if isinstance(rope, dict) and "rope_theta" in rope and theta is not None:
-        # What mlx-lm ran it with, which overlooks this entry in some families.
+        # The value mlx-lm ran with; for some families it ignores this entry.
         config["rope_parameters"] = {**rope, "rope_theta": theta}
     return {
         **config,
@@ -138,10 +138,10 @@ def _config(base: dict[str, Any], module: nn.Module, architecture: str, pad: int
 
 
 def _pad_token(folder: ModelFolder, style: ChatStyle) -> int:
-    """A token to pad with that no row ends with.
+    """Find a padding token that no row ends with.
 
     Raises:
-        ModelError: There is none.
+        ModelError: The tokenizer has none.
     """
     tokenizer = folder.tokenizer
     ends = {style.eos, *style.ending[:1], *tokenizer.eos_token_ids}
@@ -149,19 +149,19 @@ def _pad_token(folder: ModelFolder, style: ChatStyle) -> int:
         if token is not None and token not in ends and token < folder.vocab_size:
             return int(token)
     raise ModelError(
-        f"--model {folder.name}: its tokenizer has no token beside its end token that rows could "
-        "be padded with; give it a pad token"
+        f"--model {folder.name}: its tokenizer has no padding token other than its end token; "
+        "add a pad_token to tokenizer_config.json"
     )
 
 
 def _reads_at(style: ChatStyle) -> str:
     if style.ending[1:]:
-        behind = style.tokenizer.decode(list(style.ending[1:]))
+        suffix = style.tokenizer.decode(list(style.ending[1:]))
         end = style.tokenizer.decode(list(style.ending[:1]))
         return (
-            f"A row has to end at {end}: cut {behind!r}, which the chat template writes behind it, "
+            f"Rows must end with {end}: remove {suffix!r}, which the chat template adds after it, "
             "or the score is read there."
         )
     if style.ending:
-        return "A row ends where the chat template ends."
-    return "A row is prompt, completion and the end token, which has to be appended."
+        return "Rows end where the chat template ends."
+    return "Rows are prompt, completion and end token; the end token has to be appended."

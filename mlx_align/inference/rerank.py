@@ -1,73 +1,163 @@
-"""Best-of-n: completions of a prompt, sampled or given, ranked by what alignment learned.
+"""Best-of-n: sample or take several completions of a prompt and rank them.
 
-By the implicit reward of a run, or by a reward model. All of them are adapters on one base where
-they can be: the prompt is run once to generate and once for each role that scores.
+Completions are ranked by the implicit reward of a run or by a reward model. Policy, reference and
+reward model share one base model in memory where they can; a prompt is run once to generate and
+once per role that scores.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from mlx_align.data.formats import read_prompts
+from mlx_align.data.pair_converters import RATING_LISTS
 from mlx_align.data.rendering import ChatStyle, chat_style
-from mlx_align.errors import ConfigError, ModelError
-from mlx_align.inference.finished import Finished, read_run
-from mlx_align.inference.implicit import (
+from mlx_align.data.scorable import LIST_FORMATS, Scorable, read_scorable
+from mlx_align.data.sources import read_rows
+from mlx_align.errors import ConfigError, DataError, ModelError
+from mlx_align.inference.generate import MAX_TOKENS, TextGenerator
+from mlx_align.inference.implicit_reward import (
     BATCH_SIZE,
     MAX_SEQ_LENGTH,
     ImplicitReward,
-    computing_as_trained,
+    load_implicit_reward,
 )
-from mlx_align.inference.ranking import (
-    Ranked,
-    Ranking,
-    Sample,
-    as_answer,
-    different,
-    ranked_or_error,
-    ranking_of,
-    text_of,
+from mlx_align.inference.reward_model import (
+    RewardModel,
+    find_reward_model,
+    load_policy_and_reward_model,
 )
-from mlx_align.inference.reward_model import RewardModel, base_of
-from mlx_align.inference.scored import Prompt, Scored, as_group, as_prompt, tokenize_to_score
-from mlx_align.inference.terms import Terms, terms_of
-from mlx_align.inference.trees import common_layout, load_trees
-from mlx_align.models.adapters import read_layout
-from mlx_align.models.classifiers import is_classifier
-from mlx_align.models.generation import Generated, generate_groups
-from mlx_align.models.heads import has_head, put_head, read_head
-from mlx_align.models.loading import LanguageModel, ModelFolder, open_model
-from mlx_align.models.roles import Tree, acting_as
-from mlx_align.types import PromptGroup, TokenizedGroup
+from mlx_align.inference.scoring import (
+    GroupScores,
+    TextOrMessages,
+    make_group,
+    tokenize_for_scoring,
+)
+from mlx_align.inference.trained_run import match_adapter_dtype, read_trained_run
+from mlx_align.models.generation import Generated
+from mlx_align.models.loading import LanguageModel, open_model
+from mlx_align.types import Message, PromptGroup, Text, TokenizedGroup
 
-# What mlx-lm generates at most, unless told otherwise.
-MAX_TOKENS = 256
+# Field of an output row that says why it has no completions.
+NOTE = "rerank_note"
+# Prompts of a file whose completions are sampled together.
+PROMPTS_AT_ONCE = 16
+# Fields of a row that refer to its completions in their original order.
+_ORDERED_FIELDS = ("chosen", "rejected", *RATING_LISTS)
+
+
+@dataclass(frozen=True, slots=True)
+class RankedCompletion:
+    """A completion and its score.
+
+    Attributes:
+        text: The text, without its end token.
+        score: Higher is better.
+        index: Index among the completions as given or sampled; of equal samples, the first.
+        count: How often it was sampled; 1 for a given completion.
+        truncated: Whether it reached the maximal number of tokens, so that it has no end token.
+        tokens: Length including the end token, tokens.
+        policy_logp: Log-prob under the policy, nats; None with a reward model.
+        reference_logp: Log-prob under the reference, nats; None with a reward model.
+    """
+
+    text: str
+    score: float
+    index: int
+    count: int = 1
+    truncated: bool = False
+    tokens: int = 0
+    policy_logp: float | None = None
+    reference_logp: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Ranking:
+    """The completions of one prompt, best first.
+
+    Attributes:
+        prompt: The prompt's group.
+        ranked: The completions; empty if the prompt could not be answered or scored.
+        reason: Why there are none.
+    """
+
+    prompt: PromptGroup
+    ranked: tuple[RankedCompletion, ...]
+    reason: str = ""
+
+    def completions(self) -> list[RankedCompletion]:
+        """The completions, best first.
+
+        Raises:
+            DataError: The prompt could not be answered or scored.
+        """
+        if self.reason:
+            raise DataError(f"can't be scored: {self.reason}")
+        return list(self.ranked)
+
+    def as_row(self) -> dict[str, Any]:
+        """The ranking as a JSON row, readable as ranked data for dpo and reward.
+
+        Other fields of the prompt's row are kept, except those that refer to completions in their
+        original order.
+        """
+        group = self.prompt
+        row = {name: value for name, value in group.columns.items() if name not in _ORDERED_FIELDS}
+        row["prompt"] = group.prompt if isinstance(group.prompt, str) else _as_dicts(group.prompt)
+        if self.reason:
+            return {**row, "completions": None, NOTE: self.reason}
+        completions = []
+        for one in self.ranked:
+            entry = {"cut" if k == "truncated" else k: v for k, v in asdict(one).items()}
+            completions.append({name: value for name, value in entry.items() if value is not None})
+        row["completions"] = completions
+        return row
+
+
+class DistinctSample(NamedTuple):
+    """A sampled completion, the index of its first occurrence, and how often it was sampled."""
+
+    completion: Generated
+    index: int
+    count: int
+
+
+class SamplingOptions(NamedTuple):
+    """How completions are sampled.
+
+    Attributes:
+        n: Completions per prompt.
+        max_tokens: Maximal length of a completion, tokens.
+        temperature: 1 samples from the policy itself; 0 is greedy.
+        seed: Random seed for sampling.
+    """
+
+    n: int = 8
+    max_tokens: int = MAX_TOKENS
+    temperature: float = 1.0
+    seed: int = 0
 
 
 @dataclass(frozen=True)
 class Reranker:
-    """A policy that answers and what ranks its answers; make one with `Reranker.load`.
+    """A policy that generates completions and a scorer that ranks them.
+
+    Make one with `Reranker.load`.
 
     Attributes:
-        model: The policy's base.
-        style: How its tokenizer writes conversations.
-        policy: The tree that answers.
-        implicit: What ranks, unless a reward model does.
-        reward: The reward model that ranks.
-        reward_tree: Its tree where it is an adapter of `model`; None where it is a model apart.
-        said: What ranks, for people.
+        generator: The policy.
+        scorer: The implicit reward or reward model that ranks.
+        description: What ranks, one line.
     """
 
-    model: LanguageModel
-    style: ChatStyle
-    policy: Tree
-    implicit: ImplicitReward | None
-    reward: RewardModel | None
-    reward_tree: Tree | None
-    said: str
+    generator: TextGenerator
+    scorer: ImplicitReward | RewardModel
+    description: str
 
     @classmethod
     def load(
@@ -82,102 +172,152 @@ class Reranker:
         max_seq_length: int = MAX_SEQ_LENGTH,
         batch_size: int = BATCH_SIZE,
     ) -> Reranker:
-        """Load what answers and what ranks.
+        """Load a policy and what ranks its completions.
 
         Args:
             model: The base model, folder or hub name.
-            adapter_path: The run whose policy answers; None for the base itself.
+            adapter_path: The run whose policy generates; None for the base model itself.
             reward_model: A run folder of `mlx-align reward`, or a *ForSequenceClassification
-                model; None to rank by the implicit reward of the run.
-            beta: Of the implicit reward; None for the run's own.
-            reference_adapter: Where the adapter is that the run started from; None for where the
-                run says.
-            per_token: Whether the implicit reward is divided by the completion's length; None
-                where the run's loss did.
-            max_seq_length: Longest row to score, tokens.
-            batch_size: Prompts to run at once.
+                model; None to rank by the run's implicit reward.
+            beta: Temperature β of the implicit reward; None for the run's own.
+            reference_adapter: Folder of the reference's adapter; None for where the run started.
+            per_token: Whether the implicit reward is divided by the completion's length; None to
+                do so if the run's loss did.
+            max_seq_length: Maximal length of prompt and completion to score, tokens.
+            batch_size: Prompts to score per batch.
 
         Raises:
-            ModelError: A model, a run or a reference is not there or does not fit.
+            ModelError: A model, run or reference does not exist or does not fit.
             ConfigError: There is nothing to rank by, or an option has no effect.
         """
-        run = None if adapter_path is None else read_run(adapter_path)
+        run = None if adapter_path is None else read_trained_run(adapter_path)
         folder = open_model(model)
         if reward_model is None:
             if run is None:
                 raise ConfigError(
-                    "nothing to rank by: give --adapter-path, a run with an implicit reward, or "
+                    "nothing to rank by: give --adapter-path (a run with an implicit reward) or "
                     "--reward-model"
                 )
-            terms = terms_of(
-                run, beta=beta, reference_adapter=reference_adapter, per_token=per_token
+            implicit = load_implicit_reward(
+                folder,
+                run,
+                beta=beta,
+                reference_adapter=reference_adapter,
+                per_token=per_token,
+                max_seq_length=max_seq_length,
+                batch_size=batch_size,
             )
-            return _ranking_by_itself(folder, run, terms, max_seq_length, batch_size)
-        given = {
-            "--beta": beta,
-            "--reference-adapter": reference_adapter,
-            "--per-token": per_token,
-        }
-        for name, value in given.items():
+            generator = TextGenerator(implicit.model, implicit.style, implicit.policy)
+            return cls(generator, implicit, implicit.description)
+        for name, value in (
+            ("--beta", beta),
+            ("--reference-adapter", reference_adapter),
+            ("--per-token", per_token),
+        ):
             if value is not None:
                 raise ConfigError(f"{name}: has no effect on --reward-model; leave one out")
-        return _ranking_by_model(folder, run, str(reward_model), max_seq_length, batch_size)
+        loaded, weights, reward = load_policy_and_reward_model(
+            folder,
+            None if run is None else run.folder,
+            find_reward_model(reward_model, folder),
+            max_seq_length=max_seq_length,
+            batch_size=batch_size,
+        )
+        shared = reward.weights is not None
+        where = "an adapter on the same weights" if shared else "a second model in memory"
+        if run is not None:
+            loaded = match_adapter_dtype(loaded, run)
+        generator = TextGenerator(loaded, chat_style(folder.tokenizer), weights)
+        return cls(generator, reward, f"reward model {reward_model}, {where}")
+
+    @property
+    def model(self) -> LanguageModel:
+        """The policy's model."""
+        return self.generator.model
+
+    @property
+    def style(self) -> ChatStyle:
+        """The chat template of the policy's tokenizer."""
+        return self.generator.style
 
     def rank(
-        self, prompt: Prompt, completions: Sequence[str | Sequence[Mapping[str, str]]]
-    ) -> list[Ranked]:
-        """Completions of one prompt, best first; equal ones stay as they are, each with its score.
+        self, prompt: TextOrMessages, completions: Sequence[TextOrMessages]
+    ) -> list[RankedCompletion]:
+        """Rank given completions of one prompt, best first; equal ones are all kept.
 
         Args:
-            prompt: Text as it stands, or messages ({"role": …, "content": …}) for the model's
-                chat template.
-            completions: Text, beside messages the assistant's answer; or messages.
+            prompt: Text, used verbatim as in `RewardModel.score`, or messages ({"role": …,
+                "content": …}), rendered with the chat template.
+            completions: Text or messages; with a prompt of messages, text is the assistant's.
 
         Raises:
-            DataError: The prompt and a completion are too long together, or can't be rendered.
+            DataError: Prompt and completion are too long or can't be rendered.
         """
-        (ranking,) = self.rank_groups([as_group("rank()", prompt, completions)])
-        return ranked_or_error(ranking)
+        (ranking,) = self.rank_groups([make_group("rank()", prompt, completions)])
+        return ranking.completions()
 
     def sample(
         self,
-        prompt: Prompt,
+        prompt: TextOrMessages,
         n: int = 8,
         *,
         max_tokens: int = MAX_TOKENS,
         temperature: float = 1.0,
         seed: int = 0,
-    ) -> list[Ranked]:
-        """Sample `n` completions and rank them, best first; equal ones are one, with its count.
+        apply_chat_template: bool = True,
+    ) -> list[RankedCompletion]:
+        """Sample `n` completions of a prompt and rank them, best first.
+
+        Equal completions appear once, with their count.
+
+        Args:
+            prompt: Text, or messages ({"role": …, "content": …}).
+            n: Completions to sample.
+            max_tokens: Maximal length of a completion, tokens.
+            temperature: 1 samples from the policy itself; 0 is greedy.
+            seed: Random seed for sampling.
+            apply_chat_template: Whether text becomes a user message if the model has a chat
+                template, as with `mlx-align rerank --prompt`; if not, it is used verbatim.
 
         Raises:
-            DataError: The prompt is too long, or can't be rendered.
+            DataError: The prompt is too long or can't be rendered.
         """
-        group = PromptGroup(as_prompt("sample()", prompt), (), "sample()")
+        text = self.generator.as_prompt("sample()", prompt, apply_chat_template=apply_chat_template)
         (ranking,) = self.sample_groups(
-            [group], n, max_tokens=max_tokens, temperature=temperature, seed=seed
+            [PromptGroup(text, (), "sample()")],
+            n,
+            max_tokens=max_tokens,
+            temperature=temperature,
+            seed=seed,
         )
-        return ranked_or_error(ranking)
+        return ranking.completions()
 
     def best_of(
         self,
-        prompt: Prompt,
+        prompt: TextOrMessages,
         n: int = 8,
         *,
         max_tokens: int = MAX_TOKENS,
         temperature: float = 1.0,
         seed: int = 0,
-    ) -> Ranked:
-        """The best of `n` sampled completions; arguments and errors as in `sample`."""
-        return self.sample(prompt, n, max_tokens=max_tokens, temperature=temperature, seed=seed)[0]
+        apply_chat_template: bool = True,
+    ) -> RankedCompletion:
+        """Sample `n` completions and return the best; arguments and errors as in `sample`."""
+        return self.sample(
+            prompt,
+            n,
+            max_tokens=max_tokens,
+            temperature=temperature,
+            seed=seed,
+            apply_chat_template=apply_chat_template,
+        )[0]
 
     def rank_groups(self, groups: Sequence[PromptGroup]) -> list[Ranking]:
-        """The completions that each group has, best first."""
-        found = []
-        for group, scored in zip(groups, self._score(groups), strict=True):
-            texts = [text_of(completion) for completion in group.completions]
-            found.append(ranking_of(group, scored, texts))
-        return found
+        """Rank the completions of each group."""
+        return [
+            make_ranking(group, scores, [_last_text(one) for one in group.completions])
+            for group, scores in zip(groups, self.scorer.score_groups(groups), strict=True)
+        ]
 
     def sample_groups(
         self,
@@ -189,140 +329,199 @@ class Reranker:
         seed: int = 0,
         on_token: Callable[[], None] | None = None,
     ) -> list[Ranking]:
-        """For each prompt `n` completions sampled from the policy, best first.
+        """Sample `n` completions of each group's prompt and rank them.
 
         Args:
-            groups: Prompts; completions that they have are not looked at.
-            n: How many to sample of each.
-            max_tokens: Longest completion.
+            groups: Groups whose prompts are completed; their completions are ignored.
+            n: Completions per prompt.
+            max_tokens: Maximal length of a completion, tokens.
             temperature: 1 samples from the policy itself; 0 is greedy.
-            seed: Of the draws.
+            seed: Random seed for sampling.
             on_token: Called after every token.
         """
         bare = [replace(group, completions=(), scores=None) for group in groups]
-        limit = (self.implicit or self.reward_model).max_seq_length
-        prompts = tokenize_to_score(bare, self.style, limit)
+        prompts = tokenize_for_scoring(bare, self.style, self.scorer.max_seq_length)
         readable = [prompt for prompt in prompts if isinstance(prompt, TokenizedGroup)]
-        stop = sorted(self.model.folder.tokenizer.eos_token_ids)
-        with self.model.acting_as(self.policy):
-            sampled = generate_groups(
-                self.model.module,
-                [prompt.prompt.tolist() for prompt in readable],
-                n,
-                stop,
-                max_tokens=max_tokens,
-                temperature=temperature,
-                seed=seed,
-                on_token=on_token,
-            )
-        distinct = [different(completions) for completions in sampled]
-        texts = [[self._text(one) for one, _, _ in several] for several in distinct]
-        scores = iter(self._score_sampled(readable, bare, prompts, distinct, texts))
+        sampled = self.generator.sample(
+            readable,
+            n,
+            max_tokens=max_tokens,
+            temperature=temperature,
+            seed=seed,
+            on_token=on_token,
+        )
+        distinct = [deduplicate(completions) for completions in sampled]
+        texts = [[self.generator.decode(one.completion) for one in some] for some in distinct]
+        if isinstance(self.scorer, ImplicitReward):
+            scores = self._score_sampled_tokens(self.scorer, readable, distinct)
+        else:
+            pairs = zip(bare, prompts, strict=True)
+            answered = [group for group, prompt in pairs if isinstance(prompt, TokenizedGroup)]
+            scores = self._score_sampled_texts(answered, texts)
         found, place = [], 0
         for group, prompt in zip(bare, prompts, strict=True):
             if not isinstance(prompt, TokenizedGroup):
                 found.append(Ranking(group, (), prompt.reason))
                 continue
-            found.append(ranking_of(group, next(scores), texts[place], distinct[place]))
+            found.append(make_ranking(group, scores[place], texts[place], distinct[place]))
             place += 1
         return found
 
-    @property
-    def reward_model(self) -> RewardModel:
-        """The reward model that ranks."""
-        assert self.reward is not None
-        return self.reward
-
-    def _text(self, completion: Generated) -> str:
-        ids = completion.tokens[: len(completion.tokens) - completion.ended]
-        return str(self.model.folder.tokenizer.decode(ids))
-
-    def _score_sampled(
+    def _score_sampled_tokens(
         self,
-        readable: Sequence[TokenizedGroup],
-        bare: Sequence[PromptGroup],
-        prompts: Sequence[TokenizedGroup | Scored],
-        distinct: Sequence[Sequence[Sample]],
-        texts: Sequence[Sequence[str]],
-    ) -> list[Scored]:
-        """By the policy's own tokens; a reward model reads the text, as any tokenizer would."""
-        if self.implicit is not None:
-            return self.implicit.score_tokens(
-                [
-                    replace(
-                        prompt,
-                        completions=tuple(np.array(one.tokens, np.int32) for one, _, _ in several),
-                    )
-                    for prompt, several in zip(readable, distinct, strict=True)
-                ]
-            )
-        asked = [g for g, p in zip(bare, prompts, strict=True) if isinstance(p, TokenizedGroup)]
-        return self._score(
+        scorer: ImplicitReward,
+        prompts: Sequence[TokenizedGroup],
+        distinct: Sequence[Sequence[DistinctSample]],
+    ) -> list[GroupScores]:
+        """Score the policy's own tokens, which its text may not tokenize back to."""
+        return scorer.score_tokens(
             [
-                replace(group, completions=tuple(as_answer(group, text) for text in several))
-                for group, several in zip(asked, texts, strict=True)
+                replace(
+                    prompt,
+                    completions=tuple(np.array(one.completion.tokens, np.int32) for one in some),
+                )
+                for prompt, some in zip(prompts, distinct, strict=True)
             ]
         )
 
-    def _score(self, groups: Sequence[PromptGroup]) -> list[Scored]:
-        if self.implicit is not None:
-            return self.implicit.score_groups(groups)
-        if self.reward_tree is None:
-            return self.reward_model.score_groups(groups)
-        with acting_as(self.model.module, self.reward_tree):
-            return self.reward_model.score_groups(groups)
-
-
-def _ranking_by_itself(
-    folder: ModelFolder, run: Finished, terms: Terms, max_seq_length: int, batch_size: int
-) -> Reranker:
-    model, (policy, reference) = load_trees(folder, [run.folder, terms.reference])
-    model = computing_as_trained(model, run)
-    style = chat_style(folder.tokenizer)
-    implicit = ImplicitReward(
-        model,
-        style,
-        policy,
-        reference,
-        beta=terms.beta,
-        per_token=terms.per_token,
-        max_seq_length=max_seq_length,
-        batch_size=batch_size,
-    )
-    return Reranker(model, style, policy, implicit, None, None, terms.said)
-
-
-def _ranking_by_model(
-    folder: ModelFolder, run: Finished | None, given: str, max_seq_length: int, batch_size: int
-) -> Reranker:
-    """A reward model beside the policy: on its weights, if it is an adapter of the same base."""
-    answering = None if run is None else run.folder
-    path = Path(given).expanduser()
-    is_run = has_head(path)
-    base = base_of(path, folder) if is_run else None
-    layouts = [read_layout(p) for p in (answering, path if is_run else None) if p is not None]
-    if base is not None and base.path == folder.path and common_layout(layouts) is not None:
-        model, (policy, reward_tree) = load_trees(folder, [answering, path])
-        put_head(model.anatomy, read_head(path)).freeze()
-        style = chat_style(folder.tokenizer)
-        reward = RewardModel(model, style, max_seq_length=max_seq_length, batch_size=batch_size)
-        said = f"reward model {given}, an adapter on the same weights"
-    else:
-        if base is None and not is_classifier(open_model(given).config):
-            raise ModelError(
-                f"--reward-model {given}: neither a run of mlx-align reward nor a "
-                "*ForSequenceClassification model"
-            )
-        model, (policy,) = load_trees(folder, [answering])
-        style = chat_style(folder.tokenizer)
-        reward = RewardModel.load(
-            given if base is None else base.name,
-            None if base is None else path,
-            max_seq_length=max_seq_length,
-            batch_size=batch_size,
+    def _score_sampled_texts(
+        self, groups: Sequence[PromptGroup], texts: Sequence[Sequence[str]]
+    ) -> list[GroupScores]:
+        """Score by text: a reward model may have another tokenizer."""
+        return self.scorer.score_groups(
+            [
+                replace(group, completions=tuple(_as_completion(group, text) for text in some))
+                for group, some in zip(groups, texts, strict=True)
+            ]
         )
-        reward_tree = None
-        said = f"reward model {given}, a second model in memory"
-    if run is not None:
-        model = computing_as_trained(model, run)
-    return Reranker(model, style, policy, None, reward, reward_tree, said)
+
+
+def deduplicate(completions: Sequence[Generated]) -> list[DistinctSample]:
+    """The distinct completions, in the order of their first occurrence."""
+    found: dict[tuple[int, ...], DistinctSample] = {}
+    for index, completion in enumerate(completions):
+        key = tuple(completion.tokens)
+        first = found.get(key, DistinctSample(completion, index, 0))
+        found[key] = first._replace(count=first.count + 1)
+    return list(found.values())
+
+
+def make_ranking(
+    group: PromptGroup,
+    scores: GroupScores,
+    texts: Sequence[str],
+    samples: Sequence[DistinctSample] | None = None,
+) -> Ranking:
+    """Rank the completions of a group by their scores; ties keep their order.
+
+    Args:
+        group: The prompt.
+        scores: Scores of its completions.
+        texts: Texts of its completions.
+        samples: The completions as sampled; None if they were given.
+
+    Raises:
+        ModelError: A score is not finite.
+    """
+    if scores.scores is None:
+        return Ranking(group, (), scores.reason)
+    values = [float(score) for score in scores.scores]
+    if not np.isfinite(values).all():
+        raise ModelError(f"{group.source}: a completion's score is not a finite number")
+    lengths = [] if scores.tokens is None else [len(ids) for ids in scores.tokens.completions]
+    ranked = []
+    for k in sorted(range(len(values)), key=lambda k: -values[k]):
+        sample = None if samples is None else samples[k]
+        ranked.append(
+            RankedCompletion(
+                text=texts[k],
+                score=values[k],
+                index=k if sample is None else sample.index,
+                count=1 if sample is None else sample.count,
+                truncated=sample is not None and not sample.completion.ended,
+                tokens=lengths[k] if sample is None else len(sample.completion.tokens),
+                policy_logp=_element(scores.policy_logps, k),
+                reference_logp=_element(scores.reference_logps, k),
+            )
+        )
+    return Ranking(group, tuple(ranked))
+
+
+@dataclass(frozen=True)
+class RerankInput:
+    """The rows of a file of prompts, or of prompts with completions.
+
+    Attributes:
+        rows: The rows in order, each with its group or the reason why it could not be read.
+        to_answer: Whether the rows have no completions, so that some are to be sampled.
+        read_as: The data format, one line.
+    """
+
+    rows: list[Scorable]
+    to_answer: bool
+    read_as: str
+
+    @property
+    def groups(self) -> list[PromptGroup]:
+        """The groups of all rows that could be read."""
+        return [row.group for row in self.rows if row.group is not None]
+
+    def rankings(self, reranker: Reranker, options: SamplingOptions) -> Iterator[Ranking]:
+        """Yield a ranking per row, in order."""
+        for start in range(0, len(self.rows), PROMPTS_AT_ONCE):
+            rows = self.rows[start : start + PROMPTS_AT_ONCE]
+            groups = [row.group for row in rows if row.group is not None]
+            if self.to_answer:
+                rankings = reranker.sample_groups(
+                    groups,
+                    options.n,
+                    max_tokens=options.max_tokens,
+                    temperature=options.temperature,
+                    # Equal prompts in different parts of the file get different samples.
+                    seed=options.seed + start,
+                )
+            else:
+                rankings = reranker.rank_groups(groups)
+            found = iter(rankings)
+            for row in rows:
+                if row.group is not None:
+                    yield next(found)
+                    continue
+                bare = PromptGroup("", (), row.row.source, columns=row.row.fields)
+                yield Ranking(bare, (), row.reason)
+
+
+def read_rerank_input(file: str) -> RerankInput:
+    """Open a file of prompts, or of prompts with `completions`.
+
+    Raises:
+        DataError: It can't be read, or contains neither.
+    """
+    if not Path(file).expanduser().exists():
+        raise DataError(f"--input {file}: no such file")
+    rows = read_rows(file)
+    if LIST_FORMATS[0].matches(rows[0]):
+        source = read_scorable(file)
+        return RerankInput(list(source), False, f"read as: {source.title} ({len(rows):,} rows)")
+    groups, reading = read_prompts(file)
+    by_source = {row.source: row for row in rows}
+    scorable = [Scorable(by_source[group.source], group) for group in groups]
+    return RerankInput(scorable, True, str(reading))
+
+
+def _element(values: Any, k: int) -> float | None:
+    return None if values is None else float(values[k])
+
+
+def _last_text(completion: Text) -> str:
+    """A completion's text; of several turns, the last one's."""
+    return completion if isinstance(completion, str) else completion[-1].content
+
+
+def _as_completion(group: PromptGroup, text: str) -> Text:
+    """A completion in the form of the group's prompt, text or messages."""
+    return text if isinstance(group.prompt, str) else (Message("assistant", text),)
+
+
+def _as_dicts(messages: Sequence[Message]) -> list[dict[str, str]]:
+    return [{"role": turn.role, "content": turn.content} for turn in messages]

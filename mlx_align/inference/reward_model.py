@@ -1,14 +1,18 @@
-"""A trained reward model at work: completions in, scores out.
+"""Reward models: finding, loading, and scoring completions with them.
 
-Scores come from a base model with the adapter and head of a run, or from a sequence classifier of
-the hub. A prompt is run once for all its completions, and a score depends on nothing but its
-prompt and completion: not on padding, not on what else is in the batch.
+A reward model is the run of `mlx-align reward` (a base model with an adapter and a scalar head), or
+a *ForSequenceClassification model with one label. This is the one place that opens them. Where the
+policy has the same base, the reward model can share its weights in memory.
+
+A prompt is run once for all its completions. A score depends on its prompt and completion alone,
+not on padding or on the rest of the batch.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,12 +23,26 @@ from mlx.utils import tree_flatten
 
 from mlx_align.data.rendering import ChatStyle, chat_style
 from mlx_align.errors import ConfigError, DataError, ModelError
-from mlx_align.inference.score import run_groups
-from mlx_align.inference.scored import Prompt, Scored, as_group, tokenize_to_score
-from mlx_align.models.adapters import ADAPTER_CONFIG, install, load_tree, read_layout, read_weights
+from mlx_align.inference.scoring import (
+    GroupScores,
+    TextOrMessages,
+    make_group,
+    map_groups,
+    tokenize_for_scoring,
+)
+from mlx_align.inference.trees import load_trees
+from mlx_align.models.adapters import (
+    ADAPTER_CONFIG,
+    AdapterLayout,
+    install,
+    load_tree,
+    read_layout,
+    read_weights,
+)
 from mlx_align.models.classifiers import AT_END_TOKEN, MARK, is_classifier, padding_id
-from mlx_align.models.heads import HEAD_NAME, completion_scores, put_head, read_head
+from mlx_align.models.heads import HEAD_NAME, completion_scores, has_head, put_head, read_head
 from mlx_align.models.loading import LanguageModel, ModelFolder, load_language_model, open_model
+from mlx_align.models.roles import Tree
 from mlx_align.types import PromptGroup, TokenizedGroup
 
 Scores = npt.NDArray[np.float32]
@@ -35,18 +53,20 @@ BATCH_SIZE = 4
 
 @dataclass(frozen=True)
 class RewardModel:
-    """A reward model ready to score; make one with `RewardModel.load`.
+    """A loaded reward model; make one with `RewardModel.load` or `open_reward_model`.
 
     Attributes:
-        model: Base, adapter and head.
-        style: How its tokenizer writes conversations.
-        combine: How several members' scores become one: mean, min, or mean-variance (mean minus
-            `variance_penalty` times their variance).
-        variance_penalty: See above.
-        max_seq_length: Longest row that is scored, tokens.
-        batch_size: Prompts run at once.
-        behind: Ids that its template writes behind an answer's end token and that it reads.
-        unread: The id it passes over at the end of a row, if any.
+        model: Base model with reward head, and the adapter unless `weights` has it.
+        style: Chat template of its tokenizer.
+        combine: How the scores of several members become one: mean, min, or mean-variance (mean
+            minus `variance_penalty` times the variance).
+        variance_penalty: λ of mean-variance.
+        max_seq_length: Maximal length of prompt and completion, tokens.
+        batch_size: Prompts per batch.
+        suffix: Ids that the chat template writes after an answer's end token and that the model
+            reads.
+        padding: Id that the model skips at the end of a row; None if it skips none.
+        weights: Adapter weights to use while scoring; None if `model` holds them already.
     """
 
     model: LanguageModel
@@ -55,8 +75,9 @@ class RewardModel:
     variance_penalty: float = 0.0
     max_seq_length: int = MAX_SEQ_LENGTH
     batch_size: int = BATCH_SIZE
-    behind: tuple[int, ...] = ()
-    unread: int | None = None
+    suffix: tuple[int, ...] = ()
+    padding: int | None = None
+    weights: Tree | None = None
 
     @classmethod
     def load(
@@ -72,32 +93,37 @@ class RewardModel:
         """Load a reward model.
 
         Args:
-            model: A run's base model, or a *ForSequenceClassification model with one label:
+            model: The base model of a run, or a *ForSequenceClassification model with one label:
                 folder or hub name.
             adapter_path: The run folder of `mlx-align reward`; None for a classifier.
-            combine: mean, min, or mean-variance, where the model has several members.
+            combine: mean, min, or mean-variance; for models with several members.
             variance_penalty: λ of mean-variance.
-            max_seq_length: Longest row to score, tokens.
-            batch_size: Prompts to run at once.
+            max_seq_length: Maximal length of prompt and completion, tokens.
+            batch_size: Prompts per batch.
 
         Raises:
-            ModelError: There is no such model, it is no reward model, or the run's tensors are
-                not exactly those that fit it.
+            ModelError: The model does not exist or is not a reward model, or the run's tensors
+                don't fit it.
             ConfigError: The combination has no effect, or lacks its λ.
         """
         folder = open_model(model)
         if adapter_path is None and not is_classifier(folder.config):
             raise ModelError(
-                f"{model}: no reward model by itself; name the run of mlx-align reward with "
+                f"{model}: no reward model by itself; give a run of mlx-align reward with "
                 "--adapter-path, or a *ForSequenceClassification model"
             )
         loaded = load_language_model(folder)
         if adapter_path is not None:
-            put_run(loaded, Path(adapter_path).expanduser())
+            install_reward_model(loaded, Path(adapter_path).expanduser())
         members = int(loaded.module[HEAD_NAME].weight.shape[0])
         _check_combination(combine, variance_penalty, members)
         style = chat_style(folder.tokenizer)
-        behind, unread = _reading(folder, style) if adapter_path is None else ((), None)
+        suffix: tuple[int, ...] = ()
+        padding = None
+        if adapter_path is None:
+            # Classifiers of the hub were trained on whole renderings of their template.
+            suffix = () if folder.config.get(MARK) == AT_END_TOKEN else style.ending[1:]
+            padding = padding_id(folder.path, folder.config)
         return cls(
             loaded,
             style,
@@ -105,35 +131,34 @@ class RewardModel:
             variance_penalty=variance_penalty or 0.0,
             max_seq_length=max_seq_length,
             batch_size=batch_size,
-            behind=behind,
-            unread=unread,
+            suffix=suffix,
+            padding=padding,
         )
 
-    def score(
-        self,
-        prompt: Prompt,
-        completions: Sequence[str | Sequence[Mapping[str, str]]],
-    ) -> list[float]:
-        """Scores of completions of one prompt, in their order; higher is better.
+    def score(self, prompt: TextOrMessages, completions: Sequence[TextOrMessages]) -> list[float]:
+        """Score completions of one prompt; higher is better.
 
         Args:
-            prompt: Text as it stands, or messages ({"role": …, "content": …}) for the model's
+            prompt: Text, used verbatim, or messages ({"role": …, "content": …}), rendered with the
                 chat template.
-            completions: Text, beside messages the assistant's answer; or messages.
+            completions: Text or messages; with a prompt of messages, text is the assistant's.
+
+        Returns:
+            One score per completion, in their order.
 
         Raises:
-            DataError: The prompt and a completion are too long together, or can't be rendered.
+            DataError: Prompt and completion are too long or can't be rendered.
         """
-        (scored,) = self.score_groups([as_group("score()", prompt, completions)])
-        if scored.scores is None:
-            raise DataError(f"can't be scored: {scored.reason}")
-        return [float(score) for score in scored.scores]
+        (found,) = self.score_groups([make_group("score()", prompt, completions)])
+        if found.scores is None:
+            raise DataError(f"can't be scored: {found.reason}")
+        return [float(score) for score in found.scores]
 
-    def score_groups(self, groups: Sequence[PromptGroup]) -> list[Scored]:
-        """What each group's completions score, in the groups' order."""
-        results = tokenize_to_score(groups, self.style, self.max_seq_length)
+    def score_groups(self, groups: Sequence[PromptGroup]) -> list[GroupScores]:
+        """Score the completions of each group."""
+        results = tokenize_for_scoring(groups, self.style, self.max_seq_length)
         tokens = [
-            self._as_read(group, result)
+            self._with_ending(group, result)
             for group, result in zip(groups, results, strict=True)
             if isinstance(result, TokenizedGroup)
         ]
@@ -144,77 +169,232 @@ class RewardModel:
         ]
 
     def score_tokens(self, groups: Sequence[TokenizedGroup]) -> list[Scores]:
-        """Per group (K, members) scores of its completions, each read at its last token."""
-        anatomy, shared = self.model.anatomy, self.model.shared
-        return run_groups(
-            groups, lambda batch: completion_scores(anatomy, batch, shared=shared), self.batch_size
-        )
+        """Per group the scores (K, members) of its completions, each read at its last token."""
+        backbone, shared = self.model.anatomy, self.model.shared
+        with nullcontext() if self.weights is None else self.model.acting_as(self.weights):
+            return map_groups(
+                groups,
+                lambda batch: completion_scores(backbone, batch, shared=shared),
+                self.batch_size,
+            )
 
-    def _combined(self, group: TokenizedGroup, members: Scores) -> Scored:
+    def _combined(self, group: TokenizedGroup, members: Scores) -> GroupScores:
         combined = combine_members(members, self.combine, self.variance_penalty)
-        return Scored(combined, members, tokens=group)
+        return GroupScores(combined, members, tokens=group)
 
-    def _as_read(self, text: PromptGroup, group: TokenizedGroup) -> TokenizedGroup:
-        """The group with its completions ended as the model reads them; every token counts."""
-        behind = () if isinstance(text.prompt, str) else self.behind
+    def _with_ending(self, text: PromptGroup, group: TokenizedGroup) -> TokenizedGroup:
+        """The group with its completions ended as the model expects; every token counts."""
+        suffix = () if isinstance(text.prompt, str) else self.suffix
         completions = []
         for ids in group.completions:
-            ids = np.concatenate([ids, np.array(behind, np.int32)])
-            while self.unread is not None and len(ids) and ids[-1] == self.unread:
+            ids = np.concatenate([ids, np.array(suffix, np.int32)])
+            while self.padding is not None and len(ids) and ids[-1] == self.padding:
                 ids = ids[:-1]
             completions.append(ids)
         return replace(group, completions=tuple(completions), loss_masks=None)
 
 
-def put_run(model: LanguageModel, run: Path) -> None:
-    """Put the adapter and the head of a run into its base model.
+@dataclass(frozen=True)
+class RewardModelSource:
+    """Where a reward model comes from; no weights are loaded.
+
+    Attributes:
+        name: Name as given by the user.
+        run: Run folder with adapter and head; None for a classifier.
+        base: Base model of the run, or the classifier.
+    """
+
+    name: str
+    run: Path | None
+    base: ModelFolder
+
+    def shares_base(self, folder: ModelFolder, layout: AdapterLayout | None = None) -> bool:
+        """Whether it can run as an adapter on the policy's base model.
+
+        Args:
+            folder: The policy's base model.
+            layout: Layout of the policy's adapter; None if it has none.
+        """
+        if self.run is None or self.base.path.resolve() != folder.path.resolve():
+            return False
+        return layout is None or read_layout(self.run).fine_tune_type == layout.fine_tune_type
+
+
+def find_reward_model(
+    name: str | Path, base: ModelFolder | None = None, *, option: str = "--reward-model"
+) -> RewardModelSource:
+    """Find a reward model by name, without loading weights.
+
+    Args:
+        name: A run folder of `mlx-align reward`, or a classifier's folder or hub name.
+        base: A model that is open already, to be used if it is the run's base.
+        option: The option that `name` was given with, for error messages.
 
     Raises:
-        ModelError: The run is no reward model's, or its tensors are not exactly those that fit.
+        ModelError: It is neither, or the base model of the run can't be opened.
+    """
+    run = Path(name).expanduser()
+    if has_head(run):
+        return RewardModelSource(str(name), run, find_base_model(run, base, option=option))
+    try:
+        folder = open_model(str(name))
+    except ModelError as error:
+        raise ModelError(f"{option} {str(error).removeprefix('--model ')}") from error
+    if not is_classifier(folder.config):
+        raise ModelError(
+            f"{option} {name}: neither a run of mlx-align reward nor a "
+            "*ForSequenceClassification model"
+        )
+    return RewardModelSource(str(name), None, folder)
+
+
+def find_base_model(
+    run: Path, base: ModelFolder | None = None, *, option: str = "--reward-model"
+) -> ModelFolder:
+    """The base model of a reward model's run, as named in its adapter_config.json.
+
+    Args:
+        run: The run folder.
+        base: A model that is open already; returned if it is the one named, or if none is named.
+        option: The option that `run` was given with, for error messages.
+
+    Raises:
+        ModelError: The run can't be read, or its base model can't be opened.
+    """
+    read_layout(run)
+    named = json.loads((run / ADAPTER_CONFIG).read_text(encoding="utf-8")).get("model")
+    if base is not None:
+        if not isinstance(named, str) or named == base.name:
+            return base
+        local = Path(named).expanduser()
+        if local.exists() and base.path.exists() and local.samefile(base.path):
+            return base
+    elif not isinstance(named, str):
+        raise ModelError(f'{run / ADAPTER_CONFIG}: "model" is missing; expected the base model')
+    try:
+        return open_model(named)
+    except ModelError as error:
+        raise ModelError(
+            f"{option} {run}: its base model {named} can't be opened; restore it, or correct "
+            f'"model" in {run / ADAPTER_CONFIG}'
+        ) from error
+
+
+def open_reward_model(
+    name: str | Path | RewardModelSource,
+    base: ModelFolder | None = None,
+    *,
+    max_seq_length: int = MAX_SEQ_LENGTH,
+    batch_size: int = BATCH_SIZE,
+) -> RewardModel:
+    """Load a reward model by its name alone: a run names its base model itself.
+
+    Args:
+        name: A run folder of `mlx-align reward`, or a classifier's folder or hub name.
+        base: A model that is open already, to be used if it is the run's base.
+        max_seq_length: Maximal length of prompt and completion, tokens.
+        batch_size: Prompts per batch.
+
+    Raises:
+        ModelError: It is neither, or can't be loaded.
+    """
+    source = name if isinstance(name, RewardModelSource) else find_reward_model(name, base)
+    return RewardModel.load(
+        source.base.name, source.run, max_seq_length=max_seq_length, batch_size=batch_size
+    )
+
+
+def load_policy_and_reward_model(
+    folder: ModelFolder,
+    adapter_path: Path | None,
+    source: RewardModelSource,
+    *,
+    max_seq_length: int = MAX_SEQ_LENGTH,
+    batch_size: int = BATCH_SIZE,
+) -> tuple[LanguageModel, Tree, RewardModel]:
+    """Load a policy and a reward model, on one base model in memory where they share it.
+
+    Args:
+        folder: The policy's base model.
+        adapter_path: Folder of the policy's adapter; None for the base model itself.
+        source: The reward model.
+        max_seq_length: Maximal length of prompt and completion to score, tokens.
+        batch_size: Prompts to score per batch.
+
+    Returns:
+        The policy's model, its adapter weights, and the reward model, which has `weights` if it
+        shares the policy's model.
+
+    Raises:
+        ModelError: One of them can't be loaded.
+    """
+    layout = None if adapter_path is None else read_layout(adapter_path)
+    if source.shares_base(folder, layout):
+        assert source.run is not None
+        model, (policy, weights) = load_trees(folder, [adapter_path, source.run])
+        put_head(model.anatomy, read_head(source.run)).freeze()
+        reward = RewardModel(
+            model,
+            chat_style(folder.tokenizer),
+            max_seq_length=max_seq_length,
+            batch_size=batch_size,
+            weights=weights,
+        )
+        return model, policy, reward
+    model, (policy,) = load_trees(folder, [adapter_path])
+    reward = open_reward_model(source, max_seq_length=max_seq_length, batch_size=batch_size)
+    return model, policy, reward
+
+
+def load_reward_weights(
+    run: Path, model: LanguageModel, initial: Tree, layout: AdapterLayout
+) -> Tree:
+    """The adapter and head of a reward model as weights on the policy's base, at their own rank.
+
+    Args:
+        run: Run folder of `mlx-align reward`.
+        model: The policy's base model with adapters on every layer that either of them adapts.
+        initial: The weights of those adapters as created.
+        layout: The layout they were created with.
+
+    Raises:
+        ModelError: The run does not fit.
+    """
+    weights = load_tree(run, initial, layout, keep_rank=True)
+    head = put_head(model.anatomy, read_head(run))
+    # Frozen, or it would be trained with the policy.
+    head.freeze()
+    return {**weights, HEAD_NAME: {"weight": head.weight}}
+
+
+def install_reward_model(model: LanguageModel, run: Path) -> None:
+    """Load the adapter and the head of a run into its base model.
+
+    Raises:
+        ModelError: The run is not a reward model, or its tensors are not exactly those expected.
     """
     layout = read_layout(run)
     weight = read_head(run)
-    fresh = install(model.module, replace(layout, dropout=0.0))
-    names = {name for name, _ in tree_flatten(fresh)}
+    initial = install(model.module, replace(layout, dropout=0.0))
+    expected = {name for name, _ in tree_flatten(initial)}
     stored = set(read_weights(run))
-    for what, odd in (("is missing", names - stored), ("fits nothing", stored - names)):
-        if odd:
+    for problem, names in (("is missing", expected - stored), ("fits nothing", stored - expected)):
+        if names:
             raise ModelError(
-                f"{run}: {sorted(odd)[0]} {what} (of {len(odd)} such tensors); is --model its base?"
+                f"{run}: {sorted(names)[0]} {problem} ({len(names)} such tensors); is --model its "
+                "base?"
             )
-    model.module.update(load_tree(run, fresh, layout))
+    model.module.update(load_tree(run, initial, layout))
     put_head(model.anatomy, weight)
     model.module.eval()
     mx.eval(model.module.parameters())
 
 
-def base_of(run: Path, folder: ModelFolder) -> ModelFolder:
-    """The base of a reward model's run: `folder` itself, or the other one that the run names.
-
-    Raises:
-        ModelError: The run can't be read, or the base it names can't be opened.
-    """
-    read_layout(run)
-    named = json.loads((run / ADAPTER_CONFIG).read_text(encoding="utf-8")).get("model")
-    if not isinstance(named, str) or named == folder.name:
-        return folder
-    local = Path(named).expanduser()
-    if local.exists() and folder.path.exists() and local.samefile(folder.path):
-        return folder
-    try:
-        return open_model(named)
-    except ModelError as error:
-        raise ModelError(
-            f"--reward-model {run}: its base {named} can't be opened; put it back, or correct "
-            f'"model" in {run / ADAPTER_CONFIG}'
-        ) from error
-
-
 def combine_members(members: Scores, how: str, variance_penalty: float) -> Scores:
-    """The scores (K,) of an ensemble from those (K, members) of its members.
+    """Combine the scores (K, members) of an ensemble into (K,).
 
-    `min` and `mean-variance` are low where the members disagree: a policy that is trained on them
-    gains nothing from completions that only some of them like.
+    `min` and `mean-variance` are low where members disagree, so that a policy gains nothing from
+    completions that only some of them prefer.
 
     Source: Coste et al. 2023, "Reward Model Ensembles Help Mitigate Overoptimization", worst-case
     and uncertainty-weighted optimisation.
@@ -243,10 +423,3 @@ def _check_combination(how: str, variance_penalty: float | None, members: int) -
         )
     if variance_penalty is not None and not 0 < variance_penalty < float("inf"):
         raise ConfigError(f"--variance-penalty {variance_penalty:g}: must be above 0")
-
-
-def _reading(folder: ModelFolder, style: ChatStyle) -> tuple[tuple[int, ...], int | None]:
-    """How a classifier reads the end of a row: ids behind the end token, and the id passed over."""
-    # A classifier of the hub was trained on whole renderings of its template.
-    behind = () if folder.config.get(MARK) == AT_END_TOKEN else style.ending[1:]
-    return behind, padding_id(folder.path, folder.config)

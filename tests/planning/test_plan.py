@@ -13,14 +13,13 @@ from mlx_align.errors import ConfigError, ModelError
 from mlx_align.models import loading
 from mlx_align.models.adapters import AdapterLayout, install
 from mlx_align.models.compat import load_weights, read_model_config
-from mlx_align.plan import check, on_policy
-from mlx_align.plan.advice import advise
-from mlx_align.plan.headers import Linear, ModelShape, read_header, read_shape
-from mlx_align.plan.machine import Machine, parse_machine, remarks, this_machine
-from mlx_align.plan.memory import PARTS, plan_memory, trained_parameters
-from mlx_align.plan.workload import Sampling, Workload
+from mlx_align.planning import plan as plan_module
+from mlx_align.planning.advice import advise
+from mlx_align.planning.machine import Machine, parse_machine, platform_warnings, this_machine
+from mlx_align.planning.memory import PARTS, Sampling, Workload, plan_memory, trained_parameters
+from mlx_align.planning.model_shape import Linear, ModelShape, read_header, read_model_shape
 
-TINY = Path(__file__).parent / "oracle" / "models" / "policy"
+TINY = Path(__file__).parents[1] / "oracle" / "models" / "policy"
 GIB = 2**30
 
 
@@ -60,7 +59,7 @@ def test_header_is_read_without_the_weights(tmp_path):
 def test_damaged_header(tmp_path, content):
     file = tmp_path / "model.safetensors"
     file.write_bytes(content)
-    with pytest.raises(ModelError, match="not a whole safetensors file"):
+    with pytest.raises(ModelError, match="not a complete safetensors file"):
         read_header(file)
 
 
@@ -84,7 +83,7 @@ def test_a_reward_model_meets_no_vocabulary():
 
 def test_no_weights(tmp_path):
     with pytest.raises(ModelError, match="no model"):
-        read_shape(tmp_path, {"hidden_size": 8})
+        read_model_shape(tmp_path, {"hidden_size": 8})
 
 
 @pytest.mark.parametrize(
@@ -100,7 +99,7 @@ def test_shape_and_trained_parameters_are_the_loaded_models(tmp_path, kind, quan
         folder = tmp_path / "4-bit"
         convert(str(TINY), str(folder), quantize=True, q_bits=4, q_group_size=32)
     config = read_model_config(folder)
-    shape = read_shape(folder, config)
+    shape = read_model_shape(folder, config)
     model = load_weights(folder)
     assert shape.weights_bytes == sum(a.nbytes for _, a in tree_flatten(model.parameters()))
     assert shape.blocks == len(model.layers)
@@ -149,7 +148,7 @@ def test_the_costliest_shape_counts():
 
 SAID = Sampling(prompts=16, held_out=0, group_size=2, prompt=512, completion=512)
 # The same tokens as PAIR, four roles.
-PPO = replace(PAIR, sampling=SAID, critic=True, further_bytes=40_370_176 * 4)
+PPO = replace(PAIR, sampling=SAID, critic=True, reward_model_bytes=40_370_176 * 4)
 
 
 def test_four_roles_cost_little_more_than_dpo():
@@ -287,13 +286,13 @@ def test_this_machine_has_memory():
 
 
 def test_remarks():
-    m2 = " ".join(remarks(parse_machine("16 GB M2"), "BF16"))
+    m2 = " ".join(platform_warnings(parse_machine("16 GB M2"), "BF16"))
     assert "bf16" in m2
     assert "caffeinate" in m2
-    assert "bf16" not in " ".join(remarks(parse_machine("16 GB M3"), "BF16"))
-    assert "bf16" not in " ".join(remarks(parse_machine("16 GB M2"), "F16"))
+    assert "bf16" not in " ".join(platform_warnings(parse_machine("16 GB M3"), "BF16"))
+    assert "bf16" not in " ".join(platform_warnings(parse_machine("16 GB M2"), "F16"))
     old = replace(parse_machine("64 GB M2"), macos=(14, 6))
-    assert "macOS 14.6" in " ".join(remarks(old, "F16"))
+    assert "macOS 14.6" in " ".join(platform_warnings(old, "F16"))
 
 
 def pairs_file(folder, n=20):
@@ -395,8 +394,8 @@ def test_time_of_a_run_and_of_a_measurement(tmp_path, capsys, monkeypatch):
 def test_dpo_refuses_what_does_not_fit_and_force_overrides(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     tiny = Machine("toy, 0.001 GB", 1_000_000, 1_000_000, metal=False)
-    monkeypatch.setattr(check, "this_machine", lambda: tiny)
-    monkeypatch.setattr(check, "ALWAYS_FITS_BYTES", 0)
+    monkeypatch.setattr(plan_module, "this_machine", lambda: tiny)
+    monkeypatch.setattr(plan_module, "ALWAYS_FITS_BYTES", 0)
     loads = []
     real = loading.load_weights
     monkeypatch.setattr(loading, "load_weights", lambda path: loads.append(path) or real(path))
@@ -417,12 +416,12 @@ def test_dpo_refuses_what_does_not_fit_and_force_overrides(tmp_path, capsys, mon
 
 def test_tiny_models_are_never_refused(monkeypatch):
     machine = Machine("toy", 1000, 1000, metal=False)
-    monkeypatch.setattr(check, "this_machine", lambda: machine)
+    monkeypatch.setattr(plan_module, "this_machine", lambda: machine)
     config = read_model_config(TINY)
     folder = loading.ModelFolder(str(TINY), TINY, config, None)
     from mlx_align.config import DpoConfig
 
-    assert check.make_plan(DpoConfig(), AdapterLayout(), folder, None, machine).fits
+    assert plan_module.make_plan(DpoConfig(), AdapterLayout(), folder, None, machine).fits
 
 
 def prompts_file(folder):
@@ -485,8 +484,8 @@ def test_time_of_rollout_batches(tmp_path, capsys):
 def test_on_policy_training_refuses_what_does_not_fit(command, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     tiny = Machine("toy, 0.001 GB", 1_000_000, 1_000_000, metal=False)
-    monkeypatch.setattr(on_policy, "this_machine", lambda: tiny)
-    monkeypatch.setattr(check, "ALWAYS_FITS_BYTES", 0)
+    monkeypatch.setattr(plan_module, "this_machine", lambda: tiny)
+    monkeypatch.setattr(plan_module, "ALWAYS_FITS_BYTES", 0)
     options = ["--model", str(TINY), "--data", str(prompts_file(tmp_path)), "--reward", "length"]
     options += ["--iters", "3", "--samples", "0", "--batch-size", "1", "--output", "out"]
     options += ["--grad-accumulation-steps", "2", "--group-size", "2", "--valid-fraction", "0"]
@@ -499,7 +498,7 @@ def test_on_policy_training_refuses_what_does_not_fit(command, tmp_path, capsys,
     assert "--force" in error
     assert not (tmp_path / "out").exists()
     assert run([command, *options, "--force"]) == 0
-    assert "--force runs it all the same" in capsys.readouterr().out
+    assert "--force starts it anyway" in capsys.readouterr().out
     # Its speed is remembered for plans.
     assert run(["plan", "--command", command, *options, "--json"]) == 0
     time = json.loads(capsys.readouterr().out)["time"]

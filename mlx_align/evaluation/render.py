@@ -1,27 +1,28 @@
-"""An evaluation as people read it: one screen, every number with what it means."""
+"""Evaluations formatted for the terminal, each number with an explanation."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from mlx_align.inference.evaluation import Evaluation
-from mlx_align.inference.measures import BestOf, Divergence, Perplexity, Preferences, Wins
+from mlx_align.evaluation.metrics import BestOf, Divergence, Perplexity, Preferences, WinRate
+from mlx_align.evaluation.policy import Evaluation
+from mlx_align.evaluation.reward_model import AccuracyBin, PairReport, RewardReport
 from mlx_align.inference.statistics import Estimate
 
-Say = Callable[[float], str]
+Format = Callable[[float], str]
 
-_NO_PAIRS = "Held-out pairs: none in the data, so no accuracy (name pairs with --data)."
-_NO_JUDGE = "Win rate: not measured; it needs a judge, --reward-model."
+_NO_PAIRS = "Held-out pairs: none in the data, so no accuracy (give pairs with --data)."
+_NO_REWARD_MODEL = "Win rate: not measured; it needs a judge, --reward-model."
 
 
 def render_evaluation(found: Evaluation) -> str:
-    """The evaluation for people; ranges are 95% intervals over prompts."""
+    """Format an evaluation to fit one screen; ranges are 95% intervals over prompts."""
     parts = [
         f"{found.run} against {found.reference}\n"
         f"held-out rows: {found.data}; ranges are 95% intervals over prompts",
         _NO_PAIRS if found.preferences is None else _preferences(found.preferences),
         _divergence(found.divergence),
-        _NO_JUDGE if found.wins is None else _wins(found.wins, str(found.judge)),
+        _NO_REWARD_MODEL if found.wins is None else _wins(found.wins, str(found.judge)),
     ]
     if len(found.best_of) > 1:
         by = "the implicit reward" if found.judge is None else found.judge
@@ -54,8 +55,8 @@ def _preferences(one: Preferences) -> str:
     table = _table(f"{one.pairs:,} held-out pairs of {one.prompts:,} prompts", rows)
     return (
         f"{table}\n"
-        "  own log-prob: which answer it would rather write; implicit reward: which one training "
-        "made likelier"
+        "  own log-prob: the completion more likely under the model; implicit reward: the one that "
+        "training made more likely"
     )
 
 
@@ -64,16 +65,16 @@ def _divergence(one: Divergence) -> str:
     return (
         f"KL from the reference: {one.per_answer:.3f}{error} nats per answer, "
         f"{one.per_token:.4f} per token\n"
-        f"  how far the policy has moved, on {one.answers:,} own answers to {one.prompts:,} "
+        f"  how far the policy has moved; {one.answers:,} of its answers to {one.prompts:,} "
         "prompts at temperature 1"
     )
 
 
-def _wins(one: Wins, judge: str) -> str:
-    controlled = "not to be told: all answers differ by one length"
+def _wins(one: WinRate, judge: str) -> str:
+    controlled = "can't be estimated: all lengths differ by the same amount"
     if one.length_controlled is not None:
         controlled = f"{_share(one.length_controlled.value)} ({_range(one.length_controlled)})"
-    left_out = f"; {one.unjudged} prompts could not be judged" if one.unjudged else ""
+    left_out = f"; {one.unjudged} prompts could not be scored" if one.unjudged else ""
     return "\n".join(
         [
             f"Win rate against the reference: {_share(one.rate.value)} ({_range(one.rate)}), "
@@ -82,8 +83,8 @@ def _wins(one: Wins, judge: str) -> str:
             f"reference's {one.reference_length:.0f}",
             f"  score: {one.reward:+.3f}, the reference's {one.reference_reward:+.3f}, gain "
             f"{one.reward_gain.value:+.3f} ({_range(one.reward_gain, _signed)})",
-            f"  {one.prompts:,} prompts, each role answers {one.answers // one.prompts} times: "
-            f"a true rate within {100 * one.detectable:.1f} points of 50% may go unseen "
+            f"  {one.prompts:,} prompts, {one.answers // one.prompts} answers each: a true rate "
+            f"within {100 * one.detectable:.1f} points of 50% may go undetected "
             f"(80% power, 5%){left_out}",
         ]
     )
@@ -99,7 +100,7 @@ def _best_of(curve: Sequence[BestOf], by: str) -> str:
 
 
 def _few(curve: Sequence[BestOf]) -> list[BestOf]:
-    """Powers of two and the end, where there are many."""
+    """All of up to 8 values of n; of more, the powers of two and the last."""
     last = len(curve)
     return [one for one in curve if last <= 8 or one.n & (one.n - 1) == 0 or one.n == last]
 
@@ -123,11 +124,11 @@ def _table(title: str, rows: Sequence[tuple[str, ...]]) -> str:
     return "\n".join(lines)
 
 
-def _both(one: Estimate, say: Say) -> tuple[str, str]:
+def _both(one: Estimate, say: Format) -> tuple[str, str]:
     return say(one.value), _range(one, say)
 
 
-def _range(one: Estimate, say: Say | None = None) -> str:
+def _range(one: Estimate, say: Format | None = None) -> str:
     say = say or _share
     return f"{say(one.low)} to {say(one.high)}"
 
@@ -138,3 +139,50 @@ def _share(value: float) -> str:
 
 def _signed(value: float) -> str:
     return f"{value:+.3f}"
+
+
+def render_reward_report(found: RewardReport) -> str:
+    """Format a reward model's report to fit one screen."""
+    shorter = found.accuracy_shorter_chosen
+    temperature = found.temperature
+    lines = [
+        f"accuracy {found.accuracy:.1%} (95%: {found.accuracy_low:.1%} to "
+        f"{found.accuracy_high:.1%}) on {found.comparisons:,} held-out comparisons",
+        f'  "pick the longer" gets {found.longer_accuracy:.1%} of them',
+        f"  where the shorter is chosen: {_percent(shorter)} of {found.shorter_chosen:,}",
+        "  by difference of the scores: " + _format_bins(found.by_difference),
+        "  by length, chosen over rejected: " + _format_bins(found.by_length_ratio),
+        f"calibration error {found.ece:.1%}"
+        + (
+            "; no temperature fits"
+            if temperature is None or found.ece_at_temperature is None
+            else f"; {found.ece_at_temperature:.1%} at the fitted temperature {temperature:.2f}"
+            + (" (overconfident)" if temperature > 1.2 else "")
+            + (" (underconfident)" if temperature < 1 / 1.2 else "")
+        ),
+        f"correlation of score and length: {_correlation(found.length_correlation)} over all "
+        f"completions, {_correlation(found.length_correlation_within)} within prompts",
+    ]
+    return "\n".join(lines + [f"! {warning}" for warning in found.warnings])
+
+
+def _format_bins(parts: Sequence[AccuracyBin]) -> str:
+    return ", ".join(f"{part.name} {_percent(part.accuracy)}" for part in parts if part.comparisons)
+
+
+def _percent(share: float | None) -> str:
+    return "–" if share is None else f"{share:.1%}"
+
+
+def _correlation(value: float | None) -> str:
+    return "–" if value is None else f"{value:+.2f}"
+
+
+def render_pair_report(found: PairReport) -> str:
+    """Format a report on pairs."""
+    return (
+        f"accuracy {found.accuracy:.1%} (95%: {found.accuracy_low:.1%} to "
+        f"{found.accuracy_high:.1%}) on {found.comparisons:,} pairs\n"
+        f'  "pick the longer" gets {found.longer_accuracy:.1%} of them\n'
+        f"margin {found.margin:+.4g} (95%: {found.margin_low:+.4g} to {found.margin_high:+.4g})"
+    )

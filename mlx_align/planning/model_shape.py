@@ -1,4 +1,7 @@
-"""What a model folder says of itself without its weights: config.json and safetensors headers."""
+"""Sizes of a model, read from config.json and the headers of its safetensors files.
+
+Weights are never loaded.
+"""
 
 from __future__ import annotations
 
@@ -11,12 +14,12 @@ from typing import Any, NamedTuple
 
 from mlx_align.errors import ModelError
 
-# safetensors' own limit; a longer header is a damaged file.
+# The limit of the safetensors format; a longer header means a damaged file.
 MAX_HEADER_BYTES = 100_000_000
 _FLOAT_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 _BLOCK = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.(.+)\.weight$")
 _EXPERT = re.compile(r"\bexperts?\.\d+\.")
-# Parts of multimodal files that a language model leaves on disk.
+# Parts of multimodal checkpoints that are not loaded for text.
 _NOT_TEXT = ("vision", "visual", "audio", "image", "multi_modal_projector", "embed_vision")
 
 
@@ -29,7 +32,7 @@ class Tensor(NamedTuple):
 
 
 class Linear(NamedTuple):
-    """A linear layer within a block; `experts` of the same shape where they are stacked."""
+    """A linear layer of a block; `experts` is how many of that shape are stacked."""
 
     block: int
     name: str
@@ -40,23 +43,23 @@ class Linear(NamedTuple):
 
 @dataclass(frozen=True)
 class ModelShape:
-    """All that the plan needs to know of a model. Sizes are elements, unless they say bytes.
+    """Sizes of a model. Widths are numbers of elements; `*_bytes` are bytes.
 
     Attributes:
-        weights_bytes: Of all tensors that are loaded.
+        weights_bytes: Bytes of all tensors that are loaded.
         blocks: Number of blocks.
         hidden: Width of the residual stream.
-        intermediate: Width inside the MLP; of all experts that a token visits, where there are.
-        heads: Attention heads.
-        kv_width: Key (and value) elements of a token: key-value heads × head size.
-        query_width: Query elements of a token: heads × head size.
+        intermediate: Width of the MLP; in a mixture of experts, of all experts active per token.
+        heads: Number of attention heads.
+        kv_width: Key (or value) elements per token: key-value heads × head size.
+        query_width: Query elements per token: heads × head size.
         vocabulary: Rows of the vocabulary head.
-        activation_bytes: Of one element of the hidden state: 2 or 4.
-        activation_dtype: Its name in safetensors: F32, F16 or BF16.
-        quantised: Whether linear layers are stored quantised.
-        bits: Of a quantised weight; None where the configuration does not say.
+        activation_bytes: Bytes per element of the hidden states: 2 or 4.
+        activation_dtype: Dtype of the hidden states as safetensors names it: F32, F16 or BF16.
+        quantised: Whether the linear layers are quantised.
+        bits: Bits per quantised weight; None if the configuration does not say.
         linears: The linear layers of all blocks.
-        linear_bytes: What they take in the file.
+        linear_bytes: Bytes they take in the file.
     """
 
     weights_bytes: int
@@ -76,17 +79,17 @@ class ModelShape:
 
 
 def read_header(file: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file, by name, read from its header alone.
+    """Read the header of a safetensors file: its tensors by name.
 
     Raises:
-        ModelError: It is no safetensors file, or damaged.
+        ModelError: The file is not in the safetensors format, or is truncated.
     """
     try:
         size = file.stat().st_size
         with file.open("rb") as stream:
             length = int.from_bytes(stream.read(8), "little")
             if not 2 <= length <= min(MAX_HEADER_BYTES, size - 8):
-                raise ValueError(f"its header would take {length} bytes of {size}")
+                raise ValueError(f"its header claims {length} of {size} bytes")
             header = json.loads(stream.read(length))
         tensors = {}
         for name, entry in header.items():
@@ -94,30 +97,32 @@ def read_header(file: Path) -> dict[str, Tensor]:
                 continue
             begin, end = (int(offset) for offset in entry["data_offsets"])
             if not 0 <= begin <= end <= size - 8 - length:
-                raise ValueError(f"{name} ends after the file does; fetch the file again")
+                raise ValueError(f"{name} extends past the end; fetch the file again")
             shape = tuple(int(n) for n in entry["shape"])
             tensors[name] = Tensor(str(entry["dtype"]), shape, end - begin)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         what = str(error).splitlines()[0][:160] if str(error) else type(error).__name__
-        raise ModelError(f"{file}: not a whole safetensors file ({what})") from error
+        raise ModelError(f"{file}: not a complete safetensors file ({what})") from error
     return tensors
 
 
-def read_shape(folder: Path, config: Mapping[str, Any]) -> ModelShape:
-    """The shape of the model in `folder`, whose config.json is `config`.
+def read_model_shape(folder: Path, config: Mapping[str, Any]) -> ModelShape:
+    """Read the sizes of the model in `folder`; `config` is the content of its config.json.
 
     Raises:
-        ModelError: No weights are there, a file is damaged, or the configuration names no sizes.
+        ModelError: There are no weights, a file is damaged, or a size is missing in `config`.
     """
     files = sorted(folder.glob("model*.safetensors"))
     if not files:
-        raise ModelError(f"{folder}: no model*.safetensors in it; its memory can't be planned")
+        raise ModelError(
+            f"{folder}: no model*.safetensors found; without it memory can't be estimated"
+        )
     tensors: dict[str, Tensor] = {}
     for file in files:
         tensors.update(read_header(file))
     text = {**config, **(config.get("text_config") or {})}
     if text.get("tie_word_embeddings"):
-        # mlx-lm drops the copy that some files hold.
+        # Some checkpoints contain a copy of the embedding, which mlx-lm drops.
         tensors = {name: t for name, t in tensors.items() if not name.endswith("lm_head.weight")}
     tensors = {n: t for n, t in tensors.items() if not any(part in n for part in _NOT_TEXT)}
     linears, linear_bytes = _linears(tensors, config.get("quantization") or {})
@@ -132,7 +137,7 @@ def read_shape(folder: Path, config: Mapping[str, Any]) -> ModelShape:
     vocabulary = _size(text, "vocab_size") or (embedding.shape[0] if embedding else 0)
     if not hidden or not vocabulary:
         missing = "vocab_size" if hidden else "hidden_size"
-        raise ModelError(f"{folder / 'config.json'}: it names no {missing}")
+        raise ModelError(f"{folder / 'config.json'}: {missing} is missing")
     heads = _size(text, "num_attention_heads", "n_head", "n_heads") or 1
     head = _size(text, "head_dim") or hidden // heads
     if "qk_nope_head_dim" in text:  # multi-head latent attention
@@ -158,7 +163,7 @@ def read_shape(folder: Path, config: Mapping[str, Any]) -> ModelShape:
 
 
 def _size(config: Mapping[str, Any], *names: str) -> int:
-    """The first of `names` that is a number in `config`; 0 where none is."""
+    """The value of the first of `names` that is a number in `config`; 0 if there is none."""
     for name in names:
         value = config.get(name)
         if isinstance(value, int | float) and not isinstance(value, bool):
@@ -206,7 +211,7 @@ def _intermediate(text: Mapping[str, Any], linears: list[Linear], hidden: int) -
 
 
 def _activation_dtype(tensors: Mapping[str, Tensor]) -> str:
-    """The dtype of a hidden state: that of what the embedding gives."""
+    """The dtype of the hidden states, which is that of the embedding's output."""
     for suffix in ("embed_tokens.scales", "wte.scales", "embed_tokens.weight", "wte.weight"):
         for name, tensor in tensors.items():
             if name.endswith(suffix) and tensor.dtype in _FLOAT_BYTES:

@@ -1,4 +1,4 @@
-"""What a finished run is judged on: held-out pairs and prompts, and a text from elsewhere."""
+"""Data to evaluate a run on: held-out pairs and prompts, and text for perplexity."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ from mlx_align.data.sources import SUFFIXES, has_split, read_rows
 from mlx_align.data.splits import Reader, read_splits
 from mlx_align.data.tokenize import try_tokenize_group
 from mlx_align.errors import ConfigError, DataError
-from mlx_align.inference.finished import Finished
+from mlx_align.inference.trained_run import TrainedRun
 from mlx_align.types import PromptGroup, TokenizedGroup
 
 
 @dataclass(frozen=True)
-class HeldOut:
-    """Rows that the run did not learn from.
+class HeldOutData:
+    """Rows that the run was not trained on.
 
     Attributes:
-        pairs: Chosen first; none where the data holds no preferences.
-        prompts: Every prompt once, without completions.
-        title: Which rows these are, for people.
+        pairs: Preference pairs, chosen first; empty if the data has none.
+        prompts: Each prompt once, without completions.
+        title: Where the rows come from, for display.
     """
 
     pairs: list[PromptGroup]
@@ -42,59 +42,64 @@ class HeldOut:
 
 
 @dataclass(frozen=True)
-class Question:
-    """A prompt as text, for a judge, and as the policy's tokens."""
+class EvalPrompt:
+    """A prompt as text (for a reward model) and as the policy's tokens."""
 
     text: PromptGroup
     tokens: TokenizedGroup
 
 
-def read_held_out(run: Finished, data: str | None, format: str | None) -> HeldOut:
-    """The rows that the run itself held out, or those of other data.
+def read_held_out_data(run: TrainedRun, data: str | None, format: str | None) -> HeldOutData:
+    """Read the rows that the run held out, or those of other data.
 
-    The run's own are found by its own rule: the valid split of its data, or the share that its
-    seed set aside. Of other data it is the valid split, or where there is none, all of it.
+    The run's own rows are found as in training: the valid split of its data, or the fraction that
+    its seed split off. Of other data, the valid split is read, or everything if it has none.
+
+    Args:
+        run: The run.
+        data: Other data, path or hub name; None for the run's own.
+        format: Data format; None to detect it.
 
     Raises:
-        ConfigError: The run's data is unknown, and none is named.
-        DataError: The data can't be read, or holds nothing out.
+        ConfigError: The run's data is unknown and no other is given.
+        DataError: The data can't be read, or nothing was held out.
     """
     own = None if run.config is None else run.config.data
     if data is None and own is None:
         raise ConfigError(
-            f"--data is missing: {run.folder} has no config.yaml that names its own; name a file "
+            f"--data is missing: {run.folder} has no config.yaml that names its own; give a file "
             "or folder of pairs or prompts"
         )
     if data is None or (data == own and format is None):
-        return _own(run)
+        return _own_data(run)
     split = "valid" if has_split(data, "valid") else "train"
     pairs = _pairs(data, split, format)
     groups = pairs or read_prompts(data, split, format)[0]
-    return HeldOut(pairs, _prompts(groups), f"{data}, {split} split")
+    return HeldOutData(pairs, _unique_prompts(groups), f"{data}, {split} split")
 
 
-def _own(run: Finished) -> HeldOut:
+def _own_data(run: TrainedRun) -> HeldOutData:
     config = run.config
     assert config is not None
     assert config.data is not None
     if config.valid_fraction == 0 and not has_split(config.data, "valid"):
         raise DataError(
             f"{run.folder}: the run held nothing out (--valid-fraction 0, and {config.data} has "
-            "no valid split); name other data with --data"
+            "no valid split); give other data with --data"
         )
     groups = read_splits(config, _reader(run)).valid
     split = "valid" if has_split(config.data, "valid") else "train"
     held_out = {group.prompt for group in groups}
-    # Read anew, as a kto run took its pairs apart: the same prompts, together again.
+    # Read again as pairs, because a kto run splits pairs into single completions.
     pairs = [
         group for group in _pairs(config.data, split, config.format) if group.prompt in held_out
     ]
-    how = "valid split" if split == "valid" else "the part that the run set aside"
-    return HeldOut(pairs, _prompts(groups), f"{config.data}, {how}")
+    how = "valid split" if split == "valid" else "the part that the run held out"
+    return HeldOutData(pairs, _unique_prompts(groups), f"{config.data}, {how}")
 
 
-def _reader(run: Finished) -> Reader:
-    """How the run read its data: what is held out depends on that."""
+def _reader(run: TrainedRun) -> Reader:
+    """The function with which the run read its data, on which the split depends."""
     if run.command == "dpo":
         return _read_pairs
     if run.command == "kto":
@@ -117,7 +122,7 @@ def _read_last_answers(
 
 
 def _pairs(data: str, split: str, format: str | None) -> list[PromptGroup]:
-    """The data's pairs; none where it is something else."""
+    """The data's preference pairs; [] if it is of another kind."""
     if format is None:
         first = read_rows(data, split)[0]
         pairs = any(entry.matches(first) for entry in PREFERENCE_FORMATS)
@@ -126,7 +131,7 @@ def _pairs(data: str, split: str, format: str | None) -> list[PromptGroup]:
     return _read_pairs(data, split, format)[0] if pairs else []
 
 
-def _prompts(groups: Sequence[PromptGroup]) -> list[PromptGroup]:
+def _unique_prompts(groups: Sequence[PromptGroup]) -> list[PromptGroup]:
     first: dict[object, PromptGroup] = {}
     for group in groups:
         first.setdefault(group.prompt, group)
@@ -136,37 +141,39 @@ def _prompts(groups: Sequence[PromptGroup]) -> list[PromptGroup]:
     ]
 
 
-def choose_questions(
+def sample_prompts(
     prompts: Sequence[PromptGroup], style: ChatStyle, *, count: int, max_length: int, seed: int
-) -> list[Question]:
-    """At most `count` prompts that fit `max_length` tokens, drawn by the seed, in their order.
+) -> list[EvalPrompt]:
+    """Draw at most `count` prompts of at most `max_length` tokens; they keep their order.
 
     Raises:
-        DataError: None fits.
+        DataError: All prompts are too long.
     """
     order = np.random.default_rng(seed).permutation(len(prompts))
-    found: dict[int, Question] = {}
+    found: dict[int, EvalPrompt] = {}
     for index in order.tolist():
         if len(found) == count:
             break
         tokens = try_tokenize_group(prompts[index], style, max_seq_length=max_length).group
         if tokens is not None:
-            found[index] = Question(prompts[index], tokens)
+            found[index] = EvalPrompt(prompts[index], tokens)
     if not found:
         raise DataError(
-            f"{prompts[0].source}: none of the {len(prompts)} prompts can be asked within "
-            f"--max-seq-length {max_length} tokens; raise it, or name other --data"
+            f"{prompts[0].source}: none of the {len(prompts)} prompts fits in "
+            f"--max-seq-length {max_length} tokens; raise it, or give other --data"
         )
     return [found[index] for index in sorted(found)]
 
 
 def read_documents(file: str) -> list[PromptGroup]:
-    """Texts whose perplexity is measured: data with a `text` per row, or any other file as text.
+    """Read documents to measure perplexity on.
 
-    Of a file that is no data every paragraph is a document.
+    Args:
+        file: Data with a `text` field per row, or a text file, in which each paragraph is a
+            document.
 
     Raises:
-        DataError: It can't be read, or holds no text.
+        DataError: It can't be read, or contains no text.
     """
     path = Path(file).expanduser()
     if path.suffix in SUFFIXES or not path.is_file():
@@ -183,22 +190,23 @@ def read_documents(file: str) -> list[PromptGroup]:
         raise DataError(f"--perplexity-data {file}: can't be read ({reason})") from error
     documents = [part for part in content.split("\n\n") if part.strip()]
     if not documents:
-        raise DataError(f"--perplexity-data {file}: holds no text")
+        raise DataError(f"--perplexity-data {file}: contains no text")
     return [PromptGroup("", (part,), f"{path.name}, part {i}") for i, part in enumerate(documents)]
 
 
-def stretches(
+def split_into_segments(
     documents: Sequence[PromptGroup], style: ChatStyle, max_length: int
 ) -> tuple[list[TokenizedGroup], list[int]]:
-    """Texts cut into stretches of at most `max_length` tokens, the first of each given, not scored.
+    """Split documents into segments of at most `max_length` tokens.
 
-    No end token is added: the end of such a text is where somebody cut it.
+    The first token of each segment is its prompt and is not scored. No end token is added, because
+    a document may end anywhere.
 
     Returns:
-        The stretches, and of each the number of its document.
+        The segments, and for each the number of its document.
 
     Raises:
-        DataError: No text has two tokens.
+        DataError: No document has two tokens or more.
     """
     groups, of = [], []
     for number, document in enumerate(documents):
@@ -209,5 +217,5 @@ def stretches(
                 groups.append(TokenizedGroup(part[:1], (part[1:],), document.source))
                 of.append(number)
     if not groups:
-        raise DataError(f"{documents[0].source}: no text of two tokens or more to measure")
+        raise DataError(f"{documents[0].source}: no text of two tokens or more")
     return groups, of

@@ -5,14 +5,14 @@ import json
 import numpy as np
 import pytest
 
-from mlx_align.inference.evaluate import (
-    Judged,
+from mlx_align.evaluation.render import render_reward_report
+from mlx_align.evaluation.reward_model import (
+    ScoredComparisons,
     bootstrap_interval,
     calibration_bins,
     calibration_error,
     fitted_temperature,
-    render_report,
-    report,
+    reward_report,
     spearman,
 )
 
@@ -20,7 +20,7 @@ from mlx_align.inference.evaluate import (
 def judged(difference, better=None, worse=None, probability=None, prompt=None):
     n = len(difference)
     full = np.full(n, 1.0)
-    return Judged(
+    return ScoredComparisons(
         np.asarray(difference, float),
         full if probability is None else np.asarray(probability, float),
         10 * full if better is None else np.asarray(better, float),
@@ -32,7 +32,7 @@ def judged(difference, better=None, worse=None, probability=None, prompt=None):
 def report_of(one, **more):
     scores = np.concatenate([one.difference, -one.difference])
     lengths = np.concatenate([one.better_length, one.worse_length])
-    return report(one, scores, lengths, **more)
+    return reward_report(one, scores, lengths, **more)
 
 
 def labeller(says, true, n=4000, seed=0):
@@ -76,13 +76,13 @@ def test_temperature_of_an_overconfident_labeller():
     exact = fitted_temperature(np.full(1, np.log(9.0)), np.full(1, 0.75))
     assert exact == pytest.approx(2.0, abs=1e-6)
     assert fitted_temperature(labeller(0.6, 0.8), np.ones(4000)) < 0.5
-    assert "too sure of itself" in render_report(found)
+    assert "overconfident" in render_reward_report(found)
 
 
 def test_no_temperature_fits():
     assert fitted_temperature(np.array([1.0, 2.0]), np.ones(2)) is None  # all right
     assert fitted_temperature(np.array([1.0, -2.0]), np.ones(2)) is None  # no more than half
-    assert "no temperature fits" in render_report(report_of(judged([1.0, 2.0])))
+    assert "no temperature fits" in render_reward_report(report_of(judged([1.0, 2.0])))
 
 
 def test_a_calibrated_labeller():

@@ -6,7 +6,7 @@ from math import comb
 import numpy as np
 import pytest
 
-from mlx_align.inference.best_of import best_of_kl, best_weights, expected_best
+from mlx_align.evaluation.metrics import best_of_kl, best_weights, expected_best
 
 
 def test_the_known_answer():
@@ -63,7 +63,7 @@ def test_the_curve_rises_and_a_constant_moves_it_by_itself():
 
 
 def test_what_can_not_be_told_is_refused():
-    with pytest.raises(ValueError, match="best of 4 can't be told from 3"):
+    with pytest.raises(ValueError, match="best of 4 can't be estimated from 3"):
         expected_best([1, 2, 3], 4)
     with pytest.raises(ValueError, match="best of 0"):
         expected_best([1, 2, 3], 0)

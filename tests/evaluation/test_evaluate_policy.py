@@ -12,9 +12,9 @@ from mlx_lm import load as mlx_lm_load
 from mlx_align.cli.main import run
 from mlx_align.config import DpoConfig, KtoConfig, SftConfig
 from mlx_align.data.tokenize import tokenize_groups
-from mlx_align.inference.answers import answer_text
-from mlx_align.inference.finished import read_run
-from mlx_align.inference.held_out import Question, read_held_out
+from mlx_align.evaluation.data import EvalPrompt, read_held_out_data
+from mlx_align.evaluation.policy import completion_text
+from mlx_align.inference.trained_run import read_trained_run
 from mlx_align.models.adapters import AdapterLayout, install, load_tree, save_adapter
 from mlx_align.models.compat import load_weights
 from mlx_align.models.generation import Generated
@@ -26,7 +26,7 @@ from mlx_align.train.supervised import sft_task
 from mlx_align.train.unpaired import kto_task
 from mlx_align.types import Message, PromptGroup, TokenizedGroup
 
-TINY = Path(__file__).parent / "oracle" / "models" / "policy"
+TINY = Path(__file__).parents[1] / "oracle" / "models" / "policy"
 HOT = ("--learning-rate", "3e-3", "--warmup", 0, "--iters", 12)
 SMALL = ("--batch-size", 4, "--grad-accumulation-steps", 2, "--samples", 2, "--sample-tokens", 6)
 QUICK = ("--samples", 6, "-n", 3, "--sample-tokens", 6)
@@ -272,9 +272,9 @@ def test_what_is_held_out_is_what_the_run_held_out(tmp_path, data, kind, splits)
         "kto": (KtoConfig(**more, loss="kto"), kto_task),
         "sft": (SftConfig(**more), sft_task),
     }[kind]
-    finished = read_run(adapter(tmp_path / "run", config=config))
+    finished = read_trained_run(adapter(tmp_path / "run", config=config))
     assert finished.command == kind
-    found = read_held_out(finished, None, None)
+    found = read_held_out_data(finished, None, None)
     folder = open_model(str(TINY))
     own = prepare_data(config, folder, task(config).read).valid
     decode = folder.tokenizer.decode
@@ -309,13 +309,13 @@ def test_an_answer_as_text_goes_on_where_its_prompt_ends():
         asked, whole = encode(prompt), encode(prompt + answer)
         assert whole[: len(asked)] == asked
         tokens = TokenizedGroup(np.array(asked, np.int32), (), "one")
-        question = Question(PromptGroup(prompt, (), "one"), tokens)
+        question = EvalPrompt(PromptGroup(prompt, (), "one"), tokens)
         rest = whole[len(asked) :]
         for drawn, ended in ((rest, False), ([*rest, end], True)):
             one = Generated(drawn, [0.0] * len(drawn), ended)
-            assert answer_text(folder, question, one) == answer
-        chat = Question(PromptGroup((Message("user", prompt),), (), "one"), tokens)
-        assert answer_text(folder, chat, Generated(rest, [], False)) == answer.strip()
+            assert completion_text(folder, question, one) == answer
+        chat = EvalPrompt(PromptGroup((Message("user", prompt),), (), "one"), tokens)
+        assert completion_text(folder, chat, Generated(rest, [], False)) == answer.strip()
 
 
 def test_a_screen_for_people(runs, text, capsys):
@@ -341,21 +341,21 @@ def test_a_screen_for_people(runs, text, capsys):
 
 def test_a_checkpoint_is_a_run_too(runs):
     (checkpoint,) = (runs / "dpo" / "checkpoints").iterdir()
-    found = read_run(checkpoint)
+    found = read_trained_run(checkpoint)
     assert (found.command, found.beta, found.folder) == ("dpo", 0.3, checkpoint)
 
 
 def test_the_model_is_let_go_of_before_the_judge_comes(runs, evaluate, monkeypatch):
-    from mlx_align.inference import evaluation
+    from mlx_align.evaluation import policy as policy_module
 
     before, sizes = mx.get_active_memory(), []
-    original = evaluation._let_go
+    original = policy_module._free_memory
 
     def let_go():
         original()
         sizes.append(mx.get_active_memory() - before)
 
-    monkeypatch.setattr(evaluation, "_let_go", let_go)
+    monkeypatch.setattr(policy_module, "_free_memory", let_go)
     evaluate(runs / "dpo", "--reward-model", runs / "rm")
     assert len(sizes) == 2
     assert max(sizes) < 20_000  # the model has 200 kB
@@ -380,7 +380,7 @@ def test_mistakes_are_one_line(tmp_path, data, runs, refused):
     assert "gone.txt" in refused(*dpo, "--perplexity-data", tmp_path / "gone.txt")
     empty = tmp_path / "empty.txt"
     empty.write_text(" \n\n ")
-    assert "holds no text" in refused(*dpo, "--perplexity-data", empty)
+    assert "contains no text" in refused(*dpo, "--perplexity-data", empty)
     nothing = DpoConfig(model=str(TINY), data=str(data / "train.jsonl"), valid_fraction=0.0)
     none = adapter(tmp_path / "none", config=nothing)
     assert "held nothing out" in refused(*model, "--adapter-path", none)

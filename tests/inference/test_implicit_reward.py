@@ -15,18 +15,21 @@ from test_trunk import scramble
 from mlx_align.cli.main import run
 from mlx_align.config import DpoConfig, KtoConfig, SftConfig
 from mlx_align.errors import ConfigError, ModelError
-from mlx_align.inference.finished import read_run
-from mlx_align.inference.implicit import implicit_rewards, load_implicit, load_logps
-from mlx_align.inference.ranking import ranking_of
-from mlx_align.inference.scored import Scored, as_group
-from mlx_align.inference.terms import terms_of
+from mlx_align.inference.implicit_reward import (
+    implicit_rewards,
+    load_implicit_reward,
+    load_logprob_scorer,
+)
+from mlx_align.inference.rerank import make_ranking
+from mlx_align.inference.scoring import GroupScores, make_group
+from mlx_align.inference.trained_run import ImplicitRewardSettings, read_trained_run
 from mlx_align.inference.trees import common_layout
 from mlx_align.models.adapters import AdapterLayout, install, save_adapter
 from mlx_align.models.compat import load_weights
 from mlx_align.settings import to_yaml
 from mlx_align.types import Message, TokenizedGroup
 
-TINY = Path(__file__).parent / "oracle" / "models" / "policy"
+TINY = Path(__file__).parents[1] / "oracle" / "models" / "policy"
 PROMPT = [{"role": "user", "content": "Is the sun good, or is rain?"}]
 ANSWERS = ["yes", "no, never", "the sun is good and the rain is not", "", "yes and no and yes"]
 GIVEN = [text for text in ANSWERS if text]
@@ -86,17 +89,17 @@ def test_it_is_an_explicit_two_model_computation(tmp_path, start):
         init = adapter(tmp_path / "init", STARTS[start], seed=2)
     options = {} if init is None else {"init_adapter": str(init)}
     folder = adapter(tmp_path / "run", AdapterLayout(rank=4, scale=2.0), config(**options))
-    implicit, said = load_implicit(str(TINY), folder)
-    (scored,) = implicit.score_groups([as_group("row", PROMPT, ANSWERS)])
+    implicit = load_implicit_reward(str(TINY), folder)
+    (scored,) = implicit.score_groups([make_group("row", PROMPT, ANSWERS)])
     wanted = explicit(scored.tokens, folder, init, beta=0.1)
     assert np.abs(wanted).max() > 0.05  # so that a wrong one would show
     np.testing.assert_allclose(scored.scores, wanted, atol=1e-5)
-    assert ("reference: the bare base" in said) == (init is None)
+    assert ("reference: the bare base" in implicit.description) == (init is None)
     for found, where in ((scored.policy_logps, folder), (scored.reference_logps, init)):
         totals = [row.sum() for row in whole_row_logps(scored.tokens, where)]
         np.testing.assert_allclose(found, totals, atol=2e-5)
-    per_token, _ = load_implicit(str(TINY), folder, per_token=True, beta=3.0)
-    (again,) = per_token.score_groups([as_group("row", PROMPT, ANSWERS)])
+    per_token = load_implicit_reward(str(TINY), folder, per_token=True, beta=3.0)
+    (again,) = per_token.score_groups([make_group("row", PROMPT, ANSWERS)])
     lengths = [len(ids) for ids in scored.tokens.completions]
     np.testing.assert_allclose(again.scores, 30 * wanted / lengths, atol=1e-4)
 
@@ -104,8 +107,8 @@ def test_it_is_an_explicit_two_model_computation(tmp_path, start):
 @pytest.mark.parametrize("kind", ["dora", "full"])
 def test_other_kinds_of_fine_tuning(tmp_path, kind):
     folder = adapter(tmp_path / "run", AdapterLayout(kind, rank=4), config(beta=0.5), size=0.02)
-    implicit, _ = load_implicit(str(TINY), folder)
-    (scored,) = implicit.score_groups([as_group("row", PROMPT, ANSWERS)])
+    implicit = load_implicit_reward(str(TINY), folder)
+    (scored,) = implicit.score_groups([make_group("row", PROMPT, ANSWERS)])
     wanted = explicit(scored.tokens, folder, None, beta=0.5)
     assert np.abs(wanted).max() > 0.01
     np.testing.assert_allclose(scored.scores, wanted, atol=1e-5)
@@ -115,8 +118,8 @@ def test_a_quantised_base(tmp_path):
     convert(str(TINY), str(tmp_path / "base"), quantize=True, q_bits=4, q_group_size=32)
     base = tmp_path / "base"
     folder = adapter(tmp_path / "run", AdapterLayout(rank=4), config(), base=base)
-    implicit, _ = load_implicit(str(base), folder)
-    (scored,) = implicit.score_groups([as_group("row", PROMPT, ANSWERS)])
+    implicit = load_implicit_reward(str(base), folder)
+    (scored,) = implicit.score_groups([make_group("row", PROMPT, ANSWERS)])
     wanted = explicit(scored.tokens, folder, None, 0.1, base)
     np.testing.assert_allclose(scored.scores, wanted, atol=1e-4)
 
@@ -124,8 +127,8 @@ def test_a_quantised_base(tmp_path):
 def test_logps_are_the_models(tmp_path):
     folder = adapter(tmp_path / "run", AdapterLayout(rank=4), config())
     for where in (None, folder):
-        scorer, _ = load_logps(str(TINY), where)
-        (scored,) = scorer.score_groups([as_group("row", PROMPT, ANSWERS)])
+        scorer = load_logprob_scorer(str(TINY), where)
+        (scored,) = scorer.score_groups([make_group("row", PROMPT, ANSWERS)])
         totals = [row.sum() for row in whole_row_logps(scored.tokens, where)]
         np.testing.assert_allclose(scored.scores, totals, atol=2e-5)
         assert scored.reference_logps is None
@@ -145,11 +148,11 @@ def test_ranking_by_the_optimal_policy_is_ranking_by_the_reward():
         [implicit_rewards(p, r, one, beta) for p, r in zip(*rows, strict=True)]
     )
     np.testing.assert_allclose(reward - implicit, beta * partition, atol=1e-12)
-    group = as_group("bandit", "Which?", [f"arm {k}" for k in range(8)])
+    group = make_group("bandit", "Which?", [f"arm {k}" for k in range(8)])
     texts = [str(text) for text in group.completions]
     tokens = TokenizedGroup(np.zeros(1, np.int32), (np.zeros(1, np.int32),) * 8, "bandit")
     chosen = [
-        ranking_of(group, Scored(by, tokens=tokens), texts)
+        make_ranking(group, GroupScores(by, tokens=tokens), texts)
         for by in (implicit, reward, reward + 1e3)
     ]
     orders = [[one.index for one in ranking.ranked] for ranking in chosen]
@@ -166,49 +169,49 @@ def test_long_sums_keep_their_difference():
 
 
 def test_beta_is_the_runs(tmp_path):
-    def terms(name, config, **given):
+    def settings(name, config, **given):
         folder = tmp_path / name
         if not folder.exists():
             adapter(folder, AdapterLayout(rank=2), config)
-        return terms_of(read_run(folder), **given)
+        return ImplicitRewardSettings.from_run(read_trained_run(folder), **given)
 
-    assert terms("default", config()).beta == 0.1
-    assert terms("given", config(beta=0.3)).beta == 0.3
-    assert terms("option", config(loss_option={"beta": 0.4})).beta == 0.4
-    assert terms("sum", config(loss="sft=0.5,sigmoid=1", beta=0.2)).beta == 0.2
+    assert settings("default", config()).beta == 0.1
+    assert settings("given", config(beta=0.3)).beta == 0.3
+    assert settings("option", config(loss_option={"beta": 0.4})).beta == 0.4
+    assert settings("sum", config(loss="sft=0.5,sigmoid=1", beta=0.2)).beta == 0.2
     # Of a sum, that of the loss which is held to a reference: simpo's own default is 2.
-    assert terms("mixed", config(loss="simpo=1,sigmoid=1")).beta == 0.1
-    assert terms("ipo", config(loss="ipo")).per_token
-    assert not terms("ipo", config(loss="ipo"), per_token=False).per_token
+    assert settings("mixed", config(loss="simpo=1,sigmoid=1")).beta == 0.1
+    assert settings("ipo", config(loss="ipo")).per_token
+    assert not settings("ipo", config(loss="ipo"), per_token=False).per_token
     kto = KtoConfig(model=str(TINY), data="rows", beta=0.25)
-    assert terms("kto", kto).beta == 0.25
+    assert settings("kto", kto).beta == 0.25
     for name, made in (
         ("simpo", config(loss="simpo")),
         ("sft", SftConfig(model=str(TINY), data="rows")),
     ):
         with pytest.raises(ConfigError, match="has no β of a reward against a reference; give --b"):
-            terms(name, made)
-        assert terms(name, made, beta=1.5).beta == 1.5
+            settings(name, made)
+        assert settings(name, made, beta=1.5).beta == 1.5
     with pytest.raises(ConfigError, match=r"no config\.yaml in it.*give --beta"):
-        terms("foreign", None)
-    assert terms("foreign", None, beta=0.7).beta == 0.7
+        settings("foreign", None)
+    assert settings("foreign", None, beta=0.7).beta == 0.7
     with pytest.raises(ConfigError, match="--beta -1: must be above 0"):
-        terms("default", config(), beta=-1)
+        settings("default", config(), beta=-1)
 
 
 def test_a_reference_that_is_gone(tmp_path):
     start = config(init_adapter=str(tmp_path / "gone"))
     folder = adapter(tmp_path / "run", AdapterLayout(rank=2), start)
-    with pytest.raises(ModelError, match="say where it is with --reference-adapter"):
-        load_implicit(str(TINY), folder)
+    with pytest.raises(ModelError, match="pass its current location with --reference-adapter"):
+        load_implicit_reward(str(TINY), folder)
     with pytest.raises(ModelError, match="--reference-adapter nowhere: no such folder"):
-        load_implicit(str(TINY), folder, reference_adapter="nowhere")
+        load_implicit_reward(str(TINY), folder, reference_adapter="nowhere")
     moved = adapter(tmp_path / "moved", AdapterLayout(rank=4, scale=5.0), seed=3)
-    implicit, said = load_implicit(str(TINY), folder, reference_adapter=moved)
-    (scored,) = implicit.score_groups([as_group("row", PROMPT, ANSWERS)])
+    implicit = load_implicit_reward(str(TINY), folder, reference_adapter=moved)
+    (scored,) = implicit.score_groups([make_group("row", PROMPT, ANSWERS)])
     wanted = explicit(scored.tokens, folder, moved, 0.1)
     np.testing.assert_allclose(scored.scores, wanted, atol=1e-5)
-    assert str(moved) in said
+    assert str(moved) in implicit.description
 
 
 def test_layouts_in_common():
@@ -223,10 +226,10 @@ def test_layouts_in_common():
 def test_only_answers_count(tmp_path):
     """Of a completion of several turns, the user's are there and do not count."""
     folder = adapter(tmp_path / "run", AdapterLayout(rank=4), config(beta=1.0))
-    implicit, _ = load_implicit(str(TINY), folder)
+    implicit = load_implicit_reward(str(TINY), folder)
     turns = [Message("assistant", "yes"), Message("user", "and rain?"), Message("assistant", "no")]
     turns = [{"role": turn.role, "content": turn.content} for turn in turns]
-    (scored,) = implicit.score_groups([as_group("row", PROMPT, [turns])])
+    (scored,) = implicit.score_groups([make_group("row", PROMPT, [turns])])
     mask = scored.tokens.loss_masks[0]
     assert 0 < mask.sum() < len(mask)
     policy, reference = (whole_row_logps(scored.tokens, w)[0] for w in (folder, None))
@@ -275,8 +278,8 @@ def test_score_by_implicit_reward_and_log_probs(score, tmp_path):
     before = digest(folder)
     code, rows, out = score("--adapter-path", folder, "--json")
     assert code == 0
-    implicit, _ = load_implicit(str(TINY), folder)
-    (scored,) = implicit.score_groups([as_group("row", PROMPT, GIVEN)])
+    implicit = load_implicit_reward(str(TINY), folder)
+    (scored,) = implicit.score_groups([make_group("row", PROMPT, GIVEN)])
     for i, row in enumerate(rows):
         assert row["id"] == i
         assert row["model_scores"] == pytest.approx(scored.scores[i : i + 2], abs=1e-6)

@@ -1,4 +1,4 @@
-"""The machine a run would have: its memory, and what is known to hurt on it."""
+"""The machine that a run is planned for: memory, working set, and known problems."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ import mlx.core as mx
 
 from mlx_align.errors import ConfigError
 
-# Apple's recommended working set, as Metal reports it: two thirds of up to 32 GB, three quarters
-# of more (newer systems allow up to four fifths there).
+# The working set that Metal recommends: two thirds of the memory up to 32 GB, three quarters above
+# (newer versions of macOS allow up to four fifths there).
 SMALL_MAC_BYTES = 34e9
 SMALL_SHARE, LARGE_SHARE = 2 / 3, 3 / 4
-# mlx before it took the wrong positions for batch rows after the first.
+# Earlier versions of mlx apply wrong rope positions to every batch row but the first.
 OLDEST_MLX = (0, 32)
-# Memory is kept resident (wired) from this macOS on; before, a large model may be paged out.
+# From this macOS on memory can be wired (kept resident); before, a large model may be paged out.
 WIRED_MACOS = (15, 0)
-# The first chip generation whose GPU computes in bf16; M1 and M2 emulate it.
+# The first chip generation with native bf16; M1 and M2 emulate it.
 NATIVE_BF16 = 3
 
 _MEMORY = re.compile(r"(\d+(?:\.\d+)?)\s*(?:gb|gib|g)\b", re.IGNORECASE)
@@ -35,13 +35,13 @@ class Machine:
     """A machine to plan for.
 
     Attributes:
-        name: What to call it.
-        memory_bytes: Its memory.
-        working_set_bytes: What a run may use of it.
-        metal: Whether mlx runs on a Mac's GPU there.
-        chip: Generation of an Apple chip (2 for an M2); None for others or where not told.
-        macos: Its system's version; None where it is no Mac or another one than this.
-        here: Whether it is the one this runs on.
+        name: Name to display.
+        memory_bytes: Total memory.
+        working_set_bytes: Memory that a run may use.
+        metal: Whether mlx runs on Metal there.
+        chip: Generation of the Apple chip (2 for an M2); None if unknown.
+        macos: Version of macOS; None for machines other than this one, or without macOS.
+        here: Whether it is this machine.
     """
 
     name: str
@@ -54,7 +54,7 @@ class Machine:
 
 
 def this_machine() -> Machine:
-    """The machine this runs on: Metal's recommended working set, elsewhere all memory."""
+    """This machine, with Metal's recommended working set, or all memory if there is no Metal."""
     if mx.metal.is_available():
         info: dict[str, Any] = dict(mx.device_info())
         name = str(info.get("device_name", "Apple GPU"))
@@ -74,19 +74,19 @@ def this_machine() -> Machine:
 
 
 def parse_machine(text: str) -> Machine:
-    """The Mac that `text` describes, like "16 GB M2" or "M3 Max 64GB".
+    """Parse the description of a Mac, like "16 GB M2" or "M3 Max 64GB".
 
-    Its 16 GB are counted as 16e9 bytes, 7% less than the 2^30 each that Apple means: a margin.
+    A GB is counted as 1e9 bytes, 7% less than the 2^30 of Apple's specifications, as a margin.
 
     Raises:
-        ConfigError: It names no memory that a Mac has, or something else besides.
+        ConfigError: The text names no plausible amount of memory, or contains unknown words.
     """
     memory, chip = _MEMORY.search(text), _CHIP.search(text)
     rest = _CHIP.sub(" ", _MEMORY.sub(" ", text, count=1), count=1)
     rest = _IGNORED.sub(" ", rest.lower()).strip()
     if memory is None or rest or not 4 <= float(memory[1]) <= 2048:
         raise ConfigError(
-            f'--machine {text!r}: expected memory and chip of a Mac, like "16 GB M2" or '
+            f'--machine {text!r}: expected the memory and chip of a Mac, like "16 GB M2" or '
             '"M3 Max 64GB"'
         )
     total = int(float(memory[1]) * 1e9)
@@ -103,40 +103,42 @@ def parse_machine(text: str) -> Machine:
     )
 
 
-def remarks(machine: Machine, activation_dtype: str) -> list[str]:
-    """What commonly hurts on such a machine, a line each.
+def platform_warnings(machine: Machine, activation_dtype: str) -> list[str]:
+    """Known problems and recommendations for a machine, one line each.
 
     Args:
         machine: The machine.
-        activation_dtype: Of the model's hidden states, as safetensors calls it: F32, F16, BF16.
+        activation_dtype: Dtype of the hidden states as safetensors names it: F32, F16 or BF16.
     """
     found = []
     mlx_version = _version("mlx")
     if _numbers(mlx_version) < OLDEST_MLX:
         found.append(
-            f"mlx {mlx_version} gives wrong positions to batch rows after the first; "
+            f"mlx {mlx_version} applies wrong positions to batch rows after the first: "
             "pip install -U mlx"
         )
     if not machine.metal:
-        found.append("No Metal here: a run takes many times longer than on a Mac.")
+        found.append("No Metal on this machine: training takes many times longer than on a Mac.")
         return found
     if machine.macos is not None and machine.macos < WIRED_MACOS:
         text = ".".join(map(str, machine.macos))
-        found.append(f"macOS {text} may page a large model out; from 15 on it stays resident.")
+        found.append(
+            f"macOS {text} may page out a large model; macOS 15 and later keep it resident."
+        )
     if activation_dtype == "BF16" and machine.chip is not None and machine.chip < NATIVE_BF16:
         found.append(
             f"M{machine.chip} emulates bf16: mlx_lm.convert --dtype float16 makes a faster copy "
-            "(which overflows past 65,504: watch the first losses)."
+            "(float16 overflows above 65,504: watch the first losses)."
         )
     found.append(
-        "Long runs: plug it in and start with caffeinate -is mlx-align …; let the display sleep, "
-        "for one that is on can trip the GPU's watchdog."
+        "Long runs: connect the power adapter and start with caffeinate -is mlx-align …; let the "
+        "display sleep, because an active display can trigger the GPU watchdog."
     )
     return found
 
 
-def software() -> dict[str, str]:
-    """Versions that matter, and the system, for the plan's page."""
+def software_versions() -> dict[str, str]:
+    """Versions of mlx, mlx-lm and the operating system."""
     mac = platform.mac_ver()[0]
     return {
         "mlx": _version("mlx"),
@@ -157,7 +159,7 @@ def _numbers(text: str) -> tuple[int, ...]:
 
 
 def _total_memory() -> int:
-    """Bytes of memory, or of the container's share of it."""
+    """Bytes of memory, or the container's limit if it is lower."""
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     try:
         limit = Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii").strip()

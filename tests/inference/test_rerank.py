@@ -7,14 +7,15 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
-from test_implicit import ANSWERS, PROMPT, TINY, adapter, config, digest, explicit
+from test_implicit_reward import ANSWERS, PROMPT, TINY, adapter, config, digest, explicit
 from test_trunk import scramble
 
 from mlx_align import Reranker, RewardModel
 from mlx_align.cli.main import run
 from mlx_align.data.formats import read_preferences
 from mlx_align.errors import ConfigError, DataError, ModelError
-from mlx_align.inference.best_of import expected_best
+from mlx_align.evaluation.metrics import expected_best
+from mlx_align.inference.generate import TextGenerator
 from mlx_align.models import generation
 from mlx_align.models.adapters import AdapterLayout, install, save_adapter
 from mlx_align.models.compat import dissect, load_weights
@@ -23,7 +24,8 @@ from mlx_align.models.loading import open_model
 from mlx_align.shipped import shipped_file
 from mlx_align.types import Message, PromptGroup, TokenizedGroup
 
-CLASSIFIER = Path(__file__).parent / "oracle" / "classifiers" / "qwen2"
+QUESTION = PROMPT[0]["content"]
+CLASSIFIER = Path(__file__).parents[1] / "oracle" / "classifiers" / "qwen2"
 
 
 @pytest.fixture(scope="module")
@@ -68,14 +70,14 @@ def test_given_completions_are_ranked_and_all_kept(reranker, policy):
     assert [one.count for one in group.ranked] == [1, 1]
     twice = [one for one in ranked if one.text == answers[0]]
     assert twice[0].score == pytest.approx(twice[1].score, abs=1e-6)
-    assert not any(one.cut for one in ranked)
+    assert not any(one.truncated for one in ranked)
 
 
 def test_by_a_reward_model_on_the_same_weights(policy, judge):
     """It swaps with the policy, and says what it says alone."""
     both = Reranker.load(str(TINY), policy, judge)
-    assert "an adapter on the same weights" in both.said
-    assert both.reward.model is both.model or both.reward.model.module is both.model.module
+    assert "an adapter on the same weights" in both.description
+    assert both.scorer.model is both.model or both.scorer.model.module is both.model.module
     alone = RewardModel.load(str(TINY), judge).score(PROMPT, ANSWERS)
     ranked = both.rank(PROMPT, ANSWERS)
     by_index = [one.score for one in sorted(ranked, key=lambda one: one.index)]
@@ -91,10 +93,10 @@ def test_by_a_reward_model_on_the_same_weights(policy, judge):
 
 
 def test_by_a_second_model(policy):
-    apart = Reranker.load(str(TINY), policy, str(CLASSIFIER))
-    assert "a second model in memory" in apart.said
+    second = Reranker.load(str(TINY), policy, str(CLASSIFIER))
+    assert "a second model in memory" in second.description
     alone = RewardModel.load(str(CLASSIFIER)).score("Say", [" yes", " no"])
-    ranked = apart.rank("Say", [" yes", " no"])
+    ranked = second.rank("Say", [" yes", " no"])
     by_index = [one.score for one in sorted(ranked, key=lambda one: one.index)]
     np.testing.assert_allclose(by_index, alone, atol=1e-6)
 
@@ -121,14 +123,14 @@ def test_samples_are_scored_by_their_own_tokens(reranker, policy, monkeypatch):
         kept.append(generation.generate_groups(*arguments, **options))
         return kept[-1]
 
-    monkeypatch.setattr("mlx_align.inference.rerank.generate_groups", keeping)
+    monkeypatch.setattr("mlx_align.inference.generate.generate_groups", keeping)
     ranked = reranker.sample(PROMPT, 8, max_tokens=7, temperature=1.0, seed=3)
     (drawn,) = kept[0]
     assert sum(one.count for one in ranked) == len(drawn) == 8
     for one in ranked:
         sample = drawn[one.index]
         assert one.tokens == len(sample.tokens)
-        assert one.cut == (not sample.ended)
+        assert one.truncated == (not sample.ended)
         # The policy's log-prob is what the sampler drew it with, at temperature 1.
         assert one.policy_logp == pytest.approx(sum(sample.logps), abs=1e-4)
         same = [k for k, other in enumerate(drawn) if other.tokens == sample.tokens]
@@ -154,12 +156,48 @@ def test_one_sample_greedy_and_empty(reranker, monkeypatch):
             prompts
         )
 
-    monkeypatch.setattr("mlx_align.inference.rerank.generate_groups", ends)
+    monkeypatch.setattr("mlx_align.inference.generate.generate_groups", ends)
     ranked = reranker.sample(PROMPT, 4)
     empty = next(one for one in ranked if one.text == "")
-    assert (empty.count, empty.cut, empty.tokens) == (3, False, 1)
+    assert (empty.count, empty.truncated, empty.tokens) == (3, False, 1)
     other = next(one for one in ranked if one.text)
-    assert (other.count, other.cut, other.tokens) == (1, True, 2)
+    assert (other.count, other.truncated, other.tokens) == (1, True, 2)
+
+
+def test_text_becomes_a_user_message_where_there_is_a_chat_template(reranker):
+    """`sample` and `best_of` treat text as `rerank --prompt` does."""
+    options = {"max_tokens": 6, "seed": 4}
+    assert reranker.style.has_template
+    asked = reranker.sample(QUESTION, 4, **options)
+    assert asked == reranker.sample(PROMPT, 4, **options)
+    best = reranker.best_of(QUESTION, 4, **options)
+    assert best == reranker.best_of(PROMPT, 4, **options) == asked[0]
+    verbatim = reranker.sample(QUESTION, 4, **options, apply_chat_template=False)
+    (group,) = reranker.sample_groups([PromptGroup(QUESTION, (), "x")], 4, **options)
+    assert verbatim == group.completions()
+    assert [one.score for one in verbatim] != [one.score for one in asked]
+
+
+def test_generated_text_is_that_of_the_policy(reranker, policy):
+    """Greedy text equals the one sample at temperature 0; the base model answers by itself."""
+    generator = TextGenerator.load(str(TINY), policy)
+    (only,) = reranker.sample(PROMPT, 1, max_tokens=6, temperature=0)
+    assert generator.generate(QUESTION, max_tokens=6) == only.text
+    assert generator.generate(PROMPT, max_tokens=6) == only.text
+    (verbatim,) = reranker.sample(
+        QUESTION, 1, max_tokens=6, temperature=0, apply_chat_template=False
+    )
+    found = generator.generate(QUESTION, max_tokens=6, apply_chat_template=False)
+    assert found == verbatim.text
+    assert isinstance(TextGenerator.load(str(TINY)).generate(QUESTION, max_tokens=3), str)
+    with pytest.raises(DataError, match="too long"):
+        generator.generate("x " * 5000)
+
+
+def test_an_implicit_reward_scores_like_it_ranks(reranker):
+    scores = reranker.scorer.score(PROMPT, ANSWERS)
+    ranked = reranker.rank(PROMPT, ANSWERS)
+    assert [scores[one.index] for one in ranked] == [one.score for one in ranked]
 
 
 def test_prompts_too_long_are_said(policy):
@@ -176,7 +214,7 @@ def test_prompts_too_long_are_said(policy):
 def test_mistakes_in_loading(policy, judge, tmp_path):
     for arguments, error, message in (
         ((str(TINY),), ConfigError, "nothing to rank by"),
-        ((str(TINY), judge), ModelError, "writes no text"),
+        ((str(TINY), judge), ModelError, "generates no text"),
         ((str(TINY), policy, str(TINY)), ModelError, "neither a run of mlx-align reward nor a"),
         ((str(CLASSIFIER), policy), ModelError, "sequence classifier|is --model"),
     ):
@@ -212,7 +250,7 @@ def test_the_prompt_is_run_once_a_role(reranker, monkeypatch):
     monkeypatch.setattr(anatomy, "hidden", counting)
 
     draw = [random.integers(3, 90, n).astype(np.int32) for n in [256] + [64] * 8]
-    reranker.implicit.score_tokens([TokenizedGroup(draw[0], tuple(draw[1:]), "x")])
+    reranker.scorer.score_tokens([TokenizedGroup(draw[0], tuple(draw[1:]), "x")])
     assert sum(lengths) == 2 * (256 + 8 * 63)
     assert sum(lengths) / (2 * 8 * (256 + 64)) <= 0.45
 
@@ -237,9 +275,6 @@ def rerank(tmp_path, monkeypatch, capsys, policy):
 def write(name, *rows):
     Path(name).write_text("".join(json.dumps(row) + "\n" for row in rows))
     return name
-
-
-QUESTION = PROMPT[0]["content"]
 
 
 def test_a_prompt(rerank, reranker, policy):

@@ -1,4 +1,4 @@
-"""How long a run will take, at a rate that was measured: here, or by an earlier run."""
+"""Estimates of how long a run takes, from a rate measured now or by an earlier run."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from mlx_align.errors import ConfigError
 from mlx_align.models.adapters import AdapterLayout
 from mlx_align.types import TokenizedGroup
 
-# A forward pass, of a step's forward pass and a backward pass of about twice that.
+# Share of the forward pass in a training step; the backward pass takes about twice as long.
 FORWARD_SHARE = 1 / 3
 
 
 @dataclass(frozen=True)
 class Duration:
-    """Expected seconds of a run, beside evaluations and samples.
+    """Expected duration of a run, without evaluations and samples.
 
     Attributes:
         tokens_per_second: The measured rate, padding not counted.
         source: Where the rate comes from.
-        training_seconds: Of all updates.
-        reference_seconds: Of the reference's log-probs, if none are stored.
+        training_seconds: Time for all updates.
+        reference_seconds: Time for the reference log-probs if none are cached.
     """
 
     tokens_per_second: float
@@ -38,7 +38,7 @@ class Duration:
     reference_seconds: float
 
 
-def expected(
+def expected_duration(
     config: TrainConfig,
     groups: Sequence[TokenizedGroup],
     rate: float,
@@ -47,47 +47,58 @@ def expected(
     has_reference: bool,
     limit: BatchLimit,
 ) -> Duration:
-    """The time that a run over `groups` takes at `rate` tokens per second."""
-    # Of KTO's two completions the mismatched one is not counted in a run's tokens.
+    """Expected duration of a run over `groups`.
+
+    Args:
+        config: The run's options.
+        groups: Training data.
+        rate: Tokens per second.
+        source: Where the rate comes from.
+        has_reference: Whether reference log-probs are needed.
+        limit: The run's batch limit.
+    """
+    # The second completion of a KTO group is the mismatched one, not counted in a run's tokens.
     trained = 1 if isinstance(config, KtoConfig) else None
     per_epoch = sum(len(g.prompt) + sum(map(len, g.completions[:trained])) for g in groups)
-    referred = sum(len(g.prompt) + sum(map(len, g.completions)) for g in groups)
+    reference_tokens = sum(len(g.prompt) + sum(map(len, g.completions)) for g in groups)
     if config.iters is not None:
         per_update = config.grad_accumulation_steps * groups_per_batch(groups, limit)
         seen = config.iters * per_update / len(groups)
     else:
         seen = config.epochs or 1.0
-    once = min(1.0, seen) * referred if has_reference else 0.0
-    return Duration(rate, source, seen * per_epoch / rate, once * FORWARD_SHARE / rate)
+    reference_tokens = min(1.0, seen) * reference_tokens if has_reference else 0.0
+    return Duration(rate, source, seen * per_epoch / rate, reference_tokens * FORWARD_SHARE / rate)
 
 
-def rate_of_run(folder: Path) -> float:
-    """Tokens per second of a finished run, from its summary.
+def read_run_rate(folder: Path) -> float:
+    """Read the tokens per second of a finished run from its summary.
 
     Raises:
-        ConfigError: The folder holds no summary with a rate.
+        ConfigError: The folder has no summary.json with a rate.
     """
     try:
         rate = float(json.loads((folder / "summary.json").read_text("utf-8"))["tokens_per_second"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(
-            f"--run {folder}: no summary.json with tokens_per_second in it; name the folder of a "
+            f"--run {folder}: no summary.json with tokens_per_second found; give the folder of a "
             "finished run"
         ) from error
     if rate <= 0:
-        raise ConfigError(f"--run {folder}: it was measured as {rate} tokens per second")
+        raise ConfigError(
+            f"--run {folder}: summary.json says {rate} tokens per second; give another run"
+        )
     return rate
 
 
 @dataclass(frozen=True)
 class RolloutDuration:
-    """Expected seconds of a run on its own samples, beside evaluations.
+    """Expected duration of an on-policy run, without evaluations.
 
     Attributes:
-        seconds_per_batch: Of a rollout batch with its updates, measured.
-        source: Where that comes from.
-        batches: Rollout batches.
-        training_seconds: Of all of them.
+        seconds_per_batch: Time for a rollout batch with its updates.
+        source: Where the rate comes from.
+        batches: Number of rollout batches.
+        training_seconds: Time for all of them.
     """
 
     seconds_per_batch: float
@@ -97,31 +108,31 @@ class RolloutDuration:
 
 
 def rollout_batches(config: OnPolicyConfig, prompts: int) -> int:
-    """Rollout batches of a run over so many prompts."""
+    """Number of rollout batches of a run over `prompts` prompts."""
     epochs = (config.epochs or 1.0) * prompts
     return config.iters or max(1, round(epochs / prompts_per_batch(config)))
 
 
 def prompts_per_batch(config: OnPolicyConfig) -> int:
-    """Prompts of a rollout batch."""
+    """Number of prompts in a rollout batch."""
     size = config.batch_size or DEFAULT_BATCH_SIZE
     return size * config.grad_accumulation_steps * config.minibatches
 
 
-def expected_rollouts(
+def expected_rollout_duration(
     config: OnPolicyConfig, prompts: int, rate: float, source: str
 ) -> RolloutDuration:
-    """The time that a run over so many prompts takes at `rate` completions per second."""
+    """Expected duration of a run over `prompts` prompts at `rate` completions per second."""
     each = prompts_per_batch(config) * config.group_size / rate
     batches = rollout_batches(config, prompts)
     return RolloutDuration(each, source, batches, each * batches)
 
 
-def rate_of_rollouts(folder: Path, command: str) -> float:
-    """Completions per second of a finished run of ppo or grpo, updates included.
+def read_rollout_rate(folder: Path, command: str) -> float:
+    """Read the completions per second, updates included, of a finished run of ppo or grpo.
 
     Raises:
-        ConfigError: The folder is no such run.
+        ConfigError: The folder is not a finished run of `command`.
     """
     try:
         summary = json.loads((folder / "summary.json").read_text("utf-8"))
@@ -129,17 +140,20 @@ def rate_of_rollouts(folder: Path, command: str) -> float:
         seconds = float(summary["seconds"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(
-            f"--run {folder}: no summary.json of a finished run of {command} in it; name its folder"
+            f"--run {folder}: no summary.json of a finished run of {command} found; give its folder"
         ) from error
     if found != command:
-        raise ConfigError(f"--run {folder}: a run of {found}; name one of {command}")
+        raise ConfigError(f"--run {folder}: a run of {found}; give a run of {command}")
     if completions <= 0 or seconds <= 0:
-        raise ConfigError(f"--run {folder}: {completions} completions in {seconds:g} s")
+        raise ConfigError(
+            f"--run {folder}: summary.json says {completions} completions in {seconds:g} s; give "
+            "another run"
+        )
     return completions / seconds
 
 
 def rates_file() -> Path:
-    """Where measured rates are kept."""
+    """File in which measured rates are stored."""
     if sys.platform == "darwin":
         base = Path.home() / "Library" / "Caches"
     else:
@@ -150,7 +164,7 @@ def rates_file() -> Path:
 def rate_key(
     command: str, model: Path, config: TrainConfig, layout: AdapterLayout, machine: str
 ) -> str:
-    """Identity of a rate: all that makes a step faster or slower, beside the data."""
+    """Key of a measured rate: a hash of everything but the data that affects a step's speed."""
     facts = [
         command,
         str(model.resolve()),
@@ -162,7 +176,6 @@ def rate_key(
         machine,
     ]
     if isinstance(config, OnPolicyConfig):
-        # What is sampled, what is done with it, and what that earns.
         facts += [
             config.group_size,
             config.max_completion_length,
@@ -174,25 +187,25 @@ def rate_key(
     return hashlib.blake2b(json.dumps(facts).encode(), digest_size=12).hexdigest()
 
 
-def stored_rate(key: str) -> float | None:
-    """The rate measured before under `key`, tokens per second; None if there is none."""
-    rate = _stored().get(key)
+def load_rate(key: str) -> float | None:
+    """Load the rate stored under `key`, tokens (or completions) per second; None if missing."""
+    rate = _load_rates().get(key)
     return float(rate) if isinstance(rate, int | float) and rate > 0 else None
 
 
-def store_rate(key: str, rate: float) -> None:
-    """Keep a rate for later plans; where the folder can't be written, it is not kept."""
+def save_rate(key: str, rate: float) -> None:
+    """Store a rate for later plans; does nothing if the file can't be written."""
     file = rates_file()
     partial = file.with_name(f".{file.name}.{os.getpid()}")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(json.dumps({**_stored(), key: rate}, indent=1), encoding="utf-8")
+        partial.write_text(json.dumps({**_load_rates(), key: rate}, indent=1), encoding="utf-8")
         partial.replace(file)
     except OSError:
         return
 
 
-def _stored() -> dict[str, object]:
+def _load_rates() -> dict[str, object]:
     try:
         content = json.loads(rates_file().read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):

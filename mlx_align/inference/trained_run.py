@@ -1,0 +1,255 @@
+"""The folder of a training run as inference and evaluation see it: adapter, options, reward.
+
+Adapter folders written by mlx-lm work too; of them only the adapter is known, and its reference is
+the base model.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from mlx.utils import tree_flatten
+
+from mlx_align.config import DpoConfig, KtoConfig, SftConfig, TrainConfig
+from mlx_align.errors import ConfigError, ModelError
+from mlx_align.losses.registry import PAIRWISE_LOSSES, combine, parse_losses, resolve_options
+from mlx_align.models.adapters import ADAPTER_CONFIG, AdapterLayout, compute_dtype, read_layout
+from mlx_align.models.heads import has_head
+from mlx_align.models.loading import LanguageModel
+from mlx_align.settings import resolve
+
+# Commands whose runs have a KL penalty against the reference, but no β of an implicit reward.
+ON_POLICY = ("ppo", "grpo")
+CONFIG, SUMMARY, CHECKPOINTS = "config.yaml", "summary.json", "checkpoints"
+# Losses on log-ratios averaged over tokens: the reward they fit is an average too.
+_PER_TOKEN_LOSSES = frozenset({"ipo", "sigmoid_norm"})
+
+
+@dataclass(frozen=True)
+class TrainedRun:
+    """A run folder, one of its checkpoints, or an adapter folder of mlx-lm; no weights are loaded.
+
+    Attributes:
+        folder: Folder of the adapter.
+        layout: Layout of the adapter.
+        base: Base model named in adapter_config.json; None if there is none.
+        command: Command that trained it (dpo, kto, sft, ppo …); None without config.yaml.
+        config: Options shared by all training commands; None without config.yaml.
+        beta: The loss's β; None if it has none.
+        loss_on: For sft, the part of a conversation that was trained on.
+    """
+
+    folder: Path
+    layout: AdapterLayout
+    base: str | None = None
+    command: str | None = None
+    config: TrainConfig | None = None
+    beta: float | None = None
+    loss_on: str | None = None
+
+    def find_reference(self, remedy: str) -> Path | None:
+        """The folder of the adapter the run started from; None for the base model.
+
+        Args:
+            remedy: What the error message advises if the folder no longer exists.
+
+        Raises:
+            ModelError: The folder no longer exists.
+        """
+        if self.config is None or self.config.init_adapter is None:
+            return None
+        init = Path(self.config.init_adapter).expanduser()
+        if not init.is_dir():
+            raise ModelError(
+                f"{self.folder}: started from --init-adapter {init}, which is not there (relative "
+                f"to {Path.cwd()}); it is the run's reference: {remedy}"
+            )
+        return init
+
+
+def read_trained_run(adapter_path: str | Path) -> TrainedRun:
+    """Read a run folder, one of its checkpoints, or an adapter folder of mlx-lm.
+
+    Raises:
+        ModelError: There is no adapter, or it is a reward model's.
+        ConfigError: The folder's config.yaml can't be read.
+    """
+    folder = Path(adapter_path).expanduser()
+    if not folder.is_dir():
+        raise ModelError(f"--adapter-path {adapter_path}: no such folder")
+    if has_head(folder):
+        raise ModelError(
+            f"--adapter-path {adapter_path}: this is a reward model, which generates no text; "
+            "mlx-align score measures its accuracy on labelled pairs"
+        )
+    layout = read_layout(folder)
+    base = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8")).get("model")
+    base = base if isinstance(base, str) else None
+    file = _config_file(folder)
+    if not file.is_file():
+        return TrainedRun(folder, layout, base)
+    values = _read_yaml(file)
+    command = _command(file.parent, values)
+    shared = {entry.name for entry in dataclasses.fields(TrainConfig)}
+    if command in ON_POLICY:
+        # There it limits the samples; completions in the data are not truncated.
+        shared.remove("max_completion_length")
+    return TrainedRun(
+        folder,
+        layout,
+        base,
+        command,
+        config=resolve(TrainConfig, {k: v for k, v in values.items() if k in shared}),
+        beta=_loss_beta(command, file),
+        loss_on=str(values.get("loss_on", "completion")) if command == "sft" else None,
+    )
+
+
+def match_adapter_dtype(model: LanguageModel, run: TrainedRun) -> LanguageModel:
+    """The model, with adapters that compute in the dtype that `run` was trained in.
+
+    Raises:
+        ConfigError: The model does not compute in that dtype.
+    """
+    if run.config is None or run.layout.fine_tune_type != "lora":
+        return model
+    dtypes = {array.dtype for _, array in tree_flatten(model.module.parameters())}
+    return dataclasses.replace(model, adapter_dtype=compute_dtype(run.config.adapter_dtype, dtypes))
+
+
+@dataclass(frozen=True)
+class ImplicitRewardSettings:
+    """How log-ratios of a run become implicit rewards.
+
+    Attributes:
+        beta: Temperature β.
+        reference: Folder of the reference's adapter; None for the base model.
+        per_token: Whether the reward is divided by the completion's length.
+    """
+
+    beta: float
+    reference: Path | None
+    per_token: bool
+
+    @classmethod
+    def from_run(
+        cls,
+        run: TrainedRun,
+        *,
+        beta: float | None = None,
+        reference_adapter: str | Path | None = None,
+        per_token: bool | None = None,
+    ) -> ImplicitRewardSettings:
+        """The settings a run was trained with; arguments other than None override them.
+
+        Raises:
+            ConfigError: The run has no β and none is given, or the given one is not positive.
+            ModelError: The adapter that the run started from no longer exists.
+        """
+        losses = _reference_losses(run)
+        if beta is None:
+            beta = _implicit_beta(run, losses)
+        elif not 0 < beta < float("inf"):
+            raise ConfigError(f"--beta {beta:g}: must be above 0")
+        if reference_adapter is None:
+            reference = run.find_reference("pass its current location with --reference-adapter")
+        else:
+            reference = Path(reference_adapter).expanduser()
+            if not reference.is_dir():
+                raise ModelError(f"--reference-adapter {reference_adapter}: no such folder")
+        if per_token is None:
+            per_token = bool(losses) and losses[0] in _PER_TOKEN_LOSSES
+        return cls(beta, reference, per_token)
+
+    @property
+    def description(self) -> str:
+        """The formula and the reference, one line."""
+        average = ", per token" if self.per_token else ""
+        reference = "the bare base" if self.reference is None else str(self.reference)
+        return (
+            f"implicit reward: {self.beta:g} x log(policy / reference){average}; "
+            f"reference: {reference}"
+        )
+
+
+def _config_file(folder: Path) -> Path:
+    """The config.yaml of a run or of the run that a checkpoint belongs to."""
+    return (folder.parent.parent if folder.parent.name == CHECKPOINTS else folder) / CONFIG
+
+
+def _read_yaml(file: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
+        raise ConfigError(f"{file}: can't be read ({str(error).splitlines()[0][:120]})") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{file}: expected lines of `option: value`; is this a run folder?")
+    return {str(key): value for key, value in values.items()}
+
+
+def _command(run: Path, values: dict[str, Any]) -> str:
+    """The command in summary.json; an unfinished run has none, so guess from its options."""
+    try:
+        return str(json.loads((run / SUMMARY).read_text(encoding="utf-8"))["command"])
+    except (OSError, ValueError, KeyError, TypeError):
+        if "loss_on" in values:
+            return "sft"
+        if "group_size" in values:
+            return "ppo" if "critic" in values else "grpo"
+        return "dpo" if "wpo" in values else "kto" if "loss" in values else "run"
+
+
+def _loss_beta(command: str, file: Path) -> float | None:
+    if command == "dpo":
+        dpo = resolve(DpoConfig, {}, file)
+        return combine(parse_losses(dpo.loss), dpo.loss_options()).beta
+    if command == "kto":
+        kto = resolve(KtoConfig, {}, file)
+        return float(resolve_options(kto.loss, kto.loss_options())["beta"])
+    if command == "sft":
+        resolve(SftConfig, {}, file)
+    return None
+
+
+def _dpo_config(run: TrainedRun) -> DpoConfig:
+    return resolve(DpoConfig, {}, _config_file(run.folder))
+
+
+def _reference_losses(run: TrainedRun) -> list[str]:
+    """Names of the losses with a reference that the run was trained with."""
+    if run.command == "dpo":
+        names = [name for name, _ in parse_losses(_dpo_config(run).loss)]
+        return [name for name in names if PAIRWISE_LOSSES[name].needs_reference]
+    return ["kto"] if run.command == "kto" else []
+
+
+def _implicit_beta(run: TrainedRun, losses: Sequence[str]) -> float:
+    """The β of the run's implicit reward.
+
+    Raises:
+        ConfigError: It has none.
+    """
+    if run.command is None:
+        raise ConfigError(
+            f"{run.folder}: no {CONFIG} in it, so β and the reference are unknown; give --beta "
+            "(and --reference-adapter, unless training started from the base model)"
+        )
+    if run.command == "dpo" and losses:
+        config = _dpo_config(run)
+        options = combine(parse_losses(config.loss), config.loss_options()).options
+        found = next((options[name] for name in losses if "beta" in options[name]), None)
+        if found is not None:
+            return float(found["beta"])
+    if run.command == "kto" and run.beta is not None:
+        return run.beta
+    what = _dpo_config(run).loss if run.command == "dpo" else run.command
+    raise ConfigError(
+        f"{run.folder}: a run of {what} has no β of a reward against a reference; give --beta to "
+        "score by β x log(policy / start) anyway, or use --reward-model"
+    )

@@ -1,0 +1,352 @@
+"""Plans a run from its options: peak memory, whether it fits, and what to change if it does not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_align.config import (
+    DEFAULT_BATCH_SIZE,
+    GrpoConfig,
+    KtoConfig,
+    OnPolicyConfig,
+    PpoConfig,
+    RewardConfig,
+    SftConfig,
+    TrainConfig,
+)
+from mlx_align.data.shapes import (
+    AnyShape,
+    BatchLimit,
+    Shape,
+    batch_limit,
+    plan_shapes,
+    rollout_shapes,
+)
+from mlx_align.errors import ConfigError, ModelError
+from mlx_align.models.adapters import AdapterLayout, compute_dtype
+from mlx_align.models.loading import ModelFolder
+from mlx_align.planning.advice import ShapesWithin, Suggestion, advise
+from mlx_align.planning.machine import Machine, this_machine
+from mlx_align.planning.memory import (
+    ADAPTER_BYTES,
+    MemoryPlan,
+    Sampling,
+    Workload,
+    plan_memory,
+    trained_parameters,
+)
+from mlx_align.planning.model_shape import ModelShape, read_header, read_model_shape
+from mlx_align.types import TokenizedGroup
+
+# Runs that need less are never refused: the estimate's error is larger than what there is to save.
+ALWAYS_FITS_BYTES = 1_000_000_000
+# Families whose caches can't be shared: prompt and completion run as one row.
+UNSHARED_FAMILIES = (
+    "rwkv7",
+    "gemma3n",
+    "deepseek_v32",
+    "llama4",
+    "mamba",
+    "mamba2",
+    "nemotron_h",
+)
+# Families that can't be packed although they have no sliding window.
+UNPACKED_FAMILIES = (
+    "gemma2",
+    "deepseek_v3",
+    "stablelm",
+    "gpt2",
+    "mamba2",
+    "lfm2",
+    "qwen3_next",
+    "qwen3_5",
+)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run needs, whether that fits, and what to change if it does not.
+
+    Attributes:
+        machine: The machine it is planned for.
+        model: Sizes of the model.
+        workload: What the run computes.
+        memory: Peak memory.
+        fits: Whether that fits the machine's working set.
+        steps: Changes that make it fit, cheapest first; empty if it fits.
+    """
+
+    machine: Machine
+    model: ModelShape
+    workload: Workload
+    memory: MemoryPlan
+    fits: bool
+    steps: list[Suggestion]
+
+
+class RewardModelMemory(NamedTuple):
+    """The reward models that an on-policy run holds in memory.
+
+    Attributes:
+        adapters: Layouts of those that are adapters on the policy's base.
+        models: Model folders of those with a base of their own.
+    """
+
+    adapters: tuple[AdapterLayout, ...] = ()
+    models: tuple[Path, ...] = ()
+
+
+def make_plan(
+    config: TrainConfig,
+    layout: AdapterLayout,
+    folder: ModelFolder,
+    groups: Sequence[TokenizedGroup] | None,
+    machine: Machine,
+) -> Plan:
+    """Plan an offline run from its options, the headers of its model, and its tokenized data.
+
+    Args:
+        config: The run's options.
+        layout: What is trained.
+        folder: The model; its weights are not loaded.
+        groups: The training data; None for rows of `max_seq_length` tokens, half of them prompt.
+        machine: The machine to plan for.
+
+    Raises:
+        ModelError: The model's files can't be read.
+        ConfigError: The model can't compute in the given adapter dtype.
+    """
+    model = read_model_shape(folder.path, folder.config)
+    within, limit = _shapes_within(groups), batch_limit(config, packs=_can_pack(config, folder))
+    rows = 2 if not groups else max(len(group.completions) for group in groups)
+    if isinstance(config, KtoConfig | SftConfig):
+        rows = 1  # KTO runs its second, mismatched completion separately and without gradient
+    workload = replace(
+        _workload(config, layout, folder, model),
+        shapes=tuple(within(config.max_seq_length, limit)),
+        limit=limit,
+        rows=rows,
+        vocabulary=not isinstance(config, RewardConfig),
+    )
+    return _plan(machine, model, workload, config.max_seq_length, within)
+
+
+def make_on_policy_plan(
+    config: OnPolicyConfig,
+    layout: AdapterLayout,
+    folder: ModelFolder,
+    prompts: tuple[Sequence[TokenizedGroup], Sequence[TokenizedGroup]] | None,
+    rewards: RewardModelMemory,
+    machine: Machine,
+) -> Plan:
+    """Plan an on-policy run from its options, the headers of its models, and its prompts.
+
+    Args:
+        config: The run's options.
+        layout: What is trained.
+        folder: The model; its weights are not loaded.
+        prompts: Training and held-out prompts; None for one of the maximal length.
+        rewards: The reward models.
+        machine: The machine to plan for.
+
+    Raises:
+        ModelError: A model's files can't be read.
+        ConfigError: The model can't compute in the given adapter dtype.
+    """
+    model = read_model_shape(folder.path, folder.config)
+    longest = config.max_prompt_length or config.max_seq_length - config.max_completion_length
+    if prompts is None:
+        prompts = [TokenizedGroup(np.zeros(longest, np.int32), (), "")], []
+    train, held_out = prompts
+    every_prompt = [*train, *held_out]
+    size = config.batch_size or DEFAULT_BATCH_SIZE
+
+    def within(completion: int, limit: BatchLimit) -> list[AnyShape]:
+        return rollout_shapes(every_prompt, completion, limit.groups)
+
+    workload = _workload(config, layout, folder, model)
+    workload = replace(
+        workload,
+        shapes=tuple(within(config.max_completion_length, BatchLimit(size))),
+        limit=BatchLimit(size),
+        rows=_completions_per_update(config),
+        sampling=Sampling(
+            prompts=size * config.grad_accumulation_steps * config.minibatches,
+            held_out=len(held_out),
+            group_size=config.group_size,
+            prompt=max(len(group.prompt) for group in every_prompt),
+            completion=config.max_completion_length,
+            least_group=2 if isinstance(config, GrpoConfig) else 1,
+        ),
+        critic=isinstance(config, PpoConfig) and config.critic == "own",
+        reward_model_bytes=_reward_model_bytes(model, workload, rewards),
+    )
+    limited = config.max_seq_length if config.max_prompt_length is None else None
+    return _plan(machine, model, workload, limited, within)
+
+
+def check_fits(
+    config: TrainConfig,
+    layout: AdapterLayout,
+    folder: ModelFolder,
+    groups: Sequence[TokenizedGroup],
+) -> str:
+    """Describe what an offline run needs in one line; refuse a run that does not fit here.
+
+    Raises:
+        ConfigError: The run does not fit, and --force was not given.
+    """
+    return _describe_or_refuse(
+        lambda: make_plan(config, layout, folder, groups, this_machine()), force=config.force
+    )
+
+
+def check_on_policy_fits(
+    config: OnPolicyConfig,
+    layout: AdapterLayout,
+    folder: ModelFolder,
+    prompts: tuple[Sequence[TokenizedGroup], Sequence[TokenizedGroup]],
+    rewards: RewardModelMemory,
+) -> str:
+    """Describe what an on-policy run needs in one line; refuse a run that does not fit here.
+
+    Raises:
+        ConfigError: The run does not fit, and --force was not given.
+    """
+    return _describe_or_refuse(
+        lambda: make_on_policy_plan(config, layout, folder, prompts, rewards, this_machine()),
+        force=config.force,
+    )
+
+
+def format_requirement(plan: Plan) -> str:
+    """The peak and the memory available, in words."""
+    return (
+        f"{format_bytes(plan.memory.peak_bytes)} at its peak; "
+        f"{plan.machine.name} has {format_bytes(plan.machine.working_set_bytes)} available"
+    )
+
+
+def format_suggestions(plan: Plan) -> str:
+    """The changes that make a run fit, on one line."""
+    if not plan.steps:
+        return "no option makes it fit: use a smaller model"
+    steps = ", then ".join(f"{s.options} ({format_bytes(s.peak_bytes)})" for s in plan.steps)
+    if plan.steps[-1].fits:
+        return f"to make it fit, cheapest first: {steps}"
+    return f"all of these together are not enough: {steps}; use a smaller model"
+
+
+def format_bytes(count: float) -> str:
+    """A number of bytes in MB or GB."""
+    if count < 0.1e9:
+        return f"{count / 1e6:.1f} MB"
+    return f"{count / 1e9:.2f} GB" if count < 10e9 else f"{count / 1e9:.1f} GB"
+
+
+def _workload(
+    config: TrainConfig, layout: AdapterLayout, folder: ModelFolder, model: ModelShape
+) -> Workload:
+    """The part of a workload that follows from the shared options; it has no shapes yet."""
+    dtypes = [mx.bfloat16] if model.activation_dtype == "BF16" else []
+    computed = compute_dtype(config.adapter_dtype, dtypes)
+    return Workload(
+        shapes=(),
+        accumulation=config.grad_accumulation_steps,
+        fine_tune_type=layout.fine_tune_type,
+        rank=layout.rank,
+        num_layers=layout.num_layers,
+        keys=layout.keys,
+        dropout=layout.dropout > 0,
+        grad_checkpoint=config.grad_checkpoint,
+        adapter_bytes=ADAPTER_BYTES if computed is None else computed.size,
+        shared=folder.config.get("model_type") not in UNSHARED_FAMILIES,
+    )
+
+
+def _plan(
+    machine: Machine,
+    model: ModelShape,
+    workload: Workload,
+    max_seq_length: int | None,
+    within: ShapesWithin,
+) -> Plan:
+    memory = plan_memory(model, workload)
+    available = max(machine.working_set_bytes, ALWAYS_FITS_BYTES if machine.here else 0)
+    fits = memory.peak_bytes <= available
+    steps = [] if fits else advise(model, workload, max_seq_length, within, available)
+    return Plan(machine, model, workload, memory, fits, steps)
+
+
+def _describe_or_refuse(make: Callable[[], Plan], *, force: bool) -> str:
+    try:
+        plan = make()
+    except ModelError as error:
+        # A model whose sizes have unknown names in config.json may well train; a damaged file is
+        # refused when it is loaded.
+        return f"! Memory can't be estimated: {error}."
+    if plan.fits or force:
+        warning = "" if plan.fits else "; it does not fit, --force starts it anyway"
+        return f"Memory: about {format_requirement(plan)}{warning}."
+    raise ConfigError(
+        f"this run needs about {format_requirement(plan)}; {format_suggestions(plan)}; "
+        "or start it anyway with --force"
+    )
+
+
+def _can_pack(config: TrainConfig, folder: ModelFolder) -> bool:
+    """Whether the run's groups will be packed, as far as the model's configuration tells."""
+    windows = folder.config.get("sliding_window") and folder.config.get("use_sliding_window", True)
+    padded = folder.config.get("model_type") in UNSHARED_FAMILIES + UNPACKED_FAMILIES or windows
+    return not padded and not isinstance(config, KtoConfig)
+
+
+def _shapes_within(
+    groups: Sequence[TokenizedGroup] | None,
+) -> Callable[[int, BatchLimit], list[AnyShape]]:
+    """A function that plans the batch shapes of the rows up to a length; [] if there are none."""
+
+    def within(length: int, limit: BatchLimit) -> list[AnyShape]:
+        if groups is None:
+            half = -(-length // 16) * 8
+            return [Shape(half, half, limit.of(3 * half))]  # rows of one length need no padding
+        short = [
+            group
+            for group in groups
+            if len(group.prompt) + max(map(len, group.completions)) <= length
+        ]
+        return plan_shapes(short, limit) if short else []
+
+    return within
+
+
+def _completions_per_update(config: OnPolicyConfig) -> int:
+    """Completions per prompt that one update uses."""
+    if isinstance(config, GrpoConfig) and config.loss == "online_dpo":
+        return 2  # the best and the worst
+    return config.group_size
+
+
+def _reward_model_bytes(model: ModelShape, workload: Workload, rewards: RewardModelMemory) -> int:
+    """Bytes of the weights of adapters on the policy's base, and of all other reward models."""
+    total = 0
+    for layout in rewards.adapters:
+        own = replace(
+            workload,
+            fine_tune_type=layout.fine_tune_type,
+            rank=layout.rank,
+            num_layers=layout.num_layers,
+            keys=layout.keys,
+        )
+        size = model.activation_bytes if layout.fine_tune_type == "full" else ADAPTER_BYTES
+        total += trained_parameters(model, own) * size
+    for path in rewards.models:
+        for file in sorted(path.glob("model*.safetensors")):
+            total += sum(tensor.nbytes for tensor in read_header(file).values())
+    return total
