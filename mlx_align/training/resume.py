@@ -1,6 +1,6 @@
-"""What a run was made of, so that one that goes on later is known to be the same run.
+"""Resuming a run: fingerprints of what it was made of, and access to its folder.
 
-Paths may change (a folder was moved); what they hold may not.
+Paths may change between the parts of a run (a folder was moved). Their content must not.
 """
 
 from __future__ import annotations
@@ -9,7 +9,8 @@ import hashlib
 import json
 import os
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -19,14 +20,16 @@ import numpy as np
 
 from mlx_align.config import TrainConfig
 from mlx_align.errors import ConfigError, ModelError
+from mlx_align.files import write_text, writing
 from mlx_align.models.adapters import fingerprint_folder
-from mlx_align.settings import flag_of
-from mlx_align.train.runlog import versions
+from mlx_align.settings import flag_of, to_yaml
+from mlx_align.train.lock import locked
+from mlx_align.train.runlog import CONFIG_FILE, new_run_folder, versions, write_json
 from mlx_align.types import TokenizedGroup
 
 FINGERPRINTS_FILE = "fingerprints.json"
-# The option that names it.
-WHERE = {
+# The option that names a part.
+OPTIONS = {
     "model": " (--model)",
     "init adapter": " (--init-adapter)",
     "training data": " (--data)",
@@ -39,6 +42,42 @@ WHERE = {
 }
 
 
+@contextmanager
+def open_run_folder(
+    run: Path,
+    config: TrainConfig,
+    made_of: dict[str, Any],
+    note: Callable[[str], None],
+    *,
+    resume: bool,
+) -> Iterator[None]:
+    """Lock the run folder for this process within the block; write config and fingerprints.
+
+    Args:
+        run: The run folder; created if it doesn't exist.
+        config: The resolved options.
+        made_of: The `fingerprints` of the run.
+        note: Called with lines on what differs from when the run began.
+        resume: Whether the folder already holds this run.
+
+    Raises:
+        ConfigError: Another process trains in the folder, it holds another run, or a part of the
+            run has changed.
+        WriteError: The folder can't be written to.
+    """
+    with writing(run):
+        run.mkdir(parents=True, exist_ok=True)
+    with locked(run):
+        if resume:
+            for line in check_same_run(run, made_of):
+                note(line)
+        else:
+            new_run_folder(str(run), made_of["command"])  # checked again: now it is locked
+            write_json(run / FINGERPRINTS_FILE, made_of)
+        write_text(run / CONFIG_FILE, to_yaml(config))
+        yield
+
+
 def fingerprints(
     command: str,
     config: TrainConfig,
@@ -49,11 +88,11 @@ def fingerprints(
     """Hashes of model, init adapter and data; the command, its options, versions and machine.
 
     Args:
-        command: Its name.
-        config: The resolved options; those that decide what is trained are kept.
-        model_folder: Where the weights are.
-        data: Tokenised groups by what they are called (`training data`).
-        others: Hashes of what else the run is made of, by what it is called.
+        command: Name of the command.
+        config: The resolved options; those that affect training are kept.
+        model_folder: Folder of the base model.
+        data: Tokenised groups by name (`training data`).
+        others: Further hashes, by name.
     """
     hashes = {"model": fingerprint_folder(model_folder)}
     if config.init_adapter is not None:
@@ -64,7 +103,7 @@ def fingerprints(
     return {
         "command": command,
         "hashes": hashes,
-        # As JSON has them, to be compared with what is read.
+        # Through JSON, so that they compare equal to what is read back.
         "options": json.loads(json.dumps(options)),
         "versions": {
             **versions(),
@@ -76,7 +115,7 @@ def fingerprints(
 
 
 def fingerprint_groups(groups: Sequence[TokenizedGroup]) -> str:
-    """A hash of what is learned from: tokens, labels, ratings, and their order."""
+    """A hash of tokens, labels and ratings, in their order."""
     digest = hashlib.blake2b(digest_size=16)
     for group in groups:
         facts = (group.scores, group.label, group.soft_label, group.margin)
@@ -90,7 +129,7 @@ def fingerprint_groups(groups: Sequence[TokenizedGroup]) -> str:
 
 
 def read_fingerprints(run: Path) -> dict[str, Any]:
-    """What stands in the run folder; {} where there is nothing.
+    """The fingerprints in the run folder; {} if there are none.
 
     Raises:
         ModelError: The file is damaged.
@@ -106,41 +145,40 @@ def read_fingerprints(run: Path) -> dict[str, Any]:
         return {"command": found["command"], **kept}
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ModelError(
-            f"{file}: damaged; a run without it can't be known to be the same: start a new one"
+            f"{file}: damaged, so the run can't be checked to be the same; start a new one"
         ) from error
 
 
 def check_same_run(run: Path, now: dict[str, Any]) -> list[str]:
-    """Refuse to go on with other things than the run began with; lines on what may differ.
+    """Refuse to resume with another command, model, data or option; lines on other changes.
 
     Args:
         run: The run folder.
-        now: `fingerprints` of what would go on.
+        now: `fingerprints` of the run to resume.
 
     Raises:
-        ConfigError: The command, the model, the data or an option is another; the text says which.
-        ModelError: What the run began with can't be read.
+        ConfigError: Something differs; the message says what.
+        ModelError: The fingerprints in the folder can't be read.
     """
     began = read_fingerprints(run)
     if not began:
-        return [f"! {run}: no {FINGERPRINTS_FILE} in it; it is taken for the same run."]
+        return [f"! {run}: it has no {FINGERPRINTS_FILE}; assuming that it is the same run."]
     check_command(run, now["command"], began)
     changed = [
-        f"the {name}{WHERE.get(name, '')}"
+        f"the {name}{OPTIONS.get(name, '')}"
         for name in sorted(began["hashes"].keys() | now["hashes"].keys())
         if began["hashes"].get(name) != now["hashes"].get(name)
     ]
     if changed:
         raise ConfigError(
-            f"--resume {run}: {' and '.join(changed)} changed since the run began; put back what "
-            "it was, or start a new run"
+            f"--resume {run}: {' and '.join(changed)} changed since the run began; restore the "
+            "original, or start a new run"
         )
     for name, value in now["options"].items():
         if began["options"].get(name) != value:
             raise ConfigError(
                 f"--resume {run}: {flag_of(name)} is {value} in its config.yaml, and was "
-                f"{began['options'].get(name)} when the run began; put that back, or start a new "
-                "run"
+                f"{began['options'].get(name)} when the run began; restore that, or start a new run"
             )
     others = [
         f"{name} {began['versions'].get(name)} → {value}"
@@ -153,13 +191,13 @@ def check_same_run(run: Path, now: dict[str, Any]) -> list[str]:
 
 
 def check_command(run: Path, command: str, began: dict[str, Any]) -> None:
-    """Refuse to go on with a run of another command.
+    """Refuse to resume a run of another command.
 
     Raises:
-        ConfigError: It is one.
+        ConfigError: It is of another command.
     """
     if began and began["command"] != command:
         raise ConfigError(
-            f"--resume {run}: a run of {began['command']}; go on with mlx-align "
+            f"--resume {run}: a run of {began['command']}; resume it with mlx-align "
             f"{began['command']} --resume {run}"
         )

@@ -1,9 +1,9 @@
-"""Checkpoints: all that a run needs to go on as if it had never stopped.
+"""Checkpoints: everything a run needs to continue as if it had never stopped.
 
-A checkpoint is a folder of named trees, named optimizers, the random generator's key, how far the
-run is, and whatever else the run says in JSON. It is written beside its final name, brought to the
-disk, and renamed; a manifest holds every file's size and checksum, so a damaged one is known and
-the one before it is used. Checkpoints lie between updates.
+A checkpoint is a folder with named weights, named optimizers, the random generator's key, the
+progress, and further state as JSON. It is written under a temporary name, synced to disk, and
+renamed. A manifest holds the size and checksum of every file, so that a damaged checkpoint is
+noticed and the one before it is used. Checkpoints are written between steps.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from mlx_align.files import sync, write_tensors, write_text, writing
 from mlx_align.models.adapters import ADAPTER_WEIGHTS, AdapterLayout, save_adapter
 from mlx_align.models.compat import random_key, read_tensors, restore_random_key
 from mlx_align.models.heads import HEAD_WEIGHTS, has_head
-from mlx_align.models.roles import Tree
-from mlx_align.train.loop import Progress
+from mlx_align.models.roles import Tree as AdapterWeights
 from mlx_align.train.runlog import METRICS_FILE, SAMPLES_FILE
+from mlx_align.training.metrics import Progress
 
 FOLDER = "checkpoints"
 STATE_FILE = "state.json"
@@ -41,14 +41,14 @@ class State(NamedTuple):
 
     Attributes:
         progress: How far the run is.
-        trees: What is trained, by name; the first is the run's adapter, which stock mlx-lm loads
+        weights: What is trained, by name. The first is the run's adapter, which stock mlx-lm loads
             from the checkpoint's folder.
-        optimizers: By name.
-        extra: Anything else that the run goes on from, as JSON has it.
+        optimizers: The optimizers, by name.
+        extra: Further state, JSON-serialisable.
     """
 
     progress: Progress
-    trees: Mapping[str, Tree]
+    weights: Mapping[str, AdapterWeights]
     optimizers: Mapping[str, optim.Optimizer]
     extra: Mapping[str, Any]
 
@@ -56,18 +56,18 @@ class State(NamedTuple):
 def save_checkpoint(
     run: Path, state: State, layout: AdapterLayout, model: str, *, best: int | None = None
 ) -> None:
-    """Write `run`/checkpoints/<step>, and forget all but the last `KEPT` and the best.
+    """Write `run`/checkpoints/<step>, and delete all others but the last `KEPT` and the best.
 
     Args:
         run: The run folder.
-        state: What to keep; the random generator's key is added.
-        layout: Of the first tree.
-        model: The base model, for people.
+        state: What to save; the random generator's key is added.
+        layout: Of the first weights.
+        model: Name or path of the base model, which is recorded.
         best: The step of the best checkpoint so far, which is kept too.
 
     Raises:
-        TrainingError: The trees are not finite: an update has overflowed.
-        WriteError: It can't be written; the checkpoints before it are as they were.
+        TrainingError: The weights are not finite: an update has overflowed.
+        WriteError: It can't be written; earlier checkpoints are unchanged.
     """
     _check_finite(state)
     folder = run / FOLDER
@@ -76,7 +76,7 @@ def save_checkpoint(
     partial = folder / f".{final.name}.partial"
     with writing(final):
         folder.mkdir(exist_ok=True)
-        # What a later, damaged checkpoint held will be done again.
+        # A later checkpoint is a damaged one: its steps are made again.
         for other in _checkpoints(run):
             if int(other.name) > step:
                 shutil.rmtree(other)
@@ -84,7 +84,7 @@ def save_checkpoint(
         partial.mkdir()
         try:
             _fill(partial, state, layout, model)
-            # Rows that a resumed run will not write again are not lost in a power cut.
+            # A resumed run doesn't write these rows again: don't lose them in a power cut.
             for rows in (run / METRICS_FILE, run / SAMPLES_FILE):
                 if rows.is_file():
                     sync(rows)
@@ -100,19 +100,19 @@ def save_checkpoint(
 
 
 def _check_finite(state: State) -> None:
-    sums = [mx.isfinite(a).all() for tree in state.trees.values() for _, a in tree_flatten(tree)]
+    sums = [mx.isfinite(a).all() for one in state.weights.values() for _, a in tree_flatten(one)]
     if not mx.stack(sums).all().item():
         raise TrainingError(
-            f"what was trained is not finite after update {state.progress.step}; the checkpoint "
+            f"the trained weights are not finite after step {state.progress.step}; the checkpoint "
             "before it is kept: start again with a lower --learning-rate (or --weight-decay)"
         )
 
 
 def _fill(folder: Path, state: State, layout: AdapterLayout, model: str) -> None:
-    main, *others = state.trees
-    save_adapter(folder, state.trees[main], layout, model)
+    main, *others = state.weights
+    save_adapter(folder, state.weights[main], layout, model)
     for name in others:
-        write_tensors(folder / f"{name}.safetensors", dict(tree_flatten(state.trees[name])))
+        write_tensors(folder / f"{name}.safetensors", dict(tree_flatten(state.weights[name])))
     for name, optimizer in state.optimizers.items():
         write_tensors(_optimizer_file(folder, name), dict(tree_flatten(optimizer.state)))
     content = {
@@ -130,29 +130,29 @@ def _fill(folder: Path, state: State, layout: AdapterLayout, model: str) -> None
 
 def load_checkpoint(
     run: Path,
-    fresh: Mapping[str, Tree],
+    fresh: Mapping[str, AdapterWeights],
     optimizers: Mapping[str, optim.Optimizer],
     note: Callable[[str], None],
 ) -> State | None:
-    """The last checkpoint of `run` that is whole; None if the run has not made one yet.
+    """The last undamaged checkpoint of `run`; None if there is no checkpoint yet.
 
-    The optimizers and the random generator are restored in place, the trees are returned.
+    The optimizers and the random generator are restored in place, the weights are returned.
 
     Args:
         run: The run folder.
-        fresh: The trees the run starts from, for their names and shapes.
-        optimizers: The run's, by name, with their first state, which is replaced.
-        note: Told of every checkpoint that is damaged and passed over.
+        fresh: The weights the run starts from, for their names and shapes.
+        optimizers: The run's optimizers, by name, initialised; their state is replaced.
+        note: Called with a line for every damaged checkpoint.
 
     Raises:
-        ModelError: All are damaged, or they are of another model.
+        ModelError: All checkpoints are damaged, or they belong to another model.
     """
     found = _checkpoints(run)
     for folder in reversed(found):
         try:
             return _read(folder, fresh, optimizers)
         except _Damaged as damage:
-            note(f"! {folder}: {damage}; passed over.")
+            note(f"! {folder}: {damage}; using the one before it.")
     if found:
         raise ModelError(
             f"{run / FOLDER}: damaged, all {len(found)} of them; start a new run"
@@ -163,11 +163,11 @@ def load_checkpoint(
 
 
 class _Damaged(Exception):
-    """A checkpoint is not what was written."""
+    """A checkpoint differs from what was written."""
 
 
 def _read(
-    folder: Path, fresh: Mapping[str, Tree], optimizers: Mapping[str, optim.Optimizer]
+    folder: Path, fresh: Mapping[str, AdapterWeights], optimizers: Mapping[str, optim.Optimizer]
 ) -> State:
     _verify(folder)
     main, *others = fresh
@@ -188,17 +188,17 @@ def _read(
         # The checksums are right: this was written by another command or version.
         what = f"{type(error).__name__}: {error}".splitlines()[0][:200]
         raise ModelError(f"{folder}: not a checkpoint of this command ({what})") from error
-    trees: dict[str, Tree] = {}
-    for name, tree in fresh.items():
-        if _kinds(flat[name]) != _kinds(dict(tree_flatten(tree))):
-            raise ModelError(f"{folder}: its adapters do not fit this model; was --model changed?")
-        trees[name] = tree_unflatten(list(flat[name].items()))
+    weights: dict[str, AdapterWeights] = {}
+    for name, start in fresh.items():
+        if _kinds(flat[name]) != _kinds(dict(tree_flatten(start))):
+            raise ModelError(f"{folder}: its adapters don't fit this model; was --model changed?")
+        weights[name] = tree_unflatten(list(flat[name].items()))
     for name, optimizer in optimizers.items():
         if _kinds(states[name]) != _kinds(dict(tree_flatten(optimizer.state))):
             raise ModelError(f"{folder}: its {name} optimizer is not one of this run")
         optimizer.state = tree_unflatten(list(states[name].items()))
     restore_random_key(high, low)
-    return State(progress, trees, optimizers, extra)
+    return State(progress, weights, optimizers, extra)
 
 
 def _kinds(tensors: Mapping[str, mx.array]) -> dict[str, tuple[Any, ...]]:
@@ -206,7 +206,7 @@ def _kinds(tensors: Mapping[str, mx.array]) -> dict[str, tuple[Any, ...]]:
 
 
 def _progress(content: Any) -> Progress:
-    """How far the run is, all of it non-negative numbers."""
+    """The progress, checked to be non-negative numbers."""
     numbers = {}
     for entry in dataclasses.fields(Progress):
         value = content[entry.name]
@@ -220,7 +220,7 @@ def _verify(folder: Path) -> None:
     """Compare every file with the manifest.
 
     Raises:
-        _Damaged: One is missing or not what was written.
+        _Damaged: A file is missing or differs.
     """
     try:
         manifest = json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8"))
@@ -248,16 +248,16 @@ def _optimizer_file(folder: Path, name: str) -> Path:
 
 
 def checkpoint_folder(run: Path, step: int) -> Path:
-    """Where the checkpoint after update `step` is; an adapter folder."""
+    """The folder of the checkpoint after step `step`; mlx-lm loads its adapter."""
     return run / FOLDER / f"{step:07d}"
 
 
 def has_checkpoint(run: Path) -> bool:
-    """Whether `run` has something to go on from."""
+    """Whether `run` has a checkpoint to resume from."""
     return bool(_checkpoints(run))
 
 
 def _checkpoints(run: Path) -> list[Path]:
-    """The folders of checkpoints, oldest first; what is being written is not among them."""
+    """The folders of complete checkpoints, oldest first."""
     folders = [p for p in (run / FOLDER).glob("*") if p.name.isdecimal() and p.is_dir()]
     return sorted(folders, key=lambda path: int(path.name))
