@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import mlx.core as mx
 import mlx.optimizers as optim
@@ -32,27 +32,7 @@ from mlx_align.train.signals import Interrupted, deferring
 from mlx_align.training.callbacks import Callbacks
 from mlx_align.training.checkpoint import State, checkpoint_folder, load_checkpoint, save_checkpoint
 from mlx_align.training.evaluation import EvaluationResult
-from mlx_align.training.metrics import Progress
-
-
-class StepResult(NamedTuple):
-    """What a step did.
-
-    Attributes:
-        metrics: Metrics of this step alone; empty if its update was skipped.
-        microbatches: Microbatches consumed, or prompts sampled for.
-        groups: Prompts trained on.
-        tokens: Tokens trained on, without padding.
-        seconds: The time it took.
-        skipped: One line per update that was skipped.
-    """
-
-    metrics: dict[str, float]
-    microbatches: int
-    groups: int
-    tokens: int
-    seconds: float
-    skipped: list[str]
+from mlx_align.training.metrics import Progress, StepResult
 
 
 class StepAbandoned(Exception):
@@ -239,12 +219,7 @@ class TrainingLoop:
             if progress.step and not trainer.mid_step:
                 self._save()
             raise
-        progress.step += 1
-        progress.microbatches += result.microbatches
-        progress.groups += result.groups
-        progress.tokens += result.tokens
-        progress.seconds += result.seconds
-        progress.skipped += len(result.skipped)
+        progress.add(result)
         for line in result.skipped:
             self._console.note(f"! {line}")
         if progress.step == trainer.total_steps:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -13,6 +13,26 @@ from mlx_align.data.shapes import AnyShape
 
 # A speed measured on fewer steps is not reported.
 MIN_TIMED_STEPS = 3
+
+
+class StepResult(NamedTuple):
+    """What a step did.
+
+    Attributes:
+        metrics: Metrics of this step alone; empty if its update was skipped.
+        microbatches: Microbatches consumed, or prompts sampled for.
+        groups: Prompts trained on.
+        tokens: Tokens trained on, without padding.
+        seconds: The time it took.
+        skipped: One line per update that was skipped.
+    """
+
+    metrics: dict[str, float]
+    microbatches: int
+    groups: int
+    tokens: int
+    seconds: float
+    skipped: list[str]
 
 
 @dataclass
@@ -36,6 +56,15 @@ class Progress:
     tokens: int = 0
     seconds: float = 0.0
     skipped: int = 0
+
+    def add(self, result: StepResult) -> None:
+        """Count a step."""
+        self.step += 1
+        self.microbatches += result.microbatches
+        self.groups += result.groups
+        self.tokens += result.tokens
+        self.seconds += result.seconds
+        self.skipped += len(result.skipped)
 
 
 @dataclass

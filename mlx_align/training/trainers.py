@@ -26,11 +26,11 @@ from mlx_align.train.health import text_metrics
 from mlx_align.train.run_ahead import RunAhead as MemoryLimit
 from mlx_align.train.runlog import append_samples
 from mlx_align.training.evaluation import Evaluation, EvaluationResult, RolloutEvaluation
-from mlx_align.training.loop import StepResult
 from mlx_align.training.metrics import (
     MIN_TIMED_STEPS,
     MetricsWindow,
     Progress,
+    StepResult,
     Throughput,
     mean_row,
 )

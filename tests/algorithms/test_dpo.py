@@ -18,9 +18,10 @@ from mlx_lm.convert import convert
 from mlx_align.cli.main import run
 from mlx_align.models.adapters import AdapterLayout, install, save_adapter
 from mlx_align.models.compat import load_weights
-from mlx_align.train import reference
+from mlx_align.training import reference
+from mlx_align.training.callbacks import Callbacks
 
-TINY = Path(__file__).parent / "oracle" / "models" / "policy"
+TINY = Path(__file__).parent.parent / "oracle" / "models" / "policy"
 LN2 = 0.6931471805599453
 
 
@@ -247,19 +248,27 @@ def test_dora_and_full_fine_tuning(train, models, kind):
     assert mx.allclose(merged(tokens), model(tokens), atol=1e-4)
 
 
-def test_resumed_run_ends_with_the_same_bytes(train, models, tmp_path, capsys):
+def stop_after(monkeypatch, step, stop=lambda: signal.raise_signal(signal.SIGINT)):
+    """Call `stop` as soon as this step is done."""
+    original = Callbacks.on_step_end
+
+    def on_step_end(self, at, metrics):
+        result = original(self, at, metrics)
+        if at == step:
+            stop()
+        return result
+
+    monkeypatch.setattr(Callbacks, "on_step_end", on_step_end)
+
+
+def test_resumed_run_ends_with_the_same_bytes(train, models, tmp_path, capsys, monkeypatch):
     options = (*HOT, "--iters", 8, "--lora-dropout", 0.1, "--steps-per-report", 2)
     assert train(models["float32"], *options, output="whole")[0] == 0
 
     # Stop after update 4, as a signal would, and go on.
-    from mlx_align.train import offline
-
-    stop_after = _interrupting(offline.train, 4)
-    original, offline.train = offline.train, stop_after
-    try:
+    with monkeypatch.context() as patched:
+        stop_after(patched, 4)
         assert train(models["float32"], *options, output="parts")[0] == 130
-    finally:
-        offline.train = original
     assert "go on with: mlx-align dpo --resume" in capsys.readouterr().out
     assert train(models["float32"], *options, output="parts")[0] == 1
     assert "holds another run" in capsys.readouterr().err
@@ -301,31 +310,12 @@ def test_token_budget_from_options_to_summary_and_resumed(pairs, tmp_path, monke
     assert rows[0]["loss"] == pytest.approx(LN2, abs=1e-6)
     assert rows[-1]["loss"] < 0.5
 
-    from mlx_align.train import offline
-
-    monkeypatch.setattr(offline, "train", _interrupting(offline.train, 3))
-    assert train("parts") == 130
-    monkeypatch.undo()
-    monkeypatch.chdir(tmp_path)
+    with monkeypatch.context() as patched:
+        stop_after(patched, 3)
+        assert train("parts") == 130
     assert run(["dpo", "--resume", "parts"]) == 0
     adapters = [Path(name, "adapters.safetensors").read_bytes() for name in ("whole", "parts")]
     assert adapters[0] == adapters[1]
-
-
-def _interrupting(train_function, step):
-    def interrupted(*arguments, **named):
-        *rest, hooks, progress = arguments
-        original = hooks.tick
-
-        def tick(at):
-            original(at)
-            if at.step == step:
-                signal.raise_signal(signal.SIGINT)
-
-        hooks.tick = tick
-        return train_function(*rest, hooks, progress, **named)
-
-    return interrupted
 
 
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -401,9 +391,9 @@ def test_data_check_prints_the_screen(models, pairs, capsys):
 def test_a_loss_that_is_not_finite_stops_names_rows_and_keeps_what_was_good(
     train, models, tmp_path, capsys
 ):
-    from mlx_align.train import preference
+    from mlx_align.algorithms import dpo
 
-    original = preference.collate_pairs
+    original = dpo.collate_pairs
     calls = []
 
     def poisoned(*arguments):
@@ -412,11 +402,11 @@ def test_a_loss_that_is_not_finite_stops_names_rows_and_keeps_what_was_good(
         # The second microbatch of the third update.
         return batch if len(calls) != 6 else batch._replace(weight=batch.weight * mx.nan)
 
-    preference.collate_pairs = poisoned
+    dpo.collate_pairs = poisoned
     try:
         code, folder = train(models["float32"], *HOT, "--iters", 40, "--save-every", 0)
     finally:
-        preference.collate_pairs = original
+        dpo.collate_pairs = original
     assert code == 1
     message = capsys.readouterr().err
     assert "the loss is not finite on rows train.jsonl:" in message

@@ -9,8 +9,8 @@ import pytest
 
 from mlx_align.cli.main import run
 
-ROOT = Path(__file__).parent.parent
-TINY = Path(__file__).parent / "oracle" / "models" / "policy"
+ROOT = Path(__file__).parent.parent.parent
+TINY = Path(__file__).parent.parent / "oracle" / "models" / "policy"
 FORBIDDEN_MODULES = {"pickle", "cPickle", "dill", "joblib", "shelve", "marshal", "runpy", "code"}
 FORBIDDEN_CALLS = {"eval", "exec", "compile", "__import__"}
 # Called with arguments that make them safe, or not at all.

@@ -8,28 +8,21 @@ import pytest
 
 from mlx_align.cli.main import run
 from mlx_align.config import KtoConfig
-from mlx_align.data.batching import Microbatch
 from mlx_align.data.shapes import Shape, batch_limit
 from mlx_align.plan import timing
-from mlx_align.train.loop import Progress
-from mlx_align.train.pace import Pace
+from mlx_align.training.metrics import Throughput
 from mlx_align.types import TokenizedGroup
 
-TINY = Path(__file__).parent / "oracle" / "models" / "policy"
+TINY = Path(__file__).parent.parent / "oracle" / "models" / "policy"
 SMALL, LARGE = Shape(8, 8, 2), Shape(16, 16, 1)
 
 
 def timed(updates):
-    """The rate of updates of (shapes, tokens, seconds), in a run that is not at its start."""
-    progress = Progress(step=7, tokens=1000, seconds=50.0)
-    pace = Pace(progress)
-    stream = pace.watched(Microbatch((0,), shape) for shapes, _, _ in updates for shape in shapes)
+    """The rate of updates of (shapes, tokens, seconds)."""
+    throughput = Throughput()
     for shapes, tokens, seconds in updates:
-        assert [next(stream).shape for _ in shapes] == list(shapes)
-        progress.tokens += tokens
-        progress.seconds += seconds
-        pace.tick(progress)
-    return pace.rate()
+        throughput.add(shapes, tokens, seconds)
+    return throughput.rate()
 
 
 def test_updates_that_compile_are_left_out():

@@ -3,20 +3,25 @@
 import dataclasses
 import json
 import signal
+from contextlib import contextmanager
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from mlx_lm.tuner import callbacks
+from mlx_lm.tuner import callbacks as mlx_lm_callbacks
 
 from mlx_align.cli.main import run as mlx_align
 from mlx_align.config import DpoConfig
 from mlx_align.errors import ConfigError, TrainingError
 from mlx_align.report import charts, page
-from mlx_align.train import heldout, publish, runlog
+from mlx_align.shipped import shipped_or_given
+from mlx_align.train import runlog
 from mlx_align.train.display import Quiet
-from mlx_align.train.loop import Interrupted
-from mlx_align.train.publish import Publication
-from mlx_align.train.trackers import check_trackers
+from mlx_align.train.signals import Interrupted
+from mlx_align.training import callbacks, evaluation
+from mlx_align.training.callbacks import Callback, Callbacks, RunPage, Trackers, check_trackers
+from mlx_align.training.metrics import Progress
+from mlx_align.training.run import make_algorithm, train
 
 FACTS = {"groups": 3, "read_as": "read as: pairs"}
 
@@ -41,8 +46,8 @@ def clock(monkeypatch):
         state.now += state.cost
         return "page"
 
-    monkeypatch.setattr(publish.time, "monotonic", lambda: state.now)
-    monkeypatch.setattr(publish, "render_run", render)
+    monkeypatch.setattr(callbacks.time, "monotonic", lambda: state.now)
+    monkeypatch.setattr(callbacks, "render_run", render)
     return state
 
 
@@ -54,14 +59,38 @@ def wandb(monkeypatch):
         init=lambda **options: sent.inits.append(options),
         log=lambda info, step: sent.logs.append((step, info)),
     )
-    monkeypatch.setattr(callbacks, "wandb", package)
+    monkeypatch.setattr(mlx_lm_callbacks, "wandb", package)
     return sent
 
 
-def start(folder, display=None, **options):
+class Training:
+    """Tells the callbacks of a run what happens in it."""
+
+    def __init__(self, callbacks):
+        self.callbacks, self.progress = callbacks, Progress()
+
+    @contextmanager
+    def training(self, step, total, seconds=0.0):
+        self.progress.step, self.progress.seconds = step, seconds
+        with self.callbacks.training(self.progress, total):
+            yield
+
+    def tell(self, step, seconds, *, evaluated=False):
+        self.progress.step, self.progress.seconds = step, seconds
+        if evaluated:
+            self.callbacks.on_evaluate(step, {})
+        else:
+            self.callbacks.on_log(step, {})
+
+    def finish(self):
+        self.callbacks.on_run_end({})
+
+
+def start(folder, console=None, **options):
     folder.mkdir(exist_ok=True)
-    config = DpoConfig(**options)
-    return Publication(folder, "dpo", config, FACTS, display or Quiet())
+    config, console = DpoConfig(**options), console or Quiet()
+    trackers = Trackers(config, folder, console)
+    return Training(Callbacks([trackers, RunPage(folder, "dpo", FACTS, console)]))
 
 
 def status_of(folder):
@@ -139,15 +168,15 @@ def test_a_page_that_fails_never_ends_a_run(tmp_path, monkeypatch):
     def render(_run, charts=True):
         raise RuntimeError("no font\nhere" if charts else "no template")
 
-    monkeypatch.setattr(publish, "render_run", render)
+    monkeypatch.setattr(callbacks, "render_run", render)
     display = Said()
     publication = start(tmp_path, display)
     with publication.training(0, 2):
         publication.tell(1, 1.0, evaluated=True)
     publication.finish()
     assert display.notes == [
-        "! the page's charts could not be drawn, and training goes on: no font here",
-        "! the run page could not be written, and training goes on: no template",
+        "! the page's charts could not be drawn, but training continues: no font here",
+        "! the run page could not be written, but training continues: no template",
     ]
 
 
@@ -199,7 +228,7 @@ def test_training_and_held_out_rows_take_their_own_way(tmp_path, monkeypatch):
         on_train_loss_report=lambda info: heard.append(("train", info["iteration"])),
         on_val_loss_report=lambda info: heard.append(("val", info["iteration"])),
     )
-    monkeypatch.setattr(callbacks, "get_reporting_callbacks", lambda *_, **__: callback)
+    monkeypatch.setattr(mlx_lm_callbacks, "get_reporting_callbacks", lambda *_, **__: callback)
     publication = start(tmp_path, report_to=("wandb",))
     with publication.training(0, 1):
         runlog.append_row(tmp_path, {"step": 1, "loss": 1.0})
@@ -212,14 +241,14 @@ def test_a_tracker_that_fails_never_ends_a_run(tmp_path, wandb, monkeypatch):
     def log(_info, step):
         raise OSError("no network")
 
-    monkeypatch.setattr(callbacks.wandb, "log", log)
+    monkeypatch.setattr(mlx_lm_callbacks.wandb, "log", log)
     display = Said()
     publication = start(tmp_path, display, report_to=("wandb",))
     with publication.training(0, 2):
         for step in (1, 2):
             runlog.append_row(tmp_path, {"step": step, "loss": 1.0})
             publication.tell(step, 1.0)
-    assert display.notes == ["! --report-to failed, and training goes on: no network"]
+    assert display.notes == ["! --report-to failed, but training continues: no network"]
 
 
 @pytest.mark.parametrize(
@@ -230,17 +259,17 @@ def test_a_tracker_that_fails_never_ends_a_run(tmp_path, wandb, monkeypatch):
             "tensorboard is unknown; choose from wandb, swan",
         ),
         ({"report_to": ("swanlab",)}, "swanlab is not installed; pip install swanlab"),
-        ({"project_name": "p"}, "--project-name: it is for --report-to"),
+        ({"project_name": "p"}, "--project-name needs --report-to"),
     ],
 )
 def test_trackers_that_can_not_be(wandb, monkeypatch, options, says):
-    monkeypatch.setattr(callbacks, "swanlab", None)
+    monkeypatch.setattr(mlx_lm_callbacks, "swanlab", None)
     with pytest.raises(ConfigError, match=says):
         check_trackers(DpoConfig(**options))
 
 
 def test_a_tracker_is_refused_before_anything_is_read(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(callbacks, "wandb", None)
+    monkeypatch.setattr(mlx_lm_callbacks, "wandb", None)
     options = ["--model", str(tmp_path / "none"), "--data", "none", "--report-to", "wandb"]
     assert mlx_align(["dpo", *options, "--output", str(tmp_path / "run")]) == 1
     assert capsys.readouterr().err == (
@@ -253,7 +282,7 @@ def test_a_tracker_that_can_not_start_is_one_line(tmp_path, wandb, monkeypatch):
     def init(**_options):
         raise RuntimeError("no API key\nconfigured")
 
-    monkeypatch.setattr(callbacks.wandb, "init", init)
+    monkeypatch.setattr(mlx_lm_callbacks.wandb, "init", init)
     with pytest.raises(ConfigError, match=r"wandb: can't be started \(no API key configured\)"):
         start(tmp_path, report_to=("wandb",))
 
@@ -263,15 +292,16 @@ def test_training_leaves_a_page(tmp_path, monkeypatch, wandb):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(page, "can_draw", charts.can_draw)
     seen = []
-    record = heldout.Evaluation.record
+    evaluate = evaluation.Evaluation.evaluate
 
-    def interrupt(self, step, logps):
-        record(self, step, logps)
+    def interrupt(self, step, weights):
+        result = evaluate(self, step, weights)
         if step == 2 and not seen:
             seen.append(step)
             signal.raise_signal(signal.SIGINT)
+        return result
 
-    monkeypatch.setattr(heldout.Evaluation, "record", interrupt)
+    monkeypatch.setattr(evaluation.Evaluation, "evaluate", interrupt)
     options = ["--model", "starter", "--data", "starter", "--iters", "4", "--batch-size", "2"]
     options += ["--grad-accumulation-steps", "1", "--val-batches", "2", "--samples", "2"]
     options += ["--steps-per-report", "1", "--steps-per-eval", "2", "--sample-tokens", "4"]
@@ -290,3 +320,87 @@ def test_training_leaves_a_page(tmp_path, monkeypatch, wandb):
     steps = [step for step, info in wandb.logs if "loss" in info]
     assert steps == [1, 2, 3, 4]
     assert [step for step, info in wandb.logs if "eval/loss" in info] == [0, 2, 4]
+
+
+class Recorder(Callback):
+    """Keeps what it is told, and stops the run after a step."""
+
+    def __init__(self, stop_after=None):
+        self.events, self.stop_after = [], stop_after
+
+    def on_train_begin(self, progress, total_steps):
+        self.events.append(("begin", progress.step, total_steps))
+
+    def on_step_end(self, step, metrics):
+        self.events.append(("step", step, metrics["loss"]))
+        return step == self.stop_after
+
+    def on_log(self, step, metrics):
+        self.events.append(("log", step, metrics["loss"]))
+
+    def on_evaluate(self, step, metrics):
+        self.events.append(("evaluate", step, metrics["loss"]))
+
+    def on_save(self, step, folder):
+        self.events.append(("save", step, folder.is_dir()))
+
+    def on_train_end(self, error):
+        self.events.append(("end", error))
+
+    def on_run_end(self, summary):
+        self.events.append(("run", summary["steps"]))
+
+
+def run_with(recorder, **options):
+    config = DpoConfig(
+        model="starter",
+        data="starter",
+        batch_size=2,
+        grad_accumulation_steps=1,
+        val_batches=1,
+        samples=0,
+        iters=4,
+        steps_per_eval=2,
+        steps_per_report=3,
+        reference_cache="cache",
+        **options,
+    )
+    config = dataclasses.replace(
+        config, **{name: shipped_or_given("starter", name) for name in ("model", "data")}
+    )
+    console = Said()
+    return train(make_algorithm(config), config, Path("run"), console, callbacks=[recorder])
+
+
+def test_a_callers_callback_hears_of_everything(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    recorder = Recorder()
+    summary = run_with(recorder)
+    assert [event[:2] for event in recorder.events] == [
+        ("begin", 0),
+        ("evaluate", 0),
+        *[("step", 1), ("log", 1)],
+        *[("step", 2), ("evaluate", 2), ("save", 2)],
+        *[("step", 3), ("log", 3)],
+        *[("step", 4), ("log", 4), ("evaluate", 4), ("save", 4)],
+        ("end", None),
+        ("run", 4),
+    ]
+    logged = {event[1]: event[2] for event in recorder.events if event[0] == "log"}
+    steps = {event[1]: event[2] for event in recorder.events if event[0] == "step"}
+    assert logged[1] == steps[1]
+    assert logged[3] == pytest.approx((steps[2] + steps[3]) / 2)
+    assert summary["train"]["loss"] == logged[4]
+
+
+def test_a_callers_callback_may_stop_the_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    recorder = Recorder(stop_after=2)
+    summary = run_with(recorder)
+    assert summary["steps"] == 2
+    assert [event[:2] for event in recorder.events][-6:] == [
+        *[("step", 2), ("evaluate", 2), ("log", 2), ("save", 2)],
+        ("end", None),
+        ("run", 2),
+    ]
+    assert Path("run", "checkpoints", "0000002").is_dir()

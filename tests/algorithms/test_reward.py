@@ -17,9 +17,9 @@ from mlx_align import RewardModel
 from mlx_align.cli.main import run
 from mlx_align.errors import ConfigError, DataError, ModelError
 from mlx_align.shipped import shipped_file
-from mlx_align.train import offline
+from mlx_align.training.callbacks import Callbacks
 
-TINY = Path(__file__).parent / "oracle" / "models" / "policy"
+TINY = Path(__file__).parent.parent / "oracle" / "models" / "policy"
 SMALL = ("--batch-size", 4, "--grad-accumulation-steps", 2, "--samples", 2)
 HOT = ("--learning-rate", "3e-3", "--warmup", 0)
 HEAD, ADAPTER = "reward_head.safetensors", "adapters.safetensors"
@@ -120,28 +120,25 @@ def test_a_run_learns_reports_and_loads_in_stock_mlx_lm(train, models, dtype, ca
     assert mlx_lm_generate(model, tokenizer, "is sun good?", max_tokens=4)
 
 
-def test_a_resumed_run_ends_with_the_same_bytes(train, models, tmp_path, capsys):
+def stop_after(monkeypatch, step, stop=lambda: signal.raise_signal(signal.SIGINT)):
+    """Call `stop` as soon as this step is done."""
+    original = Callbacks.on_step_end
+
+    def on_step_end(self, at, metrics):
+        result = original(self, at, metrics)
+        if at == step:
+            stop()
+        return result
+
+    monkeypatch.setattr(Callbacks, "on_step_end", on_step_end)
+
+
+def test_a_resumed_run_ends_with_the_same_bytes(train, models, tmp_path, capsys, monkeypatch):
     options = (*HOT, "--iters", 6, "--lora-dropout", 0.1, "--members", 2)
     assert train(models["float32"], *options, output="whole")[0] == 0
-    original = offline.train
-
-    def interrupted(*arguments, **named):
-        *rest, hooks, progress = arguments
-        tick = hooks.tick
-
-        def stop(at):
-            tick(at)
-            if at.step == 3:
-                signal.raise_signal(signal.SIGINT)
-
-        hooks.tick = stop
-        return original(*rest, hooks, progress, **named)
-
-    offline.train = interrupted
-    try:
+    with monkeypatch.context() as patched:
+        stop_after(patched, 3)
         assert train(models["float32"], *options, output="parts")[0] == 130
-    finally:
-        offline.train = original
     assert "go on with: mlx-align reward --resume parts" in capsys.readouterr().out
     parts = tmp_path / "parts"
     checkpoint = parts / "checkpoints" / "0000003"
@@ -173,7 +170,7 @@ def test_full_fine_tuning_and_a_start_from_a_reward_model(train, models, tmp_pat
 
 
 def test_a_start_from_a_classifier(train, tmp_path):
-    base = Path(__file__).parent / "oracle" / "models" / "reward"
+    base = Path(__file__).parent.parent / "oracle" / "models" / "reward"
     assert train(base, "--iters", 1, "--learning-rate", "1e-9", "--batch-size", 2)[0] == 0
     start = RewardModel.load(str(base), tmp_path / "run")
     # The same head on the same weights, but read at the end token, not behind it.

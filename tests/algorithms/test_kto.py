@@ -20,23 +20,23 @@ from test_oracle_trunk import (
     update,
 )
 
+from mlx_align.algorithms.kto import (
+    KtoLoss,
+    UnpairedObjective,
+    evaluate_rows,
+    means_by_label,
+    row_metrics,
+)
 from mlx_align.cli.main import run
 from mlx_align.data.mismatched import with_mismatched
 from mlx_align.data.shapes import ROUND
 from mlx_align.errors import DataError
 from mlx_align.inference.score import make_scorer
 from mlx_align.losses.registry import UNPAIRED_LOSSES, resolve_options
-from mlx_align.train import reference
-from mlx_align.train.unpaired import (
-    KtoLoss,
-    evaluate_rows,
-    refined,
-    row_metrics,
-    unpaired_objective,
-)
+from mlx_align.training import reference
 from mlx_align.types import TokenizedGroup
 
-TINY = Path(__file__).parent / "oracle" / "models" / "policy"
+TINY = Path(__file__).parent.parent / "oracle" / "models" / "policy"
 
 
 def kto_loss(name="kto", **options):
@@ -98,7 +98,7 @@ def test_rows_accumulate_exactly(name, tiny):  # noqa: F811
     loss = kto_loss(name, undesirable_weight=1.3)
     assert_accumulation_is_exact(
         tiny,
-        unpaired_objective(tiny, loss, groups, log_probs, make_scorer(tiny), grad_checkpoint=False),
+        UnpairedObjective(tiny, loss, groups, log_probs, make_scorer(tiny), grad_checkpoint=False),
     )
 
 
@@ -109,7 +109,7 @@ def test_no_gradient_goes_through_the_point(tiny):  # noqa: F811
     for rows in log_probs:
         rows[1][...] -= 0.5
     made = [
-        unpaired_objective(tiny, loss, groups, log_probs, make_scorer(tiny), grad_checkpoint=False)
+        UnpairedObjective(tiny, loss, groups, log_probs, make_scorer(tiny), grad_checkpoint=False)
         for loss in (kto_loss(), kto_loss("apo_zero_unpaired"))
     ]
     tree, micro = tree_of(tiny), microbatches((4,), SMALL)
@@ -118,7 +118,7 @@ def test_no_gradient_goes_through_the_point(tiny):  # noqa: F811
     assert kl > 0.5
     # apo_zero is KTO at the point 0: with references shifted by the point it is the same loss.
     shifted = [(own + kl / len(own), other) for own, other in log_probs]
-    again = unpaired_objective(
+    again = UnpairedObjective(
         tiny, kto_loss("apo_zero_unpaired"), groups, shifted, None, grad_checkpoint=False
     )
     same_value, same, _ = update(tiny, again, tree, micro)
@@ -132,7 +132,7 @@ def test_means_of_each_kind_in_training_rows():
     good = mx.array([True, True, True, False])
     metrics = row_metrics(logps, ratio, good, mx.array(0.5), 0.1)
     means = {name: value.mean().item() for name, value in metrics.items()}
-    got = refined({"step": 3, "loss": 0.4, **means})
+    got = means_by_label({"step": 3, "loss": 0.4, **means})
     assert got["step"] == 3
     assert isinstance(got["step"], int)
     assert got["rewards/chosen"] == pytest.approx(0.1)
@@ -141,7 +141,9 @@ def test_means_of_each_kind_in_training_rows():
     assert got["rewards/accuracies"] == pytest.approx(0.5)
     assert got["logps/chosen"] == pytest.approx(-2)
     assert got["kl"] == 0.5
-    only_good = refined({"loss": 0.4, **{k: v[:3].mean().item() for k, v in metrics.items()}})
+    only_good = means_by_label(
+        {"loss": 0.4, **{k: v[:3].mean().item() for k, v in metrics.items()}}
+    )
     assert "rewards/rejected" not in only_good
     assert "rewards/margins" not in only_good
 

@@ -14,13 +14,17 @@ import numpy as np
 import pytest
 
 from mlx_align import files
+from mlx_align.algorithms import update
 from mlx_align.cli.main import run
 from mlx_align.errors import ConfigError, WriteError
-from mlx_align.train import offline, update
+from mlx_align.models import policy
 from mlx_align.train.lock import locked
+from mlx_align.training import run as run_module
+from mlx_align.training import setup
+from mlx_align.training.callbacks import Callbacks
 
-ROOT = Path(__file__).parent.parent
-TINY = Path(__file__).parent / "oracle" / "models" / "policy"
+ROOT = Path(__file__).parent.parent.parent
+TINY = Path(__file__).parent.parent / "oracle" / "models" / "policy"
 SMALL = (
     *("--batch-size", 2, "--grad-accumulation-steps", 2, "--lora-rank", 2, "--samples", 1),
     *("--sample-tokens", 3, "--reference-cache", "cache", "--iters", 6, "--save-every", 2),
@@ -50,21 +54,16 @@ def dpo(*options, output="run"):
 
 
 def stop_after(monkeypatch, step, stop=lambda: signal.raise_signal(signal.SIGINT)):
-    original = offline.train
+    """Call `stop` as soon as this step is done."""
+    original = Callbacks.on_step_end
 
-    def stopping(*arguments, **named):
-        *rest, hooks, progress = arguments
-        tick = hooks.tick
+    def on_step_end(self, at, metrics):
+        result = original(self, at, metrics)
+        if at == step:
+            stop()
+        return result
 
-        def ticking(at):
-            tick(at)
-            if at.step == step:
-                stop()
-
-        hooks.tick = ticking
-        return original(*rest, hooks, progress, **named)
-
-    monkeypatch.setattr(offline, "train", stopping)
+    monkeypatch.setattr(Callbacks, "on_step_end", on_step_end)
 
 
 def result(folder):
@@ -153,7 +152,7 @@ def test_what_changed_is_named(pairs, capsys, monkeypatch):
     assert "fingerprints.json: damaged" in refused()
     made_of.write_text(kept.replace('"numpy": "', '"numpy": "0.'))
     assert run(["kto", "--resume", "run"]) == 1
-    assert "a run of dpo; go on with mlx-align dpo --resume run" in capsys.readouterr().err
+    assert "a run of dpo; resume it with mlx-align dpo --resume run" in capsys.readouterr().err
 
     # All is as it was, in another place; another numpy is a word of warning.
     shutil.move("model", "moved")
@@ -183,7 +182,7 @@ def test_a_report_after_a_stop_off_its_beat_is_the_same(pairs, monkeypatch):
 def test_an_interrupted_reference_pass_goes_on_in_its_batches(pairs, monkeypatch):
     """The last digits of log-probs depend on which rows run together."""
     assert dpo("--reference-cache", "one", output="whole") == 0
-    from mlx_align.train import reference
+    from mlx_align.training import reference
 
     original = reference.ReferenceCache.put
     calls = []
@@ -204,9 +203,9 @@ def test_an_interrupted_reference_pass_goes_on_in_its_batches(pairs, monkeypatch
 
 
 def test_non_finite_updates_are_skipped_and_counted(pairs, capsys, monkeypatch):
-    from mlx_align.train import preference
+    from mlx_align.algorithms import dpo as pair_algorithm
 
-    original = preference.collate_pairs
+    original = pair_algorithm.collate_pairs
 
     def poison(microbatches):
         calls = []
@@ -218,7 +217,7 @@ def test_non_finite_updates_are_skipped_and_counted(pairs, capsys, monkeypatch):
                 batch._replace(weight=batch.weight * mx.nan) if microbatches(len(calls)) else batch
             )
 
-        monkeypatch.setattr(preference, "collate_pairs", poisoned)
+        monkeypatch.setattr(pair_algorithm, "collate_pairs", poisoned)
 
     poison(lambda n: n == 6)  # of the third update
     assert dpo("--on-non-finite", "skip") == 0
@@ -235,7 +234,7 @@ def test_non_finite_updates_are_skipped_and_counted(pairs, capsys, monkeypatch):
         json.loads(Path("run/checkpoints/0000004/state.json").read_text())["progress"]["step"] == 4
     )
 
-    monkeypatch.setattr(update, "MOST_SKIPS", 2)
+    monkeypatch.setattr(update, "MAX_SKIPPED_IN_A_ROW", 2)
     poison(lambda n: n > 2)
     assert dpo("--on-non-finite", "skip", output="hopeless") == 1
     error = capsys.readouterr().err
@@ -245,7 +244,7 @@ def test_non_finite_updates_are_skipped_and_counted(pairs, capsys, monkeypatch):
     assert dpo(output="stopped") == 1
     assert "--on-non-finite skip" in capsys.readouterr().err
     # With good numbers again it goes on, and ends as if nothing had been.
-    monkeypatch.setattr(preference, "collate_pairs", original)
+    monkeypatch.setattr(pair_algorithm, "collate_pairs", original)
     assert run(["dpo", "--resume", "stopped"]) == 0
     assert dpo(output="whole") == 0
     assert result("stopped") == result("whole")
@@ -253,18 +252,21 @@ def test_non_finite_updates_are_skipped_and_counted(pairs, capsys, monkeypatch):
 
 def test_signals_outside_of_updates(pairs, capsys, monkeypatch):
     """While data is read, the model is loaded, answers are sampled at the end."""
-    from mlx_align.train import setup
-
     for number, (module, name, signum, said) in enumerate(
         (
-            (offline, "prepare_data", signal.SIGTERM, "stopped before anything was written"),
+            (setup, "prepare_data", signal.SIGTERM, "stopped before anything was written"),
             (
-                setup,
+                policy,
                 "load_language_model",
                 signal.SIGINT,
                 "again with: mlx-align dpo --resume run-1",
             ),
-            (offline, "kl_from_reference", signal.SIGHUP, "on with: mlx-align dpo --resume run-2"),
+            (
+                run_module,
+                "kl_from_reference",
+                signal.SIGHUP,
+                "on with: mlx-align dpo --resume run-2",
+            ),
         )
     ):
         with monkeypatch.context() as patched:

@@ -1,4 +1,4 @@
-"""Checkpoints: whole or passed over, exactly what was saved, and no more of them than are kept."""
+"""Checkpoints: complete or skipped, exactly what was saved, and only the last ones kept."""
 
 import json
 import os
@@ -12,8 +12,8 @@ from mlx.utils import tree_flatten
 from mlx_align.errors import ModelError, WriteError
 from mlx_align.models.adapters import AdapterLayout
 from mlx_align.models.compat import random_key
-from mlx_align.train.checkpoint import State, has_checkpoint, load_checkpoint, save_checkpoint
-from mlx_align.train.loop import Progress
+from mlx_align.training.checkpoint import State, has_checkpoint, load_checkpoint, save_checkpoint
+from mlx_align.training.metrics import Progress
 
 LAYOUT = AdapterLayout(rank=2)
 
@@ -70,8 +70,8 @@ def test_what_was_saved_comes_back(tmp_path):
     assert mx.array_equal(mx.random.normal((3,)), following)
     assert key != (0, 11)
     assert state.progress == Progress(step=5, tokens=35)
-    assert equal(state.trees["policy"], tree(5.0))
-    assert equal(state.trees["critic"], tree(-5.0))
+    assert equal(state.weights["policy"], tree(5.0))
+    assert equal(state.weights["critic"], tree(-5.0))
     for name, optimizer in stepped(5.0).items():
         assert equal(state.optimizers[name].state, optimizer.state)
     assert state.extra == {"kl_coef": 0.5, "window": [1, None, {"loss": 0.25}]}
@@ -122,10 +122,10 @@ def test_a_damaged_one_is_passed_over_with_a_word(tmp_path, how):
     said = []
     state = load(tmp_path, said)
     assert state.progress.step == 1
-    assert equal(state.trees["policy"], tree(1.0))
+    assert equal(state.weights["policy"], tree(1.0))
     assert len(said) == 1
     assert "0000002" in said[0]
-    assert "passed over" in said[0]
+    assert "using the one before it" in said[0]
     damage(tmp_path / "checkpoints" / "0000001", how)
     with pytest.raises(ModelError, match="damaged, all 2 of them"):
         load(tmp_path)
@@ -141,7 +141,7 @@ def test_a_damaged_one_is_passed_over_with_a_word(tmp_path, how):
 def test_one_of_another_model_is_refused(tmp_path):
     save(tmp_path, 1)
     wider = {"layer": {"lora_a": mx.zeros((8, 2)), "lora_b": mx.zeros((2, 4))}}
-    with pytest.raises(ModelError, match="do not fit this model"):
+    with pytest.raises(ModelError, match="don't fit this model"):
         load_checkpoint(tmp_path, {"policy": wider}, {}, print)
     with pytest.raises(ModelError, match="not a checkpoint of this command"):
         load_checkpoint(tmp_path, {"policy": tree(0.0), "value": tree(0.0)}, {}, print)

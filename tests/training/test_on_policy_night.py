@@ -10,13 +10,14 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from mlx_align.algorithms import dpo, ppo, update
 from mlx_align.cli.main import run
-from mlx_align.rollout.rewards import RewardFunctions
-from mlx_align.train import grpo, on_policy, ppo, preference, update
-from mlx_align.train.heldout_rewards import HeldOut
-from mlx_align.train.workplace import Workplace
+from mlx_align.rollout.collector import RolloutBatch, RolloutCollector
+from mlx_align.rollout.reward_functions import RewardFunctions
+from mlx_align.training import run as run_module
+from mlx_align.training.evaluation import RolloutEvaluation
 
-TINY = Path(__file__).parent / "oracle" / "models" / "policy"
+TINY = Path(__file__).parent.parent / "oracle" / "models" / "policy"
 SMALL = (
     *("--batch-size", 2, "--grad-accumulation-steps", 1, "--minibatches", 2, "--group-size", 2),
     *("--max-completion-length", 5, "--max-seq-length", 64, "--lora-rank", 2, "--samples", 1),
@@ -99,14 +100,14 @@ def processes(monkeypatch):
 
 # Where, the how-manieth call of it, what comes, and the checkpoints that are there then.
 MOMENTS = {
-    "the reference's rewards": (Workplace, "look_at_reference", 1, signal.SIGTERM, None),
-    "answers before": (on_policy, "answers", 1, signal.SIGHUP, None),
-    "an evaluation": (HeldOut, "look", 2, signal.SIGTERM, "0000002"),
-    "twice in an evaluation": (HeldOut, "look", 2, twice, "0000001"),
+    "the reference's rewards": (RolloutCollector, "reference_rewards", 1, signal.SIGTERM, None),
+    "answers before": (run_module, "answers", 1, signal.SIGHUP, None),
+    "an evaluation": (RolloutEvaluation, "evaluate", 2, signal.SIGTERM, "0000002"),
+    "twice in an evaluation": (RolloutEvaluation, "evaluate", 2, twice, "0000001"),
     "twice in an update": (update, "accumulate", 10, twice, "0000001"),
     "twice in a reward": (RewardFunctions, "__call__", 4, twice, "0000001"),
-    "the last evaluation": (HeldOut, "look", 3, signal.SIGINT, "0000003"),
-    "answers after": (on_policy, "answers", 2, signal.SIGTERM, "0000003"),
+    "the last evaluation": (RolloutEvaluation, "evaluate", 3, signal.SIGINT, "0000003"),
+    "answers after": (run_module, "answers", 2, signal.SIGTERM, "0000003"),
 }
 
 
@@ -154,14 +155,20 @@ def no_advantages(batch):
 
 ONCE = ("--update-epochs", 1)
 SPOILED = {
-    "grpo": ("grpo", (), grpo, "policy_batch", no_advantages),
-    "policy": ("ppo", ONCE, ppo, "policy_batch", no_advantages),
-    "critic": ("ppo", ONCE, ppo, "value_batch", lambda b: b._replace(returns=b.returns * mx.nan)),
-    "shared": ("ppo", (*ONCE, "--critic", "shared"), ppo, "policy_batch", no_advantages),
+    "grpo": ("grpo", (), RolloutBatch, "collate", no_advantages),
+    "policy": ("ppo", ONCE, RolloutBatch, "collate", no_advantages),
+    "critic": (
+        "ppo",
+        ONCE,
+        ppo.ValueTargets,
+        "collate",
+        lambda b: b._replace(returns=b.returns * mx.nan),
+    ),
+    "shared": ("ppo", (*ONCE, "--critic", "shared"), RolloutBatch, "collate", no_advantages),
     "pairs": (
         "grpo",
         ("--loss", "online_dpo"),
-        preference,
+        dpo,
         "collate_pairs",
         lambda b: b._replace(weight=b.weight * mx.nan),
     ),
@@ -190,7 +197,7 @@ def test_updates_that_are_not_finite_are_skipped_and_counted(prompts, monkeypatc
 
 
 def test_a_run_of_which_nothing_is_finite_ends(prompts, monkeypatch, capsys):
-    poison(monkeypatch, grpo, "policy_batch", lambda _: True, no_advantages)
+    poison(monkeypatch, RolloutBatch, "collate", lambda _: True, no_advantages)
     assert train("grpo", "--on-non-finite", "skip", output="hopeless") == 1
     error = capsys.readouterr().err
     assert "5 updates before it were skipped for the same" in error
@@ -203,7 +210,7 @@ def test_a_run_of_which_nothing_is_finite_ends(prompts, monkeypatch, capsys):
 def test_a_rollout_batch_that_is_half_learned_is_no_state(prompts, monkeypatch, capsys):
     """Its first update was made, the second is not finite: what is kept is from before both."""
     with monkeypatch.context() as patched:
-        poison(patched, grpo, "policy_batch", lambda n: n == 6, no_advantages)
+        poison(patched, RolloutBatch, "collate", lambda n: n == 6, no_advantages)
         assert train("grpo") == 1
     assert "--on-non-finite skip" in capsys.readouterr().err
     assert run(["grpo", "--resume", "run"]) == 0
@@ -221,7 +228,7 @@ def test_what_changed_is_named(prompts, monkeypatch, capsys):
     judges = ("--reward-model", "rm", "--eval-reward-model", "rm-2")
     shown = ("--ptx-data", "shown.jsonl", "--ptx-coef", 0.1)
     with monkeypatch.context() as patched:
-        nth(patched, HeldOut, "look", 1, lambda: signal.raise_signal(signal.SIGINT))
+        nth(patched, RolloutEvaluation, "evaluate", 1, lambda: signal.raise_signal(signal.SIGINT))
         assert train("ppo", *judges, *shown) == 130
 
     def refused():

@@ -13,16 +13,13 @@ from test_oracle_trunk import (
     tiny,  # noqa: F401
 )
 
+from mlx_align.algorithms.sft import SupervisedObjective, evaluate_demonstrations
 from mlx_align.cli.main import run
 from mlx_align.data.groups import last_answers
 from mlx_align.losses.registry import TOKEN_LOSSES
-from mlx_align.train.supervised import (
-    evaluate_demonstrations,
-    supervised_objective,
-)
 from mlx_align.types import Message, PromptGroup, TokenizedGroup
 
-TINY = Path(__file__).parent / "oracle" / "models" / "policy"
+TINY = Path(__file__).parent.parent / "oracle" / "models" / "policy"
 
 
 def conversation(*roles):
@@ -36,7 +33,7 @@ def test_rows_accumulate_exactly(loss, tiny):  # noqa: F811
     mask = np.arange(len(groups[2].completions[0])) % 2 == 0
     groups[2] = TokenizedGroup(groups[2].prompt, groups[2].completions, "", loss_masks=(mask,))
     assert_accumulation_is_exact(
-        tiny, supervised_objective(tiny, loss, groups, grad_checkpoint=False)
+        tiny, SupervisedObjective(tiny, loss, groups, grad_checkpoint=False)
     )
 
 

@@ -8,9 +8,9 @@ import pytest
 from mlx_align.cli.main import run
 from mlx_align.inference.finished import read_run
 from mlx_align.inference.held_out import read_held_out
-from mlx_align.train import on_policy_setup
+from mlx_align.training import setup
 
-TINY = Path(__file__).parent / "oracle" / "models" / "policy"
+TINY = Path(__file__).parent.parent / "oracle" / "models" / "policy"
 SMALL = (
     *("--batch-size", 2, "--grad-accumulation-steps", 1, "--group-size", 2, "--lora-rank", 2),
     *("--max-completion-length", 4, "--max-seq-length", 96, "--samples", 0, "--iters", 1),
@@ -32,7 +32,7 @@ def runs(tmp_path_factory):
     """A grpo run on prompts, and a ppo run on pairs that started from it; what both held out."""
     folder = tmp_path_factory.mktemp("runs")
     held_out = {}
-    original = on_policy_setup.read_run_prompts
+    original = setup.read_prompt_splits
     questions = [turns("user", f"{i}: is it good?") for i in range(12)]
     prompts = [{"prompt": one, "number": i} for i, one in enumerate(questions)]
     answers = {"chosen": turns("assistant", "yes " * 9), "rejected": turns("assistant", "no")}
@@ -45,12 +45,12 @@ def runs(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patched:
         for name, data, options in (("grpo", "prompts", ()), ("ppo", "pairs", ppo)):
 
-            def read(config, model, name=name):
-                found = original(config, model)
+            def read(config, folder, data=None, name=name):
+                found = original(config, folder, data)
                 held_out[name] = [prompt.text.prompt for prompt in found[1]]
                 return found
 
-            patched.setattr(on_policy_setup, "read_run_prompts", read)
+            patched.setattr(setup, "read_prompt_splits", read)
             where = ("--model", TINY, "--data", folder / data, "--output", folder / name)
             own = ("--valid-fraction", 0.3, "--seed", 3)
             assert command(name, *where, *SMALL, *own, *options) == 0
