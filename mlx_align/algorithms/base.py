@@ -205,13 +205,13 @@ class UpdateResult(NamedTuple):
 
     Attributes:
         metrics: Metrics for the report.
-        first_deviation: Mean |ratio − 1| of new to old policy in the first update; None if
+        first_ratio_deviation: Mean |ratio − 1| of new to old policy in the first update; None if
             no update of the policy was made. It must be 0 up to rounding.
         skipped: One reason per update that was skipped.
     """
 
     metrics: dict[str, float]
-    first_deviation: float | None
+    first_ratio_deviation: float | None
     skipped: Sequence[str] = ()
 
 

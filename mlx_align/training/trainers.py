@@ -270,7 +270,7 @@ class OnPolicyTrainer:
         )
         self.mid_step = True
         result = algorithm.update(batch, step, learning_rate)
-        _check_ratio(result.first_deviation)
+        _check_ratio(result.first_ratio_deviation)
         self.mid_step = False
         completions = batch.completions
         metrics = {
