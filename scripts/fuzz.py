@@ -43,7 +43,7 @@ from mlx_align.config import GrpoConfig, PpoConfig  # noqa: E402
 from mlx_align.errors import ModelError  # noqa: E402
 from mlx_align.models import loading  # noqa: E402
 from mlx_align.settings import to_yaml  # noqa: E402
-from mlx_align.train import checkpoint  # noqa: E402
+from mlx_align.training import checkpoint  # noqa: E402
 
 LIMIT_SECONDS = 20
 TINY = ROOT / "tests" / "oracle" / "models" / "policy"

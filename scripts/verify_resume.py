@@ -35,20 +35,11 @@ import mlx.core as mx  # noqa: E402
 import numpy as np  # noqa: E402
 
 # Imported here, not by each process.
+from mlx_align.algorithms import update  # noqa: E402
 from mlx_align.cli import display  # noqa: E402, F401
-from mlx_align.train import (  # noqa: E402
-    course,
-    grpo,  # noqa: F401
-    offline,
-    online_dpo,  # noqa: F401
-    ppo,  # noqa: F401
-    preference,  # noqa: F401
-    reward,  # noqa: F401
-    runlog,
-    supervised,  # noqa: F401
-    unpaired,  # noqa: F401
-    update,
-)
+from mlx_align.train import runlog  # noqa: E402
+from mlx_align.training import loop, trainers  # noqa: E402
+from mlx_align.training import run as training_run  # noqa: E402
 
 # A run that makes a checkpoint every other update, and reports and evaluates between them.
 COMMON = (
@@ -198,11 +189,12 @@ def die_at(moment: Moment) -> None:
     elif moment.kind in ("write", "checkpoint"):
         written, mx.save_safetensors = mx.save_safetensors, half
         os.fsync, os.rename, os.replace = map(dying, (os.fsync, os.rename, os.replace))
-        runlog.append_row = tearing(runlog.append_row, runlog.METRICS_FILE)
-        runlog.append_samples = tearing(runlog.append_samples, runlog.SAMPLES_FILE)
+        loop.append_row = tearing(loop.append_row, runlog.METRICS_FILE)
+        samples = tearing(trainers.append_samples, runlog.SAMPLES_FILE)
+        trainers.append_samples = training_run.append_samples = samples
         if moment.kind == "checkpoint":
-            saved = offline.save_checkpoint
-            offline.save_checkpoint = course.save_checkpoint = flagged
+            saved = loop.save_checkpoint
+            loop.save_checkpoint = flagged
 
 
 def outcome(run: Path) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Steps of this package, on the way that `mlx-align dpo` takes: its objective, reference, loop."""
+"""Steps of this package, as `mlx-align dpo` makes them: its objective, reference and updates."""
 
 # The command itself comes first: it tells mlx how to order evaluation, which mlx reads once.
 import mlx_align.cli.main
@@ -14,22 +14,18 @@ import numpy as np
 
 import mlx_align
 import mlx_align.cli.main
+from mlx_align.algorithms.dpo import DPO
+from mlx_align.algorithms.update import make_optimizer, make_schedule
 from mlx_align.config import DpoConfig
 from mlx_align.data.batching import microbatch_stream
 from mlx_align.data.shapes import BatchLimit, plan_shapes
 from mlx_align.inference.score import make_scorer
 from mlx_align.models.loading import open_model
-from mlx_align.train.loop import (
-    LoopHooks,
-    LoopSettings,
-    Progress,
-    make_optimizer,
-    make_schedule,
-    train,
-)
-from mlx_align.train.preference import dpo_task
-from mlx_align.train.reference import ReferenceCache, reference_logps
-from mlx_align.train.setup import make_policy, resolve_layout
+from mlx_align.models.policy import make_policy
+from mlx_align.training.metrics import Progress
+from mlx_align.training.reference import ReferenceCache, cached_logprobs
+from mlx_align.training.setup import resolve_layout
+from mlx_align.training.trainers import OfflineTrainer
 from mlx_align.types import TokenizedGroup
 
 
@@ -50,7 +46,7 @@ def main() -> None:
         grad_checkpoint=args.grad_checkpoint,
         beta=common.BETA,
     )
-    task = dpo_task(config)
+    algorithm = DPO(config)
     groups = [
         TokenizedGroup(
             np.array(pair.prompt, np.int32),
@@ -71,7 +67,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         cache = ReferenceCache(Path(folder), "bench")
         clock.start()
-        reference = reference_logps(
+        reference = cached_logprobs(
             scorer,
             policy.start,
             groups,
@@ -85,32 +81,28 @@ def main() -> None:
     result.reference_pairs = len(groups)
     result.reference_batches = clock.seconds
 
-    settings = LoopSettings(
-        total_steps=args.steps,
+    rate = make_schedule(config.lr_schedule, config.learning_rate, args.steps, 0)
+    trainer = OfflineTrainer(
+        policy.model,
+        algorithm.objective(policy, groups, reference, scorer),
+        lambda start: microbatch_stream(groups, shapes, seed=config.seed, start=start),
+        policy.start,
+        make_optimizer(policy.start, config.weight_decay),
         accumulation=config.grad_accumulation_steps,
-        learning_rate=make_schedule(config.lr_schedule, config.learning_rate, args.steps, 0),
         max_grad_norm=config.max_grad_norm,
-        steps_per_report=1,
-        steps_per_eval=0,
-        save_every=0,
     )
-    rows: list[dict[str, float]] = []
     clock = common.StepClock()
-    hooks = LoopHooks(
-        report=lambda _, row: rows.append(row),
-        evaluate=lambda _, __: False,
-        save=lambda _, __, ___: None,
-        tick=lambda _: clock.tick(),
-    )
-    objective = task.objective(policy, groups, reference, scorer)
-    stream = microbatch_stream(groups, shapes, seed=config.seed)
-    optimizer = make_optimizer(policy.start, config.weight_decay)
+    progress = Progress()
     clock.start()
-    train(policy.model, policy.start, optimizer, objective, stream, settings, hooks, Progress())
+    with trainer.memory:
+        for step in range(args.steps):
+            done = trainer.step(progress, rate(step))
+            progress.add(done)
+            clock.tick()
+            result.losses.append(done.metrics["loss"])
     result.steps, result.cpu = clock.seconds, clock.cpu
-    result.losses = [row["loss"] for row in rows]
-    # The loop resets mlx's own counter, and keeps what it had counted.
-    result.peak_bytes = int(rows[-1]["peak_memory_bytes"])
+    # The memory limit resets mlx's own counter, and keeps what it had counted.
+    result.peak_bytes = int(trainer.memory.peak_bytes)
     result.note = policy.model.check
     result.print()
 

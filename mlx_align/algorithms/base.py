@@ -1,0 +1,276 @@
+"""The interfaces that training algorithms implement.
+
+`Algorithm` trains on given completions (DPO, KTO, SFT, reward modeling): it reads data and makes an
+`Objective`, which turns microbatches into loss contributions. `OnPolicyAlgorithm` trains on
+completions that the policy samples itself (PPO, GRPO, online DPO): it gets one rollout batch after
+the other. `training/` runs both in one loop.
+"""
+
+from __future__ import annotations
+
+import shlex
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple, Protocol
+
+import mlx.core as mx
+import mlx.optimizers as optim
+
+from mlx_align.data.batching import Microbatch
+from mlx_align.data.formats import Reading
+from mlx_align.data.readers import Data
+from mlx_align.data.shapes import BatchLimit
+from mlx_align.data.statistics import TokenizedDataset
+from mlx_align.inference.score import Scorer, make_scorer
+from mlx_align.losses.masking import weighted_sum
+from mlx_align.models.loading import LanguageModel, ModelFolder
+from mlx_align.models.policy import Policy
+from mlx_align.models.roles import Tree as AdapterWeights
+from mlx_align.rollout.collector import RolloutBatch, RolloutCollector
+from mlx_align.train.display import Display as Console
+from mlx_align.types import Logps, PromptGroup, TokenizedGroup
+
+# Sums of metrics over the rows of a microbatch. `weight` is the sum of the rows' weights; the other
+# entries divided by it are means.
+MetricSums = dict[str, mx.array]
+# (weights, batch, totals) -> (loss contribution, metric sums). The contributions of an update's
+# microbatches add up to the loss of one large batch.
+Loss = Callable[[AdapterWeights, Any, Any], tuple[mx.array, MetricSums]]
+# Per group and completion, the log-prob of each token, in nats. (Reward models: scores.)
+CompletionLogprobs = Sequence[tuple[Logps, ...]]
+
+
+class Objective(ABC):
+    """The loss of a run, in terms of microbatches of its training groups.
+
+    An update calls `collate` for each microbatch, then `totals`, then `prepare`, and then
+    differentiates `loss` for one microbatch after the other.
+
+    Attributes:
+        groups: The training groups; microbatches hold indices into them.
+    """
+
+    def __init__(self, groups: Sequence[TokenizedGroup]) -> None:
+        self.groups = groups
+
+    @abstractmethod
+    def collate(self, microbatch: Microbatch) -> Any:
+        """The arrays of a microbatch: a NamedTuple, which `mx.compile` accepts."""
+
+    @abstractmethod
+    def totals(self, batches: Sequence[Any]) -> Any:
+        """The denominators of an update, from all its microbatches (pairs, tokens …)."""
+
+    @abstractmethod
+    def loss(self, weights: AdapterWeights, batch: Any, totals: Any) -> tuple[mx.array, MetricSums]:
+        """A microbatch's contribution to the loss of the update, and its metric sums.
+
+        Differentiated with respect to `weights` and compiled once per shape.
+        """
+
+    def prepare(self, weights: AdapterWeights, batches: Sequence[Any], totals: Any) -> list[Any]:
+        """The batches with everything that depends on the whole update.
+
+        Overridden by losses whose value for one pair depends on the update's other pairs.
+        """
+        return list(batches)
+
+    def size(self, microbatch: Microbatch) -> tuple[int, int]:
+        """How many groups a microbatch has, and how many tokens, without padding."""
+        return count_tokens(self.groups, microbatch)
+
+    def sources(self, microbatch: Microbatch) -> list[str]:
+        """`file:line` of each row of a microbatch, for error messages."""
+        return [self.groups[i].source for i in microbatch.indices]
+
+
+class HeldOutReport(NamedTuple):
+    """A report on all held-out data at the end of a run.
+
+    Attributes:
+        facts: For summary.json, under `held_out`.
+        samples: Rows of samples.jsonl.
+        text: For the terminal.
+    """
+
+    facts: dict[str, Any]
+    samples: list[dict[str, Any]]
+    text: str
+
+
+class Algorithm(ABC):
+    """A method that trains on given completions.
+
+    Attributes:
+        command: Name of its command.
+        title: Label of the progress bar.
+        unit: What summary.json calls a group (pairs, rows, groups).
+        needs_reference: Whether training needs the reference's log-probs.
+        has_reference: Whether held-out data is measured relative to the reference, and the KL from
+            it is estimated at the end.
+        packs: Whether the completions of a microbatch run together, so that they can be packed.
+        per_token: Whether `make_scorer` gives a number per token (log-probs) or per completion.
+        samples_answers: Whether held-out prompts are answered before and after training.
+    """
+
+    command: ClassVar[str]
+    unit: ClassVar[str] = "pairs"
+    has_reference: ClassVar[bool] = True
+    packs: ClassVar[bool] = True
+    per_token: ClassVar[bool] = True
+    samples_answers: ClassVar[bool] = True
+    title: str
+    needs_reference: bool = False
+
+    @abstractmethod
+    def read(self, data: Data, split: str, format: str | None) -> tuple[list[PromptGroup], Reading]:
+        """Read a split of the data; the groups, and how they were read.
+
+        Raises:
+            DataError: The data can't be used; the message names file and line.
+        """
+
+    @abstractmethod
+    def objective(
+        self,
+        policy: Policy,
+        groups: Sequence[TokenizedGroup],
+        reference: CompletionLogprobs | None,
+        scorer: Scorer,
+    ) -> Objective:
+        """The objective of training on `groups`.
+
+        Args:
+            policy: The base model with adapters.
+            groups: The training groups, as `arrange` returned them.
+            reference: Token log-probs of the reference; None if `needs_reference` is false.
+            scorer: For objectives that run completions without a gradient first.
+        """
+
+    @abstractmethod
+    def evaluate(
+        self,
+        logprobs: CompletionLogprobs,
+        reference: CompletionLogprobs,
+        groups: Sequence[TokenizedGroup],
+    ) -> dict[str, float]:
+        """Held-out metrics, with `loss` among them.
+
+        Args:
+            logprobs: What `make_scorer`'s scorer returned for the policy.
+            reference: The same of the reference; empty if `has_reference` is false.
+            groups: The held-out groups.
+        """
+
+    def check(self, data: TokenizedDataset) -> list[str]:
+        """Check the data before the model is loaded; lines to show.
+
+        Raises:
+            MlxAlignError: The data doesn't fit the options.
+        """
+        return []
+
+    def arrange(self, groups: Sequence[TokenizedGroup]) -> list[TokenizedGroup]:
+        """The groups to batch, made from the tokenised ones."""
+        return list(groups)
+
+    def report(self, row: dict[str, float]) -> dict[str, float]:
+        """A row of metrics.jsonl, made from means over the updates of a report."""
+        return row
+
+    def make_scorer(self, model: LanguageModel) -> Scorer:
+        """A compiled forward pass for held-out data and the reference."""
+        return make_scorer(model)
+
+    def report_held_out(
+        self,
+        scorer: Scorer,
+        weights: AdapterWeights,
+        folder: ModelFolder,
+        groups: Sequence[TokenizedGroup],
+        limit: BatchLimit,
+        console: Console,
+    ) -> HeldOutReport | None:
+        """A report on all held-out data at the end of the run; None for policies."""
+        return None
+
+    def next_command(self, folder: ModelFolder, run: Path) -> str:
+        """The command with which a person tries the result."""
+        return chat_command(folder, run)
+
+
+class UpdateResult(NamedTuple):
+    """What the updates on one rollout batch did.
+
+    Attributes:
+        metrics: Metrics for the report.
+        first_ratio_deviation: Mean |ratio − 1| of new to old policy in the first update; None if
+            no update of the policy was made. It must be 0 up to rounding.
+        skipped: One reason per update that was skipped.
+    """
+
+    metrics: dict[str, float]
+    first_ratio_deviation: float | None
+    skipped: Sequence[str] = ()
+
+
+class OnPolicyAlgorithm(Protocol):
+    """A method that trains on completions sampled from the policy.
+
+    Attributes:
+        title: Label of the progress bar.
+        dynamic_sampling: Whether prompts whose completions all get the same reward are replaced.
+        weights: What is trained, by name; `policy` comes first.
+        optimizers: The optimizers, by name.
+    """
+
+    title: str
+    dynamic_sampling: bool
+    weights: dict[str, AdapterWeights]
+    optimizers: dict[str, optim.Optimizer]
+
+    def prepare(self) -> str:
+        """Run once before the first rollout batch of a new run; a line to show, or ""."""
+
+    def update(self, batch: RolloutBatch, step: int, learning_rate: float) -> UpdateResult:
+        """Make the updates of rollout batch `step` (counted from 0)."""
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint needs besides weights and optimizers, JSON-serialisable."""
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Continue from what `state` returned."""
+
+
+# (config, collector) -> algorithm.
+MakeOnPolicyAlgorithm = Callable[[Any, RolloutCollector], OnPolicyAlgorithm]
+
+
+def weighted_metrics(metrics: Mapping[str, mx.array], weight: mx.array) -> MetricSums:
+    """Weighted sums of per-row metrics (B,), and the sum of the weights (B,)."""
+    sums = {name: weighted_sum(mx.stop_gradient(v), weight) for name, v in metrics.items()}
+    return {**sums, "weight": weight.sum()}
+
+
+def count_tokens(
+    groups: Sequence[TokenizedGroup], microbatch: Microbatch, completions: int | None = None
+) -> tuple[int, int]:
+    """Groups of a microbatch and their tokens, without padding.
+
+    Args:
+        groups: The groups that the microbatch's indices refer to.
+        microbatch: The microbatch.
+        completions: Count only this many completions of each group; None for all.
+    """
+    members = [groups[i] for i in microbatch.indices]
+    tokens = sum(len(g.prompt) + sum(map(len, g.completions[:completions])) for g in members)
+    return len(members), tokens
+
+
+def chat_command(folder: ModelFolder, run: Path) -> str:
+    """The command that talks to the trained policy with stock mlx-lm."""
+    where = f"--model {shlex.quote(folder.name)} --adapter-path {shlex.quote(str(run))}"
+    if folder.tokenizer.has_chat_template:
+        return f"mlx_lm.chat {where}"
+    return f"mlx_lm.generate {where} --prompt 'Once upon a time'"

@@ -1,0 +1,155 @@
+"""Demonstrations: supervised fine-tuning on the mean loss per scored token."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import ClassVar, NamedTuple
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_align.algorithms.base import (
+    Algorithm,
+    CompletionLogprobs,
+    MetricSums,
+    Objective,
+)
+from mlx_align.config import SftConfig
+from mlx_align.data.batching import Microbatch, collate_groups, scored
+from mlx_align.data.formats import Reading, read_supervised
+from mlx_align.data.groups import last_answers
+from mlx_align.data.readers import Data
+from mlx_align.errors import ConfigError
+from mlx_align.inference.score import Scorer
+from mlx_align.losses.masking import masked_sum
+from mlx_align.losses.registry import TOKEN_LOSSES
+from mlx_align.models.loading import LanguageModel
+from mlx_align.models.policy import Policy
+from mlx_align.models.roles import Tree as AdapterWeights
+from mlx_align.types import GroupBatch, PromptGroup, TokenizedGroup
+
+# e to this power is still a float32.
+MAX_NATS = 80.0
+
+
+class SFT(Algorithm):
+    """Supervised fine-tuning on prompts with completions, conversations or text."""
+
+    command: ClassVar[str] = "sft"
+    unit: ClassVar[str] = "rows"
+    has_reference: ClassVar[bool] = False
+
+    def __init__(self, config: SftConfig) -> None:
+        self._config = config
+        self.title = "SFT" if config.loss == "nll" else f"SFT ({config.loss})"
+
+    def read(self, data: Data, split: str, format: str | None) -> tuple[list[PromptGroup], Reading]:
+        """Read demonstrations; by `loss_on`, with the last answer or every answer scored.
+
+        Raises:
+            ConfigError: `loss_on` is `assistant`, and the data holds no conversations.
+        """
+        groups, reading = read_supervised(data, split, format)
+        if self._config.loss_on == "completion":
+            title = reading.title.replace("every answer counting", "the last answer counting")
+            return last_answers(groups), replace(reading, title=title)
+        if isinstance(groups[0].prompt, str):
+            raise ConfigError(
+                f"--loss-on assistant: {data} holds text, not conversations, so there are no turns "
+                "to tell apart; leave it out"
+            )
+        return groups, reading
+
+    def objective(
+        self,
+        policy: Policy,
+        groups: Sequence[TokenizedGroup],
+        reference: CompletionLogprobs | None,
+        scorer: Scorer,
+    ) -> SupervisedObjective:
+        """The objective of the demonstrations `groups`."""
+        return SupervisedObjective(
+            policy.model, self._config.loss, groups, grad_checkpoint=self._config.grad_checkpoint
+        )
+
+    def evaluate(
+        self,
+        logprobs: CompletionLogprobs,
+        reference: CompletionLogprobs,
+        groups: Sequence[TokenizedGroup],
+    ) -> dict[str, float]:
+        """Loss and perplexity; see `evaluate_demonstrations`."""
+        return evaluate_demonstrations(logprobs, groups, self._config.loss)
+
+    def report(self, row: dict[str, float]) -> dict[str, float]:
+        """The row with the perplexity; see `with_perplexity`."""
+        return with_perplexity(row)
+
+
+class TokenTotals(NamedTuple):
+    """The denominator of an update: its number of scored tokens."""
+
+    tokens: mx.array
+
+
+class SupervisedObjective(Objective):
+    """The objective of demonstrations.
+
+    Args:
+        model: The base model, with adapters installed.
+        token_loss: A name of `TOKEN_LOSSES`.
+        groups: The training rows, one completion each.
+        grad_checkpoint: Recompute activations in the backward pass.
+    """
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        token_loss: str,
+        groups: Sequence[TokenizedGroup],
+        *,
+        grad_checkpoint: bool,
+    ) -> None:
+        super().__init__(groups)
+        self._model, self._grad_checkpoint = model, grad_checkpoint
+        self._token_loss = TOKEN_LOSSES[token_loss]
+
+    def collate(self, microbatch: Microbatch) -> GroupBatch:
+        """Rows as arrays."""
+        return collate_groups([self.groups[i] for i in microbatch.indices], microbatch.shape)
+
+    def totals(self, batches: Sequence[GroupBatch]) -> TokenTotals:
+        """The number of scored tokens."""
+        return TokenTotals(mx.array(sum(batch.completion_mask.sum() for batch in batches)))
+
+    def loss(
+        self, weights: AdapterWeights, batch: GroupBatch, totals: TokenTotals
+    ) -> tuple[mx.array, MetricSums]:
+        """Mean loss over the update's tokens: this microbatch's contribution."""
+        logps = self._model.token_logprobs(weights, batch, grad_checkpoint=self._grad_checkpoint)
+        total = masked_sum(self._token_loss(logps), batch.completion_mask, axis=None)
+        # Means over tokens, not rows: a metric's weight is its number of tokens.
+        sums = {
+            "nll": mx.stop_gradient(-masked_sum(logps, batch.completion_mask, axis=None)),
+            "weight": batch.completion_mask.sum().astype(mx.float32),
+        }
+        return total / totals.tokens, sums
+
+
+def with_perplexity(row: dict[str, float]) -> dict[str, float]:
+    """The row with the perplexity e^nll in place of `nll`, the mean negative log-likelihood."""
+    with_it = dict(row)
+    with_it["perplexity"] = math.exp(min(with_it.pop("nll"), MAX_NATS))
+    return with_it
+
+
+def evaluate_demonstrations(
+    logps: CompletionLogprobs, groups: Sequence[TokenizedGroup], loss: str
+) -> dict[str, float]:
+    """Loss and perplexity, means over scored tokens, from token log-probs."""
+    rows = [p[0][scored(group, 0)] for p, group in zip(logps, groups, strict=True)]
+    tokens = np.concatenate(rows).astype(np.float64)
+    values = np.array(TOKEN_LOSSES[loss](mx.array(tokens.astype(np.float32))), np.float64)
+    return with_perplexity({"loss": float(values.mean()), "nll": float(-tokens.mean())})

@@ -1,0 +1,310 @@
+"""The training loop shared by all algorithms: step, log, evaluate, checkpoint, stop on signals.
+
+What a step is, the loop leaves to a `Trainer`: an optimizer update on given completions, or a
+rollout batch with its updates. Checkpoints are written between steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import mlx.core as mx
+import mlx.optimizers as optim
+
+from mlx_align.config import OnPolicyConfig, TrainConfig
+from mlx_align.errors import ModelError, TrainingError
+from mlx_align.models.policy import Policy
+from mlx_align.models.roles import Tree as AdapterWeights
+from mlx_align.train.display import Display as Console
+from mlx_align.train.health import Finding
+from mlx_align.train.health import Health as HealthMonitor
+from mlx_align.train.run_ahead import RunAhead as MemoryLimit
+from mlx_align.train.runlog import (
+    append_row,
+    drop_rows_after,
+    drop_samples_after,
+    say_metrics,
+    say_seconds,
+)
+from mlx_align.train.signals import Interrupted, deferring
+from mlx_align.training.callbacks import Callbacks
+from mlx_align.training.checkpoint import State, checkpoint_folder, load_checkpoint, save_checkpoint
+from mlx_align.training.evaluation import EvaluationResult
+from mlx_align.training.metrics import Progress, StepResult
+
+
+class StepAbandoned(Exception):
+    """A step stopped before it changed anything, because a signal came."""
+
+
+class Trainer(Protocol):
+    """What the loop runs: the steps of one kind of run, and the state they share.
+
+    Attributes:
+        title: Label of the progress bar.
+        step_name: What a step is called in messages: "update" or "batch".
+        on_policy: Whether steps sample completions.
+        total_steps: Steps of the whole run.
+        memory: Bounds how far mlx runs ahead, and knows the peak.
+        mid_step: Whether some but not all updates of a step were made. Such a state is not saved.
+    """
+
+    title: str
+    step_name: str
+    on_policy: bool
+    total_steps: int
+    memory: MemoryLimit
+    mid_step: bool
+
+    @property
+    def weights(self) -> Mapping[str, AdapterWeights]:
+        """What is trained, by name; `policy` comes first."""
+
+    @property
+    def optimizers(self) -> Mapping[str, optim.Optimizer]:
+        """The optimizers, by name."""
+
+    @property
+    def best_step(self) -> int | None:
+        """The step with the best held-out result so far."""
+
+    def prepare(self) -> str:
+        """Run once before the first step of a new run; a line to show, or ""."""
+
+    def step(
+        self, progress: Progress, learning_rate: float, raise_if_interrupted: Callable[[], None]
+    ) -> StepResult:
+        """Make the next step.
+
+        Args:
+            progress: Where the run is.
+            learning_rate: Of this step.
+            raise_if_interrupted: To be called wherever the step can still be abandoned: it raises
+                `StepAbandoned` after a signal.
+
+        Raises:
+            TrainingError: A loss or gradient is not finite, or a reward failed.
+        """
+
+    def report(self, progress: Progress) -> dict[str, float] | None:
+        """A row of metrics over the steps since the last report; None if there is nothing new."""
+
+    def evaluate(self, step: int) -> EvaluationResult | None:
+        """Held-out metrics of the current weights; None without held-out data."""
+
+    def check_trained(self, progress: Progress) -> None:
+        """Called after the last step.
+
+        Raises:
+            TrainingError: Every update of the run was skipped.
+        """
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint needs besides weights, optimizers and progress; JSON-serialisable."""
+
+    def restore(self, weights: Mapping[str, AdapterWeights], state: Mapping[str, Any]) -> None:
+        """Continue from a checkpoint; the optimizers are restored already.
+
+        Raises:
+            KeyError, TypeError, ValueError: The state is not one of this trainer.
+        """
+
+
+class TrainingLoop:
+    """Runs a trainer from its first, or last saved, step to its last.
+
+    Attributes:
+        progress: How far the run is.
+        stopped: Whether a callback or a failed health check ended the run early.
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        policy: Policy,
+        config: TrainConfig,
+        learning_rate: Callable[[int], float],
+        run: Path,
+        console: Console,
+        callbacks: Callbacks,
+    ) -> None:
+        self._trainer, self._policy, self._config = trainer, policy, config
+        self._learning_rate = learning_rate
+        self._run, self._console, self._callbacks = run, console, callbacks
+        self._health = HealthMonitor()
+        self._guard = isinstance(config, OnPolicyConfig) and config.guard
+        self.progress = Progress()
+        self.stopped = False
+        # Held-out metrics of the start; callbacks get them once training begins.
+        self._start_metrics: dict[str, float] | None = None
+
+    def begin(self, *, resume: bool) -> None:
+        """Evaluate the start of a new run, or restore the last checkpoint.
+
+        Raises:
+            ModelError: The checkpoints are damaged, or not of this run.
+        """
+        trainer, total = self._trainer, self._trainer.total_steps
+        found = None
+        if resume:
+            found = load_checkpoint(
+                self._run, trainer.weights, trainer.optimizers, self._console.note
+            )
+        if found is not None:
+            self._restore(found)
+        done = -1 if found is None else self.progress.step
+        drop_rows_after(self._run, done)
+        drop_samples_after(self._run, done)
+        if found is not None:
+            self._console.note(f"Resuming after {trainer.step_name} {done} of {total}.")
+            return
+        if resume:
+            self._console.note("No checkpoint yet: starting from the beginning.")
+        if line := trainer.prepare():
+            self._console.note(line)
+        self._evaluate()
+
+    def run(self) -> None:
+        """Make all remaining steps.
+
+        Raises:
+            Interrupted: A signal came. A checkpoint was written, unless it was the second signal.
+            TrainingError: A loss is not finite, or a reward failed. The last good state is saved.
+        """
+        trainer, total = self._trainer, self._trainer.total_steps
+        mx.reset_peak_memory()
+        with (
+            self._console.bar(trainer.title, total, self.progress.step) as bar,
+            deferring() as pending,
+            trainer.memory,
+            self._callbacks.training(self.progress, total),
+        ):
+
+            def raise_if_interrupted() -> None:
+                if pending:
+                    raise StepAbandoned
+
+            if self._start_metrics is not None:
+                self._callbacks.on_evaluate(0, self._start_metrics)
+            while self.progress.step < total and not self.stopped:
+                stop = self._step(raise_if_interrupted, pending)
+                bar.advance()
+                step, best = self.progress.step, False
+                last = stop or step == total
+                if last or _due(step, self._config.steps_per_eval):
+                    best, stop_now = self._evaluate()
+                    stop = stop or stop_now
+                if stop:
+                    self._report()
+                self.stopped = stop
+                if pending or best or last or _due(step, self._config.save_every):
+                    self._save()
+                if pending:
+                    raise Interrupted(pending[0])
+
+    def _step(self, raise_if_interrupted: Callable[[], None], pending: list[int]) -> bool:
+        """Make a step and report it; whether the run has to stop."""
+        trainer, progress = self._trainer, self.progress
+        rate = self._learning_rate(progress.step) * self._health.rate_scale
+        try:
+            result = trainer.step(progress, rate, raise_if_interrupted)
+        except StepAbandoned:
+            self._save()
+            raise Interrupted(pending[0]) from None
+        except TrainingError:
+            # Between the updates of a rollout batch there is no state to save, and keeping the
+            # one before them would take the memory of another optimizer.
+            if progress.step and not trainer.mid_step:
+                self._save()
+            raise
+        progress.add(result)
+        for line in result.skipped:
+            self._console.note(f"! {line}")
+        if progress.step == trainer.total_steps:
+            trainer.check_trained(progress)
+        stop = self._callbacks.on_step_end(progress.step, result.metrics)
+        due = _due(progress.step, self._config.steps_per_report)
+        row = None
+        if progress.step in (1, trainer.total_steps) or due:
+            row = self._report()
+        # A rollout batch shows what goes wrong by itself, and a policy can be lost within a few.
+        # Single offline updates are noisy: there, the means of a report are checked.
+        checked = result.metrics if trainer.on_policy else row
+        if checked:
+            stop = self._act_on(self._health.look(checked, progress.step)) or stop
+        return stop
+
+    def _report(self) -> dict[str, float] | None:
+        """Write and show the metrics since the last report; the row, or None if there are none."""
+        row = self._trainer.report(self.progress)
+        if row is None:
+            return None
+        progress, total = self.progress, self._trainer.total_steps
+        if progress.skipped:
+            row["skipped"] = progress.skipped
+        append_row(self._run, row)
+        left = say_seconds((total - progress.step) * progress.seconds / progress.step)
+        where = f"{self._trainer.step_name} {progress.step}/{total}"
+        self._console.note(f"  {where}: {say_metrics(row)}, {left} left")
+        self._callbacks.on_log(progress.step, row)
+        return row
+
+    def _evaluate(self) -> tuple[bool, bool]:
+        """Measure held-out data: whether the result is the best so far, and whether to stop."""
+        step = self.progress.step
+        result = self._trainer.evaluate(step)
+        if result is None:
+            return False, False
+        row = {f"eval/{name}": value for name, value in result.metrics.items()}
+        append_row(self._run, {"step": step, **row})
+        stop = False
+        if step:
+            self._console.note(f"  held-out after {step}: {say_metrics(result.metrics)}")
+            stop = self._callbacks.on_evaluate(step, result.metrics)
+        else:
+            self._start_metrics = result.metrics
+        if result.deviations is not None:
+            stop = self._act_on(self._health.look_at_evaluation(*result.deviations)) or stop
+        return result.is_best, stop
+
+    def _act_on(self, findings: list[Finding]) -> bool:
+        """Show findings; whether one of them stops the run."""
+        for finding in findings:
+            self._console.note(f"! {finding.text}")
+        return self._guard and any(finding.level == "stop" for finding in findings)
+
+    def _restore(self, found: State) -> None:
+        try:
+            self._trainer.restore(found.weights, found.extra)
+            if "health" in found.extra:
+                self._health = HealthMonitor.restored(found.extra["health"])
+            self.stopped = bool(found.extra.get("stopped", False))
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+            raise ModelError(
+                f"{self._run}: its last checkpoint is not one of this command"
+            ) from error
+        self.progress = found.progress
+
+    def _save(self) -> None:
+        trainer = self._trainer
+        extra = {
+            **trainer.state(),
+            "health": self._health.state(),
+            "stopped": self.stopped,
+        }
+        save_checkpoint(
+            self._run,
+            State(self.progress, trainer.weights, trainer.optimizers, extra),
+            self._policy.layout,
+            str(self._policy.model.folder.path),
+            best=trainer.best_step,
+        )
+        self._callbacks.on_save(
+            self.progress.step, checkpoint_folder(self._run, self.progress.step)
+        )
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0

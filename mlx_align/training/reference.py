@@ -1,0 +1,311 @@
+"""Token log-probs of the reference, computed once before step 1 and cached.
+
+A step needs no forward pass of the reference, and full fine-tuning no second copy of the weights.
+The cache is one SQLite file per (base weights, adapter) with rows keyed by their tokens. An
+interrupted pass resumes, data that grew costs only its new rows, and other data, another adapter or
+another model never reads stale numbers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sqlite3
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from mlx_align.algorithms.base import CompletionLogprobs
+from mlx_align.config import TrainConfig
+from mlx_align.data.batching import microbatch_stream
+from mlx_align.data.shapes import AnyShape, BatchLimit, plan_shapes
+from mlx_align.errors import ConfigError
+from mlx_align.inference.score import Scorer, score_groups
+from mlx_align.models.adapters import fingerprint_folder
+from mlx_align.models.policy import Policy
+from mlx_align.models.roles import Tree as AdapterWeights
+from mlx_align.train.display import Display as Console
+from mlx_align.train.runlog import write_json
+from mlx_align.types import Logps, TokenizedGroup
+
+# Part of every key. Raise it when the same inputs give other numbers.
+VERSION = 1
+# In the run folder: which rows were missing when the run began, and a hash of all log-probs.
+REFERENCE_FILE = "reference.json"
+
+
+class References(NamedTuple):
+    """Log-probs of the training data (None if no group is used) and of the held-out data."""
+
+    train: CompletionLogprobs | None
+    valid: CompletionLogprobs
+
+
+def default_cache_folder() -> Path:
+    """The cache folder unless `--reference-cache` names another."""
+    if sys.platform == "darwin":
+        base = Path.home() / "Library" / "Caches"
+    else:
+        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return base / "mlx-align" / "reference"
+
+
+def reference_key(model_folder: Path, adapter_folder: Path | None, adapter_dtype: str) -> str:
+    """A hash of the base's weights, the adapter that training starts from, and its dtype."""
+    parts = [f"v{VERSION}", fingerprint_folder(model_folder)]
+    if adapter_folder is not None:
+        parts.append(fingerprint_folder(adapter_folder, "adapter*"))
+    if adapter_dtype != "float32":
+        parts.append(adapter_dtype)
+    return hashlib.blake2b("/".join(parts).encode(), digest_size=16).hexdigest()
+
+
+class ReferenceCache:
+    """Log-probs of one reference on disk, keyed by tokens. Close it after use."""
+
+    def __init__(self, folder: Path, key: str) -> None:
+        self.file = folder / f"{key}.sqlite"
+        with self._used():
+            folder.mkdir(parents=True, exist_ok=True)
+            self._db = sqlite3.connect(self.file)
+            self._db.execute("CREATE TABLE IF NOT EXISTS logps (row BLOB PRIMARY KEY, nats BLOB)")
+
+    @contextmanager
+    def _used(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, sqlite3.Error) as error:
+            raise ConfigError(
+                f"--reference-cache {self.file.parent}: can't be used ({error}); name a folder you "
+                "can write to and that has room, or empty it with mlx-align cache --purge"
+            ) from error
+
+    def close(self) -> None:
+        """Close the file."""
+        self._db.close()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes on disk."""
+        return self.file.stat().st_size
+
+    def get(self, group: TokenizedGroup) -> tuple[Logps, ...] | None:
+        """The log-probs of a group's completions, or None if one is missing."""
+        found = []
+        for k, completion in enumerate(group.completions):
+            with self._used():
+                row = self._db.execute(
+                    "SELECT nats FROM logps WHERE row = ?", (_row_key(group, k),)
+                ).fetchone()
+            if row is None or not isinstance(row[0], bytes) or len(row[0]) != 4 * len(completion):
+                return None
+            found.append(np.frombuffer(row[0], np.float32))
+        return tuple(found)
+
+    def put(self, groups: Sequence[TokenizedGroup], logps: Sequence[tuple[Logps, ...]]) -> None:
+        """Store the log-probs of some groups; all of them or, if interrupted, none.
+
+        Existing rows stay: a text that is in several batches keeps the digits of the first one.
+        """
+        rows = [
+            (_row_key(group, k), nats.tobytes())
+            for group, per_completion in zip(groups, logps, strict=True)
+            for k, nats in enumerate(per_completion)
+        ]
+        with self._used(), self._db:
+            self._db.executemany(
+                "INSERT INTO logps VALUES (?, ?) ON CONFLICT (row) DO UPDATE SET "
+                "nats = excluded.nats WHERE length(nats) != length(excluded.nats)",
+                rows,
+            )
+
+
+def _row_key(group: TokenizedGroup, k: int) -> bytes:
+    """The key of completion `k`: a hash of its prompt, its tokens, and which are scored."""
+    digest = hashlib.blake2b(digest_size=16)
+    digest.update(len(group.prompt).to_bytes(4, "little"))
+    digest.update(np.ascontiguousarray(group.prompt, np.int32).tobytes())
+    digest.update(np.ascontiguousarray(group.completions[k], np.int32).tobytes())
+    if group.loss_masks is not None and not group.loss_masks[k].all():
+        digest.update(np.packbits(group.loss_masks[k]).tobytes())
+    return digest.digest()
+
+
+def missing_groups(cache: ReferenceCache, groups: Sequence[TokenizedGroup]) -> list[int]:
+    """The positions of the groups whose log-probs are not in the cache."""
+    return [i for i, group in enumerate(groups) if cache.get(group) is None]
+
+
+def cached_logprobs(
+    scorer: Scorer,
+    start: AdapterWeights,
+    groups: Sequence[TokenizedGroup],
+    shapes: Sequence[AnyShape],
+    cache: ReferenceCache,
+    missing: Sequence[int],
+    on_progress: Callable[[int], None] | None = None,
+) -> list[tuple[Logps, ...]]:
+    """Per group and completion, the reference's log-prob of each token (nats).
+
+    The last digits depend on which rows run together. So that an interrupted pass resumes with the
+    same batches, it takes the groups that were missing when it began, and skips batches that are
+    done.
+
+    Args:
+        scorer: Runs the reference, in evaluation mode.
+        start: The weights that the policy starts from, which are the reference.
+        groups: Tokenised data.
+        shapes: The batch shapes of training, so that both see the same padding.
+        cache: Where log-probs are looked up and stored.
+        missing: Positions of the groups to compute, as `missing_groups` returned them when the
+            pass began. Other groups that are missing now are computed after them.
+        on_progress: Called with the number of groups that were completed.
+    """
+    tell = on_progress or (lambda _: None)
+
+    def compute(wanted: Sequence[int]) -> None:
+        def keep(positions: list[int], logps: list[tuple[Logps, ...]]) -> None:
+            cache.put([groups[wanted[p]] for p in positions], logps)
+            tell(len(positions))
+
+        def done(positions: list[int]) -> bool:
+            there = all(cache.get(groups[wanted[p]]) is not None for p in positions)
+            tell(len(positions) if there else 0)
+            return there
+
+        score_groups(scorer, start, [groups[i] for i in wanted], shapes, keep, skip=done)
+
+    tell(len(groups) - len(missing))
+    if missing:
+        compute(missing)
+    if rest := missing_groups(cache, groups):
+        compute(rest)
+    found = (cache.get(group) for group in groups)
+    return [logps for logps in found if logps is not None]
+
+
+def reference_logprobs(
+    policy: Policy,
+    scorer: Scorer,
+    config: TrainConfig,
+    run: Path,
+    train: tuple[Sequence[TokenizedGroup], Sequence[AnyShape]],
+    held_out: Sequence[TokenizedGroup],
+    limit: BatchLimit,
+    microbatches: int,
+    console: Console,
+) -> References:
+    """Token log-probs of all completions that a run uses, under its reference.
+
+    Looked up in the cache; missing ones are computed in evaluation mode and stored.
+
+    Args:
+        policy: Its start is the reference.
+        scorer: Runs the reference.
+        config: Names the cache folder and the init adapter.
+        run: The run folder.
+        train: The training groups and their batch shapes.
+        held_out: The held-out groups.
+        limit: Of the batches of held-out groups.
+        microbatches: How many microbatches the run trains on.
+        console: Shows progress.
+
+    Raises:
+        ConfigError: The cache folder can't be used.
+    """
+    groups, shapes = train
+    used = used_groups(config, groups, shapes, microbatches)
+    cache_folder = Path(getattr(config, "reference_cache", None) or default_cache_folder())
+    adapter = Path(config.init_adapter) if config.init_adapter else None
+    key = reference_key(policy.model.folder.path, adapter, config.adapter_dtype)
+    cache = ReferenceCache(cache_folder.expanduser(), key)
+    parts = {
+        "training data": ([groups[i] for i in used], shapes),
+        "held-out data": (held_out, plan_shapes(held_out, limit) if held_out else []),
+    }
+    try:
+        known = _read(run)
+        begun = known.get("missing")
+        if begun is None:
+            begun = {name: missing_groups(cache, part) for name, (part, _) in parts.items()}
+            write_json(run / REFERENCE_FILE, {"missing": begun})
+        found: dict[str, CompletionLogprobs] = {}
+        for name, (part, of) in parts.items():
+            missing = [i for i in begun.get(name, []) if i < len(part)]
+            if part:
+                with console.bar(f"Reference, {name}", len(part)) as bar:
+                    found[name] = cached_logprobs(
+                        scorer, policy.start, part, of, cache, missing, bar.advance
+                    )
+        console.note(f"Reference log-probs: {cache.nbytes / 1e6:.1f} MB in {cache.file.parent}.")
+    finally:
+        cache.close()
+    checksum = _checksum(found)
+    if known.get("checksum", checksum) != checksum:
+        console.note(
+            "! The reference's log-probs were computed again and differ in their last digits from "
+            "those at the start of the run; the result may differ too."
+        )
+    write_json(run / REFERENCE_FILE, {"missing": begun, "checksum": checksum})
+    on_valid = found.get("held-out data", [])
+    if not used:
+        return References(None, on_valid)
+    reference: list[tuple[Logps, ...]] = [()] * len(groups)
+    for index, logps in zip(used, found["training data"], strict=True):
+        reference[index] = logps
+    return References(reference, on_valid)
+
+
+def used_groups(
+    config: TrainConfig,
+    groups: Sequence[TokenizedGroup],
+    shapes: Sequence[AnyShape],
+    microbatches: int,
+) -> list[int]:
+    """Positions of the groups in the run's microbatches; a short run uses few of many."""
+    stream = microbatch_stream(groups, shapes, seed=config.seed)
+    used: set[int] = set()
+    for batch in islice(stream, microbatches):
+        used.update(batch.indices)
+        if len(used) == len(groups):
+            break
+    return sorted(used)
+
+
+def _read(run: Path) -> dict[str, Any]:
+    """The reference file of an earlier start of this run; {} if it is missing or damaged."""
+    try:
+        known = json.loads((run / REFERENCE_FILE).read_text(encoding="utf-8"))
+        lists = [list(positions) for positions in known["missing"].values()]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return {}
+    valid = all(type(i) is int and i >= 0 for positions in lists for i in positions)
+    return dict(known) if valid else {}
+
+
+def _checksum(found: dict[str, CompletionLogprobs]) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for groups in found.values():
+        for logps in groups:
+            for row in logps:
+                digest.update(row.tobytes())
+    return digest.hexdigest()
+
+
+def stored_caches(folder: Path) -> list[tuple[Path, int, int]]:
+    """Every cache in `folder`: its file, its bytes, and its number of completions."""
+    stores = []
+    for file in sorted(folder.glob("*.sqlite")):
+        try:
+            with closing(sqlite3.connect(file)) as db:
+                rows = db.execute("SELECT COUNT(*) FROM logps").fetchone()[0]
+        except sqlite3.Error:
+            rows = 0
+        stores.append((file, file.stat().st_size, rows))
+    return stores

@@ -1,0 +1,203 @@
+"""Resuming a run: fingerprints of what it was made of, and access to its folder.
+
+Paths may change between the parts of a run (a folder was moved). Their content must not.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_align.config import TrainConfig
+from mlx_align.errors import ConfigError, ModelError
+from mlx_align.files import write_text, writing
+from mlx_align.models.adapters import fingerprint_folder
+from mlx_align.settings import flag_of, to_yaml
+from mlx_align.train.lock import locked
+from mlx_align.train.runlog import CONFIG_FILE, new_run_folder, versions, write_json
+from mlx_align.types import TokenizedGroup
+
+FINGERPRINTS_FILE = "fingerprints.json"
+# The option that names a part.
+OPTIONS = {
+    "model": " (--model)",
+    "init adapter": " (--init-adapter)",
+    "training data": " (--data)",
+    "held-out data": " (--data)",
+    "prompts": " (--data)",
+    "held-out prompts": " (--data)",
+    "reward model": " (--reward-model)",
+    "held-out reward model": " (--eval-reward-model)",
+    "demonstrations": " (--ptx-data)",
+}
+
+
+@contextmanager
+def open_run_folder(
+    run: Path,
+    config: TrainConfig,
+    made_of: dict[str, Any],
+    note: Callable[[str], None],
+    *,
+    resume: bool,
+) -> Iterator[None]:
+    """Lock the run folder for this process within the block; write config and fingerprints.
+
+    Args:
+        run: The run folder; created if it doesn't exist.
+        config: The resolved options.
+        made_of: The `fingerprints` of the run.
+        note: Called with lines on what differs from when the run began.
+        resume: Whether the folder already holds this run.
+
+    Raises:
+        ConfigError: Another process trains in the folder, it holds another run, or a part of the
+            run has changed.
+        WriteError: The folder can't be written to.
+    """
+    with writing(run):
+        run.mkdir(parents=True, exist_ok=True)
+    with locked(run):
+        if resume:
+            for line in check_same_run(run, made_of):
+                note(line)
+        else:
+            new_run_folder(str(run), made_of["command"])  # checked again: now it is locked
+            write_json(run / FINGERPRINTS_FILE, made_of)
+        write_text(run / CONFIG_FILE, to_yaml(config))
+        yield
+
+
+def fingerprints(
+    command: str,
+    config: TrainConfig,
+    model_folder: Path,
+    data: Mapping[str, Sequence[TokenizedGroup]],
+    others: Mapping[str, str] | None = None,
+) -> dict[str, Any]:
+    """Hashes of model, init adapter and data; the command, its options, versions and machine.
+
+    Args:
+        command: Name of the command.
+        config: The resolved options; those that affect training are kept.
+        model_folder: Folder of the base model.
+        data: Tokenised groups by name (`training data`).
+        others: Further hashes, by name.
+    """
+    hashes = {"model": fingerprint_folder(model_folder)}
+    if config.init_adapter is not None:
+        hashes["init adapter"] = fingerprint_folder(Path(config.init_adapter), "*adapter*")
+    hashes.update((name, fingerprint_groups(groups)) for name, groups in data.items())
+    hashes.update(others or {})
+    options = {f.name: getattr(config, f.name) for f in fields(config) if f.metadata["training"]}
+    return {
+        "command": command,
+        "hashes": hashes,
+        # Through JSON, so that they compare equal to what is read back.
+        "options": json.loads(json.dumps(options)),
+        "versions": {
+            **versions(),
+            "python": platform.python_version(),
+            "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
+            "device": str(mx.default_device()),
+        },
+    }
+
+
+def fingerprint_groups(groups: Sequence[TokenizedGroup]) -> str:
+    """A hash of tokens, labels and ratings, in their order."""
+    digest = hashlib.blake2b(digest_size=16)
+    for group in groups:
+        facts = (group.scores, group.label, group.soft_label, group.margin)
+        digest.update(repr(facts).encode())
+        for ids in (group.prompt, *group.completions):
+            digest.update(len(ids).to_bytes(4, "little"))
+            digest.update(np.ascontiguousarray(ids, np.int32).tobytes())
+        for mask in group.loss_masks or ():
+            digest.update(np.packbits(mask).tobytes())
+    return digest.hexdigest()
+
+
+def read_fingerprints(run: Path) -> dict[str, Any]:
+    """The fingerprints in the run folder; {} if there are none.
+
+    Raises:
+        ModelError: The file is damaged.
+    """
+    file = run / FINGERPRINTS_FILE
+    if not file.is_file():
+        return {}
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        kept = {key: dict(found[key]) for key in ("hashes", "options", "versions")}
+        if not isinstance(found["command"], str):
+            raise TypeError("command")
+        return {"command": found["command"], **kept}
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ModelError(
+            f"{file}: damaged, so the run can't be checked to be the same; start a new one"
+        ) from error
+
+
+def check_same_run(run: Path, now: dict[str, Any]) -> list[str]:
+    """Refuse to resume with another command, model, data or option; lines on other changes.
+
+    Args:
+        run: The run folder.
+        now: `fingerprints` of the run to resume.
+
+    Raises:
+        ConfigError: Something differs; the message says what.
+        ModelError: The fingerprints in the folder can't be read.
+    """
+    began = read_fingerprints(run)
+    if not began:
+        return [f"! {run}: it has no {FINGERPRINTS_FILE}; assuming that it is the same run."]
+    check_command(run, now["command"], began)
+    changed = [
+        f"the {name}{OPTIONS.get(name, '')}"
+        for name in sorted(began["hashes"].keys() | now["hashes"].keys())
+        if began["hashes"].get(name) != now["hashes"].get(name)
+    ]
+    if changed:
+        raise ConfigError(
+            f"--resume {run}: {' and '.join(changed)} changed since the run began; restore the "
+            "original, or start a new run"
+        )
+    for name, value in now["options"].items():
+        if began["options"].get(name) != value:
+            raise ConfigError(
+                f"--resume {run}: {flag_of(name)} is {value} in its config.yaml, and was "
+                f"{began['options'].get(name)} when the run began; restore that, or start a new run"
+            )
+    others = [
+        f"{name} {began['versions'].get(name)} → {value}"
+        for name, value in now["versions"].items()
+        if began["versions"].get(name) != value
+    ]
+    if not others:
+        return []
+    return [f"! Changed since the run began: {', '.join(others)}. The last digits may differ."]
+
+
+def check_command(run: Path, command: str, began: dict[str, Any]) -> None:
+    """Refuse to resume a run of another command.
+
+    Raises:
+        ConfigError: It is of another command.
+    """
+    if began and began["command"] != command:
+        raise ConfigError(
+            f"--resume {run}: a run of {began['command']}; resume it with mlx-align "
+            f"{began['command']} --resume {run}"
+        )

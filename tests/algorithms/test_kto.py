@@ -1,0 +1,304 @@
+"""`mlx-align kto`: the reference point, the partners it is made from, and whole runs."""
+
+import json
+import shutil
+from collections import Counter
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx_lm import load as mlx_lm_load
+from test_oracle_trunk import (
+    SMALL,
+    assert_accumulation_is_exact,
+    microbatches,
+    near,
+    random_groups,
+    tiny,  # noqa: F401
+    tree_of,
+    update,
+)
+
+from mlx_align.algorithms.kto import (
+    KtoLoss,
+    UnpairedObjective,
+    evaluate_rows,
+    means_by_label,
+    row_metrics,
+)
+from mlx_align.cli.main import run
+from mlx_align.data.mismatched import with_mismatched
+from mlx_align.data.shapes import ROUND
+from mlx_align.errors import DataError
+from mlx_align.inference.score import make_scorer
+from mlx_align.losses.registry import UNPAIRED_LOSSES, resolve_options
+from mlx_align.training import reference
+from mlx_align.types import TokenizedGroup
+
+TINY = Path(__file__).parent.parent / "oracle" / "models" / "policy"
+
+
+def kto_loss(name="kto", **options):
+    return KtoLoss(name, UNPAIRED_LOSSES[name], resolve_options(name, options))
+
+
+# ---------------------------------------------------------------- partners
+
+
+def row(prompt, answer, label=True):
+    ids = [np.array(text, np.int32) for text in (prompt, answer)]
+    return TokenizedGroup(ids[0], (ids[1],), "row", label=label)
+
+
+def test_partners_are_other_prompts_answers_and_repeat():
+    groups = random_groups(60, 1)
+    # Pairs taken apart: the other answer to the same prompt is no mismatched one.
+    groups += [row(group.prompt, [1, 2, 3 + i]) for i, group in enumerate(groups)]
+    paired = with_mismatched(groups, seed=3)
+    own = {(g.prompt.tobytes(), g.completions[0].tobytes()) for g in groups}
+    for before, after in zip(groups, paired, strict=True):
+        assert after.completions[0] is before.completions[0]
+        assert after.prompt is before.prompt
+        assert (after.prompt.tobytes(), after.completions[1].tobytes()) not in own
+    partners = [g.completions[1].tobytes() for g in paired]
+    assert partners == [g.completions[1].tobytes() for g in with_mismatched(groups, seed=3)]
+    assert partners != [g.completions[1].tobytes() for g in with_mismatched(groups, seed=4)]
+    # Nearly every answer is a partner once: the point is a mean over the data's answers.
+    assert max(Counter(partners).values()) <= 3
+    # About as long as its own, except where one class of lengths ends.
+    classes = [[-(-len(c) // ROUND) for c in g.completions] for g in paired]
+    assert sum(abs(a - b) > 1 for a, b in classes) <= 2
+
+
+def test_an_answer_that_many_prompts_share_is_avoided_where_it_can_be():
+    groups = [row([i], [7, 7]) for i in range(5)] + [row([9], [8, 8])]
+    paired = with_mismatched(groups, seed=0)
+    assert all(g.completions[1].tolist() == [8, 8] for g in paired[:5])
+    same = with_mismatched([row([i], [7, 7]) for i in range(3)], seed=0)
+    assert all(g.completions[1].tolist() == [7, 7] for g in same)
+
+
+def test_one_prompt_gives_no_point():
+    with pytest.raises(DataError, match="one prompt"):
+        with_mismatched([row([1], [i]) for i in range(4)], seed=0)
+    assert with_mismatched([], seed=0) == []
+
+
+# ---------------------------------------------------------------- objective
+
+
+@pytest.mark.parametrize("name", UNPAIRED_LOSSES)
+def test_rows_accumulate_exactly(name, tiny):  # noqa: F811
+    groups = with_mismatched(random_groups(7, 1), seed=0)
+    groups = groups if UNPAIRED_LOSSES[name].needs_kl else random_groups(7, 1)
+    log_probs = near(tiny, groups)
+    for rows in log_probs:
+        rows[-1][...] -= 0.2  # a KL above 0 is one that a wrong mean would change
+    loss = kto_loss(name, undesirable_weight=1.3)
+    assert_accumulation_is_exact(
+        tiny,
+        UnpairedObjective(tiny, loss, groups, log_probs, make_scorer(tiny), grad_checkpoint=False),
+    )
+
+
+def test_no_gradient_goes_through_the_point(tiny):  # noqa: F811
+    """The gradient is that of the own completions alone, at a point that is a number."""
+    groups = with_mismatched(random_groups(4, 1), seed=0)
+    log_probs = near(tiny, groups)
+    for rows in log_probs:
+        rows[1][...] -= 0.5
+    made = [
+        UnpairedObjective(tiny, loss, groups, log_probs, make_scorer(tiny), grad_checkpoint=False)
+        for loss in (kto_loss(), kto_loss("apo_zero_unpaired"))
+    ]
+    tree, micro = tree_of(tiny), microbatches((4,), SMALL)
+    value, gradient, sums = update(tiny, made[0], tree, micro)
+    kl = sums["kl"] / 4
+    assert kl > 0.5
+    # apo_zero is KTO at the point 0: with references shifted by the point it is the same loss.
+    shifted = [(own + kl / len(own), other) for own, other in log_probs]
+    again = UnpairedObjective(
+        tiny, kto_loss("apo_zero_unpaired"), groups, shifted, None, grad_checkpoint=False
+    )
+    same_value, same, _ = update(tiny, again, tree, micro)
+    assert same_value == pytest.approx(value, rel=1e-5)
+    for name, part in gradient.items():
+        assert mx.abs(part - same[name]).max().item() < 1e-5
+
+
+def test_means_of_each_kind_in_training_rows():
+    logps, ratio = mx.array([-1.0, -2.0, -3.0, -4.0]), mx.array([1.0, 3.0, -1.0, 2.0])
+    good = mx.array([True, True, True, False])
+    metrics = row_metrics(logps, ratio, good, mx.array(0.5), 0.1)
+    means = {name: value.mean().item() for name, value in metrics.items()}
+    got = means_by_label({"step": 3, "loss": 0.4, **means})
+    assert got["step"] == 3
+    assert isinstance(got["step"], int)
+    assert got["rewards/chosen"] == pytest.approx(0.1)
+    assert got["rewards/rejected"] == pytest.approx(0.2)
+    assert got["rewards/margins"] == pytest.approx(-0.1)
+    assert got["rewards/accuracies"] == pytest.approx(0.5)
+    assert got["logps/chosen"] == pytest.approx(-2)
+    assert got["kl"] == 0.5
+    only_good = means_by_label(
+        {"loss": 0.4, **{k: v[:3].mean().item() for k, v in metrics.items()}}
+    )
+    assert "rewards/rejected" not in only_good
+    assert "rewards/margins" not in only_good
+
+
+def test_held_out_metrics():
+    groups = [row([i], [1], label=i < 2) for i in range(4)]
+    policy = [(np.array([p], np.float32), np.array([m], np.float32)) for p, m in _HELD_OUT]
+    start = [(np.zeros(1, np.float32), np.zeros(1, np.float32))] * 4
+    got = evaluate_rows(policy, start, groups, kto_loss(beta=0.5))
+    assert got["kl"] == pytest.approx(0.5)
+    assert got["rewards/chosen"] == pytest.approx(1.0)
+    assert got["rewards/rejected"] == pytest.approx(-0.25)
+    assert got["rewards/margins"] == pytest.approx(1.25)
+    assert got["rewards/accuracies"] == pytest.approx(0.75)
+    assert got["rewards/auc"] == pytest.approx(7 / 8)
+    assert got["count/chosen"] == 2
+    sigmoid = 1 / (1 + np.exp(-0.5 * (np.array([3.0, 1.0, -2.0, 1.0]) - 0.5)))
+    expected = np.mean([1 - sigmoid[0], 1 - sigmoid[1], sigmoid[2], sigmoid[3]])
+    assert got["loss"] == pytest.approx(expected)
+    clamped = [(own, -other) for own, other in policy]
+    assert evaluate_rows(clamped, start, groups, kto_loss())["kl"] == 0
+    alone = evaluate_rows(policy[:2], start[:2], groups[:2], kto_loss())
+    assert "rewards/margins" not in alone
+
+
+# Log-probs of four answers and of their prompts' mismatched ones.
+_HELD_OUT = [(3.0, 0.5), (1.0, 1.0), (-2.0, 0.0), (1.0, 0.5)]
+
+
+# ---------------------------------------------------------------- runs
+
+
+@pytest.fixture
+def kto(tmp_path, monkeypatch):
+    """Runs `mlx-align kto` on rows whose good answers say yes and whose bad ones say no."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*options, rows=None, output="run"):
+        random = np.random.default_rng(0)
+        made = rows or [
+            {
+                "prompt": f"{i}: {' '.join(random.choice(['sun', 'rain'], 3))}?",
+                "completion": f"{' yes' if i % 2 else ' no, never'} {'a' * (i % 7)}",
+                "label": bool(i % 2),
+            }
+            for i in range(48)
+        ]
+        Path("rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in made))
+        command = ["kto", "--model", str(TINY), "--data", "rows.jsonl", "--output", output]
+        command += ["--reference-cache", "cache", "--samples", "1", "--sample-tokens", "4"]
+        command += ["--valid-fraction", "0.25", "--warmup", "0", *map(str, options)]
+        return run(command), tmp_path / output
+
+    return call
+
+
+HOT = ("--learning-rate", "3e-3", "--batch-size", 4, "--grad-accumulation-steps", 2)
+
+
+def metrics_of(folder):
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [r for r in rows if "loss" in r], [r for r in rows if "eval/loss" in r]
+
+
+@pytest.mark.parametrize("loss", ["kto", "apo_zero_unpaired"])
+def test_a_run_starts_at_one_half_learns_and_loads_in_stock_mlx_lm(kto, loss, capsys):
+    code, folder = kto(*HOT, "--iters", 12, "--steps-per-report", 1, "--loss", loss)
+    assert code == 0
+    assert " good and " in capsys.readouterr().out
+    training, held_out = metrics_of(folder)
+    assert training[0]["loss"] == pytest.approx(0.5, abs=1e-6)
+    assert held_out[0]["eval/loss"] == pytest.approx(0.5, abs=1e-6)
+    assert held_out[0]["eval/rewards/auc"] == 0.5
+    assert held_out[-1]["eval/loss"] < 0.48
+    assert held_out[-1]["eval/rewards/auc"] > 0.9
+    assert held_out[-1]["eval/rewards/margins"] > 0.02
+    assert (max(row["kl"] for row in training) > 0) == (loss == "kto")
+    model, _ = mlx_lm_load(str(TINY), adapter_path=str(folder))
+    assert mx.abs(model.layers[0].self_attn.q_proj.lora_b).max().item() > 0
+
+
+def test_mismatched_log_probs_are_cached_and_runs_repeat(kto, monkeypatch):
+    whole = (*HOT, "--iters", 3, "--steps-per-report", 1)
+    assert kto(*whole, output="whole")[0] == 0
+    computed = []
+    original = reference.score_groups
+
+    def counting(scorer, tree, groups, *rest, **named):
+        computed.append(len(groups))
+        return original(scorer, tree, groups, *rest, **named)
+
+    monkeypatch.setattr(reference, "score_groups", counting)
+    code, again = kto(*whole, output="again")
+    assert code == 0
+    assert sum(computed) == 0
+    rows = [r["loss"] for r in metrics_of(again)[0]]
+    assert rows == [r["loss"] for r in metrics_of(again.parent / "whole")[0]]
+
+
+def test_pairs_are_taken_apart(kto, capsys):
+    pairs = [
+        {"prompt": f"{i} ok?", "chosen": f" yes {i}", "rejected": f" no {i}"} for i in range(12)
+    ]
+    assert kto("--iters", 1, "--batch-size", 4, rows=pairs)[0] == 0
+    out = capsys.readouterr().out
+    assert "taken apart" in out
+    assert "9 good and 9 bad answers" in out
+
+
+def labelled(labels):
+    return [
+        {"prompt": f"{i} ok?", "completion": f" answer {i}", "label": label}
+        for i, label in enumerate(labels)
+    ]
+
+
+def test_what_is_wrong_is_said_in_one_line(kto, capsys):
+    def error(*options, **named):
+        code, _ = kto("--iters", 1, *options, **named)
+        assert code == 1
+        lines = capsys.readouterr().err.strip().splitlines()
+        assert len(lines) == 1
+        return lines[0]
+
+    assert "no bad answers (label false)" in error(rows=labelled([True] * 12))
+    assert "no good answers (label true)" in error(rows=labelled([False] * 12))
+    assert "choose from kto, apo_zero_unpaired" in error("--loss", "dpo")
+    assert "label_smoothing" in error("--loss-option", "label_smoothing=0.1")
+    assert "the same twice" in error("--beta", "0.2", "--loss-option", "beta=0.2")
+    one_prompt = [{**row, "prompt": "ok?"} for row in labelled([True, False] * 6)]
+    assert "prompt" in error("--valid-fraction", 0, rows=one_prompt)
+
+
+def test_unbalanced_weights_and_tiny_updates_are_warned_of(kto, capsys):
+    few = ("--iters", 1, "--valid-fraction", 0, "--samples", 0)
+    rows = labelled([True] * 8 + [False] * 16)
+    assert kto(*few, "--batch-size", 2, "--grad-accumulation-steps", 1, rows=rows)[0] == 0
+    out = capsys.readouterr().out
+    assert "! good answers weigh 0.5 times as much as bad ones" in out
+    assert "--desirable-weight 2 to 2.67" in out
+    assert "! an update has 2 rows" in out
+    assert kto(*few, "--desirable-weight", 2.2, rows=rows, output="balanced")[0] == 0
+    out = capsys.readouterr().out
+    assert "weigh" not in out
+    assert "an update has" not in out
+
+
+def test_an_interrupted_run_goes_on_as_if_it_had_not_been(kto, tmp_path):
+    """The same partners, the same points: the last rows are bit for bit those of a whole run."""
+    options = (*HOT, "--iters", 6, "--save-every", 3, "--steps-per-report", 1)
+    assert kto(*options, output="whole")[0] == 0
+    shutil.copytree(tmp_path / "whole", tmp_path / "half")
+    for later in sorted((tmp_path / "half" / "checkpoints").iterdir())[1:]:
+        shutil.rmtree(later)
+    assert run(["kto", "--resume", str(tmp_path / "half")]) == 0
+    whole, half = (metrics_of(tmp_path / name)[0] for name in ("whole", "half"))
+    assert [r["loss"] for r in half] == [r["loss"] for r in whole]
+    assert [r["kl"] for r in half] == [r["kl"] for r in whole]

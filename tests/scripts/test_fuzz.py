@@ -1,0 +1,65 @@
+"""Whatever stands in a file, a command says in one line what is wrong with it, or works."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+@pytest.fixture(scope="module")
+def script():
+    spec = importlib.util.spec_from_file_location("fuzz", ROOT / "scripts" / "fuzz.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def bench(script, tmp_path_factory):
+    with script.loaded_once():
+        yield script.Bench(tmp_path_factory.mktemp("fuzz"))
+
+
+# It would print all strategies with what breaks.
+@pytest.mark.filterwarnings("ignore::hypothesis.errors.HypothesisWarning")
+@pytest.mark.parametrize(
+    ("target", "examples"), [("data", 150), ("config", 80), ("adapter", 10), ("run", 12)]
+)
+def test_mutated_files(script, bench, monkeypatch, target, examples):
+    monkeypatch.chdir(bench.folder)  # whatever a configuration names as its output is made here
+    assert script.fuzz(bench, target, examples, number=1, shrink=False) >= examples // 2
+
+
+def test_an_example_that_breaks_is_told(script, bench, monkeypatch):
+    """The harness itself sees a traceback, a second line, and a command without end."""
+    from mlx_align.cli import data
+
+    def fails(*_, **__):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(data, "resolve", fails)
+    with pytest.raises(ZeroDivisionError):
+        bench.try_data("x.jsonl", "{}", "data check")
+    monkeypatch.setattr(script, "LIMIT_SECONDS", 1)
+    monkeypatch.setattr(data, "resolve", lambda *_: __import__("time").sleep(30))
+    with pytest.raises(script.Broken, match="more than 1 s"):
+        bench.try_data("x.jsonl", "{}", "data check")
+
+
+def test_a_configuration_that_doubles_without_end(script, bench, capsys):
+    """Forty lines of YAML that stand for 2 to the 40 items."""
+    file = bench.write("laughs.yaml", script.LAUGHS + "beta: *x39\n")
+    assert script.command_line.run(["dpo", "-c", str(file)]) == 1
+    assert "loss_option: a: a list of 2 is no single value" in capsys.readouterr().err
+    file = bench.write("laughs.yaml", "beta: 0x" + "f" * 5000 + "\n")
+    assert script.command_line.run(["dpo", "-c", str(file)]) == 1
+    assert "beta: a number of thousands of digits is not a number" in capsys.readouterr().err
+    for option, said in (
+        ("--lora-keys=,,", "no name in it"),
+        ("--iters=2147483648", "out of range; at most 2147483647"),
+        ("--epochs=1e300", "out of range"),
+    ):
+        assert script.command_line.run(["dpo", option]) == 1
+        assert said in capsys.readouterr().err
