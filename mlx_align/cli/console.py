@@ -162,9 +162,8 @@ def _metric_table(
     if kl is not None:
         error = kl["standard_error"]
         spread = "" if error is None or error != error else f" ± {error:.2f}"
-        table.add_row(
-            "KL from the reference, nats per completion", "0.00", f"{kl['mean']:.2f}{spread}"
-        )
+        label = "KL from the reference, nats per completion"
+        table.add_row(label, "0.00", f"{kl['mean']:.2f}{spread}")
     return table
 
 

@@ -18,6 +18,7 @@ from mlx_align.system.starter import resolve_starter
 @click.group(
     cls=Group,
     invoke_without_command=True,
+    sections={"Commands": ("check", "sample")},
     short_help="Check data before training; create some by rejection sampling.",
 )
 @click.pass_context

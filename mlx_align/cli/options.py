@@ -13,11 +13,11 @@ from click.shell_completion import CompletionItem
 from mlx_align.config.schema import GROUPS, OTHER, Option, Options, declared_options
 from mlx_align.errors import ConfigError
 
-# Wide enough for --fine-tune-type [lora|dora|full].
-FLAG_COLUMN = 36
+# Width of the first column of --help, the same in all sections.
+FLAG_COLUMN = 28
 
 
-class Value(click.ParamType):
+class Value(click.ParamType[str]):
     """A value as it was typed: the schema converts and checks it, for YAML and Python alike."""
 
     def __init__(self, declared: Option) -> None:
@@ -163,9 +163,12 @@ class Group(click.Group):
         self._sections = sections or {}
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write the options by group, then the commands."""
+        """Write the options by group; the commands come first if they are in sections."""
+        if self._sections:
+            self.format_commands(ctx, formatter)
         write_groups(self, ctx, formatter)
-        self.format_commands(ctx, formatter)
+        if not self._sections:
+            self.format_commands(ctx, formatter)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the commands in the sections given, or all in one."""
@@ -196,6 +199,8 @@ def write_groups(
     """Write the options of a command, one section per group."""
     sections: dict[str, list[tuple[str, str]]] = {group: [] for group in GROUPS}
     for parameter in command.get_params(ctx):
+        if isinstance(parameter, click.Argument):
+            continue  # the usage line shows it
         group = OTHER
         if isinstance(parameter, SchemaOption):
             group = parameter.declared.group
@@ -207,7 +212,8 @@ def write_groups(
     for group, records in sections.items():
         if records:
             with formatter.section(group):
-                formatter.write_dl(records, col_max=FLAG_COLUMN)
+                padded = [(flag.ljust(FLAG_COLUMN), text) for flag, text in records]
+                formatter.write_dl(padded, col_max=FLAG_COLUMN)
 
 
 def new_file(output: str) -> Path:

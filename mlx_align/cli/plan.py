@@ -19,7 +19,7 @@ from mlx_align.config import (
     TrainConfig,
     make_config,
 )
-from mlx_align.config.schema import declared_options, require
+from mlx_align.config.schema import declared_options, flag_of, require
 from mlx_align.errors import ConfigError
 from mlx_align.system.starter import resolve_starter
 
@@ -73,7 +73,11 @@ def plan(config_file: str | None, json: bool, **options: Any) -> None:
         raise ConfigError(f"{flag} measures this machine, not that of --machine; drop one")
     where = this_machine() if planned.machine is None else parse_machine(planned.machine)
     file = None if config_file is None else Path(config_file)
-    config = make_config(TRAINING_CONFIGS[planned.command], keywords, file, "command line")
+    config_class = TRAINING_CONFIGS[planned.command]
+    for name in keywords:
+        if name not in declared_options(config_class):
+            raise ConfigError(f"{flag_of(name)} is not an option of {planned.command}; drop it")
+    config = make_config(config_class, keywords, file, "command line")
     require(config, "model")
     if config.data is None and (planned.measure or planned.run):
         raise ConfigError("--data is missing; the time of a run depends on its data")
@@ -251,9 +255,7 @@ def render(plan: Plan, duration: Duration | RolloutDuration | None) -> str:
     lines += [f"{verdict}: {machine.name}, {room} {say_bytes(machine.working_set_bytes)}.", ""]
     if plan.steps:
         end = "" if plan.steps[-1].fits else " (all of them together are not enough)"
-        lines.append(
-            f"What makes it fit, cheapest first, each in addition to the previous ones{end}:"
-        )
+        lines.append(f"What makes it fit, cheapest first, each added to the previous ones{end}:")
         lines += [
             f"  {say_bytes(s.peak_bytes):>9}  {s.options}  ({s.cost})" for s in plan.steps
         ] + [""]

@@ -6,17 +6,38 @@ import json as json_module
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from mlx_align.cli.options import given, new_file
+from mlx_align.cli.options import Command, config_options, given, json_option, new_file
 from mlx_align.config import RerankConfig, make_config
 from mlx_align.config.schema import flag_of
 from mlx_align.errors import ConfigError
 from mlx_align.system.starter import resolve_starter
 
 if TYPE_CHECKING:
+    from mlx_align.cli.console import Console
+    from mlx_align.inference.asked import Asked, Sampling
+    from mlx_align.inference.ranking import Ranking
+    from mlx_align.inference.rerank import Reranker
+
+N, MAX_TOKENS = 8, 256
+
+
+@click.command(cls=Command, short_help="Sample completions and rank them, or rank given ones.")
+@config_options(RerankConfig)
+@json_option("Print a JSON object per prompt; all else goes to stderr.")
+def rerank(json: bool, **options: Any) -> None:
+    """Sample N completions of a prompt and print them with their scores, best first.
+
+    Scores are the run's implicit reward, beta * log(policy / reference), or a reward model's.
+    --prompt is a user message if the model has a chat template. Without --prompt and --input,
+    reads one prompt per line from the terminal, until Ctrl-D.
+
+    Prompts in files are used verbatim if they are text; use messages for the chat template.
+    Identical samples are listed once, with their count; given completions are all kept.
+    """
     from mlx_align.cli.console import Console
     from mlx_align.inference.asked import Sampling, read_asked
     from mlx_align.inference.ranking import NOTE, as_row

@@ -14,7 +14,7 @@ from mlx_align.system.starter import resolve_starter
 
 
 @click.command(
-    cls=Command, short_help="Sample completions and keep the best, as data for sft or dpo."
+    cls=Command, short_help="Keep the best of sampled completions, as data for sft or dpo."
 )
 @config_options(SampleConfig)
 @json_option("Print a summary as JSON; all else goes to stderr.")
@@ -109,9 +109,7 @@ def _check(config: SampleConfig) -> None:
     if config.pairs and config.n < 2:
         raise ConfigError(f"-n {config.n}: --pairs needs at least 2 completions per prompt")
     if config.keep is not None and config.keep > config.n:
-        raise ConfigError(
-            f"--keep {config.keep} is more than the -n {config.n} completions sampled"
-        )
+        raise ConfigError(f"--keep {config.keep} exceeds the -n {config.n} sampled completions")
     if config.reward_model_weight is not None and config.reward_model is None:
         raise ConfigError(
             f"--reward-model-weight {config.reward_model_weight:g} needs --reward-model"

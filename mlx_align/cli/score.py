@@ -33,7 +33,7 @@ POLICY, REFERENCE = "policy_logps", "reference_logps"
 
 
 @click.command(
-    cls=Command, short_help="Score completions: reward model, implicit reward, log-probs."
+    cls=Command, short_help="Score completions: reward model, implicit reward or log-prob."
 )
 @config_options(ScoreConfig)
 @json_option("Print the summary as JSON; all else goes to stderr.")
@@ -104,9 +104,18 @@ def _load(config: ScoreConfig) -> tuple[RewardModel | ImplicitReward, str]:
 
     model = resolve_starter(config.model, "model")
     run = config.adapter_path
-    only_reward = {"combine": config.combine, "variance_penalty": config.variance_penalty}
-    only_implicit = {"beta": config.beta, "reference_adapter": config.reference_adapter}
-    limits = {"max_seq_length": config.max_seq_length, "batch_size": config.batch_size}
+    only_reward: dict[str, Any] = {
+        "combine": config.combine,
+        "variance_penalty": config.variance_penalty,
+    }
+    only_implicit: dict[str, Any] = {
+        "beta": config.beta,
+        "reference_adapter": config.reference_adapter,
+    }
+    limits: dict[str, Any] = {
+        "max_seq_length": config.max_seq_length,
+        "batch_size": config.batch_size,
+    }
     is_policy = run is not None and not has_head(Path(run).expanduser())
     if not config.logps and not is_policy:
         unused = {**only_implicit, "per_token": config.per_token}

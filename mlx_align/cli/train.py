@@ -214,8 +214,13 @@ def offline_task(command: str, config: Any) -> Any:
     from mlx_align.train.supervised import sft_task
     from mlx_align.train.unpaired import kto_task
 
-    make = {"dpo": dpo_task, "kto": kto_task, "sft": sft_task, "reward": reward_task}[command]
-    return make(config)
+    make: dict[str, Callable[[Any], Any]] = {
+        "dpo": dpo_task,
+        "kto": kto_task,
+        "sft": sft_task,
+        "reward": reward_task,
+    }
+    return make[command](config)
 
 
 def check_on_policy(config: PPOConfig | GRPOConfig) -> None:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal
-
-from pydantic.dataclasses import dataclass
 
 from mlx_align.config.offline import TrainConfig
 from mlx_align.config.on_policy import OnPolicyConfig
@@ -13,7 +12,6 @@ from mlx_align.config.schema import (
     MODEL,
     REQUIRED,
     REWARD,
-    RULES,
     SAMPLING,
     SCORING,
     Options,
@@ -22,7 +20,7 @@ from mlx_align.config.schema import (
 )
 
 
-@dataclass(frozen=True, kw_only=True, config=RULES)
+@dataclass(frozen=True, kw_only=True)
 class EvalConfig(Options):
     """Options of `mlx-align eval`."""
 
@@ -73,7 +71,7 @@ class EvalConfig(Options):
     )
 
 
-@dataclass(frozen=True, kw_only=True, config=RULES)
+@dataclass(frozen=True, kw_only=True)
 class ScorerConfig(Options):
     """What score and rerank share: how completions are scored."""
 
@@ -100,7 +98,7 @@ class ScorerConfig(Options):
     )
 
 
-@dataclass(frozen=True, kw_only=True, config=RULES)
+@dataclass(frozen=True, kw_only=True)
 class ScoreConfig(ScorerConfig):
     """Options of `mlx-align score`."""
 
@@ -132,7 +130,7 @@ class ScoreConfig(ScorerConfig):
     )
 
 
-@dataclass(frozen=True, kw_only=True, config=RULES)
+@dataclass(frozen=True, kw_only=True)
 class RerankConfig(ScorerConfig):
     """Options of `mlx-align rerank`."""
 
@@ -186,7 +184,7 @@ class RerankConfig(ScorerConfig):
     )
 
 
-@dataclass(frozen=True, kw_only=True, config=RULES)
+@dataclass(frozen=True, kw_only=True)
 class SampleConfig(Options):
     """Options of `mlx-align data sample`."""
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
-
-from pydantic.dataclasses import dataclass
 
 from mlx_align.config.schema import (
     ADVANCED,
@@ -13,7 +12,6 @@ from mlx_align.config.schema import (
     LOSS,
     MODEL,
     OPTIMISATION,
-    RULES,
     Options,
     option,
     override,
@@ -26,7 +24,7 @@ DEFAULT_BATCH_SIZE = 1
 DATA = "Data"
 
 
-@dataclass(frozen=True, kw_only=True, config=RULES)
+@dataclass(frozen=True, kw_only=True)
 class TrainConfig(Options):
     """What all training commands share. Defaults are for a 4-bit 7B model on a 16 GB laptop."""
 
@@ -69,21 +67,21 @@ class TrainConfig(Options):
     )
     # 7.4 GB at peak for a 7B 4-bit pair of 1024 tokens with checkpointing (computed).
     max_seq_length: int = option(
-        1024, "Longest prompt plus completion in tokens; drops longer rows.", MODEL, at_least=2
+        1024, "Longest row in tokens; drops longer ones.", MODEL, at_least=2
     )
     max_completion_length: int | None = option(
         None, "Truncate completions to N tokens, rather than drop rows.", MODEL, at_least=1
     )
     valid_fraction: float = option(
         0.05,
-        "Fraction of the data to hold out if there is no valid split.",
+        "Fraction to hold out if there is no valid split.",
         MODEL,
         at_least=0,
         below=1,
     )
     fine_tune_type: Literal["lora", "dora", "full"] | None = option(
         None,
-        "What to train; full trains all weights of the blocks.",
+        "Adapters, or all weights (full).",
         LORA,
         default_text="lora, or as --init-adapter",
     )
@@ -107,14 +105,14 @@ class TrainConfig(Options):
     lora_dropout: float = option(0.0, "Dropout on the adapters' input.", LORA, at_least=0, below=1)
     lora_keys: tuple[str, ...] | None = option(
         None,
-        "Comma-separated layers (self_attn.q_proj,mlp.up_proj).",
+        "Layers to adapt (self_attn.q_proj,mlp.up_proj).",
         LORA,
-        default_text="all linear layers",
+        default_text="all linear",
         metavar="KEYS",
     )
     num_layers: int | None = option(
         None,
-        "Blocks to train, counted from the last; -1 for all.",
+        "Blocks to train, from the last; -1 for all.",
         LORA,
         default_text="-1, or as --init-adapter",
     )
@@ -165,7 +163,7 @@ class TrainConfig(Options):
     )
     # Without it a 7B pair of 1024 tokens needs 18 GB of activations, with it 2 (computed).
     grad_checkpoint: bool = option(
-        True, "Recompute activations: a third slower, far less memory.", OPTIMISATION
+        True, "Recompute activations: slower, far less memory.", OPTIMISATION
     )
     seed: int = option(
         0, "Random seed for adapters, data order and samples.", OPTIMISATION, at_least=0
@@ -177,7 +175,7 @@ class TrainConfig(Options):
         100, "Updates between evaluations; 0: only the final one.", EVALUATION, at_least=0
     )
     val_batches: int = option(
-        25, "Microbatches per evaluation; -1 for all held-out data.", EVALUATION, at_least=-1
+        25, "Microbatches per evaluation; -1 for all.", EVALUATION, at_least=-1
     )
     save_every: int = option(
         100,
@@ -203,14 +201,14 @@ class TrainConfig(Options):
     # bfloat16 keeps a bf16 model's activations at 2 bytes; float32 keeps full precision.
     adapter_dtype: Literal["float32", "bfloat16"] = option(
         "float32",
-        "Compute dtype of LoRA adapters; their weights stay float32.",
+        "Compute dtype of LoRA; weights stay float32.",
         ADVANCED,
     )
     weight_decay: float = option(0.0, "Weight decay of AdamW.", ADVANCED, at_least=0)
     max_grad_norm: float = option(1.0, "Clip gradients to this norm.", ADVANCED, above=0)
     on_non_finite: Literal["stop", "skip"] = option(
         "stop",
-        "On a non-finite loss or gradient: stop, or skip the update (5 in a row at most).",
+        "On a non-finite loss or gradient; skip at most 5 in a row.",
         ADVANCED,
         change_on_resume=True,
     )
@@ -222,7 +220,7 @@ class TrainConfig(Options):
     )
 
 
-@dataclass(frozen=True, kw_only=True, config=RULES)
+@dataclass(frozen=True, kw_only=True)
 class LossConfig(TrainConfig):
     """What dpo and kto share: a loss with hyperparameters, and a reference."""
 
@@ -239,7 +237,7 @@ class LossConfig(TrainConfig):
     )
     beta: float | None = option(
         None,
-        "Strength of the pull to the reference (short for --loss-option beta=X).",
+        "Strength of the KL penalty; short for --loss-option.",
         LOSS,
         default_text="the loss's",
         above=0,
@@ -274,7 +272,7 @@ class LossConfig(TrainConfig):
         return options
 
 
-@dataclass(frozen=True, kw_only=True, config=RULES)
+@dataclass(frozen=True, kw_only=True)
 class DPOConfig(LossConfig):
     """Options of `mlx-align dpo`."""
 
@@ -290,7 +288,7 @@ class DPOConfig(LossConfig):
     )
     label_smoothing: float | None = option(
         None,
-        "Probability that a label is flipped (short for --loss-option).",
+        "Probability that a label is flipped.",
         LOSS,
         default_text="the loss's",
         at_least=0,
@@ -308,7 +306,7 @@ class DPOConfig(LossConfig):
     )
 
 
-@dataclass(frozen=True, kw_only=True, config=RULES)
+@dataclass(frozen=True, kw_only=True)
 class KTOConfig(LossConfig):
     """Options of `mlx-align kto`."""
 
@@ -317,21 +315,21 @@ class KTOConfig(LossConfig):
     loss: Literal["kto", "apo_zero_unpaired"] = option("kto", "Loss of a completion.", LOSS)
     desirable_weight: float | None = option(
         None,
-        "Weight of desirable completions (short for --loss-option).",
+        "Weight of desirable completions.",
         LOSS,
         default_text="the loss's",
         above=0,
     )
     undesirable_weight: float | None = option(
         None,
-        "Weight of undesirable completions (short for --loss-option).",
+        "Weight of undesirable completions.",
         LOSS,
         default_text="the loss's",
         above=0,
     )
 
 
-@dataclass(frozen=True, kw_only=True, config=RULES)
+@dataclass(frozen=True, kw_only=True)
 class SFTConfig(TrainConfig):
     """Options of `mlx-align sft`."""
 
@@ -347,7 +345,7 @@ class SFTConfig(TrainConfig):
     )
 
 
-@dataclass(frozen=True, kw_only=True, config=RULES)
+@dataclass(frozen=True, kw_only=True)
 class RewardConfig(TrainConfig):
     """Options of `mlx-align reward`."""
 
@@ -361,7 +359,7 @@ class RewardConfig(TrainConfig):
     )
     # Bradley-Terry leaves the mean of the scores free; this weight keeps it near 0.
     center_rewards_coefficient: float = option(
-        0.01, "Weight of (r_chosen + r_rejected)^2: centres scores at 0.", LOSS, at_least=0
+        0.01, "Weight of (r_chosen + r_rejected)^2.", LOSS, at_least=0
     )
     label_smoothing: float = option(
         0.0, "Probability that a label is flipped.", LOSS, at_least=0, below=0.5

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal
-
-from pydantic.dataclasses import dataclass
 
 from mlx_align.config.offline import TrainConfig
 from mlx_align.config.schema import (
@@ -13,7 +12,6 @@ from mlx_align.config.schema import (
     LOSS,
     REWARD,
     ROLLOUT,
-    RULES,
     option,
     override,
 )
@@ -24,7 +22,7 @@ ONLINE_DPO = "online_dpo"
 REWARDS = "Rewards"
 
 
-@dataclass(frozen=True, kw_only=True, config=RULES)
+@dataclass(frozen=True, kw_only=True)
 class OnPolicyConfig(TrainConfig):
     """What ppo and grpo share: sampling, rewards and the KL penalty.
 
@@ -146,7 +144,7 @@ class OnPolicyConfig(TrainConfig):
     )
 
 
-@dataclass(frozen=True, kw_only=True, config=RULES)
+@dataclass(frozen=True, kw_only=True)
 class PPOConfig(OnPolicyConfig):
     """Options of `mlx-align ppo`. Defaults from TRL, OpenRLHF and Huang et al. 2024 (N+)."""
 
@@ -212,7 +210,7 @@ class PPOConfig(OnPolicyConfig):
     )
 
 
-@dataclass(frozen=True, kw_only=True, config=RULES)
+@dataclass(frozen=True, kw_only=True)
 class GRPOConfig(OnPolicyConfig):
     """Options of `mlx-align grpo`."""
 

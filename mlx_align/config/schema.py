@@ -1,9 +1,9 @@
 """How options are declared, read and checked. Each option is declared once, as a dataclass field.
 
-A command's config class is a frozen pydantic dataclass whose fields are made by `option`. From
-these declarations come the command-line options (`cli/options.py`), the keys of YAML files, the
-signatures and docstrings of the Python functions (`signatures.py`), the keyword types for editors
-(`keywords.py`) and the reference page (`docs/reference/options.md`).
+A command's config class is a frozen dataclass whose fields are made by `option`; pydantic checks
+its values. From these declarations come the command-line options (`cli/options.py`), the keys of
+YAML files, the signatures and docstrings of the Python functions (`signatures.py`), the keyword
+types for editors (`keywords.py`) and the reference page (`docs/reference/options.md`).
 
 Precedence: keyword arguments or the command line > the YAML file > defaults.
 """
@@ -12,27 +12,20 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import functools
 import os
 import types
 import typing
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import yaml
-from pydantic import (
-    ConfigDict,
-    TypeAdapter,
-    ValidationError,
-    ValidationInfo,
-    ValidatorFunctionWrapHandler,
-    field_validator,
-    model_validator,
-)
-from pydantic.dataclasses import dataclass
 
 from mlx_align.errors import ConfigError
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
 
 Source = Literal["python", "command line"]
 
@@ -67,12 +60,11 @@ GROUPS = (
     ADVANCED,
     OTHER,
 )
-RULES = ConfigDict(extra="forbid", allow_inf_nan=False, defer_build=True)
 REQUIRED: Any = dataclasses.MISSING
 _UNCHANGED: Any = object()
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True)
 class Option:
     """One declared option.
 
@@ -163,29 +155,32 @@ def option(
 ) -> Any:
     """Declare an option: a field of a config class. For the arguments see `Option`.
 
-    Type and choices come from the field's annotation (`Literal` for choices).
+    Name, type and choices come from the field's name and annotation (`Literal` for choices).
     """
-    metadata = {
-        # These four are pydantic's.
-        "description": help,
-        "ge": at_least,
-        "gt": above,
-        "lt": below,
-        "group": group,
-        "default_text": default_text,
-        "names": names,
-        "metavar": metavar,
-        "change_on_resume": change_on_resume,
-        "several": several,
-        "off": off,
-        "positional": positional,
-        "python_type": python_type,
-    }
-    return _field(default, metadata)
+    return _field(
+        Option(
+            name="",
+            kind=str,
+            default=default,
+            help=help,
+            group=group,
+            default_text=default_text,
+            names=names,
+            at_least=at_least,
+            above=above,
+            below=below,
+            metavar=metavar,
+            change_on_resume=change_on_resume,
+            several=several,
+            off=off,
+            positional=positional,
+            python_type=python_type,
+        )
+    )
 
 
 def override(config_class: type[Any], name: str, default: Any = _UNCHANGED, **changes: Any) -> Any:
-    """Declare an option of a parent or sibling class again with another default, help or group.
+    """Declare an option of another config class again, with another default, help or group.
 
     Args:
         config_class: Where the option is declared.
@@ -193,102 +188,53 @@ def override(config_class: type[Any], name: str, default: Any = _UNCHANGED, **ch
         default: The new default; the declared one if left out.
         **changes: Further arguments of `option` to replace.
     """
-    (declared,) = (f for f in dataclasses.fields(config_class) if f.name == name)
-    renamed = {"help": "description", "at_least": "ge", "above": "gt", "below": "lt"}
-    metadata = {**declared.metadata, **{renamed.get(k, k): v for k, v in changes.items()}}
-    return _field(_default(declared) if default is _UNCHANGED else default, metadata)
+    (declared,) = (f.metadata["option"] for f in dataclasses.fields(config_class) if f.name == name)
+    if default is not _UNCHANGED:
+        changes["default"] = default
+    return _field(dataclasses.replace(declared, **changes))
 
 
-def _field(default: Any, metadata: Mapping[str, Any]) -> Any:
-    if isinstance(default, dict):
-        return dataclasses.field(default_factory=lambda: dict(default), metadata=metadata)
-    return dataclasses.field(default=default, metadata=metadata)
+def _field(declared: Option) -> Any:
+    metadata = {"option": declared}
+    if isinstance(declared.default, dict):
+        return dataclasses.field(default_factory=lambda: dict(declared.default), metadata=metadata)
+    return dataclasses.field(default=declared.default, metadata=metadata)
 
 
-def _default(declared: dataclasses.Field[Any]) -> Any:
-    if declared.default_factory is not dataclasses.MISSING:
-        return declared.default_factory()
-    return declared.default
-
-
-@dataclass(frozen=True, kw_only=True, config=RULES)
+@dataclass(frozen=True, kw_only=True)
 class Options:
-    """Base of every config class. Values are checked whenever one is made.
+    """Base of every config class. Values are converted and checked whenever one is made.
 
     Raises:
-        ConfigError: A value has the wrong type or is out of range, or an option is unknown; the
-            text names the option, the value and what was expected.
+        ConfigError: A value has the wrong type or is out of range; the text names the option, the
+            value and what was expected.
     """
 
-    @model_validator(mode="wrap")
-    @classmethod
-    def _one_line_errors(
-        cls, values: Any, handler: ValidatorFunctionWrapHandler, info: ValidationInfo
-    ) -> Any:
-        try:
-            return handler(values)
-        except ValidationError as error:
-            where = info.context if isinstance(info.context, _Where) else _Where("python")
-            first = error.errors(include_url=False, include_context=True)[0]
-            given = values if isinstance(values, dict) else values.kwargs or {}
-            raise ConfigError(_message(cls, first, given, where)) from None
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _convert(cls, value: Any, info: ValidationInfo) -> Any:
-        """What pydantic would take and we don't (True as a number), and the reverse (1e3, a,b)."""
-        declared = declared_options(cls)[str(info.field_name)]
-        if value is None:
-            return None
-        if declared.kind is bool and not isinstance(value, bool):
-            raise ValueError("expected true or false")
-        if declared.kind in (int, float):
-            return _number(value, declared.kind)
-        if declared.kind is str:
-            if value == "":
-                raise ValueError("expected text")
-            return os.fspath(value) if isinstance(value, os.PathLike) else value
-        if declared.kind is tuple:
-            return _names(value, several=declared.several)
-        if declared.kind is dict:
-            return _mapping(value)
-        return value
+    def __post_init__(self) -> None:
+        given = {entry.name: getattr(self, entry.name) for entry in dataclasses.fields(self)}
+        for name, value in _checked(type(self), given, _Where("python")).items():
+            object.__setattr__(self, name, value)
 
 
 Config = TypeVar("Config", bound=Options)
+# Made once per config class.
+_declared: dict[Any, dict[str, Option]] = {}
+_validators: dict[Any, type[BaseModel]] = {}
 
 
-@functools.cache
 def declared_options(config_class: type[Options]) -> dict[str, Option]:
     """The options of a config class by name, in the order of `GROUPS`."""
+    if config_class in _declared:
+        return _declared[config_class]
     hints = typing.get_type_hints(config_class)
     found = []
     for entry in dataclasses.fields(config_class):
-        rules = entry.metadata
         kind, choices = _kind(hints[entry.name])
-        found.append(
-            Option(
-                name=entry.name,
-                kind=kind,
-                default=_default(entry),
-                help=rules["description"],
-                group=rules["group"],
-                default_text=rules["default_text"],
-                choices=choices,
-                names=rules["names"],
-                at_least=rules["ge"],
-                above=rules["gt"],
-                below=rules["lt"],
-                metavar=rules["metavar"],
-                change_on_resume=rules["change_on_resume"],
-                several=rules["several"],
-                off=rules["off"],
-                positional=rules["positional"],
-                python_type=rules["python_type"],
-            )
-        )
+        declared = entry.metadata["option"]
+        found.append(dataclasses.replace(declared, name=entry.name, kind=kind, choices=choices))
     found.sort(key=lambda declared: GROUPS.index(declared.group))
-    return {declared.name: declared for declared in found}
+    _declared[config_class] = {declared.name: declared for declared in found}
+    return _declared[config_class]
 
 
 def _kind(hint: Any) -> tuple[type, tuple[str, ...]]:
@@ -326,6 +272,9 @@ def make_config(
     """
     values = {} if file is None else read_yaml(file, config_class)
     values.update(_checked(config_class, keywords, _Where(source)))
+    for name, declared in declared_options(config_class).items():
+        if declared.required and values.get(name) is None:
+            raise ConfigError(f"{spelled(name, source)} is missing")
     for one, other in EXCLUSIVE:
         # The caller's choice between the two replaces the file's.
         if one in keywords and other not in keywords:
@@ -414,7 +363,7 @@ def to_yaml(config: Options) -> str:
     return yaml.safe_dump(values, sort_keys=False)
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True)
 class _Where:
     """Where values come from, for messages."""
 
@@ -441,41 +390,70 @@ def _checked(
     config_class: type[Options], given: Mapping[str, Any], where: _Where
 ) -> dict[str, Any]:
     """The values of `given`, converted to their types. Options not given are not filled in."""
+    from pydantic import ValidationError
+
     declared = declared_options(config_class)
     for name in given:
         if name not in declared:
-            raise ConfigError(_unknown(name, declared, where))
-    config = _adapter(config_class).validate_python(dict(given), context=where)
-    return {name: getattr(config, name) for name in given}
+            show = flag_of if where.source == "command line" else str
+            close = difflib.get_close_matches(name, declared, n=1)
+            hint = f"; did you mean {show(close[0])}?" if close else ""
+            raise ConfigError(f"{where.prefix(name)}unknown option {show(name)}{hint}")
+    try:
+        checked = _validator(config_class).model_validate(dict(given))
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        name = str(first["loc"][0])
+        problem = _problem(declared[name], first)
+        raise ConfigError(f"{where.option(name, given[name])}: {problem}") from None
+    return {name: getattr(checked, name) for name in given}
 
 
-@functools.cache
-def _adapter(config_class: type[Any]) -> TypeAdapter[Any]:
-    return TypeAdapter(config_class)
+def _validator(config_class: type[Options]) -> type[BaseModel]:
+    """The pydantic model that checks a config's values; made when it is first needed.
 
+    pydantic and its models take 0.2 s to import and make, which --help should not wait for.
+    """
+    from pydantic import ConfigDict, Field, ValidationInfo, create_model, field_validator
 
-def _unknown(name: str, declared: Mapping[str, Option], where: _Where) -> str:
-    close = difflib.get_close_matches(name, declared, n=1)
-    show = flag_of if where.source == "command line" else str
-    hint = f"; did you mean {show(close[0])}?" if close else ""
-    return f"{where.prefix(name)}unknown option {show(name)}{hint}"
-
-
-def _message(config_class: type[Options], error: Any, where: _Where) -> str:
-    """Pydantic's first error as one line."""
+    if config_class in _validators:
+        return _validators[config_class]
     declared = declared_options(config_class)
-    name = str(error["loc"][0]) if error["loc"] else ""
-    if error["type"] == "unexpected_keyword_argument":
-        return _unknown(name, declared, where)
-    if error["type"] in ("missing", "missing_argument", "missing_keyword_only_argument"):
-        return f"{where.prefix(name)}{spelled(name, _source(where))} is missing"
-    if name not in declared:
-        return f"{where.prefix(name)}{error['msg']}"
-    return f"{where.option(name, given[name])}: {_problem(declared[name], error)}"
+    hints = typing.get_type_hints(config_class)
+
+    def convert(value: Any, info: ValidationInfo) -> Any:
+        return _convert(value, declared[str(info.field_name)])
+
+    fields: dict[str, Any] = {
+        name: (hints[name], Field(None, ge=one.at_least, gt=one.above, lt=one.below))
+        for name, one in declared.items()
+    }
+    _validators[config_class] = create_model(
+        config_class.__name__,
+        __config__=ConfigDict(extra="forbid", allow_inf_nan=False),
+        __validators__={"convert": field_validator("*", mode="before")(convert)},
+        **fields,
+    )
+    return _validators[config_class]
 
 
-def _source(where: _Where) -> Source:
-    return "python" if where.source == "file" else where.source
+def _convert(value: Any, declared: Option) -> Any:
+    """What pydantic checks: without its conversions (True to 1), with ours (1e3 in YAML, "a,b")."""
+    if value is None:
+        return None
+    if declared.kind is bool and not isinstance(value, bool):
+        raise ValueError("expected true or false")
+    if declared.kind in (int, float):
+        return _number(value, declared.kind)
+    if declared.kind is str:
+        if value == "":
+            raise ValueError("expected text")
+        return os.fspath(value) if isinstance(value, os.PathLike) else value
+    if declared.kind is tuple:
+        return _names(value, several=declared.several)
+    if declared.kind is dict:
+        return _mapping(value)
+    return value
 
 
 def _problem(declared: Option, error: Any) -> str:

@@ -7,6 +7,7 @@ dpo.__doc__ = document(DPOConfig, "Train a model on preference pairs.")
 from __future__ import annotations
 
 import inspect
+import re
 import textwrap
 from collections.abc import Sequence
 
@@ -137,15 +138,8 @@ def _by_group(config_class: type[Options], leave_out: Sequence[str]) -> dict[str
 
 
 def _python_names(text: str) -> str:
-    """`--batch-size` as `batch_size`, within a sentence."""
-    words = []
-    for word in text.split(" "):
-        if word.startswith("--"):
-            bare = word[2:]
-            name = bare.rstrip(".,;:)")
-            word = name.replace("-", "_") + bare[len(name) :]
-        words.append(word)
-    return " ".join(words)
+    """Option names as Python has them: `--batch-size` becomes `batch_size`."""
+    return re.sub(r"--([a-z][a-z-]*)", lambda match: match[1].replace("-", "_"), text)
 
 
 def _entry(name: str, text: str) -> str:

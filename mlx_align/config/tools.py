@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal
-
-from pydantic.dataclasses import dataclass
 
 from mlx_align.config.evaluation import EvalConfig
 from mlx_align.config.offline import LossConfig, TrainConfig
-from mlx_align.config.schema import MODEL, OTHER, REQUIRED, RULES, Options, option, override
+from mlx_align.config.schema import MODEL, OTHER, REQUIRED, Options, option, override
 
 
-@dataclass(frozen=True, kw_only=True, config=RULES)
+@dataclass(frozen=True, kw_only=True)
 class CheckDataConfig(Options):
     """Options of `mlx-align data check`."""
 
@@ -22,7 +21,7 @@ class CheckDataConfig(Options):
     max_completion_length: int | None = override(TrainConfig, "max_completion_length")
 
 
-@dataclass(frozen=True, kw_only=True, config=RULES)
+@dataclass(frozen=True, kw_only=True)
 class ExportConfig(Options):
     """Options of `mlx-align reward export`."""
 
@@ -35,7 +34,7 @@ class ExportConfig(Options):
     )
 
 
-@dataclass(frozen=True, kw_only=True, config=RULES)
+@dataclass(frozen=True, kw_only=True)
 class FuseConfig(ExportConfig):
     """Options of `mlx-align fuse`."""
 
@@ -45,7 +44,7 @@ class FuseConfig(ExportConfig):
     dequantize: bool = option(False, "Dequantise all adapted layers.", MODEL)
 
 
-@dataclass(frozen=True, kw_only=True, config=RULES)
+@dataclass(frozen=True, kw_only=True)
 class PlanConfig(Options):
     """Options of `mlx-align plan`, besides those of the command that is planned."""
 
@@ -65,7 +64,7 @@ class PlanConfig(Options):
     )
 
 
-@dataclass(frozen=True, kw_only=True, config=RULES)
+@dataclass(frozen=True, kw_only=True)
 class ReportConfig(Options):
     """Options of `mlx-align report`."""
 
@@ -88,7 +87,7 @@ class ReportConfig(Options):
     open: bool = option(False, "Open it in the browser.", OTHER)
 
 
-@dataclass(frozen=True, kw_only=True, config=RULES)
+@dataclass(frozen=True, kw_only=True)
 class CacheConfig(Options):
     """Options of `mlx-align cache`."""
 
