@@ -35,7 +35,7 @@ def report(**options: Any) -> None:
         file = Path(config.output).expanduser() if config.output else folders[0] / PAGE_FILE
     else:
         counts = Counter(run.name for run in runs)
-        # Runs of the same name are told apart by their paths.
+        # Runs of the same name are listed by their paths.
         names = [
             run.name if counts[run.name] == 1 else str(folder)
             for run, folder in zip(runs, folders, strict=True)

@@ -47,10 +47,10 @@ def rerank(json: bool, **options: Any) -> None:
     _check(config)
     console = Console(json)
     target = None if config.output is None else new_file(config.output)
-    asking = None if config.input is None else read_asked(config.input)
-    if asking is not None:
-        console.note(asking.read_as)
-        _check_effect(config, asking)
+    source = None if config.input is None else read_asked(config.input)
+    if source is not None:
+        console.note(source.read_as)
+        _check_effect(config, source)
     reranker = Reranker.load(
         resolve_starter(config.model, "model"),
         config.adapter_path,
@@ -68,8 +68,8 @@ def rerank(json: bool, **options: Any) -> None:
         temperature=1.0 if config.temperature is None else config.temperature,
         seed=config.seed or 0,
     )
-    if asking is not None:
-        rankings = _of_file(reranker, asking, sampling, console)
+    if source is not None:
+        rankings = _of_file(reranker, source, sampling, console)
     else:
         chat = reranker.style.has_template and not config.ignore_chat_template
         texts = _lines(console) if config.prompt is None else [config.prompt]
@@ -82,14 +82,14 @@ def rerank(json: bool, **options: Any) -> None:
             if stream is not None:
                 stream.write(line + "\n")
                 stream.flush()
-            if json and (stream is None or asking is None):
+            if json and (stream is None or source is None):
                 click.echo(line)
-            elif not json and (stream is None or asking is None):
+            elif not json and (stream is None or source is None):
                 console.note(_shown(ranking))
     if target is not None:
         left = f"; {unranked} prompts without one ({NOTE} says why)" if unranked else ""
         console.note(f"Wrote {count:,} rankings to {target}{left}")
-        if json and asking is not None:
+        if json and source is not None:
             summary = {"output": str(target), "prompts": count, "unranked": unranked}
             click.echo(json_module.dumps(summary))
 
@@ -112,21 +112,21 @@ def _check(config: RerankConfig) -> None:
         )
 
 
-def _check_effect(config: RerankConfig, asking: Asked) -> None:
+def _check_effect(config: RerankConfig, source: Asked) -> None:
     for name in ("n", "max_tokens", "temperature", "seed"):
-        if getattr(config, name) is not None and not asking.to_answer:
+        if getattr(config, name) is not None and not source.to_answer:
             raise ConfigError(
                 f"{flag_of(name)} has no effect: the rows have completions, which are ranked"
             )
 
 
 def _of_file(
-    reranker: Reranker, asking: Asked, sampling: Sampling, console: Console
+    reranker: Reranker, source: Asked, sampling: Sampling, console: Console
 ) -> Iterator[Ranking]:
-    if reranker.style.has_template and any(isinstance(g.prompt, str) for g in asking.readable):
+    if reranker.style.has_template and any(isinstance(g.prompt, str) for g in source.readable):
         console.note("! text prompts are used verbatim; write messages to use the chat template")
-    with console.bar("Ranking", len(asking.rows)) as bar:
-        for ranking in asking.rankings(reranker, sampling):
+    with console.bar("Ranking", len(source.rows)) as bar:
+        for ranking in source.rankings(reranker, sampling):
             yield ranking
             bar.advance()
 

@@ -57,7 +57,7 @@ def sample(json: bool, **options: Any) -> None:
     for note in report.notes:
         console.note(f"! {note}")
     loaded, policy, score = load_sampler(folder, config.adapter_path, config.reward_model)
-    wish = Wish(
+    sampling = Wish(
         config.n,
         config.keep or 1,
         config.threshold,
@@ -74,7 +74,7 @@ def sample(json: bool, **options: Any) -> None:
             writing(target, (OSError,)),
             target.open("w", encoding="utf-8") as stream,
         ):
-            for row in sampled_rows(loaded, policy, judge, prompts, wish, bar.advance):
+            for row in sampled_rows(loaded, policy, judge, prompts, sampling, bar.advance):
                 stream.write(json_module.dumps(row, ensure_ascii=False) + "\n")
                 stream.flush()
                 scores.append(row["score_chosen" if config.pairs else "score"])

@@ -54,7 +54,7 @@ def score(json: bool, **options: Any) -> None:
     source = read_scorable(resolve_starter(config.data, "data"), config.split, config.format)
     if any(name in source.rows[0].fields for name in (SCORES, MEMBERS, NOTE, POLICY, REFERENCE)):
         raise DataError(
-            f"{source.rows[0].source}: is scored already; score the file it was made from"
+            f"{source.rows[0].source}: has scores already; score the file it was made from"
         )
     console.note(f"read as: {source.title} ({len(source.rows):,} rows)")
     scorer, description = _load(config)

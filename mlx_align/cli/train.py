@@ -200,8 +200,8 @@ def _run_function(command: str, config: Any) -> RunFunction:
         check_on_policy(config)
         if isinstance(config, PPOConfig):
             return partial(run_on_policy, PpoLearner, command)
-        learner = PairLearner if config.loss == ONLINE_DPO else GroupLearner
-        return partial(run_on_policy, learner, command)
+        algorithm = PairLearner if config.loss == ONLINE_DPO else GroupLearner
+        return partial(run_on_policy, algorithm, command)
     from mlx_align.train.offline import run_offline
 
     return partial(run_offline, offline_task(command, config))

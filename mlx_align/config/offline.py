@@ -185,7 +185,7 @@ class TrainConfig(Options):
         change_on_resume=True,
     )
     samples: int = option(
-        8, "Held-out prompts to answer before and after training.", EVALUATION, at_least=0
+        8, "Held-out prompts to complete before and after training.", EVALUATION, at_least=0
     )
     sample_tokens: int = option(128, "Longest sample in tokens.", EVALUATION, at_least=1)
     report_to: tuple[str, ...] | None = option(

@@ -126,11 +126,6 @@ def describe(declared: Option) -> str:
     return text
 
 
-def options_by_group(config_class: type[Options]) -> dict[str, list[Option]]:
-    """The options of a config class by section of --help."""
-    return _by_group(config_class, ())
-
-
 def _by_group(config_class: type[Options], leave_out: Sequence[str]) -> dict[str, list[Option]]:
     options = [o for o in declared_options(config_class).values() if o.name not in leave_out]
     found = {group: [o for o in options if o.group == group] for group in GROUPS}
