@@ -1,28 +1,31 @@
-"""Mistakes a user can mend. The command line prints one as a single line and exits with 1."""
+"""Errors that a user can fix. The command line prints them as one line and exits with 1."""
 
 
 class MlxAlignError(Exception):
-    """Base of every error that is the user's to mend: its text says what, where and how."""
+    """Base of all errors that a user can fix: the message says what is wrong, where, and how."""
 
 
 class DataError(MlxAlignError):
-    """A data file or row is not what was expected; the text names file and line."""
+    """A data file or row is malformed; the message names file and line."""
 
 
 class ConfigError(MlxAlignError):
-    """An option or a configuration file is wrong; the text names the option."""
+    """An option or a configuration file is wrong; the message names the option."""
 
 
 class ModelError(MlxAlignError):
-    """A model or adapter folder can't be used; the text names the folder and what is amiss."""
+    """A model or adapter folder can't be used; the message names the folder and the reason."""
 
 
 class TrainingError(MlxAlignError):
-    """Training had to stop (non-finite loss or gradient); the text names the step and the rows.
+    """Training had to stop: a non-finite loss or gradient, or a failing reward function.
 
-    So it had to where a reward function failed: the text names it, its line and the prompt.
+    The message names the step and the rows, or the function, its line and the prompt.
     """
 
 
 class WriteError(MlxAlignError):
-    """A file can't be written (disk full, quota, rights); the text names it. Nothing is torn."""
+    """A file can't be written (disk full, quota, permissions); the message names it.
+
+    Files are replaced atomically: none is left half-written.
+    """

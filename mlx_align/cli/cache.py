@@ -4,21 +4,28 @@ from __future__ import annotations
 
 import json as json_module
 from pathlib import Path
+from typing import Any
 
 import click
 
+from mlx_align.cli.options import Command, config_options, given, json_option
+from mlx_align.config import CacheConfig, make_config
 
-@click.command(short_help="Show or purge stored reference log-probs.")
-@click.option("--reference-cache", metavar="PATH", help="Folder, if not the default one.")
-@click.option("--purge", is_flag=True, help="Delete all of them.")
-@click.option("--json", is_flag=True, help="Print as JSON.")
-def cache(reference_cache: str | None, purge: bool, json: bool) -> None:
-    """Show what the reference cache holds, or empty it."""
+
+@click.command(cls=Command, short_help="Show or delete cached reference log-probs.")
+@config_options(CacheConfig)
+@json_option("Print as JSON.")
+def cache(json: bool, **options: Any) -> None:
+    """Show the contents of the reference cache, or delete them."""
     from mlx_align.train.reference import default_cache_folder, stored_caches
 
-    folder = Path(reference_cache).expanduser() if reference_cache else default_cache_folder()
+    config = make_config(CacheConfig, given(options), None, "command line")
+    if config.reference_cache is None:
+        folder = default_cache_folder()
+    else:
+        folder = Path(config.reference_cache).expanduser()
     stores = stored_caches(folder)
-    if purge:
+    if config.purge:
         for file, _, _ in stores:
             file.unlink(missing_ok=True)
     total = sum(size for _, size, _ in stores)
@@ -28,11 +35,11 @@ def cache(reference_cache: str | None, purge: bool, json: bool) -> None:
         ]
         click.echo(
             json_module.dumps(
-                {"folder": str(folder), "bytes": total, "purged": purge, "stores": entries}
+                {"folder": str(folder), "bytes": total, "purged": config.purge, "stores": entries}
             )
         )
         return
     for file, size, rows in stores:
         click.echo(f"{file.stem}  {rows:>9,} completions  {size / 1e6:8.1f} MB")
-    verb = "Deleted" if purge else "In all"
+    verb = "Deleted" if config.purge else "Total:"
     click.echo(f"{verb} {len(stores)} references, {total / 1e6:.1f} MB, in {folder}")

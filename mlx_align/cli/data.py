@@ -1,67 +1,59 @@
-"""`mlx-align data`: look at data as training would see it, and make some."""
+"""`mlx-align data`: inspect data as training would read it, or create some."""
 
 from __future__ import annotations
 
 import dataclasses
 import json as json_module
+from typing import Any
 
 import click
 
-from mlx_align.cli.options import given
+from mlx_align.cli.options import Command, Group, config_options, given, json_option
 from mlx_align.cli.sample import sample
-from mlx_align.config import TrainConfig
-from mlx_align.errors import ConfigError
-from mlx_align.settings import resolve
-from mlx_align.shipped import shipped_or_given
+from mlx_align.config import CheckDataConfig, TrainConfig, make_config
+from mlx_align.config.schema import require
+from mlx_align.system.starter import resolve_starter
 
 
-@click.group(short_help="Look at data before training; make some by rejection sampling.")
-def data() -> None:
-    """Look at data before training, or make some by rejection sampling."""
+@click.group(
+    cls=Group,
+    invoke_without_command=True,
+    sections={"Commands": ("check", "sample")},
+    short_help="Check data before training; create some by rejection sampling.",
+)
+@click.pass_context
+def data(context: click.Context) -> None:
+    """Check data before training, or create some by rejection sampling."""
+    if context.invoked_subcommand is None:
+        click.echo(context.get_help())
 
 
 data.add_command(sample)
 
 
-@data.command(short_help="Read, tokenise and describe preference data; train nothing.")
-@click.option("--model", metavar="PATH_OR_NAME", help="Whose tokenizer to use.")
-@click.option("--data", "data_name", metavar="PATH_OR_NAME", help="The data.")
-@click.option("--format", metavar="TEXT", help="Force a data format.")
-@click.option("--max-seq-length", type=int, metavar="N", help="As in training. [default: 1024]")
-@click.option("--max-completion-length", type=int, metavar="N", help="As in training.")
-@click.option("--json", is_flag=True, help="Print as JSON.")
-def check(
-    model: str | None,
-    data_name: str | None,
-    format: str | None,
-    max_seq_length: int | None,
-    max_completion_length: int | None,
-    json: bool,
-) -> None:
-    """Print the screen that `mlx-align dpo` prints before it trains."""
+@data.command(cls=Command, short_help="Read, tokenise and describe preference data.")
+@config_options(CheckDataConfig)
+@json_option("Print as JSON.")
+def check(json: bool, **options: Any) -> None:
+    """Print the data report that `mlx-align dpo` prints before it trains."""
     from mlx_align.data.checks import render_facts
     from mlx_align.models.loading import open_model
     from mlx_align.train.preference import read_pairs
     from mlx_align.train.setup import prepare_data
 
-    options = {
-        "model": model,
-        "data": data_name,
-        "format": format,
-        "max_seq_length": max_seq_length,
-        "max_completion_length": max_completion_length,
-    }
-    config = resolve(TrainConfig, given(options))
-    if config.model is None or config.data is None:
-        missing = "--model" if config.model is None else "--data"
-        raise ConfigError(f"{missing} is missing; name a folder, a file or a hub name")
-    config = dataclasses.replace(
-        config,
-        model=shipped_or_given(config.model, "model"),
-        data=shipped_or_given(config.data, "data"),
-    )
+    config = make_config(CheckDataConfig, given(options), None, "command line")
+    require(config, "model", "data")
     assert config.model is not None
-    facts = prepare_data(config, open_model(config.model), read_pairs).facts
+    assert config.data is not None
+    training = TrainConfig(
+        **{
+            **dataclasses.asdict(config),
+            "model": resolve_starter(config.model, "model"),
+            "data": resolve_starter(config.data, "data"),
+        }
+    )
+    assert training.model is not None
+    facts = prepare_data(training, open_model(training.model), read_pairs).facts
     click.echo(
         json_module.dumps(dataclasses.asdict(facts), indent=2) if json else render_facts(facts)
     )

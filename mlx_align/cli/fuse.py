@@ -1,50 +1,54 @@
-"""`mlx-align fuse`: one model out of base and adapter."""
+"""`mlx-align fuse`: merge a run's adapter into its base model."""
 
 from __future__ import annotations
 
 import dataclasses
 import json as json_module
 from pathlib import Path
+from typing import Any
 
 import click
 
+from mlx_align.cli.options import Command, config_options, given, json_option
+from mlx_align.config import FuseConfig, make_config
+from mlx_align.system.starter import resolve_starter
 
-@click.command(short_help="Make one model of a base and a run's adapter.")
-@click.option("--model", required=True, metavar="PATH_OR_NAME", help="The base model.")
-@click.option("--adapter-path", required=True, metavar="RUN", help="Run or adapter folder.")
-@click.option("--output", required=True, metavar="PATH", help="Folder for the fused model.")
-@click.option("--dequantize", is_flag=True, help="Leave no adapted layer quantised.")
-@click.option("--json", is_flag=True, help="Print the report as JSON.")
-def fuse(model: str, adapter_path: str, output: str, dequantize: bool, json: bool) -> None:
-    """Fuse an adapter into its base model.
 
-    On a quantised base, each layer's loss by quantising again is measured; a layer that would
+@click.command(cls=Command, short_help="Merge a run's adapter into its base model.")
+@config_options(FuseConfig)
+@json_option("Print the report as JSON.")
+def fuse(json: bool, **options: Any) -> None:
+    """Merge an adapter into its base model, as one model folder.
+
+    On a quantised base, the error of quantising each layer again is measured. A layer that would
     lose more than a tenth of what training changed stays dequantised.
     """
-    from mlx_align.cli.display import Terminal
+    from mlx_align.cli.console import Console
     from mlx_align.models.fusing import fuse_adapter
     from mlx_align.models.loading import open_model
-    from mlx_align.shipped import shipped_or_given
 
-    terminal = Terminal(json)
-    folder = open_model(shipped_or_given(model, "model"))
-    report = fuse_adapter(folder, Path(adapter_path), Path(output), dequantize=dequantize)
+    console = Console(json)
+    config = make_config(FuseConfig, given(options), None, "command line")
+    folder = open_model(resolve_starter(config.model, "model"))
+    output = Path(config.output)
+    report = fuse_adapter(folder, Path(config.adapter_path), output, dequantize=config.dequantize)
     if json:
         click.echo(json_module.dumps(dataclasses.asdict(report), indent=2))
         return
     quantized = [layer for layer in report.layers if layer.quantized]
     if report.layers:
-        terminal.note(f"Fused {len(report.layers)} layers into {output}.")
+        console.note(f"Fused {len(report.layers)} layers into {config.output}.")
     else:
-        terminal.note(f"The run trained whole weights; the model with them is in {output}.")
+        console.note(f"The run trained full weights; the model with them is in {config.output}.")
     if quantized:
         kept = sum(layer.kept_quantized for layer in quantized)
         worst = max(layer.lost for layer in quantized)
-        terminal.note(
+        console.note(
             f"Quantised again: {kept}; left dequantised: {len(quantized) - kept}. Quantising again "
             f"would have lost up to {worst:.0%} of a layer's change."
         )
-    terminal.note(
-        f"Token log-probs: the adapter moved them by up to {report.logps_change:.3g} nats, fusing "
-        f"by up to {report.logps_gap:.3g}.\nTalk to it: mlx_lm.chat --model {output}"
+    console.note(
+        f"Token log-probs: changed by up to {report.logps_change:.3g} nats by the adapter, and by "
+        f"up to {report.logps_gap:.3g} by fusing.\n"
+        f"Chat with it: mlx_lm.chat --model {config.output}"
     )

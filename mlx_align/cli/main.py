@@ -1,7 +1,7 @@
-"""`mlx-align`: the commands, and what an error or a signal turns into.
+"""`mlx-align`: the commands, and the exit codes of errors and signals.
 
-Exit codes: 0 done; 1 a mistake of the user, one line on standard error; 130 interrupted and 143
-terminated, after a checkpoint where there is something to keep.
+Exit codes: 0 success; 1 an error that the user can fix, one line on standard error; 130
+interrupted and 143 terminated, after writing a checkpoint if there is progress to keep.
 """
 
 from __future__ import annotations
@@ -11,40 +11,50 @@ import signal
 import sys
 from collections.abc import Sequence
 
-# Read by mlx when it is imported: a narrow evaluation order holds fewer activations at once
-# (a checkpointed peak fell by 42% where it was measured).
+# Read by mlx when it is imported: a narrow evaluation order keeps fewer activations in memory
+# (it cut a checkpointed peak by 42%).
 os.environ.setdefault("MLX_BFS_MAX_WIDTH", "1")
 
 import click
 
 from mlx_align import __version__
 from mlx_align.cli.cache import cache
+from mlx_align.cli.completion import completion
 from mlx_align.cli.data import data
-from mlx_align.cli.dpo import dpo
-from mlx_align.cli.eval import evaluate
+from mlx_align.cli.evaluate import evaluate
 from mlx_align.cli.fuse import fuse
-from mlx_align.cli.grpo import grpo
-from mlx_align.cli.kto import kto
+from mlx_align.cli.options import Group
 from mlx_align.cli.plan import plan
-from mlx_align.cli.ppo import ppo
 from mlx_align.cli.report import report
 from mlx_align.cli.rerank import rerank
-from mlx_align.cli.reward import reward
 from mlx_align.cli.score import score
-from mlx_align.cli.sft import sft
+from mlx_align.cli.train import dpo, grpo, kto, ppo, reward, sft
 from mlx_align.errors import MlxAlignError
 from mlx_align.train.signals import Interrupted, interrupting
 
 LONGEST_LINE = 1500
+SECTIONS = {
+    "Train": ("dpo", "kto", "sft", "reward", "ppo", "grpo"),
+    "Use and evaluate a run": ("eval", "score", "rerank", "fuse", "report"),
+    "Prepare": ("plan", "data", "cache", "completion"),
+}
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.group(
+    cls=Group,
+    sections=SECTIONS,
+    invoke_without_command=True,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
 @click.version_option(__version__, prog_name="mlx-align")
-def cli() -> None:
-    """Align language models with preferences, on one Mac, with MLX.
+@click.pass_context
+def cli(context: click.Context) -> None:
+    """Align language models with preferences on one Mac, with MLX.
 
-    mlx-align dpo without arguments trains a small model that comes with the package.
+    `mlx-align dpo` without arguments trains a small model that comes with the package.
     """
+    if context.invoked_subcommand is None:
+        click.echo(context.get_help())
 
 
 for command in (
@@ -54,14 +64,15 @@ for command in (
     reward,
     ppo,
     grpo,
+    evaluate,
     score,
     rerank,
-    evaluate,
     fuse,
+    report,
+    plan,
     data,
     cache,
-    plan,
-    report,
+    completion,
 ):
     cli.add_command(command)
 
@@ -72,7 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def run(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; its exit code."""
+    """Run a command and return its exit code."""
     try:
         with interrupting():
             cli.main(args=arguments, prog_name="mlx-align", standalone_mode=False)
@@ -89,18 +100,18 @@ def run(arguments: Sequence[str] | None = None) -> int:
         print("stopped", file=sys.stderr)
         return 128 + signal.SIGINT
     except BrokenPipeError:
-        # The reader (head, less) has gone; there is nobody left to tell.
+        # The reader (head, less) has exited: writing more, at exit too, would fail again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except OSError as error:
-        # What is written by a run goes through `files.py`; this is what is left (a log, a pipe).
+        # Run folders are written by `system/atomic_io.py`; this is anything else (a log, a pipe).
         where = f"{error.filename}: " if error.filename else ""
         return _fail(f"{where}{error.strerror or error}")
     return 0
 
 
 def _fail(message: str) -> int:
-    # A line is to be read: what a damaged file holds may have no end.
+    # Text from a damaged file may be very long.
     line = " ".join(message.split())
     shown = line if len(line) <= LONGEST_LINE else line[: LONGEST_LINE - 1] + "…"
     print(f"error: {shown}", file=sys.stderr)

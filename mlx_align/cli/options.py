@@ -1,68 +1,126 @@
-"""Command-line options made from a command's dataclass, so there is one list of them."""
+"""Command-line options made from the config classes, grouped --help, and completion of values."""
 
 from __future__ import annotations
 
-import dataclasses
-import types
-import typing
-from collections.abc import Callable
+import difflib
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import click
+from click.shell_completion import CompletionItem
 
+from mlx_align.config.schema import GROUPS, OTHER, Option, Options, declared_options
 from mlx_align.errors import ConfigError
-from mlx_align.settings import flag_of
 
-_TYPES = {str: str, int: int, float: float}
+# Width of the first column of --help, the same in all sections.
+FLAG_COLUMN = 28
 
 
-def config_options(kind: type[Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """A decorator that gives a command one option per field of `kind`.
+class Value(click.ParamType[str]):
+    """A value as it was typed: the schema converts and checks it, for YAML and Python alike."""
 
-    Options left out are not passed as defaults: the dataclass alone knows those, and what was
-    given explicitly must be told apart (see `given`).
+    def __init__(self, declared: Option) -> None:
+        self.name = "value"
+        self._declared = declared
+
+    def get_metavar(self, param: click.Parameter, ctx: click.Context) -> str:
+        """[lora|dora|full] for choices, else the declared word, else N or X for numbers."""
+        if self._declared.choices:
+            return f"[{'|'.join(self._declared.choices)}]"
+        return self._declared.metavar or {int: "N", float: "X"}.get(self._declared.kind, "TEXT")
+
+    def shell_complete(
+        self, ctx: click.Context, param: click.Parameter, incomplete: str
+    ) -> list[CompletionItem]:
+        """Choices, names (also the last one of sigmoid=1,sft), or paths."""
+        if self._declared.choices:
+            return [CompletionItem(c) for c in self._declared.choices if c.startswith(incomplete)]
+        if self._declared.names:
+            before, comma, last = incomplete.rpartition(",")
+            names = [name for name in self._declared.names if name.startswith(last)]
+            return [CompletionItem(f"{before}{comma}{name}") for name in names]
+        return click.Path().shell_complete(ctx, param, incomplete) if self._is_path else []
+
+    @property
+    def _is_path(self) -> bool:
+        metavar = self._declared.metavar or ""
+        return any(word in metavar for word in ("PATH", "FILE", "RUN"))
+
+
+class SchemaOption(click.Option):
+    """A command-line option made from a declared one."""
+
+    def __init__(self, declared: Option) -> None:
+        self.declared = declared
+        settings: dict[str, Any] = {"default": None, "help": declared.help}
+        flag = declared.flag
+        if declared.kind is bool:
+            flag = f"{flag}/{declared.off or flag.replace('--', '--no-', 1)}"
+        else:
+            settings["type"] = Value(declared)
+            settings["multiple"] = declared.several
+        # The name keeps click from calling `input` or `open` something else.
+        super().__init__([flag, declared.name], **settings)
+
+    def get_help_record(self, ctx: click.Context) -> tuple[str, str]:
+        """The two columns of --help: flag and value; sentence, names and default."""
+        declared = self.declared
+        if declared.kind is bool:
+            left = declared.flag
+            if declared.off is not None:
+                left = f"{left} / {declared.off}"
+            elif declared.default is not False:
+                left = left.replace("--", "--[no-]", 1)
+        else:
+            left = f"{declared.flag} {self.make_metavar(ctx)}"
+        right = declared.help
+        if declared.names:
+            right += f" Names: {', '.join(declared.names)}."
+        if declared.required:
+            right += " [required]"
+        elif declared.shown_default is not None:
+            right += f" [default: {declared.shown_default}]"
+        return left, right
+
+
+def schema_options(config_class: type[Options]) -> list[click.Parameter]:
+    """One command-line option per option of a config class.
+
+    Options left out have no default here: the config class has the defaults, and what was given
+    must be told from what was not (see `given`).
     """
-    hints = typing.get_type_hints(kind)
+    return [
+        click.Argument(
+            [declared.name], nargs=-1, required=True, type=Value(declared), metavar=declared.metavar
+        )
+        if declared.positional
+        else SchemaOption(declared)
+        for declared in declared_options(config_class).values()
+    ]
+
+
+def config_options(
+    config_class: type[Options],
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """A decorator for `@click.command` functions: adds the options of a config class."""
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
-        for entry in reversed(dataclasses.fields(kind)):
-            function = option_of(entry, hints[entry.name])(function)
+        for parameter in reversed(schema_options(config_class)):
+            # click reads this list when it makes the command.
+            function.__dict__.setdefault("__click_params__", []).append(parameter)
         return function
 
     return decorate
 
 
-def option_of(
-    entry: dataclasses.Field[Any], hint: Any, help: str | None = None
-) -> Callable[..., Any]:
-    """A decorator that gives a command the option of one field, with its own help or another."""
-    rules = entry.metadata
-    if help is not None:
-        flag = flag_of(entry.name)
-        if hint is bool or bool in typing.get_args(hint):
-            return click.option(f"{flag}/{flag.replace('--', '--no-', 1)}", default=None, help=help)
-        return click.option(flag, multiple=bool(rules.get("several")), help=help)
-    text = rules["help"]
-    kinds = set(typing.get_args(hint)) if isinstance(hint, types.UnionType) else {hint}
-    plain = next(k for k in kinds if k is not type(None))
-    flag = flag_of(entry.name)
-    if plain is bool:
-        text += f" [default: {'on' if entry.default else 'off'}]"
-        return click.option(f"{flag}/{flag.replace('--', '--no-', 1)}", default=None, help=text)
-    if typing.get_origin(plain) is dict or rules.get("several"):
-        return click.option(flag, multiple=True, metavar=rules["metavar"], help=text)
-    if rules.get("choices"):
-        text += f" ({', '.join(rules['choices'])})"
-    if entry.default is not None:
-        text += f" [default: {entry.default}]"
-    metavar = rules.get("metavar") or {int: "N", float: "X"}.get(plain, "TEXT")
-    if entry.name in ("model", "data", "output", "init_adapter", "reference_cache"):
-        metavar = "PATH" if entry.name not in ("model", "data") else "PATH_OR_NAME"
-    return click.option(flag, type=_TYPES.get(plain, str), metavar=metavar, help=text)
+def json_option(help: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """The --json flag."""
+    return click.option("--json", is_flag=True, help=help)
 
 
-def given(options: dict[str, Any]) -> dict[str, Any]:
-    """The options that were on the command line, by field name.
+def given(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that were on the command line, by name.
 
     Raises:
         ConfigError: A --loss-option is not name=value.
@@ -76,5 +134,97 @@ def given(options: dict[str, Any]) -> dict[str, Any]:
 def _name_and_value(text: str) -> tuple[str, Any]:
     name, equals, value = text.partition("=")
     if not equals or not name.strip():
-        raise ConfigError(f"--loss-option {text}: expected name=value, like gamma=0.5")
+        raise ConfigError(f"--loss-option {text}: expected name=value, such as gamma=0.5")
     return name.strip().replace("-", "_"), value.strip()
+
+
+class Command(click.Command):
+    """A command whose --help shows its options in the groups of the schema."""
+
+    def __init__(self, *args: Any, shown: Sequence[str] | None = None, **settings: Any) -> None:
+        """With `shown`, --help lists only these schema options, though all are accepted."""
+        super().__init__(*args, **settings)
+        self.shown = shown
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write one section per group; options without one are in the last."""
+        write_groups(self, ctx, formatter, self.shown)
+
+
+class Group(click.Group):
+    """A group of commands. Its --help shows them in sections; unknown ones get a suggestion."""
+
+    command_class = Command
+
+    def __init__(
+        self, *args: Any, sections: Mapping[str, Sequence[str]] | None = None, **settings: Any
+    ) -> None:
+        super().__init__(*args, **settings)
+        self._sections = sections or {}
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the options by group; the commands come first if they are in sections."""
+        if self._sections:
+            self.format_commands(ctx, formatter)
+        write_groups(self, ctx, formatter)
+        if not self._sections:
+            self.format_commands(ctx, formatter)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the commands in the sections given, or all in one."""
+        for title, names in (self._sections or {"Commands": list(self.commands)}).items():
+            with formatter.section(title):
+                formatter.write_dl(
+                    [(name, self.commands[name].get_short_help_str(limit=150)) for name in names]
+                )
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Find the command that is named, or suggest the nearest one."""
+        if args and args[0] not in self.commands and not args[0].startswith("-"):
+            close = difflib.get_close_matches(args[0], self.commands, n=1)
+            hint = f" Did you mean {close[0]}?" if close else ""
+            known = ", ".join(self.commands)
+            ctx.fail(f"No such command: {args[0]}.{hint} Commands: {known}")
+        return super().resolve_command(ctx, args)
+
+
+def write_groups(
+    command: click.Command,
+    ctx: click.Context,
+    formatter: click.HelpFormatter,
+    shown: Sequence[str] | None = None,
+) -> None:
+    """Write the options of a command, one section per group."""
+    sections: dict[str, list[tuple[str, str]]] = {group: [] for group in GROUPS}
+    for parameter in command.get_params(ctx):
+        if isinstance(parameter, click.Argument):
+            continue  # the usage line shows it
+        group = OTHER
+        if isinstance(parameter, SchemaOption):
+            group = parameter.declared.group
+            if shown is not None and parameter.name not in shown:
+                continue
+        record = parameter.get_help_record(ctx)
+        if record is not None:
+            sections[group].append(record)
+    for group, records in sections.items():
+        if records:
+            with formatter.section(group):
+                padded = [(flag.ljust(FLAG_COLUMN), text) for flag, text in records]
+                formatter.write_dl(padded, col_max=FLAG_COLUMN)
+
+
+def new_file(output: str) -> Path:
+    """The file that `--output` names, which must not exist.
+
+    Raises:
+        ConfigError: It exists, or its folder doesn't.
+    """
+    file = Path(output).expanduser()
+    if file.exists():
+        raise ConfigError(f"--output {output}: exists already; name a new file")
+    if not file.absolute().parent.is_dir():
+        raise ConfigError(f"--output {output}: there is no folder {file.absolute().parent}")
+    return file

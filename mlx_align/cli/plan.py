@@ -3,29 +3,25 @@
 from __future__ import annotations
 
 import json as json_module
-import typing
-from collections.abc import Callable
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from mlx_align.cli.options import config_options, given, option_of
+from mlx_align.cli.options import Command, given, json_option, schema_options
+from mlx_align.cli.train import check_on_policy, offline_task
 from mlx_align.config import (
-    DpoConfig,
-    GrpoConfig,
-    KtoConfig,
+    TRAINING_CONFIGS,
     LossConfig,
     OnPolicyConfig,
-    PpoConfig,
-    RewardConfig,
-    SftConfig,
+    PlanConfig,
     TrainConfig,
+    make_config,
 )
+from mlx_align.config.schema import declared_options, flag_of, require
 from mlx_align.errors import ConfigError
-from mlx_align.settings import resolve
-from mlx_align.shipped import shipped_or_given
+from mlx_align.system.starter import resolve_starter
 
 if TYPE_CHECKING:
     from mlx_align.data.shapes import AnyShape
@@ -33,82 +29,73 @@ if TYPE_CHECKING:
     from mlx_align.plan.check import Plan
     from mlx_align.plan.machine import Machine
     from mlx_align.plan.timing import Duration, RolloutDuration
-    from mlx_align.train.task import Task
 
-_KINDS: dict[str, type[TrainConfig]] = {
-    "dpo": DpoConfig,
-    "kto": KtoConfig,
-    "sft": SftConfig,
-    "reward": RewardConfig,
-    "ppo": PpoConfig,
-    "grpo": GrpoConfig,
-}
 _BASIS = (
     "Computed, from measurements of mlx's CPU backend: within 10% there, not yet compared with "
     "Metal. On a Mac, python scripts/verify_plan.py (in a checkout) does that."
 )
 
 
-def _all_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Options of dpo, and those that the other commands have besides."""
-    names = {entry.name for entry in fields(DpoConfig)}
-    for command, kind in _KINDS.items():
-        for entry in fields(kind):
-            if entry.name not in names:
-                names.add(entry.name)
-                hint = typing.get_type_hints(kind)[entry.name]
-                function = option_of(entry, hint, f"As in {command}.")(function)
-    return config_options(DpoConfig)(function)
+def _training_options() -> list[click.Parameter]:
+    """Every option of every training command, once."""
+    options: dict[str | None, click.Parameter] = {}
+    for config_class in TRAINING_CONFIGS.values():
+        for option in schema_options(config_class):
+            options.setdefault(option.name, option)
+    return list(options.values())
 
 
-@click.command(short_help="Memory and time of a run before it starts.")
-@_all_options
-@click.option("-c", "--config", "config_file", metavar="FILE", help="YAML file with options.")
-@click.option(
-    "--command",
-    type=click.Choice(sorted(_KINDS)),
-    default="dpo",
-    show_default=True,
-    help="The command whose run to plan.",
+@click.command(
+    cls=Command,
+    params=[*schema_options(PlanConfig), *_training_options()],
+    shown=[*declared_options(PlanConfig), "model", "data"],
+    short_help="Estimate memory and time of a run before it starts.",
 )
-@click.option("--machine", metavar="TEXT", help='Plan for another Mac, like "16 GB M2".')
-@click.option("--measure", is_flag=True, help="Load the model and time a few real steps here.")
-@click.option("--run", "run_folder", metavar="RUN", help="Take the speed of this finished run.")
-@click.option("--json", is_flag=True, help="Print as JSON.")
-def plan(
-    config_file: str | None,
-    command: str,
-    machine: str | None,
-    measure: bool,
-    run_folder: str | None,
-    json: bool,
-    **options: Any,
-) -> None:
-    """Say what a training run would need, whether it fits, and what makes it fit.
+@click.option(
+    "-c", "--config", "config_file", type=click.Path(), metavar="FILE", help="YAML file of options."
+)
+@json_option("Print as JSON.")
+def plan(config_file: str | None, json: bool, **options: Any) -> None:
+    """Estimate what a training run needs, whether it fits, and what would make it fit.
 
-    Takes the options of the training command. Reads the model's configuration and the headers of
-    its weights, never the weights (but with --measure). Without --data, rows of --max-seq-length.
+    Takes all options of the training command; see mlx-align dpo --help, for example. Reads the
+    model's configuration and the headers of its weights, not the weights (except with --measure).
+    Without --data, assumes rows of --max-seq-length tokens.
     """
     from mlx_align.models.loading import open_model
     from mlx_align.plan.machine import parse_machine, this_machine
 
-    if machine is not None and (measure or run_folder):
-        flag = "--measure" if measure else "--run"
-        raise ConfigError(f"{flag}: measures this machine, not that of --machine; leave one out")
-    where = this_machine() if machine is None else parse_machine(machine)
-    kind = _KINDS[command]
-    config = resolve(kind, given(options), None if config_file is None else Path(config_file))
-    if config.model is None:
-        raise ConfigError("--model is missing; name a folder or a hub name")
-    if config.data is None and (measure or run_folder):
-        raise ConfigError("--data is missing; a run's time follows from its data")
-    config = replace(config, model=shipped_or_given(config.model, "model"))
-    if config.data is not None:
-        config = replace(config, data=shipped_or_given(config.data, "data"))
+    keywords = given(options)
+    own = {name: keywords.pop(name) for name in declared_options(PlanConfig) if name in keywords}
+    planned = make_config(PlanConfig, own, None, "command line")
+    if planned.machine is not None and (planned.measure or planned.run):
+        flag = "--measure" if planned.measure else f"--run {planned.run}"
+        raise ConfigError(f"{flag} measures this machine, not that of --machine; drop one")
+    where = this_machine() if planned.machine is None else parse_machine(planned.machine)
+    file = None if config_file is None else Path(config_file)
+    config_class = TRAINING_CONFIGS[planned.command]
+    for name in keywords:
+        if name not in declared_options(config_class):
+            raise ConfigError(f"{flag_of(name)} is not an option of {planned.command}; drop it")
+    config = make_config(config_class, keywords, file, "command line")
+    require(config, "model")
+    if config.data is None and (planned.measure or planned.run):
+        raise ConfigError("--data is missing; the time of a run depends on its data")
+    assert config.model is not None
+    config = replace(
+        config,
+        model=resolve_starter(config.model, "model"),
+        data=None if config.data is None else resolve_starter(config.data, "data"),
+    )
     assert config.model is not None
     planning = _plan_on_policy if isinstance(config, OnPolicyConfig) else _plan_offline
     made, duration = planning(
-        command, config, open_model(config.model), where, measure=measure, run_folder=run_folder
+        planned.command,
+        config,
+        open_model(config.model),
+        where,
+        measure=planned.measure,
+        run_folder=planned.run,
     )
     if json:
         click.echo(json_module.dumps(as_json(made, duration), indent=2))
@@ -130,7 +117,7 @@ def _plan_offline(
     from mlx_align.train.setup import prepare_data, resolve_layout
 
     layout = resolve_layout(config)
-    task = _task(command, config)
+    task = offline_task(command, config)
     groups = None
     if config.data is not None:
         groups = task.arrange(prepare_data(config, folder, task.read).train)
@@ -157,25 +144,16 @@ def _plan_on_policy(
 ) -> tuple[Plan, RolloutDuration | None]:
     from mlx_align.plan.on_policy import make_on_policy_plan
     from mlx_align.plan.timing import expected_rollouts, rate_key, rate_of_rollouts, stored_rate
-    from mlx_align.train.grpo import check_group_options
-    from mlx_align.train.on_policy_setup import check_shared_options, read_run_prompts
-    from mlx_align.train.online_dpo import ONLINE_DPO, check_pair_options
+    from mlx_align.train.on_policy_setup import read_run_prompts
     from mlx_align.train.planned import reward_models
-    from mlx_align.train.ppo import check_ppo_options
     from mlx_align.train.setup import resolve_layout
 
     if measure:
         raise ConfigError(
-            f"--measure: {command} samples and asks for rewards before it learns; run it with "
-            "--iters 3, and name that run with --run"
+            f"--measure can't time {command}, which samples and scores before it trains; run it "
+            "with --iters 3, and give that run as --run"
         )
-    check_shared_options(config)
-    if command == "ppo":
-        check_ppo_options(config)
-    elif config.loss == ONLINE_DPO:
-        check_pair_options(config)
-    else:
-        check_group_options(config)
+    check_on_policy(config)
     layout = resolve_layout(config)
     prompts = None
     if config.data is not None:
@@ -190,25 +168,10 @@ def _plan_on_policy(
         source = f"run {run_folder}"
     else:
         rate = stored_rate(rate_key(command, folder.path, config, layout, where.name))
-        source = "measured before, by a run"
+        source = "measured earlier, by a run"
     if rate is None:
         return made, None
     return made, expected_rollouts(config, len(prompts[0]), rate, source)
-
-
-def _task(command: str, config: Any) -> Task:
-    from mlx_align.train.preference import dpo_task
-    from mlx_align.train.reward import reward_task
-    from mlx_align.train.supervised import sft_task
-    from mlx_align.train.unpaired import kto_task
-
-    tasks: dict[str, Callable[[Any], Task]] = {
-        "dpo": dpo_task,
-        "kto": kto_task,
-        "sft": sft_task,
-        "reward": reward_task,
-    }
-    return tasks[command](config)
 
 
 def _rate(
@@ -216,10 +179,10 @@ def _rate(
     config: TrainConfig,
     measure: bool,
     run_folder: str | None,
-    task: Task,
+    task: Any,
     groups: list[Any],
 ) -> tuple[float, str] | None:
-    """Tokens per second and where they come from: a run, a measurement now, or an earlier one."""
+    """Tokens per second, and their source: a run, a measurement now, or an earlier one."""
     from mlx_align.models.compat import resolve_model_path
     from mlx_align.plan.machine import this_machine
     from mlx_align.plan.timing import rate_key, rate_of_run, store_rate, stored_rate
@@ -236,11 +199,11 @@ def _rate(
         store_rate(key, rate)
         return rate, "measured now"
     earlier = stored_rate(key)
-    return None if earlier is None else (earlier, "measured before, by a run or --measure")
+    return None if earlier is None else (earlier, "measured earlier, by a run or --measure")
 
 
 def as_json(plan: Plan, duration: Duration | RolloutDuration | None) -> dict[str, Any]:
-    """The plan for programs; sizes in bytes, times in seconds."""
+    """The plan as JSON; sizes in bytes, times in seconds."""
     from mlx_align.plan.machine import remarks, software
 
     return {
@@ -259,16 +222,16 @@ def as_json(plan: Plan, duration: Duration | RolloutDuration | None) -> dict[str
     }
 
 
-def _say_shape(shape: AnyShape) -> str:
+def _describe_shape(shape: AnyShape) -> str:
     prompt, completion, count, *packed = shape
     if packed:
-        return f"rows of {prompt} tokens of prompts and {completion} of answers"
+        return f"rows of {prompt} prompt tokens and {completion} completion tokens"
     prompts = f"{count} prompts of {prompt}" if count > 1 else f"a prompt of {prompt}"
-    return f"{prompts}, answers of {completion}"
+    return f"{prompts}, completions of {completion}"
 
 
 def render(plan: Plan, duration: Duration | RolloutDuration | None) -> str:
-    """The plan for people."""
+    """The plan as text."""
     from mlx_align.plan.check import say_bytes
     from mlx_align.plan.machine import remarks, software
     from mlx_align.plan.memory import SAMPLING
@@ -276,28 +239,28 @@ def render(plan: Plan, duration: Duration | RolloutDuration | None) -> str:
     from mlx_align.train.runlog import say_seconds
 
     memory, machine = plan.memory, plan.machine
-    where = _say_shape(memory.shape)
+    where = _describe_shape(memory.shape)
     if memory.moment == SAMPLING and plan.work.sampling is not None:
-        said = plan.work.sampling
-        where = f"{said.rows} completions of {said.completion} tokens at once"
+        sampling = plan.work.sampling
+        where = f"{sampling.rows} completions of {sampling.completion} tokens at once"
     lines = [f"Peak memory, in {memory.moment} ({where}):"]
     lines += [
         f"  {name:<24}{say_bytes(n):>10}"
         for name, n in memory.parts.items()
         if n or name != "reward models"
     ]
-    lines.append(f"  {'in all':<24}{say_bytes(memory.peak_bytes):>10}")
+    lines.append(f"  {'total':<24}{say_bytes(memory.peak_bytes):>10}")
     verdict = "It fits" if plan.fits else "It does not fit"
     room = "recommended working set" if machine.metal else "memory"
     lines += [f"{verdict}: {machine.name}, {room} {say_bytes(machine.working_set_bytes)}.", ""]
     if plan.steps:
-        end = "" if plan.steps[-1].fits else " (even all of it is not enough)"
-        lines.append(f"What makes it fit, cheapest first, each on top of those before{end}:")
+        end = "" if plan.steps[-1].fits else " (all of them together are not enough)"
+        lines.append(f"What makes it fit, cheapest first, each added to the previous ones{end}:")
         lines += [
             f"  {say_bytes(s.peak_bytes):>9}  {s.options}  ({s.cost})" for s in plan.steps
         ] + [""]
     elif not plan.fits:
-        lines += ["No option makes it fit: take a smaller model.", ""]
+        lines += ["No option makes it fit; use a smaller model.", ""]
     if isinstance(duration, RolloutDuration):
         lines.append(
             f"Time: {say_seconds(duration.training_seconds)} for {duration.batches:,} rollout "
@@ -312,8 +275,8 @@ def render(plan: Plan, duration: Duration | RolloutDuration | None) -> str:
     elif machine.here:
         measuring = "" if plan.work.sampling is not None else "--measure times a few steps, "
         lines.append(
-            f"Time: not known before such a run was made; {measuring}--run RUN takes another "
-            "run's speed."
+            f"Time: unknown until such a run was made; {measuring}--run RUN takes the speed of "
+            "another run."
         )
     lines += [f"- {remark}" for remark in remarks(machine, plan.model.activation_dtype)]
     lines.append(f"- {', '.join(f'{name} {what}' for name, what in software().items())}")

@@ -1,4 +1,4 @@
-"""`mlx-align score`: what a reward model or a policy thinks of the completions in a file."""
+"""`mlx-align score`: scores of the completions in a file, by a reward model or a policy."""
 
 from __future__ import annotations
 
@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mlx_align.cli.files import free_file
+from mlx_align.cli.options import Command, config_options, given, json_option, new_file
+from mlx_align.config import ScoreConfig, make_config
+from mlx_align.config.schema import flag_of
 from mlx_align.errors import ConfigError, DataError
 from mlx_align.files import writing_whole
-from mlx_align.settings import flag_of
+from mlx_align.system.starter import resolve_starter
 
 if TYPE_CHECKING:
     from mlx_align.data.scorable import Scorable, ScorableRows
@@ -23,115 +25,43 @@ if TYPE_CHECKING:
     from mlx_align.inference.reward_model import RewardModel
     from mlx_align.inference.scored import Scored
 
-# Rows in memory at a time; those of like length run together, so a few are too few.
+# Rows in memory at a time. Rows of similar length are batched, which a small window would prevent.
 WINDOW = 64
 SCORES, MEMBERS, NOTE = "model_scores", "model_scores_members", "model_scores_note"
-# Summed log-probs beside implicit rewards, nats.
+# Summed log-probs in nats, written with implicit rewards.
 POLICY, REFERENCE = "policy_logps", "reference_logps"
 
 
-@click.command(short_help="Score completions: reward model, implicit reward or log-probs.")
-@click.option(
-    "--model", required=True, metavar="PATH_OR_NAME", help="A run's base model, or a classifier."
+@click.command(
+    cls=Command, short_help="Score completions: reward model, implicit reward or log-prob."
 )
-@click.option(
-    "--adapter-path",
-    metavar="RUN",
-    help="A run: of mlx-align reward, or of dpo or kto for its implicit reward.",
-)
-@click.option("--logps", is_flag=True, help="Score by log-prob, in nats, under the model or run.")
-@click.option("--data", required=True, metavar="PATH_OR_NAME", help="What to score.")
-@click.option("--split", metavar="TEXT", default="train", show_default=True, help="Of a folder.")
-@click.option("--output", required=True, metavar="FILE", help="JSONL file to write.")
-@click.option("--format", metavar="TEXT", help="Force a data format.")
-@click.option(
-    "--combine",
-    type=click.Choice(["mean", "min", "mean-variance"]),
-    default="mean",
-    show_default=True,
-    help="How several members' scores become one.",
-)
-@click.option(
-    "--variance-penalty", type=float, metavar="X", help="Of mean-variance: mean − X · variance."
-)
-@click.option("--beta", type=float, metavar="X", help="Of the implicit reward; default: the run's.")
-@click.option(
-    "--reference-adapter",
-    metavar="PATH",
-    help="Where the adapter is now that the run started from.",
-)
-@click.option(
-    "--per-token/--sum",
-    default=None,
-    help="Divide implicit rewards or log-probs by the completion's length. [default: as the run's "
-    "loss did]",
-)
-@click.option(
-    "--batch-size",
-    type=click.IntRange(1),
-    default=4,
-    show_default=True,
-    metavar="N",
-    help="Prompts run at once.",
-)
-@click.option(
-    "--max-seq-length",
-    type=click.IntRange(2),
-    default=4096,
-    show_default=True,
-    metavar="N",
-    help="Longer rows get no score.",
-)
-@click.option("--json", is_flag=True, help="Print the summary as JSON; all else goes to stderr.")
-def score(
-    model: str,
-    adapter_path: str | None,
-    logps: bool,
-    data: str,
-    split: str,
-    output: str,
-    format: str | None,
-    combine: str,
-    variance_penalty: float | None,
-    beta: float | None,
-    reference_adapter: str | None,
-    per_token: bool | None,
-    batch_size: int,
-    max_seq_length: int,
-    json: bool,
-) -> None:
-    """Write each row again, with the scores of its completions, in their order, as model_scores.
+@config_options(ScoreConfig)
+@json_option("Print the summary as JSON; all else goes to stderr.")
+def score(json: bool, **options: Any) -> None:
+    """Copy each row to --output with the scores of its completions, in order, as model_scores.
 
-    Takes pairs, prompts with one completion or a list of them, and conversations, whose last
-    answer is scored. A row that can't be scored gets null, and model_scores_note says why. Of
-    pairs it also says how well the scores agree with them. Beside implicit rewards,
-    β·log(policy / reference), stand both log-probs: policy_logps and reference_logps.
+    Rows are pairs, prompts with one completion or a list of them, or conversations, whose last
+    assistant turn is scored. A row that can't be scored gets null, and the reason in
+    model_scores_note. For pairs, the summary also says how well the scores agree with the labels.
+    Implicit rewards, beta * log(policy / reference), come with policy_logps and reference_logps.
     """
-    from mlx_align.cli.display import Terminal
+    from mlx_align.cli.console import Console
     from mlx_align.data.scorable import read_scorable
-    from mlx_align.shipped import shipped_or_given
 
-    terminal = Terminal(json)
-    file = free_file(output)
-    source = read_scorable(shipped_or_given(data, "data"), split, format)
+    console = Console(json)
+    config = make_config(ScoreConfig, given(options), None, "command line")
+    file = new_file(config.output)
+    source = read_scorable(resolve_starter(config.data, "data"), config.split, config.format)
     if any(name in source.rows[0].fields for name in (SCORES, MEMBERS, NOTE, POLICY, REFERENCE)):
         raise DataError(
             f"{source.rows[0].source}: has scores already; score the file it was made from"
         )
-    terminal.note(f"read as: {source.title} ({len(source.rows):,} rows)")
-    scorer, said = _load(
-        shipped_or_given(model, "model"),
-        adapter_path,
-        logps=logps,
-        only_reward={"combine": combine, "variance_penalty": variance_penalty},
-        only_implicit={"beta": beta, "reference_adapter": reference_adapter},
-        per_token=per_token,
-        limits={"max_seq_length": max_seq_length, "batch_size": batch_size},
-    )
-    terminal.note("\n".join(filter(None, [scorer.model.check + ".", said])))
+    console.note(f"read as: {source.title} ({len(source.rows):,} rows)")
+    scorer, description = _load(config)
+    console.note("\n".join(filter(None, [scorer.model.check + ".", description])))
     found: list[Scored] = []
     unscored = completions = 0
-    bars = terminal.bar("Scoring", len(source.rows))
+    bars = console.bar("Scoring", len(source.rows))
     with writing_whole(file) as stream, bars as bar:
         for rows in _windows(source):
             for scored, entry in _scored(scorer, rows):
@@ -148,16 +78,16 @@ def score(
         "completions": completions,
         "unscored": unscored,
     }
-    report, rendered = _report(found, by_reward_model=not said)
+    report, rendered = _report(found, by_reward_model=not description)
     if report is not None:
         summary["pairs"] = report.as_json()
     if json:
         click.echo(json_module.dumps(summary, indent=2))
         return
     if report is not None:
-        terminal.note(rendered)
-    left = f"; {unscored:,} rows have none ({NOTE} says why)" if unscored else ""
-    terminal.note(f"{completions:,} scores in {file}{left}")
+        console.note(rendered)
+    left = f"; {unscored:,} rows without a score ({NOTE} says why)" if unscored else ""
+    console.note(f"Wrote {completions:,} scores to {file}{left}")
 
 
 def _windows(source: ScorableRows) -> Iterator[list[Scorable]]:
@@ -166,34 +96,39 @@ def _windows(source: ScorableRows) -> Iterator[list[Scorable]]:
         yield window
 
 
-def _load(
-    model: str,
-    adapter_path: str | None,
-    *,
-    logps: bool,
-    only_reward: dict[str, Any],
-    only_implicit: dict[str, Any],
-    per_token: bool | None,
-    limits: dict[str, Any],
-) -> tuple[RewardModel | ImplicitReward, str]:
-    """What scores, and in words what by; nothing of a reward model."""
+def _load(config: ScoreConfig) -> tuple[RewardModel | ImplicitReward, str]:
+    """The scorer, and a description of its scores (empty for a reward model)."""
     from mlx_align.inference.implicit import load_implicit, load_logps
     from mlx_align.inference.reward_model import RewardModel
     from mlx_align.models.heads import has_head
 
-    is_run = adapter_path is not None and not has_head(Path(adapter_path).expanduser())
-    if not logps and not is_run:
-        given = {**only_implicit, "per_token": per_token}
-        _refuse_without_effect(given, "a reward model's scores")
-        return RewardModel.load(model, adapter_path, **only_reward, **limits), ""
-    if only_reward["combine"] == "mean":
-        only_reward = {**only_reward, "combine": None}
-    if logps:
+    model = resolve_starter(config.model, "model")
+    run = config.adapter_path
+    only_reward: dict[str, Any] = {
+        "combine": config.combine,
+        "variance_penalty": config.variance_penalty,
+    }
+    only_implicit: dict[str, Any] = {
+        "beta": config.beta,
+        "reference_adapter": config.reference_adapter,
+    }
+    limits: dict[str, Any] = {
+        "max_seq_length": config.max_seq_length,
+        "batch_size": config.batch_size,
+    }
+    is_policy = run is not None and not has_head(Path(run).expanduser())
+    if not config.logps and not is_policy:
+        unused = {**only_implicit, "per_token": config.per_token}
+        _refuse_without_effect(unused, "a reward model's scores")
+        return RewardModel.load(model, run, **only_reward, **limits), ""
+    if config.combine == "mean":
+        only_reward["combine"] = None  # the default
+    if config.logps:
         _refuse_without_effect({**only_implicit, **only_reward}, "--logps")
-        return load_logps(model, adapter_path, per_token=per_token, **limits)
+        return load_logps(model, run, per_token=config.per_token, **limits)
     _refuse_without_effect(only_reward, "implicit rewards")
-    assert adapter_path is not None
-    return load_implicit(model, adapter_path, **only_implicit, per_token=per_token, **limits)
+    assert run is not None
+    return load_implicit(model, run, **only_implicit, per_token=config.per_token, **limits)
 
 
 def _refuse_without_effect(options: dict[str, Any], what: str) -> None:
@@ -228,7 +163,7 @@ def _line(entry: Scorable, scored: Scored) -> dict[str, Any]:
 def _report(
     found: list[Scored], *, by_reward_model: bool
 ) -> tuple[RewardReport | PairReport | None, str]:
-    """The report on labelled pairs, and the same for people; None where there are none."""
+    """How well scores agree with labelled pairs, as data and as text; None without labels."""
     from mlx_align.data.comparisons import compare
     from mlx_align.inference.evaluate import render_report
     from mlx_align.inference.judge import comparisons, judge

@@ -1,31 +1,68 @@
-"""Every command's options: names, defaults, ranges, help, and why a default is what it is.
+"""The options of every command: names, types, ranges, defaults, help, and reasons for defaults.
 
-The only place that knows defaults. The command line and the YAML reader are both made from these
-dataclasses (`settings.py`).
+`schema.py` says how options are declared and checked; the config classes declare them.
 """
 
-from mlx_align.config.evaluation import EvalConfig
+from mlx_align.config.evaluation import (
+    EvalConfig,
+    RerankConfig,
+    SampleConfig,
+    ScoreConfig,
+    ScorerConfig,
+)
 from mlx_align.config.offline import (
     DEFAULT_BATCH_SIZE,
-    DpoConfig,
-    KtoConfig,
+    DPOConfig,
+    KTOConfig,
     LossConfig,
     RewardConfig,
-    SftConfig,
+    SFTConfig,
     TrainConfig,
 )
-from mlx_align.config.on_policy import GrpoConfig, OnPolicyConfig, PpoConfig
+from mlx_align.config.on_policy import GRPOConfig, OnPolicyConfig, PPOConfig
+from mlx_align.config.schema import Options, make_config
+from mlx_align.config.tools import (
+    CacheConfig,
+    CheckDataConfig,
+    ExportConfig,
+    FuseConfig,
+    PlanConfig,
+    ReportConfig,
+)
 
 __all__ = [
     "DEFAULT_BATCH_SIZE",
-    "DpoConfig",
+    "TRAINING_CONFIGS",
+    "CacheConfig",
+    "CheckDataConfig",
+    "DPOConfig",
     "EvalConfig",
-    "GrpoConfig",
-    "KtoConfig",
+    "ExportConfig",
+    "FuseConfig",
+    "GRPOConfig",
+    "KTOConfig",
     "LossConfig",
     "OnPolicyConfig",
-    "PpoConfig",
+    "Options",
+    "PPOConfig",
+    "PlanConfig",
+    "ReportConfig",
+    "RerankConfig",
     "RewardConfig",
-    "SftConfig",
+    "SFTConfig",
+    "SampleConfig",
+    "ScoreConfig",
+    "ScorerConfig",
     "TrainConfig",
+    "make_config",
 ]
+
+# The training commands by name.
+TRAINING_CONFIGS: dict[str, type[TrainConfig]] = {
+    "dpo": DPOConfig,
+    "kto": KTOConfig,
+    "sft": SFTConfig,
+    "reward": RewardConfig,
+    "ppo": PPOConfig,
+    "grpo": GRPOConfig,
+}

@@ -1,40 +1,222 @@
-"""Options of `mlx-align eval`."""
+"""Options of the commands that use a trained run: eval, score, rerank and data sample."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
-from mlx_align.settings import option
+from mlx_align.config.offline import TrainConfig
+from mlx_align.config.on_policy import OnPolicyConfig
+from mlx_align.config.schema import (
+    EVALUATION,
+    MODEL,
+    REQUIRED,
+    REWARD,
+    SAMPLING,
+    SCORING,
+    Options,
+    option,
+    override,
+)
 
 
-@dataclass(frozen=True)
-class EvalConfig:
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig(Options):
     """Options of `mlx-align eval`."""
 
-    model: str | None = option(None, "The run's base model: a folder, or a hub name.")
-    adapter_path: str | None = option(None, "The run to measure.", metavar="RUN")
-    data: str | None = option(
-        None, "Held-out pairs or prompts. Default: what the run itself held out."
+    model: str | None = override(TrainConfig, "model", help="Base model of the run.")
+    adapter_path: str | None = option(
+        None, "Run to evaluate.", MODEL, metavar="RUN", python_type="str | Path"
     )
-    format: str | None = option(None, "Force a data format instead of recognising it.")
-    reward_model: str | None = option(
-        None,
-        "Who judges the answers: a run of mlx-align reward, or a classifier's folder or hub name.",
-        metavar="RUN_OR_NAME",
+    data: str | None = override(
+        TrainConfig,
+        "data",
+        help="Held-out pairs or prompts.",
+        default_text="what the run held out",
+    )
+    format: str | None = override(TrainConfig, "format")
+    reward_model: str | None = override(
+        OnPolicyConfig,
+        "reward_model",
+        help="Judge of the completions: a run of mlx-align reward, or a classifier.",
+        group=EVALUATION,
     )
     perplexity_data: str | None = option(
         None,
-        "A text from elsewhere, whose perplexity is measured: a text file, or rows of text.",
+        "Unrelated text on which to measure perplexity: a text file, or rows of text.",
+        EVALUATION,
         metavar="FILE",
+        python_type="str | Path",
     )
-    # 64 prompts tell a win rate of 50% from one of about 65%; 4 answers to each steady the KL.
-    samples: int = option(64, "Prompts that both roles answer.", at_least=1)
-    n: int = option(4, "Answers to each prompt; the best-of-n curve ends there.", at_least=1)
-    sample_tokens: int = option(256, "Longest answer, tokens.", at_least=1)
+    # 64 prompts tell a win rate of 50% from one of about 65%; 4 completions of each steady the KL.
+    samples: int = option(64, "Prompts to complete by both models.", SAMPLING, at_least=1)
+    n: int = option(
+        4, "Completions per prompt; the best-of-n curve ends there.", SAMPLING, at_least=1
+    )
+    sample_tokens: int = option(256, "Longest completion in tokens.", SAMPLING, at_least=1)
     max_seq_length: int | None = option(
-        None, "Tokens of prompt and completion. Default: the run's.", at_least=2
+        None,
+        "Longest prompt plus completion in tokens.",
+        MODEL,
+        default_text="the run's",
+        at_least=2,
     )
-    seed: int = option(0, "Seed of prompts, answers and intervals.", at_least=0)
+    seed: int = option(0, "Random seed for prompts, sampling and intervals.", SAMPLING, at_least=0)
     output: str | None = option(
-        None, "Folder to write: evaluation.json, and every answer in answers.jsonl.", metavar="PATH"
+        None,
+        "Folder for evaluation.json and answers.jsonl.",
+        MODEL,
+        metavar="PATH",
+        python_type="str | Path",
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScorerConfig(Options):
+    """What score and rerank share: how completions are scored."""
+
+    beta: float | None = option(
+        None, "Beta of the implicit reward.", SCORING, default_text="the run's"
+    )
+    reference_adapter: str | None = option(
+        None,
+        "Current location of the adapter the run was initialised from, if it was moved.",
+        SCORING,
+        metavar="PATH",
+        python_type="str | Path",
+    )
+    per_token: bool | None = option(
+        None,
+        "Divide implicit rewards and log-probs by the completion's length, or don't.",
+        SCORING,
+        default_text="as the run's loss does",
+        off="--sum",
+    )
+    batch_size: int = option(4, "Prompts per forward pass.", SCORING, at_least=1)
+    max_seq_length: int = option(
+        4096, "Longest prompt plus completion in tokens; skips longer ones.", SCORING, at_least=2
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreConfig(ScorerConfig):
+    """Options of `mlx-align score`."""
+
+    model: str = override(
+        TrainConfig, "model", REQUIRED, help="Base model of a run, or a classifier."
+    )
+    adapter_path: str | None = override(
+        EvalConfig,
+        "adapter_path",
+        help="Run of reward, or of dpo or kto (scores by its implicit reward).",
+    )
+    logps: bool = option(False, "Score by log-prob in nats under the model or run.", SCORING)
+    data: str = override(TrainConfig, "data", REQUIRED, help="Rows to score.")
+    split: str = option("train", "Split of --data.", MODEL, metavar="NAME")
+    output: str = override(
+        TrainConfig,
+        "output",
+        REQUIRED,
+        help="JSONL file to write.",
+        metavar="FILE",
+        default_text=None,
+    )
+    format: str | None = override(TrainConfig, "format")
+    combine: Literal["mean", "min", "mean-variance"] = option(
+        "mean", "How to combine the scores of an ensemble.", SCORING
+    )
+    variance_penalty: float | None = option(
+        None, "With --combine mean-variance: mean - X * variance.", SCORING
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RerankConfig(ScorerConfig):
+    """Options of `mlx-align rerank`."""
+
+    model: str = override(TrainConfig, "model", REQUIRED, help="Base model.")
+    adapter_path: str | None = override(
+        EvalConfig, "adapter_path", help="Run whose policy is sampled."
+    )
+    reward_model: str | None = override(
+        OnPolicyConfig,
+        "reward_model",
+        help="Rank by this run of mlx-align reward or classifier, not the implicit reward.",
+        group=MODEL,
+    )
+    prompt: str | None = option(
+        None,
+        "One prompt.",
+        MODEL,
+        default_text="read prompts from the terminal",
+        metavar="TEXT",
+    )
+    input: str | None = option(
+        None,
+        "File of prompts to complete and rank; completions in it are ranked as given.",
+        MODEL,
+        metavar="FILE",
+        python_type="str | Path",
+    )
+    output: str | None = option(
+        None,
+        "JSONL file for the rankings, best first.",
+        MODEL,
+        metavar="FILE",
+        python_type="str | Path",
+    )
+    ignore_chat_template: bool = option(False, "Use --prompt verbatim, not as a message.", MODEL)
+    # None, so that an option without effect on given completions is noticed.
+    n: int | None = option(None, "Completions per prompt.", SAMPLING, default_text="8", at_least=1)
+    # The name is mlx-lm's.
+    max_tokens: int | None = option(
+        None, "Longest completion in tokens.", SAMPLING, default_text="256", at_least=1
+    )
+    temperature: float | None = option(
+        None,
+        "Sampling temperature; 1 samples from the policy itself.",
+        SAMPLING,
+        default_text="1.0",
+        at_least=0,
+    )
+    seed: int | None = option(
+        None, "Random seed for sampling.", SAMPLING, default_text="0", at_least=0
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleConfig(Options):
+    """Options of `mlx-align data sample`."""
+
+    model: str = override(TrainConfig, "model", REQUIRED, help="Base model.")
+    adapter_path: str | None = override(
+        EvalConfig, "adapter_path", help="Run whose policy is sampled."
+    )
+    data: str = override(TrainConfig, "data", REQUIRED, help="Prompts.")
+    format: str | None = override(TrainConfig, "format")
+    output: str = override(ScoreConfig, "output")
+    max_prompt_length: int = option(
+        768, "Longest prompt in tokens; drops longer ones.", MODEL, at_least=1
+    )
+    reward: tuple[str, ...] | None = override(OnPolicyConfig, "reward")
+    reward_model: str | None = override(OnPolicyConfig, "reward_model")
+    # None, so that a weight without a reward model is noticed.
+    reward_model_weight: float | None = override(
+        OnPolicyConfig, "reward_model_weight", None, default_text="1.0"
+    )
+    reward_timeout: float = override(OnPolicyConfig, "reward_timeout", group=REWARD)
+    threshold: float | None = option(
+        None, "Keep only completions that score at least this.", REWARD
+    )
+    n: int = option(8, "Completions per prompt.", SAMPLING, at_least=1)
+    keep: int | None = option(
+        None, "Number of best completions to keep.", SAMPLING, default_text="1", at_least=1
+    )
+    pairs: bool = option(
+        False, "Write the best and the worst completion as a pair, for dpo.", SAMPLING
+    )
+    max_tokens: int = option(256, "Longest completion in tokens.", SAMPLING, at_least=1)
+    temperature: float = option(
+        1.0, "Sampling temperature; 1 samples from the policy itself.", SAMPLING, above=0
+    )
+    seed: int = option(0, "Random seed for sampling.", SAMPLING, at_least=0)

@@ -1,217 +1,263 @@
-"""Options of the commands that train a policy on what it says itself: ppo and grpo."""
+"""Options of the commands that train on the policy's own completions: ppo and grpo."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from mlx_align.config.offline import TrainConfig
-from mlx_align.settings import option
+from mlx_align.config.schema import (
+    ADVANCED,
+    CRITIC,
+    LOSS,
+    REWARD,
+    ROLLOUT,
+    option,
+    override,
+)
+from mlx_align.losses.methods import POLICY_METHODS
+
+ONLINE_DPO = "online_dpo"
+# What --reward takes in Python; keywords.py defines it.
+REWARDS = "Rewards"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class OnPolicyConfig(TrainConfig):
-    """What ppo and grpo share: a policy that is trained on what it says itself.
+    """What ppo and grpo share: sampling, rewards and the KL penalty.
 
     A rollout batch is `batch_size` x `grad_accumulation_steps` x `minibatches` prompts with
     `group_size` completions each; --iters and all other counts of updates count rollout batches.
     """
 
-    data: str | None = option(
-        None, "Prompts: folder with train/valid.jsonl, a .jsonl, .json or .parquet file, hub name."
+    data: str | None = override(
+        TrainConfig,
+        "data",
+        help="Prompts: folder with train/valid.jsonl, a data file, or a hub name.",
+        change_on_resume=False,
     )
     reward: tuple[str, ...] | None = option(
         None,
-        "Reward: a built-in, or module:function or file.py:function, with =WEIGHT if it is not 1; "
-        "may be given several times.",
+        "Built-in reward, module:function or file.py:function, with =WEIGHT if not 1; repeatable.",
+        REWARD,
         metavar="REWARD",
         several=True,
+        python_type=REWARDS,
     )
     reward_model: str | None = option(
         None,
-        "Reward model: a run of mlx-align reward, or a *ForSequenceClassification model.",
-        training=False,
+        "Run of mlx-align reward, or a sequence classification model.",
+        REWARD,
+        metavar="RUN_OR_NAME",
+        change_on_resume=True,
+        python_type="str | Path",
     )
-    reward_model_weight: float = option(1.0, "Weight of the reward model.", above=0)
+    reward_model_weight: float = option(1.0, "Weight of the reward model.", REWARD, above=0)
     reward_timeout: float = option(
         60.0,
-        "Seconds that a reward function may take for one rollout batch.",
+        "Seconds a reward function may take per rollout batch.",
+        ADVANCED,
         above=0,
-        training=False,
+        change_on_resume=True,
     )
-    # What the policy does not see can tell better from over-optimised.
+    # A reward the policy isn't trained on can tell real progress from over-optimisation.
     eval_reward: tuple[str, ...] | None = option(
         None,
-        "Reward that is only looked at, on held-out prompts, and decides which checkpoint is best; "
-        "as --reward. Default: the reward that is trained on.",
+        "Like --reward, but only evaluated on held-out prompts; selects the best checkpoint.",
+        REWARD,
+        default_text="the training reward",
         metavar="REWARD",
         several=True,
+        python_type=REWARDS,
     )
-    eval_reward_model: str | None = option(
-        None, "Reward model that is only looked at, as --eval-reward.", training=False
+    eval_reward_model: str | None = override(
+        TrainConfig,
+        "model",
+        help="Reward model used like --eval-reward.",
+        group=REWARD,
+        metavar="RUN_OR_NAME",
     )
-    group_size: int = option(8, "Completions sampled for a prompt.", at_least=1)
+    group_size: int = option(8, "Completions per prompt.", ROLLOUT, at_least=1)
     minibatches: int = option(
-        1, "Updates in one pass over a rollout batch, each of another part of it.", at_least=1
+        1, "Minibatches (updates) per pass over a rollout batch.", ROLLOUT, at_least=1
     )
-    update_epochs: int = option(1, "Passes over a rollout batch.", at_least=1)
+    update_epochs: int = option(1, "Passes over each rollout batch.", ROLLOUT, at_least=1)
     # At another temperature policy and reference are both divided by it, so that the ratio and
     # the KL are those of what was sampled.
-    temperature: float = option(
-        1.0, "Sampling temperature; top-p and top-k are never used.", above=0
+    temperature: float = option(1.0, "Sampling temperature (no top-p or top-k).", ROLLOUT, above=0)
+    max_completion_length: int = override(
+        TrainConfig,
+        "max_completion_length",
+        256,
+        help="Longest completion in tokens.",
+        group=ROLLOUT,
     )
-    max_completion_length: int = option(256, "Longest completion, tokens.", at_least=1)
-    max_seq_length: int = option(
-        1024,
-        "Tokens of prompt and completion; prompts that leave no room for --max-completion-length "
-        "are dropped and counted.",
-        at_least=2,
+    max_seq_length: int = override(
+        TrainConfig,
+        "max_seq_length",
+        help="Longest prompt plus completion in tokens.",
+        group=ROLLOUT,
     )
     max_prompt_length: int | None = option(
         None,
-        "Longest prompt, tokens. Default: --max-seq-length less --max-completion-length.",
+        "Longest prompt in tokens; drops longer ones.",
+        ROLLOUT,
+        default_text="--max-seq-length minus --max-completion-length",
         at_least=1,
     )
-    steps_per_report: int = option(
-        1, "Rollout batches between reports.", at_least=1, training=False
+    steps_per_report: int = override(
+        TrainConfig, "steps_per_report", 1, help="Rollout batches between reports."
     )
-    steps_per_eval: int = option(
+    steps_per_eval: int = override(
+        TrainConfig,
+        "steps_per_eval",
         10,
-        "Rollout batches between evaluations on held-out prompts; 0 for none but the last.",
-        at_least=0,
+        help="Rollout batches between evaluations; 0: only the final one.",
     )
-    save_every: int = option(
+    save_every: int = override(
+        TrainConfig,
+        "save_every",
         10,
-        "Rollout batches between checkpoints; 0 for none but the last.",
-        at_least=0,
-        training=False,
+        help="Rollout batches between checkpoints; 0: only the final one.",
     )
-    grad_accumulation_steps: int = option(
-        8, "Microbatches per update; exactly as if they were one batch.", at_least=1
+    iters: int | None = override(TrainConfig, "iters", help="Number of rollout batches.")
+    warmup: float = override(
+        TrainConfig,
+        "warmup",
+        0.0,
+        help="Warm-up: a fraction of the rollout batches if below 1, else rollout batches.",
     )
-    lr_schedule: str = option(
-        "linear",
-        "Course of the learning rate after warm-up.",
-        choices=("constant", "linear", "cosine"),
+    kl_coef: float = option(
+        0.0, "Weight of the KL penalty towards the reference.", LOSS, at_least=0
     )
-    warmup: float = option(
-        0.0, "Warm-up: a share of the rollout batches if below 1, else so many.", at_least=0
-    )
-    kl_coef: float = option(0.0, "Weight of the KL from the reference.", at_least=0)
     importance_cap: float = option(
         2.0,
-        "Where sampler and learner disagree by more than 0.02 nats a token, tokens are weighed by "
-        "their probability ratio, at most this.",
+        "Cap of the importance weights used if sampler and model disagree by over 0.02 nats/token.",
+        ADVANCED,
         above=0,
     )
     guard: bool = option(
         True,
-        "Stop a run that goes wrong (KL, entropy, length, repetition, held-out reward) and keep "
-        "its best evaluated checkpoint; off: only say so.",
+        "Stop a run that degrades (KL, entropy, length, repetition, held-out reward) and keep its "
+        "best checkpoint.",
+        ADVANCED,
     )
 
 
-@dataclass(frozen=True)
-class PpoConfig(OnPolicyConfig):
+@dataclass(frozen=True, kw_only=True)
+class PPOConfig(OnPolicyConfig):
     """Options of `mlx-align ppo`. Defaults from TRL, OpenRLHF and Huang et al. 2024 (N+)."""
 
-    group_size: int = option(4, "Completions sampled for a prompt.", at_least=1)
+    group_size: int = override(OnPolicyConfig, "group_size", 4)
     # 16 prompts x 4 = 64 episodes a rollout batch.
-    grad_accumulation_steps: int = option(
-        16, "Microbatches per update; exactly as if they were one batch.", at_least=1
-    )
-    update_epochs: int = option(2, "Passes over a rollout batch.", at_least=1)
-    kl_coef: float = option(
-        0.05, "Weight of the per-token KL penalty in the reward, at the start.", at_least=0
+    grad_accumulation_steps: int = override(TrainConfig, "grad_accumulation_steps", 16)
+    update_epochs: int = override(OnPolicyConfig, "update_epochs", 2)
+    kl_coef: float = override(
+        OnPolicyConfig, "kl_coef", 0.05, help="Initial weight of the per-token KL penalty."
     )
     target_kl: float | None = option(
         None,
-        "KL per completion, nats, towards which --kl-coef is adapted. Default: it stays.",
+        "Adapt --kl-coef towards this KL per completion, in nats.",
+        LOSS,
+        default_text="off",
         above=0,
     )
     kl_horizon: float = option(
-        10000.0, "Completions over which the KL coefficient adapts.", above=0
+        10000.0, "Completions over which --kl-coef adapts.", ADVANCED, above=0
     )
-    clip_eps: float = option(0.2, "Ratios are clipped to 1 - this and 1 + this.", above=0, below=1)
+    clip_eps: float = option(0.2, "Clip ratios to [1 - X, 1 + X].", LOSS, above=0, below=1)
     value_clip: float | None = option(
-        0.2, "Values may move so far from the old ones; needs --reward-rollouts.", above=0
+        0.2,
+        "Clip values to within X of the old ones; needs --reward-rollouts.",
+        CRITIC,
+        above=0,
     )
-    gamma: float = option(1.0, "Discount per token.", above=0)
+    gamma: float = option(1.0, "Discount per token.", CRITIC, above=0)
     gae_lambda: float = option(
-        0.95, "Lambda of generalised advantage estimation; 1 for long completions.", at_least=0
+        0.95, "Lambda of GAE; use 1 for long completions.", CRITIC, at_least=0
     )
-    # A trunk shared by actor and critic loses quality for little memory (Santacroce et al. 2023,
-    # Hydra-RLHF: 46.5 against 55.5% wins, 5% memory).
-    critic: str = option(
-        "own",
-        "The critic's adapter: its own, or shared with the policy.",
-        choices=("own", "shared"),
+    # Sharing layers between actor and critic loses quality for little memory (Santacroce et al.
+    # 2023, Hydra-RLHF: 46.5 against 55.5% wins, 5% memory).
+    critic: Literal["own", "shared"] = option(
+        "own", "Give the critic its own adapter, or share the policy's.", CRITIC
     )
-    critic_learning_rate: float = option(3e-5, "Learning rate of the critic's adapter.", above=0)
+    critic_learning_rate: float = option(
+        3e-5, "Learning rate of the critic's adapter.", CRITIC, above=0
+    )
     critic_warmup: int = option(
-        10, "Rollout batches in which only the critic is trained.", at_least=0
+        10, "Rollout batches that train only the critic.", CRITIC, at_least=0
     )
     value_coef: float = option(
-        0.1, "Weight of the value loss beside the policy's, with --critic shared.", above=0
+        0.1, "Weight of the value loss, with --critic shared.", CRITIC, above=0
     )
-    # Ziegler et al. 2019 and OpenRLHF standardise; it makes the other constants mean something.
+    # Ziegler et al. 2019 and OpenRLHF standardise, which gives the other constants a scale.
     reward_rollouts: int = option(
         256,
-        "Completions of the reference whose rewards set mean 0 and deviation 1; 0 leaves rewards "
-        "as they are.",
+        "Reference completions used to standardise rewards; 0 for raw rewards.",
+        REWARD,
         at_least=0,
     )
-    reward_clip: float = option(5.0, "Standardised rewards are clipped to this.", above=0)
+    reward_clip: float = option(5.0, "Clip standardised rewards to [-X, X].", REWARD, above=0)
     missing_eos_penalty: float = option(
-        1.0, "Subtracted from the reward of a completion that did not end.", at_least=0
+        1.0, "Subtracted from the reward of unfinished completions.", REWARD, at_least=0
     )
-    whiten_advantages: bool = option(
-        True, "Advantages of a rollout batch get mean 0 and deviation 1."
-    )
+    whiten_advantages: bool = option(True, "Normalise advantages over each rollout batch.", LOSS)
     ptx_coef: float = option(
-        0.0, "Weight of the loss on demonstrations, InstructGPT's PPO-ptx.", at_least=0
+        0.0, "Weight of the loss on demonstrations (PPO-ptx).", LOSS, at_least=0
     )
-    ptx_data: str | None = option(
-        None, "Demonstrations for --ptx-coef, as sft reads them.", training=False
+    ptx_data: str | None = override(
+        TrainConfig, "data", help="Demonstrations for --ptx-coef, as for sft.", group=LOSS
     )
 
 
-@dataclass(frozen=True)
-class GrpoConfig(OnPolicyConfig):
+@dataclass(frozen=True, kw_only=True)
+class GRPOConfig(OnPolicyConfig):
     """Options of `mlx-align grpo`."""
 
     loss: str = option(
         "grpo",
-        "Method: how rewards become advantages, what is clipped, how tokens are averaged.",
+        "Method: its advantages, clipping and averaging.",
+        LOSS,
+        names=(*(name for name in POLICY_METHODS if name != "ppo"), ONLINE_DPO),
+        metavar="METHOD",
     )
     clip_eps: float | None = option(
-        None, "Ratios are clipped at 1 - this. Default: the method's.", above=0
+        None, "Clip ratios at 1 - X.", LOSS, default_text="the method's", above=0
     )
     clip_eps_high: float | None = option(
-        None, "And at 1 + this. Default: the method's, or --clip-eps.", above=0
-    )
-    kl: str | None = option(
         None,
-        "Where --kl-coef acts: in the loss (k2, or k3, whose optimum is another), or in the reward "
-        "(k1). Default: the method's.",
-        choices=("k1", "k2", "k3"),
+        "Clip ratios at 1 + X.",
+        LOSS,
+        default_text="the method's, or --clip-eps",
+        above=0,
     )
-    beta: float | None = option(None, "Temperature of --loss online_dpo. Default: 0.1.", above=0)
-    multi_objective_aggregation: str | None = option(
+    kl: Literal["k1", "k2", "k3"] | None = option(
         None,
-        "Several rewards: weighted, added up and then compared within the group "
-        "(sum_then_normalize), or compared one by one, then weighted (normalize_then_sum, GDPO). "
-        "Default: sum_then_normalize.",
-        choices=("sum_then_normalize", "normalize_then_sum"),
+        "Where --kl-coef acts: in the reward (k1) or in the loss (k2; k3 has another optimum).",
+        LOSS,
+        default_text="the method's",
     )
-    entropy_coef: float = option(0.0, "Weight of an entropy bonus.", at_least=0)
-    overlong: str | None = option(
+    beta: float | None = option(
+        None, "Temperature of --loss online_dpo.", LOSS, default_text="0.1", above=0
+    )
+    multi_objective_aggregation: Literal["sum_then_normalize", "normalize_then_sum"] | None = (
+        option(
+            None,
+            "Several rewards: sum, then normalise in the group, or normalise each first (GDPO).",
+            REWARD,
+            default_text="sum_then_normalize",
+        )
+    )
+    entropy_coef: float = option(0.0, "Weight of the entropy bonus.", LOSS, at_least=0)
+    overlong: Literal["keep", "mask"] | None = option(
         None,
-        "Completions that did not end: learned from as they are (keep), or not at all (mask). "
-        "Default: keep.",
-        choices=("keep", "mask"),
+        "Truncated completions: train on them (keep) or not (mask).",
+        ROLLOUT,
+        default_text="keep",
     )
     dynamic_sampling: bool | None = option(
         None,
-        "Sample further prompts in the place of those whose completions all have one reward. "
-        "Default: as the method (dapo does).",
+        "Replace prompts whose completions all get the same reward.",
+        ROLLOUT,
+        default_text="on for dapo, else off",
     )

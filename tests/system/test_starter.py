@@ -1,4 +1,4 @@
-"""The starter that is shipped: what it promises, and that it is what its script makes."""
+"""The shipped starter: its properties, and that its script reproduces it."""
 
 import importlib.util
 import json
@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from mlx_lm import generate, load
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent.parent
 STARTER = ROOT / "data" / "starter"
 
 

@@ -1,4 +1,4 @@
-"""The terminal: progress while something runs, and tables when it is done."""
+"""The terminal: progress bars, notes, and the table at the end of a run."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console as RichConsole
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -25,18 +25,19 @@ from mlx_align.train.display import Bar
 from mlx_align.train.runlog import say_seconds
 
 
-class Terminal:
-    """Shows a run to a person. With `json`, standard output is left to the result.
+class Console:
+    """Shows progress in a terminal; the implementation of the protocol in `system/progress.py`.
 
-    A run outlives whoever reads it: where the terminal was closed, or `tee` died of the same
-    Ctrl-C, nothing more is shown.
+    With `json`, everything goes to standard error, so that standard output has only the result.
+    A run doesn't die with its terminal: if the terminal was closed, or `tee` died of the same
+    Ctrl-C, the console goes silent.
     """
 
     def __init__(self, json: bool = False) -> None:
-        self.console = _Console(stderr=json, highlight=False, soft_wrap=True)
+        self.console = _UnbrokenConsole(stderr=json, highlight=False, soft_wrap=True)
 
     def note(self, text: str) -> None:
-        """Print finished lines, as they are."""
+        """Print text as it is, without markup."""
         try:
             self.console.print(Text(text))
         except OSError:
@@ -44,7 +45,7 @@ class Terminal:
 
     @contextmanager
     def bar(self, label: str, total: int, done: int = 0) -> Iterator[Bar]:
-        """A progress bar with time left; where there is no terminal, a line every minute."""
+        """A progress bar with the time left; without a terminal, a line every minute."""
         if not self.console.is_terminal:
             yield _Lines(self.console, label, total, done)
             return
@@ -60,9 +61,13 @@ class Terminal:
             yield _RichBar(progress, progress.add_task(label, total=total, completed=done))
 
     def outcome(self, summary: Mapping[str, Any]) -> None:
-        """Before and after on held-out data, and what the model says to a few prompts."""
+        """Print metrics before and after training, and a few samples.
+
+        Args:
+            summary: The run's summary.json. A reward model's has its own report, shown earlier.
+        """
         if "held_out" in summary:
-            return  # a reward model's report, which was shown when it was made
+            return
         before, after = summary["eval_before"], summary["eval"]
         if after:
             self.console.print(_metric_table(before, after, summary["kl"]))
@@ -76,14 +81,14 @@ class Terminal:
                 self.console.print(Text(f"  {name:>6}  ", "dim") + Text(_one_line(text)))
 
 
-class _Console(Console):
+class _UnbrokenConsole(RichConsole):
     def on_broken_pipe(self) -> None:
-        """Go on in silence, where rich would end the process."""
+        """Continue silently; rich would end the process."""
         _silence(self)
 
 
-def _silence(console: Console) -> None:
-    """What the console still writes, and Python at exit, goes nowhere."""
+def _silence(console: RichConsole) -> None:
+    """Send to the null device what the console, and Python at exit, still write."""
     console.quiet = True
     with suppress(OSError, ValueError):
         nowhere = os.open(os.devnull, os.O_WRONLY)
@@ -100,22 +105,22 @@ class _RichBar:
 
 
 class _Lines:
-    """For a log file: a line now and then instead of a bar."""
+    """Progress in a log file: a line per minute instead of a bar."""
 
     EVERY_SECONDS = 60.0
 
-    def __init__(self, console: Console, label: str, total: int, done: int) -> None:
+    def __init__(self, console: RichConsole, label: str, total: int, done: int) -> None:
         self._console, self._label, self._total = console, label, total
         self._done = self._first = done
-        self._began = self._said = time.monotonic()
+        self._started = self._printed = time.monotonic()
 
     def advance(self, count: int = 1) -> None:
         self._done += count
         now = time.monotonic()
-        if now - self._said < self.EVERY_SECONDS or self._done == self._first:
+        if now - self._printed < self.EVERY_SECONDS or self._done == self._first:
             return
-        self._said = now
-        each = (now - self._began) / (self._done - self._first)
+        self._printed = now
+        each = (now - self._started) / (self._done - self._first)
         left = say_seconds(each * (self._total - self._done))
         try:
             self._console.print(Text(f"  {self._label}: {self._done}/{self._total}, {left} left"))
@@ -125,17 +130,17 @@ class _Lines:
 
 _ROWS = (
     ("reward", "reward", "{:+.3f}"),
-    ("reward only looked at", "held_out", "{:+.3f}"),
-    ("answers that end by themselves", "completions/ended", "{:.0%}"),
-    ("tokens of an answer", "completions/mean_length", "{:.0f}"),
-    ("prefers the chosen (own log-prob)", "logps/accuracies", "{:.1%}"),
+    ("held-out reward", "held_out", "{:+.3f}"),
+    ("finished completions", "completions/ended", "{:.0%}"),
+    ("tokens per completion", "completions/mean_length", "{:.0f}"),
+    ("prefers chosen (by log-prob)", "logps/accuracies", "{:.1%}"),
     ("log-prob margin, nats", "logps/margins", "{:+.2f}"),
     ("log-prob of chosen, nats", "logps/chosen", "{:.2f}"),
     ("log-prob of rejected, nats", "logps/rejected", "{:.2f}"),
     ("reward accuracy (implicit)", "rewards/accuracies", "{:.1%}"),
     ("reward margin (implicit)", "rewards/margins", "{:+.3f}"),
-    ("a good answer's reward beats a bad one's", "rewards/auc", "{:.1%}"),
-    ("KL point of mismatched answers, nats", "kl", "{:.2f}"),
+    ("reward AUC, desirable over undesirable", "rewards/auc", "{:.1%}"),
+    ("KL estimate from mismatched pairs, nats", "kl", "{:.2f}"),
     ("perplexity", "perplexity", "{:.3f}"),
     ("loss", "loss", "{:.4f}"),
 )
@@ -151,13 +156,14 @@ def _metric_table(
     for label, key, pattern in _ROWS:
         if after.get(key) is not None:
             first = before.get(key)
-            # All implicit rewards are 0 before training: an accuracy would say nothing.
+            # Implicit rewards are all 0 before training, so an accuracy would be meaningless.
             shown = "–" if first is None or key == "rewards/accuracies" else pattern.format(first)
             table.add_row(label, shown, pattern.format(after[key]))
     if kl is not None:
         error = kl["standard_error"]
         spread = "" if error is None or error != error else f" ± {error:.2f}"
-        table.add_row("KL from the reference, nats per answer", "0.00", f"{kl['mean']:.2f}{spread}")
+        label = "KL from the reference, nats per completion"
+        table.add_row(label, "0.00", f"{kl['mean']:.2f}{spread}")
     return table
 
 

@@ -1,0 +1,476 @@
+"""The keyword arguments of the Python functions, as types for editors and mypy.
+
+Generated from the config classes by scripts/make_reference.py; don't edit. Use them as
+`def dpo(**options: Unpack[DPOOptions]) -> Run`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Required, TypeAlias, TypedDict
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+else:
+    Dataset = Any
+
+# Rows of data: a file, folder or hub name; a list of dicts; or a datasets.Dataset.
+Data: TypeAlias = str | Path | Iterable[Mapping[str, Any]] | Dataset
+# Rewards: specs as on the command line, or functions; one or several.
+Rewards: TypeAlias = str | Callable[..., Any] | Sequence[str | Callable[..., Any]]
+
+
+class CacheOptions(TypedDict, total=False):
+    """Keyword arguments checked by `CacheConfig`."""
+
+    reference_cache: str | Path | None
+    purge: bool
+
+
+class CheckDataOptions(TypedDict, total=False):
+    """Keyword arguments checked by `CheckDataConfig`."""
+
+    model: str | Path | None
+    data: Data | None
+    format: str | None
+    max_seq_length: int
+    max_completion_length: int | None
+
+
+class DPOOptions(TypedDict, total=False):
+    """Keyword arguments checked by `DPOConfig`."""
+
+    model: str | Path | None
+    data: Data | None
+    output: str | Path | None
+    init_adapter: str | Path | None
+    format: str | None
+    max_seq_length: int
+    max_completion_length: int | None
+    valid_fraction: float
+    fine_tune_type: Literal["lora", "dora", "full"] | None
+    lora_rank: int | None
+    lora_alpha: float | None
+    lora_dropout: float
+    lora_keys: str | Sequence[str] | None
+    num_layers: int | None
+    iters: int | None
+    epochs: float | None
+    batch_size: int | None
+    batch_tokens: int | None
+    grad_accumulation_steps: int
+    learning_rate: float
+    lr_schedule: Literal["constant", "linear", "cosine"]
+    warmup: float
+    grad_checkpoint: bool
+    seed: int
+    loss: str | Callable[..., Any]
+    loss_option: Mapping[str, float | str]
+    beta: float | None
+    label_smoothing: float | None
+    wpo: bool
+    ld_alpha: float | None
+    steps_per_report: int
+    steps_per_eval: int
+    val_batches: int
+    save_every: int
+    samples: int
+    sample_tokens: int
+    report_to: str | Sequence[str] | None
+    project_name: str | None
+    adapter_dtype: Literal["float32", "bfloat16"]
+    weight_decay: float
+    max_grad_norm: float
+    on_non_finite: Literal["stop", "skip"]
+    force: bool
+    reference_cache: str | Path | None
+
+
+class EvalOptions(TypedDict, total=False):
+    """Keyword arguments checked by `EvalConfig`."""
+
+    model: str | Path | None
+    adapter_path: str | Path | None
+    data: Data | None
+    format: str | None
+    max_seq_length: int | None
+    output: str | Path | None
+    samples: int
+    n: int
+    sample_tokens: int
+    seed: int
+    reward_model: str | Path | None
+    perplexity_data: str | Path | None
+
+
+class ExportOptions(TypedDict, total=False):
+    """Keyword arguments checked by `ExportConfig`."""
+
+    model: Required[str | Path]
+    adapter_path: Required[str | Path]
+    output: Required[str | Path]
+
+
+class FuseOptions(TypedDict, total=False):
+    """Keyword arguments checked by `FuseConfig`."""
+
+    model: Required[str | Path]
+    adapter_path: Required[str | Path]
+    output: Required[str | Path]
+    dequantize: bool
+
+
+class GRPOOptions(TypedDict, total=False):
+    """Keyword arguments checked by `GRPOConfig`."""
+
+    model: str | Path | None
+    data: Data | None
+    output: str | Path | None
+    init_adapter: str | Path | None
+    format: str | None
+    valid_fraction: float
+    fine_tune_type: Literal["lora", "dora", "full"] | None
+    lora_rank: int | None
+    lora_alpha: float | None
+    lora_dropout: float
+    lora_keys: str | Sequence[str] | None
+    num_layers: int | None
+    reward: Rewards | None
+    reward_model: str | Path | None
+    reward_model_weight: float
+    eval_reward: Rewards | None
+    eval_reward_model: str | Path | None
+    multi_objective_aggregation: Literal["sum_then_normalize", "normalize_then_sum"] | None
+    max_seq_length: int
+    max_completion_length: int
+    group_size: int
+    minibatches: int
+    update_epochs: int
+    temperature: float
+    max_prompt_length: int | None
+    overlong: Literal["keep", "mask"] | None
+    dynamic_sampling: bool | None
+    iters: int | None
+    epochs: float | None
+    batch_size: int | None
+    batch_tokens: int | None
+    grad_accumulation_steps: int
+    learning_rate: float
+    lr_schedule: Literal["constant", "linear", "cosine"]
+    warmup: float
+    grad_checkpoint: bool
+    seed: int
+    kl_coef: float
+    loss: str
+    clip_eps: float | None
+    clip_eps_high: float | None
+    kl: Literal["k1", "k2", "k3"] | None
+    beta: float | None
+    entropy_coef: float
+    steps_per_report: int
+    steps_per_eval: int
+    val_batches: int
+    save_every: int
+    samples: int
+    sample_tokens: int
+    report_to: str | Sequence[str] | None
+    project_name: str | None
+    adapter_dtype: Literal["float32", "bfloat16"]
+    weight_decay: float
+    max_grad_norm: float
+    on_non_finite: Literal["stop", "skip"]
+    force: bool
+    reward_timeout: float
+    importance_cap: float
+    guard: bool
+
+
+class KTOOptions(TypedDict, total=False):
+    """Keyword arguments checked by `KTOConfig`."""
+
+    model: str | Path | None
+    data: Data | None
+    output: str | Path | None
+    init_adapter: str | Path | None
+    format: str | None
+    max_seq_length: int
+    max_completion_length: int | None
+    valid_fraction: float
+    fine_tune_type: Literal["lora", "dora", "full"] | None
+    lora_rank: int | None
+    lora_alpha: float | None
+    lora_dropout: float
+    lora_keys: str | Sequence[str] | None
+    num_layers: int | None
+    iters: int | None
+    epochs: float | None
+    batch_size: int | None
+    batch_tokens: int | None
+    grad_accumulation_steps: int
+    learning_rate: float
+    lr_schedule: Literal["constant", "linear", "cosine"]
+    warmup: float
+    grad_checkpoint: bool
+    seed: int
+    loss: Literal["kto", "apo_zero_unpaired"]
+    loss_option: Mapping[str, float | str]
+    beta: float | None
+    desirable_weight: float | None
+    undesirable_weight: float | None
+    steps_per_report: int
+    steps_per_eval: int
+    val_batches: int
+    save_every: int
+    samples: int
+    sample_tokens: int
+    report_to: str | Sequence[str] | None
+    project_name: str | None
+    adapter_dtype: Literal["float32", "bfloat16"]
+    weight_decay: float
+    max_grad_norm: float
+    on_non_finite: Literal["stop", "skip"]
+    force: bool
+    reference_cache: str | Path | None
+
+
+class PPOOptions(TypedDict, total=False):
+    """Keyword arguments checked by `PPOConfig`."""
+
+    model: str | Path | None
+    data: Data | None
+    output: str | Path | None
+    init_adapter: str | Path | None
+    format: str | None
+    valid_fraction: float
+    fine_tune_type: Literal["lora", "dora", "full"] | None
+    lora_rank: int | None
+    lora_alpha: float | None
+    lora_dropout: float
+    lora_keys: str | Sequence[str] | None
+    num_layers: int | None
+    reward: Rewards | None
+    reward_model: str | Path | None
+    reward_model_weight: float
+    eval_reward: Rewards | None
+    eval_reward_model: str | Path | None
+    reward_rollouts: int
+    reward_clip: float
+    missing_eos_penalty: float
+    max_seq_length: int
+    max_completion_length: int
+    group_size: int
+    minibatches: int
+    update_epochs: int
+    temperature: float
+    max_prompt_length: int | None
+    iters: int | None
+    epochs: float | None
+    batch_size: int | None
+    batch_tokens: int | None
+    grad_accumulation_steps: int
+    learning_rate: float
+    lr_schedule: Literal["constant", "linear", "cosine"]
+    warmup: float
+    grad_checkpoint: bool
+    seed: int
+    kl_coef: float
+    target_kl: float | None
+    clip_eps: float
+    whiten_advantages: bool
+    ptx_coef: float
+    ptx_data: Data | None
+    value_clip: float
+    gamma: float
+    gae_lambda: float
+    critic: Literal["own", "shared"]
+    critic_learning_rate: float
+    critic_warmup: int
+    value_coef: float
+    steps_per_report: int
+    steps_per_eval: int
+    val_batches: int
+    save_every: int
+    samples: int
+    sample_tokens: int
+    report_to: str | Sequence[str] | None
+    project_name: str | None
+    adapter_dtype: Literal["float32", "bfloat16"]
+    weight_decay: float
+    max_grad_norm: float
+    on_non_finite: Literal["stop", "skip"]
+    force: bool
+    reward_timeout: float
+    importance_cap: float
+    guard: bool
+    kl_horizon: float
+
+
+class PlanOptions(TypedDict, total=False):
+    """Keyword arguments checked by `PlanConfig`."""
+
+    command: Literal["dpo", "kto", "sft", "reward", "ppo", "grpo"]
+    machine: str | None
+    measure: bool
+    run: str | Path | None
+
+
+class ReportOptions(TypedDict, total=False):
+    """Keyword arguments checked by `ReportConfig`."""
+
+    runs: Required[str | Sequence[str]]
+    output: str | Path | None
+    open: bool
+
+
+class RerankOptions(TypedDict, total=False):
+    """Keyword arguments checked by `RerankConfig`."""
+
+    model: Required[str | Path]
+    adapter_path: str | Path | None
+    reward_model: str | Path | None
+    prompt: str | None
+    input: str | Path | None
+    output: str | Path | None
+    ignore_chat_template: bool
+    beta: float | None
+    reference_adapter: str | Path | None
+    per_token: bool | None
+    batch_size: int
+    max_seq_length: int
+    n: int | None
+    max_tokens: int | None
+    temperature: float | None
+    seed: int | None
+
+
+class RewardOptions(TypedDict, total=False):
+    """Keyword arguments checked by `RewardConfig`."""
+
+    model: str | Path | None
+    data: Data | None
+    output: str | Path | None
+    init_adapter: str | Path | None
+    format: str | None
+    max_seq_length: int
+    max_completion_length: int | None
+    valid_fraction: float
+    fine_tune_type: Literal["lora", "dora", "full"] | None
+    lora_rank: int | None
+    lora_alpha: float | None
+    lora_dropout: float
+    lora_keys: str | Sequence[str] | None
+    num_layers: int | None
+    iters: int | None
+    epochs: float | None
+    batch_size: int | None
+    batch_tokens: int | None
+    grad_accumulation_steps: int
+    learning_rate: float
+    lr_schedule: Literal["constant", "linear", "cosine"]
+    warmup: float
+    grad_checkpoint: bool
+    seed: int
+    members: int
+    center_rewards_coefficient: float
+    label_smoothing: float
+    rating_margin: float
+    ties: Literal["skip", "half"]
+    steps_per_report: int
+    steps_per_eval: int
+    val_batches: int
+    save_every: int
+    samples: int
+    sample_tokens: int
+    report_to: str | Sequence[str] | None
+    project_name: str | None
+    adapter_dtype: Literal["float32", "bfloat16"]
+    weight_decay: float
+    max_grad_norm: float
+    on_non_finite: Literal["stop", "skip"]
+    force: bool
+
+
+class SFTOptions(TypedDict, total=False):
+    """Keyword arguments checked by `SFTConfig`."""
+
+    model: str | Path | None
+    data: Data | None
+    output: str | Path | None
+    init_adapter: str | Path | None
+    format: str | None
+    max_seq_length: int
+    max_completion_length: int | None
+    valid_fraction: float
+    fine_tune_type: Literal["lora", "dora", "full"] | None
+    lora_rank: int | None
+    lora_alpha: float | None
+    lora_dropout: float
+    lora_keys: str | Sequence[str] | None
+    num_layers: int | None
+    iters: int | None
+    epochs: float | None
+    batch_size: int | None
+    batch_tokens: int | None
+    grad_accumulation_steps: int
+    learning_rate: float
+    lr_schedule: Literal["constant", "linear", "cosine"]
+    warmup: float
+    grad_checkpoint: bool
+    seed: int
+    loss: Literal["nll", "dft"]
+    loss_on: Literal["completion", "assistant"]
+    steps_per_report: int
+    steps_per_eval: int
+    val_batches: int
+    save_every: int
+    samples: int
+    sample_tokens: int
+    report_to: str | Sequence[str] | None
+    project_name: str | None
+    adapter_dtype: Literal["float32", "bfloat16"]
+    weight_decay: float
+    max_grad_norm: float
+    on_non_finite: Literal["stop", "skip"]
+    force: bool
+
+
+class SampleOptions(TypedDict, total=False):
+    """Keyword arguments checked by `SampleConfig`."""
+
+    model: Required[str | Path]
+    adapter_path: str | Path | None
+    data: Required[Data]
+    format: str | None
+    output: Required[str | Path]
+    max_prompt_length: int
+    reward: Rewards | None
+    reward_model: str | Path | None
+    reward_model_weight: float | None
+    reward_timeout: float
+    threshold: float | None
+    n: int
+    keep: int | None
+    pairs: bool
+    max_tokens: int
+    temperature: float
+    seed: int
+
+
+class ScoreOptions(TypedDict, total=False):
+    """Keyword arguments checked by `ScoreConfig`."""
+
+    model: Required[str | Path]
+    adapter_path: str | Path | None
+    data: Required[Data]
+    split: str
+    output: Required[str | Path]
+    format: str | None
+    beta: float | None
+    reference_adapter: str | Path | None
+    per_token: bool | None
+    batch_size: int
+    max_seq_length: int
+    logps: bool
+    combine: Literal["mean", "min", "mean-variance"]
+    variance_penalty: float | None

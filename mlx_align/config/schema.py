@@ -1,0 +1,534 @@
+"""How options are declared, read and checked. Each option is declared once, as a dataclass field.
+
+A command's config class is a frozen dataclass whose fields are made by `option`; pydantic checks
+its values. From these declarations come the command-line options (`cli/options.py`), the keys of
+YAML files, the signatures and docstrings of the Python functions (`signatures.py`), the keyword
+types for editors (`keywords.py`) and the reference page (`docs/reference/options.md`).
+
+Precedence: keyword arguments or the command line > the YAML file > defaults.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import os
+import types
+import typing
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+import yaml
+
+from mlx_align.errors import ConfigError
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
+
+Source = Literal["python", "command line"]
+
+# Counters and array indices are 32 bits wide.
+LARGEST = 2**31 - 1
+# Two ways to set one thing.
+EXCLUSIVE = (("iters", "epochs"), ("batch_size", "batch_tokens"))
+# The sections of --help and of the reference page, in this order.
+MODEL = "Model and data"
+LORA = "LoRA"
+REWARD = "Reward"
+ROLLOUT = "Rollouts"
+OPTIMISATION = "Optimisation"
+LOSS = "Loss"
+CRITIC = "Critic"
+SCORING = "Scoring"
+SAMPLING = "Sampling"
+EVALUATION = "Evaluation"
+ADVANCED = "Advanced"
+OTHER = "Other options"
+GROUPS = (
+    MODEL,
+    LORA,
+    REWARD,
+    ROLLOUT,
+    OPTIMISATION,
+    LOSS,
+    CRITIC,
+    SCORING,
+    SAMPLING,
+    EVALUATION,
+    ADVANCED,
+    OTHER,
+)
+REQUIRED: Any = dataclasses.MISSING
+_UNCHANGED: Any = object()
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """One declared option.
+
+    Attributes:
+        name: Field name, YAML key and Python keyword.
+        kind: int, float, str, bool, tuple (of names) or dict (name to value).
+        default: Its default; `REQUIRED` if it must be given.
+        help: One sentence.
+        group: The section of --help, one of `GROUPS`.
+        default_text: What a default of None means, in words.
+        choices: All values it takes; empty if it takes others too.
+        names: Names to show and complete where a value may combine them (`sigmoid=1,sft=0.2`).
+        at_least: Inclusive lower bound.
+        above: Exclusive lower bound.
+        below: Exclusive upper bound.
+        metavar: What --help shows for the value.
+        change_on_resume: Whether a resumed run may change it. Others determine what is trained.
+        several: Whether it may be given more than once, each time with one value.
+        off: The flag that turns it off, if that is not --no-NAME.
+        positional: Whether the command line takes it without a flag.
+        python_type: Annotation for Python callers where they may pass more than the config holds.
+    """
+
+    name: str
+    kind: type
+    default: Any
+    help: str
+    group: str
+    default_text: str | None = None
+    choices: tuple[str, ...] = ()
+    names: tuple[str, ...] = ()
+    at_least: float | None = None
+    above: float | None = None
+    below: float | None = None
+    metavar: str | None = None
+    change_on_resume: bool = False
+    several: bool = False
+    off: str | None = None
+    positional: bool = False
+    python_type: str | None = None
+
+    @property
+    def flag(self) -> str:
+        """The command-line spelling."""
+        return flag_of(self.name)
+
+    @property
+    def required(self) -> bool:
+        """Whether it has no default."""
+        return self.default is REQUIRED
+
+    @property
+    def range(self) -> str:
+        """The allowed range in words; empty if any value is allowed."""
+        bounds = (
+            ("at least", self.at_least),
+            ("above", self.above),
+            ("below", self.below),
+        )
+        return " and ".join(f"{word} {bound:g}" for word, bound in bounds if bound is not None)
+
+    @property
+    def shown_default(self) -> str | None:
+        """The default as --help and the reference show it; None if there is nothing to show."""
+        if self.default_text is not None or self.default is None or self.required:
+            return self.default_text
+        if self.kind is bool:
+            return "on" if self.default else None
+        return str(self.default) if self.default != {} else None
+
+
+def option(
+    default: Any,
+    help: str,  # click's name for it
+    group: str,
+    *,
+    default_text: str | None = None,
+    names: tuple[str, ...] = (),
+    at_least: float | None = None,
+    above: float | None = None,
+    below: float | None = None,
+    metavar: str | None = None,
+    change_on_resume: bool = False,
+    several: bool = False,
+    off: str | None = None,
+    positional: bool = False,
+    python_type: str | None = None,
+) -> Any:
+    """Declare an option: a field of a config class. For the arguments see `Option`.
+
+    Name, type and choices come from the field's name and annotation (`Literal` for choices).
+    """
+    return _field(
+        Option(
+            name="",
+            kind=str,
+            default=default,
+            help=help,
+            group=group,
+            default_text=default_text,
+            names=names,
+            at_least=at_least,
+            above=above,
+            below=below,
+            metavar=metavar,
+            change_on_resume=change_on_resume,
+            several=several,
+            off=off,
+            positional=positional,
+            python_type=python_type,
+        )
+    )
+
+
+def override(config_class: type[Any], name: str, default: Any = _UNCHANGED, **changes: Any) -> Any:
+    """Declare an option of another config class again, with another default, help or group.
+
+    Args:
+        config_class: Where the option is declared.
+        name: Its name there.
+        default: The new default; the declared one if left out.
+        **changes: Further arguments of `option` to replace.
+    """
+    (declared,) = (f.metadata["option"] for f in dataclasses.fields(config_class) if f.name == name)
+    if default is not _UNCHANGED:
+        changes["default"] = default
+    return _field(dataclasses.replace(declared, **changes))
+
+
+def _field(declared: Option) -> Any:
+    metadata = {"option": declared}
+    if isinstance(declared.default, dict):
+        return dataclasses.field(default_factory=lambda: dict(declared.default), metadata=metadata)
+    return dataclasses.field(default=declared.default, metadata=metadata)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Base of every config class. Values are converted and checked whenever one is made.
+
+    Raises:
+        ConfigError: A value has the wrong type or is out of range; the text names the option, the
+            value and what was expected.
+    """
+
+    def __post_init__(self) -> None:
+        given = {entry.name: getattr(self, entry.name) for entry in dataclasses.fields(self)}
+        for name, value in _checked(type(self), given, _Where("python")).items():
+            object.__setattr__(self, name, value)
+
+
+Config = TypeVar("Config", bound=Options)
+# Made once per config class.
+_declared: dict[Any, dict[str, Option]] = {}
+_validators: dict[Any, type[BaseModel]] = {}
+
+
+def declared_options(config_class: type[Options]) -> dict[str, Option]:
+    """The options of a config class by name, in the order of `GROUPS`."""
+    if config_class in _declared:
+        return _declared[config_class]
+    hints = typing.get_type_hints(config_class)
+    found = []
+    for entry in dataclasses.fields(config_class):
+        kind, choices = _kind(hints[entry.name])
+        declared = entry.metadata["option"]
+        found.append(dataclasses.replace(declared, name=entry.name, kind=kind, choices=choices))
+    found.sort(key=lambda declared: GROUPS.index(declared.group))
+    _declared[config_class] = {declared.name: declared for declared in found}
+    return _declared[config_class]
+
+
+def _kind(hint: Any) -> tuple[type, tuple[str, ...]]:
+    """The plain type of an annotation, and the choices of a Literal."""
+    if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
+        (hint,) = (one for one in typing.get_args(hint) if one is not type(None))
+    if typing.get_origin(hint) is Literal:
+        return str, typing.get_args(hint)
+    return typing.get_origin(hint) or hint, ()
+
+
+def flag_of(name: str) -> str:
+    """The command-line spelling of an option: --batch-size, -n."""
+    return "-" * min(len(name), 2) + name.replace("_", "-")
+
+
+def make_config(
+    config_class: type[Config],
+    keywords: Mapping[str, Any],
+    file: Path | None = None,
+    source: Source = "python",
+) -> Config:
+    """A checked config: `keywords` over the options of a YAML file over the defaults.
+
+    Args:
+        config_class: The command's config class.
+        keywords: Only what was given, by option name.
+        file: A YAML file with options.
+        source: Who gave `keywords`: messages say `beta=-1` to a Python caller and `--beta -1` on
+            the command line.
+
+    Raises:
+        ConfigError: An option is unknown, has the wrong type or is out of range, or two options
+            exclude each other; one line that names it.
+    """
+    values = {} if file is None else read_yaml(file, config_class)
+    values.update(_checked(config_class, keywords, _Where(source)))
+    for name, declared in declared_options(config_class).items():
+        if declared.required and values.get(name) is None:
+            raise ConfigError(f"{spelled(name, source)} is missing")
+    for one, other in EXCLUSIVE:
+        # The caller's choice between the two replaces the file's.
+        if one in keywords and other not in keywords:
+            values.pop(other, None)
+        if other in keywords and one not in keywords:
+            values.pop(one, None)
+        if values.get(one) is not None and values.get(other) is not None:
+            pair = f"{spelled(one, source)} and {spelled(other, source)}"
+            raise ConfigError(f"{pair} exclude each other; give one")
+    return config_class(**values)
+
+
+def spelled(name: str, source: Source) -> str:
+    """An option's name as its user writes it: --batch-size or batch_size."""
+    return flag_of(name) if source == "command line" else name
+
+
+def require(config: Options, *names: str, source: Source = "command line") -> None:
+    """Check that the options `names` were given.
+
+    Raises:
+        ConfigError: One is None.
+    """
+    for name in names:
+        if getattr(config, name) is None:
+            expected = {"model": "a model folder or a hub name", "adapter_path": "a run folder"}
+            hint = expected.get(name, "a folder, a file or a hub name")
+            raise ConfigError(f"{spelled(name, source)} is missing; give {hint}")
+
+
+def fixed_options(config: Options) -> dict[str, Any]:
+    """The options that determine what is trained; a resumed run can't change them."""
+    declared = declared_options(type(config))
+    return {
+        field.name: getattr(config, field.name)
+        for field in dataclasses.fields(config)  # in the order of declaration
+        if not declared[field.name].change_on_resume
+    }
+
+
+def read_yaml(file: Path, config_class: type[Options]) -> dict[str, Any]:
+    """The checked options of a YAML file.
+
+    Raises:
+        ConfigError: It can't be read or parsed, or has a wrong key or value.
+    """
+    try:
+        text = file.read_text(encoding="utf-8")
+        content = yaml.safe_load(text)
+        lines = _key_lines(text)
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not UTF-8 text"
+        raise ConfigError(f"{file}: can't be read ({reason})") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f":{mark.line + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or str(error).splitlines()[0][:120]
+        raise ConfigError(f"{file}{line}: not YAML ({problem})") from error
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise ConfigError(f"{file}: expected option: value lines, found {type(content).__name__}")
+    given = {_shown(key, str).replace("-", "_"): value for key, value in content.items()}
+    return _checked(config_class, given, _Where("file", file, lines))
+
+
+def _key_lines(text: str) -> dict[str, int]:
+    """The line of each top-level key, from 1."""
+    node = yaml.compose(text, Loader=yaml.SafeLoader)
+    if not isinstance(node, yaml.MappingNode):
+        return {}
+    return {
+        str(key.value).replace("-", "_"): key.start_mark.line + 1
+        for key, _ in node.value
+        if isinstance(key, yaml.ScalarNode)
+    }
+
+
+def to_yaml(config: Options) -> str:
+    """The config as a YAML file that `-c` takes; options that are None are left out."""
+    values = {
+        name: list(value) if isinstance(value, tuple) else value
+        for name, value in dataclasses.asdict(config).items()
+        if value is not None and value != {}
+    }
+    return yaml.safe_dump(values, sort_keys=False)
+
+
+@dataclass(frozen=True, slots=True)
+class _Where:
+    """Where values come from, for messages."""
+
+    source: Source | Literal["file"]
+    file: Path | None = None
+    lines: Mapping[str, int] = dataclasses.field(default_factory=dict)
+
+    def prefix(self, name: str) -> str:
+        if self.source != "file":
+            return ""
+        line = self.lines.get(name)
+        return f"{self.file}: " if line is None else f"{self.file}:{line}: "
+
+    def option(self, name: str, value: Any) -> str:
+        """The option with its value, as its user wrote it."""
+        if self.source == "command line":
+            return f"{flag_of(name)} {_shown(value, str)}"
+        if self.source == "file":
+            return f"{self.prefix(name)}{name}: {_shown(value, str)}"
+        return f"{name}={_shown(value)}"
+
+
+def _checked(
+    config_class: type[Options], given: Mapping[str, Any], where: _Where
+) -> dict[str, Any]:
+    """The values of `given`, converted to their types. Options not given are not filled in."""
+    from pydantic import ValidationError
+
+    declared = declared_options(config_class)
+    for name in given:
+        if name not in declared:
+            show = flag_of if where.source == "command line" else str
+            close = difflib.get_close_matches(name, declared, n=1)
+            hint = f"; did you mean {show(close[0])}?" if close else ""
+            raise ConfigError(f"{where.prefix(name)}unknown option {show(name)}{hint}")
+    try:
+        checked = _validator(config_class).model_validate(dict(given))
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        name = str(first["loc"][0])
+        problem = _problem(declared[name], first)
+        raise ConfigError(f"{where.option(name, given[name])}: {problem}") from None
+    return {name: getattr(checked, name) for name in given}
+
+
+def _validator(config_class: type[Options]) -> type[BaseModel]:
+    """The pydantic model that checks a config's values; made when it is first needed.
+
+    pydantic and its models take 0.2 s to import and make, which --help should not wait for.
+    """
+    from pydantic import ConfigDict, Field, ValidationInfo, create_model, field_validator
+
+    if config_class in _validators:
+        return _validators[config_class]
+    declared = declared_options(config_class)
+    hints = typing.get_type_hints(config_class)
+
+    def convert(value: Any, info: ValidationInfo) -> Any:
+        return _convert(value, declared[str(info.field_name)])
+
+    fields: dict[str, Any] = {
+        name: (hints[name], Field(None, ge=one.at_least, gt=one.above, lt=one.below))
+        for name, one in declared.items()
+    }
+    _validators[config_class] = create_model(
+        config_class.__name__,
+        __config__=ConfigDict(extra="forbid", allow_inf_nan=False),
+        __validators__={"convert": field_validator("*", mode="before")(convert)},
+        **fields,
+    )
+    return _validators[config_class]
+
+
+def _convert(value: Any, declared: Option) -> Any:
+    """What pydantic checks: without its conversions (True to 1), with ours (1e3 in YAML, "a,b")."""
+    if value is None:
+        return None
+    if declared.kind is bool and not isinstance(value, bool):
+        raise ValueError("expected true or false")
+    if declared.kind in (int, float):
+        return _number(value, declared.kind)
+    if declared.kind is str:
+        if value == "":
+            raise ValueError("expected text")
+        return os.fspath(value) if isinstance(value, os.PathLike) else value
+    if declared.kind is tuple:
+        return _names(value, several=declared.several)
+    if declared.kind is dict:
+        return _mapping(value)
+    return value
+
+
+def _problem(declared: Option, error: Any) -> str:
+    kind = error["type"]
+    if kind == "value_error":
+        return str(error["ctx"]["error"])
+    if kind == "literal_error":
+        close = difflib.get_close_matches(str(error["input"]), declared.choices, n=1)
+        hint = f"did you mean {close[0]}? " if close else ""
+        return f"unknown; {hint}choose from {', '.join(declared.choices)}"
+    if kind.startswith(("greater_than", "less_than")):
+        return f"out of range; must be {declared.range}"
+    return f"expected {_EXPECTED[declared.kind]}"
+
+
+_EXPECTED: dict[type, str] = {
+    str: "text",
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    tuple: "a list of names",
+    dict: "a list of name: value",
+}
+
+
+def _shown(value: Any, say: Callable[[Any], str] = repr) -> str:
+    """The value for a message: short, and never the contents of a list or mapping.
+
+    A few lines of YAML can expand to more items than fit in memory.
+    """
+    if isinstance(value, list | tuple | dict):
+        return f"a {'mapping' if isinstance(value, dict) else 'list'} of {len(value)}"
+    try:
+        text = say(value)
+    except ValueError:  # an integer of more digits than Python writes
+        return "a number of thousands of digits"
+    return text if len(text) <= 80 else text[:79] + "…"
+
+
+def _number(value: Any, kind: type) -> int | float:
+    """`value` as an int or float. YAML reads 1e-5 as text, so text that spells a number is one."""
+    wrong = ValueError(f"expected {_EXPECTED[kind]}")
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        raise wrong
+    try:
+        number = float(value)
+    except (ValueError, OverflowError):
+        raise wrong from None
+    if not number - number == 0:  # inf or nan
+        raise wrong
+    if kind is float:
+        return number
+    if number != int(number):
+        raise wrong
+    whole = value if isinstance(value, int) else int(number)
+    if abs(whole) > LARGEST:
+        raise ValueError(f"out of range; must be at most {LARGEST}")
+    return whole
+
+
+def _names(value: Any, *, several: bool) -> tuple[str, ...]:
+    if isinstance(value, str):
+        value = [value] if several else value.split(",")
+    if not isinstance(value, list | tuple) or not all(isinstance(item, str) for item in value):
+        raise ValueError(f"expected {_EXPECTED[tuple]}")
+    found = tuple(item.strip() for item in value if item.strip())
+    if not found:
+        raise ValueError("expected at least one name; leave the option out for none")
+    return found
+
+
+def _mapping(value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ValueError(f"expected {_EXPECTED[dict]}")
+    for name, item in value.items():
+        if not isinstance(item, str | int | float):
+            raise ValueError(f"{_shown(name, str)}: {_shown(item)} is not a single value")
+    return {str(name): item for name, item in value.items()}

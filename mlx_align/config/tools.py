@@ -1,0 +1,95 @@
+"""Options of the commands that neither train nor score: data check, fuse, plan, report, cache."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from mlx_align.config.evaluation import EvalConfig
+from mlx_align.config.offline import LossConfig, TrainConfig
+from mlx_align.config.schema import MODEL, OTHER, REQUIRED, Options, option, override
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckDataConfig(Options):
+    """Options of `mlx-align data check`."""
+
+    model: str | None = override(TrainConfig, "model", help="Model whose tokenizer to use.")
+    data: str | None = override(TrainConfig, "data")
+    format: str | None = override(TrainConfig, "format")
+    max_seq_length: int = override(TrainConfig, "max_seq_length")
+    max_completion_length: int | None = override(TrainConfig, "max_completion_length")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportConfig(Options):
+    """Options of `mlx-align reward export`."""
+
+    model: str = override(TrainConfig, "model", REQUIRED, help="Base model.")
+    adapter_path: str = override(
+        EvalConfig, "adapter_path", REQUIRED, help="Run of mlx-align reward."
+    )
+    output: str = override(
+        TrainConfig, "output", REQUIRED, help="Folder to create.", default_text=None
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class FuseConfig(ExportConfig):
+    """Options of `mlx-align fuse`."""
+
+    adapter_path: str = override(
+        EvalConfig, "adapter_path", REQUIRED, help="Run or adapter folder."
+    )
+    dequantize: bool = option(False, "Dequantise all adapted layers.", MODEL)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanConfig(Options):
+    """Options of `mlx-align plan`, besides those of the command that is planned."""
+
+    command: Literal["dpo", "kto", "sft", "reward", "ppo", "grpo"] = option(
+        "dpo", "Command to plan.", MODEL
+    )
+    machine: str | None = option(
+        None, 'Plan for another Mac, such as "16 GB M2".', MODEL, metavar="TEXT"
+    )
+    measure: bool = option(False, "Load the model and time a few real steps here.", MODEL)
+    run: str | None = option(
+        None,
+        "Take the speed from this finished run.",
+        MODEL,
+        metavar="RUN",
+        python_type="str | Path",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportConfig(Options):
+    """Options of `mlx-align report`."""
+
+    runs: tuple[str, ...] = option(
+        REQUIRED,
+        "Run folders.",
+        OTHER,
+        metavar="RUN [RUN ...]",
+        several=True,
+        positional=True,
+    )
+    output: str | None = option(
+        None,
+        "File to write.",
+        OTHER,
+        default_text="report.html in the run folder; for several runs ./comparison.html",
+        metavar="FILE",
+        python_type="str | Path",
+    )
+    open: bool = option(False, "Open it in the browser.", OTHER)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheConfig(Options):
+    """Options of `mlx-align cache`."""
+
+    reference_cache: str | None = override(LossConfig, "reference_cache", group=OTHER)
+    purge: bool = option(False, "Delete all stored log-probs.", OTHER)

@@ -1,0 +1,193 @@
+"""Options: precedence, types and ranges, messages, signatures and the generated files."""
+
+import dataclasses
+import importlib.util
+import inspect
+import typing
+from pathlib import Path
+
+import pytest
+
+from mlx_align import config as configs
+from mlx_align.config import DPOConfig, GRPOConfig, ScoreConfig, keywords
+from mlx_align.config.schema import (
+    declared_options,
+    fixed_options,
+    make_config,
+    read_yaml,
+    to_yaml,
+)
+from mlx_align.config.signatures import document, signature_of
+from mlx_align.data.shapes import BatchLimit, batch_limit
+from mlx_align.errors import ConfigError
+
+
+def test_command_line_over_file_over_defaults(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("learning-rate: 2e-4\nbatch_size: 3\niters: 50\n")
+    config = make_config(DPOConfig, {"batch_size": 5}, file)
+    assert config.batch_size == 5
+    assert config.learning_rate == 2e-4  # YAML 1.1 reads 2e-4 as text
+    assert config.seed == DPOConfig().seed
+    assert config.iters == 50
+    # The command line's choice between the two replaces the file's.
+    assert make_config(DPOConfig, {"epochs": 2.0}, file).iters is None
+    tokens = make_config(DPOConfig, {"batch_tokens": 2048}, file)
+    assert batch_limit(tokens) == BatchLimit(tokens=2048)
+    assert batch_limit(config) == BatchLimit(5)
+    assert batch_limit(DPOConfig()) == BatchLimit(1)
+    # A finished run's file, with all that was left to defaults in it, takes either, too.
+    written = tmp_path / "config.yaml"
+    written.write_text(to_yaml(tokens))
+    assert make_config(DPOConfig, {}, written) == tokens
+
+
+def test_written_options_read_back(tmp_path):
+    config = make_config(
+        DPOConfig,
+        {"model": "m", "lora_keys": "a,b", "loss_option": {"beta": "0.3"}, "warmup": 0.5},
+    )
+    file = tmp_path / "config.yaml"
+    file.write_text(to_yaml(config))
+    assert make_config(DPOConfig, {}, file) == config
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"learning_rte": 1}, "unknown option --learning-rte; did you mean --learning-rate?"),
+        ({"batch_size": 0}, "--batch-size 0: out of range; must be at least 1"),
+        ({"batch_size": 1.5}, "--batch-size 1.5: expected a whole number"),
+        ({"batch_size": True}, "--batch-size True: expected a whole number"),
+        ({"learning_rate": "fast"}, "--learning-rate fast: expected a number"),
+        ({"learning_rate": float("nan")}, "--learning-rate nan: expected a number"),
+        ({"lora_dropout": 1.0}, "--lora-dropout 1.0: out of range; must be at least 0 and below 1"),
+        (
+            {"lr_schedule": "cosin"},
+            "--lr-schedule cosin: unknown; did you mean cosine? choose",
+        ),
+        ({"grad_checkpoint": "yes"}, "--grad-checkpoint yes: expected true or false"),
+        ({"iters": 3, "epochs": 1.0}, "--iters and --epochs exclude each other"),
+        ({"batch_size": 1, "batch_tokens": 99}, "--batch-size and --batch-tokens exclude each"),
+        ({"loss_option": "beta=1"}, "--loss-option beta=1: expected a list of name: value"),
+    ],
+)
+def test_wrong_options_are_named(given, words):
+    with pytest.raises(ConfigError) as error:
+        make_config(DPOConfig, given, source="command line")
+    assert words in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("batch_size: [1\n", "run.yaml:2: not YAML"),
+        ("- 1\n- 2\n", "expected option: value lines, found list"),
+        ("lora_parameters:\n  rank: 8\n", "run.yaml:1: unknown option lora_parameters"),
+        ("!!python/object:os.system {}\n", "not YAML"),
+        ("batch_size: none\n", "run.yaml:1: batch_size: none: expected a whole number"),
+    ],
+)
+def test_wrong_files_are_named(tmp_path, text, words):
+    file = tmp_path / "run.yaml"
+    file.write_text(text)
+    with pytest.raises(ConfigError) as error:
+        read_yaml(file, DPOConfig)
+    assert words in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_missing_file_and_double_beta(tmp_path):
+    with pytest.raises(ConfigError, match="can't be read"):
+        read_yaml(tmp_path / "none.yaml", DPOConfig)
+    with pytest.raises(ConfigError, match="the same hyperparameter twice"):
+        DPOConfig(beta=0.1, loss_option={"beta": "0.2"}).loss_options()
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"beta": -1}, "beta=-1: out of range; must be above 0"),
+        ({"fine_tune_type": "lorra"}, "fine_tune_type='lorra': unknown; did you mean lora?"),
+        ({"learning_rte": 1}, "unknown option learning_rte; did you mean learning_rate?"),
+        ({"iters": 3, "epochs": 1}, "iters and epochs exclude each other"),
+        ({"lora_keys": 3}, "lora_keys=3: expected a list of names"),
+    ],
+)
+def test_python_callers_see_python_names(given, words):
+    with pytest.raises(ConfigError) as error:
+        make_config(DPOConfig, given)
+    assert str(error.value).startswith(words)
+    assert "--" not in str(error.value)
+
+
+def test_values_are_checked_however_a_config_is_made():
+    with pytest.raises(ConfigError, match="beta=-1"):
+        DPOConfig(beta=-1)
+    with pytest.raises(ConfigError, match="group_size=0"):
+        dataclasses.replace(GRPOConfig(), group_size=0)
+    with pytest.raises(ConfigError, match="data is missing"):
+        make_config(ScoreConfig, {"model": "m"})
+    with pytest.raises(ConfigError, match="--data is missing"):
+        make_config(ScoreConfig, {"model": "m"}, source="command line")
+    assert DPOConfig(output=Path("runs/a")).output == "runs/a"
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        DPOConfig().seed = 1
+
+
+def test_a_file_error_names_the_line(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("# a comment\nmodel: m\nlearning-rate: -1\n")
+    with pytest.raises(ConfigError) as error:
+        make_config(DPOConfig, {"beta": 0.1}, file)
+    assert str(error.value) == f"{file}:3: learning_rate: -1: out of range; must be above 0"
+
+
+def test_what_may_change_on_resume():
+    fixed = fixed_options(GRPOConfig())
+    assert {"seed", "learning_rate", "loss", "group_size", "reward"} <= set(fixed)
+    for name in ("model", "output", "steps_per_report", "save_every", "reward_model", "force"):
+        assert name not in fixed
+
+
+def test_a_signature_has_every_option():
+    extra = inspect.Parameter("callbacks", inspect.Parameter.KEYWORD_ONLY, default=())
+    signature = signature_of(DPOConfig, extra=[extra], leave_out=["force"], returns="Run")
+    names = set(declared_options(DPOConfig)) - {"force"} | {"callbacks"}
+    assert set(signature.parameters) == names
+    assert "learning_rate: float = 1e-05" in str(signature)
+    assert "Literal['lora', 'dora', 'full'] | None = None" in str(signature)
+    assert signature_of(ScoreConfig).parameters["model"].default is inspect.Parameter.empty
+
+
+def test_a_docstring_describes_every_option():
+    text = document(DPOConfig, "Train.", returns="The run.", raises=[("ConfigError", "Wrong.")])
+    assert text.startswith("Train.\n\nArgs (Model and data):\n    model: ")
+    for name in declared_options(DPOConfig):
+        assert f"\n    {name}: " in text
+    assert "--" not in text
+    assert max(map(len, text.splitlines())) <= 88
+
+
+def test_generated_files_are_up_to_date():
+    root = Path(__file__).parent.parent.parent
+    spec = importlib.util.spec_from_file_location("make", root / "scripts" / "make_reference.py")
+    make = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(make)
+    said = "is out of date; run scripts/make_reference.py"
+    assert make.KEYWORDS.read_text() == make.keywords_module(), f"{make.KEYWORDS} {said}"
+    assert make.PAGE.read_text() == make.options_page(), f"{make.PAGE} {said}"
+    for name, config_class in make.config_classes().items():
+        typed = getattr(keywords, f"{name.removesuffix('Config')}Options")
+        assert set(typing.get_type_hints(typed)) == set(declared_options(config_class))
+
+
+def test_every_option_is_declared_once_with_help():
+    for name in configs.__all__:
+        config_class = getattr(configs, name)
+        if not (isinstance(config_class, type) and issubclass(config_class, configs.Options)):
+            continue
+        for declared in declared_options(config_class).values():
+            assert declared.help.endswith(".")
+            assert len(declared.help) <= 110, declared.help
