@@ -12,7 +12,7 @@ from mlx_align.inference.measures import (
     perplexity_change,
     preferences,
 )
-from mlx_align.inference.statistics import (
+from mlx_align.evaluation.statistics import (
     PRIOR_SD,
     detectable_difference,
     detectable_rate,
