@@ -585,8 +585,10 @@ def history_of(record: RunRecord) -> History:
     statistics = record.data_statistics
     tokens, count = statistics.get("scored_tokens"), statistics.get("completions")
     history = History(record.command, tokens / count if tokens and count else None)
-    for row in record.training:
-        history.add(row, int(row["step"]))
+    for key in TRAINING_METRICS:
+        if values := record.values(key):
+            history.head[key], history.tail[key] = values[:_KEPT], values[-_KEPT:]
+            history.counts[key] = len(values)
     first: dict[str, tuple[float, float]] = {}
     for row in record.held_out:
         metrics = {key.removeprefix("eval/"): value for key, value in row.items()}

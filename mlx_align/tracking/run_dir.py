@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
+from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -245,6 +246,16 @@ class RunRecord:
         """Statistics of the data, as summary.json or status.json have them under `data_facts`."""
         found = self.summary.get("data_facts") or self.status.get("data_facts")
         return found if isinstance(found, Mapping) else {}
+
+    @cached_property
+    def training_keys(self) -> frozenset[str]:
+        """Names of all training metrics."""
+        return frozenset(key for row in self.training for key in row)
+
+    @cached_property
+    def held_out_keys(self) -> frozenset[str]:
+        """Names of all held-out metrics."""
+        return frozenset(key for row in self.held_out for key in row)
 
     def values(self, key: str) -> list[float]:
         """All values of a metric, in order."""

@@ -149,10 +149,13 @@ def _compare(found: Estimate, baseline: float, name: str) -> tuple[Kind, str]:
 
 
 def _interval(found: Estimate, n: int) -> str:
-    # A rate of fewer than 100 examples has no digit after the point.
-    places = 0 if n < 100 else 1
-    value, low, high = (f"{x:.{places}%}" for x in (found.value, found.low, found.high))
+    value, low, high = (_percent(x, n) for x in (found.value, found.low, found.high))
     return f"{value} (95% interval {low} to {high})"
+
+
+def _percent(rate: float, n: int) -> str:
+    """A rate; of fewer than 100 examples without a decimal place."""
+    return f"{rate:.0%}" if n < 100 or rate in (0, 1) else f"{rate:.1%}"
 
 
 def _reward_model_verdict(report: Mapping[str, Any]) -> Verdict:
