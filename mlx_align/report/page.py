@@ -1,40 +1,46 @@
-"""The pages: one run, or several side by side. A function of run folders; it writes nothing."""
+"""The run page: one run, or several for comparison, as one HTML file that needs no network."""
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import re
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
-from mlx_align.report.charts import EXTRA, can_draw
-from mlx_align.report.describe import (
+from mlx_align.report.charts import Chart, embed_json
+from mlx_align.report.panels import comparison_charts, reward_report_charts, run_charts
+from mlx_align.report.tables import (
     data_rows,
-    judged_rows,
-    number_rows,
+    metric_rows,
     option_text,
+    reward_report_rows,
     rollout_rows,
     sample_rows,
 )
-from mlx_align.report.figures import compared_figures, judged_figures, run_figures
-from mlx_align.report.health import warnings_of
-from mlx_align.report.numbers import say, say_date, say_duration
-from mlx_align.report.runs import RunFacts
+from mlx_align.system.formatting import format_date, format_duration, format_value
+from mlx_align.tracking.diagnostics import Finding, diagnose
+from mlx_align.tracking.run_dir import RunRecord
+from mlx_align.tracking.verdict import compare_runs, verdict
 
-PAGE_FILE = "report.html"
-# Of an open page, while the run goes on.
+# How often an open page of a running run reloads itself.
 RELOAD_SECONDS = 30
 SHOWN_SAMPLES = 12
 # Of the last rollout batch.
 SHOWN_PROMPTS, SHOWN_ROLLOUTS = 6, 4
 
-# Control characters have no place in HTML, and half a surrogate pair none in a file: whoever put
-# them into the data, they are shown as what they are.
+_ASSETS = Path(__file__).with_name("assets")
+_TEMPLATES = Path(__file__).with_name("templates")
+
+# HTML has no control characters, and a file can't hold half a surrogate pair. Those in the data are
+# shown by visible symbols.
 _VISIBLE = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"}
 _VISIBLE |= {0x7F: 0x2421, **dict.fromkeys(range(0x80, 0xA0), 0xFFFD)}
 _VISIBLE |= dict.fromkeys(range(0xD800, 0xE000), 0xFFFD)
@@ -42,13 +48,13 @@ _VISIBLE |= dict.fromkeys(range(0xD800, 0xE000), 0xFFFD)
 
 @dataclass(frozen=True)
 class Headline:
-    """A number worth standing large, in the order of what people ask first.
+    """A metric that is shown as a card, in the order of what people ask first.
 
     Attributes:
-        key: The metric.
-        label: What it says.
-        unit: As in `panels.Panel`.
-        since: Whether the value before training is worth standing beside it.
+        key: Name of the metric.
+        label: Its label.
+        unit: Its unit, as in `format_value`.
+        since: Whether the value before training is shown too.
     """
 
     key: str
@@ -58,20 +64,16 @@ class Headline:
 
 
 HEADLINES = (
-    Headline(
-        "eval/logps/accuracies", "held-out: gives the chosen answer more probability", "share"
-    ),
+    Headline("eval/logps/accuracies", "held-out: chosen completion more likely", "share"),
     # Implicit rewards are 0 before training.
-    Headline(
-        "eval/rewards/accuracies", "held-out: the chosen has the higher reward", "share", False
-    ),
-    Headline("eval/rewards/margins", "held-out: margin of rewards", "", False),
+    Headline("eval/rewards/accuracies", "held-out: chosen has the higher reward", "share", False),
+    Headline("eval/rewards/margins", "held-out: reward margin", "", False),
     Headline("eval/perplexity", "held-out: perplexity"),
-    Headline("eval/held_out", "held-out: reward of another judge"),
+    Headline("eval/held_out", "held-out: reward that is not trained on"),
     Headline("eval/reward", "held-out: reward"),
     Headline("reward", "reward"),
-    Headline("objective/kl", "KL from the reference, a completion", "nats", False),
-    Headline("completions/mean_length", "length of a completion", "tokens"),
+    Headline("objective/kl", "KL from the reference, per completion", "nats", False),
+    Headline("completions/mean_length", "completion length", "tokens"),
     Headline("eval/loss", "held-out: loss"),
     Headline("loss", "training loss"),
 )
@@ -79,18 +81,23 @@ HEADLINES = (
 
 @dataclass(frozen=True)
 class Card:
-    """A headline number: what, how much, and since when."""
+    """A number in large type: label, value, and a note below."""
 
     label: str
     value: str
-    beside: str = ""
+    note: str = ""
 
 
 @dataclass(frozen=True)
 class State:
-    """Where a run is: a word, a sentence, how much of it is done, and how to go on with it.
+    """How far a run is.
 
-    `share` is None once the run is over, `command` empty where there is nothing to go on with.
+    Attributes:
+        kind: finished, running or stopped; sets the badge's colour.
+        badge: One word for it.
+        text: One sentence.
+        share: Part of the run that is done; None if the run is over.
+        command: How to continue; "" if there is nothing to continue.
     """
 
     kind: str
@@ -100,199 +107,249 @@ class State:
     command: str = ""
 
 
-def render_run(run: RunFacts, *, charts: bool = True) -> str:
-    """The page of one run, whole and self-contained; with `charts`, where they can be drawn."""
-    drawing = charts and can_draw()
-    judged = run.summary.get("held_out") or {}
-    samples = [sample_rows(sample) for sample in run.samples]
-    state = state_of(run)
-    facts = run.summary.get("data_facts") or run.status.get("data_facts") or {}
+def render_run(record: RunRecord) -> str:
+    """The page of one run."""
+    report = record.summary.get("held_out") or {}
+    samples = [sample_rows(sample) for sample in record.samples]
+    state = run_state(record)
+    statistics = record.data_statistics
+    versions = record.summary.get("versions") or record.status.get("versions") or {}
+    charts = run_charts(record)
+    report_charts = reward_report_charts(report)
     return _render(
         "run.html",
-        title=f"{run.name} – {state.badge} – mlx-align {run.command}",
+        [*charts, *report_charts],
+        title=f"{record.name} – {state.badge} – mlx-align {record.command}",
         reload=RELOAD_SECONDS if state.kind == "running" else None,
-        run=run,
-        date=say_date(run.status.get("began")),
-        model=_short_name(run.config.get("model")),
-        data=_short_name(run.config.get("data")),
+        run=record,
+        date=format_date(record.status.get("began")),
+        model=_short_name(record.config.get("model")),
+        data=_short_name(record.config.get("data")),
         state=state,
-        lead=_lead(run, judged),
-        cards=_cards(run),
-        warnings=warnings_of(run),
-        figures=run_figures(run) if drawing else [],
-        can_draw=drawing,
-        extra=EXTRA,
-        judged=judged_rows(judged),
-        judged_figures=judged_figures(judged) if drawing else [],
+        verdict=verdict(record),
+        details=_details(record),
+        cards=_cards(record),
+        findings=diagnose(record),
+        charts=list(enumerate(charts)),
+        report=reward_report_rows(report),
+        report_charts=list(enumerate(report_charts, len(charts))),
         samples=samples[:SHOWN_SAMPLES],
         more_samples=max(0, len(samples) - SHOWN_SAMPLES),
-        rollouts=rollout_rows(run.rollouts, SHOWN_PROMPTS, SHOWN_ROLLOUTS),
-        rollout_step=run.rollouts[0].get("step") if run.rollouts else None,
-        scored=any("completions" in sample for sample in run.samples),
-        numbers=number_rows(run),
-        facts=data_rows(facts),
-        example=facts.get("example") or (),
-        options=[(name, option_text(value)) for name, value in run.config.items()],
-        versions=list((run.summary.get("versions") or run.status.get("versions") or {}).items()),
-        talk=run.summary.get("talk"),
+        rollouts=rollout_rows(record.rollouts, SHOWN_PROMPTS, SHOWN_ROLLOUTS),
+        rollout_step=record.rollouts[0].get("step") if record.rollouts else None,
+        scored=any("completions" in sample for sample in record.samples),
+        metrics=metric_rows(record),
+        statistics=data_rows(statistics),
+        example=statistics.get("example") or (),
+        options=[(name, option_text(value)) for name, value in record.config.items()],
+        versions=list(versions.items()),
+        next_command=record.summary.get("talk"),
     )
 
 
-def render_comparison(runs: Sequence[RunFacts], names: Sequence[str]) -> str:
-    """The page of several runs; `names` tell them apart."""
-    drawing = can_draw()
-    labelled = [
-        {"name": name, "command": f"{run.command}, {state_of(run).badge}"}
-        for name, run in zip(names, runs, strict=True)
+def render_comparison(records: Sequence[RunRecord], names: Sequence[str]) -> str:
+    """The page of several runs.
+
+    Args:
+        records: The runs.
+        names: Their names, all different.
+    """
+    runs = [
+        {"name": name, "command": f"{record.command}, {run_state(record).badge}"}
+        for name, record in zip(names, records, strict=True)
     ]
-    found = [warnings_of(run) for run in runs]
+    findings = [diagnose(record) for record in records]
+    charts = comparison_charts(records, names)
     return _render(
         "comparison.html",
+        charts,
         title=f"{', '.join(names)} – mlx-align",
         reload=None,
-        runs=labelled,
-        outcomes=_outcomes(runs, found),
-        differences=_differences(runs),
-        figures=compared_figures(runs, names) if drawing else [],
-        can_draw=drawing,
-        extra=EXTRA,
-        warned=[pair for pair in zip(labelled, found, strict=True) if pair[1]],
+        runs=runs,
+        verdict=compare_runs(records, names),
+        verdicts=[(name, verdict(record)) for name, record in zip(names, records, strict=True)],
+        results=_results(records, findings),
+        differences=_differences(records),
+        charts=list(enumerate(charts)),
+        findings=[pair for pair in zip(runs, findings, strict=True) if pair[1]],
     )
 
 
-def _render(template: str, **content: Any) -> str:
-    folder = Path(__file__).with_name("templates")
-    # Everything from data and models is escaped: drawings alone are Markup.
+def _render(template: str, embedded: Sequence[Chart], **content: Any) -> str:
+    # Everything from data and models is escaped. Only our own assets and the JSON are Markup.
     environment = Environment(
-        loader=FileSystemLoader(folder),
+        loader=FileSystemLoader(_TEMPLATES),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["flags"] = _flags
-    return environment.get_template(template).render(**content).translate(_VISIBLE)
+    environment.filters["options"] = _mark_options
+    style, library, script = _assets() if embedded else (_assets()[0], "", "")
+    page = environment.get_template(template).render(
+        style=Markup(style),
+        scripts=[Markup(code) for code in (library, script) if code],
+        policy=_content_policy(style, library, script),
+        chart_data=Markup(embed_json(_visible([chart.data for chart in embedded]))),
+        **content,
+    )
+    return page.translate(_VISIBLE)
 
 
-def _flags(text: str) -> Markup:
-    """Text, in which options are set as such and not broken at their hyphens."""
+@cache
+def _assets() -> tuple[str, str, str]:
+    """Style sheet, chart library with its licence, and the page's script."""
+
+    def read(name: str) -> str:
+        return (_ASSETS / name).read_text(encoding="utf-8")
+
+    # The licence has to accompany every copy of the library.
+    library = f"/*\n{read('uplot/LICENSE')}*/\n{read('uplot/uPlot.iife.min.js')}"
+    return read("uplot/uPlot.min.css") + read("page.css"), library, read("charts.js")
+
+
+def _content_policy(style: str, *scripts: str) -> str:
+    """A content security policy that allows the page's own style and scripts, and nothing else."""
+
+    def digest(text: str) -> str:
+        return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+
+    allowed = " ".join(digest(code) for code in scripts if code) or "'none'"
+    return (
+        f"default-src 'none'; style-src {digest(style)}; script-src {allowed}; base-uri 'none'; "
+        "form-action 'none'"
+    )
+
+
+def _visible(value: Any) -> Any:
+    """The value with control characters of its texts replaced, as in the rest of the page."""
+    if isinstance(value, str):
+        return value.translate(_VISIBLE)
+    if isinstance(value, Mapping):
+        return {key: _visible(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_visible(item) if not isinstance(item, int | float) else item for item in value]
+    return value
+
+
+def _mark_options(text: str) -> Markup:
+    """The text with command-line options set as code."""
     return Markup(re.sub(r"--[a-z][a-z-]*", r"<code>\g<0></code>", str(escape(text))))
 
 
 def _short_name(name: object) -> str:
-    """A hub name as it is; of a path its last two parts."""
+    """A hub name as it is; of a path the last two parts."""
     parts = str(name or "–").rstrip("/").split("/")
     return "/".join(parts[-2:])
 
 
-def state_of(run: RunFacts) -> State:
-    """Where the run is, by the files it left."""
-    seconds, step = run.status.get("seconds"), run.step
-    total = run.status.get("total") or run.config.get("iters")
-    of = f"{step:,} of {total:,}" if total else f"{step:,}"
+def run_state(record: RunRecord) -> State:
+    """How far the run is, from the files it left."""
+    seconds, step = record.status.get("seconds"), record.step
+    total = record.status.get("total") or record.config.get("iters")
+    done = f"{step:,} of {total:,}" if total else f"{step:,}"
     share = min(1.0, step / total) if total else None
-    if run.finished:
-        took = run.summary.get("seconds_in_all")
-        in_all = "" if took is None else f" in {say_duration(took)}"
-        return State("finished", "finished", f"{run.summary.get('steps', step):,} updates{in_all}")
-    state, when = run.status.get("state"), say_date(run.status.get("written"))
+    if record.finished:
+        took = record.summary.get("seconds_in_all")
+        in_all = "" if took is None else f" in {format_duration(took)}"
+        steps = record.summary.get("steps", step)
+        return State("finished", "finished", f"{steps:,} updates{in_all}")
+    state, when = record.status.get("state"), format_date(record.status.get("written"))
     if state == "running":
         left = ""
         if total and step and seconds:
-            left = f", about {say_duration((total - step) * seconds / step)} left"
+            left = f", about {format_duration((total - step) * seconds / step)} left"
         when = f"; as of {when}" if when else ""
-        return State("running", "running", f"update {of}{left}{when}", share)
+        return State("running", "running", f"update {done}{left}{when}", share)
     if state == "interrupted":
-        again = f"mlx-align {run.command} --resume {shlex.quote(str(run.config.get('output')))}"
-        return State("stopped", "interrupted", f"after update {of}; go on with", share, again)
-    if state == "failed":
-        reason = run.status.get("error") or "an error"
-        return State("stopped", "failed", f"after update {of}: {reason}", share)
-    return State("stopped", "not finished", f"after update {of}", share)
-
-
-def _lead(run: RunFacts, judged: Mapping[str, Any]) -> str:
-    """What came of it, in a sentence."""
-    accuracy = judged.get("accuracy")
-    if accuracy is not None:
-        low, high = judged["accuracy_low"], judged["accuracy_high"]
-        return (
-            f"It tells the better of two held-out answers in {accuracy:.1%} of "
-            f"{judged['comparisons']:,} comparisons (95%: {low:.1%} to {high:.1%}); picking the "
-            f"longer one would be right in {judged['longer_accuracy']:.1%}."
+        folder = shlex.quote(str(record.config.get("output")))
+        command = f"mlx-align {record.command} --resume {folder}"
+        return State(
+            "stopped", "interrupted", f"after update {done}; continue with", share, command
         )
-    prefers, perplexity = run.values("eval/logps/accuracies"), run.values("eval/perplexity")
+    if state == "failed":
+        reason = record.status.get("error") or "an error"
+        return State("stopped", "failed", f"after update {done}: {reason}", share)
+    return State("stopped", "not finished", f"after update {done}", share)
+
+
+def _details(record: RunRecord) -> str:
+    """A second sentence below the verdict, or ""."""
+    prefers = record.values("eval/logps/accuracies")
     if len(prefers) > 1:
         return (
-            f"Of two held-out answers, the model now gives the chosen one more probability in "
+            f"By its own log-probs, the model finds the chosen completion more likely in "
             f"{prefers[-1]:.1%} of the pairs; before training it was {prefers[0]:.1%}."
         )
-    if len(perplexity) > 1:
-        return (
-            f"Perplexity on held-out answers went from {say(perplexity[0])} to "
-            f"{say(perplexity[-1])}."
-        )
-    reward = run.values("reward")
-    if len(reward) > 1:
-        kl = run.lately("objective/kl")
-        far = "" if kl is None else f", {say(kl)} nats a completion away from the reference"
-        now = run.lately("reward")
-        return f"The mean reward went from {say(reward[0])} to {say(now or reward[-1])}{far}."
+    kl = record.recent_mean("objective/kl")
+    if kl is not None and record.values("reward"):
+        return f"The policy is {format_value(kl)} nats per completion from the reference."
     return ""
 
 
-def _cards(run: RunFacts) -> list[Card]:
+def _cards(record: RunRecord) -> list[Card]:
     cards = []
     for headline in HEADLINES:
-        values = run.values(headline.key)
-        # What is said of held-out data need not be said of training data again.
-        if not values or (headline.key == "loss" and run.held_out):
+        values = record.values(headline.key)
+        # The held-out loss replaces the training loss.
+        if not values or (headline.key == "loss" and record.held_out):
             continue
-        since = headline.since or run.command == "reward"
-        beside = f"at first {say(values[0], headline.unit)}" if since and len(values) > 1 else ""
-        cards.append(Card(headline.label, say(values[-1], headline.unit), beside))
-    kl = run.summary.get("kl")
+        since = headline.since or record.command == "reward"
+        note = f"at first {format_value(values[0], headline.unit)}"
+        cards.append(
+            Card(
+                headline.label,
+                format_value(values[-1], headline.unit),
+                note if since and len(values) > 1 else "",
+            )
+        )
+    kl = record.summary.get("kl")
     if kl and kl.get("mean") is not None:
         error = kl.get("standard_error")
-        spread = "" if error is None else f"± {say(error)}, {kl.get('samples')} samples"
-        cards.append(Card("KL from the reference, an answer", say(kl["mean"], "nats"), spread))
-    seconds, speed = run.status.get("seconds"), run.last("tokens_per_second")
-    seconds = run.summary.get("seconds", seconds)
+        spread = "" if error is None else f"± {format_value(error)}, {kl.get('samples')} samples"
+        cards.append(
+            Card("KL from the reference, per completion", format_value(kl["mean"], "nats"), spread)
+        )
+    seconds, speed = record.status.get("seconds"), record.last("tokens_per_second")
+    seconds = record.summary.get("seconds", seconds)
     if seconds:
-        beside = say(run.summary.get("tokens_per_second", speed), "tokens/s") if speed else ""
-        cards.append(Card("time in updates", say_duration(seconds), beside))
-    if (memory := run.last("peak_memory_bytes")) is not None:
-        cards.append(Card("peak memory", say(memory, "bytes")))
+        mean_speed = record.summary.get("tokens_per_second", speed)
+        note = format_value(mean_speed, "tokens/s") if speed else ""
+        cards.append(Card("time in updates", format_duration(seconds), note))
+    if (memory := record.last("peak_memory_bytes")) is not None:
+        cards.append(Card("peak memory", format_value(memory, "bytes")))
     return cards
 
 
-def _outcomes(runs: Sequence[RunFacts], found: Sequence[Sequence[Any]]) -> list[list[str]]:
-    rows = [["state", *(state_of(run).badge for run in runs)]]
-    rows.append(["updates", *(f"{run.step:,}" for run in runs)])
+def _results(
+    records: Sequence[RunRecord], findings: Sequence[Sequence[Finding]]
+) -> list[list[str]]:
+    rows = [["state", *(run_state(record).badge for record in records)]]
+    rows.append(["verdict", *(verdict(record).kind for record in records)])
+    rows.append(["updates", *(f"{record.step:,}" for record in records)])
     for headline in HEADLINES:
-        values = [run.last(headline.key) for run in runs]
+        values = [record.last(headline.key) for record in records]
         if any(value is not None for value in values):
-            rows.append([headline.label, *(say(value, headline.unit) for value in values)])
-    for label, key, unit in (
-        ("KL from the reference, an answer", "kl", "nats"),
-        ("accuracy on all held-out comparisons", "held_out", "share"),
+            rows.append([headline.label, *(format_value(value, headline.unit) for value in values)])
+    for label, key, inner, unit in (
+        ("KL from the reference, per completion", "kl", "mean", "nats"),
+        ("accuracy on all held-out comparisons", "held_out", "accuracy", "share"),
     ):
-        inner = "mean" if key == "kl" else "accuracy"
-        values = [(run.summary.get(key) or {}).get(inner) for run in runs]
+        values = [(record.summary.get(key) or {}).get(inner) for record in records]
         if any(value is not None for value in values):
-            rows.append([label, *(say(value, unit) for value in values)])
+            rows.append([label, *(format_value(value, unit) for value in values)])
     for label, key, unit in (
         ("speed", "tokens_per_second", "tokens/s"),
         ("peak memory", "peak_memory_bytes", "bytes"),
     ):
-        rows.append([label, *(say(run.last(key), unit) for run in runs)])
-    rows.append(["warnings", *(str(len(warnings)) for warnings in found)])
+        rows.append([label, *(format_value(record.last(key), unit) for record in records)])
+    rows.append(["warnings", *(str(len(found)) for found in findings)])
     return rows
 
 
-def _differences(runs: Sequence[RunFacts]) -> list[list[str]]:
-    """Options that are not the same in all runs; where a run is written always differs."""
-    names = list(dict.fromkeys(name for run in runs for name in run.config))
-    rows = [[name, *(option_text(run.config.get(name)) for run in runs)] for name in names]
-    rows.insert(0, ["command", *(run.command for run in runs)])
+def _differences(records: Sequence[RunRecord]) -> list[list[str]]:
+    """Options that differ between the runs, except --output."""
+    names = list(dict.fromkeys(name for record in records for name in record.config))
+    rows = [[name, *(option_text(record.config.get(name)) for record in records)] for name in names]
+    rows.insert(0, ["command", *(record.command for record in records)])
     return [row for row in rows if len(set(row[1:])) > 1 and row[0] != "output"]

@@ -1,24 +1,44 @@
-"""The charts of the page, as a table: a metric is added by a line.
+"""The charts of the page, as a table: one line adds a metric. And the charts made from it.
 
 Names are those of metrics.jsonl.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from mlx_align.report.runs import RunFacts
+from mlx_align.report.charts import (
+    COLOURS,
+    Chart,
+    LegendEntry,
+    Line,
+    bar_chart,
+    calibration_chart,
+    line_chart,
+)
+from mlx_align.system.formatting import format_value
+from mlx_align.tracking.diagnostics import (
+    MAX_CLIP_RATIO,
+    MIN_FINISHED_SHARE,
+    STOP_EPOCHS_ABOVE_KL,
+    WARN_KL,
+    chosen_fall,
+    history_of,
+)
+from mlx_align.tracking.run_dir import RunRecord
 
 
 class Curve(NamedTuple):
     """One metric of a panel.
 
     Attributes:
-        key: Its name in training rows; a `*` in it makes a curve of each metric that fits, named
-            by what stands for the `*`.
-        label: What a reader calls it; empty where the panel's title says it.
+        key: Its name in training rows. A `*` makes one curve of each metric that matches, named by
+            the part that the `*` matches.
+        label: Its label; empty if the panel's title is enough.
     """
 
     key: str
@@ -32,20 +52,20 @@ class Curve(NamedTuple):
 
 @dataclass(frozen=True)
 class Panel:
-    """One chart; it is drawn where the run has one of its metrics.
+    """One chart. It is shown if the run has one of its metrics.
 
     Attributes:
-        title: Above it.
-        curves: What it shows.
-        unit: Of its values: share (drawn in per cent), bytes, nats, tokens …, or nothing.
-        about: What it tells, in half a sentence.
-        level: A value worth a line: where nothing is gained, or too much is.
-        over: A metric whose square root is the horizontal axis, in place of the update.
-        marks_fall: Whether the first curve below where it began is marked.
-        bounds: Ends of the vertical axis; those of the data as a rule.
-        not_at_first: Whether a held-out value before any update says nothing, as of implicit
-            rewards, which are all 0 then.
-        exact: Whether its values have no noise that a running mean would take out.
+        title: Heading.
+        curves: The metrics that it shows.
+        unit: Unit of the values, as in `format_value`: share, bytes, nats, tokens, or nothing.
+        about: What it shows, in half a sentence.
+        level: A value to mark by a line, such as chance or a threshold.
+        over: A metric whose square root is the horizontal axis, instead of the update.
+        marks_fall: Whether the first curve is marked where it is below its first value.
+        bounds: Ends of the vertical axis; None for those of the data.
+        skip_start: Whether the held-out value before training is left out, because it says
+            nothing. Implicit rewards are all 0 then.
+        exact: Whether the values are without noise, so that smoothing does not apply.
     """
 
     title: str
@@ -56,7 +76,7 @@ class Panel:
     over: str | None = None
     marks_fall: bool = False
     bounds: tuple[float, float] | None = None
-    not_at_first: bool = False
+    skip_start: bool = False
     exact: bool = False
 
 
@@ -74,60 +94,76 @@ _LENGTHS = tuple(
 )
 
 PANELS = (
-    Panel("Reward", _one("reward"), "", "what is being optimised"),
-    Panel("Reward of another judge", _one("held_out"), "", "which is not trained on"),
-    Panel("Rewards, each apart", _one("rewards/*/mean"), "", "means over completions"),
+    Panel("Reward", _one("reward"), "", "what is optimised"),
+    Panel("Held-out reward", _one("held_out"), "", "of a reward that is not trained on"),
+    Panel("Single rewards", _one("rewards/*/mean"), "", "means over completions"),
     Panel("Spread of rewards", _one("reward_std"), "", "standard deviation"),
     Panel("Reward against √KL", _one("reward"), "", "gain for the distance", over="objective/kl"),
-    Panel("KL from the reference", _one("objective/kl"), "nats", "of a completion", 15),
+    Panel("KL from the reference", _one("objective/kl"), "nats", "per completion", WARN_KL),
     Panel("Loss", _one("loss"), "", "lower is better"),
     Panel("Perplexity", _one("perplexity"), "", "lower is better"),
     Panel(
         "Accuracy",
         _one("rewards/accuracies"),
         "share",
-        "how often the chosen answer has the higher reward",
+        "how often the chosen completion has the higher reward",
         0.5,
         bounds=_SHARE,
-        not_at_first=True,
+        skip_start=True,
     ),
-    Panel("A good answer's reward beats a bad one's", _one("rewards/auc"), "share", "", 0.5),
-    Panel("Margin", _one("rewards/margins"), "", "reward of chosen − rejected", 0),
+    Panel("AUC", _one("rewards/auc"), "share", "good completions rank above bad ones", 0.5),
+    Panel("Margin", _one("rewards/margins"), "", "reward of chosen minus rejected", 0),
     Panel("Rewards", _REWARD_SIDES, "", "what the margin is made of", 0),
     Panel("Log-probs", _LOGP_SIDES, "nats", "of a whole completion", marks_fall=True),
     Panel(
-        "Prefers the chosen",
+        "Chosen more likely",
         _one("logps/accuracies"),
         "share",
-        "by its own log-prob, without a reference",
+        "by the policy's own log-prob, without reference",
         0.5,
         bounds=_SHARE,
     ),
-    Panel("KL point", _one("kl"), "nats", "of mismatched answers"),
-    Panel("KL of an update", _one("policy/approx_kl"), "nats", "old to new policy, a token", 0.03),
+    Panel("KL point", _one("kl"), "nats", "of mismatched completions"),
+    Panel(
+        "KL of an update",
+        _one("policy/approx_kl"),
+        "nats",
+        "from old to new policy, per token",
+        STOP_EPOCHS_ABOVE_KL,
+    ),
     Panel("Ratio", _one("policy/ratio"), "", "new over old probability of a token", 1),
-    Panel("Clipped", _one("policy/clip_ratio"), "share", "tokens beyond the clip range", 0.3),
-    Panel("Entropy", _one("objective/entropy"), "nats", "of a token"),
+    Panel("Clipped", _one("policy/clip_ratio"), "share", "tokens without gradient", MAX_CLIP_RATIO),
+    Panel("Entropy", _one("objective/entropy"), "nats", "per token"),
     Panel("Completion length", _LENGTHS, "tokens"),
-    Panel("Ended by themselves", _one("completions/ended"), "share", "end token sampled", 0.8),
-    Panel("Repeats itself", _one("text/repeated_4grams"), "share", "of runs of four tokens"),
-    Panel("Variety", _one("text/distinct_2"), "share", "different pairs of tokens"),
-    Panel("Sampler gap", _one("sampler/gap"), "nats", "log-prob when sampled and when learned"),
+    Panel(
+        "Finished completions",
+        _one("completions/ended"),
+        "share",
+        "with an end token",
+        MIN_FINISHED_SHARE,
+    ),
+    Panel("Repetition", _one("text/repeated_4grams"), "share", "of 4-grams that occurred before"),
+    Panel("Variety", _one("text/distinct_2"), "share", "of bigrams that are distinct"),
+    Panel("Sampler gap", _one("sampler/gap"), "nats", "log-prob in sampling against training"),
     Panel("Explained variance", _one("value/explained_variance"), "", "of returns, by critic", 0),
     Panel("Value loss", _one("value/loss"), "", "of the critic"),
-    Panel("Groups without contrast", _one("frac_reward_zero_std"), "share", "nothing to learn"),
+    Panel(
+        "Groups without contrast",
+        _one("frac_reward_zero_std"),
+        "share",
+        "all rewards equal",
+    ),
     Panel("KL coefficient", _one("kl_coef"), exact=True),
     Panel("Learning rate", _one("learning_rate"), exact=True),
-    Panel("Gradient norm", _one("grad_norm"), "", "before it is scaled down"),
+    Panel("Gradient norm", _one("grad_norm"), "", "before clipping"),
     Panel("Speed", _one("tokens_per_second"), "tokens/s"),
     Panel("Peak memory", _one("peak_memory_bytes"), "bytes", exact=True),
 )
 
 
-def curves_of(panel: Panel, run: RunFacts) -> tuple[Curve, ...]:
-    """The curves of a panel for which the run has numbers, patterns filled in."""
-    keys = {key for row in run.training for key in row}
-    twins = {key for row in run.held_out for key in row}
+def curves_of(panel: Panel, record: RunRecord) -> tuple[Curve, ...]:
+    """The curves of a panel for which the run has values, with patterns filled in."""
+    keys, twins = record.training_keys, record.held_out_keys
     if panel.over is not None and panel.over not in keys:
         return ()
     found: list[Curve] = []
@@ -139,3 +175,143 @@ def curves_of(panel: Panel, run: RunFacts) -> tuple[Curve, ...]:
         elif curve.key in keys or curve.twin in twins:
             found.append(curve)
     return tuple(found)
+
+
+def run_charts(record: RunRecord) -> list[Chart]:
+    """The charts of one run, those for which it has values."""
+    charts = [_run_chart(panel, record) for panel in PANELS]
+    return [chart for chart in charts if chart is not None]
+
+
+def _run_chart(panel: Panel, record: RunRecord) -> Chart | None:
+    lines: list[Line] = []
+    curves = curves_of(panel, record)
+    fall = chosen_fall(history_of(record)) if panel.marks_fall else None
+    fallen = None
+    for curve in curves:
+        training, held_out = _lines_of(panel, curve, record, len(lines))
+        # With one metric, held-out data has its own colour; with several, it shares the metric's.
+        if len(curves) > 1 and held_out is not None and training is not None:
+            held_out = held_out._replace(colour=training.colour)
+        added = [line for line in (training, held_out) if line is not None]
+        if fall is not None and curve is curves[0] and added:
+            use_held_out = held_out is not None and len(held_out.y) > 1
+            fallen = len(lines) + len(added) - 1 if use_held_out else len(lines)
+        lines += added
+    if len(curves) > 1:
+        order = list(dict.fromkeys(line.colour for line in lines))
+        lines = [line._replace(colour=order.index(line.colour)) for line in lines]
+    if not lines:
+        return None
+    return Chart(
+        panel.title,
+        panel.about,
+        tuple(_legend_entry(line, panel) for line in lines),
+        _chart_data(panel, lines, fallen),
+        "" if fall is None else f"chosen fell by {fall:.0%}",
+    )
+
+
+def _chart_data(panel: Panel, lines: Sequence[Line], fall: int | None = None) -> dict[str, Any]:
+    return line_chart(
+        lines,
+        x_name="update" if panel.over is None else "√KL",
+        unit=panel.unit,
+        level=panel.level,
+        bounds=panel.bounds,
+        smooth=not panel.exact,
+        fall=fall,
+    )
+
+
+def _lines_of(
+    panel: Panel, curve: Curve, record: RunRecord, colour: int
+) -> tuple[Line | None, Line | None]:
+    """Training and held-out line of a metric."""
+    if panel.over is not None:
+        # Estimates of a small KL may be negative; those have no root.
+        points = sorted(
+            (math.sqrt(row[panel.over]), row[curve.key])
+            for row in record.training
+            if curve.key in row and row.get(panel.over, -1.0) >= 0
+        )
+        label = curve.label or "training"
+        return _line(label, [p[0] for p in points], [p[1] for p in points], colour), None
+    held_out_rows = [row for row in record.held_out if row["step"] or not panel.skip_start]
+    prefix = f"{curve.label}, " if curve.label else ""
+    training, held_out = (
+        _line(
+            label,
+            [row["step"] for row in rows if key in row],
+            [row[key] for row in rows if key in row],
+            shade,
+        )
+        for label, rows, key, shade in (
+            (curve.label or "training", record.training, curve.key, colour),
+            (f"{prefix}held-out", held_out_rows, curve.twin, colour + 1),
+        )
+    )
+    return training, held_out._replace(held_out=True) if held_out is not None else None
+
+
+def _line(label: str, x: list[float], y: list[float], colour: int) -> Line | None:
+    return Line(label, x, y, colour) if y else None
+
+
+def _legend_entry(line: Line, panel: Panel) -> LegendEntry:
+    value = format_value(line.y[-1], panel.unit)
+    return LegendEntry(line.colour % COLOURS, line.label, value, line.held_out)
+
+
+def comparison_charts(records: Sequence[RunRecord], names: Sequence[str]) -> list[Chart]:
+    """One chart per metric and one colour per run; of held-out data if a run has it."""
+    charts = []
+    for panel in PANELS:
+        curves = {curve.key: curve for record in records for curve in curves_of(panel, record)}
+        for curve in curves.values():
+            both = [_lines_of(panel, curve, record, 0) for record in records]
+            has_held_out = any(held_out is not None for _, held_out in both)
+            lines = [
+                line._replace(label=name, colour=colour)
+                for colour, (name, (training, held_out)) in enumerate(zip(names, both, strict=True))
+                if (line := held_out if has_held_out else training) is not None
+            ]
+            if not lines:
+                continue
+            title = f"{panel.title}: {curve.label}" if curve.label else panel.title
+            title += ", held-out" if has_held_out else ""
+            legend = tuple(_legend_entry(line, panel) for line in lines)
+            charts.append(Chart(title, panel.about, legend, _chart_data(panel, lines)))
+    return charts
+
+
+def reward_report_charts(report: Mapping[str, Any]) -> list[Chart]:
+    """The charts of a reward model's report, which summary.json holds under `held_out`."""
+    charts = []
+    bins = report.get("calibration") or ()
+    if bins:
+        about = "how often it is right against its confidence; larger dots have more comparisons"
+        data = calibration_chart(
+            [part["confidence"] for part in bins],
+            [part["right"] for part in bins],
+            [part["comparisons"] for part in bins],
+        )
+        legend = (LegendEntry(0, "calibration error", format_value(report.get("ece"), "share")),)
+        charts.append(Chart("Calibration", about, legend, data))
+    for key, title, about in (
+        ("by_length_ratio", "Accuracy by length", "tokens of the chosen over the rejected one"),
+        ("by_difference", "Accuracy by certainty", "quarters by the difference of scores"),
+    ):
+        parts = report.get(key) or ()
+        if parts:
+            data = bar_chart(
+                [_short(part["name"]) for part in parts],
+                [part["accuracy"] for part in parts],
+                [part["comparisons"] for part in parts],
+            )
+            charts.append(Chart(title, about, (), data))
+    return charts
+
+
+def _short(name: str) -> str:
+    return name.removesuffix(" quarter").replace("below ", "< ").replace("above ", "> ")

@@ -1,51 +1,37 @@
-"""What a number of an evaluation is worth: intervals, corrected rates, what could be detected.
+"""Statistics of evaluations: intervals, length-controlled win rates, detectable differences.
 
-Pure functions of arrays. Prompts are drawn anew, never single answers: several answers to one
-prompt are no independent evidence, and both roles are always compared on the same prompts.
+Pure functions of arrays. The bootstrap resamples prompts, not single completions: several
+completions of one prompt are not independent evidence. Policy and reference are always compared on
+the same prompts.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 from statistics import NormalDist
 
 import numpy as np
 import numpy.typing as npt
 
+from mlx_align.system.intervals import LEVEL, Estimate, wilson_interval, z_score
+
 Floats = npt.NDArray[np.float64]
 Clusters = npt.NDArray[np.int64]
 
 RESAMPLES = 2000
-# Each of them is a regression.
+# Each resample fits a regression.
 LENGTH_CONTROLLED_RESAMPLES = 500
-LEVEL = 0.95
 POWER = 0.8
 # Standard deviation of the prior on both coefficients of the length-controlled rate. It keeps them
-# finite where one role wins everything, or every longer answer wins; at 64 answers and rates of
-# 20% to 80% it moves the rate by less than .005.
+# finite if one model wins everything, or if every longer completion wins. At 64 completions and
+# rates of 20% to 80% it moves the rate by less than .005.
 PRIOR_SD = 3.0
-# Numbers of an array of resamples that are held at once, 8 MB of them.
-_HELD = 1 << 20
+# Numbers of an array of resamples that are in memory at once, 8 MB.
+_BLOCK_SIZE = 1 << 20
 _NEWTON_STEPS = 50
-# A logistic fit that starts at 0 can overshoot; no coefficient moves further in one step.
-_LONGEST_STEP = 2.0
-
-
-@dataclass(frozen=True, slots=True)
-class Estimate:
-    """A number with its 95% interval.
-
-    Attributes:
-        value: The number itself.
-        low: Lower end.
-        high: Upper end.
-    """
-
-    value: float
-    low: float
-    high: float
+# A logistic fit that starts at 0 can overshoot, so a step changes no coefficient by more.
+_MAX_STEP = 2.0
 
 
 def mean_estimate(values: Floats, cluster: Clusters, *, seed: int = 0) -> Estimate:
@@ -56,7 +42,7 @@ def mean_estimate(values: Floats, cluster: Clusters, *, seed: int = 0) -> Estima
 def ratio_estimate(above: Floats, below: Floats, cluster: Clusters, *, seed: int = 0) -> Estimate:
     """Σ above / Σ below, both (n,), with a percentile bootstrap interval over clusters (n,).
 
-    Nats per token, say, with documents as clusters.
+    For example nats per token, with documents as clusters.
     """
     _, index = np.unique(cluster, return_inverse=True)
     sums = np.bincount(index, weights=above)
@@ -71,25 +57,19 @@ def ratio_estimate(above: Floats, below: Floats, cluster: Clusters, *, seed: int
 def rate_estimate(outcomes: Floats, cluster: Clusters, *, seed: int = 0) -> Estimate:
     """A mean of outcomes in [0, 1], (n,), with an interval over clusters (n,).
 
-    Where all clusters have one mean (all won, say, or all tied) there is nothing to resample; the
-    interval is then Wilson's for as many trials as there are clusters.
-
-    Source: Wilson 1927, "Probable Inference, the Law of Succession, and Statistical Inference".
+    If all clusters have the same mean (all won, or all tied), there is nothing to resample. The
+    interval is then Wilson's, with the number of clusters as the number of trials.
     """
     means = cluster_means(outcomes, cluster)
     if np.ptp(means) > 1e-12:
         return mean_estimate(outcomes, cluster, seed=seed)
-    rate, n, z = float(means[0]), len(means), NormalDist().inv_cdf((1 + LEVEL) / 2)
-    centre = (rate + z**2 / (2 * n)) / (1 + z**2 / n)
-    half = z / (1 + z**2 / n) * math.sqrt(rate * (1 - rate) / n + z**2 / (4 * n**2))
-    # Rounding must not put an end on the wrong side of the rate.
-    return Estimate(rate, min(rate, max(0.0, centre - half)), max(rate, min(1.0, centre + half)))
+    return wilson_interval(float(means[0]), len(means))
 
 
 def standard_error(values: Floats, cluster: Clusters) -> float | None:
-    """Of the mean of `values` (n,), from the spread between clusters; None with one cluster.
+    """Standard error of the mean of `values` (n,), from clusters (n,); None with one cluster.
 
-    For clusters of one size it is s/√m of the m cluster means.
+    For clusters of equal size it is s/√m of the m cluster means.
     """
     _, index = np.unique(cluster, return_inverse=True)
     off = np.bincount(index, weights=values - values.mean())
@@ -107,21 +87,21 @@ def wins(one: Floats, other: Floats) -> Floats:
 def length_controlled(
     outcomes: Floats, length_difference: Floats, cluster: Clusters, *, seed: int = 0
 ) -> Estimate | None:
-    """The win rate that would be at answers of equal length: σ(θ) of a logistic regression.
+    """The win rate expected for completions of equal length: σ(θ) of a logistic regression.
 
-    logit P(win) = θ + φ·tanh(d), d the length difference over its standard deviation (which is not
-    centred: d = 0 is equal length). Ties are outcomes of ½. Both coefficients have a normal prior
-    of standard deviation 3, so that separable data has a fit too.
+    logit P(win) = θ + φ·tanh(d), where d is the length difference divided by its standard deviation
+    (not centred: d = 0 is equal length). Ties are outcomes of ½. Both coefficients have a normal
+    prior of standard deviation 3, so that separable data has a fit too.
 
     Args:
-        outcomes: (n,) in [0, 1], of the first of two roles.
-        length_difference: (n,) tokens, the first's answer minus the other's.
+        outcomes: (n,) in [0, 1], of the first of two models.
+        length_difference: (n,) tokens of the first model's completion minus the second's.
         cluster: (n,) number of the prompt, the unit of the bootstrap.
-        seed: Of the bootstrap.
+        seed: Random seed of the bootstrap.
 
     Returns:
-        None where all differences are one number other than 0: what is length and what is not
-        can't be told apart then.
+        None if all differences are the same number other than 0: the effect of length can't be
+        separated then.
 
     Source: Dubois et al. 2024, "Length-Controlled AlpacaEval", its length term alone.
     """
@@ -155,11 +135,11 @@ def fit_logistic(
     Args:
         outcomes: (n,) in [0, 1].
         feature: (n,).
-        weights: (fits, n) what each outcome counts in each fit.
-        start: (2,) near the solutions, to save steps.
+        weights: (fits, n) weight of each outcome in each fit.
+        start: (2,) a point near the solutions, to save steps.
 
     Returns:
-        (fits, 2), where the penalised likelihood is greatest.
+        (fits, 2) coefficients that maximise the penalised likelihood.
     """
     ridge = 1 / PRIOR_SD**2
     found = np.zeros((len(weights), 2)) + (0.0 if start is None else start)
@@ -172,7 +152,7 @@ def fit_logistic(
         b = curve @ feature
         c = curve @ feature**2 + ridge
         step = np.stack([c * slope[:, 0] - b * slope[:, 1], a * slope[:, 1] - b * slope[:, 0]], 1)
-        step = np.clip(step / (a * c - b * b)[:, None], -_LONGEST_STEP, _LONGEST_STEP)
+        step = np.clip(step / (a * c - b * b)[:, None], -_MAX_STEP, _MAX_STEP)
         found = found + step
         if np.abs(step).max() < 1e-8:
             break
@@ -187,24 +167,23 @@ def cluster_means(values: Floats, cluster: Clusters) -> Floats:
 
 
 def detectable_difference(spread: float, n: int) -> float:
-    """The smallest true difference from "none" that n prompts would show.
+    """The smallest true difference that an evaluation of n prompts detects, with a power of 80%.
 
     In four of five evaluations of n prompts, a two-sided test at 5% finds a difference of this
     size: (z₀.₉₇₅ + z₀.₈)·spread/√n.
 
     Args:
         spread: Standard deviation of a prompt's outcome.
-        n: Prompts.
+        n: Number of prompts.
     """
-    normal = NormalDist()
-    return (normal.inv_cdf((1 + LEVEL) / 2) + normal.inv_cdf(POWER)) * spread / math.sqrt(n)
+    return (z_score() + NormalDist().inv_cdf(POWER)) * spread / math.sqrt(n)
 
 
 def detectable_rate(outcomes: Floats, cluster: Clusters) -> float:
-    """The smallest difference of a win rate from ½ that so many prompts would show.
+    """The smallest difference of a win rate from ½ that these prompts could show.
 
-    With the spread of the outcomes themselves, or where all prompts are alike, which tells
-    nothing of it, that of single wins and losses, ½.
+    Uses the standard deviation of the outcomes, or, if all prompts have the same outcome and
+    their spread is unknown, that of single wins and losses, ½.
     """
     means = cluster_means(outcomes, cluster)
     spread = float(means.std(ddof=1)) if len(means) > 1 else 0.0
@@ -215,14 +194,14 @@ _TAILS = [(1 - LEVEL) / 2, (1 + LEVEL) / 2]
 
 
 def _resamples(clusters: int, width: int, seed: int, count: int = RESAMPLES) -> Iterator[Floats]:
-    """How often each cluster comes in each resample, in blocks (resamples, clusters).
+    """How often each cluster occurs in each resample, in blocks (resamples, clusters).
 
-    `width` is that of the widest array that is made of a block.
+    `width` is the width of the widest array that is made from a block.
     """
     random = np.random.default_rng(seed)
     left = count
     while left:
-        block = min(left, max(1, _HELD // width))
+        block = min(left, max(1, _BLOCK_SIZE // width))
         left -= block
         drawn = random.integers(0, clusters, (block, clusters))
         drawn += np.arange(block)[:, None] * clusters

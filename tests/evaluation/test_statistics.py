@@ -5,14 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from mlx_align.inference.measures import (
-    best_of_curve,
-    compare_answers,
-    divergence,
-    perplexity_change,
-    preferences,
-)
-from mlx_align.inference.statistics import (
+from mlx_align.evaluation.statistics import (
     PRIOR_SD,
     detectable_difference,
     detectable_rate,
@@ -24,6 +17,13 @@ from mlx_align.inference.statistics import (
     sigmoid,
     standard_error,
     wins,
+)
+from mlx_align.inference.measures import (
+    best_of_curve,
+    compare_answers,
+    divergence,
+    perplexity_change,
+    preferences,
 )
 
 Z = 1.959963984540054  # the normal quantile of .975

@@ -10,11 +10,11 @@ import pytest
 
 from mlx_align.cli.main import run as mlx_align
 from mlx_align.report import charts, page
-from mlx_align.report.health import warnings_of
-from mlx_align.report.numbers import say, tick_labels
 from mlx_align.report.page import render_comparison, render_run
 from mlx_align.report.panels import PANELS, curves_of
-from mlx_align.report.runs import read_run
+from mlx_align.system.formatting import format_value, tick_labels
+from mlx_align.tracking.diagnostics import diagnose
+from mlx_align.tracking.run_dir import read_run_record
 
 VOID = {"meta", "br", "img", "input", "hr", "link"}
 EVIL = "<script>alert(1)</script><img src=x onerror=alert(2)>\"'&"
@@ -108,7 +108,7 @@ def ppo_rows(n=40, **last):
 
 def warned(folder, rows, command="ppo", **facts):
     status = {"command": command, "state": "running", "step": 1, "total": 100, **facts}
-    return warnings_of(read_run(write(folder, rows, status=status)))
+    return diagnose(read_run_record(write(folder, rows, status=status)))
 
 
 class Tags(HTMLParser):
@@ -168,7 +168,7 @@ def test_a_finished_dpo_run_has_all_its_charts(tmp_path, drawn):
     }
     samples = [{"source": "valid.jsonl:1", "prompt": "Hi?", "before": "No.", "after": "Yes."}]
     folder = write(tmp_path / "first", dpo_rows(), samples=samples, summary=summary)
-    text = render_run(read_run(folder))
+    text = render_run(read_run_record(folder))
     tags = assert_self_contained(text)
     titles = {"Loss", "Accuracy", "Margin", "Log-probs", "Learning rate", "Speed", "Peak memory"}
     assert titles <= set(re.findall(r'class="title">([^<]*)<', text))
@@ -185,15 +185,15 @@ def test_a_finished_dpo_run_has_all_its_charts(tmp_path, drawn):
 
 
 def test_bytes_depend_on_the_folder_alone(tmp_path, drawn):
-    one = render_run(read_run(write(tmp_path / "a" / "run", dpo_rows())))
-    other = render_run(read_run(write(tmp_path / "b" / "run", dpo_rows())))
+    one = render_run(read_run_record(write(tmp_path / "a" / "run", dpo_rows())))
+    other = render_run(read_run_record(write(tmp_path / "b" / "run", dpo_rows())))
     assert one == other
 
 
 def test_the_users_own_style_changes_nothing(tmp_path, drawn):
     import matplotlib
 
-    run = read_run(write(tmp_path / "run", dpo_rows()))
+    run = read_run_record(write(tmp_path / "run", dpo_rows()))
     plain = render_run(run)
     styled = {"font.size": 20, "axes.facecolor": "red", "svg.fonttype": "path", "xtick.top": True}
     with matplotlib.rc_context(styled):
@@ -202,7 +202,7 @@ def test_the_users_own_style_changes_nothing(tmp_path, drawn):
 
 
 def test_colours_are_the_pages_own(tmp_path, drawn):
-    text = render_run(read_run(write(tmp_path / "run", dpo_rows(chosen=-20, rejected=-30))))
+    text = render_run(read_run_record(write(tmp_path / "run", dpo_rows(chosen=-20, rejected=-30))))
     charts_alone = "".join(re.findall(r"<svg.*?</svg>", text, flags=re.DOTALL))
     assert not re.findall(r"#[0-9a-f]{6}\b", charts_alone)
     assert "var(--c1)" in charts_alone
@@ -228,7 +228,7 @@ def test_everything_from_data_is_text(tmp_path, drawn):
     }
     config = {"model": EVIL, "data": EVIL, "loss_option": {EVIL: EVIL}}
     folder = write(tmp_path / "run", rows, config, samples=samples, summary=summary)
-    text = render_run(read_run(folder))
+    text = render_run(read_run_record(folder))
     tags = assert_self_contained(text)
     assert "alert(1)" in tags.said
     assert "<script" not in text
@@ -238,7 +238,7 @@ def test_everything_from_data_is_text(tmp_path, drawn):
     assert '<div class="text" dir="auto">ما هي</div>' in text
     assert "unicode-bidi: isolate" in text
     text.encode()
-    both = render_comparison([read_run(folder)] * 2, [EVIL, f"{EVIL}2"])
+    both = render_comparison([read_run_record(folder)] * 2, [EVIL, f"{EVIL}2"])
     assert_self_contained(both)
 
 
@@ -246,7 +246,7 @@ def test_without_matplotlib_the_page_has_its_numbers(tmp_path, monkeypatch, caps
     monkeypatch.setattr(charts, "find_spec", lambda name: None)
     assert not charts.can_draw()
     folder = write(tmp_path / "run", dpo_rows())
-    text = render_run(read_run(folder))
+    text = render_run(read_run_record(folder))
     tags = assert_self_contained(text)
     assert "svg" not in tags.names
     assert 'pip install "mlx-align[report]"' in tags.said
@@ -270,7 +270,7 @@ def test_a_run_that_goes_on(tmp_path):
     old = {"command": "dpo", "steps": 30, "seconds_in_all": 10}
     rows = dpo_rows(8)
     folder = write(tmp_path / "run", rows, torn='{"step": 45, "lo', status=status, summary=old)
-    text = render_run(read_run(folder))
+    text = render_run(read_run_record(folder))
     assert "update 40 of 100, about 2 min left; as of 24 November 2026, 20:07" in text
     assert '<meta http-equiv="refresh" content="30">' in text
     assert "24 November 2026, 20:05" in text
@@ -281,22 +281,22 @@ def test_a_run_that_goes_on(tmp_path):
         {"iters": 100, "output": "r u"},
         status={**status, "state": "interrupted"},
     )
-    text = render_run(read_run(folder))
+    text = render_run(read_run_record(folder))
     assert "mlx-align dpo --resume &#39;r u&#39;" in text
     assert "refresh" not in text
     failed = {**status, "state": "failed", "error": "the loss is not finite"}
-    text = render_run(read_run(write(tmp_path / "run", rows, status=failed)))
+    text = render_run(read_run_record(write(tmp_path / "run", rows, status=failed)))
     assert "after update 40 of 100: the loss is not finite" in text
 
 
 @pytest.mark.parametrize("rows", [[], dpo_rows(1), dpo_rows(2)[:2], [{"step": 1, "loss": None}]])
 def test_little_is_enough(tmp_path, drawn, rows):
     folder = write(tmp_path / "run", rows, torn="\n\n[1]\nnull\n{")
-    Tags(render_run(read_run(folder)))
+    Tags(render_run(read_run_record(folder)))
     for file in ("config.yaml", "metrics.jsonl"):
         (folder / file).unlink()
         if file == "config.yaml":
-            Tags(render_run(read_run(folder)))
+            Tags(render_run(read_run_record(folder)))
 
 
 def test_no_run_is_one_line(tmp_path, capsys):
@@ -328,7 +328,7 @@ def test_a_comparison_overlays_and_names_what_differs(tmp_path, drawn):
         write(tmp_path / "fast", dpo_rows(margin=2), {"beta": 0.1, "lr": 1e-4, "output": "b"}),
         write(tmp_path / "ppo", ppo_rows(), {"lr": 1e-5}),
     ]
-    runs = [read_run(folder) for folder in folders]
+    runs = [read_run_record(folder) for folder in folders]
     text = render_comparison(runs, [run.name for run in runs])
     tags = assert_self_contained(text)
     differing = text[text.index("What differs") : text.index("Courses")]
@@ -353,19 +353,19 @@ def test_every_panel_is_drawn_where_its_metric_is(tmp_path, drawn):
         row |= {"logps/chosen": -9.0, "logps/rejected": -9.0, "logps/accuracies": 0.5}
         row |= {"learning_rate": 1e-5, "grad_norm": 1.0, "tokens_per_second": 10.0}
         row |= {"peak_memory_bytes": 1e9, "held_out": 1.0}
-    text = render_run(read_run(write(tmp_path / "run", rows)))
+    text = render_run(read_run_record(write(tmp_path / "run", rows)))
     titles = [unescape(t) for t in re.findall(r'class="title">([^<]*)<', text)]
     assert titles == [panel.title for panel in PANELS]
 
 
 def test_a_policys_kl_is_not_ktos(tmp_path):
     rows = [*ppo_rows(2), {"step": 2, "eval/objective/kl": 3.0, "eval/reward": 1.0}]
-    run = read_run(write(tmp_path / "run", rows))
+    run = read_run_record(write(tmp_path / "run", rows))
     shown = {panel.title: curves_of(panel, run) for panel in PANELS}
     assert shown["KL from the reference"][0].twin == "eval/objective/kl"
     assert shown["KL point"] == ()
     assert [curve.label for curve in shown["Rewards, each apart"]] == ["form", "helpful"]
-    kto = read_run(
+    kto = read_run_record(
         write(tmp_path / "kto", [{"step": 1, "loss": 1, "kl": 2}, {"step": 1, "eval/kl": 3}])
     )
     shown = {panel.title: curves_of(panel, kto) for panel in PANELS}
@@ -395,7 +395,7 @@ def test_a_reward_models_report(tmp_path, drawn):
         "warnings": ['"pick the longer" alone gains 11.4%: it may have learned length; balance it'],
     }
     summary = {"command": "reward", "steps": 5, "held_out": held_out}
-    text = render_run(read_run(write(tmp_path / "run", [], summary=summary)))
+    text = render_run(read_run_record(write(tmp_path / "run", [], summary=summary)))
     tags = assert_self_contained(text)
     assert re.findall(r'class="title">([^<]*)<', text) == [
         "Calibration",
@@ -540,13 +540,13 @@ def test_tick_labels(ticks, unit, labels):
 
 
 def test_numbers_read_well():
-    assert say(None) == "–"
-    assert say(0.99166, "share") == "99.2%"
-    assert say(-0.00789, "nats") == "−0.008 nats"
-    assert say(2.5e-7) == "2.5e−7"
-    assert say(12_345.6, "tokens") == "12,346 tokens"
-    assert say(math.pi) == "3.14"
-    assert say(48e6, "bytes") == "48 MB"
+    assert format_value(None) == "–"
+    assert format_value(0.99166, "share") == "99.2%"
+    assert format_value(-0.00789, "nats") == "−0.008 nats"
+    assert format_value(2.5e-7) == "2.5e−7"
+    assert format_value(12_345.6, "tokens") == "12,346 tokens"
+    assert format_value(math.pi) == "3.14"
+    assert format_value(48e6, "bytes") == "48 MB"
 
 
 def test_rollouts_of_the_last_batch_are_shown_best_first(tmp_path):
@@ -563,7 +563,7 @@ def test_rollouts_of_the_last_batch_are_shown_best_first(tmp_path):
     ]
     rows.append({"source": "valid.jsonl:1", "prompt": "Hm?", "before": "one", "after": "two"})
     write(tmp_path, ppo_rows(3), samples=rows)
-    page = render_run(read_run(tmp_path), charts=False)
+    page = render_run(read_run_record(tmp_path), charts=False)
     assert "What it said last" in page
     assert "Rollout batch 2" in page
     assert "Capital &lt;of&gt; Peru?" in page

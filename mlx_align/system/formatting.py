@@ -1,0 +1,89 @@
+"""Numbers, durations, dates and rows of metrics as text for people."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import datetime
+
+
+def format_value(value: float | None, unit: str = "") -> str:
+    """A metric's value with about three digits and its unit.
+
+    Args:
+        value: The value; None is shown as a dash.
+        unit: "share" (shown in percent), "bytes", "tokens/s", or a word to append, such as "nats".
+    """
+    if value is None:
+        return "–"
+    if unit == "share":
+        return f"{value:.1%}".replace("-", "−")
+    if unit == "bytes":
+        return f"{value / 1e9:.2f} GB" if value >= 1e9 else f"{value / 1e6:.0f} MB"
+    if unit == "tokens/s":
+        return f"{value:,.0f} tokens/s"
+    return f"{_digits(value)} {unit}".strip()
+
+
+def _digits(value: float) -> str:
+    size = abs(value)
+    if size >= 10_000:
+        text = f"{value:,.0f}"
+    elif size >= 100:
+        text = f"{value:.0f}"
+    elif size >= 1e-3 or size == 0:
+        places = 3 if size < 1 else 2 if size < 10 else 1
+        text = f"{value:.{places}f}"
+    else:
+        mantissa, exponent = f"{value:.1e}".split("e")
+        text = f"{mantissa.removesuffix('.0')}e{int(exponent)}"
+    return text.replace("-", "−")
+
+
+def format_duration(seconds: float) -> str:
+    """A duration, as precise as one needs it for planning."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    if seconds < 5400:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h"
+
+
+def format_date(written: object) -> str:
+    """An ISO 8601 date as "24 November 2026, 20:05"; empty if `written` is not a date."""
+    try:
+        when = datetime.fromisoformat(str(written))
+    except ValueError:
+        return ""
+    return f"{when.day} {when:%B %Y, %H:%M}"
+
+
+def format_metrics(row: Mapping[str, float]) -> str:
+    """A row of training or held-out metrics as one line for the terminal."""
+    parts = []
+    if "reward" in row:
+        parts += _format_rollout_metrics(row)
+    elif "loss" in row:
+        parts.append(f"loss {row['loss']:.4f}")
+    if "rewards/accuracies" in row:
+        parts.append(f"accuracy {row['rewards/accuracies']:.0%}")
+        parts.append(f"margin {row['rewards/margins']:+.3f}")
+    if "perplexity" in row:
+        parts.append(f"perplexity {row['perplexity']:.3f}")
+    if row.get("tokens_per_second"):
+        parts.append(f"{row['tokens_per_second']:,.0f} tokens/s")
+        parts.append(f"{row['peak_memory_bytes'] / 1e9:.2f} GB")
+    return ", ".join(parts)
+
+
+def _format_rollout_metrics(row: Mapping[str, float]) -> list[str]:
+    parts = [f"reward {row['reward']:+.3f}"]
+    if "held_out" in row:
+        parts.append(f"held-out reward {row['held_out']:+.3f}")
+    if "objective/kl" in row:
+        parts.append(f"KL {row['objective/kl']:.2f}")
+    if "value/explained_variance" in row:
+        parts.append(f"critic explains {row['value/explained_variance']:.0%}")
+    if "completions/mean_length" in row:
+        parts.append(f"{row['completions/mean_length']:.0f} tokens each")
+        parts.append(f"{row['completions/ended']:.0%} ended")
+    return parts

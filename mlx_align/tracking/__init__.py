@@ -1,0 +1,1 @@
+"""Run folders: their files, the health checks of their metrics, and the verdict on a run."""

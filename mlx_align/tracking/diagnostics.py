@@ -1,0 +1,776 @@
+"""Health checks: what the metrics of a run warn about, and what to do.
+
+`CHECKS` is the one list of checks. The terminal and the guard use it during a run, through
+`HealthMonitor`; the run page uses it through `diagnose`. A check is a pure function of a `History`
+of metrics. Every threshold is a named constant with its reason.
+
+Thresholds of ratios and KLs follow Schulman et al. 2017 ("Proximal Policy Optimization
+Algorithms"), Huang et al. 2024 ("The N+ Implementation Details of RLHF with PPO") and OpenRLHF's
+defaults. Those of text statistics are our choice: the values at which samples read as broken.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any, Literal
+
+from mlx_align.system.formatting import format_value
+from mlx_align.tracking.run_dir import RunRecord
+
+Level = Literal["warn", "halve", "stop"]
+
+_RANK: Mapping[str, int] = {"warn": 0, "halve": 1, "stop": 2}
+
+# Pairs. A chosen log-prob that falls by a tenth is common and harmless while margins grow; beyond
+# that, probability moves to completions that are in neither column of the data.
+CHOSEN_FALL = 0.1
+# Nats per token. e^-1 per token makes a completion of 20 tokens 5e8 times less likely.
+STOP_CHOSEN_FALL_PER_TOKEN = 1.0
+# Held-out reward margin, in the units of beta times the log-ratio: sigmoid(5) is 99.3%.
+WIDE_MARGIN = 5.0
+# Held-out accuracy that gains less than this in the second half of the evaluations is flat.
+FLAT_ACCURACY = 0.01
+# Training minus held-out accuracy. 40 held-out pairs have a standard error of 0.06.
+OVERFITTING_GAP = 0.15
+# Evaluations after which an accuracy near 50%, on training and held-out pairs, is called stuck.
+STUCK_EVALUATIONS = 4
+STUCK_ACCURACY = 0.55
+# A held-out loss that rose in this many evaluations in a row, to this many times its lowest value.
+RISING_EVALUATIONS = 3
+RISING_LOSS = 1.02
+
+# KL from the policy that sampled, in nats per token. Passes over a rollout batch end above the
+# first; the learning rate is halved above the second.
+STOP_EPOCHS_ABOVE_KL = 0.03
+HALVE_LR_ABOVE_KL = 0.1
+# Rollout batches in a row above one of them.
+LARGE_UPDATES_IN_A_ROW = 3
+# Share of tokens whose ratio is clipped. They give no gradient.
+MAX_CLIP_RATIO = 0.3
+# Share of completions that end with an end token.
+MIN_FINISHED_SHARE = 0.8
+# Share of groups whose completions all have the same reward.
+MAX_ZERO_STD_SHARE = 0.8
+# Rollout batches after which a critic must explain some of the returns' variance.
+CRITIC_WARMUP_STEPS = 30
+# Share of the entropy at the start.
+STOP_ENTROPY_SHARE = 0.3
+# KL from the reference, in nats per completion of up to this many tokens. A KL is a sum over
+# tokens, so the thresholds grow in proportion for longer completions.
+WARN_KL, STOP_KL = 15.0, 30.0
+KL_TOKENS = 128
+# Mean length as a multiple of the length at the start.
+WARN_LENGTH, STOP_LENGTH = 1.5, 2.5
+# Increase of the share of repeated 4-grams; relative decrease of the share of distinct bigrams.
+WARN_REPEATED, STOP_REPEATED = 0.05, 0.15
+WARN_DISTINCT, STOP_DISTINCT = 0.2, 0.4
+# Over-optimisation: the held-out reward falls in this many evaluations in a row, and is this many
+# standard deviations (of the first evaluation) behind the reward that is trained on.
+FALLING_EVALUATIONS = 3
+STOP_REWARD_GAP = 1.0
+
+# A finding is shown again once its severity is this many times what it was when last shown.
+WORSE_BY = 2.0
+
+# Values kept from each end of a metric. Training rows are of different examples, so the start and
+# the end of a noisy metric are means over this many rows.
+_KEPT = 5
+
+_PAIRS = frozenset({"dpo", "kto"})
+_PREFERENCES = frozenset({"dpo", "kto", "reward"})
+_OFFLINE = frozenset({"dpo", "kto", "sft", "reward"})
+_ON_POLICY = frozenset({"ppo", "grpo"})
+
+
+@dataclass(frozen=True)
+class Finding:
+    """The result of a failed check.
+
+    Attributes:
+        level: "warn", "halve" (the learning rate is halved) or "stop" (continuing makes it worse).
+        signal: The metric that shows the problem.
+        problem: One sentence on what is wrong.
+        advice: One sentence on what to do.
+        severity: How far the metric is beyond its threshold, 1 at the threshold.
+    """
+
+    level: Level
+    signal: str
+    problem: str
+    advice: str
+    severity: float = 1.0
+
+    @property
+    def text(self) -> str:
+        """Problem and advice."""
+        return f"{self.problem} {self.advice}"
+
+    def to_json(self, step: int) -> dict[str, Any]:
+        """The finding for status.json and checkpoints; `step` is when it was found."""
+        return {
+            "step": step,
+            "level": self.level,
+            "signal": self.signal,
+            "problem": self.problem,
+            "advice": self.advice,
+        }
+
+
+@dataclass
+class History:
+    """What the checks need of a run's metrics: both ends of each, and all evaluations.
+
+    Attributes:
+        command: The training command; "run" if unknown, then every check applies.
+        completion_tokens: Mean tokens of a completion in the training data, if known.
+        step: The last step seen.
+        head: The first values of each training metric.
+        tail: The last values of each training metric.
+        counts: Number of values of each training metric.
+        held_out: All values of each held-out metric, without the prefix `eval/`.
+        deviations: For each evaluation, the reward trained on and the held-out reward, as changes
+            since the first evaluation in units of its standard deviation.
+    """
+
+    command: str = "run"
+    completion_tokens: float | None = None
+    step: int = 0
+    head: dict[str, list[float]] = field(default_factory=dict)
+    tail: dict[str, list[float]] = field(default_factory=dict)
+    counts: dict[str, int] = field(default_factory=dict)
+    held_out: dict[str, list[float]] = field(default_factory=dict)
+    deviations: list[list[float]] = field(default_factory=list)
+
+    def add(self, row: Mapping[str, float], step: int) -> None:
+        """Add a row of training metrics."""
+        self.step = step
+        for key in TRAINING_METRICS:
+            value = row.get(key)
+            if value is None or not math.isfinite(value):
+                continue
+            self.counts[key] = self.counts.get(key, 0) + 1
+            head, tail = self.head.setdefault(key, []), self.tail.setdefault(key, [])
+            if len(head) < _KEPT:
+                head.append(float(value))
+            tail.append(float(value))
+            del tail[:-_KEPT]
+
+    def add_evaluation(
+        self,
+        metrics: Mapping[str, float],
+        step: int,
+        deviations: tuple[float, float] | None = None,
+    ) -> None:
+        """Add held-out metrics, without the prefix `eval/`."""
+        self.step = max(self.step, step)
+        for key in HELD_OUT_METRICS:
+            value = metrics.get(key)
+            if value is not None and math.isfinite(value):
+                self.held_out.setdefault(key, []).append(float(value))
+        if deviations is not None:
+            self.deviations.append([float(one) for one in deviations])
+
+    def first(self, key: str) -> float | None:
+        """The first value of a training metric."""
+        return self.head[key][0] if key in self.head else None
+
+    def last(self, key: str) -> float | None:
+        """The last value of a training metric."""
+        return self.tail[key][-1] if self.tail.get(key) else None
+
+    def recent_mean(self, key: str, rows: int = 3) -> float | None:
+        """The mean of the last `rows` values of a training metric, or None if there are fewer."""
+        values = self.tail.get(key, [])[-rows:]
+        return sum(values) / rows if len(values) == rows else None
+
+    def change(self, key: str) -> tuple[float, float] | None:
+        """A metric at the start and now.
+
+        On held-out data if there are two evaluations; else means of five rows of training data.
+        """
+        held_out = self.held_out.get(key, [])
+        if len(held_out) >= 2:
+            return held_out[0], held_out[-1]
+        return self.training_change(key)
+
+    def training_change(self, key: str) -> tuple[float, float] | None:
+        """A training metric at the start and now, or None if there are fewer than ten rows."""
+        if self.counts.get(key, 0) < 2 * _KEPT:
+            return None
+        return sum(self.head[key]) / _KEPT, sum(self.tail[key]) / _KEPT
+
+
+# Checks of offline runs
+
+
+def chosen_fall(history: History) -> float | None:
+    """The share of itself by which the chosen completions' log-prob fell, if that is too much."""
+    change = history.change("logps/chosen")
+    if change is None or change[0] == 0:
+        return None
+    fall = (change[0] - change[1]) / abs(change[0])
+    return fall if fall > CHOSEN_FALL else None
+
+
+def _chosen_falls(history: History) -> Finding | None:
+    share = chosen_fall(history)
+    chosen, rejected = history.change("logps/chosen"), history.change("logps/rejected")
+    if share is None or chosen is None or rejected is None:
+        return None
+    fell = chosen[0] - chosen[1]
+    both = "that of rejected ones fell too, so" if rejected[1] < rejected[0] else "so"
+    tokens = history.completion_tokens
+    stop = tokens is not None and fell / tokens > STOP_CHOSEN_FALL_PER_TOKEN
+    advice = (
+        "Lower --learning-rate or raise --beta."
+        if history.command == "kto"
+        else "Lower --learning-rate, add the SFT loss (--loss sigmoid=1,sft=0.2), or drop pairs "
+        "whose two completions are nearly the same."
+    )
+    return Finding(
+        "stop" if stop else "warn",
+        "logps/chosen",
+        f"The log-prob of chosen completions fell from {format_value(chosen[0])} to "
+        f"{format_value(chosen[1])} nats ({share:.0%}); {both} probability moves to completions "
+        "that are not in the data.",
+        advice,
+        share / CHOSEN_FALL,
+    )
+
+
+def _margin_too_wide(history: History) -> Finding | None:
+    margins = history.held_out.get("rewards/margins", [])
+    # The first evaluation is before training, where all implicit rewards are 0.
+    accuracies = history.held_out.get("rewards/accuracies", [])[1:]
+    if len(accuracies) < 3 or not margins or margins[-1] <= WIDE_MARGIN:
+        return None
+    half = len(accuracies) // 2
+    if accuracies[-1] - accuracies[half - 1] > FLAT_ACCURACY:
+        return None
+    return Finding(
+        "warn",
+        "eval/rewards/margins",
+        f"The held-out margin has reached {format_value(margins[-1])} while held-out accuracy "
+        f"stays at {accuracies[-1]:.1%}: more training only widens margins.",
+        "Train for fewer steps, lower --learning-rate, or raise --beta.",
+        margins[-1] / WIDE_MARGIN,
+    )
+
+
+def _accuracy_gap(history: History) -> Finding | None:
+    training = history.recent_mean("rewards/accuracies")
+    held_out = history.held_out.get("rewards/accuracies", [])
+    if training is None or len(held_out) < 2 or training - held_out[-1] <= OVERFITTING_GAP:
+        return None
+    return Finding(
+        "warn",
+        "rewards/accuracies",
+        f"Accuracy is {training:.0%} on training pairs and {held_out[-1]:.0%} on held-out ones: "
+        "the model overfits.",
+        "Use fewer --epochs, a lower --learning-rate or --lora-rank, or more data.",
+        (training - held_out[-1]) / OVERFITTING_GAP,
+    )
+
+
+def _held_out_loss_rises(history: History) -> Finding | None:
+    losses, training = history.held_out.get("loss", []), history.training_change("loss")
+    recent = losses[-RISING_EVALUATIONS - 1 :]
+    rising = len(recent) > RISING_EVALUATIONS and all(b > a for a, b in pairwise(recent))
+    if not rising or training is None or training[1] >= training[0]:
+        return None
+    lowest = min(losses)
+    if losses[-1] <= lowest + (RISING_LOSS - 1) * abs(lowest):
+        return None
+    return Finding(
+        "warn",
+        "eval/loss",
+        f"The held-out loss rose in {RISING_EVALUATIONS} evaluations in a row, from "
+        f"{format_value(lowest)} to {format_value(losses[-1])}, while the training loss fell: the "
+        "model overfits.",
+        "Use the checkpoint with the lowest held-out loss, fewer --epochs, or a lower "
+        "--learning-rate.",
+        (losses[-1] - lowest) / max((RISING_LOSS - 1) * abs(lowest), 1e-9),
+    )
+
+
+def _accuracy_stuck(history: History) -> Finding | None:
+    held_out = history.held_out.get("rewards/accuracies", [])[1:]
+    training = history.recent_mean("rewards/accuracies")
+    if training is None or len(held_out) < STUCK_EVALUATIONS:
+        return None
+    if max(training, *held_out[-STUCK_EVALUATIONS:]) > STUCK_ACCURACY:
+        return None
+    return Finding(
+        "warn",
+        "eval/rewards/accuracies",
+        f"After {history.step} steps accuracy is still {training:.0%} on training pairs and "
+        f"{held_out[-1]:.0%} on held-out ones: the model does not learn the preference.",
+        "Raise --learning-rate or train longer, and check that chosen and rejected are not mixed "
+        "up in the data.",
+    )
+
+
+# Checks of on-policy runs. One row is the mean over a whole rollout batch, so the last one counts.
+
+
+def _large_updates(history: History) -> Finding | None:
+    recent = history.tail.get("policy/approx_kl", [])[-LARGE_UPDATES_IN_A_ROW:]
+    if len(recent) < LARGE_UPDATES_IN_A_ROW or min(recent) <= STOP_EPOCHS_ABOVE_KL:
+        return None
+    halve = min(recent) > HALVE_LR_ABOVE_KL
+    limit = HALVE_LR_ABOVE_KL if halve else STOP_EPOCHS_ABOVE_KL
+    mean = sum(recent) / len(recent)
+    return Finding(
+        "halve" if halve else "warn",
+        "policy/approx_kl",
+        f"An update moves the policy by {format_value(mean)} nats per token (above {limit}, "
+        f"{LARGE_UPDATES_IN_A_ROW} times in a row), so its samples are out of date before they are "
+        "used up.",
+        "The learning rate is halved for the rest of the run; next time, lower --learning-rate."
+        if halve
+        else "Lower --update-epochs or --learning-rate.",
+        mean / STOP_EPOCHS_ABOVE_KL,
+    )
+
+
+def _clipped(history: History) -> Finding | None:
+    share = history.last("policy/clip_ratio")
+    if share is None or share <= MAX_CLIP_RATIO:
+        return None
+    return Finding(
+        "warn",
+        "policy/clip_ratio",
+        f"{share:.0%} of the tokens are clipped and give no gradient.",
+        "Lower --learning-rate or --update-epochs.",
+        share / MAX_CLIP_RATIO,
+    )
+
+
+def _far_from_reference(history: History) -> Finding | None:
+    kl = history.last("objective/kl")
+    scale = max(1.0, (history.last("completions/mean_length") or 0.0) / KL_TOKENS)
+    if kl is None or kl <= WARN_KL * scale:
+        return None
+    return Finding(
+        "stop" if kl > STOP_KL * scale else "warn",
+        "objective/kl",
+        f"Completions are {kl:.0f} nats from the reference (above {WARN_KL * scale:.0f}; "
+        f"{STOP_KL * scale:.0f} stops the run): the reward is computed on text unlike any it was "
+        "made for.",
+        "Raise --kl-coef or lower --learning-rate, and read the samples.",
+        kl / (WARN_KL * scale),
+    )
+
+
+def _no_contrast(history: History) -> Finding | None:
+    share = history.last("frac_reward_zero_std")
+    if share is None or share <= MAX_ZERO_STD_SHARE:
+        return None
+    return Finding(
+        "warn",
+        "frac_reward_zero_std",
+        f"{share:.0%} of the prompts have completions with equal rewards, which give no gradient.",
+        "Use harder or easier prompts, a finer reward, or a larger --group-size.",
+        share / MAX_ZERO_STD_SHARE,
+    )
+
+
+def _unfinished(history: History) -> Finding | None:
+    share = history.last("completions/ended")
+    if share is None or share >= MIN_FINISHED_SHARE:
+        return None
+    return Finding(
+        "warn",
+        "completions/ended",
+        f"Only {share:.0%} of the completions end by themselves; the rest are truncated.",
+        "Raise --max-completion-length, penalise unfinished completions, or teach the model to end "
+        "with mlx-align sft.",
+        (1 - share) / (1 - MIN_FINISHED_SHARE),
+    )
+
+
+def _critic_explains_nothing(history: History) -> Finding | None:
+    explained = history.last("value/explained_variance")
+    if explained is None or explained >= 0 or history.step <= CRITIC_WARMUP_STEPS:
+        return None
+    return Finding(
+        "warn",
+        "value/explained_variance",
+        f"The critic explains less of the returns than their mean would (explained variance "
+        f"{format_value(explained)} after {history.step} batches): advantages are noise.",
+        "Raise --critic-learning-rate or --critic-warmup, or start the critic from a reward model.",
+        1 - explained,
+    )
+
+
+def _entropy_collapse(history: History) -> Finding | None:
+    start, now = history.first("objective/entropy"), history.last("objective/entropy")
+    if start is None or now is None or start <= 0 or now / start >= STOP_ENTROPY_SHARE:
+        return None
+    return Finding(
+        "stop",
+        "objective/entropy",
+        f"Entropy is {now / start:.0%} of what it was at the start: completions are nearly the "
+        "same every time, and nothing new is explored.",
+        "Return to an earlier checkpoint with a lower --learning-rate or a higher --kl-coef.",
+        STOP_ENTROPY_SHARE / max(now / start, 1e-9),
+    )
+
+
+def _longer(history: History) -> Finding | None:
+    key = "completions/mean_length"
+    start, now = history.first(key), history.last(key)
+    if start is None or now is None or start <= 0 or now / start <= WARN_LENGTH:
+        return None
+    return Finding(
+        "stop" if now / start > STOP_LENGTH else "warn",
+        key,
+        f"Completions are {now / start:.1f} times as long as at the start: the reward may favour "
+        "length.",
+        "Read the samples, or add --reward overlong.",
+        now / start / WARN_LENGTH,
+    )
+
+
+def _repetitive(history: History) -> Finding | None:
+    key = "text/repeated_4grams"
+    start, now = history.first(key), history.last(key)
+    if start is None or now is None or now - start <= WARN_REPEATED:
+        return None
+    return Finding(
+        "stop" if now - start > STOP_REPEATED else "warn",
+        key,
+        f"Completions repeat {now:.0%} of their 4-grams, at the start {start:.0%}.",
+        "Read the samples, or add --reward repetition.",
+        (now - start) / WARN_REPEATED,
+    )
+
+
+def _less_varied(history: History) -> Finding | None:
+    key = "text/distinct_2"
+    start, now = history.first(key), history.last(key)
+    if start is None or now is None:
+        return None
+    fall = (start - now) / max(start, 1e-9)
+    if fall <= WARN_DISTINCT:
+        return None
+    return Finding(
+        "stop" if fall > STOP_DISTINCT else "warn",
+        key,
+        f"{now:.0%} of the token pairs in a completion are distinct, at the start {start:.0%}: the "
+        "text gets monotonous.",
+        "Read the samples, raise --kl-coef, or add --reward repetition.",
+        fall / WARN_DISTINCT,
+    )
+
+
+def _over_optimised(history: History) -> Finding | None:
+    """Whether the reward that is trained on rises while the one on held-out prompts falls."""
+    if history.deviations:
+        falling = [held_out for _, held_out in history.deviations]
+        trained, held_out = history.deviations[-1]
+        gap = trained - held_out
+        if not _falls(falling) or gap <= STOP_REWARD_GAP:
+            return None
+        return Finding(
+            "stop",
+            "eval/held_out",
+            f"The reward that is trained on is {trained:+.1f} standard deviations from its start, "
+            f"the held-out reward {held_out:+.1f} and falling for {FALLING_EVALUATIONS} "
+            "evaluations: the policy exploits the reward.",
+            "Fix the reward, raise --kl-coef, or train for fewer steps.",
+            gap / STOP_REWARD_GAP,
+        )
+    other = history.held_out.get("held_out")
+    falling = other or history.held_out.get("reward", [])
+    rising = history.held_out.get("reward", []) if other else history.tail.get("reward", [])
+    if not _falls(falling) or len(rising) <= FALLING_EVALUATIONS:
+        return None
+    if rising[-1] <= rising[-FALLING_EVALUATIONS - 1]:
+        return None
+    return Finding(
+        "warn",
+        "eval/held_out" if other else "eval/reward",
+        f"The held-out reward fell in three evaluations in a row, to {format_value(falling[-1])}, "
+        "while the reward that is trained on rose.",
+        "Return to the checkpoint before that, raise --kl-coef, or fix the reward.",
+    )
+
+
+def _falls(values: Sequence[float]) -> bool:
+    recent = values[-FALLING_EVALUATIONS - 1 :]
+    return len(recent) > FALLING_EVALUATIONS and all(b < a for a, b in pairwise(recent))
+
+
+@dataclass(frozen=True)
+class Check:
+    """One health check.
+
+    Attributes:
+        commands: The training commands that it applies to.
+        reads: Training metrics that it reads.
+        held_out: Held-out metrics that it reads, without the prefix `eval/`.
+        find: The check itself; None if all is well.
+    """
+
+    commands: frozenset[str]
+    reads: tuple[str, ...]
+    held_out: tuple[str, ...]
+    find: Callable[[History], Finding | None]
+
+
+_LOGPS = ("logps/chosen", "logps/rejected")
+_ACCURACIES = ("rewards/accuracies",)
+
+CHECKS: tuple[Check, ...] = (
+    Check(_PAIRS, _LOGPS, _LOGPS, _chosen_falls),
+    Check(_PAIRS, (), ("rewards/margins", "rewards/accuracies"), _margin_too_wide),
+    Check(_PREFERENCES, _ACCURACIES, _ACCURACIES, _accuracy_gap),
+    Check(frozenset({"dpo", "reward"}), _ACCURACIES, _ACCURACIES, _accuracy_stuck),
+    Check(_OFFLINE, ("loss",), ("loss",), _held_out_loss_rises),
+    Check(_ON_POLICY, ("policy/approx_kl",), (), _large_updates),
+    Check(_ON_POLICY, ("policy/clip_ratio",), (), _clipped),
+    Check(_ON_POLICY, ("objective/kl", "completions/mean_length"), (), _far_from_reference),
+    Check(_ON_POLICY, ("frac_reward_zero_std",), (), _no_contrast),
+    Check(_ON_POLICY, ("completions/ended",), (), _unfinished),
+    Check(_ON_POLICY, ("value/explained_variance",), (), _critic_explains_nothing),
+    Check(_ON_POLICY, ("objective/entropy",), (), _entropy_collapse),
+    Check(_ON_POLICY, ("completions/mean_length",), (), _longer),
+    Check(_ON_POLICY, ("text/repeated_4grams",), (), _repetitive),
+    Check(_ON_POLICY, ("text/distinct_2",), (), _less_varied),
+    Check(_ON_POLICY, ("reward",), ("reward", "held_out"), _over_optimised),
+)
+
+TRAINING_METRICS = tuple(dict.fromkeys(key for check in CHECKS for key in check.reads))
+HELD_OUT_METRICS = tuple(dict.fromkeys(key for check in CHECKS for key in check.held_out))
+
+
+def run_checks(history: History) -> list[Finding]:
+    """The findings of all checks that apply to the run, the most serious first."""
+    known = any(history.command in check.commands for check in CHECKS)
+    found = [
+        finding
+        for check in CHECKS
+        if not known or history.command in check.commands
+        if (finding := check.find(history)) is not None
+    ]
+    return sorted(found, key=lambda finding: -_RANK[finding.level])
+
+
+def diagnose(record: RunRecord) -> list[Finding]:
+    """What is wrong with a run, from its folder; the most serious first.
+
+    Findings that halved the learning rate or stopped the run are taken from status.json if the
+    metrics no longer show them. The warnings of a reward model's own report come last.
+    """
+    history = history_of(record)
+    found = run_checks(history)
+    shown = {finding.signal for finding in found}
+    for kept in _recorded(record):
+        if kept.signal not in shown:
+            found.append(kept)
+            shown.add(kept.signal)
+    report = record.summary.get("held_out")
+    if isinstance(report, Mapping):
+        found += [_report_finding(str(text)) for text in report.get("warnings") or ()]
+    return sorted(found, key=lambda finding: -_RANK[finding.level])
+
+
+def history_of(record: RunRecord) -> History:
+    """The history of a run from its folder."""
+    statistics = record.data_statistics
+    tokens, count = statistics.get("scored_tokens"), statistics.get("completions")
+    history = History(record.command, tokens / count if tokens and count else None)
+    for key in TRAINING_METRICS:
+        if values := record.values(key):
+            history.head[key], history.tail[key] = values[:_KEPT], values[-_KEPT:]
+            history.counts[key] = len(values)
+    first: dict[str, tuple[float, float]] = {}
+    for row in record.held_out:
+        metrics = {key.removeprefix("eval/"): value for key, value in row.items()}
+        changes = []
+        for name in ("reward", "held_out"):
+            if name in metrics:
+                first.setdefault(name, (metrics[name], metrics.get(f"{name}_std", 0.0)))
+                mean, spread = first[name]
+                changes += [(metrics[name] - mean) / spread] if spread > 0 else []
+        deviations = (changes[0], changes[1]) if len(changes) == 2 else None
+        history.add_evaluation(metrics, int(row["step"]), deviations)
+    history.step = record.step
+    return history
+
+
+def _recorded(record: RunRecord) -> list[Finding]:
+    kept = record.status.get("findings")
+    if not isinstance(kept, list):
+        return []
+    found = []
+    for one in kept:
+        if isinstance(one, Mapping) and one.get("level") in _RANK:
+            problem = f"After step {one.get('step')}: {one.get('problem')}"
+            signal, advice = str(one.get("signal")), str(one.get("advice"))
+            found.append(Finding(one["level"], signal, problem, advice))
+    return found
+
+
+def _report_finding(text: str) -> Finding:
+    """A warning of a reward model's report, which is "problem: advice"."""
+    problem, colon, advice = text.partition(": ")
+    parts = [f"{part[:1].upper()}{part[1:]}." for part in (problem, advice) if part]
+    return Finding("warn", "held_out", parts[0] if parts else "", parts[1] if colon else "")
+
+
+class HealthMonitor:
+    """Runs the checks during a run, for any training command.
+
+    Call `observe` with each row of training metrics (on-policy: of each rollout batch) and
+    `observe_evaluation` with each evaluation. Both return the findings to show: each is returned
+    once, and again only if it got worse.
+
+    Attributes:
+        lr_scale: Factor for all learning rates; halved each time updates are too large.
+        stop: The most serious finding of the last observation with level "stop", or None. It is
+            set even if it was shown before.
+        recorded: Findings that halved the learning rate or are a reason to stop, for status.json.
+    """
+
+    def __init__(self, command: str = "run", completion_tokens: float | None = None) -> None:
+        """Start without history.
+
+        Args:
+            command: The training command, which decides what checks apply.
+            completion_tokens: Mean tokens of a completion in the training data, if known.
+        """
+        self.history = History(command, completion_tokens)
+        self.lr_scale = 1.0
+        self.stop: Finding | None = None
+        self.recorded: list[dict[str, Any]] = []
+        # Level and severity at which each signal was last shown.
+        self._shown: dict[str, tuple[Level, float]] = {}
+
+    def observe(self, row: Mapping[str, float], step: int) -> list[Finding]:
+        """Check a row of training metrics; `step` counts from 1."""
+        self.history.add(row, step)
+        if "policy/approx_kl" not in row:
+            # Large updates count only if they are consecutive.
+            self.history.tail.pop("policy/approx_kl", None)
+        found = self._new(step)
+        if any(finding.level == "halve" for finding in found):
+            self.lr_scale /= 2
+            self.history.tail.pop("policy/approx_kl")
+        return found
+
+    def observe_evaluation(
+        self,
+        metrics: Mapping[str, float],
+        step: int,
+        deviations: tuple[float, float] | None = None,
+    ) -> list[Finding]:
+        """Check held-out metrics.
+
+        Args:
+            metrics: Held-out metrics, without the prefix `eval/`.
+            step: Steps done; 0 before training.
+            deviations: The reward trained on and the held-out reward, as changes since the first
+                evaluation in units of its standard deviation; None if there are not two rewards.
+        """
+        self.history.add_evaluation(metrics, step, deviations)
+        return self._new(step)
+
+    def _new(self, step: int) -> list[Finding]:
+        found = run_checks(self.history)
+        self.stop = next((finding for finding in found if finding.level == "stop"), None)
+        new = [finding for finding in found if self._is_news(finding)]
+        for finding in new:
+            self._shown[finding.signal] = finding.level, finding.severity
+            if finding.level != "warn":
+                self.recorded.append(finding.to_json(step))
+        return new
+
+    def _is_news(self, finding: Finding) -> bool:
+        shown = self._shown.get(finding.signal)
+        if shown is None or finding.level == "halve":
+            return True
+        level, severity = shown
+        worse = finding.severity >= WORSE_BY * severity
+        return _RANK[finding.level] > _RANK[level] or (finding.level == level and worse)
+
+    def state(self) -> dict[str, Any]:
+        """The monitor's state for a checkpoint, JSON-serialisable."""
+        history = self.history
+        return {
+            "rate_scale": self.lr_scale,
+            "said": {signal: list(shown) for signal, shown in self._shown.items()},
+            "evaluations": [list(pair) for pair in history.deviations],
+            "step": history.step,
+            "head": {key: list(values) for key, values in history.head.items()},
+            "tail": {key: list(values) for key, values in history.tail.items()},
+            "counts": dict(history.counts),
+            "held_out": {key: list(values) for key, values in history.held_out.items()},
+            "recorded": [dict(one) for one in self.recorded],
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Continue from `state`.
+
+        Checkpoints of older versions are read too. They hold the values at the start (`start`),
+        the number of large updates in a row (`far_updates`) and the names of signals shown.
+
+        Raises:
+            KeyError, TypeError, ValueError, AttributeError: `state` is not such a state.
+        """
+        history = History(self.history.command, self.history.completion_tokens)
+        history.step = int(state.get("step", 0))
+        history.head = _lists(state.get("head", {}))
+        history.tail = _lists(state.get("tail", {}))
+        history.counts = {str(key): int(n) for key, n in state.get("counts", {}).items()}
+        history.held_out = _lists(state.get("held_out", {}))
+        history.deviations = [[float(a), float(b)] for a, b in state["evaluations"]]
+        for key, value in state.get("start", {}).items():
+            history.head[str(key)] = [float(value)]
+        if far := int(state.get("far_updates", 0)):
+            history.tail["policy/approx_kl"] = [2 * HALVE_LR_ABOVE_KL] * far
+        said = state["said"]
+        if not isinstance(said, Mapping):
+            said = dict.fromkeys(said, ("warn", 1.0))
+        shown = {str(signal): (_level(level), float(s)) for signal, (level, s) in said.items()}
+        self.lr_scale = float(state["rate_scale"])
+        self.recorded = [dict(one) for one in state.get("recorded", ())]
+        self.history, self._shown, self.stop = history, shown, None
+
+
+def _lists(state: Mapping[str, Any]) -> dict[str, list[float]]:
+    return {str(key): [float(value) for value in values] for key, values in state.items()}
+
+
+def _level(name: Any) -> Level:
+    if name not in _RANK:
+        raise ValueError(f"{name!r} is not a level of a finding")
+    level: Level = name
+    return level
+
+
+def text_metrics(completions: Sequence[Sequence[int]]) -> dict[str, float]:
+    """How repetitive completions are, from their token ids.
+
+    `text/repeated_4grams` is the share of a completion's 4-grams that occurred in it before,
+    `text/distinct_2` the share of distinct bigrams; both are means over completions that are long
+    enough, and are left out if there are none.
+    """
+    repeated = [share for ids in completions if (share := _repeated_share(ids, 4)) is not None]
+    distinct = [1 - share for ids in completions if (share := _repeated_share(ids, 2)) is not None]
+    found = {}
+    if repeated:
+        found["text/repeated_4grams"] = math.fsum(repeated) / len(repeated)
+    if distinct:
+        found["text/distinct_2"] = math.fsum(distinct) / len(distinct)
+    return found
+
+
+def _repeated_share(ids: Sequence[int], n: int) -> float | None:
+    grams = Counter(tuple(ids[i : i + n]) for i in range(len(ids) - n + 1))
+    return 1 - len(grams) / grams.total() if grams else None

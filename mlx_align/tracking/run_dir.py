@@ -1,0 +1,362 @@
+"""The run folder: names of its files, its lock, and reading and writing its rows.
+
+A folder can be read while its run is still training, or after the run was killed: an incomplete
+last line is skipped, and a missing file counts as empty.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime
+from functools import cached_property
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mlx_align.errors import ConfigError
+from mlx_align.files import write_text, writing
+
+CONFIG_FILE = "config.yaml"
+METRICS_FILE = "metrics.jsonl"
+SAMPLES_FILE = "samples.jsonl"
+STATUS_FILE = "status.json"
+SUMMARY_FILE = "summary.json"
+PAGE_FILE = "report.html"
+LOCK_FILE = ".lock"
+
+# A long on-policy run writes many rollouts. The page shows the last batch, which is in the end of
+# the file.
+SAMPLES_TAIL_BYTES = 1 << 20
+
+Row = Mapping[str, float]
+
+
+def new_run_dir(output: str | None, command: str) -> Path:
+    """Choose the folder that a run will write to. The folder is not created yet.
+
+    Args:
+        output: The folder the user named, or None for `runs/COMMAND-TIME`.
+        command: Name of the training command.
+
+    Raises:
+        ConfigError: The folder holds another run, or can't be created or written.
+    """
+    if output is None:
+        output = f"runs/{command}-{datetime.now():%Y%m%d-%H%M%S}"
+    folder = Path(output).expanduser()
+    if (folder / METRICS_FILE).exists() or (folder / CONFIG_FILE).exists():
+        raise ConfigError(
+            f"--output {output}: holds another run; name a new folder, or add --resume to continue "
+            "that run"
+        )
+    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        raise ConfigError(f"--output {output}: {nearest} is not a folder that can be written to")
+    return folder
+
+
+@contextmanager
+def lock_run_dir(folder: Path) -> Iterator[None]:
+    """Hold the lock of a run folder, so that no other process trains in it.
+
+    The lock is the process's own (`flock`): it is released when the process ends, even by SIGKILL.
+
+    Raises:
+        ConfigError: Another process holds the lock; the message names it.
+        WriteError: The folder can't be written to.
+    """
+    file = folder / LOCK_FILE
+    with writing(file):
+        # No O_TRUNC: whoever fails to get the lock reads the holder's process id from the file.
+        descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            pid = os.read(descriptor, 32).decode("ascii", "replace").strip()
+            raise ConfigError(
+                f"{folder}: another process trains in it (pid {pid or 'unknown'}); wait for it, "
+                "stop it, or name another --output"
+            ) from None
+        except OSError:
+            pass  # a network drive without locks: train unprotected
+        os.ftruncate(descriptor, 0)
+        with writing(file):
+            os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+        yield
+    finally:
+        os.close(descriptor)  # releases the lock
+
+
+# Writing
+
+
+def append_metrics(folder: Path, row: Mapping[str, Any]) -> None:
+    """Append one row to metrics.jsonl."""
+    file = folder / METRICS_FILE
+    with writing(file), file.open("a", encoding="utf-8") as stream:
+        stream.write(json.dumps(_to_json(row)) + "\n")
+
+
+def append_samples(folder: Path, samples: Sequence[Mapping[str, Any]]) -> None:
+    """Append rows to samples.jsonl."""
+    file = folder / SAMPLES_FILE
+    with writing(file), file.open("a", encoding="utf-8") as stream:
+        stream.write(_sample_lines(samples))
+
+
+def write_samples(folder: Path, samples: Sequence[Mapping[str, Any]]) -> None:
+    """Write samples.jsonl, replacing what it held."""
+    write_text(folder / SAMPLES_FILE, _sample_lines(samples))
+
+
+def write_json(file: Path, content: Mapping[str, Any]) -> None:
+    """Write an object as a JSON file, atomically. NaN and infinity become null."""
+    write_text(file, json.dumps(_to_json(content), indent=2) + "\n")
+
+
+def truncate_metrics(folder: Path, step: int) -> None:
+    """Remove the metrics of steps after `step`, which a resumed run will repeat."""
+    if (folder / METRICS_FILE).exists():
+        kept = [row for row in read_metrics(folder) if row["step"] <= step]
+        write_text(folder / METRICS_FILE, "".join(json.dumps(row) + "\n" for row in kept))
+
+
+def truncate_samples(folder: Path, step: int) -> None:
+    """Remove the rollouts of steps after `step`, and the samples of a finished run."""
+    file = folder / SAMPLES_FILE
+    if not file.exists():
+        return
+    kept = []
+    # Not splitlines: texts may hold other line separators than a newline.
+    for line in file.read_text(encoding="utf-8", errors="replace").split("\n"):
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line)
+        except (ValueError, KeyError, TypeError, RecursionError):
+            continue  # an incomplete last line, or a sample without a step
+    write_text(file, "".join(line + "\n" for line in kept))
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of this package and of the packages that its numbers depend on."""
+    found = {}
+    for name in ("mlx-align", "mlx", "mlx-lm", "numpy", "datasets"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def _sample_lines(samples: Sequence[Mapping[str, Any]]) -> str:
+    return "".join(json.dumps(_to_json(s), ensure_ascii=False) + "\n" for s in samples)
+
+
+def _to_json(value: Any) -> Any:
+    """Replace NaN and infinity by None; JSON has neither, and other programs refuse them."""
+    if isinstance(value, Mapping):
+        return {str(key): _to_json(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_to_json(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+# Reading
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """All rows of metrics.jsonl: an integer `step` and numbers, null where one was not finite.
+
+    Any other line is skipped, such as the incomplete last line of a killed run.
+    """
+    return [
+        row
+        for row in _json_lines(folder / METRICS_FILE)
+        if type(row.get("step")) is int and all(map(_is_metric, row.values()))
+    ]
+
+
+def read_eval_metrics(folder: Path) -> list[dict[str, Any]]:
+    """Held-out metrics of every evaluation so far, without step and without the prefix `eval/`."""
+    return [
+        {key.removeprefix("eval/"): value for key, value in row.items() if key != "step"}
+        for row in read_metrics(folder)
+        if any(key.startswith("eval/") for key in row)
+    ]
+
+
+def read_training_metrics(folder: Path) -> list[dict[str, Any]]:
+    """Every row of training metrics so far."""
+    return [row for row in read_metrics(folder) if "loss" in row]
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """What the files of a run folder hold.
+
+    Attributes:
+        name: Name of the folder.
+        config: The options in config.yaml.
+        training: Rows of training metrics in order of steps, finite numbers only.
+        held_out: Rows of held-out metrics, with keys that begin with `eval/`.
+        status: Content of status.json: command, state, step, total, seconds, began, written.
+        summary: Content of summary.json; empty until the run is finished.
+        samples: Rows of samples.jsonl of a finished run that are not rollouts.
+        rollouts: Rows of the last rollout batch in samples.jsonl.
+    """
+
+    name: str
+    config: Mapping[str, Any]
+    training: Sequence[Row]
+    held_out: Sequence[Row]
+    status: Mapping[str, Any]
+    summary: Mapping[str, Any]
+    samples: Sequence[Mapping[str, Any]]
+    rollouts: Sequence[Mapping[str, Any]]
+
+    @property
+    def command(self) -> str:
+        """The training command, or "run" if no file names it."""
+        return str(self.summary.get("command") or self.status.get("command") or "run")
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run completed."""
+        return bool(self.summary)
+
+    @property
+    def step(self) -> int:
+        """Steps done, as far as the files tell."""
+        rows = [int(row["step"]) for row in (*self.training[-1:], *self.held_out[-1:])]
+        return max([*rows, int(_finite(self.status.get("step")) or 0)])
+
+    @property
+    def data_statistics(self) -> Mapping[str, Any]:
+        """Statistics of the data, as summary.json or status.json have them under `data_facts`."""
+        found = self.summary.get("data_facts") or self.status.get("data_facts")
+        return found if isinstance(found, Mapping) else {}
+
+    @cached_property
+    def training_keys(self) -> frozenset[str]:
+        """Names of all training metrics."""
+        return frozenset(key for row in self.training for key in row)
+
+    @cached_property
+    def held_out_keys(self) -> frozenset[str]:
+        """Names of all held-out metrics."""
+        return frozenset(key for row in self.held_out for key in row)
+
+    def values(self, key: str) -> list[float]:
+        """All values of a metric, in order."""
+        rows = self.held_out if key.startswith("eval/") else self.training
+        return [row[key] for row in rows if key in row]
+
+    def last(self, key: str) -> float | None:
+        """The last value of a metric, or None."""
+        rows = self.held_out if key.startswith("eval/") else self.training
+        return next((row[key] for row in reversed(rows) if key in row), None)
+
+    def recent_mean(self, key: str, rows: int = 3) -> float | None:
+        """The mean of the last `rows` values of a metric, or None if there are fewer."""
+        values = self.values(key)[-rows:]
+        return sum(values) / rows if len(values) == rows else None
+
+
+def read_run_record(folder: Path) -> RunRecord:
+    """Read a run folder.
+
+    Raises:
+        ConfigError: It is not a run folder.
+    """
+    if not folder.is_dir():
+        raise ConfigError(f"{folder}: no such folder; name the run folder that --output named")
+    if not any((folder / n).is_file() for n in (CONFIG_FILE, METRICS_FILE, STATUS_FILE)):
+        raise ConfigError(
+            f"{folder}: found neither {CONFIG_FILE} nor {METRICS_FILE} in it; name a folder that a "
+            "training command wrote"
+        )
+    rows = [
+        {key: value for key, value in row.items() if _finite(value) is not None}
+        for row in read_metrics(folder)
+    ]
+    samples = _json_lines(folder / SAMPLES_FILE, SAMPLES_TAIL_BYTES)
+    status = _json_object(folder / STATUS_FILE)
+    # While a run is resumed or repeated, the summary of its earlier end is out of date.
+    over = status.get("state", "finished") == "finished"
+    rollouts = [row for row in samples if "completion" in row]
+    return RunRecord(
+        name=folder.resolve().name,
+        config=_read_config(folder / CONFIG_FILE),
+        training=[row for row in rows if not _is_held_out(row)],
+        held_out=[row for row in rows if _is_held_out(row)],
+        status=status,
+        summary=_json_object(folder / SUMMARY_FILE) if over else {},
+        samples=[row for row in samples if "completion" not in row] if over else [],
+        rollouts=[row for row in rollouts if row.get("step") == rollouts[-1].get("step")],
+    )
+
+
+def _is_held_out(row: Row) -> bool:
+    return all(key == "step" or key.startswith("eval/") for key in row)
+
+
+def _is_metric(value: Any) -> bool:
+    return value is None or (isinstance(value, int | float) and not isinstance(value, bool))
+
+
+def _finite(value: Any) -> float | None:
+    if value is None or not _is_metric(value) or not -math.inf < value < math.inf:
+        return None
+    number: float = value
+    return number
+
+
+def _read_text(file: Path, tail: int | None = None) -> str:
+    try:
+        with file.open("rb") as stream:
+            if tail is not None:
+                stream.seek(max(0, file.stat().st_size - tail))
+            return stream.read().decode("utf-8", errors="replace")
+    except OSError:
+        return ""
+
+
+def _json_lines(file: Path, tail: int | None = None) -> list[dict[str, Any]]:
+    """The objects of a JSONL file, or those in its last `tail` bytes."""
+    found = []
+    # Not splitlines: texts may hold other line separators than a newline.
+    for line in _read_text(file, tail).split("\n"):
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            continue  # an incomplete last line, or the first line of a tail
+        if isinstance(row, dict):
+            found.append(row)
+    return found
+
+
+def _json_object(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(_read_text(file))
+    except (ValueError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _read_config(file: Path) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(_read_text(file))
+    except yaml.YAMLError:
+        return {}
+    return content if isinstance(content, dict) else {}
