@@ -34,19 +34,18 @@ from mlx_align.algorithms.policy_gradient import (
     PolicyObjective,
     split_microbatches,
 )
-from mlx_align.config import GrpoConfig
-from mlx_align.data.shapes import Shape
+from mlx_align.algorithms.update import Updater, make_optimizer
+from mlx_align.config import GRPOConfig
+from mlx_align.data.buckets import Shape
 from mlx_align.losses.policy import POLICY_METHODS
 from mlx_align.models.adapters import AdapterLayout
 from mlx_align.models.loading import LanguageModel, open_model
-from mlx_align.models.roles import Tree
+from mlx_align.models.policy import make_policy
+from mlx_align.models.weights import AdapterWeights
 from mlx_align.rollout.collector import RolloutBatch
 from mlx_align.rollout.reward_functions import combine
 from mlx_align.rollout.sampler import Completions, Prompt
-from mlx_align.train.loop import make_optimizer
-from mlx_align.train.run_ahead import RunAhead
-from mlx_align.train.setup import make_policy
-from mlx_align.train.update import Updater
+from mlx_align.system.memory_limit import MemoryLimit
 from mlx_align.types import PromptGroup, TokenizedGroup
 
 METHOD = POLICY_METHODS["grpo"]
@@ -65,7 +64,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         maker = Path(__file__).parent / "bench" / "model.py"
         subprocess.run([sys.executable, str(maker), folder], check=True, capture_output=True)
-        config = GrpoConfig(
+        config = GRPOConfig(
             model=folder,
             group_size=arguments.completions,
             max_completion_length=arguments.tokens,
@@ -74,7 +73,7 @@ def main() -> None:
         policy = make_policy(config, open_model(folder), AdapterLayout(rank=8))
     batch = random_batch(arguments, policy.model.folder.vocab_size)
     models = [replace(policy.model, shared=shared) for shared in (True, False)]
-    with RunAhead() as memory:
+    with MemoryLimit() as memory:
         steps = [Step(model, policy.start, batch, config, arguments, memory) for model in models]
         gradients = [step() for step in steps]  # compiles
         for step in steps:
@@ -98,11 +97,11 @@ class Step:
     def __init__(
         self,
         model: LanguageModel,
-        start: Tree,
+        start: AdapterWeights,
         batch: RolloutBatch,
-        config: GrpoConfig,
+        config: GRPOConfig,
         arguments: argparse.Namespace,
-        memory: RunAhead,
+        memory: MemoryLimit,
     ) -> None:
         self._start, self._batch = start, batch
         self._shape = Shape(arguments.prompt, arguments.tokens, 1)
@@ -110,12 +109,12 @@ class Step:
         optimizer = make_optimizer(start, 0.0)
         self._updater = Updater(model, optimizer, self._objective.loss, 1.0, memory)
 
-    def __call__(self) -> Tree:
+    def __call__(self) -> AdapterWeights:
         """The updated weights."""
         batch = self._batch
         micro = split_microbatches(batch.completions, [0], [self._shape], batch.collate)
         denominators = self._objective.denominators(batch, [0])
-        return self._updater(self._start, micro, denominators, 1e-3).tree
+        return self._updater(self._start, micro, denominators, 1e-3).weights
 
 
 def random_batch(arguments: argparse.Namespace, vocabulary: int) -> RolloutBatch:
@@ -160,7 +159,7 @@ def timed(step: Step) -> float:
     return time.perf_counter() - began
 
 
-def max_difference(ours: Tree, theirs: Tree) -> float:
+def max_difference(ours: AdapterWeights, theirs: AdapterWeights) -> float:
     """Largest difference of the updated weights. Adam's first step is as long as the rate, 1e-3."""
     pairs = zip(tree_flatten(ours), tree_flatten(theirs), strict=True)
     return max(float(mx.abs(a - b).max()) for (_, a), (_, b) in pairs)

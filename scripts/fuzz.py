@@ -39,10 +39,10 @@ import mlx.core as mx  # noqa: E402
 from hypothesis import HealthCheck, Phase, given, seed, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
-from mlx_align.config import GrpoConfig, PpoConfig  # noqa: E402
+from mlx_align.config import GRPOConfig, PPOConfig  # noqa: E402
+from mlx_align.config.schema import to_yaml  # noqa: E402
 from mlx_align.errors import ModelError  # noqa: E402
 from mlx_align.models import loading  # noqa: E402
-from mlx_align.settings import to_yaml  # noqa: E402
 from mlx_align.training import checkpoint  # noqa: E402
 
 LIMIT_SECONDS = 20
@@ -271,7 +271,7 @@ class Bench:
             return
         out = self.fresh()
         arguments = [command, *_only(command, self.where(file)), "--output", str(out)]
-        with mock.patch.object(loading, "load_weights", _refuse):
+        with mock.patch.object(loading, "load_module", _refuse):
             if ends_well(arguments) == 0:
                 raise Broken("trained without a model")
         self.leaves_nothing_torn(out)
@@ -354,8 +354,8 @@ def config_examples(bench: Bench) -> st.SearchStrategy[Any]:
     offline = (bench.folder / "run" / "config.yaml").read_text()
     rewards = {"reward": ("length", "regex(pattern='x')=0.5"), "ptx_data": "x", "ptx_coef": 0.1}
     configs = [(offline, command) for command in ("dpo", "kto", "sft", "reward")]
-    configs += [(to_yaml(PpoConfig(**rewards)), "ppo")]
-    configs += [(to_yaml(GrpoConfig(reward=rewards["reward"])), "grpo")]
+    configs += [(to_yaml(PPOConfig(**rewards)), "ppo")]
+    configs += [(to_yaml(GRPOConfig(reward=rewards["reward"])), "grpo")]
     return st.one_of([changed_config(text, command) for text, command in configs])
 
 

@@ -10,11 +10,10 @@ a Mac really takes:
     python scripts/verify_plan.py --large                         # on a Mac: planned beside Metal's
 """
 
-from mlx_align.data.shapes import Shape
-from mlx_align.plan.headers import Linear, ModelShape
-from mlx_align.plan.machine import parse_machine
-from mlx_align.plan.memory import plan_memory
-from mlx_align.plan.workload import Workload
+from mlx_align.data.buckets import Shape
+from mlx_align.planning.machine import parse_machine
+from mlx_align.planning.memory import Workload, plan_memory
+from mlx_align.planning.model_shape import Linear, ModelShape
 
 MACS = (16, 24, 32, 48, 64)
 LENGTHS = (256, 512, 1024, 2048, 4096, 8192, 16384)

@@ -43,7 +43,7 @@ def scores_here(model: RewardModel, content: dict[str, Any]) -> np.ndarray:
     groups = []
     for row in content["rows"]:
         ids = np.array(row, np.int32)
-        while model.unread is not None and ids[-1] == model.unread:
+        while model.padding is not None and ids[-1] == model.padding:
             ids = ids[:-1]
         prompt, completion = ids[: content["prompt"]], ids[content["prompt"] :]
         groups.append(TokenizedGroup(prompt, (completion,), "row"))
@@ -68,7 +68,7 @@ def verify(family: str, folder: Path) -> list[float]:
     base, run, exported = folder / family, folder / "run", folder / "exported"
     model = RewardModel.load(str(base))
     gaps = [np.abs(scores_here(model, content) - content["scores"]).max()]
-    same = scores_here(replace(model, unread=EOS), content)
+    same = scores_here(replace(model, padding=EOS), content)
     gaps.append(np.abs(same - content["scores_where_pad_is_eos"]).max())
     if family not in FAMILIES:
         return [*map(float, gaps)]

@@ -58,10 +58,16 @@ from families import (  # noqa: E402
     make_model,
 )
 
+from mlx_align.algorithms.dpo import PreferenceObjective  # noqa: E402
+from mlx_align.algorithms.update import (  # noqa: E402
+    accumulate,
+    collate_microbatches,  # noqa: E402
+    compiled_gradient,
+)
 from mlx_align.data.batching import Microbatch  # noqa: E402
-from mlx_align.data.shapes import Shape  # noqa: E402
+from mlx_align.data.buckets import Shape  # noqa: E402
 from mlx_align.errors import ModelError  # noqa: E402
-from mlx_align.inference.score import make_scorer  # noqa: E402
+from mlx_align.inference.scoring import make_logprob_scorer  # noqa: E402
 from mlx_align.losses.registry import combine, parse_losses  # noqa: E402
 from mlx_align.models import patches  # noqa: E402
 from mlx_align.models.adapters import AdapterLayout, install_adapters  # noqa: E402
@@ -69,9 +75,6 @@ from mlx_align.models.backbone import split_backbone  # noqa: E402
 from mlx_align.models.loading import LanguageModel, ModelFolder  # noqa: E402
 from mlx_align.models.verification import verify_forward  # noqa: E402
 from mlx_align.models.weights import AdapterWeights, use_adapter  # noqa: E402
-from mlx_align.train.loop import ready  # noqa: E402
-from mlx_align.train.preference import preference_objective  # noqa: E402
-from mlx_align.train.update import accumulate, compiled_gradient  # noqa: E402
 from mlx_align.types import Logps, TokenizedGroup  # noqa: E402
 
 BETA = 0.1
@@ -239,12 +242,12 @@ def package_gradient(
 ) -> tuple[float, AdapterWeights]:
     """The same computed by the package: its objective, accumulated as in training."""
     size = batch_size or (1 if way.accumulated else len(groups))
-    objective = preference_objective(
+    objective = PreferenceObjective(
         model,
         combine(parse_losses("sigmoid"), {"beta": BETA}),
         groups,
         reference,
-        make_scorer(model),
+        make_logprob_scorer(model),
         grad_checkpoint=way.checkpoint,
     )
     starts, shape = range(0, len(groups), size), Shape(WIDTH, WIDTH, size)
@@ -254,7 +257,9 @@ def package_gradient(
     gradient: Callable[..., Any] = mx.value_and_grad(objective.loss)
     if way.compiled:
         gradient = compiled_gradient(objective.loss)
-    loss, _, grads = accumulate(gradient, weights, ready(objective, batches, micro), totals)
+    loss, _, grads = accumulate(
+        gradient, weights, collate_microbatches(objective, batches, micro), totals
+    )
     return loss, grads
 
 

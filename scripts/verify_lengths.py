@@ -40,7 +40,10 @@ sys.path.insert(0, str(ROOT))
 import mlx.core as mx  # noqa: E402
 import numpy as np  # noqa: E402
 
-from mlx_align.config import DpoConfig  # noqa: E402
+from mlx_align.algorithms.dpo import DPO, read_pairs  # noqa: E402
+from mlx_align.algorithms.update import make_optimizer, make_schedule
+from mlx_align.config import DPOConfig  # noqa: E402
+from mlx_align.config.schema import make_config  # noqa: E402
 from mlx_align.data.batching import microbatch_stream, padding_fraction  # noqa: E402
 from mlx_align.data.buckets import (  # noqa: E402
     MAX_SHAPES,
@@ -51,20 +54,13 @@ from mlx_align.data.buckets import (  # noqa: E402
 )
 from mlx_align.data.chat_template import inspect_chat_template  # noqa: E402
 from mlx_align.data.tokenization import try_tokenize_group  # noqa: E402
-from mlx_align.inference.score import make_scorer  # noqa: E402
+from mlx_align.inference.scoring import make_logprob_scorer  # noqa: E402
 from mlx_align.models.loading import ModelFolder, open_model  # noqa: E402
-from mlx_align.settings import resolve  # noqa: E402
+from mlx_align.models.policy import make_policy
 from mlx_align.system.memory_limit import headroom_bytes  # noqa: E402
-from mlx_align.train.loop import (  # noqa: E402
-    LoopHooks,
-    LoopSettings,
-    Progress,
-    make_optimizer,
-    make_schedule,
-    train,
-)
-from mlx_align.train.preference import dpo_task, read_pairs  # noqa: E402
-from mlx_align.train.setup import make_policy, resolve_layout  # noqa: E402
+from mlx_align.training.loop import LoopHooks, LoopSettings, train
+from mlx_align.training.metrics import Progress
+from mlx_align.training.setup import resolve_layout  # noqa: E402
 from mlx_align.types import TokenizedGroup  # noqa: E402
 
 # Allowed growth of memory after all shapes have occurred: allocators round, and free late.
@@ -113,7 +109,7 @@ def fitting_pairs(folder: ModelFolder, data: str, max_seq_length: int) -> list[T
 
 
 def measure(
-    config: DpoConfig, groups: Sequence[TokenizedGroup], steps: int, every: int = EVERY
+    config: DPOConfig, groups: Sequence[TokenizedGroup], steps: int, every: int = EVERY
 ) -> Measurements:
     """Train for `steps` updates on `groups` and measure."""
     assert config.model is not None
@@ -123,7 +119,7 @@ def measure(
     batches = list(islice(stream, steps * config.grad_accumulation_steps))
     # Reference log-probs change neither shapes nor memory.
     zeros = [tuple(np.zeros(len(c), np.float32) for c in group.completions) for group in groups]
-    objective = dpo_task(config).objective(policy, groups, zeros, make_scorer(policy.model))
+    objective = DPO(config).objective(policy, groups, zeros, make_logprob_scorer(policy.model))
     lines: list[Line] = []
 
     # At the end of a step its batch is still in memory. The minimum over many steps excludes most
@@ -213,7 +209,7 @@ def main() -> None:
     steps, max_padding = arguments.pop("steps"), arguments.pop("max_padding")
     if max_padding is None:
         max_padding = MAX_PADDING if arguments["batch_tokens"] is None else MAX_PADDING_PACKED
-    config = resolve(DpoConfig, {k: v for k, v in arguments.items() if v is not None})
+    config = make_config(DPOConfig, {k: v for k, v in arguments.items() if v is not None})
     assert config.model is not None
     assert config.data is not None
     groups = fitting_pairs(open_model(config.model), config.data, config.max_seq_length)

@@ -35,12 +35,12 @@ import mlx_lm
 import numpy as np
 
 from mlx_align.cli.main import run as mlx_align
-from mlx_align.config import DpoConfig
+from mlx_align.config import DPOConfig
 from mlx_align.losses.registry import PAIRWISE_LOSSES, TOKEN_LOSSES, UNPAIRED_LOSSES
 from mlx_align.models.adapters import ADAPTER_WEIGHTS, AdapterLayout, save_adapter
 from mlx_align.models.loading import open_model
 from mlx_align.models.policy import make_policy
-from mlx_align.shipped import shipped_or_given
+from mlx_align.system.starter import resolve_starter
 
 # By name in the table: the command and its options.
 RUNS: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -129,8 +129,8 @@ def verify(name: str, model: str, data: str, folder: Path, options: Sequence[str
 
 def stock_logps(model: str, data: str, run: Path) -> tuple[np.ndarray, np.ndarray]:
     """Log-prob and tokens of every held-out chosen answer, by stock mlx-lm with the adapter."""
-    module, tokenizer = mlx_lm.load(shipped_or_given(model, "model"), adapter_path=str(run))
-    lines = (Path(shipped_or_given(data, "data")) / "valid.jsonl").read_text().splitlines()
+    module, tokenizer = mlx_lm.load(resolve_starter(model, "model"), adapter_path=str(run))
+    lines = (Path(resolve_starter(data, "data")) / "valid.jsonl").read_text().splitlines()
     nats, tokens = [], []
     for row in map(json.loads, lines):
         prompt = tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True)
@@ -149,7 +149,7 @@ def start_of(model: str, folder: Path) -> Path:
     if not file.exists():
         file.parent.mkdir()
         layout = AdapterLayout()
-        policy = make_policy(DpoConfig(), open_model(shipped_or_given(model, "model")), layout)
+        policy = make_policy(DPOConfig(), open_model(resolve_starter(model, "model")), layout)
         save_adapter(file.parent, policy.start, layout, model)
     return file
 

@@ -21,7 +21,7 @@ from pathlib import Path
 import click
 
 from mlx_align.report.page import render_comparison, render_run
-from mlx_align.report.runs import read_run
+from mlx_align.tracking.run_dir import read_run_record
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 MAC_BROWSER = "/Applications/Google Chrome.app/Contents/MacOS/Google Chrome"
@@ -179,7 +179,7 @@ def main(output: str) -> None:
         raise click.ClickException(f"no browser: none of {', '.join(BROWSERS)} is installed")
     folder = Path(output)
     shutil.rmtree(folder, ignore_errors=True)
-    runs = {name: read_run(run) for name, run in make_runs(folder / "runs").items()}
+    runs = {name: read_run_record(run) for name, run in make_runs(folder / "runs").items()}
     pages = {name: render_run(run) for name, run in runs.items()}
     pages["comparison"] = render_comparison(list(runs.values()), list(runs))
     wrong = [line for name, text in pages.items() for line in check(browser, name, text, folder)]

@@ -30,11 +30,10 @@ import numpy.typing as npt
 
 from mlx_align.cli.main import run as mlx_align
 from mlx_align.data.formats import read_prompts
-from mlx_align.inference.best_of import expected_best
-from mlx_align.inference.evaluate import bootstrap_interval
-from mlx_align.inference.ranking import Ranking
-from mlx_align.inference.rerank import Reranker
-from mlx_align.shipped import shipped_file
+from mlx_align.evaluation.metrics import expected_best
+from mlx_align.evaluation.reward_model import bootstrap_interval
+from mlx_align.inference.rerank import Ranking, Reranker
+from mlx_align.system.starter import shipped_file
 from mlx_align.types import PromptGroup
 
 ACROSS = (1, 2, 4, 8, 16, 32)

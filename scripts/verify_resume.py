@@ -36,8 +36,8 @@ import numpy as np  # noqa: E402
 
 # Imported here, not by each process.
 from mlx_align.algorithms import update  # noqa: E402
-from mlx_align.cli import display  # noqa: E402, F401
-from mlx_align.train import runlog  # noqa: E402
+from mlx_align.cli import console  # noqa: E402, F401
+from mlx_align.tracking import run_dir  # noqa: E402
 from mlx_align.training import loop, trainers  # noqa: E402
 from mlx_align.training import run as training_run  # noqa: E402
 
@@ -189,8 +189,8 @@ def die_at(moment: Moment) -> None:
     elif moment.kind in ("write", "checkpoint"):
         written, mx.save_safetensors = mx.save_safetensors, half
         os.fsync, os.rename, os.replace = map(dying, (os.fsync, os.rename, os.replace))
-        loop.append_row = tearing(loop.append_row, runlog.METRICS_FILE)
-        samples = tearing(trainers.append_samples, runlog.SAMPLES_FILE)
+        loop.append_row = tearing(loop.append_row, run_dir.METRICS_FILE)
+        samples = tearing(trainers.append_samples, run_dir.SAMPLES_FILE)
         trainers.append_samples = training_run.append_samples = samples
         if moment.kind == "checkpoint":
             saved = loop.save_checkpoint

@@ -17,10 +17,10 @@ signal.signal(signal.SIGHUP, signal.SIG_DFL)
 @pytest.fixture(autouse=True)
 def own_rates(tmp_path, monkeypatch):
     """Runs remember their speed: here, and not beside the user's own."""
-    from mlx_align.plan import timing
+    from mlx_align.planning import duration
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user-cache"))
-    monkeypatch.setattr(timing, "rates_file", lambda: tmp_path / "user-cache" / "rates.json")
+    monkeypatch.setattr(duration, "rates_file", lambda: tmp_path / "user-cache" / "rates.json")
 
 
 @pytest.fixture(autouse=True)

@@ -20,8 +20,8 @@ from families import VOCAB, make_model
 from mlx.utils import tree_flatten, tree_map
 
 from mlx_align.data.batching import Microbatch
-from mlx_align.data.shapes import Shape
-from mlx_align.inference.score import make_scorer, score_groups
+from mlx_align.data.buckets import Shape
+from mlx_align.inference.scoring import make_logprob_scorer, score_groups
 from mlx_align.losses.registry import combine
 from mlx_align.models.adapters import AdapterLayout, install_adapters
 from mlx_align.models.backbone import split_backbone
@@ -191,7 +191,7 @@ def update(model, objective, tree, micro) -> tuple[float, dict[str, mx.array], d
 
 
 def scores(model, tree, groups):
-    return score_groups(make_scorer(model), tree, groups, [SHAPE])
+    return score_groups(make_logprob_scorer(model), tree, groups, [SHAPE])
 
 
 def tree_of(model) -> dict[str, Any]:
@@ -272,7 +272,7 @@ def assert_same_update(result, expected):
 
 def near(model, groups):
     """Reference log-probs a little off the model's own."""
-    own = score_groups(make_scorer(model), tree_of(model), groups, [SMALL])
+    own = score_groups(make_logprob_scorer(model), tree_of(model), groups, [SMALL])
     noise = np.random.default_rng(5)
     return [
         tuple(row + noise.normal(0, 0.1, row.shape).astype(np.float32) for row in rows)

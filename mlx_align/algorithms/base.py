@@ -18,17 +18,17 @@ import mlx.core as mx
 import mlx.optimizers as optim
 
 from mlx_align.data.batching import Microbatch
-from mlx_align.data.formats import Reading
+from mlx_align.data.buckets import BatchLimit
+from mlx_align.data.formats import ReadReport
 from mlx_align.data.readers import Data
-from mlx_align.data.shapes import BatchLimit
 from mlx_align.data.statistics import TokenizedDataset
-from mlx_align.inference.score import Scorer, make_scorer
+from mlx_align.inference.scoring import Scorer, make_logprob_scorer
 from mlx_align.losses.masking import weighted_sum
 from mlx_align.models.loading import LanguageModel, ModelFolder
 from mlx_align.models.policy import Policy
-from mlx_align.models.roles import Tree as AdapterWeights
+from mlx_align.models.weights import AdapterWeights
 from mlx_align.rollout.collector import RolloutBatch, RolloutCollector
-from mlx_align.train.display import Display as Console
+from mlx_align.system.progress import Console
 from mlx_align.types import Logps, PromptGroup, TokenizedGroup
 
 # Sums of metrics over the rows of a microbatch. `weight` is the sum of the rows' weights; the other
@@ -124,7 +124,9 @@ class Algorithm(ABC):
     needs_reference: bool = False
 
     @abstractmethod
-    def read(self, data: Data, split: str, format: str | None) -> tuple[list[PromptGroup], Reading]:
+    def read(
+        self, data: Data, split: str, format: str | None
+    ) -> tuple[list[PromptGroup], ReadReport]:
         """Read a split of the data; the groups, and how they were read.
 
         Raises:
@@ -181,7 +183,7 @@ class Algorithm(ABC):
 
     def make_scorer(self, model: LanguageModel) -> Scorer:
         """A compiled forward pass for held-out data and the reference."""
-        return make_scorer(model)
+        return make_logprob_scorer(model)
 
     def report_held_out(
         self,

@@ -15,15 +15,14 @@ from mlx_align.algorithms.base import (
     Objective,
     weighted_metrics,
 )
-from mlx_align.config import DpoConfig
-from mlx_align.data.batching import Microbatch, collate_pairs, scored
-from mlx_align.data.formats import Reading, read_preferences
-from mlx_align.data.groups import to_pairs
+from mlx_align.config import DPOConfig
+from mlx_align.data.batching import Microbatch, collate_pairs, completion_mask
+from mlx_align.data.formats import ReadReport, read_preferences
 from mlx_align.data.readers import Data
 from mlx_align.data.statistics import TokenizedDataset
+from mlx_align.data.transforms import to_pairs
 from mlx_align.errors import ConfigError
-from mlx_align.inference.score import Scorer
-from mlx_align.losses.coupled import linear_loss, loss_and_logps_gradient
+from mlx_align.inference.scoring import Scorer
 from mlx_align.losses.masking import (
     ld_mask,
     pair_logps,
@@ -31,10 +30,11 @@ from mlx_align.losses.masking import (
     weighted_sum,
     wpo_weight,
 )
+from mlx_align.losses.pairwise import linear_loss, loss_and_logps_gradient
 from mlx_align.losses.registry import PAIRWISE_LOSSES, CombinedLoss, combine, parse_losses
 from mlx_align.models.loading import LanguageModel
 from mlx_align.models.policy import Policy
-from mlx_align.models.roles import Tree as AdapterWeights
+from mlx_align.models.weights import AdapterWeights
 from mlx_align.types import PairBatch, PairLogps, PromptGroup, TokenizedGroup
 
 
@@ -53,7 +53,7 @@ class DPO(Algorithm):
 
     command: ClassVar[str] = "dpo"
 
-    def __init__(self, config: DpoConfig, *, loss: Callable[..., mx.array] | None = None) -> None:
+    def __init__(self, config: DPOConfig, *, loss: Callable[..., mx.array] | None = None) -> None:
         self._config = config
         named: Any = config.loss if loss is None else loss
         self.loss = combine(parse_losses(named), config.loss_options())
@@ -61,7 +61,9 @@ class DPO(Algorithm):
         self.title = f"DPO ({config.loss})" if config.loss != "sigmoid" else "DPO"
         self.needs_reference = self.loss.needs_reference
 
-    def read(self, data: Data, split: str, format: str | None) -> tuple[list[PromptGroup], Reading]:
+    def read(
+        self, data: Data, split: str, format: str | None
+    ) -> tuple[list[PromptGroup], ReadReport]:
         """Read pairs; see `read_pairs`."""
         return read_pairs(data, split, format)
 
@@ -258,7 +260,7 @@ def evaluate_pairs(
 
     WPO's weights are left out: they need the whole distribution at every token.
     """
-    masks = [[scored(group, k) for k in range(2)] for group in groups]
+    masks = [[completion_mask(group, k) for k in range(2)] for group in groups]
     weights = [_token_weights(pair, ld_alpha) for pair in masks]
 
     def total(k: int) -> np.ndarray:
@@ -288,7 +290,7 @@ def evaluate_pairs(
     return {name: float(np.array(value).mean()) for name, value in values.items()}
 
 
-def read_pairs(data: Data, split: str, format: str | None) -> tuple[list[PromptGroup], Reading]:
+def read_pairs(data: Data, split: str, format: str | None) -> tuple[list[PromptGroup], ReadReport]:
     """Preference data as pairs; a ranked list becomes all its strictly ordered pairs."""
     groups, reading = read_preferences(data, split, format)
     return to_pairs(groups), reading
@@ -337,7 +339,7 @@ _DISCOPOP_WARNING = (
 )
 
 
-def _refuse_without_effect(config: DpoConfig, loss: CombinedLoss) -> None:
+def _refuse_without_effect(config: DPOConfig, loss: CombinedLoss) -> None:
     """Refuse WPO and LD-DPO with losses for which their papers don't define them."""
     for name, _ in loss.parts:
         part = PAIRWISE_LOSSES.get(name)

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from mlx_align.algorithms.base import UpdateResult
 from mlx_align.algorithms.policy_gradient import (
     PolicyObjective,
     UpdateMetrics,
@@ -19,10 +20,11 @@ from mlx_align.algorithms.policy_gradient import (
     prompts_with_signal,
     split_microbatches,
 )
-from mlx_align.config import GrpoConfig
+from mlx_align.algorithms.update import Updater, make_optimizer
+from mlx_align.config import GRPOConfig
 from mlx_align.errors import ConfigError
 from mlx_align.losses.policy import POLICY_METHODS, PolicyMethod
-from mlx_align.models.roles import Tree
+from mlx_align.models.weights import AdapterWeights
 from mlx_align.rollout.advantages import (
     GROUP_ADVANTAGES,
     normalize_then_sum,
@@ -33,9 +35,6 @@ from mlx_align.rollout.advantages import (
 )
 from mlx_align.rollout.collector import RolloutBatch, RolloutCollector
 from mlx_align.rollout.reward_functions import parse_rewards
-from mlx_align.train.learner import Learned
-from mlx_align.train.loop import make_optimizer
-from mlx_align.train.update import Updater
 
 # Values of --kl -> the names of these estimators in a method.
 KL_IN_LOSS = {"k1": "k1_reward", "k2": "k2", "k3": "k3"}
@@ -43,7 +42,7 @@ KL_IN_LOSS = {"k1": "k1_reward", "k2": "k2", "k3": "k3"}
 DYNAMIC_SAMPLING = ("dapo",)
 
 
-def resolve_method(config: GrpoConfig) -> PolicyMethod:
+def resolve_method(config: GRPOConfig) -> PolicyMethod:
     """The method of --loss, with the parts that other options replace.
 
     Raises:
@@ -80,7 +79,7 @@ def resolve_method(config: GrpoConfig) -> PolicyMethod:
     return dataclasses.replace(method, **changes)
 
 
-def check_grpo_options(config: GrpoConfig) -> None:
+def check_grpo_options(config: GRPOConfig) -> None:
     """Refuse options that have no effect or can't be combined.
 
     Raises:
@@ -98,7 +97,7 @@ def check_grpo_options(config: GrpoConfig) -> None:
         _check_aggregation(config, method)
 
 
-def _check_aggregation(config: GrpoConfig, method: PolicyMethod) -> None:
+def _check_aggregation(config: GRPOConfig, method: PolicyMethod) -> None:
     option = f"--multi-objective-aggregation {config.multi_objective_aggregation}"
     counted = [spec for spec in parse_rewards(config.reward or ()) if spec.weight != 0]
     if len(counted) + (config.reward_model is not None) < 2:
@@ -117,7 +116,7 @@ def _check_aggregation(config: GrpoConfig, method: PolicyMethod) -> None:
         )
 
 
-def _normalizes_each_reward(config: GrpoConfig) -> bool:
+def _normalizes_each_reward(config: GRPOConfig) -> bool:
     return config.multi_objective_aggregation == "normalize_then_sum"
 
 
@@ -134,13 +133,13 @@ class GRPO:
 
     title = "GRPO"
 
-    def __init__(self, config: GrpoConfig, collector: RolloutCollector) -> None:
+    def __init__(self, config: GRPOConfig, collector: RolloutCollector) -> None:
         self._config, self._collector = config, collector
         self.method = resolve_method(config)
         given = config.dynamic_sampling
         self.dynamic_sampling = config.loss in DYNAMIC_SAMPLING if given is None else given
         model, start = collector.policy.model, collector.policy.start
-        self.weights: dict[str, Tree] = {"policy": start}
+        self.weights: dict[str, AdapterWeights] = {"policy": start}
         self.optimizers = {"policy": make_optimizer(start, config.weight_decay)}
         self._kl_in_loss = config.kl_coef > 0 and self.method.kl != "k1_reward"
         self._with_entropy = config.entropy_coef > 0 or self.method.entropy_quantile > 0
@@ -172,7 +171,7 @@ class GRPO:
     def restore(self, state: Mapping[str, Any]) -> None:
         """No state to restore."""
 
-    def update(self, batch: RolloutBatch, step: int, learning_rate: float) -> Learned:
+    def update(self, batch: RolloutBatch, step: int, learning_rate: float) -> UpdateResult:
         """The updates on one rollout batch."""
         config, completions = self._config, batch.completions
         batch = self.with_advantages(batch)
@@ -193,7 +192,7 @@ class GRPO:
                     self._objective.denominators(batch, minibatch),
                     learning_rate,
                 )
-                self.weights["policy"] = update.tree
+                self.weights["policy"] = update.weights
                 metrics.add(update)
                 if first_deviation is None:
                     first_deviation = metrics.last("ratio/deviation")
@@ -202,7 +201,7 @@ class GRPO:
         row = metrics.policy()
         rewards = batch.rewards.total.reshape(-1, config.group_size)
         row["frac_reward_zero_std"] = zero_variance_share(rewards)
-        return Learned(row, first_deviation, metrics.skipped)
+        return UpdateResult(row, first_deviation, metrics.skipped)
 
     def with_advantages(self, batch: RolloutBatch) -> RolloutBatch:
         """The batch with its advantages, and truncated completions masked if --overlong says so."""

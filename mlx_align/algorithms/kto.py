@@ -24,22 +24,22 @@ from mlx_align.algorithms.base import (
     count_tokens,
     weighted_metrics,
 )
-from mlx_align.config import KtoConfig
+from mlx_align.config import KTOConfig
 from mlx_align.data.batching import Microbatch, collate_labelled, groups_per_batch
-from mlx_align.data.formats import Reading, read_unpaired
-from mlx_align.data.mismatched import MISMATCHED, OWN, with_mismatched
+from mlx_align.data.buckets import batch_limit
+from mlx_align.data.formats import ReadReport, read_unpaired
 from mlx_align.data.readers import Data
-from mlx_align.data.shapes import batch_limit
 from mlx_align.data.statistics import TokenizedDataset
+from mlx_align.data.transforms import MISMATCHED, OWN, add_mismatched
 from mlx_align.errors import DataError
-from mlx_align.inference.score import Scorer
+from mlx_align.inference.scoring import Scorer
+from mlx_align.losses.hyperparameters import HyperparameterValue
 from mlx_align.losses.masking import masked_sum, weighted_sum
-from mlx_align.losses.options import OptionValue
 from mlx_align.losses.registry import UNPAIRED_LOSSES, UnpairedLoss, resolve_options
 from mlx_align.losses.unpaired import kto_kl
 from mlx_align.models.loading import LanguageModel
 from mlx_align.models.policy import Policy
-from mlx_align.models.roles import Tree as AdapterWeights
+from mlx_align.models.weights import AdapterWeights
 from mlx_align.types import LabelledBatch, PromptGroup, TokenizedGroup
 
 # Recommended total weight of desirable completions, as a multiple of undesirable ones
@@ -56,7 +56,7 @@ class KtoLoss(NamedTuple):
 
     name: str
     loss: UnpairedLoss
-    options: dict[str, OptionValue]
+    options: dict[str, HyperparameterValue]
 
     def __call__(self, logratio: mx.array, desirable: mx.array, kl: mx.array) -> mx.array:
         """Loss values (B,); `kl` is ignored by losses without a reference point."""
@@ -84,13 +84,15 @@ class KTO(Algorithm):
     packs: ClassVar[bool] = False
     needs_reference = True
 
-    def __init__(self, config: KtoConfig) -> None:
+    def __init__(self, config: KTOConfig) -> None:
         self._config = config
         options = resolve_options(config.loss, config.loss_options())
         self.loss = KtoLoss(config.loss, UNPAIRED_LOSSES[config.loss], options)
         self.title = "KTO" if config.loss == "kto" else f"KTO ({config.loss})"
 
-    def read(self, data: Data, split: str, format: str | None) -> tuple[list[PromptGroup], Reading]:
+    def read(
+        self, data: Data, split: str, format: str | None
+    ) -> tuple[list[PromptGroup], ReadReport]:
         """Read labelled completions; a pair becomes two of them."""
         return read_unpaired(data, split, format)
 
@@ -101,7 +103,7 @@ class KTO(Algorithm):
     def arrange(self, groups: Sequence[TokenizedGroup]) -> list[TokenizedGroup]:
         """Add a mismatched completion to each group, if the loss has a reference point."""
         if self.loss.loss.needs_kl:
-            return with_mismatched(groups, self._config.seed)
+            return add_mismatched(groups, self._config.seed)
         return list(groups)
 
     def objective(
@@ -327,7 +329,7 @@ def _auc(high: np.ndarray, low: np.ndarray) -> float:
     return float(below.mean() / (2 * len(low)))
 
 
-def check_rows(data: TokenizedDataset, config: KtoConfig, loss: KtoLoss) -> list[str]:
+def check_rows(data: TokenizedDataset, config: KTOConfig, loss: KtoLoss) -> list[str]:
     """Lines on the labels and their weights.
 
     Raises:
@@ -357,7 +359,7 @@ def check_rows(data: TokenizedDataset, config: KtoConfig, loss: KtoLoss) -> list
         )
     if not loss.loss.needs_kl:
         return lines
-    per_batch = groups_per_batch(with_mismatched(data.train, config.seed), batch_limit(config))
+    per_batch = groups_per_batch(add_mismatched(data.train, config.seed), batch_limit(config))
     rows = round(per_batch * config.grad_accumulation_steps)
     if rows < MIN_ROWS_PER_UPDATE:
         lines.append(

@@ -7,19 +7,18 @@ from typing import Any
 
 import numpy as np
 
+from mlx_align.algorithms.base import UpdateResult
+from mlx_align.algorithms.dpo import PreferenceObjective
 from mlx_align.algorithms.policy_gradient import UpdateMetrics, minibatch_epochs
-from mlx_align.config import GrpoConfig
+from mlx_align.algorithms.update import Updater, collate_microbatches, make_optimizer
+from mlx_align.config import GRPOConfig
 from mlx_align.data.batching import Microbatch, epoch_order
 from mlx_align.errors import ConfigError
-from mlx_align.inference.score import make_scorer
+from mlx_align.inference.scoring import make_logprob_scorer
 from mlx_align.losses.registry import combine, parse_losses
-from mlx_align.models.roles import Tree
+from mlx_align.models.weights import AdapterWeights
 from mlx_align.rollout.advantages import zero_variance_share
 from mlx_align.rollout.collector import RolloutBatch, RolloutCollector
-from mlx_align.train.learner import Learned
-from mlx_align.train.loop import make_optimizer, ready
-from mlx_align.train.preference import preference_objective
-from mlx_align.train.update import Updater
 from mlx_align.types import Logps, TokenizedGroup
 
 ONLINE_DPO = "online_dpo"
@@ -27,13 +26,13 @@ ONLINE_DPO = "online_dpo"
 BETA = 0.1
 
 
-def check_online_dpo_options(config: GrpoConfig) -> None:
+def check_online_dpo_options(config: GRPOConfig) -> None:
     """Refuse options that have no effect on pairs.
 
     Raises:
         ConfigError: Such an option was given, or there is only one completion per prompt.
     """
-    defaults = GrpoConfig()
+    defaults = GRPOConfig()
     without_effect = ("clip_eps", "clip_eps_high", "kl", "kl_coef", "entropy_coef", "overlong")
     for name in (*without_effect, "multi_objective_aggregation"):
         if getattr(config, name) != getattr(defaults, name):
@@ -62,21 +61,21 @@ class OnlineDPO:
 
     title = "Online DPO"
 
-    def __init__(self, config: GrpoConfig, collector: RolloutCollector) -> None:
+    def __init__(self, config: GRPOConfig, collector: RolloutCollector) -> None:
         self._config, self._collector = config, collector
         model, start = collector.policy.model, collector.policy.start
         self.dynamic_sampling = bool(config.dynamic_sampling)
-        self.weights: dict[str, Tree] = {"policy": start}
+        self.weights: dict[str, AdapterWeights] = {"policy": start}
         self.optimizers = {"policy": make_optimizer(start, config.weight_decay)}
         # Refilled for every rollout batch. The objective reads them, and so is compiled only once.
         self._pairs: list[TokenizedGroup] = []
         self._reference: list[tuple[Logps, ...]] = []
-        self._objective = preference_objective(
+        self._objective = PreferenceObjective(
             model,
             combine(parse_losses("sigmoid"), {"beta": config.beta or BETA}),
             self._pairs,
             self._reference,
-            make_scorer(model),
+            make_logprob_scorer(model),
             grad_checkpoint=config.grad_checkpoint,
         )
         self._updater = Updater(
@@ -99,7 +98,7 @@ class OnlineDPO:
     def restore(self, state: Mapping[str, Any]) -> None:
         """No state to restore."""
 
-    def update(self, batch: RolloutBatch, step: int, learning_rate: float) -> Learned:
+    def update(self, batch: RolloutBatch, step: int, learning_rate: float) -> UpdateResult:
         """The updates on one rollout batch."""
         rewards = batch.rewards.total.reshape(-1, self._config.group_size)
         pair_of = self._make_pairs(batch, rewards)
@@ -113,16 +112,16 @@ class OnlineDPO:
                 batches = [self._objective.collate(one) for one in micro]
                 update = self._updater(
                     self.weights["policy"],
-                    ready(self._objective, batches, micro),
+                    collate_microbatches(self._objective, batches, micro),
                     self._objective.totals(batches),
                     learning_rate,
                 )
-                self.weights["policy"] = update.tree
+                self.weights["policy"] = update.weights
                 metrics.add(update)
         names = ("rewards/accuracies", "rewards/margins", "logps/chosen", "logps/rejected")
         row = {**metrics.policy(), **metrics.named({name: name for name in names})}
         row["frac_reward_zero_std"] = zero_variance_share(rewards)
-        return Learned(row, None, metrics.skipped)
+        return UpdateResult(row, None, metrics.skipped)
 
     def _make_pairs(self, batch: RolloutBatch, rewards: np.ndarray) -> dict[int, int]:
         """Make the pairs of the batch; prompt index -> pair index, where rewards differ."""

@@ -14,17 +14,18 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
+from mlx_align.algorithms.base import MetricSums
+from mlx_align.algorithms.update import CollatedMicrobatch, OptimizerStep
 from mlx_align.config import OnPolicyConfig
 from mlx_align.data.batching import Microbatch, epoch_order
-from mlx_align.data.shapes import AnyShape
+from mlx_align.data.buckets import AnyShape
 from mlx_align.losses.policy import PolicyMethod, PolicyTotals, policy_loss, policy_totals
 from mlx_align.models.loading import LanguageModel
-from mlx_align.models.roles import Tree
+from mlx_align.models.weights import AdapterWeights
 from mlx_align.rollout.collector import RolloutBatch
 from mlx_align.rollout.sampler import Completions
-from mlx_align.thresholds import KL_ENDS_EPOCHS
+from mlx_align.tracking.diagnostics import STOP_EPOCHS_ABOVE_KL
 from mlx_align.train.shares import role_entropies, role_logps
-from mlx_align.train.update import Ready, Sums, Updated
 from mlx_align.types import PolicyBatch
 
 Array = npt.NDArray[Any]
@@ -69,7 +70,7 @@ def split_microbatches(
     prompts: Sequence[int],
     shapes: Sequence[AnyShape],
     collate: Callable[[Microbatch], Any],
-) -> list[Ready]:
+) -> list[CollatedMicrobatch]:
     """The microbatches of an update on these prompts.
 
     Args:
@@ -82,7 +83,9 @@ def split_microbatches(
     found = []
     for part in epoch_order(groups, shapes, seed=None) if groups else []:
         micro = Microbatch(tuple(prompts[index] for index in part.indices), part.shape)
-        found.append(Ready(collate(micro), micro.shape, partial(_sources, completions, micro)))
+        found.append(
+            CollatedMicrobatch(collate(micro), micro.shape, partial(_sources, completions, micro))
+        )
     return found
 
 
@@ -139,8 +142,8 @@ class PolicyObjective:
         return PolicyDenominators(totals, mx.array(self._kl_coef), mx.array(self._entropy_coef))
 
     def loss(
-        self, weights: Tree, batch: PolicyBatch, denominators: PolicyDenominators
-    ) -> tuple[mx.array, Sums]:
+        self, weights: AdapterWeights, batch: PolicyBatch, denominators: PolicyDenominators
+    ) -> tuple[mx.array, MetricSums]:
         """The loss contribution of a microbatch, and its metric sums."""
         grad_checkpoint = self._config.grad_checkpoint
         sample = batch.sample
@@ -183,7 +186,7 @@ class UpdateMetrics:
         self.loss = self.grad_norm = 0.0
         self.skipped: list[str] = []
 
-    def add(self, update: Updated) -> None:
+    def add(self, update: OptimizerStep) -> None:
         """Add an update."""
         if update.skipped is not None:
             self.skipped.append(update.skipped)
@@ -227,4 +230,4 @@ class UpdateMetrics:
     def exceeds_kl(self) -> bool:
         """Whether the policy moved too far from the one that sampled for another epoch."""
         kl = self.last("approx_kl")
-        return kl is not None and kl > KL_ENDS_EPOCHS
+        return kl is not None and kl > STOP_EPOCHS_ABOVE_KL

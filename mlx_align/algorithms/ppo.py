@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import numpy as np
 
+from mlx_align.algorithms.base import Loss, MetricSums, UpdateResult
 from mlx_align.algorithms.policy_gradient import (
     Array,
     PolicyDenominators,
@@ -25,41 +26,39 @@ from mlx_align.algorithms.policy_gradient import (
     prompts_with_signal,
     split_microbatches,
 )
-from mlx_align.config import DEFAULT_BATCH_SIZE, PpoConfig
+from mlx_align.algorithms.update import CollatedMicrobatch, OptimizerStep, Updater, make_optimizer
+from mlx_align.config import DEFAULT_BATCH_SIZE, PPOConfig
 from mlx_align.data.batching import Microbatch, collate_groups, microbatch_stream
+from mlx_align.data.buckets import BatchLimit, Shape, plan_shapes
 from mlx_align.data.formats import read_supervised
-from mlx_align.data.groups import last_answers
-from mlx_align.data.shapes import BatchLimit, Shape, plan_shapes
-from mlx_align.data.tokenize import tokenize_groups
+from mlx_align.data.tokenization import tokenize_groups
+from mlx_align.data.transforms import keep_last_completion
 from mlx_align.errors import ConfigError
-from mlx_align.inference.score import compiled_scorer
+from mlx_align.inference.scoring import compile_forward
 from mlx_align.losses.masking import masked_sum
 from mlx_align.losses.policy import POLICY_METHODS, PolicyMethod, policy_loss
 from mlx_align.losses.value import explained_variance, value_loss
 from mlx_align.models.heads import (
     HEAD_NAME,
     VALUE_NAME,
+    add_value_head,
     hidden_width,
-    put_value_head,
     token_values,
-    value_tree,
+    value_head_weights,
 )
 from mlx_align.models.loading import LanguageModel
-from mlx_align.models.roles import Tree
+from mlx_align.models.weights import AdapterWeights
 from mlx_align.rollout.advantages import AdaptiveKL, gae, token_rewards, whiten
 from mlx_align.rollout.collector import RolloutBatch, RolloutCollector
 from mlx_align.rollout.sampler import evaluate_tokens, microbatch_array
-from mlx_align.train.learner import Learned
-from mlx_align.train.loop import make_optimizer
 from mlx_align.train.shares import role_logps, role_logps_and_values, role_values
-from mlx_align.train.update import Loss, Ready, Sums, Updated, Updater
 from mlx_align.types import GroupBatch, PolicyBatch, TokenizedGroup, ValueBatch
 
 # Compiled shapes of demonstrations, in addition to those of the rollouts.
 DEMONSTRATION_SHAPES = 4
 
 
-def check_ppo_options(config: PpoConfig) -> None:
+def check_ppo_options(config: PPOConfig) -> None:
     """Refuse options that have no effect or can't be combined.
 
     Raises:
@@ -81,7 +80,7 @@ def check_ppo_options(config: PpoConfig) -> None:
         ("value_coef", shared, "weights the value loss of --critic shared"),
         ("critic_learning_rate", not shared, "is for --critic own"),
     ):
-        if not has_effect and getattr(config, name) != getattr(PpoConfig, name):
+        if not has_effect and getattr(config, name) != getattr(PPOConfig, name):
             raise ConfigError(f"--{name.replace('_', '-')}: {why}, so it has no effect here")
     if config.ptx_coef > 0 and config.ptx_data is None:
         raise ConfigError(
@@ -104,10 +103,10 @@ class PPO:
     title = "PPO"
     dynamic_sampling = False
 
-    def __init__(self, config: PpoConfig, collector: RolloutCollector) -> None:
+    def __init__(self, config: PPOConfig, collector: RolloutCollector) -> None:
         self._config, self._collector = config, collector
         model = collector.policy.model
-        put_value_head(model.anatomy)
+        add_value_head(model.backbone)
         method = dataclasses.replace(
             POLICY_METHODS["ppo"], clip_low=config.clip_eps, clip_high=config.clip_eps
         )
@@ -115,13 +114,13 @@ class PPO:
         self._kl_coef = config.kl_coef
         # Rewards are shifted and scaled by these, once `prepare` has measured them.
         self._reward_mean, self._reward_std = 0.0, 1.0
-        self._value_scorer = compiled_scorer(model, token_values)
+        self._value_scorer = compile_forward(model, token_values)
         self._demonstrations = (
             None if config.ptx_data is None else Demonstrations(config, collector.demonstrations)
         )
         self._policy_objective = PolicyObjective(model, method, config)
         start, critic = collector.policy.start, self._initial_critic()
-        self.weights: dict[str, Tree] = {"policy": start, "critic": critic}
+        self.weights: dict[str, AdapterWeights] = {"policy": start, "critic": critic}
         if self._shared:
             self.optimizers = {"policy": make_optimizer({**start, **critic}, config.weight_decay)}
             joint = ActorCriticObjective(model, method, config)
@@ -151,19 +150,21 @@ class PPO:
         model, grad_checkpoint = self._collector.policy.model, self._config.grad_checkpoint
         return PtxObjective(loss, model, grad_checkpoint=grad_checkpoint).loss
 
-    def _initial_critic(self) -> Tree:
+    def _initial_critic(self) -> AdapterWeights:
         """The critic at the start: the reward model, where it is an adapter; else all zeros.
 
         The value of an unfinished completion is then the reward model's score of it.
         """
         collector = self._collector
-        width, reward = hidden_width(collector.policy.model.anatomy), collector.reward_adapter
+        width, reward = hidden_width(collector.policy.model.backbone), collector.reward_adapter
         if self._shared or reward is None:
-            head = value_tree(width, None, 0.0, 1.0)
+            head = value_head_weights(width, None, 0.0, 1.0)
             start = {} if self._shared else collector.policy.start
             return {**start, VALUE_NAME: head}
         adapter = {name: part for name, part in reward.items() if name != HEAD_NAME}
-        head = value_tree(width, reward[HEAD_NAME]["weight"], self._reward_mean, self._reward_std)
+        head = value_head_weights(
+            width, reward[HEAD_NAME]["weight"], self._reward_mean, self._reward_std
+        )
         return {**adapter, VALUE_NAME: head}
 
     def prepare(self) -> str:
@@ -209,7 +210,7 @@ class PPO:
         if self._demonstrations is not None:
             self._demonstrations.microbatches_taken = int(state["demonstrations"])
 
-    def update(self, batch: RolloutBatch, step: int, learning_rate: float) -> Learned:
+    def update(self, batch: RolloutBatch, step: int, learning_rate: float) -> UpdateResult:
         """The updates on one rollout batch; in the first ones of a run, of the critic only."""
         config = self._config
         shared_part = self.weights["policy"] if self._shared else {}
@@ -247,7 +248,7 @@ class PPO:
             self._kl_coef = control.next(self._kl_coef, batch.kl, count)
         # With a shared critic an update is one of both, and a skipped one counts once.
         skipped = critic.skipped if self._shared else [*critic.skipped, *policy.skipped]
-        return Learned(metrics, first_deviation, skipped)
+        return UpdateResult(metrics, first_deviation, skipped)
 
     def _scores(self, batch: RolloutBatch) -> Array:
         """(N,) the rewards of whole completions: standardised, clipped, less the EOS penalty."""
@@ -293,7 +294,7 @@ class PPO:
             targets.denominators(selected),
             config.critic_learning_rate * rate / config.learning_rate,
         )
-        self.weights["critic"] = critic.tree
+        self.weights["critic"] = critic.weights
         if not with_policy:
             return _Updates(critic, None)
         policy = self._update_policy(
@@ -302,7 +303,7 @@ class PPO:
             self._policy_objective.denominators(batch, selected),
             rate,
         )
-        self.weights["policy"] = policy.tree
+        self.weights["policy"] = policy.weights
         return _Updates(critic, policy)
 
     def _update_jointly(
@@ -325,14 +326,18 @@ class PPO:
             denominators,
             rate,
         )
-        head = both.tree.pop(VALUE_NAME)
-        self.weights = {"policy": both.tree, "critic": {VALUE_NAME: head}}
+        head = both.weights.pop(VALUE_NAME)
+        self.weights = {"policy": both.weights, "critic": {VALUE_NAME: head}}
         mean_loss = both.sums.pop("value_loss", 0.0) / targets.tokens(selected)
         return _Updates(both._replace(loss=mean_loss), both if with_policy else None)
 
     def _update_policy(
-        self, weights: Tree, micro: list[Ready], denominators: Any, rate: float
-    ) -> Updated:
+        self,
+        weights: AdapterWeights,
+        micro: list[CollatedMicrobatch],
+        denominators: Any,
+        rate: float,
+    ) -> OptimizerStep:
         """An update of the policy, on demonstrations too if there are some."""
         if self._demonstrations is not None:
             demonstrations, scale = self._demonstrations.take()
@@ -342,8 +347,8 @@ class PPO:
 
 
 class _Updates(NamedTuple):
-    critic: Updated
-    policy: Updated | None  # None while only the critic is trained
+    critic: OptimizerStep
+    policy: OptimizerStep | None  # None while only the critic is trained
 
 
 # ---------------------------------------------------------------- the critic
@@ -407,12 +412,12 @@ class ValueTargets(NamedTuple):
 class ValueObjective:
     """The value loss: the mean over tokens of ½·max((V − R)², (V_clip − R)²)."""
 
-    def __init__(self, model: LanguageModel, config: PpoConfig) -> None:
+    def __init__(self, model: LanguageModel, config: PPOConfig) -> None:
         self._model, self._config = model, config
 
     def loss(
-        self, weights: Tree, batch: ValueBatch, denominators: ValueDenominators
-    ) -> tuple[mx.array, Sums]:
+        self, weights: AdapterWeights, batch: ValueBatch, denominators: ValueDenominators
+    ) -> tuple[mx.array, MetricSums]:
         """The loss contribution of a microbatch, and its metric sums."""
         values = role_values(
             self._model, weights, batch.groups, grad_checkpoint=self._config.grad_checkpoint
@@ -430,12 +435,15 @@ class ActorCriticObjective:
     Source: Schulman et al. 2017 (PPO), eq. 9.
     """
 
-    def __init__(self, model: LanguageModel, method: PolicyMethod, config: PpoConfig) -> None:
+    def __init__(self, model: LanguageModel, method: PolicyMethod, config: PPOConfig) -> None:
         self._model, self._method, self._config = model, method, config
 
     def loss(
-        self, weights: Tree, batch: ActorCriticBatch, denominators: ActorCriticDenominators
-    ) -> tuple[mx.array, Sums]:
+        self,
+        weights: AdapterWeights,
+        batch: ActorCriticBatch,
+        denominators: ActorCriticDenominators,
+    ) -> tuple[mx.array, MetricSums]:
         """The loss contribution of a microbatch, and its metric sums."""
         logprobs, values = role_logps_and_values(
             self._model,
@@ -452,7 +460,7 @@ class ActorCriticObjective:
         return loss, {**sums, "value_loss": mx.stop_gradient(value)}
 
 
-def value_loss_sum(values: mx.array, batch: ValueBatch, config: PpoConfig) -> mx.array:
+def value_loss_sum(values: mx.array, batch: ValueBatch, config: PPOConfig) -> mx.array:
     """The sum of the value losses of a microbatch's tokens."""
     # The clip range is in units of standardised rewards.
     clip = config.value_clip if config.reward_rollouts else None
@@ -488,8 +496,8 @@ class PtxObjective:
         self._grad_checkpoint = grad_checkpoint
 
     def loss(
-        self, weights: Tree, batch: Any, denominators: PtxDenominators
-    ) -> tuple[mx.array, Sums]:
+        self, weights: AdapterWeights, batch: Any, denominators: PtxDenominators
+    ) -> tuple[mx.array, MetricSums]:
         """The loss contribution of a microbatch, and its metric sums.
 
         A microbatch of demonstrations is a `GroupBatch`.
@@ -505,7 +513,7 @@ class PtxObjective:
         return denominators.scale * nll, sums
 
 
-def read_demonstrations(config: PpoConfig, tokenizer: Any) -> list[TokenizedGroup]:
+def read_demonstrations(config: PPOConfig, tokenizer: Any) -> list[TokenizedGroup]:
     """The demonstrations of --ptx-data, tokenised.
 
     Raises:
@@ -514,7 +522,7 @@ def read_demonstrations(config: PpoConfig, tokenizer: Any) -> list[TokenizedGrou
     assert config.ptx_data is not None
     groups, _ = read_supervised(config.ptx_data, "train")
     return tokenize_groups(
-        last_answers(groups), tokenizer=tokenizer, max_seq_length=config.max_seq_length
+        keep_last_completion(groups), tokenizer=tokenizer, max_seq_length=config.max_seq_length
     )[0]
 
 
@@ -529,13 +537,13 @@ class Demonstrations:
         microbatches_taken: Microbatches taken so far, which is the position in the data.
     """
 
-    def __init__(self, config: PpoConfig, groups: Sequence[TokenizedGroup]) -> None:
+    def __init__(self, config: PPOConfig, groups: Sequence[TokenizedGroup]) -> None:
         self._config, self._groups = config, groups
         size = config.batch_size or DEFAULT_BATCH_SIZE
         self._shapes = plan_shapes(self._groups, BatchLimit(size), DEMONSTRATION_SHAPES)
         self.microbatches_taken = 0
 
-    def take(self) -> tuple[list[Ready], mx.array]:
+    def take(self) -> tuple[list[CollatedMicrobatch], mx.array]:
         """The next `grad_accumulation_steps` microbatches, and the scale of their log-losses."""
         count = self._config.grad_accumulation_steps
         stream: Iterator[Microbatch] = microbatch_stream(
@@ -543,7 +551,7 @@ class Demonstrations:
         )
         self.microbatches_taken += count
         batches = [
-            Ready(
+            CollatedMicrobatch(
                 collate_groups([self._groups[i] for i in micro.indices], micro.shape),
                 micro.shape,
                 partial(self._sources, micro),

@@ -26,27 +26,27 @@ from mlx_align.algorithms.base import (
 )
 from mlx_align.config import RewardConfig
 from mlx_align.data.batching import Microbatch
+from mlx_align.data.buckets import BatchLimit, plan_shapes
 from mlx_align.data.comparisons import (
-    Compared,
+    GroupComparisons,
     collate_rewards,
-    compare,
-    filled_up,
-    members_that_learn,
+    compare_completions,
+    ensemble_mask,
+    pad_completion_lists,
 )
-from mlx_align.data.formats import Reading, read_preferences
+from mlx_align.data.formats import ReadReport, read_preferences
 from mlx_align.data.readers import Data
-from mlx_align.data.shapes import BatchLimit, plan_shapes
 from mlx_align.data.statistics import TokenizedDataset
 from mlx_align.errors import ConfigError
-from mlx_align.inference.evaluate import RewardReport, render_report
-from mlx_align.inference.judge import judge
-from mlx_align.inference.score import Scorer, make_reward_scorer, score_groups
+from mlx_align.evaluation.render import render_reward_report
+from mlx_align.evaluation.reward_model import RewardReport, evaluate_reward_model
+from mlx_align.inference.scoring import Scorer, make_reward_scorer, score_groups
 from mlx_align.losses.masking import weighted_sum
 from mlx_align.losses.reward import differences, every_two, kwise_loss
 from mlx_align.models.loading import LanguageModel, ModelFolder
 from mlx_align.models.policy import Policy
-from mlx_align.models.roles import Tree as AdapterWeights
-from mlx_align.train.display import Display as Console
+from mlx_align.models.weights import AdapterWeights
+from mlx_align.system.progress import Console
 from mlx_align.types import Comparisons, PromptGroup, RewardBatch, TokenizedGroup
 
 
@@ -76,7 +76,9 @@ class RewardModeling(Algorithm):
         heads = "" if config.members == 1 else f" ({config.members} heads)"
         self.title = f"Reward model{heads}"
 
-    def read(self, data: Data, split: str, format: str | None) -> tuple[list[PromptGroup], Reading]:
+    def read(
+        self, data: Data, split: str, format: str | None
+    ) -> tuple[list[PromptGroup], ReadReport]:
         """Read pairs and ranked lists."""
         return read_preferences(data, split, format)
 
@@ -86,7 +88,7 @@ class RewardModeling(Algorithm):
 
     def arrange(self, groups: Sequence[TokenizedGroup]) -> list[TokenizedGroup]:
         """Fill the groups up to equally many completions."""
-        return filled_up(groups)
+        return pad_completion_lists(groups)
 
     def objective(
         self,
@@ -133,11 +135,11 @@ class RewardModeling(Algorithm):
             )
         compared = [_compare(group, config) for group in groups]
         scores = [np.stack(rows) for rows in found]
-        judged = judge(groups, compared, scores, seed=config.seed)
+        judged = evaluate_reward_model(groups, compared, scores, seed=config.seed)
         if judged is None:
             return HeldOutReport({}, [], "! no held-out comparison is decided: nothing to report")
         facts: dict[str, Any] = judged.as_json()
-        text = "\n" + render_report(judged)
+        text = "\n" + render_reward_report(judged)
         if config.members > 1:
             facts["members"], line = _compare_members(groups, compared, scores, config)
             text += "\n" + line
@@ -174,7 +176,7 @@ class RewardObjective(Objective):
         super().__init__(groups)
         self._model, self._config = model, config
         self._compared = [_compare(group, config) for group in groups]
-        self._learns = members_that_learn(groups, config.members, config.seed)
+        self._learns = ensemble_mask(groups, config.members, config.seed)
 
     def collate(self, microbatch: Microbatch) -> RewardBatch:
         """Groups as arrays, with their comparisons."""
@@ -205,8 +207,8 @@ class RewardObjective(Objective):
         return loss / totals.groups, weighted_metrics(metrics, batch.weight)
 
 
-def _compare(group: TokenizedGroup, config: RewardConfig) -> Compared:
-    return compare(group, rating_margin=config.rating_margin, ties=config.ties)
+def _compare(group: TokenizedGroup, config: RewardConfig) -> GroupComparisons:
+    return compare_completions(group, rating_margin=config.rating_margin, ties=config.ties)
 
 
 def _loss(scores: mx.array, comparisons: Comparisons, config: RewardConfig) -> mx.array:
@@ -295,13 +297,15 @@ def check_comparisons(data: TokenizedDataset, config: RewardConfig) -> list[str]
 
 def _compare_members(
     groups: Sequence[TokenizedGroup],
-    compared: Sequence[Compared],
+    compared: Sequence[GroupComparisons],
     scores: Sequence[np.ndarray],
     config: RewardConfig,
 ) -> tuple[dict[str, Any], str]:
     """Each head's accuracy, and how far their score differences spread."""
     single: list[RewardReport | None] = [
-        judge(groups, compared, [rows[:, m : m + 1] for rows in scores], seed=config.seed)
+        evaluate_reward_model(
+            groups, compared, [rows[:, m : m + 1] for rows in scores], seed=config.seed
+        )
         for m in range(config.members)
     ]
     accuracies = [one.accuracy for one in single if one is not None]

@@ -16,18 +16,18 @@ from mlx_align.algorithms.base import (
     MetricSums,
     Objective,
 )
-from mlx_align.config import SftConfig
-from mlx_align.data.batching import Microbatch, collate_groups, scored
-from mlx_align.data.formats import Reading, read_supervised
-from mlx_align.data.groups import last_answers
+from mlx_align.config import SFTConfig
+from mlx_align.data.batching import Microbatch, collate_groups, completion_mask
+from mlx_align.data.formats import ReadReport, read_supervised
 from mlx_align.data.readers import Data
+from mlx_align.data.transforms import keep_last_completion
 from mlx_align.errors import ConfigError
-from mlx_align.inference.score import Scorer
+from mlx_align.inference.scoring import Scorer
 from mlx_align.losses.masking import masked_sum
 from mlx_align.losses.registry import TOKEN_LOSSES
 from mlx_align.models.loading import LanguageModel
 from mlx_align.models.policy import Policy
-from mlx_align.models.roles import Tree as AdapterWeights
+from mlx_align.models.weights import AdapterWeights
 from mlx_align.types import GroupBatch, PromptGroup, TokenizedGroup
 
 # e to this power is still a float32.
@@ -41,11 +41,13 @@ class SFT(Algorithm):
     unit: ClassVar[str] = "rows"
     has_reference: ClassVar[bool] = False
 
-    def __init__(self, config: SftConfig) -> None:
+    def __init__(self, config: SFTConfig) -> None:
         self._config = config
         self.title = "SFT" if config.loss == "nll" else f"SFT ({config.loss})"
 
-    def read(self, data: Data, split: str, format: str | None) -> tuple[list[PromptGroup], Reading]:
+    def read(
+        self, data: Data, split: str, format: str | None
+    ) -> tuple[list[PromptGroup], ReadReport]:
         """Read demonstrations; by `loss_on`, with the last answer or every answer scored.
 
         Raises:
@@ -54,7 +56,7 @@ class SFT(Algorithm):
         groups, reading = read_supervised(data, split, format)
         if self._config.loss_on == "completion":
             title = reading.title.replace("every answer counting", "the last answer counting")
-            return last_answers(groups), replace(reading, title=title)
+            return keep_last_completion(groups), replace(reading, title=title)
         if isinstance(groups[0].prompt, str):
             raise ConfigError(
                 f"--loss-on assistant: {data} holds text, not conversations, so there are no turns "
@@ -149,7 +151,7 @@ def evaluate_demonstrations(
     logps: CompletionLogprobs, groups: Sequence[TokenizedGroup], loss: str
 ) -> dict[str, float]:
     """Loss and perplexity, means over scored tokens, from token log-probs."""
-    rows = [p[0][scored(group, 0)] for p, group in zip(logps, groups, strict=True)]
+    rows = [p[0][completion_mask(group, 0)] for p, group in zip(logps, groups, strict=True)]
     tokens = np.concatenate(rows).astype(np.float64)
     values = np.array(TOKEN_LOSSES[loss](mx.array(tokens.astype(np.float32))), np.float64)
     return with_perplexity({"loss": float(values.mean()), "nll": float(-tokens.mean())})

@@ -18,12 +18,12 @@ from mlx.utils import tree_flatten, tree_map
 
 from mlx_align.algorithms.base import Loss, Objective
 from mlx_align.data.batching import Microbatch
-from mlx_align.data.shapes import AnyShape
+from mlx_align.data.buckets import AnyShape
 from mlx_align.errors import TrainingError
-from mlx_align.models.compat import random_key, restore_random_key
 from mlx_align.models.loading import LanguageModel
-from mlx_align.models.roles import Tree as AdapterWeights
-from mlx_align.train.run_ahead import RunAhead
+from mlx_align.models.patches import random_key, restore_random_key
+from mlx_align.models.weights import AdapterWeights
+from mlx_align.system.memory_limit import MemoryLimit
 
 # Updates skipped in a row after which the run stops: then the fault is not in single rows.
 MAX_SKIPPED_IN_A_ROW = 5
@@ -84,7 +84,7 @@ class Updater:
         optimizer: optim.Optimizer,
         loss: Loss,
         max_grad_norm: float,
-        memory: RunAhead,
+        memory: MemoryLimit,
         *,
         skip: bool = False,
     ) -> None:

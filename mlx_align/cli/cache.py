@@ -17,7 +17,7 @@ from mlx_align.config import CacheConfig, make_config
 @json_option("Print as JSON.")
 def cache(json: bool, **options: Any) -> None:
     """Show the contents of the reference cache, or delete them."""
-    from mlx_align.train.reference import default_cache_folder, stored_caches
+    from mlx_align.training.reference import default_cache_folder, stored_caches
 
     config = make_config(CacheConfig, given(options), None, "command line")
     if config.reference_cache is None:

@@ -21,8 +21,8 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from mlx_align.train.display import Bar
-from mlx_align.train.runlog import say_seconds
+from mlx_align.system.formatting import format_duration
+from mlx_align.system.progress import ProgressBar
 
 
 class Console:
@@ -44,7 +44,7 @@ class Console:
             _silence(self.console)
 
     @contextmanager
-    def bar(self, label: str, total: int, done: int = 0) -> Iterator[Bar]:
+    def bar(self, label: str, total: int, done: int = 0) -> Iterator[ProgressBar]:
         """A progress bar with the time left; without a terminal, a line every minute."""
         if not self.console.is_terminal:
             yield _Lines(self.console, label, total, done)
@@ -121,7 +121,7 @@ class _Lines:
             return
         self._printed = now
         each = (now - self._started) / (self._done - self._first)
-        left = say_seconds(each * (self._total - self._done))
+        left = format_duration(each * (self._total - self._done))
         try:
             self._console.print(Text(f"  {self._label}: {self._done}/{self._total}, {left} left"))
         except OSError:

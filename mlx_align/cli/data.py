@@ -36,10 +36,10 @@ data.add_command(sample)
 @json_option("Print as JSON.")
 def check(json: bool, **options: Any) -> None:
     """Print the data report that `mlx-align dpo` prints before it trains."""
-    from mlx_align.data.checks import render_facts
+    from mlx_align.algorithms.dpo import read_pairs
+    from mlx_align.data.statistics import render_statistics
     from mlx_align.models.loading import open_model
-    from mlx_align.train.preference import read_pairs
-    from mlx_align.train.setup import prepare_data
+    from mlx_align.training.setup import prepare_data
 
     config = make_config(CheckDataConfig, given(options), None, "command line")
     require(config, "model", "data")
@@ -55,5 +55,5 @@ def check(json: bool, **options: Any) -> None:
     assert training.model is not None
     facts = prepare_data(training, open_model(training.model), read_pairs).facts
     click.echo(
-        json_module.dumps(dataclasses.asdict(facts), indent=2) if json else render_facts(facts)
+        json_module.dumps(dataclasses.asdict(facts), indent=2) if json else render_statistics(facts)
     )

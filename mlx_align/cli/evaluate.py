@@ -31,8 +31,8 @@ def evaluate(json: bool, **options: Any) -> None:
     complete the same prompts at temperature 1.
     """
     from mlx_align.cli.console import Console
-    from mlx_align.inference.evaluation import evaluate_run
-    from mlx_align.inference.scorecard import render_evaluation
+    from mlx_align.evaluation.policy import evaluate_policy
+    from mlx_align.evaluation.render import render_evaluation
 
     console = Console(json)
     config = make_config(EvalConfig, given(options), None, "command line")
@@ -44,7 +44,7 @@ def evaluate(json: bool, **options: Any) -> None:
         data=None if config.data is None else resolve_starter(config.data, "data"),
     )
     folder = None if config.output is None else _new_folder(config.output)
-    evaluation, rows = evaluate_run(config, console.bar)
+    evaluation, rows = evaluate_policy(config, console.bar)
     content = evaluation.as_json()
     if folder is not None:
         _write(folder, content, rows)

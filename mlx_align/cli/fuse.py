@@ -24,7 +24,7 @@ def fuse(json: bool, **options: Any) -> None:
     lose more than a tenth of what training changed stays dequantised.
     """
     from mlx_align.cli.console import Console
-    from mlx_align.models.fusing import fuse_adapter
+    from mlx_align.models.fuse import fuse_adapter
     from mlx_align.models.loading import open_model
 
     console = Console(json)

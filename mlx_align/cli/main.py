@@ -30,7 +30,7 @@ from mlx_align.cli.rerank import rerank
 from mlx_align.cli.score import score
 from mlx_align.cli.train import dpo, grpo, kto, ppo, reward, sft
 from mlx_align.errors import MlxAlignError
-from mlx_align.train.signals import Interrupted, interrupting
+from mlx_align.system.interrupts import Interrupted, raise_on_signal
 
 LONGEST_LINE = 1500
 SECTIONS = {
@@ -85,7 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def run(arguments: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code."""
     try:
-        with interrupting():
+        with raise_on_signal():
             cli.main(args=arguments, prog_name="mlx-align", standalone_mode=False)
     except click.exceptions.Exit as exit:
         return exit.exit_code

@@ -24,11 +24,11 @@ from mlx_align.errors import ConfigError
 from mlx_align.system.starter import resolve_starter
 
 if TYPE_CHECKING:
-    from mlx_align.data.shapes import AnyShape
+    from mlx_align.data.buckets import AnyShape
     from mlx_align.models.loading import ModelFolder
-    from mlx_align.plan.check import Plan
-    from mlx_align.plan.machine import Machine
-    from mlx_align.plan.timing import Duration, RolloutDuration
+    from mlx_align.planning.duration import Duration, RolloutDuration
+    from mlx_align.planning.machine import Machine
+    from mlx_align.planning.plan import Plan
 
 _BASIS = (
     "Computed, from measurements of mlx's CPU backend: within 10% there, not yet compared with "
@@ -63,7 +63,7 @@ def plan(config_file: str | None, json: bool, **options: Any) -> None:
     Without --data, assumes rows of --max-seq-length tokens.
     """
     from mlx_align.models.loading import open_model
-    from mlx_align.plan.machine import parse_machine, this_machine
+    from mlx_align.planning.machine import parse_machine, this_machine
 
     keywords = given(options)
     own = {name: keywords.pop(name) for name in declared_options(PlanConfig) if name in keywords}
@@ -112,9 +112,9 @@ def _plan_offline(
     measure: bool,
     run_folder: str | None,
 ) -> tuple[Plan, Duration | None]:
-    from mlx_align.plan.check import make_plan
-    from mlx_align.plan.timing import expected
-    from mlx_align.train.setup import prepare_data, resolve_layout
+    from mlx_align.planning.duration import expected_duration
+    from mlx_align.planning.plan import make_plan
+    from mlx_align.training.setup import prepare_data, resolve_layout
 
     layout = resolve_layout(config)
     task = offline_task(command, config)
@@ -128,8 +128,8 @@ def _plan_offline(
     if found is None:
         return made, None
     has_reference = isinstance(config, LossConfig) and task.needs_reference
-    return made, expected(
-        config, groups, *found, has_reference=has_reference, limit=made.work.limit
+    return made, expected_duration(
+        config, groups, *found, has_reference=has_reference, limit=made.workload.limit
     )
 
 
@@ -142,11 +142,14 @@ def _plan_on_policy(
     measure: bool,
     run_folder: str | None,
 ) -> tuple[Plan, RolloutDuration | None]:
-    from mlx_align.plan.on_policy import make_on_policy_plan
-    from mlx_align.plan.timing import expected_rollouts, rate_key, rate_of_rollouts, stored_rate
-    from mlx_align.train.on_policy_setup import read_run_prompts
-    from mlx_align.train.planned import reward_models
-    from mlx_align.train.setup import resolve_layout
+    from mlx_align.planning.duration import (
+        expected_rollout_duration,
+        load_rate,
+        rate_key,
+        read_rollout_rate,
+    )
+    from mlx_align.planning.plan import make_on_policy_plan
+    from mlx_align.training.setup import find_reward_models, read_prompt_splits, resolve_layout
 
     if measure:
         raise ConfigError(
@@ -157,21 +160,21 @@ def _plan_on_policy(
     layout = resolve_layout(config)
     prompts = None
     if config.data is not None:
-        train, held_out, *_ = read_run_prompts(config, folder)
+        train, held_out, *_ = read_prompt_splits(config, folder)
         prompts = [prompt.tokens for prompt in train], [prompt.tokens for prompt in held_out]
-    rewards = reward_models(config, folder, layout)
+    rewards = find_reward_models(config, folder, layout)
     made = make_on_policy_plan(config, layout, folder, prompts, rewards, where)
     if prompts is None or not where.here:
         return made, None
     if run_folder is not None:
-        rate: float | None = rate_of_rollouts(Path(run_folder).expanduser(), command)
+        rate: float | None = read_rollout_rate(Path(run_folder).expanduser(), command)
         source = f"run {run_folder}"
     else:
-        rate = stored_rate(rate_key(command, folder.path, config, layout, where.name))
+        rate = load_rate(rate_key(command, folder.path, config, layout, where.name))
         source = "measured earlier, by a run"
     if rate is None:
         return made, None
-    return made, expected_rollouts(config, len(prompts[0]), rate, source)
+    return made, expected_rollout_duration(config, len(prompts[0]), rate, source)
 
 
 def _rate(
@@ -183,28 +186,28 @@ def _rate(
     groups: list[Any],
 ) -> tuple[float, str] | None:
     """Tokens per second, and their source: a run, a measurement now, or an earlier one."""
-    from mlx_align.models.compat import resolve_model_path
-    from mlx_align.plan.machine import this_machine
-    from mlx_align.plan.timing import rate_key, rate_of_run, store_rate, stored_rate
-    from mlx_align.train.measured import measured_rate
-    from mlx_align.train.setup import resolve_layout
+    from mlx_align.models.loading import resolve_model_path
+    from mlx_align.planning.duration import load_rate, rate_key, read_run_rate, save_rate
+    from mlx_align.planning.machine import this_machine
+    from mlx_align.training.benchmark import measured_rate
+    from mlx_align.training.setup import resolve_layout
 
     if run_folder is not None:
-        return rate_of_run(Path(run_folder).expanduser()), f"run {run_folder}"
+        return read_run_rate(Path(run_folder).expanduser()), f"run {run_folder}"
     assert config.model is not None
     path = resolve_model_path(config.model)
     key = rate_key(command, path, config, resolve_layout(config), this_machine().name)
     if measure:
         rate = measured_rate(config, task, groups)
-        store_rate(key, rate)
+        save_rate(key, rate)
         return rate, "measured now"
-    earlier = stored_rate(key)
+    earlier = load_rate(key)
     return None if earlier is None else (earlier, "measured earlier, by a run or --measure")
 
 
 def as_json(plan: Plan, duration: Duration | RolloutDuration | None) -> dict[str, Any]:
     """The plan as JSON; sizes in bytes, times in seconds."""
-    from mlx_align.plan.machine import remarks, software
+    from mlx_align.planning.machine import platform_warnings, software_versions
 
     return {
         "peak_bytes": plan.memory.peak_bytes,
@@ -216,8 +219,8 @@ def as_json(plan: Plan, duration: Duration | RolloutDuration | None) -> dict[str
         "fits": plan.fits,
         "advice": [asdict(step) for step in plan.steps],
         "time": None if duration is None else asdict(duration),
-        "remarks": remarks(plan.machine, plan.model.activation_dtype),
-        "software": software(),
+        "remarks": platform_warnings(plan.machine, plan.model.activation_dtype),
+        "software": software_versions(),
         "basis": _BASIS,
     }
 
@@ -232,53 +235,53 @@ def _describe_shape(shape: AnyShape) -> str:
 
 def render(plan: Plan, duration: Duration | RolloutDuration | None) -> str:
     """The plan as text."""
-    from mlx_align.plan.check import say_bytes
-    from mlx_align.plan.machine import remarks, software
-    from mlx_align.plan.memory import SAMPLING
-    from mlx_align.plan.timing import RolloutDuration
-    from mlx_align.train.runlog import say_seconds
+    from mlx_align.planning.duration import RolloutDuration
+    from mlx_align.planning.machine import platform_warnings, software_versions
+    from mlx_align.planning.memory import SAMPLING
+    from mlx_align.planning.plan import format_bytes
+    from mlx_align.system.formatting import format_duration
 
     memory, machine = plan.memory, plan.machine
     where = _describe_shape(memory.shape)
-    if memory.moment == SAMPLING and plan.work.sampling is not None:
-        sampling = plan.work.sampling
+    if memory.moment == SAMPLING and plan.workload.sampling is not None:
+        sampling = plan.workload.sampling
         where = f"{sampling.rows} completions of {sampling.completion} tokens at once"
     lines = [f"Peak memory, in {memory.moment} ({where}):"]
     lines += [
-        f"  {name:<24}{say_bytes(n):>10}"
+        f"  {name:<24}{format_bytes(n):>10}"
         for name, n in memory.parts.items()
         if n or name != "reward models"
     ]
-    lines.append(f"  {'total':<24}{say_bytes(memory.peak_bytes):>10}")
+    lines.append(f"  {'total':<24}{format_bytes(memory.peak_bytes):>10}")
     verdict = "It fits" if plan.fits else "It does not fit"
     room = "recommended working set" if machine.metal else "memory"
-    lines += [f"{verdict}: {machine.name}, {room} {say_bytes(machine.working_set_bytes)}.", ""]
+    lines += [f"{verdict}: {machine.name}, {room} {format_bytes(machine.working_set_bytes)}.", ""]
     if plan.steps:
         end = "" if plan.steps[-1].fits else " (all of them together are not enough)"
         lines.append(f"What makes it fit, cheapest first, each added to the previous ones{end}:")
         lines += [
-            f"  {say_bytes(s.peak_bytes):>9}  {s.options}  ({s.cost})" for s in plan.steps
+            f"  {format_bytes(s.peak_bytes):>9}  {s.options}  ({s.cost})" for s in plan.steps
         ] + [""]
     elif not plan.fits:
         lines += ["No option makes it fit; use a smaller model.", ""]
     if isinstance(duration, RolloutDuration):
         lines.append(
-            f"Time: {say_seconds(duration.training_seconds)} for {duration.batches:,} rollout "
-            f"batches of {say_seconds(duration.seconds_per_batch)} ({duration.source})."
+            f"Time: {format_duration(duration.training_seconds)} for {duration.batches:,} rollout "
+            f"batches of {format_duration(duration.seconds_per_batch)} ({duration.source})."
         )
     elif duration is not None:
         lines.append(
-            f"Time: {say_seconds(duration.training_seconds)} of training, at most "
-            f"{say_seconds(duration.reference_seconds)} for the reference, at "
+            f"Time: {format_duration(duration.training_seconds)} of training, at most "
+            f"{format_duration(duration.reference_seconds)} for the reference, at "
             f"{duration.tokens_per_second:,.0f} tokens/s ({duration.source})."
         )
     elif machine.here:
-        measuring = "" if plan.work.sampling is not None else "--measure times a few steps, "
+        measuring = "" if plan.workload.sampling is not None else "--measure times a few steps, "
         lines.append(
             f"Time: unknown until such a run was made; {measuring}--run RUN takes the speed of "
             "another run."
         )
-    lines += [f"- {remark}" for remark in remarks(machine, plan.model.activation_dtype)]
-    lines.append(f"- {', '.join(f'{name} {what}' for name, what in software().items())}")
+    lines += [f"- {remark}" for remark in platform_warnings(machine, plan.model.activation_dtype)]
+    lines.append(f"- {', '.join(f'{name} {what}' for name, what in software_versions().items())}")
     lines.append(f"- {_BASIS}")
     return "\n".join(lines)

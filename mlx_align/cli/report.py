@@ -23,13 +23,13 @@ def report(**options: Any) -> None:
 
     Training writes it too. For a run in progress, the page shows how far it is.
     """
-    from mlx_align.files import write_text
-    from mlx_align.report.page import PAGE_FILE, render_comparison, render_run
-    from mlx_align.report.runs import read_run
+    from mlx_align.report.page import render_comparison, render_run
+    from mlx_align.system.atomic_io import write_text
+    from mlx_align.tracking.run_dir import PAGE_FILE, read_run_record
 
     config = make_config(ReportConfig, given(options), None, "command line")
     folders = [Path(run).expanduser() for run in config.runs]
-    runs = [read_run(folder) for folder in folders]
+    runs = [read_run_record(folder) for folder in folders]
     if len(runs) == 1:
         text = render_run(runs[0])
         file = Path(config.output).expanduser() if config.output else folders[0] / PAGE_FILE

@@ -18,9 +18,7 @@ from mlx_align.system.starter import resolve_starter
 
 if TYPE_CHECKING:
     from mlx_align.cli.console import Console
-    from mlx_align.inference.asked import Asked, Sampling
-    from mlx_align.inference.ranking import Ranking
-    from mlx_align.inference.rerank import Reranker
+    from mlx_align.inference.rerank import Ranking, Reranker, RerankInput, SamplingOptions
 
 N, MAX_TOKENS = 8, 256
 
@@ -39,15 +37,19 @@ def rerank(json: bool, **options: Any) -> None:
     Identical samples are listed once, with their count; given completions are all kept.
     """
     from mlx_align.cli.console import Console
-    from mlx_align.inference.asked import Sampling, read_asked
-    from mlx_align.inference.ranking import NOTE, as_row
-    from mlx_align.inference.rerank import Reranker
+    from mlx_align.inference.rerank import (
+        NOTE,
+        Reranker,
+        SamplingOptions,
+        ranking_row,
+        read_rerank_input,
+    )
 
     config = make_config(RerankConfig, given(options), None, "command line")
     _check(config)
     console = Console(json)
     target = None if config.output is None else new_file(config.output)
-    source = None if config.input is None else read_asked(config.input)
+    source = None if config.input is None else read_rerank_input(config.input)
     if source is not None:
         console.note(source.read_as)
         _check_effect(config, source)
@@ -62,7 +64,7 @@ def rerank(json: bool, **options: Any) -> None:
         batch_size=config.batch_size,
     )
     console.note(reranker.said)
-    sampling = Sampling(
+    sampling = SamplingOptions(
         n=N if config.n is None else config.n,
         max_tokens=MAX_TOKENS if config.max_tokens is None else config.max_tokens,
         temperature=1.0 if config.temperature is None else config.temperature,
@@ -78,7 +80,7 @@ def rerank(json: bool, **options: Any) -> None:
     with nullcontext() if target is None else target.open("w", encoding="utf-8") as stream:
         for ranking in rankings:
             count, unranked = count + 1, unranked + bool(ranking.reason)
-            line = json_module.dumps(as_row(ranking), ensure_ascii=False)
+            line = json_module.dumps(ranking_row(ranking), ensure_ascii=False)
             if stream is not None:
                 stream.write(line + "\n")
                 stream.flush()
@@ -112,7 +114,7 @@ def _check(config: RerankConfig) -> None:
         )
 
 
-def _check_effect(config: RerankConfig, source: Asked) -> None:
+def _check_effect(config: RerankConfig, source: RerankInput) -> None:
     for name in ("n", "max_tokens", "temperature", "seed"):
         if getattr(config, name) is not None and not source.to_answer:
             raise ConfigError(
@@ -121,7 +123,7 @@ def _check_effect(config: RerankConfig, source: Asked) -> None:
 
 
 def _of_file(
-    reranker: Reranker, source: Asked, sampling: Sampling, console: Console
+    reranker: Reranker, source: RerankInput, sampling: SamplingOptions, console: Console
 ) -> Iterator[Ranking]:
     if reranker.style.has_template and any(isinstance(g.prompt, str) for g in source.readable):
         console.note("! text prompts are used verbatim; write messages to use the chat template")
@@ -132,7 +134,11 @@ def _of_file(
 
 
 def _of_texts(
-    reranker: Reranker, texts: Iterable[str], chat: bool, sampling: Sampling, console: Console
+    reranker: Reranker,
+    texts: Iterable[str],
+    chat: bool,
+    sampling: SamplingOptions,
+    console: Console,
 ) -> Iterator[Ranking]:
     """Rankings of prompts that come one by one, each sampled with its own seed."""
     from mlx_align.types import Message, PromptGroup

@@ -30,18 +30,22 @@ def sample(json: bool, **options: Any) -> None:
     """
     from mlx_align.cli.console import Console
     from mlx_align.data.formats import read_prompts
-    from mlx_align.data.prompts import tokenize_prompts
-    from mlx_align.files import writing
+    from mlx_align.data.tokenization import tokenize_prompts
     from mlx_align.models.loading import open_model
-    from mlx_align.rollout.experience import Prompt
-    from mlx_align.train.best_sampled import Wish, load_sampler, sampled_rows
-    from mlx_align.train.judging import Judge, require_rewards, wanted_rewards
+    from mlx_align.rollout.rejection_sampling import (
+        RejectionSamplingConfig,
+        load_sampler,
+        sample_rows,
+    )
+    from mlx_align.rollout.rewards import Rewards, require_rewards, reward_settings
+    from mlx_align.rollout.sampler import Prompt
+    from mlx_align.system.atomic_io import wrap_write_errors
 
     config = make_config(SampleConfig, given(options), None, "command line")
     _check(config)
     weight = 1.0 if config.reward_model_weight is None else config.reward_model_weight
     wanted = require_rewards(
-        wanted_rewards(config.reward, config.reward_model, weight, config.reward_timeout)
+        reward_settings(config.reward, config.reward_model, weight, config.reward_timeout)
     )
     console = Console(json)
     target = new_file(config.output)
@@ -49,7 +53,7 @@ def sample(json: bool, **options: Any) -> None:
     console.note(str(reading))
     folder = open_model(resolve_starter(config.model, "model"))
     tokens, report = tokenize_prompts(groups, folder.tokenizer, config.max_prompt_length)
-    prompts = [Prompt(groups[i], one) for i, one in zip(report.places, tokens, strict=True)]
+    prompts = [Prompt(groups[i], one) for i, one in zip(report.indices, tokens, strict=True)]
     dropped = sum(report.dropped.values())
     if dropped:
         reasons = ", ".join(f"{count} {reason}" for reason, count in report.dropped.items())
@@ -57,7 +61,7 @@ def sample(json: bool, **options: Any) -> None:
     for note in report.notes:
         console.note(f"! {note}")
     loaded, policy, score = load_sampler(folder, config.adapter_path, config.reward_model)
-    sampling = Wish(
+    sampling = RejectionSamplingConfig(
         config.n,
         config.keep or 1,
         config.threshold,
@@ -67,14 +71,14 @@ def sample(json: bool, **options: Any) -> None:
         config.seed,
     )
     scores: list[float] = []
-    with Judge(wanted, score) as judge:
+    with Rewards(wanted, score) as judge:
         judge.check([prompt.text for prompt in prompts])
         with (
             console.bar("Sampling", len(prompts)) as bar,
-            writing(target, (OSError,)),
+            wrap_write_errors(target, (OSError,)),
             target.open("w", encoding="utf-8") as stream,
         ):
-            for row in sampled_rows(loaded, policy, judge, prompts, sampling, bar.advance):
+            for row in sample_rows(loaded, policy, judge, prompts, sampling, bar.advance):
                 stream.write(json_module.dumps(row, ensure_ascii=False) + "\n")
                 stream.flush()
                 scores.append(row["score_chosen" if config.pairs else "score"])

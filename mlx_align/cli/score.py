@@ -14,16 +14,15 @@ from mlx_align.cli.options import Command, config_options, given, json_option, n
 from mlx_align.config import ScoreConfig, make_config
 from mlx_align.config.schema import flag_of
 from mlx_align.errors import ConfigError, DataError
-from mlx_align.files import writing_whole
+from mlx_align.system.atomic_io import open_atomic
 from mlx_align.system.starter import resolve_starter
 
 if TYPE_CHECKING:
-    from mlx_align.data.scorable import Scorable, ScorableRows
-    from mlx_align.inference.evaluate import RewardReport
-    from mlx_align.inference.implicit import ImplicitReward
-    from mlx_align.inference.pair_report import PairReport
+    from mlx_align.data.formats import ScorableDataset, ScorableRow
+    from mlx_align.evaluation.reward_model import PairReport, RewardReport
+    from mlx_align.inference.implicit_reward import ImplicitReward
     from mlx_align.inference.reward_model import RewardModel
-    from mlx_align.inference.scored import Scored
+    from mlx_align.inference.scoring import GroupScores
 
 # Rows in memory at a time. Rows of similar length are batched, which a small window would prevent.
 WINDOW = 64
@@ -46,7 +45,7 @@ def score(json: bool, **options: Any) -> None:
     Implicit rewards, beta * log(policy / reference), come with policy_logps and reference_logps.
     """
     from mlx_align.cli.console import Console
-    from mlx_align.data.scorable import read_scorable
+    from mlx_align.data.formats import read_scorable
 
     console = Console(json)
     config = make_config(ScoreConfig, given(options), None, "command line")
@@ -59,10 +58,10 @@ def score(json: bool, **options: Any) -> None:
     console.note(f"read as: {source.title} ({len(source.rows):,} rows)")
     scorer, description = _load(config)
     console.note("\n".join(filter(None, [scorer.model.check + ".", description])))
-    found: list[Scored] = []
+    found: list[GroupScores] = []
     unscored = completions = 0
     bars = console.bar("Scoring", len(source.rows))
-    with writing_whole(file) as stream, bars as bar:
+    with open_atomic(file) as stream, bars as bar:
         for rows in _windows(source):
             for scored, entry in _scored(scorer, rows):
                 stream.write(json_module.dumps(_line(entry, scored), ensure_ascii=False) + "\n")
@@ -90,7 +89,7 @@ def score(json: bool, **options: Any) -> None:
     console.note(f"Wrote {completions:,} scores to {file}{left}")
 
 
-def _windows(source: ScorableRows) -> Iterator[list[Scorable]]:
+def _windows(source: ScorableDataset) -> Iterator[list[ScorableRow]]:
     rows = iter(source)
     while window := list(islice(rows, WINDOW)):
         yield window
@@ -98,9 +97,9 @@ def _windows(source: ScorableRows) -> Iterator[list[Scorable]]:
 
 def _load(config: ScoreConfig) -> tuple[RewardModel | ImplicitReward, str]:
     """The scorer, and a description of its scores (empty for a reward model)."""
-    from mlx_align.inference.implicit import load_implicit, load_logps
+    from mlx_align.inference.implicit_reward import load_implicit_reward, load_logprob_scorer
     from mlx_align.inference.reward_model import RewardModel
-    from mlx_align.models.heads import has_head
+    from mlx_align.models.heads import has_reward_head
 
     model = resolve_starter(config.model, "model")
     run = config.adapter_path
@@ -116,7 +115,7 @@ def _load(config: ScoreConfig) -> tuple[RewardModel | ImplicitReward, str]:
         "max_seq_length": config.max_seq_length,
         "batch_size": config.batch_size,
     }
-    is_policy = run is not None and not has_head(Path(run).expanduser())
+    is_policy = run is not None and not has_reward_head(Path(run).expanduser())
     if not config.logps and not is_policy:
         unused = {**only_implicit, "per_token": config.per_token}
         _refuse_without_effect(unused, "a reward model's scores")
@@ -125,10 +124,10 @@ def _load(config: ScoreConfig) -> tuple[RewardModel | ImplicitReward, str]:
         only_reward["combine"] = None  # the default
     if config.logps:
         _refuse_without_effect({**only_implicit, **only_reward}, "--logps")
-        return load_logps(model, run, per_token=config.per_token, **limits)
+        return load_logprob_scorer(model, run, per_token=config.per_token, **limits)
     _refuse_without_effect(only_reward, "implicit rewards")
     assert run is not None
-    return load_implicit(model, run, **only_implicit, per_token=config.per_token, **limits)
+    return load_implicit_reward(model, run, **only_implicit, per_token=config.per_token, **limits)
 
 
 def _refuse_without_effect(options: dict[str, Any], what: str) -> None:
@@ -138,16 +137,16 @@ def _refuse_without_effect(options: dict[str, Any], what: str) -> None:
 
 
 def _scored(
-    model: RewardModel | ImplicitReward, rows: list[Scorable]
-) -> Iterator[tuple[Scored, Scorable]]:
-    from mlx_align.inference.scored import Scored
+    model: RewardModel | ImplicitReward, rows: list[ScorableRow]
+) -> Iterator[tuple[GroupScores, ScorableRow]]:
+    from mlx_align.inference.scoring import GroupScores
 
     found = iter(model.score_groups([row.group for row in rows if row.group is not None]))
     for row in rows:
-        yield (Scored(None, reason=row.reason) if row.group is None else next(found)), row
+        yield (GroupScores(None, reason=row.reason) if row.group is None else next(found)), row
 
 
-def _line(entry: Scorable, scored: Scored) -> dict[str, Any]:
+def _line(entry: ScorableRow, scored: GroupScores) -> dict[str, Any]:
     row = dict(entry.row.fields)
     if scored.scores is None:
         return {**row, SCORES: None, NOTE: scored.reason}
@@ -161,26 +160,29 @@ def _line(entry: Scorable, scored: Scored) -> dict[str, Any]:
 
 
 def _report(
-    found: list[Scored], *, by_reward_model: bool
+    found: list[GroupScores], *, by_reward_model: bool
 ) -> tuple[RewardReport | PairReport | None, str]:
     """How well scores agree with labelled pairs, as data and as text; None without labels."""
-    from mlx_align.data.comparisons import compare
-    from mlx_align.inference.evaluate import render_report
-    from mlx_align.inference.judge import comparisons, judge
-    from mlx_align.inference.pair_report import pair_report, render_pair_report
+    from mlx_align.data.comparisons import compare_completions
+    from mlx_align.evaluation.render import render_pair_report, render_reward_report
+    from mlx_align.evaluation.reward_model import (
+        collect_comparisons,
+        evaluate_reward_model,
+        pair_report,
+    )
 
     groups, scores = [], []
     for scored in found:
         if scored.tokens is not None and scored.scores is not None:
             groups.append(scored.tokens)
             scores.append(scored.scores[:, None])
-    compared = [compare(group) for group in groups]
+    compared = [compare_completions(group) for group in groups]
     if by_reward_model:
-        report = judge(groups, compared, scores)
+        report = evaluate_reward_model(groups, compared, scores)
         if report is None:
             return None, ""
-        return report, render_report(report).replace("held-out comparisons", "pairs")
-    judged = comparisons(groups, compared, scores)
+        return report, render_reward_report(report).replace("held-out comparisons", "pairs")
+    judged = collect_comparisons(groups, compared, scores)
     if judged is None:
         return None, ""
     of_pairs = pair_report(judged.judged)

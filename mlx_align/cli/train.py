@@ -163,8 +163,7 @@ def _train(
     """Resolve the options, train, and print the outcome."""
     # Imported late, because mlx-lm takes seconds and --help should not.
     from mlx_align.cli.console import Console
-    from mlx_align.report.page import PAGE_FILE
-    from mlx_align.train.runlog import new_run_folder
+    from mlx_align.tracking.run_dir import PAGE_FILE, new_run_dir
 
     console = Console(json)
     keywords = given(options)
@@ -174,7 +173,7 @@ def _train(
     else:
         config = _configured(entry, keywords, config_file, console)
         run_function = _run_function(entry.name, config)
-        run = new_run_folder(config.output, entry.name)
+        run = new_run_dir(config.output, entry.name)
     config = replace(config, output=str(run))
     with _explaining_resume(run, entry.name, console):
         summary = run_function(config, run, console, resume=resume is not None)
@@ -192,33 +191,33 @@ def _train(
 def _run_function(command: str, config: Any) -> RunFunction:
     """The function that trains; options that can be checked by themselves are checked here."""
     if isinstance(config, PPOConfig | GRPOConfig):
-        from mlx_align.train.grpo import GroupLearner
-        from mlx_align.train.on_policy import run_on_policy
-        from mlx_align.train.online_dpo import PairLearner
-        from mlx_align.train.ppo import PpoLearner
+        from mlx_align.algorithms.grpo import GRPO
+        from mlx_align.algorithms.online_dpo import OnlineDPO
+        from mlx_align.algorithms.ppo import PPO
+        from mlx_align.training.run import train
 
         check_on_policy(config)
         if isinstance(config, PPOConfig):
-            return partial(run_on_policy, PpoLearner, command)
-        algorithm = PairLearner if config.loss == ONLINE_DPO else GroupLearner
-        return partial(run_on_policy, algorithm, command)
-    from mlx_align.train.offline import run_offline
+            return partial(train, PPO, command)
+        algorithm = OnlineDPO if config.loss == ONLINE_DPO else GRPO
+        return partial(train, algorithm, command)
+    from mlx_align.training.run import train
 
-    return partial(run_offline, offline_task(command, config))
+    return partial(train, offline_task(command, config))
 
 
 def offline_task(command: str, config: Any) -> Any:
     """What is specific to the algorithm of an offline command."""
-    from mlx_align.train.preference import dpo_task
-    from mlx_align.train.reward import reward_task
-    from mlx_align.train.supervised import sft_task
-    from mlx_align.train.unpaired import kto_task
+    from mlx_align.algorithms.dpo import DPO
+    from mlx_align.algorithms.kto import KTO
+    from mlx_align.algorithms.reward_modeling import RewardModeling
+    from mlx_align.algorithms.sft import SFT
 
     make: dict[str, Callable[[Any], Any]] = {
-        "dpo": dpo_task,
-        "kto": kto_task,
-        "sft": sft_task,
-        "reward": reward_task,
+        "dpo": DPO,
+        "kto": KTO,
+        "sft": SFT,
+        "reward": RewardModeling,
     }
     return make[command](config)
 
@@ -229,18 +228,18 @@ def check_on_policy(config: PPOConfig | GRPOConfig) -> None:
     Raises:
         ConfigError: An option has no effect, or contradicts another.
     """
-    from mlx_align.train.grpo import check_group_options
-    from mlx_align.train.on_policy_setup import check_shared_options
-    from mlx_align.train.online_dpo import check_pair_options
-    from mlx_align.train.ppo import check_ppo_options
+    from mlx_align.algorithms.grpo import check_grpo_options
+    from mlx_align.algorithms.online_dpo import check_online_dpo_options
+    from mlx_align.algorithms.ppo import check_ppo_options
+    from mlx_align.training.setup import check_on_policy_options
 
-    check_shared_options(config)
+    check_on_policy_options(config)
     if isinstance(config, PPOConfig):
         check_ppo_options(config)
     elif config.loss == ONLINE_DPO:
-        check_pair_options(config)
+        check_online_dpo_options(config)
     else:
-        check_group_options(config)
+        check_grpo_options(config)
 
 
 def _configured(
@@ -273,8 +272,8 @@ def _resumed(
     config_file: str | None,
 ) -> tuple[TrainConfig, Path]:
     """The config of an earlier run, with the changes that a resumed run may make."""
-    from mlx_align.train.fingerprints import check_command, read_fingerprints
-    from mlx_align.train.runlog import CONFIG_FILE
+    from mlx_align.tracking.run_dir import CONFIG_FILE
+    from mlx_align.training.resume import check_command, read_fingerprints
 
     if config_file is not None:
         raise ConfigError("-c and --resume: a resumed run uses its own config.yaml; drop -c")
@@ -313,9 +312,9 @@ def _resumed(
 @contextmanager
 def _explaining_resume(run: Path, command: str, console: Console) -> Iterator[None]:
     """If the run is interrupted, say how to resume it."""
-    from mlx_align.train.checkpoint import has_checkpoint
-    from mlx_align.train.runlog import CONFIG_FILE
-    from mlx_align.train.signals import Interrupted
+    from mlx_align.system.interrupts import Interrupted
+    from mlx_align.tracking.run_dir import CONFIG_FILE
+    from mlx_align.training.checkpoint import has_checkpoint
 
     resume = f"mlx-align {command} --resume {shlex.quote(str(run))}"
     try:

@@ -15,7 +15,7 @@ from mlx_align.config.schema import (
     option,
     override,
 )
-from mlx_align.losses.methods import POLICY_METHODS
+from mlx_align.losses.policy import POLICY_METHODS
 
 ONLINE_DPO = "online_dpo"
 # What --reward takes in Python; keywords.py defines it.

@@ -8,19 +8,19 @@ from pathlib import Path
 
 import numpy as np
 
+from mlx_align.data.chat_template import ChatTemplate, encode
 from mlx_align.data.formats import (
     PREFERENCE_FORMATS,
-    Reading,
+    ReadReport,
     read_preferences,
     read_prompts,
     read_supervised,
     read_unpaired,
 )
-from mlx_align.data.groups import last_answers, to_pairs
-from mlx_align.data.rendering import ChatStyle, encode
-from mlx_align.data.sources import SUFFIXES, has_split, read_rows
-from mlx_align.data.splits import Reader, read_splits
-from mlx_align.data.tokenize import try_tokenize_group
+from mlx_align.data.readers import FILE_SUFFIXES, has_split, read_rows
+from mlx_align.data.splits import GroupReader, read_splits
+from mlx_align.data.tokenization import try_tokenize_group
+from mlx_align.data.transforms import keep_last_completion, to_pairs
 from mlx_align.errors import ConfigError, DataError
 from mlx_align.inference.trained_run import TrainedRun
 from mlx_align.types import PromptGroup, TokenizedGroup
@@ -98,7 +98,7 @@ def _own_data(run: TrainedRun) -> HeldOutData:
     return HeldOutData(pairs, _unique_prompts(groups), f"{config.data}, {how}")
 
 
-def _reader(run: TrainedRun) -> Reader:
+def _reader(run: TrainedRun) -> GroupReader:
     """The function with which the run read its data, on which the split depends."""
     if run.command == "dpo":
         return _read_pairs
@@ -109,16 +109,16 @@ def _reader(run: TrainedRun) -> Reader:
     return read_prompts
 
 
-def _read_pairs(data: str, split: str, format: str | None) -> tuple[list[PromptGroup], Reading]:
+def _read_pairs(data: str, split: str, format: str | None) -> tuple[list[PromptGroup], ReadReport]:
     groups, reading = read_preferences(data, split, format)
     return to_pairs(groups), reading
 
 
 def _read_last_answers(
     data: str, split: str, format: str | None
-) -> tuple[list[PromptGroup], Reading]:
+) -> tuple[list[PromptGroup], ReadReport]:
     groups, reading = read_supervised(data, split, format)
-    return last_answers(groups), reading
+    return keep_last_completion(groups), reading
 
 
 def _pairs(data: str, split: str, format: str | None) -> list[PromptGroup]:
@@ -142,7 +142,7 @@ def _unique_prompts(groups: Sequence[PromptGroup]) -> list[PromptGroup]:
 
 
 def sample_prompts(
-    prompts: Sequence[PromptGroup], style: ChatStyle, *, count: int, max_length: int, seed: int
+    prompts: Sequence[PromptGroup], style: ChatTemplate, *, count: int, max_length: int, seed: int
 ) -> list[EvalPrompt]:
     """Draw at most `count` prompts of at most `max_length` tokens; they keep their order.
 
@@ -176,7 +176,7 @@ def read_documents(file: str) -> list[PromptGroup]:
         DataError: It can't be read, or contains no text.
     """
     path = Path(file).expanduser()
-    if path.suffix in SUFFIXES or not path.is_file():
+    if path.suffix in FILE_SUFFIXES or not path.is_file():
         try:
             split = "valid" if has_split(file, "valid") else "train"
             return read_supervised(file, split, "text")[0]
@@ -195,7 +195,7 @@ def read_documents(file: str) -> list[PromptGroup]:
 
 
 def split_into_segments(
-    documents: Sequence[PromptGroup], style: ChatStyle, max_length: int
+    documents: Sequence[PromptGroup], style: ChatTemplate, max_length: int
 ) -> tuple[list[TokenizedGroup], list[int]]:
     """Split documents into segments of at most `max_length` tokens.
 

@@ -12,9 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from mlx_align.inference.statistics import (
+from mlx_align.evaluation.statistics import (
     Clusters,
-    Estimate,
     Floats,
     detectable_rate,
     length_controlled,
@@ -24,6 +23,7 @@ from mlx_align.inference.statistics import (
     standard_error,
     wins,
 )
+from mlx_align.system.intervals import Estimate
 
 
 @dataclass(frozen=True)

@@ -16,10 +16,10 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_align.config import EvalConfig, TrainConfig
-from mlx_align.data.batching import scored as completion_mask
-from mlx_align.data.rendering import ChatStyle, chat_style
-from mlx_align.data.shapes import BatchLimit, plan_shapes
-from mlx_align.data.tokenize import tokenize_groups
+from mlx_align.data.batching import completion_mask
+from mlx_align.data.buckets import BatchLimit, plan_shapes
+from mlx_align.data.chat_template import ChatTemplate, inspect_chat_template
+from mlx_align.data.tokenization import tokenize_groups
 from mlx_align.errors import ConfigError, DataError
 from mlx_align.evaluation.data import (
     EvalPrompt,
@@ -41,14 +41,13 @@ from mlx_align.evaluation.metrics import (
     preferences,
     win_rate,
 )
+from mlx_align.evaluation.statistics import Floats
 from mlx_align.inference.reward_model import open_reward_model
 from mlx_align.inference.scoring import Scorer, make_logprob_scorer, score_groups
-from mlx_align.inference.statistics import Floats
 from mlx_align.inference.trained_run import TrainedRun, match_adapter_dtype, read_trained_run
-from mlx_align.inference.trees import load_trees
 from mlx_align.models.generation import Generated, generate_groups
-from mlx_align.models.loading import LanguageModel, ModelFolder, open_model
-from mlx_align.models.roles import Tree
+from mlx_align.models.loading import LanguageModel, ModelFolder, load_adapters, open_model
+from mlx_align.models.weights import AdapterWeights
 from mlx_align.system.progress import Console, SilentConsole
 from mlx_align.types import Message, PromptGroup, Text, TokenizedGroup
 
@@ -156,7 +155,7 @@ def evaluate_policy(config: EvalConfig, console: Console | None = None) -> Evalu
     held_out = read_held_out_data(run, config.data, config.format)
     documents = None if config.perplexity_data is None else read_documents(config.perplexity_data)
     folder = open_model(config.model)
-    style = chat_style(folder.tokenizer)
+    style = inspect_chat_template(folder.tokenizer)
     limits = run.config or TrainConfig()
     max_length = config.max_seq_length or limits.max_seq_length
     prompts = sample_prompts(
@@ -230,8 +229,8 @@ class PolicyAndReference:
     """
 
     model: LanguageModel
-    policy: Tree
-    reference: Tree
+    policy: AdapterWeights
+    reference: AdapterWeights
     scorer: Scorer
     console: Console
 
@@ -244,7 +243,7 @@ class PolicyAndReference:
                 run started from no longer exists.
         """
         start = run.find_reference("restore it, or run this in the folder the run was started in")
-        model, (policy, reference) = load_trees(folder, [run.folder, start])
+        model, (policy, reference) = load_adapters(folder, [run.folder, start])
         model = match_adapter_dtype(model, run)
         return cls(model, policy, reference, make_logprob_scorer(model), console)
 
@@ -310,14 +309,14 @@ class PolicyAndReference:
             policy_lengths=_lengths(policy),
             reference_lengths=_lengths(reference or []),
             logratios=logratios,
-            truncated=float(np.mean([not one.ended for some in policy for one in some])),
+            truncated=float(np.mean([not one.finished for some in policy for one in some])),
         )
 
     def _generate(
         self,
         config: EvalConfig,
         prompts: Sequence[EvalPrompt],
-        weights: Tree,
+        weights: AdapterWeights,
         seed: tuple[int, int],
         role: str,
     ) -> list[list[Generated]]:
@@ -326,7 +325,7 @@ class PolicyAndReference:
         found: list[list[Generated]] = []
         step = max(1, COMPLETIONS_AT_ONCE // config.n)
         label = f"Answers of the {role}"
-        with self.console.bar(label, len(prompts)) as bar, self.model.acting_as(weights):
+        with self.console.bar(label, len(prompts)) as bar, self.model.use_adapter(weights):
             for start in range(0, len(prompts), step):
                 part = prompts[start : start + step]
                 found += generate_groups(
@@ -395,7 +394,7 @@ def score_samples(
 def completion_text(folder: ModelFolder, prompt: EvalPrompt, completion: Generated) -> str:
     """A sampled completion as text that, appended to its prompt, reads as sampled."""
     decode = folder.tokenizer.decode
-    tokens = completion.tokens[: len(completion.tokens) - completion.ended]
+    tokens = completion.tokens[: len(completion.tokens) - completion.finished]
     if not isinstance(prompt.text.prompt, str):
         # The chat template writes the whitespace between prompt and completion.
         return str(decode(tokens)).strip()
@@ -408,7 +407,7 @@ def _measure_policy(
     config: EvalConfig,
     folder: ModelFolder,
     run: TrainedRun,
-    style: ChatStyle,
+    style: ChatTemplate,
     pairs: Sequence[TokenizedGroup],
     prompts: Sequence[EvalPrompt],
     documents: Sequence[PromptGroup] | None,

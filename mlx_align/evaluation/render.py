@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from mlx_align.evaluation.metrics import BestOf, Divergence, Perplexity, Preferences, WinRate
 from mlx_align.evaluation.policy import Evaluation
 from mlx_align.evaluation.reward_model import AccuracyBin, PairReport, RewardReport
-from mlx_align.inference.statistics import Estimate
+from mlx_align.system.intervals import Estimate
 
 Format = Callable[[float], str]
 

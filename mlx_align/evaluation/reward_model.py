@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from mlx_align.data.comparisons import Compared
-from mlx_align.inference.statistics import Floats, mean_estimate, sigmoid
+from mlx_align.data.comparisons import GroupComparisons
+from mlx_align.evaluation.statistics import Floats, mean_estimate, sigmoid
 from mlx_align.types import TokenizedGroup
 
 Scores = npt.NDArray[np.floating[Any]]
@@ -343,7 +343,7 @@ class ComparisonScores(NamedTuple):
 
 def evaluate_reward_model(
     groups: Sequence[TokenizedGroup],
-    compared: Sequence[Compared],
+    compared: Sequence[GroupComparisons],
     scores: Sequence[Scores],
     *,
     seed: int = 0,
@@ -364,7 +364,7 @@ def evaluate_reward_model(
 
 
 def collect_comparisons(
-    groups: Sequence[TokenizedGroup], compared: Sequence[Compared], scores: Sequence[Scores]
+    groups: Sequence[TokenizedGroup], compared: Sequence[GroupComparisons], scores: Sequence[Scores]
 ) -> ComparisonScores | None:
     """Pair up the completions of scored groups; arguments as in `evaluate_reward_model`.
 

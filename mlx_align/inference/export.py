@@ -12,16 +12,16 @@ import numpy as np
 from mlx.utils import tree_flatten
 from mlx_lm.utils import dequantize_model, save
 
-from mlx_align.data.rendering import ChatStyle, chat_style
+from mlx_align.data.chat_template import ChatTemplate, inspect_chat_template
 from mlx_align.errors import ConfigError, ModelError
-from mlx_align.files import writing, writing_folder
 from mlx_align.inference.reward_model import install_reward_model
+from mlx_align.models.backbone import split_backbone
 from mlx_align.models.classifiers import AT_END_TOKEN, MARK, SUFFIX
-from mlx_align.models.compat import dissect
-from mlx_align.models.fusing import fuse_layers
+from mlx_align.models.fuse import fuse_layers
 from mlx_align.models.heads import HEAD_NAME, completion_scores
 from mlx_align.models.loading import ModelFolder, load_language_model
-from mlx_align.models.selfcheck import random_batch
+from mlx_align.models.verification import random_batch
+from mlx_align.system.atomic_io import atomic_folder, wrap_write_errors
 
 # Families (and their class prefix in transformers) whose tensors have the same names and shapes in
 # mlx-lm and transformers. Of each family a tiny model was exported and loaded in transformers: the
@@ -85,15 +85,15 @@ def export_reward_model(folder: ModelFolder, run: Path, output: Path) -> ExportR
             f"--model {folder.name}: {folder.config.get('model_type')} models can't be exported "
             f"(those can: {', '.join(FAMILIES)}); use it with mlx-align score instead"
         )
-    style = chat_style(folder.tokenizer)
+    style = inspect_chat_template(folder.tokenizer)
     pad = _pad_token(folder, style)
     model = load_language_model(folder)
     install_reward_model(model, run)
     tokens = random_batch(folder.vocab_size, pad=0)
-    before = np.array(completion_scores(model.anatomy, tokens, shared=False)).mean(axis=1)
+    before = np.array(completion_scores(model.backbone, tokens, shared=False)).mean(axis=1)
     fuse_layers(model, dequantize=True, on_layer=lambda: None)
     module = dequantize_model(model.module)
-    after = np.array(completion_scores(dissect(module), tokens, shared=False)).mean(axis=1)
+    after = np.array(completion_scores(split_backbone(module), tokens, shared=False)).mean(axis=1)
 
     weight = module.pop(HEAD_NAME).weight
     module.pop("lm_head", None)
@@ -102,7 +102,7 @@ def export_reward_model(folder: ModelFolder, run: Path, output: Path) -> ExportR
     config = _config(folder.config, module, f"{family}{SUFFIX}", pad)
     tokenizer = getattr(folder.tokenizer, "_tokenizer", folder.tokenizer)
     tokenizer.pad_token = tokenizer.convert_ids_to_tokens(pad)
-    with writing_folder(output) as partial, writing(output):
+    with atomic_folder(output) as partial, wrap_write_errors(output):
         save(partial, str(folder.path), module, folder.tokenizer, config, donate_model=False)
     return ExportReport(
         architecture=f"{family}{SUFFIX}",
@@ -137,7 +137,7 @@ def _config(base: dict[str, Any], module: nn.Module, architecture: str, pad: int
     }
 
 
-def _pad_token(folder: ModelFolder, style: ChatStyle) -> int:
+def _pad_token(folder: ModelFolder, style: ChatTemplate) -> int:
     """Find a padding token that no row ends with.
 
     Raises:
@@ -154,7 +154,7 @@ def _pad_token(folder: ModelFolder, style: ChatStyle) -> int:
     )
 
 
-def _reads_at(style: ChatStyle) -> str:
+def _reads_at(style: ChatTemplate) -> str:
     if style.ending[1:]:
         suffix = style.tokenizer.decode(list(style.ending[1:]))
         end = style.tokenizer.decode(list(style.ending[:1]))

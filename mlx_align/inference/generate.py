@@ -6,14 +6,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mlx_align.data.rendering import ChatStyle, chat_style
+from mlx_align.data.chat_template import ChatTemplate, inspect_chat_template
 from mlx_align.errors import DataError
 from mlx_align.inference.scoring import TextOrMessages, make_prompt, tokenize_for_scoring
 from mlx_align.inference.trained_run import match_adapter_dtype, read_trained_run
-from mlx_align.inference.trees import load_trees
 from mlx_align.models.generation import Generated, generate_groups
-from mlx_align.models.loading import LanguageModel, open_model
-from mlx_align.models.roles import Tree
+from mlx_align.models.loading import LanguageModel, load_adapters, open_model
+from mlx_align.models.weights import AdapterWeights
 from mlx_align.types import Message, PromptGroup, Text, TokenizedGroup
 
 # The default of mlx_lm.generate.
@@ -32,8 +31,8 @@ class TextGenerator:
     """
 
     model: LanguageModel
-    style: ChatStyle
-    weights: Tree
+    style: ChatTemplate
+    weights: AdapterWeights
 
     @classmethod
     def load(cls, model: str, adapter_path: str | Path | None = None) -> TextGenerator:
@@ -48,10 +47,10 @@ class TextGenerator:
         """
         run = None if adapter_path is None else read_trained_run(adapter_path)
         folder = open_model(model)
-        loaded, (weights,) = load_trees(folder, [None if run is None else run.folder])
+        loaded, (weights,) = load_adapters(folder, [None if run is None else run.folder])
         if run is not None:
             loaded = match_adapter_dtype(loaded, run)
-        return cls(loaded, chat_style(folder.tokenizer), weights)
+        return cls(loaded, inspect_chat_template(folder.tokenizer), weights)
 
     def generate(
         self,
@@ -108,7 +107,7 @@ class TextGenerator:
             seed: Random seed for sampling.
             on_token: Called after every token.
         """
-        with self.model.acting_as(self.weights):
+        with self.model.use_adapter(self.weights):
             return generate_groups(
                 self.model.module,
                 [prompt.prompt.tolist() for prompt in prompts],
@@ -122,7 +121,7 @@ class TextGenerator:
 
     def decode(self, completion: Generated) -> str:
         """The text of a sampled completion, without its end token."""
-        ids = completion.tokens[: len(completion.tokens) - completion.ended]
+        ids = completion.tokens[: len(completion.tokens) - completion.finished]
         return str(self.model.folder.tokenizer.decode(ids))
 
     def as_prompt(self, source: str, prompt: TextOrMessages, *, apply_chat_template: bool) -> Text:

@@ -14,11 +14,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mlx_align.data.formats import read_prompts
-from mlx_align.data.pair_converters import RATING_LISTS
-from mlx_align.data.rendering import ChatStyle, chat_style
-from mlx_align.data.scorable import LIST_FORMATS, Scorable, read_scorable
-from mlx_align.data.sources import read_rows
+from mlx_align.data.chat_template import ChatTemplate, inspect_chat_template
+from mlx_align.data.converters import RATING_LIST_FIELDS
+from mlx_align.data.formats import LIST_FORMATS, ScorableRow, read_prompts, read_scorable
+from mlx_align.data.readers import read_rows
 from mlx_align.errors import ConfigError, DataError, ModelError
 from mlx_align.inference.generate import MAX_TOKENS, TextGenerator
 from mlx_align.inference.implicit_reward import (
@@ -48,7 +47,7 @@ NOTE = "rerank_note"
 # Prompts of a file whose completions are sampled together.
 PROMPTS_AT_ONCE = 16
 # Fields of a row that refer to its completions in their original order.
-_ORDERED_FIELDS = ("chosen", "rejected", *RATING_LISTS)
+_ORDERED_FIELDS = ("chosen", "rejected", *RATING_LIST_FIELDS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,7 +226,7 @@ class Reranker:
         where = "an adapter on the same weights" if shared else "a second model in memory"
         if run is not None:
             loaded = match_adapter_dtype(loaded, run)
-        generator = TextGenerator(loaded, chat_style(folder.tokenizer), weights)
+        generator = TextGenerator(loaded, inspect_chat_template(folder.tokenizer), weights)
         return cls(generator, reward, f"reward model {reward_model}, {where}")
 
     @property
@@ -236,7 +235,7 @@ class Reranker:
         return self.generator.model
 
     @property
-    def style(self) -> ChatStyle:
+    def style(self) -> ChatTemplate:
         """The chat template of the policy's tokenizer."""
         return self.generator.style
 
@@ -438,7 +437,7 @@ def make_ranking(
                 score=values[k],
                 index=k if sample is None else sample.index,
                 count=1 if sample is None else sample.count,
-                truncated=sample is not None and not sample.completion.ended,
+                truncated=sample is not None and not sample.completion.finished,
                 tokens=lengths[k] if sample is None else len(sample.completion.tokens),
                 policy_logp=_element(scores.policy_logps, k),
                 reference_logp=_element(scores.reference_logps, k),
@@ -457,7 +456,7 @@ class RerankInput:
         read_as: The data format, one line.
     """
 
-    rows: list[Scorable]
+    rows: list[ScorableRow]
     to_answer: bool
     read_as: str
 
@@ -505,7 +504,7 @@ def read_rerank_input(file: str) -> RerankInput:
         return RerankInput(list(source), False, f"read as: {source.title} ({len(rows):,} rows)")
     groups, reading = read_prompts(file)
     by_source = {row.source: row for row in rows}
-    scorable = [Scorable(by_source[group.source], group) for group in groups]
+    scorable = [ScorableRow(by_source[group.source], group) for group in groups]
     return RerankInput(scorable, True, str(reading))
 
 

@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 from mlx.utils import tree_flatten
 
-from mlx_align.data.rendering import ChatStyle, chat_style
+from mlx_align.data.chat_template import ChatTemplate, inspect_chat_template
 from mlx_align.errors import ConfigError, DataError, ModelError
 from mlx_align.inference.scoring import (
     GroupScores,
@@ -30,19 +30,30 @@ from mlx_align.inference.scoring import (
     map_groups,
     tokenize_for_scoring,
 )
-from mlx_align.inference.trees import load_trees
 from mlx_align.models.adapters import (
     ADAPTER_CONFIG,
     AdapterLayout,
-    install,
-    load_tree,
+    install_adapters,
+    load_adapter,
     read_layout,
     read_weights,
 )
 from mlx_align.models.classifiers import AT_END_TOKEN, MARK, is_classifier, padding_id
-from mlx_align.models.heads import HEAD_NAME, completion_scores, has_head, put_head, read_head
-from mlx_align.models.loading import LanguageModel, ModelFolder, load_language_model, open_model
-from mlx_align.models.roles import Tree
+from mlx_align.models.heads import (
+    HEAD_NAME,
+    add_reward_head,
+    completion_scores,
+    has_reward_head,
+    read_reward_head,
+)
+from mlx_align.models.loading import (
+    LanguageModel,
+    ModelFolder,
+    load_adapters,
+    load_language_model,
+    open_model,
+)
+from mlx_align.models.weights import AdapterWeights
 from mlx_align.types import PromptGroup, TokenizedGroup
 
 Scores = npt.NDArray[np.float32]
@@ -70,14 +81,14 @@ class RewardModel:
     """
 
     model: LanguageModel
-    style: ChatStyle
+    style: ChatTemplate
     combine: str = "mean"
     variance_penalty: float = 0.0
     max_seq_length: int = MAX_SEQ_LENGTH
     batch_size: int = BATCH_SIZE
     suffix: tuple[int, ...] = ()
     padding: int | None = None
-    weights: Tree | None = None
+    weights: AdapterWeights | None = None
 
     @classmethod
     def load(
@@ -117,7 +128,7 @@ class RewardModel:
             install_reward_model(loaded, Path(adapter_path).expanduser())
         members = int(loaded.module[HEAD_NAME].weight.shape[0])
         _check_combination(combine, variance_penalty, members)
-        style = chat_style(folder.tokenizer)
+        style = inspect_chat_template(folder.tokenizer)
         suffix: tuple[int, ...] = ()
         padding = None
         if adapter_path is None:
@@ -170,8 +181,8 @@ class RewardModel:
 
     def score_tokens(self, groups: Sequence[TokenizedGroup]) -> list[Scores]:
         """Per group the scores (K, members) of its completions, each read at its last token."""
-        backbone, shared = self.model.anatomy, self.model.shared
-        with nullcontext() if self.weights is None else self.model.acting_as(self.weights):
+        backbone, shared = self.model.backbone, self.model.shared
+        with nullcontext() if self.weights is None else self.model.use_adapter(self.weights):
             return map_groups(
                 groups,
                 lambda batch: completion_scores(backbone, batch, shared=shared),
@@ -234,7 +245,7 @@ def find_reward_model(
         ModelError: It is neither, or the base model of the run can't be opened.
     """
     run = Path(name).expanduser()
-    if has_head(run):
+    if has_reward_head(run):
         return RewardModelSource(str(name), run, find_base_model(run, base, option=option))
     try:
         folder = open_model(str(name))
@@ -311,7 +322,7 @@ def load_policy_and_reward_model(
     *,
     max_seq_length: int = MAX_SEQ_LENGTH,
     batch_size: int = BATCH_SIZE,
-) -> tuple[LanguageModel, Tree, RewardModel]:
+) -> tuple[LanguageModel, AdapterWeights, RewardModel]:
     """Load a policy and a reward model, on one base model in memory where they share it.
 
     Args:
@@ -331,24 +342,24 @@ def load_policy_and_reward_model(
     layout = None if adapter_path is None else read_layout(adapter_path)
     if source.shares_base(folder, layout):
         assert source.run is not None
-        model, (policy, weights) = load_trees(folder, [adapter_path, source.run])
-        put_head(model.anatomy, read_head(source.run)).freeze()
+        model, (policy, weights) = load_adapters(folder, [adapter_path, source.run])
+        add_reward_head(model.backbone, read_reward_head(source.run)).freeze()
         reward = RewardModel(
             model,
-            chat_style(folder.tokenizer),
+            inspect_chat_template(folder.tokenizer),
             max_seq_length=max_seq_length,
             batch_size=batch_size,
             weights=weights,
         )
         return model, policy, reward
-    model, (policy,) = load_trees(folder, [adapter_path])
+    model, (policy,) = load_adapters(folder, [adapter_path])
     reward = open_reward_model(source, max_seq_length=max_seq_length, batch_size=batch_size)
     return model, policy, reward
 
 
 def load_reward_weights(
-    run: Path, model: LanguageModel, initial: Tree, layout: AdapterLayout
-) -> Tree:
+    run: Path, model: LanguageModel, initial: AdapterWeights, layout: AdapterLayout
+) -> AdapterWeights:
     """The adapter and head of a reward model as weights on the policy's base, at their own rank.
 
     Args:
@@ -360,8 +371,8 @@ def load_reward_weights(
     Raises:
         ModelError: The run does not fit.
     """
-    weights = load_tree(run, initial, layout, keep_rank=True)
-    head = put_head(model.anatomy, read_head(run))
+    weights = load_adapter(run, initial, layout, keep_rank=True)
+    head = add_reward_head(model.backbone, read_reward_head(run))
     # Frozen, or it would be trained with the policy.
     head.freeze()
     return {**weights, HEAD_NAME: {"weight": head.weight}}
@@ -374,8 +385,8 @@ def install_reward_model(model: LanguageModel, run: Path) -> None:
         ModelError: The run is not a reward model, or its tensors are not exactly those expected.
     """
     layout = read_layout(run)
-    weight = read_head(run)
-    initial = install(model.module, replace(layout, dropout=0.0))
+    weight = read_reward_head(run)
+    initial = install_adapters(model.module, replace(layout, dropout=0.0))
     expected = {name for name, _ in tree_flatten(initial)}
     stored = set(read_weights(run))
     for problem, names in (("is missing", expected - stored), ("fits nothing", stored - expected)):
@@ -384,8 +395,8 @@ def install_reward_model(model: LanguageModel, run: Path) -> None:
                 f"{run}: {sorted(names)[0]} {problem} ({len(names)} such tensors); is --model its "
                 "base?"
             )
-    model.module.update(load_tree(run, initial, layout))
-    put_head(model.anatomy, weight)
+    model.module.update(load_adapter(run, initial, layout))
+    add_reward_head(model.backbone, weight)
     model.module.eval()
     mx.eval(model.module.parameters())
 

@@ -11,20 +11,20 @@ import numpy as np
 import numpy.typing as npt
 
 from mlx_align.data.batching import collate_groups, epoch_order
-from mlx_align.data.conversations import as_text
-from mlx_align.data.rendering import ChatStyle
-from mlx_align.data.shapes import ROUND, AnyShape, Shape
-from mlx_align.data.sources import Row
-from mlx_align.data.tokenize import TOO_LONG, try_tokenize_group
+from mlx_align.data.buckets import LENGTH_MULTIPLE, AnyShape, Shape
+from mlx_align.data.chat_template import ChatTemplate
+from mlx_align.data.messages import as_text
+from mlx_align.data.readers import Row
+from mlx_align.data.tokenization import TOO_LONG, try_tokenize_group
 from mlx_align.errors import DataError
+from mlx_align.models.forward import token_logprobs
 from mlx_align.models.heads import completion_scores
 from mlx_align.models.loading import LanguageModel
-from mlx_align.models.logps import batch_token_logps
-from mlx_align.models.roles import Tree
+from mlx_align.models.weights import AdapterWeights
 from mlx_align.types import GroupBatch, Logps, Message, PromptGroup, Text, TokenizedGroup
 
 # (adapter weights, batch) -> (N, C) log-probs or (N, members) scores.
-Scorer = Callable[[Tree, GroupBatch], mx.array]
+Scorer = Callable[[AdapterWeights, GroupBatch], mx.array]
 # A prompt or a completion as a Python caller gives it: text, or {"role": …, "content": …} messages.
 TextOrMessages = str | Sequence[Mapping[str, str]]
 
@@ -55,7 +55,7 @@ def make_logprob_scorer(model: LanguageModel) -> Scorer:
 
     One scorer serves all roles of a run: the weights are an argument, so they aren't compiled in.
     """
-    return compile_forward(model, batch_token_logps)
+    return compile_forward(model, token_logprobs)
 
 
 def make_reward_scorer(model: LanguageModel) -> Scorer:
@@ -68,7 +68,7 @@ def make_reward_scorer(model: LanguageModel) -> Scorer:
 
 def compile_forward(
     model: LanguageModel, forward: Callable[..., Any]
-) -> Callable[[Tree, GroupBatch], Any]:
+) -> Callable[[AdapterWeights, GroupBatch], Any]:
     """Compile a forward function in evaluation mode, with adapter weights as an argument.
 
     Args:
@@ -79,13 +79,13 @@ def compile_forward(
         (adapter weights, batch) -> what `forward` returns.
     """
 
-    def run(weights: Tree, batch: GroupBatch) -> Any:
-        with model.acting_as(weights):
-            return forward(model.anatomy, batch, shared=model.shared)
+    def run(weights: AdapterWeights, batch: GroupBatch) -> Any:
+        with model.use_adapter(weights):
+            return forward(model.backbone, batch, shared=model.shared)
 
     compiled = mx.compile(run)
 
-    def in_evaluation_mode(weights: Tree, batch: GroupBatch) -> Any:
+    def in_evaluation_mode(weights: AdapterWeights, batch: GroupBatch) -> Any:
         was_training = model.module.training
         model.module.eval()
         try:
@@ -98,7 +98,7 @@ def compile_forward(
 
 def score_groups(
     scorer: Scorer,
-    weights: Tree,
+    weights: AdapterWeights,
     groups: Sequence[TokenizedGroup],
     shapes: Sequence[AnyShape],
     on_batch: Callable[[list[int], list[tuple[Logps, ...]]], None] | None = None,
@@ -167,7 +167,9 @@ def map_groups(
         batch = [i for i in waiting[:batch_size] if size(i)[0] == count]
         waiting = waiting[len(batch) :]
         sizes = [size(index) for index in batch]
-        prompt, completion = (-(-max(s[k] for s in sizes) // ROUND) * ROUND for k in (1, 2))
+        prompt, completion = (
+            -(-max(s[k] for s in sizes) // LENGTH_MULTIPLE) * LENGTH_MULTIPLE for k in (1, 2)
+        )
         shape = Shape(prompt, completion, len(batch))
         rows = np.array(forward(collate_groups([groups[i] for i in batch], shape)))
         for place, index in enumerate(batch):
@@ -176,7 +178,7 @@ def map_groups(
 
 
 def tokenize_for_scoring(
-    groups: Sequence[PromptGroup], style: ChatStyle, max_seq_length: int
+    groups: Sequence[PromptGroup], style: ChatTemplate, max_seq_length: int
 ) -> list[TokenizedGroup | GroupScores]:
     """Tokenize each group; one that can't be scored becomes `GroupScores` with the reason."""
     found: list[TokenizedGroup | GroupScores] = []

@@ -22,10 +22,10 @@ from mlx.utils import tree_flatten, tree_map_with_path, tree_unflatten
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
 from mlx_align.errors import ConfigError, ModelError
-from mlx_align.files import write_tensors, write_text
 from mlx_align.models.checkpointing import Dropout
 from mlx_align.models.heads import HEAD_WEIGHTS, split_head
 from mlx_align.models.weights import AdapterWeights, read_tensors
+from mlx_align.system.atomic_io import write_tensors, write_text
 
 ADAPTER_WEIGHTS = "adapters.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"

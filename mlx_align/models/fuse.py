@@ -18,13 +18,13 @@ from mlx.utils import tree_unflatten
 from mlx_lm.utils import save
 
 from mlx_align.errors import ConfigError, ModelError
-from mlx_align.files import writing, writing_folder
 from mlx_align.models.adapters import install_adapters, load_adapter, read_layout
 from mlx_align.models.backbone import split_backbone
 from mlx_align.models.forward import token_logprobs
 from mlx_align.models.heads import has_reward_head
 from mlx_align.models.loading import LanguageModel, ModelFolder, load_language_model
 from mlx_align.models.verification import random_batch
+from mlx_align.system.atomic_io import atomic_folder, wrap_write_errors
 
 # Largest part of a layer's change that re-quantising may lose; otherwise it stays dequantised.
 LOSS_ALLOWED = 0.1
@@ -111,7 +111,7 @@ def fuse_adapter(
             for key in ("quantization", "quantization_config"):
                 if key in config:
                     config[key] = {**config[key], layer.name: False}
-    with writing_folder(output) as partial, writing(output):
+    with atomic_folder(output) as partial, wrap_write_errors(output):
         save(partial, str(folder.path), model.module, folder.tokenizer, config, donate_model=False)
     change = _largest_difference(adapted, base)
     return FuseReport(tuple(layers), gap, change)

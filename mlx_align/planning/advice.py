@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
 
-from mlx_align.data.shapes import AnyShape, BatchLimit, PackedShape
+from mlx_align.data.buckets import AnyShape, BatchLimit, PackedShape
 from mlx_align.planning.memory import Workload, plan_memory
 from mlx_align.planning.model_shape import ModelShape
 

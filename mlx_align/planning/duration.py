@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from dataclasses import astuple, dataclass
 from pathlib import Path
 
-from mlx_align.config import DEFAULT_BATCH_SIZE, KtoConfig, OnPolicyConfig, TrainConfig
+from mlx_align.config import DEFAULT_BATCH_SIZE, KTOConfig, OnPolicyConfig, TrainConfig
 from mlx_align.data.batching import groups_per_batch
-from mlx_align.data.shapes import BatchLimit, batch_limit
+from mlx_align.data.buckets import BatchLimit, batch_limit
 from mlx_align.errors import ConfigError
 from mlx_align.models.adapters import AdapterLayout
 from mlx_align.types import TokenizedGroup
@@ -58,7 +58,7 @@ def expected_duration(
         limit: The run's batch limit.
     """
     # The second completion of a KTO group is the mismatched one, not counted in a run's tokens.
-    trained = 1 if isinstance(config, KtoConfig) else None
+    trained = 1 if isinstance(config, KTOConfig) else None
     per_epoch = sum(len(g.prompt) + sum(map(len, g.completions[:trained])) for g in groups)
     reference_tokens = sum(len(g.prompt) + sum(map(len, g.completions)) for g in groups)
     if config.iters is not None:

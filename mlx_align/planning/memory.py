@@ -20,10 +20,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from mlx_align.data.shapes import AnyShape, BatchLimit, PackedShape
-from mlx_align.models.attention import causal_share
+from mlx_align.data.buckets import AnyShape, BatchLimit, PackedShape
+from mlx_align.models.attention import causal_fraction
+from mlx_align.models.forward import CHUNK_ELEMENTS, MIN_CHUNK_ROWS
 from mlx_align.models.generation import ROWS_AT_ONCE, TOKENS_AT_ONCE
-from mlx_align.models.logps import CHUNK_ELEMENTS, MIN_CHUNK_ROWS
 from mlx_align.planning.model_shape import Linear, ModelShape
 from mlx_align.system.memory_limit import headroom_bytes
 
@@ -194,7 +194,7 @@ class _Pass:
         """Attention scores computed per head, all rows together."""
         own = self.tokens * (self.tokens // self.rows)
         if self.keys == 0:
-            return own * causal_share(self.tokens // self.rows)
+            return own * causal_fraction(self.tokens // self.rows)
         return own + self.tokens * self.keys
 
 

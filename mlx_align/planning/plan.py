@@ -12,15 +12,15 @@ import numpy as np
 
 from mlx_align.config import (
     DEFAULT_BATCH_SIZE,
-    GrpoConfig,
-    KtoConfig,
+    GRPOConfig,
+    KTOConfig,
     OnPolicyConfig,
-    PpoConfig,
+    PPOConfig,
     RewardConfig,
-    SftConfig,
+    SFTConfig,
     TrainConfig,
 )
-from mlx_align.data.shapes import (
+from mlx_align.data.buckets import (
     AnyShape,
     BatchLimit,
     Shape,
@@ -125,7 +125,7 @@ def make_plan(
     model = read_model_shape(folder.path, folder.config)
     within, limit = _shapes_within(groups), batch_limit(config, packs=_can_pack(config, folder))
     rows = 2 if not groups else max(len(group.completions) for group in groups)
-    if isinstance(config, KtoConfig | SftConfig):
+    if isinstance(config, KTOConfig | SFTConfig):
         rows = 1  # KTO runs its second, mismatched completion separately and without gradient
     workload = replace(
         _workload(config, layout, folder, model),
@@ -182,9 +182,9 @@ def make_on_policy_plan(
             group_size=config.group_size,
             prompt=max(len(group.prompt) for group in every_prompt),
             completion=config.max_completion_length,
-            least_group=2 if isinstance(config, GrpoConfig) else 1,
+            least_group=2 if isinstance(config, GRPOConfig) else 1,
         ),
-        critic=isinstance(config, PpoConfig) and config.critic == "own",
+        critic=isinstance(config, PPOConfig) and config.critic == "own",
         reward_model_bytes=_reward_model_bytes(model, workload, rewards),
     )
     limited = config.max_seq_length if config.max_prompt_length is None else None
@@ -304,7 +304,7 @@ def _can_pack(config: TrainConfig, folder: ModelFolder) -> bool:
     """Whether the run's groups will be packed, as far as the model's configuration tells."""
     windows = folder.config.get("sliding_window") and folder.config.get("use_sliding_window", True)
     padded = folder.config.get("model_type") in UNSHARED_FAMILIES + UNPACKED_FAMILIES or windows
-    return not padded and not isinstance(config, KtoConfig)
+    return not padded and not isinstance(config, KTOConfig)
 
 
 def _shapes_within(
@@ -315,7 +315,9 @@ def _shapes_within(
     def within(length: int, limit: BatchLimit) -> list[AnyShape]:
         if groups is None:
             half = -(-length // 16) * 8
-            return [Shape(half, half, limit.of(3 * half))]  # rows of one length need no padding
+            return [
+                Shape(half, half, limit.groups_of(3 * half))
+            ]  # rows of one length need no padding
         short = [
             group
             for group in groups
@@ -328,7 +330,7 @@ def _shapes_within(
 
 def _completions_per_update(config: OnPolicyConfig) -> int:
     """Completions per prompt that one update uses."""
-    if isinstance(config, GrpoConfig) and config.loss == "online_dpo":
+    if isinstance(config, GRPOConfig) and config.loss == "online_dpo":
         return 2  # the best and the worst
     return config.group_size
 

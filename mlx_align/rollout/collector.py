@@ -13,11 +13,12 @@ import numpy.typing as npt
 
 from mlx_align.config import DEFAULT_BATCH_SIZE, OnPolicyConfig
 from mlx_align.data.batching import Microbatch, collate_groups
-from mlx_align.data.shapes import AnyShape, Shape
+from mlx_align.data.buckets import AnyShape, Shape
 from mlx_align.errors import TrainingError
-from mlx_align.inference.score import compiled_scorer, make_scorer
-from mlx_align.models.logps import batch_token_entropies
-from mlx_align.models.roles import Tree
+from mlx_align.inference.scoring import compile_forward, make_logprob_scorer
+from mlx_align.models.forward import token_logprobs_and_entropies
+from mlx_align.models.policy import Policy
+from mlx_align.models.weights import AdapterWeights
 from mlx_align.rollout.advantages import zero_variance_share
 from mlx_align.rollout.reward_functions import RewardTable, combine
 from mlx_align.rollout.rewards import Rewards
@@ -29,8 +30,7 @@ from mlx_align.rollout.sampler import (
     microbatch_array,
     sample_completions,
 )
-from mlx_align.train.run_ahead import RunAhead
-from mlx_align.train.setup import Policy
+from mlx_align.system.memory_limit import MemoryLimit
 from mlx_align.types import PolicyBatch, PolicySample, TokenizedGroup
 
 # Mean absolute difference of a token's log-prob between sampler and trainer, in nats. Above
@@ -153,10 +153,10 @@ class RolloutCollector:
 
     config: OnPolicyConfig
     policy: Policy
-    reward_adapter: Tree | None
+    reward_adapter: AdapterWeights | None
     prompts: Sequence[Prompt]
     shapes: Sequence[AnyShape]
-    memory: RunAhead
+    memory: MemoryLimit
     rewards: Rewards
     demonstrations: Sequence[TokenizedGroup] = ()
 
@@ -169,7 +169,7 @@ class RolloutCollector:
 
     def collect(
         self,
-        weights: Tree,
+        weights: AdapterWeights,
         start: int,
         step: int,
         raise_if_interrupted: Callable[[], None],
@@ -211,7 +211,7 @@ class RolloutCollector:
 
     def sample(
         self,
-        weights: Tree,
+        weights: AdapterWeights,
         prompts: Sequence[Prompt],
         seed: tuple[int, ...],
         on_token: Callable[[], None] | None = None,
@@ -234,7 +234,7 @@ class RolloutCollector:
 
     def sample_and_reward(
         self,
-        weights: Tree,
+        weights: AdapterWeights,
         stream: Iterator[Prompt],
         step: int,
         raise_if_interrupted: Callable[[], None],
@@ -272,7 +272,11 @@ class RolloutCollector:
         return completions, rewards, drawn
 
     def add_logprobs(
-        self, weights: Tree, completions: Completions, rewards: RewardTable, prompts_drawn: int
+        self,
+        weights: AdapterWeights,
+        completions: Completions,
+        rewards: RewardTable,
+        prompts_drawn: int,
     ) -> RolloutBatch:
         """Log-probs under policy and reference, by teacher forcing; completes the batch.
 
@@ -311,7 +315,7 @@ class RolloutCollector:
             prompts_drawn=prompts_drawn,
         )
 
-    def token_logprobs(self, weights: Tree, completions: Completions) -> Floats:
+    def token_logprobs(self, weights: AdapterWeights, completions: Completions) -> Floats:
         """(N, C) nats: log-probs of the completions' tokens."""
         (logprobs,) = evaluate_tokens(self._logprobs, weights, completions, self.shapes)
         return logprobs
@@ -328,9 +332,9 @@ class RolloutCollector:
 
     @cached_property
     def _logprobs(self) -> Callable[..., Any]:
-        return make_scorer(self.policy.model)
+        return make_logprob_scorer(self.policy.model)
 
     @cached_property
     def _entropies(self) -> Callable[..., Any]:
-        run = partial(batch_token_entropies, entropy_gradient=False)
-        return compiled_scorer(self.policy.model, run)
+        run = partial(token_logprobs_and_entropies, entropy_gradient=False)
+        return compile_forward(self.policy.model, run)

@@ -12,14 +12,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mlx_align.data.converters import QUESTIONS
-from mlx_align.data.pair_converters import COMPLETION_LISTS, RATING_LISTS
-from mlx_align.inference.finished import read_run
-from mlx_align.inference.implicit import computing_as_trained
+from mlx_align.data.converters import COMPLETION_LIST_FIELDS, QUESTION_FIELDS, RATING_LIST_FIELDS
 from mlx_align.inference.rerank import Reranker
-from mlx_align.inference.trees import load_trees
-from mlx_align.models.loading import LanguageModel, ModelFolder
-from mlx_align.models.roles import Tree
+from mlx_align.inference.trained_run import match_adapter_dtype, read_trained_run
+from mlx_align.models.loading import LanguageModel, ModelFolder, load_adapters
+from mlx_align.models.weights import AdapterWeights
 from mlx_align.rollout.reward_functions import as_data
 from mlx_align.rollout.reward_models import CompletionScorer, SeparateRewardModel
 from mlx_align.rollout.rewards import Rewards
@@ -31,7 +28,7 @@ PROMPTS_PER_BATCH = 16
 _RESERVED = {"prompt", "completion", "chosen", "rejected", "score", "n", "score_chosen"}
 _RESERVED |= {"score_rejected", "messages", "conversations", "text", "output", "label", "kto_tag"}
 _RESERVED |= {"preferred_output", "non_preferred_output"}
-_RESERVED |= {*QUESTIONS, *COMPLETION_LISTS, *RATING_LISTS}
+_RESERVED |= {*QUESTION_FIELDS, *COMPLETION_LIST_FIELDS, *RATING_LIST_FIELDS}
 
 
 @dataclass(frozen=True)
@@ -59,7 +56,7 @@ class RejectionSamplingConfig:
 
 def load_sampler(
     folder: ModelFolder, adapter_path: str | None, reward_model: str | None
-) -> tuple[LanguageModel, Tree, CompletionScorer | None]:
+) -> tuple[LanguageModel, AdapterWeights, CompletionScorer | None]:
     """Load the model, the weights that sample, and the reward model's scorer if there is one.
 
     A reward model on the same base shares its memory.
@@ -68,16 +65,16 @@ def load_sampler(
         ModelError: A model or run can't be used.
     """
     if reward_model is None:
-        run = None if adapter_path is None else read_run(adapter_path)
-        model, (policy,) = load_trees(folder, [None if run is None else run.folder])
-        return (model if run is None else computing_as_trained(model, run)), policy, None
+        run = None if adapter_path is None else read_trained_run(adapter_path)
+        model, (policy,) = load_adapters(folder, [None if run is None else run.folder])
+        return (model if run is None else match_adapter_dtype(model, run)), policy, None
     both = Reranker.load(folder.name, adapter_path, reward_model)
     return both.model, both.policy, SeparateRewardModel(both.reward_model, both.reward_tree)
 
 
 def sample_rows(
     model: LanguageModel,
-    policy: Tree,
+    policy: AdapterWeights,
     rewards: Rewards,
     prompts: Sequence[Prompt],
     config: RejectionSamplingConfig,

@@ -13,14 +13,14 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from mlx_align.data.shapes import AnyShape
+from mlx_align.data.buckets import AnyShape
 from mlx_align.errors import ModelError
 from mlx_align.inference.reward_model import RewardModel
-from mlx_align.inference.score import make_reward_scorer, score_groups
-from mlx_align.models.adapters import ADAPTER_CONFIG, AdapterLayout, load_tree, read_layout
-from mlx_align.models.heads import HEAD_NAME, has_head, put_head, read_head
+from mlx_align.inference.scoring import make_reward_scorer, score_groups
+from mlx_align.models.adapters import ADAPTER_CONFIG, AdapterLayout, load_adapter, read_layout
+from mlx_align.models.heads import HEAD_NAME, add_reward_head, has_reward_head, read_reward_head
 from mlx_align.models.loading import LanguageModel, ModelFolder
-from mlx_align.models.roles import Tree, acting_as
+from mlx_align.models.weights import AdapterWeights, use_adapter
 from mlx_align.rollout.sampler import Completions
 from mlx_align.types import Message, PromptGroup
 
@@ -38,7 +38,9 @@ class AdapterRewardModel:
         shapes: Shapes of the microbatches.
     """
 
-    def __init__(self, model: LanguageModel, weights: Tree, shapes: Sequence[AnyShape]) -> None:
+    def __init__(
+        self, model: LanguageModel, weights: AdapterWeights, shapes: Sequence[AnyShape]
+    ) -> None:
         self._scorer = make_reward_scorer(model)
         self._weights, self._shapes = weights, shapes
 
@@ -58,14 +60,14 @@ class SeparateRewardModel:
         adapter: The weights to score with, where its base is shared with a policy; else None.
     """
 
-    def __init__(self, model: RewardModel, adapter: Tree | None = None) -> None:
+    def __init__(self, model: RewardModel, adapter: AdapterWeights | None = None) -> None:
         self._model, self._adapter = model, adapter
 
     def __call__(self, completions: Completions) -> Scores:
         """(N,) scores; NaN for prompts that can't be scored."""
         if self._adapter is None:
             return self._score(completions)
-        with acting_as(self._model.model.module, self._adapter):
+        with use_adapter(self._model.model.module, self._adapter):
             return self._score(completions)
 
     def _score(self, completions: Completions) -> Scores:
@@ -113,8 +115,8 @@ def base_model_of(run: Path) -> Path:
 
 
 def load_reward_adapter(
-    run: Path, model: LanguageModel, fresh: Tree, layout: AdapterLayout
-) -> Tree:
+    run: Path, model: LanguageModel, fresh: AdapterWeights, layout: AdapterLayout
+) -> AdapterWeights:
     """The adapter and head of a reward run, on the policy's base and at the run's own rank.
 
     Args:
@@ -126,8 +128,8 @@ def load_reward_adapter(
     Raises:
         ModelError: The run does not fit the base.
     """
-    weights = load_tree(run, fresh, layout, keep_rank=True)
-    head = put_head(model.anatomy, read_head(run))
+    weights = load_adapter(run, fresh, layout, keep_rank=True)
+    head = add_reward_head(model.backbone, read_reward_head(run))
     # The head is not trained here; see `ValueHead`.
     head.freeze()
     return {**weights, HEAD_NAME: {"weight": head.weight}}
@@ -140,6 +142,6 @@ def open_separate_reward_model(name: str) -> RewardModel:
         ModelError: It is neither.
     """
     run = Path(name).expanduser()
-    if has_head(run):
+    if has_reward_head(run):
         return RewardModel.load(str(base_model_of(run)), run)
     return RewardModel.load(name)

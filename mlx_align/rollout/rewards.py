@@ -15,7 +15,7 @@ import numpy as np
 
 from mlx_align.errors import ConfigError
 from mlx_align.models.adapters import fingerprint_folder, read_layout
-from mlx_align.models.heads import has_head
+from mlx_align.models.heads import has_reward_head
 from mlx_align.models.loading import ModelFolder, open_model
 from mlx_align.rollout.builtin_rewards import CompletionFacts
 from mlx_align.rollout.reward_functions import (
@@ -160,7 +160,7 @@ def fingerprint_rewards(
     found = {}
     if settings.model is not None:
         run = Path(settings.model).expanduser()
-        if has_head(run):
+        if has_reward_head(run):
             base = base_model_of(run)
             content = repr(read_layout(run)) + fingerprint_folder(run, "*.safetensors")
             if base.resolve() != folder.path.resolve():

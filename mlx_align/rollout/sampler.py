@@ -17,10 +17,10 @@ import numpy as np
 import numpy.typing as npt
 
 from mlx_align.data.batching import collate_groups, epoch_order
-from mlx_align.data.shapes import AnyShape, Shape
+from mlx_align.data.buckets import AnyShape, Shape
 from mlx_align.models.generation import generate_batch, generate_groups
 from mlx_align.models.loading import LanguageModel
-from mlx_align.models.roles import Tree
+from mlx_align.models.weights import AdapterWeights
 from mlx_align.types import GroupBatch, PromptGroup, TokenizedGroup
 
 Floats = npt.NDArray[np.float32]
@@ -107,7 +107,7 @@ class Completions:
 
 def sample_completions(
     model: LanguageModel,
-    weights: Tree,
+    weights: AdapterWeights,
     prompts: Sequence[Prompt],
     *,
     group_size: int,
@@ -134,7 +134,7 @@ def sample_completions(
     stop = sorted(model.folder.tokenizer.eos_token_ids)
     ids = [[int(token) for token in prompt.tokens.prompt] for prompt in prompts]
     model.module.eval()
-    with model.acting_as(weights):
+    with model.use_adapter(weights):
         drawn = generate_groups(
             model.module,
             ids,
@@ -158,8 +158,8 @@ def sample_completions(
     return Completions(
         prompts=prompts,
         groups=groups,
-        texts=[decode(one.tokens[: len(one.tokens) - one.ended]) for one in flat],
-        finished=np.array([one.ended for one in flat], np.bool_),
+        texts=[decode(one.tokens[: len(one.tokens) - one.finished]) for one in flat],
+        finished=np.array([one.finished for one in flat], np.bool_),
         sampler_logprobs=pad_rows([one.logps for one in flat], max_tokens),
         mask=np.arange(max_tokens)[None] < np.array([len(one.tokens) for one in flat])[:, None],
     )
@@ -177,7 +177,7 @@ class Generations(NamedTuple):
 
 def generate(
     model: LanguageModel,
-    weights: Tree,
+    weights: AdapterWeights,
     groups: Sequence[TokenizedGroup],
     *,
     max_tokens: int,
@@ -188,7 +188,7 @@ def generate(
     stop = sorted(model.folder.tokenizer.eos_token_ids)
     prompts = [[int(token) for token in group.prompt] for group in groups]
     model.module.eval()
-    with model.acting_as(weights):
+    with model.use_adapter(weights):
         tokens = generate_batch(
             model.module, prompts, stop, max_tokens=max_tokens, temperature=temperature, seed=seed
         )
@@ -220,8 +220,8 @@ def pad_rows(rows: Sequence[Sequence[float] | Floats], width: int) -> Floats:
 
 
 def evaluate_tokens(
-    function: Callable[[Tree, GroupBatch], Any],
-    weights: Tree,
+    function: Callable[[AdapterWeights, GroupBatch], Any],
+    weights: AdapterWeights,
     completions: Completions,
     shapes: Sequence[AnyShape],
 ) -> list[Floats]:

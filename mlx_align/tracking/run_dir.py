@@ -22,7 +22,7 @@ from typing import Any
 import yaml
 
 from mlx_align.errors import ConfigError
-from mlx_align.files import write_text, writing
+from mlx_align.system.atomic_io import wrap_write_errors, write_text
 
 CONFIG_FILE = "config.yaml"
 METRICS_FILE = "metrics.jsonl"
@@ -74,7 +74,7 @@ def lock_run_dir(folder: Path) -> Iterator[None]:
         WriteError: The folder can't be written to.
     """
     file = folder / LOCK_FILE
-    with writing(file):
+    with wrap_write_errors(file):
         # No O_TRUNC: whoever fails to get the lock reads the holder's process id from the file.
         descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
     try:
@@ -89,7 +89,7 @@ def lock_run_dir(folder: Path) -> Iterator[None]:
         except OSError:
             pass  # a network drive without locks: train unprotected
         os.ftruncate(descriptor, 0)
-        with writing(file):
+        with wrap_write_errors(file):
             os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
         yield
     finally:
@@ -102,14 +102,14 @@ def lock_run_dir(folder: Path) -> Iterator[None]:
 def append_metrics(folder: Path, row: Mapping[str, Any]) -> None:
     """Append one row to metrics.jsonl."""
     file = folder / METRICS_FILE
-    with writing(file), file.open("a", encoding="utf-8") as stream:
+    with wrap_write_errors(file), file.open("a", encoding="utf-8") as stream:
         stream.write(json.dumps(_to_json(row)) + "\n")
 
 
 def append_samples(folder: Path, samples: Sequence[Mapping[str, Any]]) -> None:
     """Append rows to samples.jsonl."""
     file = folder / SAMPLES_FILE
-    with writing(file), file.open("a", encoding="utf-8") as stream:
+    with wrap_write_errors(file), file.open("a", encoding="utf-8") as stream:
         stream.write(_sample_lines(samples))
 
 

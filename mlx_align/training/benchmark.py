@@ -10,7 +10,7 @@ from mlx_align.algorithms.base import Algorithm
 from mlx_align.algorithms.update import make_optimizer
 from mlx_align.config import TrainConfig
 from mlx_align.data.batching import microbatch_stream
-from mlx_align.data.shapes import batch_limit, plan_shapes
+from mlx_align.data.buckets import batch_limit, plan_shapes
 from mlx_align.models.loading import open_model
 from mlx_align.models.policy import make_policy
 from mlx_align.training.metrics import Progress

@@ -18,12 +18,18 @@ from typing import Any
 
 from mlx_align.config import TrainConfig
 from mlx_align.errors import ConfigError, MlxAlignError
-from mlx_align.files import write_text
-from mlx_align.report.page import PAGE_FILE, render_run
-from mlx_align.report.runs import STATUS_FILE, read_run
-from mlx_align.train.display import Display as Console
-from mlx_align.train.runlog import METRICS_FILE, versions, write_json
-from mlx_align.train.signals import Interrupted
+from mlx_align.report.page import render_run
+from mlx_align.system.atomic_io import write_text
+from mlx_align.system.interrupts import Interrupted
+from mlx_align.system.progress import Console
+from mlx_align.tracking.run_dir import (
+    METRICS_FILE,
+    PAGE_FILE,
+    STATUS_FILE,
+    package_versions,
+    read_run_record,
+    write_json,
+)
 from mlx_align.training.metrics import Progress
 
 PAGE_EVERY_SECONDS = 30.0
@@ -133,7 +139,7 @@ class RunPage(Callback):
             "written": None,
             "error": None,
             "data_facts": dict(facts),
-            "versions": versions(),
+            "versions": package_versions(),
         }
 
     def on_train_begin(self, progress: Progress, total_steps: int) -> None:
@@ -195,7 +201,7 @@ class RunPage(Callback):
         self._cost = self._written_at - began
 
     def _page(self) -> str:
-        facts = read_run(self._run)
+        facts = read_run_record(self._run)
         if self._charts:
             try:
                 return render_run(facts)

@@ -22,12 +22,12 @@ import mlx.optimizers as optim
 from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_align.errors import ModelError, TrainingError
-from mlx_align.files import sync, write_tensors, write_text, writing
 from mlx_align.models.adapters import ADAPTER_WEIGHTS, AdapterLayout, save_adapter
-from mlx_align.models.compat import random_key, read_tensors, restore_random_key
-from mlx_align.models.heads import HEAD_WEIGHTS, has_head
-from mlx_align.models.roles import Tree as AdapterWeights
-from mlx_align.train.runlog import METRICS_FILE, SAMPLES_FILE
+from mlx_align.models.heads import HEAD_WEIGHTS, has_reward_head
+from mlx_align.models.patches import random_key, restore_random_key
+from mlx_align.models.weights import AdapterWeights, read_tensors
+from mlx_align.system.atomic_io import flush_to_disk, wrap_write_errors, write_tensors, write_text
+from mlx_align.tracking.run_dir import METRICS_FILE, SAMPLES_FILE
 from mlx_align.training.metrics import Progress
 
 FOLDER = "checkpoints"
@@ -74,7 +74,7 @@ def save_checkpoint(
     step = state.progress.step
     final = checkpoint_folder(run, step)
     partial = folder / f".{final.name}.partial"
-    with writing(final):
+    with wrap_write_errors(final):
         folder.mkdir(exist_ok=True)
         # A later checkpoint is a damaged one: its steps are made again.
         for other in _checkpoints(run):
@@ -87,13 +87,13 @@ def save_checkpoint(
             # A resumed run doesn't write these rows again: don't lose them in a power cut.
             for rows in (run / METRICS_FILE, run / SAMPLES_FILE):
                 if rows.is_file():
-                    sync(rows)
+                    flush_to_disk(rows)
             shutil.rmtree(final, ignore_errors=True)
             partial.rename(final)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
-        sync(folder)
+        flush_to_disk(folder)
     for old in _checkpoints(run)[:-KEPT]:
         if best is None or int(old.name) != best:
             shutil.rmtree(old, ignore_errors=True)
@@ -179,7 +179,7 @@ def _read(
             raise ValueError(f"random_key {high}, {low}")
         extra = dict(content["extra"])
         flat = {main: read_tensors(folder / ADAPTER_WEIGHTS)}
-        if has_head(folder):
+        if has_reward_head(folder):
             flat[main].update(read_tensors(folder / HEAD_WEIGHTS))
         for name in others:
             flat[name] = read_tensors(folder / f"{name}.safetensors")

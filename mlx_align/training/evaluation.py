@@ -11,11 +11,11 @@ import numpy as np
 from mlx_align.algorithms.base import Algorithm, CompletionLogprobs
 from mlx_align.config import TrainConfig
 from mlx_align.data.batching import groups_per_batch
-from mlx_align.data.shapes import BatchLimit, batch_limit, plan_shapes
-from mlx_align.inference.score import Scorer, score_groups
+from mlx_align.data.buckets import BatchLimit, batch_limit, plan_shapes
+from mlx_align.inference.scoring import Scorer, score_groups
 from mlx_align.models.loading import ModelFolder
 from mlx_align.models.policy import Policy
-from mlx_align.models.roles import Tree as AdapterWeights
+from mlx_align.models.weights import AdapterWeights
 from mlx_align.rollout.collector import RolloutCollector
 from mlx_align.rollout.rewards import Rewards
 from mlx_align.rollout.sampler import Generations, Prompt, as_groups, generate

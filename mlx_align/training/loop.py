@@ -16,19 +16,13 @@ import mlx.optimizers as optim
 from mlx_align.config import OnPolicyConfig, TrainConfig
 from mlx_align.errors import ModelError, TrainingError
 from mlx_align.models.policy import Policy
-from mlx_align.models.roles import Tree as AdapterWeights
-from mlx_align.train.display import Display as Console
-from mlx_align.train.health import Finding
-from mlx_align.train.health import Health as HealthMonitor
-from mlx_align.train.run_ahead import RunAhead as MemoryLimit
-from mlx_align.train.runlog import (
-    append_row,
-    drop_rows_after,
-    drop_samples_after,
-    say_metrics,
-    say_seconds,
-)
-from mlx_align.train.signals import Interrupted, deferring
+from mlx_align.models.weights import AdapterWeights
+from mlx_align.system.formatting import format_duration, format_metrics
+from mlx_align.system.interrupts import Interrupted, defer_signals
+from mlx_align.system.memory_limit import MemoryLimit
+from mlx_align.system.progress import Console
+from mlx_align.tracking.diagnostics import Finding, HealthMonitor
+from mlx_align.tracking.run_dir import append_metrics, truncate_metrics, truncate_samples
 from mlx_align.training.callbacks import Callbacks
 from mlx_align.training.checkpoint import State, checkpoint_folder, load_checkpoint, save_checkpoint
 from mlx_align.training.evaluation import EvaluationResult
@@ -155,8 +149,8 @@ class TrainingLoop:
         if found is not None:
             self._restore(found)
         done = -1 if found is None else self.progress.step
-        drop_rows_after(self._run, done)
-        drop_samples_after(self._run, done)
+        truncate_metrics(self._run, done)
+        truncate_samples(self._run, done)
         if found is not None:
             self._console.note(f"Resuming after {trainer.step_name} {done} of {total}.")
             return
@@ -177,7 +171,7 @@ class TrainingLoop:
         mx.reset_peak_memory()
         with (
             self._console.bar(trainer.title, total, self.progress.step) as bar,
-            deferring() as pending,
+            defer_signals() as pending,
             trainer.memory,
             self._callbacks.training(self.progress, total),
         ):
@@ -244,10 +238,10 @@ class TrainingLoop:
         progress, total = self.progress, self._trainer.total_steps
         if progress.skipped:
             row["skipped"] = progress.skipped
-        append_row(self._run, row)
-        left = say_seconds((total - progress.step) * progress.seconds / progress.step)
+        append_metrics(self._run, row)
+        left = format_duration((total - progress.step) * progress.seconds / progress.step)
         where = f"{self._trainer.step_name} {progress.step}/{total}"
-        self._console.note(f"  {where}: {say_metrics(row)}, {left} left")
+        self._console.note(f"  {where}: {format_metrics(row)}, {left} left")
         self._callbacks.on_log(progress.step, row)
         return row
 
@@ -258,10 +252,10 @@ class TrainingLoop:
         if result is None:
             return False, False
         row = {f"eval/{name}": value for name, value in result.metrics.items()}
-        append_row(self._run, {"step": step, **row})
+        append_metrics(self._run, {"step": step, **row})
         stop = False
         if step:
-            self._console.note(f"  held-out after {step}: {say_metrics(result.metrics)}")
+            self._console.note(f"  held-out after {step}: {format_metrics(result.metrics)}")
             stop = self._callbacks.on_evaluate(step, result.metrics)
         else:
             self._start_metrics = result.metrics

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mlx_align.data.shapes import AnyShape
+from mlx_align.data.buckets import AnyShape
 
 # A speed measured on fewer steps is not reported.
 MIN_TIMED_STEPS = 3

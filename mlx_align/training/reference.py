@@ -24,14 +24,14 @@ import numpy as np
 from mlx_align.algorithms.base import CompletionLogprobs
 from mlx_align.config import TrainConfig
 from mlx_align.data.batching import microbatch_stream
-from mlx_align.data.shapes import AnyShape, BatchLimit, plan_shapes
+from mlx_align.data.buckets import AnyShape, BatchLimit, plan_shapes
 from mlx_align.errors import ConfigError
-from mlx_align.inference.score import Scorer, score_groups
+from mlx_align.inference.scoring import Scorer, score_groups
 from mlx_align.models.adapters import fingerprint_folder
 from mlx_align.models.policy import Policy
-from mlx_align.models.roles import Tree as AdapterWeights
-from mlx_align.train.display import Display as Console
-from mlx_align.train.runlog import write_json
+from mlx_align.models.weights import AdapterWeights
+from mlx_align.system.progress import Console
+from mlx_align.tracking.run_dir import write_json
 from mlx_align.types import Logps, TokenizedGroup
 
 # Part of every key. Raise it when the same inputs give other numbers.

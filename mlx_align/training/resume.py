@@ -19,12 +19,17 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_align.config import TrainConfig
+from mlx_align.config.schema import flag_of, to_yaml
 from mlx_align.errors import ConfigError, ModelError
-from mlx_align.files import write_text, writing
 from mlx_align.models.adapters import fingerprint_folder
-from mlx_align.settings import flag_of, to_yaml
-from mlx_align.train.lock import locked
-from mlx_align.train.runlog import CONFIG_FILE, new_run_folder, versions, write_json
+from mlx_align.system.atomic_io import wrap_write_errors, write_text
+from mlx_align.tracking.run_dir import (
+    CONFIG_FILE,
+    lock_run_dir,
+    new_run_dir,
+    package_versions,
+    write_json,
+)
 from mlx_align.types import TokenizedGroup
 
 FINGERPRINTS_FILE = "fingerprints.json"
@@ -65,14 +70,14 @@ def open_run_folder(
             run has changed.
         WriteError: The folder can't be written to.
     """
-    with writing(run):
+    with wrap_write_errors(run):
         run.mkdir(parents=True, exist_ok=True)
-    with locked(run):
+    with lock_run_dir(run):
         if resume:
             for line in check_same_run(run, made_of):
                 note(line)
         else:
-            new_run_folder(str(run), made_of["command"])  # checked again: now it is locked
+            new_run_dir(str(run), made_of["command"])  # checked again: now it is locked
             write_json(run / FINGERPRINTS_FILE, made_of)
         write_text(run / CONFIG_FILE, to_yaml(config))
         yield
@@ -106,7 +111,7 @@ def fingerprints(
         # Through JSON, so that they compare equal to what is read back.
         "options": json.loads(json.dumps(options)),
         "versions": {
-            **versions(),
+            **package_versions(),
             "python": platform.python_version(),
             "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
             "device": str(mx.default_device()),

@@ -22,33 +22,32 @@ from mlx_align.algorithms.reward_modeling import RewardModeling
 from mlx_align.algorithms.sft import SFT
 from mlx_align.algorithms.update import make_optimizer, make_schedule
 from mlx_align.config import (
-    DpoConfig,
-    GrpoConfig,
-    KtoConfig,
+    DPOConfig,
+    GRPOConfig,
+    KTOConfig,
     OnPolicyConfig,
-    PpoConfig,
+    PPOConfig,
     RewardConfig,
-    SftConfig,
+    SFTConfig,
     TrainConfig,
 )
-from mlx_align.data.batching import epoch_order, microbatch_stream, padding_waste
+from mlx_align.data.batching import epoch_order, microbatch_stream, padding_fraction
+from mlx_align.data.buckets import AnyShape, batch_limit, plan_shapes
 from mlx_align.data.readers import Data
-from mlx_align.data.shapes import AnyShape, batch_limit, plan_shapes
 from mlx_align.errors import ConfigError
 from mlx_align.models.adapters import ADAPTER_WEIGHTS, save_adapter
-from mlx_align.models.compat import read_tensors
 from mlx_align.models.loading import open_model
 from mlx_align.models.policy import make_policy
-from mlx_align.models.roles import Tree as AdapterWeights
-from mlx_align.plan.machine import this_machine
-from mlx_align.plan.timing import rate_key, store_rate
-from mlx_align.train.display import Display as Console
-from mlx_align.train.runlog import (
+from mlx_align.models.weights import AdapterWeights, read_tensors
+from mlx_align.planning.duration import rate_key, save_rate
+from mlx_align.planning.machine import this_machine
+from mlx_align.system.progress import Console
+from mlx_align.tracking.run_dir import (
     SUMMARY_FILE,
     append_samples,
-    eval_rows,
-    training_rows,
-    versions,
+    package_versions,
+    read_eval_metrics,
+    read_training_metrics,
     write_json,
     write_samples,
 )
@@ -98,22 +97,22 @@ def make_algorithm(
     Raises:
         ConfigError: An option is wrong or has no effect.
     """
-    if loss is not None and not isinstance(config, DpoConfig):
+    if loss is not None and not isinstance(config, DPOConfig):
         raise ConfigError("loss: a function can be given for preference pairs (dpo) only")
     match config:
-        case DpoConfig():
+        case DPOConfig():
             return DPO(config, loss=loss)
-        case KtoConfig():
+        case KTOConfig():
             return KTO(config)
-        case SftConfig():
+        case SFTConfig():
             return SFT(config)
         case RewardConfig():
             return RewardModeling(config)
-        case PpoConfig():
+        case PPOConfig():
             check_on_policy_options(config)
             check_ppo_options(config)
             return OnPolicyMethod("ppo", PPO)
-        case GrpoConfig():
+        case GRPOConfig():
             check_on_policy_options(config)
             if config.loss == ONLINE_DPO:
                 check_online_dpo_options(config)
@@ -197,7 +196,7 @@ def train(
             key = rate_key(
                 algorithm.command, folder.path, config, policy.layout, this_machine().name
             )
-            store_rate(key, rate)
+            save_rate(key, rate)
         after = answers(policy, weights, prompts, config).texts
         texts = prompt_texts(folder, prompts)
         samples: list[dict[str, Any]] = [
@@ -205,7 +204,7 @@ def train(
             for group, prompt, old, new in zip(prompts, texts, before, after, strict=True)
         ]
         samples, results = job.finish(weights, samples)
-    evaluations, last = eval_rows(run), (training_rows(run) or [{}])[-1]
+    evaluations, last = read_eval_metrics(run), (read_training_metrics(run) or [{}])[-1]
     counts = {"steps": progress.step, "skipped": progress.skipped, **job.counts(progress.groups)}
     summary = {
         "command": algorithm.command,
@@ -225,7 +224,7 @@ def train(
         **results,
         "data_facts": setup.facts,
         "talk": job.next_command,
-        "versions": versions(),
+        "versions": package_versions(),
         "seed": config.seed,
     }
     write_json(run / SUMMARY_FILE, summary)
@@ -326,7 +325,7 @@ class _OfflineJob:
             )
         return samples, {
             "shapes": [list(shape) for shape in self._shapes],
-            "padding_share": padding_waste(order, setup.train),
+            "padding_share": padding_fraction(order, setup.train),
             "best": best,
             "kl": kl,
             **held_out,

@@ -14,26 +14,21 @@ from mlx.utils import tree_flatten
 
 from mlx_align.algorithms.base import Algorithm
 from mlx_align.algorithms.ppo import read_demonstrations
-from mlx_align.config import DEFAULT_BATCH_SIZE, OnPolicyConfig, PpoConfig, TrainConfig
-from mlx_align.data.checks import describe, render_facts
+from mlx_align.config import DEFAULT_BATCH_SIZE, OnPolicyConfig, PPOConfig, TrainConfig
+from mlx_align.data.buckets import AnyShape, rollout_shapes
 from mlx_align.data.formats import read_prompts
-from mlx_align.data.groups import split_validation
-from mlx_align.data.prompts import PromptReport, tokenize_prompts
-from mlx_align.data.readers import Data
-from mlx_align.data.shapes import AnyShape, rollout_shapes
-from mlx_align.data.sources import has_split
-from mlx_align.data.splits import Reader, read_splits
-from mlx_align.data.statistics import TokenizedDataset
-from mlx_align.data.tokenize import tokenize_groups
+from mlx_align.data.readers import Data, has_split
+from mlx_align.data.splits import GroupReader, read_splits
+from mlx_align.data.statistics import TokenizedDataset, compute_statistics, render_statistics
+from mlx_align.data.tokenization import PromptReport, tokenize_groups, tokenize_prompts
+from mlx_align.data.transforms import split_validation
 from mlx_align.errors import ConfigError, ModelError
 from mlx_align.models.adapters import AdapterLayout, read_layout
-from mlx_align.models.compat import resolve_model_path
-from mlx_align.models.heads import has_head
-from mlx_align.models.loading import ModelFolder
+from mlx_align.models.heads import has_reward_head
+from mlx_align.models.loading import ModelFolder, resolve_model_path
 from mlx_align.models.policy import Policy, make_roles
-from mlx_align.models.roles import Tree as AdapterWeights
-from mlx_align.plan.check import check_fits
-from mlx_align.plan.on_policy import RewardModels, check_on_policy_fits
+from mlx_align.models.weights import AdapterWeights
+from mlx_align.planning.plan import RewardModelMemory, check_fits, check_on_policy_fits
 from mlx_align.rollout.collector import RolloutCollector
 from mlx_align.rollout.reward_models import (
     AdapterRewardModel,
@@ -52,8 +47,8 @@ from mlx_align.rollout.rewards import (
     reward_settings,
 )
 from mlx_align.rollout.sampler import Prompt
-from mlx_align.train.display import Display as Console
-from mlx_align.train.run_ahead import RunAhead as MemoryLimit
+from mlx_align.system.memory_limit import MemoryLimit
+from mlx_align.system.progress import Console
 from mlx_align.training.evaluation import RolloutEvaluation, held_out_groups
 from mlx_align.training.resume import fingerprints
 from mlx_align.types import TokenizedGroup
@@ -133,7 +128,7 @@ def prepare_offline(
     dataset = prepare_data(config, folder, algorithm.read, data)
     remarks = algorithm.check(dataset)
     train, valid = algorithm.arrange(dataset.train), algorithm.arrange(dataset.valid)
-    lines = ["\n".join([render_facts(dataset.statistics), *remarks])]
+    lines = ["\n".join([render_statistics(dataset.statistics), *remarks])]
     lines.append(check_fits(config, layout, folder, train))
     parts = {"training data": train, "held-out data": valid}
     return OfflineSetup(
@@ -149,7 +144,7 @@ def prepare_offline(
 
 
 def prepare_data(
-    config: TrainConfig, folder: ModelFolder, read: Reader, data: Data | None = None
+    config: TrainConfig, folder: ModelFolder, read: GroupReader, data: Data | None = None
 ) -> TokenizedDataset:
     """Read the data, split it if it has no valid split, tokenise it, and compute statistics.
 
@@ -171,7 +166,9 @@ def prepare_data(
     )
     train, report = tokenize(groups)
     valid = tokenize(held_out)[0] if held_out else []
-    facts = describe(groups, train, report, folder.tokenizer, reading=reading, valid=held_out)
+    facts = compute_statistics(
+        groups, train, report, folder.tokenizer, read_report=reading, valid=held_out
+    )
     return TokenizedDataset(train, valid, facts)
 
 
@@ -270,7 +267,7 @@ def prepare_on_policy(
     }
     shown = [*parts["prompts"], *parts["held-out prompts"]]
     demonstrations: list[TokenizedGroup] = []
-    if isinstance(config, PpoConfig) and config.ptx_data is not None:
+    if isinstance(config, PPOConfig) and config.ptx_data is not None:
         demonstrations = read_demonstrations(config, folder.tokenizer)
         parts["demonstrations"] = demonstrations
     hashes = fingerprint_rewards(wanted, "reward model", folder)
@@ -340,11 +337,11 @@ def read_prompt_splits(
         held_out = []
     longest = config.max_prompt_length or config.max_seq_length - config.max_completion_length
     tokens, report = tokenize_prompts(groups, folder.tokenizer, longest)
-    train = [Prompt(groups[i], one) for i, one in zip(report.places, tokens, strict=True)]
+    train = [Prompt(groups[i], one) for i, one in zip(report.indices, tokens, strict=True)]
     valid: list[Prompt] = []
     if held_out:
         tokens, seen = tokenize_prompts(held_out, folder.tokenizer, longest)
-        valid = [Prompt(held_out[i], one) for i, one in zip(seen.places, tokens, strict=True)]
+        valid = [Prompt(held_out[i], one) for i, one in zip(seen.indices, tokens, strict=True)]
     wanted = config.val_batches * (config.batch_size or DEFAULT_BATCH_SIZE)
     if config.val_batches >= 0 and wanted < len(valid):
         order = np.random.default_rng(config.seed).permutation(len(valid))
@@ -380,7 +377,7 @@ def _describe_prompts(
 
 def find_reward_models(
     config: OnPolicyConfig, folder: ModelFolder, layout: AdapterLayout
-) -> RewardModels:
+) -> RewardModelMemory:
     """The run's reward models: on the policy's base, or on a base of their own.
 
     Raises:
@@ -392,17 +389,19 @@ def find_reward_models(
         if name is None:
             continue
         run = Path(name).expanduser()
-        if has_head(run) and shares_base(run, folder, layout):
+        if has_reward_head(run) and shares_base(run, folder, layout):
             on_base.append(read_layout(run))
             continue
         try:
-            own_base.append(resolve_model_path(str(base_model_of(run)) if has_head(run) else name))
+            own_base.append(
+                resolve_model_path(str(base_model_of(run)) if has_reward_head(run) else name)
+            )
         except ModelError as error:
             flag = "--" + option.replace("_", "-")
             raise ModelError(
                 f"{flag} {name}: neither a run of mlx-align reward whose base exists, nor a model"
             ) from error
-    return RewardModels(tuple(on_base), tuple(own_base))
+    return RewardModelMemory(tuple(on_base), tuple(own_base))
 
 
 def load_collector(
@@ -429,7 +428,7 @@ def load_collector(
     roles = make_roles(config, folder, setup.layout, [read_layout(run) for run in others])
     model = roles.policy.model
     # Log-probs are those of the sampling distribution, at its temperature.
-    model = replace(model, anatomy=replace(model.anatomy, temperature=config.temperature))
+    model = replace(model, backbone=replace(model.backbone, temperature=config.temperature))
     policy = Policy(model, setup.layout, roles.policy.start)
     console.note(describe_policy(policy))
     console.note("The reference is the policy as it starts; both share one base model.")
@@ -466,7 +465,7 @@ def load_collector(
 
 def _is_on_base(wanted: RewardSettings, setup: OnPolicySetup) -> bool:
     run = Path(wanted.model or "").expanduser()
-    return has_head(run) and shares_base(run, setup.folder, setup.layout)
+    return has_reward_head(run) and shares_base(run, setup.folder, setup.layout)
 
 
 def _score_model(

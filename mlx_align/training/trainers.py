@@ -19,12 +19,12 @@ from mlx_align.config import OnPolicyConfig
 from mlx_align.data.batching import Microbatch
 from mlx_align.errors import TrainingError
 from mlx_align.models.loading import LanguageModel
-from mlx_align.models.roles import Tree as AdapterWeights
+from mlx_align.models.weights import AdapterWeights
 from mlx_align.rollout.collector import RolloutBatch, RolloutCollector
 from mlx_align.rollout.reward_functions import as_data
-from mlx_align.train.health import text_metrics
-from mlx_align.train.run_ahead import RunAhead as MemoryLimit
-from mlx_align.train.runlog import append_samples
+from mlx_align.system.memory_limit import MemoryLimit
+from mlx_align.tracking.diagnostics import text_metrics
+from mlx_align.tracking.run_dir import append_samples
 from mlx_align.training.evaluation import Evaluation, EvaluationResult, RolloutEvaluation
 from mlx_align.training.metrics import (
     MIN_TIMED_STEPS,

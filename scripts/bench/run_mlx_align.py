@@ -16,10 +16,10 @@ import mlx_align
 import mlx_align.cli.main
 from mlx_align.algorithms.dpo import DPO
 from mlx_align.algorithms.update import make_optimizer, make_schedule
-from mlx_align.config import DpoConfig
+from mlx_align.config import DPOConfig
 from mlx_align.data.batching import microbatch_stream
-from mlx_align.data.shapes import BatchLimit, plan_shapes
-from mlx_align.inference.score import make_scorer
+from mlx_align.data.buckets import BatchLimit, plan_shapes
+from mlx_align.inference.scoring import make_logprob_scorer
 from mlx_align.models.loading import open_model
 from mlx_align.models.policy import make_policy
 from mlx_align.training.metrics import Progress
@@ -32,7 +32,7 @@ from mlx_align.types import TokenizedGroup
 def main() -> None:
     args = common.runner_arguments()
     result = common.Result(f"mlx-align {mlx_align.__version__}")
-    config = DpoConfig(
+    config = DPOConfig(
         model=args.model,
         lora_rank=common.RANK,
         lora_alpha=common.RANK * common.SCALE,
@@ -61,7 +61,7 @@ def main() -> None:
     result.model_bytes = mx.get_active_memory()
     mx.reset_peak_memory()
 
-    scorer = make_scorer(policy.model)
+    scorer = make_logprob_scorer(policy.model)
     clock = common.StepClock()
     began = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:

@@ -16,8 +16,8 @@ from mlx_lm import load as mlx_lm_load
 from mlx_lm.convert import convert
 
 from mlx_align.cli.main import run
-from mlx_align.models.adapters import AdapterLayout, install, save_adapter
-from mlx_align.models.compat import load_weights
+from mlx_align.models.adapters import AdapterLayout, install_adapters, save_adapter
+from mlx_align.models.loading import load_module
 from mlx_align.training import reference
 from mlx_align.training.callbacks import Callbacks
 
@@ -125,9 +125,9 @@ def test_a_run_starts_at_ln2_learns_and_loads_in_stock_mlx_lm(
 def test_the_reference_is_where_the_policy_starts(train, models, tmp_path, pairs):
     """With an SFT adapter: ln 2 at step 1, and the reference is the model with that adapter."""
     other = AdapterLayout(rank=3, scale=10.0, keys=("self_attn.q_proj", "mlp.down_proj"))
-    sft = load_weights(models["float32"])
+    sft = load_module(models["float32"])
     mx.random.seed(3)
-    install(sft, other)
+    install_adapters(sft, other)
     for name, weight in tree_flatten(sft.trainable_parameters()):
         if name.endswith("lora_b"):
             weight[:] = 0.05 * mx.random.normal(weight.shape)
@@ -179,10 +179,10 @@ def _sequence_logp(model, ids, start):
 
 def test_reference_log_probs_are_computed_once(train, models, pairs, tmp_path, monkeypatch):
     """Counted where they run: each pair's once, whatever the epochs; none on the same again."""
-    from mlx_align.inference import score
+    from mlx_align.inference import scoring
 
     rows = []
-    original = score.compiled_scorer
+    original = scoring.compile_forward
 
     def counting(model, run):
         scorer = original(model, run)
@@ -193,7 +193,7 @@ def test_reference_log_probs_are_computed_once(train, models, pairs, tmp_path, m
 
         return counted
 
-    monkeypatch.setattr(score, "compiled_scorer", counting)
+    monkeypatch.setattr(scoring, "compile_forward", counting)
 
     def passes(output, *options, **named):
         rows.clear()

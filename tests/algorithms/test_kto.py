@@ -28,10 +28,10 @@ from mlx_align.algorithms.kto import (
     row_metrics,
 )
 from mlx_align.cli.main import run
-from mlx_align.data.mismatched import with_mismatched
-from mlx_align.data.shapes import ROUND
+from mlx_align.data.buckets import LENGTH_MULTIPLE
+from mlx_align.data.transforms import add_mismatched
 from mlx_align.errors import DataError
-from mlx_align.inference.score import make_scorer
+from mlx_align.inference.scoring import make_logprob_scorer
 from mlx_align.losses.registry import UNPAIRED_LOSSES, resolve_options
 from mlx_align.training import reference
 from mlx_align.types import TokenizedGroup
@@ -55,34 +55,34 @@ def test_partners_are_other_prompts_answers_and_repeat():
     groups = random_groups(60, 1)
     # Pairs taken apart: the other answer to the same prompt is no mismatched one.
     groups += [row(group.prompt, [1, 2, 3 + i]) for i, group in enumerate(groups)]
-    paired = with_mismatched(groups, seed=3)
+    paired = add_mismatched(groups, seed=3)
     own = {(g.prompt.tobytes(), g.completions[0].tobytes()) for g in groups}
     for before, after in zip(groups, paired, strict=True):
         assert after.completions[0] is before.completions[0]
         assert after.prompt is before.prompt
         assert (after.prompt.tobytes(), after.completions[1].tobytes()) not in own
     partners = [g.completions[1].tobytes() for g in paired]
-    assert partners == [g.completions[1].tobytes() for g in with_mismatched(groups, seed=3)]
-    assert partners != [g.completions[1].tobytes() for g in with_mismatched(groups, seed=4)]
+    assert partners == [g.completions[1].tobytes() for g in add_mismatched(groups, seed=3)]
+    assert partners != [g.completions[1].tobytes() for g in add_mismatched(groups, seed=4)]
     # Nearly every answer is a partner once: the point is a mean over the data's answers.
     assert max(Counter(partners).values()) <= 3
     # About as long as its own, except where one class of lengths ends.
-    classes = [[-(-len(c) // ROUND) for c in g.completions] for g in paired]
+    classes = [[-(-len(c) // LENGTH_MULTIPLE) for c in g.completions] for g in paired]
     assert sum(abs(a - b) > 1 for a, b in classes) <= 2
 
 
 def test_an_answer_that_many_prompts_share_is_avoided_where_it_can_be():
     groups = [row([i], [7, 7]) for i in range(5)] + [row([9], [8, 8])]
-    paired = with_mismatched(groups, seed=0)
+    paired = add_mismatched(groups, seed=0)
     assert all(g.completions[1].tolist() == [8, 8] for g in paired[:5])
-    same = with_mismatched([row([i], [7, 7]) for i in range(3)], seed=0)
+    same = add_mismatched([row([i], [7, 7]) for i in range(3)], seed=0)
     assert all(g.completions[1].tolist() == [7, 7] for g in same)
 
 
 def test_one_prompt_gives_no_point():
     with pytest.raises(DataError, match="one prompt"):
-        with_mismatched([row([1], [i]) for i in range(4)], seed=0)
-    assert with_mismatched([], seed=0) == []
+        add_mismatched([row([1], [i]) for i in range(4)], seed=0)
+    assert add_mismatched([], seed=0) == []
 
 
 # ---------------------------------------------------------------- objective
@@ -90,7 +90,7 @@ def test_one_prompt_gives_no_point():
 
 @pytest.mark.parametrize("name", UNPAIRED_LOSSES)
 def test_rows_accumulate_exactly(name, tiny):  # noqa: F811
-    groups = with_mismatched(random_groups(7, 1), seed=0)
+    groups = add_mismatched(random_groups(7, 1), seed=0)
     groups = groups if UNPAIRED_LOSSES[name].needs_kl else random_groups(7, 1)
     log_probs = near(tiny, groups)
     for rows in log_probs:
@@ -98,18 +98,22 @@ def test_rows_accumulate_exactly(name, tiny):  # noqa: F811
     loss = kto_loss(name, undesirable_weight=1.3)
     assert_accumulation_is_exact(
         tiny,
-        UnpairedObjective(tiny, loss, groups, log_probs, make_scorer(tiny), grad_checkpoint=False),
+        UnpairedObjective(
+            tiny, loss, groups, log_probs, make_logprob_scorer(tiny), grad_checkpoint=False
+        ),
     )
 
 
 def test_no_gradient_goes_through_the_point(tiny):  # noqa: F811
     """The gradient is that of the own completions alone, at a point that is a number."""
-    groups = with_mismatched(random_groups(4, 1), seed=0)
+    groups = add_mismatched(random_groups(4, 1), seed=0)
     log_probs = near(tiny, groups)
     for rows in log_probs:
         rows[1][...] -= 0.5
     made = [
-        UnpairedObjective(tiny, loss, groups, log_probs, make_scorer(tiny), grad_checkpoint=False)
+        UnpairedObjective(
+            tiny, loss, groups, log_probs, make_logprob_scorer(tiny), grad_checkpoint=False
+        )
         for loss in (kto_loss(), kto_loss("apo_zero_unpaired"))
     ]
     tree, micro = tree_of(tiny), microbatches((4,), SMALL)

@@ -12,14 +12,14 @@ from mlx.utils import tree_flatten
 from mlx_lm import load as mlx_lm_load
 from mlx_lm.convert import convert
 
+from mlx_align.algorithms.update import Updater
 from mlx_align.cli.main import run
 from mlx_align.errors import TrainingError
 from mlx_align.inference.reward_model import RewardModel
 from mlx_align.models.adapters import ADAPTER_WEIGHTS
 from mlx_align.rollout.collector import RolloutCollector
 from mlx_align.rollout.reward_functions import combine
-from mlx_align.train import on_policy, on_policy_setup
-from mlx_align.train.update import Updater
+from mlx_align.training import evaluation, run
 
 TINY = Path(__file__).parents[1] / "oracle" / "models" / "policy"
 SMALL = {
@@ -126,14 +126,14 @@ def weights_of(folder):
 def collectors(monkeypatch):
     """The collectors of the runs that follow."""
     seen = []
-    original = on_policy.set_up
+    original = run.set_up
 
     def watched(*arguments):
         collector, held_out = original(*arguments)
         seen.append(collector)
         return collector, held_out
 
-    monkeypatch.setattr(on_policy, "set_up", watched)
+    monkeypatch.setattr(run, "set_up", watched)
     return seen
 
 
@@ -349,7 +349,7 @@ def test_logprobs_are_at_the_sampling_temperature(train, collectors):
     rollouts = collector.sample(collector.policy.start, collector.prompts[:4], (3,))
     logps = collector.token_logprobs(collector.policy.start, rollouts)
     np.testing.assert_allclose(logps, rollouts.sampler_logprobs, atol=1e-4)
-    temperature = collector.policy.model.anatomy.temperature
+    temperature = collector.policy.model.backbone.temperature
     assert temperature == 0.5
 
 
@@ -419,13 +419,13 @@ def test_gamed_reward_stops_the_run_and_the_best_policy_is_kept(train, monkeypat
         return next(looks)
 
     held_out = iter([0.0, 0.5, 0.4, 0.1, -0.2, -0.5])
-    original = on_policy_setup.HeldOut.look
+    original = evaluation.RolloutEvaluation.look
 
     def look(self, tree):
         return {**original(self, tree), "held_out": next(held_out)}
 
-    monkeypatch.setattr(on_policy_setup.HeldOut, "deviations", planted)
-    monkeypatch.setattr(on_policy_setup.HeldOut, "look", look)
+    monkeypatch.setattr(evaluation.RolloutEvaluation, "deviations", planted)
+    monkeypatch.setattr(evaluation.RolloutEvaluation, "look", look)
     options = {"--iters": 8, "--steps-per-eval": 1, "--learning-rate": 1e-2, "--save-every": 3}
     code, folder = train("grpo", options)
     assert code == 0
@@ -478,7 +478,7 @@ def test_ptx_loss_is_the_coefficient_times_the_mean_log_loss(train, collectors, 
         PtxObjective,
         read_demonstrations,
     )
-    from mlx_align.config import PpoConfig
+    from mlx_align.config import PPOConfig
 
     assert train("grpo", {"--iters": 1})[0] == 0
     (collector,) = collectors
@@ -493,7 +493,7 @@ def test_ptx_loss_is_the_coefficient_times_the_mean_log_loss(train, collectors, 
     model, weights = collector.policy.model, collector.policy.start
     plain = None
     for size, count in ((2, 3), (1, 6)):
-        config = PpoConfig(
+        config = PPOConfig(
             ptx_coef=3.0,
             ptx_data=str(tmp_path / "shown.jsonl"),
             batch_size=size,

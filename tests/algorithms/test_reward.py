@@ -16,7 +16,7 @@ from mlx_lm.convert import convert
 from mlx_align import RewardModel
 from mlx_align.cli.main import run
 from mlx_align.errors import ConfigError, DataError, ModelError
-from mlx_align.shipped import shipped_file
+from mlx_align.system.starter import shipped_file
 from mlx_align.training.callbacks import Callbacks
 
 TINY = Path(__file__).parent.parent / "oracle" / "models" / "policy"
@@ -347,9 +347,9 @@ def test_combining_members(ensemble):
 
 
 def _group(prompt, completions):
-    from mlx_align.inference.scored import as_group
+    from mlx_align.inference.scoring import make_group
 
-    return as_group("score()", prompt, completions)
+    return make_group("score()", prompt, completions)
 
 
 def test_company_does_not_change_a_score(ensemble, monkeypatch):

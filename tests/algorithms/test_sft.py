@@ -15,7 +15,7 @@ from test_oracle_trunk import (
 
 from mlx_align.algorithms.sft import SupervisedObjective, evaluate_demonstrations
 from mlx_align.cli.main import run
-from mlx_align.data.groups import last_answers
+from mlx_align.data.transforms import keep_last_completion
 from mlx_align.losses.registry import TOKEN_LOSSES
 from mlx_align.types import Message, PromptGroup, TokenizedGroup
 
@@ -58,13 +58,13 @@ def test_the_last_answer_is_what_follows_the_last_question():
         (conversation("assistant", "user", "assistant", "tool", "assistant"),),
         "row",
     )
-    (got,) = last_answers([group])
+    (got,) = keep_last_completion([group])
     roles = [turn.role for turn in got.prompt]
     assert roles == ["system", "user", "assistant", "user", "assistant", "tool"]
     assert got.completions == (group.completions[0][4:],)
     single = PromptGroup(conversation("user"), (conversation("assistant"),), "row")
     text = PromptGroup("question", ("answer",), "row")
-    assert last_answers([single, text]) == [single, text]
+    assert keep_last_completion([single, text]) == [single, text]
 
 
 # ---------------------------------------------------------------- runs

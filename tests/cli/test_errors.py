@@ -20,7 +20,7 @@ def fails(tmp_path, monkeypatch, capsys):
     def no_weights(*_):
         raise AssertionError("the model was loaded before the error was found")
 
-    monkeypatch.setattr(loading, "load_weights", no_weights)
+    monkeypatch.setattr(loading, "load_module", no_weights)
 
     def call(*arguments):
         assert run([str(a) for a in arguments]) == 1

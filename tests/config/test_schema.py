@@ -18,7 +18,7 @@ from mlx_align.config.schema import (
     to_yaml,
 )
 from mlx_align.config.signatures import document, signature_of
-from mlx_align.data.shapes import BatchLimit, batch_limit
+from mlx_align.data.buckets import BatchLimit, batch_limit
 from mlx_align.errors import ConfigError
 
 

@@ -4,7 +4,7 @@ import datasets
 import numpy as np
 import pytest
 
-from mlx_align.config import DpoConfig
+from mlx_align.config import DPOConfig
 from mlx_align.data.formats import read_preferences, read_prompts, read_unpaired
 from mlx_align.data.readers import MAX_DEPTH, container_of, has_split, open_data, read_rows
 from mlx_align.data.splits import read_splits
@@ -139,7 +139,7 @@ def test_an_opened_source_is_opened_only_once():
 
 
 def test_runs_read_and_split_python_objects():
-    config = DpoConfig(valid_fraction=0.5)
+    config = DPOConfig(valid_fraction=0.5)
     source = open_data([PAIR, OTHER])
     splits = read_splits(config, read_preferences, source)
     assert sorted(group.prompt for group in splits.train + splits.valid) == ["Hi", "Other"]

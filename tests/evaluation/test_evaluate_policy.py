@@ -9,21 +9,20 @@ import numpy as np
 import pytest
 from mlx_lm import load as mlx_lm_load
 
+from mlx_align.algorithms.dpo import DPO, read_pairs
+from mlx_align.algorithms.kto import KTO
+from mlx_align.algorithms.sft import SFT
 from mlx_align.cli.main import run
-from mlx_align.config import DpoConfig, KtoConfig, SftConfig
-from mlx_align.data.tokenize import tokenize_groups
+from mlx_align.config import DPOConfig, KTOConfig, SFTConfig
+from mlx_align.config.schema import to_yaml
+from mlx_align.data.tokenization import tokenize_groups
 from mlx_align.evaluation.data import EvalPrompt, read_held_out_data
 from mlx_align.evaluation.policy import completion_text
 from mlx_align.inference.trained_run import read_trained_run
-from mlx_align.models.adapters import AdapterLayout, install, load_tree, save_adapter
-from mlx_align.models.compat import load_weights
+from mlx_align.models.adapters import AdapterLayout, install_adapters, load_adapter, save_adapter
 from mlx_align.models.generation import Generated
-from mlx_align.models.loading import open_model
-from mlx_align.settings import to_yaml
-from mlx_align.train.preference import dpo_task, read_pairs
-from mlx_align.train.setup import prepare_data
-from mlx_align.train.supervised import sft_task
-from mlx_align.train.unpaired import kto_task
+from mlx_align.models.loading import load_module, open_model
+from mlx_align.training.setup import prepare_data
 from mlx_align.types import Message, PromptGroup, TokenizedGroup
 
 TINY = Path(__file__).parents[1] / "oracle" / "models" / "policy"
@@ -79,8 +78,8 @@ def text(tmp_path_factory):
 def adapter(folder, layout=None, change=None, config=None):
     """An adapter of the tiny model that `change`s nothing, or each tensor so."""
     layout = layout or AdapterLayout()
-    model = load_weights(TINY)
-    tree = install(model, layout)
+    model = load_module(TINY)
+    tree = install_adapters(model, layout)
     if change is not None:
         model.apply_to_modules(lambda _, module: change(module))
         tree = model.trainable_parameters()
@@ -240,14 +239,14 @@ def test_kl_is_the_mean_log_ratio_of_own_answers(runs, evaluate):
 
 def test_the_reference_is_where_the_run_started(tmp_path, data, evaluate, refused):
     init = adapter(tmp_path / "init", change=away)
-    config = DpoConfig(model=str(TINY), data=str(data), init_adapter=str(init))
+    config = DPOConfig(model=str(TINY), data=str(data), init_adapter=str(init))
     layout = AdapterLayout(rank=24, scale=1.0)
     later = tmp_path / "later"
     later.mkdir()
     # The init adapter as a run of another rank and scale holds it, untrained.
-    model = load_weights(TINY)
-    fresh = install(model, layout)
-    save_adapter(later, load_tree(init, fresh, layout), layout, str(TINY))
+    model = load_module(TINY)
+    fresh = install_adapters(model, layout)
+    save_adapter(later, load_adapter(init, fresh, layout), layout, str(TINY))
     (later / "config.yaml").write_text(to_yaml(config))
     found = evaluate(later)
     assert_unmoved(found)
@@ -268,9 +267,9 @@ def test_what_is_held_out_is_what_the_run_held_out(tmp_path, data, kind, splits)
     where = data if splits else data / "train.jsonl"
     more = {"model": str(TINY), "data": str(where), "valid_fraction": 0.2, "seed": 3}
     config, task = {
-        "dpo": (DpoConfig(**more), dpo_task),
-        "kto": (KtoConfig(**more, loss="kto"), kto_task),
-        "sft": (SftConfig(**more), sft_task),
+        "dpo": (DPOConfig(**more), DPO),
+        "kto": (KTOConfig(**more, loss="kto"), KTO),
+        "sft": (SFTConfig(**more), SFT),
     }[kind]
     finished = read_trained_run(adapter(tmp_path / "run", config=config))
     assert finished.command == kind
@@ -381,7 +380,7 @@ def test_mistakes_are_one_line(tmp_path, data, runs, refused):
     empty = tmp_path / "empty.txt"
     empty.write_text(" \n\n ")
     assert "contains no text" in refused(*dpo, "--perplexity-data", empty)
-    nothing = DpoConfig(model=str(TINY), data=str(data / "train.jsonl"), valid_fraction=0.0)
+    nothing = DPOConfig(model=str(TINY), data=str(data / "train.jsonl"), valid_fraction=0.0)
     none = adapter(tmp_path / "none", config=nothing)
     assert "held nothing out" in refused(*model, "--adapter-path", none)
     long = (*dpo, "--max-seq-length", 2)

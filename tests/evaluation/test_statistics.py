@@ -5,6 +5,13 @@ import math
 import numpy as np
 import pytest
 
+from mlx_align.evaluation.metrics import (
+    best_of_curve,
+    divergence,
+    perplexity_change,
+    preferences,
+    win_rate,
+)
 from mlx_align.evaluation.statistics import (
     PRIOR_SD,
     detectable_difference,
@@ -17,13 +24,6 @@ from mlx_align.evaluation.statistics import (
     sigmoid,
     standard_error,
     wins,
-)
-from mlx_align.inference.measures import (
-    best_of_curve,
-    compare_answers,
-    divergence,
-    perplexity_change,
-    preferences,
 )
 
 Z = 1.959963984540054  # the normal quantile of .975
@@ -185,7 +185,7 @@ def test_wins_and_ties():
 
 def compared(policy, reference, **lengths):
     like = np.full(policy.shape, 9.0)
-    return compare_answers(
+    return win_rate(
         policy,
         reference,
         lengths.get("policy_length", like),

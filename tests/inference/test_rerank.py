@@ -17,11 +17,11 @@ from mlx_align.errors import ConfigError, DataError, ModelError
 from mlx_align.evaluation.metrics import expected_best
 from mlx_align.inference.generate import TextGenerator
 from mlx_align.models import generation
-from mlx_align.models.adapters import AdapterLayout, install, save_adapter
-from mlx_align.models.compat import dissect, load_weights
-from mlx_align.models.heads import HEAD_NAME, put_head
-from mlx_align.models.loading import open_model
-from mlx_align.shipped import shipped_file
+from mlx_align.models.adapters import AdapterLayout, install_adapters, save_adapter
+from mlx_align.models.backbone import split_backbone
+from mlx_align.models.heads import HEAD_NAME, add_reward_head
+from mlx_align.models.loading import load_module, open_model
+from mlx_align.system.starter import shipped_file
 from mlx_align.types import Message, PromptGroup, TokenizedGroup
 
 QUESTION = PROMPT[0]["content"]
@@ -39,12 +39,12 @@ def policy(tmp_path_factory):
 def judge(tmp_path_factory):
     """A run of reward on the same base, of another rank, scale and choice of layers."""
     folder = tmp_path_factory.mktemp("rerank") / "judge"
-    model = load_weights(TINY)
+    model = load_module(TINY)
     mx.random.seed(5)
     layout = AdapterLayout(rank=6, scale=0.7, num_layers=1, keys=("self_attn.q_proj",))
-    tree = install(model, layout)
+    tree = install_adapters(model, layout)
     scramble(model, 0.3)
-    head = put_head(dissect(model)).parameters()
+    head = add_reward_head(split_backbone(model)).parameters()
     folder.mkdir()
     tree = {**model.trainable_parameters(), HEAD_NAME: head}
     save_adapter(folder, tree, layout, str(TINY))
@@ -130,7 +130,7 @@ def test_samples_are_scored_by_their_own_tokens(reranker, policy, monkeypatch):
     for one in ranked:
         sample = drawn[one.index]
         assert one.tokens == len(sample.tokens)
-        assert one.truncated == (not sample.ended)
+        assert one.truncated == (not sample.finished)
         # The policy's log-prob is what the sampler drew it with, at temperature 1.
         assert one.policy_logp == pytest.approx(sum(sample.logps), abs=1e-4)
         same = [k for k, other in enumerate(drawn) if other.tokens == sample.tokens]
@@ -240,7 +240,7 @@ def test_the_prompt_is_run_once_a_role(reranker, monkeypatch):
     """K = 8, a prompt of 256 tokens, completions of 64: tokens through the trunk, two roles."""
     random = np.random.default_rng(0)
     lengths = []
-    anatomy = type(reranker.model.anatomy)
+    anatomy = type(reranker.model.backbone)
     original = anatomy.hidden
 
     def counting(self, tokens, cache=None):

@@ -44,12 +44,12 @@ from mlx_align.rollout.advantages import (
     GROUP_ADVANTAGES,
     gae,
     leave_one_out,
-    normalised_rewards,
+    normalize_then_sum,
     token_rewards,
     whiten,
     zero_variance_share,
 )
-from mlx_align.rollout.rewards import combine
+from mlx_align.rollout.reward_functions import combine
 from mlx_align.types import PolicySample
 
 BATCH = BATCHES["grpo"]
@@ -330,7 +330,7 @@ def test_advantages_of_several_rewards(name):
     assert together.mean() == pytest.approx(record["metrics"]["reward"])
     assert zero_variance_share(together) == record["metrics"]["frac_reward_zero_std"]
     if "multi_objective_aggregation" in record["config"]:
-        got = normalised_rewards(*table.by_group(2))
+        got = normalize_then_sum(*table.by_group(2))
     else:
         got = GROUP_ADVANTAGES["group_std"](together)
     assert got.reshape(-1) == pytest.approx(record["advantages"], rel=1e-5, abs=1e-6)

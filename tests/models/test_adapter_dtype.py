@@ -13,16 +13,15 @@ from mlx_lm.convert import convert
 from mlx_lm.models.llama import Model, ModelArgs
 from oracle_helpers import language_model, microbatches
 
+from mlx_align.algorithms.dpo import PreferenceObjective
+from mlx_align.algorithms.update import accumulate, collate_microbatches, compiled_gradient
 from mlx_align.cli.main import run
-from mlx_align.data.shapes import Shape
-from mlx_align.inference.score import make_scorer, score_groups
+from mlx_align.data.buckets import Shape
+from mlx_align.inference.scoring import make_logprob_scorer, score_groups
 from mlx_align.losses.registry import combine, parse_losses
 from mlx_align.models.adapters import AdapterLayout, install_adapters, save_adapter
 from mlx_align.models.loading import load_module
-from mlx_align.train.loop import ready
-from mlx_align.train.preference import preference_objective
-from mlx_align.train.reference import reference_key
-from mlx_align.train.update import accumulate, compiled_gradient
+from mlx_align.training.reference import reference_key
 from mlx_align.types import TokenizedGroup
 
 TINY = Path(__file__).parent.parent / "oracle" / "models" / "policy"
@@ -142,12 +141,12 @@ def make_llama(dtype, **sizes):
 
 def gradient(model, tree, groups, reference, shape, *, checkpoint):
     """Loss and gradient of an update, compiled and accumulated one pair after the other."""
-    objective = preference_objective(
+    objective = PreferenceObjective(
         model,
         combine(parse_losses("sigmoid"), {}),
         groups,
         reference,
-        make_scorer(model),
+        make_logprob_scorer(model),
         grad_checkpoint=checkpoint,
     )
     micro = microbatches((1,) * len(groups), shape)
@@ -155,7 +154,9 @@ def gradient(model, tree, groups, reference, shape, *, checkpoint):
     totals = objective.totals(batches)
     compiled = compiled_gradient(objective.loss)
     model.module.train()
-    loss, _, grads = accumulate(compiled, tree, ready(objective, batches, micro), totals)
+    loss, _, grads = accumulate(
+        compiled, tree, collate_microbatches(objective, batches, micro), totals
+    )
     model.module.eval()
     return loss, dict(tree_flatten(grads))
 
@@ -192,7 +193,7 @@ def test_gradients_are_float32_and_within_bf16_error(checkpoint):
 
 
 def logps_of(model, tree, groups, shape):
-    return score_groups(make_scorer(model), tree, groups, [shape])
+    return score_groups(make_logprob_scorer(model), tree, groups, [shape])
 
 
 @pytest.mark.parametrize("checkpoint", [True, False])

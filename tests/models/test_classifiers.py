@@ -64,7 +64,7 @@ def test_where_pad_is_the_end_token(family, tmp_path):
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "pad_token_id": EOS}))
     model, other = RewardModel.load(str(folder)), RewardModel.load(str(FOLDER / family))
-    assert (model.unread, other.unread) == (EOS, 0)
+    assert (model.padding, other.padding) == (EOS, 0)
     content = SCORES[family]
     found = np.concatenate(model.score_tokens(groups_of(content, EOS)))[:, 0]
     assert np.abs(found - content["scores_where_pad_is_eos"]).max() < 1e-5
@@ -87,7 +87,7 @@ def test_a_chat_is_read_to_the_end_of_its_rendering(tmp_path):
     whole = np.array(model.style.tokenizer.apply_chat_template(turns, tokenize=True), np.int32)
     (wanted,) = model.score_tokens([TokenizedGroup(whole[:4], (whole[4:],), "row")])
     assert model.score(turns[:1], ["there"])[0] == pytest.approx(wanted[0, 0], abs=1e-6)
-    at_end = replace(model, behind=())
+    at_end = replace(model, suffix=())
     (wanted,) = model.score_tokens([TokenizedGroup(whole[:4], (whole[4:-1],), "row")])
     assert at_end.score(turns[:1], ["there"])[0] == pytest.approx(wanted[0, 0], abs=1e-6)
 

@@ -38,9 +38,12 @@ from oracle_helpers import (
     zeros_like,
 )
 
+from mlx_align.algorithms.dpo import PreferenceObjective
+from mlx_align.algorithms.kto import KtoLoss, UnpairedObjective
+from mlx_align.algorithms.sft import SupervisedObjective
 from mlx_align.data.batching import Microbatch, collate_groups, epoch_order
-from mlx_align.data.shapes import Shape
-from mlx_align.inference.score import make_scorer
+from mlx_align.data.buckets import Shape
+from mlx_align.inference.scoring import make_logprob_scorer
 from mlx_align.losses.registry import (
     PAIRWISE_LOSSES,
     UNPAIRED_LOSSES,
@@ -54,9 +57,6 @@ from mlx_align.models.forward import (
     token_logprobs_and_square_sums,
 )
 from mlx_align.models.loading import LanguageModel
-from mlx_align.train.preference import preference_objective
-from mlx_align.train.supervised import supervised_objective
-from mlx_align.train.unpaired import KtoLoss, unpaired_objective
 from mlx_align.types import TokenizedGroup
 
 # ---------------------------------------------------------------- TRL's cases
@@ -75,12 +75,12 @@ def test_dpo_family(name, sizes, models):
     key = "dpo_chat" if name.endswith("chat") else "dpo_text"
     key = "dpo_implicit" if "implicit" in name else key
     groups = pair_groups(key, config.get("max_length"))
-    objective = preference_objective(
+    objective = PreferenceObjective(
         policy,
         dpo_loss_of(config),
         groups,
         scores(models["reference"], tree_of(models["reference"]), groups),
-        make_scorer(policy),
+        make_logprob_scorer(policy),
         grad_checkpoint=False,
         wpo=config.get("use_weighting", False),
         ld_alpha=config.get("ld_alpha"),
@@ -105,12 +105,12 @@ def test_dpo_with_lora(sizes, models):
                 names[f"model.layers.{index}.self_attn.{target}.{ours}"] = key
             layer.self_attn[target] = lora
     policy, groups = language_model(module), pair_groups("dpo_text")
-    objective = preference_objective(
+    objective = PreferenceObjective(
         policy,
         combine(parse_losses("sigmoid"), {}),
         groups,
         scores(base, tree_of(base), groups),
-        make_scorer(policy),
+        make_logprob_scorer(policy),
         grad_checkpoint=True,
     )
     loss, gradient, _ = update(policy, objective, tree_of(policy), microbatches(sizes))
@@ -135,8 +135,8 @@ def test_reference_free(name, losses, options, sizes, models):
     loss = combine(parse_losses(losses), options)
     # TRL's hinge and ipo without a reference: log-ratios against a log-prob of 0.
     reference = zeros_like(groups) if loss.needs_reference else None
-    objective = preference_objective(
-        policy, loss, groups, reference, make_scorer(policy), grad_checkpoint=False
+    objective = PreferenceObjective(
+        policy, loss, groups, reference, make_logprob_scorer(policy), grad_checkpoint=False
     )
     check_numbers(
         case(name), name, *update(policy, objective, tree_of(policy), microbatches(sizes))[:2]
@@ -153,9 +153,9 @@ def test_orpo(sizes, models):
     loss = combine(parse_losses("orpo"), {})
     checkpoint = {"grad_checkpoint": False}
     parts = (
-        (preference_objective(policy, loss, groups, None, None, **checkpoint), 1),
-        (supervised_objective(policy, "nll", answers, **checkpoint), -1),
-        (supervised_objective(policy, "nll", whole, **checkpoint), 1),
+        (PreferenceObjective(policy, loss, groups, None, None, **checkpoint), 1),
+        (SupervisedObjective(policy, "nll", answers, **checkpoint), -1),
+        (SupervisedObjective(policy, "nll", whole, **checkpoint), 1),
     )
     total, gradient = 0.0, {}
     for objective, sign in parts:
@@ -173,12 +173,12 @@ def test_kto(name, sizes, models):
     rows = zip(collated_rows(batch), collated_rows(batch, "KL_"), strict=True)
     groups = [group_of(pair, label=label) for pair, label in zip(rows, batch["label"], strict=True)]
     loss = config.pop("loss_type", "kto")
-    objective = unpaired_objective(
+    objective = UnpairedObjective(
         policy,
         KtoLoss(loss, UNPAIRED_LOSSES[loss], resolve_options(loss, config)),
         groups,
         scores(reference, tree_of(reference), groups),
-        make_scorer(policy),
+        make_logprob_scorer(policy),
         grad_checkpoint=False,
     )
     value, gradient, sums = update(policy, objective, tree_of(policy), microbatches(sizes))
@@ -198,7 +198,7 @@ def test_kto(name, sizes, models):
 def test_sft(name, sizes, models):
     policy = models["policy"]
     groups = [group_of([row]) for row in collated_rows(BATCHES[name]["collated"])]
-    objective = supervised_objective(
+    objective = SupervisedObjective(
         policy, "dft" if name == "sft_dft" else "nll", groups, grad_checkpoint=False
     )
     check_numbers(
@@ -217,12 +217,12 @@ def test_pairs_accumulate_exactly(loss, tiny):
     reference = near(tiny, groups)
     assert_accumulation_is_exact(
         tiny,
-        preference_objective(
+        PreferenceObjective(
             tiny,
             combined,
             groups,
             reference if combined.needs_reference else None,
-            make_scorer(tiny),
+            make_logprob_scorer(tiny),
             grad_checkpoint=False,
             **extra,
         ),
@@ -236,15 +236,15 @@ def test_batches_of_different_sizes_and_shapes_are_one_big_batch(loss, tiny):
     log_probs = near(tiny, groups)
     checkpoint = {"grad_checkpoint": False}
     if loss == "nll":
-        objective = supervised_objective(tiny, loss, groups, **checkpoint)
+        objective = SupervisedObjective(tiny, loss, groups, **checkpoint)
     elif loss == "kto":
         kto = KtoLoss(loss, UNPAIRED_LOSSES[loss], resolve_options(loss, {}))
-        scorer = make_scorer(tiny)
-        objective = unpaired_objective(tiny, kto, groups, log_probs, scorer, **checkpoint)
+        scorer = make_logprob_scorer(tiny)
+        objective = UnpairedObjective(tiny, kto, groups, log_probs, scorer, **checkpoint)
     else:
         made = combine(parse_losses(loss), {})
-        scorer = make_scorer(tiny)
-        objective = preference_objective(tiny, made, groups, log_probs, scorer, **checkpoint)
+        scorer = make_logprob_scorer(tiny)
+        objective = PreferenceObjective(tiny, made, groups, log_probs, scorer, **checkpoint)
     more = loss == "nll"  # so that a batch is not full there either
     shapes = [Shape(8, 8, 3 + more), Shape(8, 16, 2 + more)]
     several = epoch_order(groups, shapes, seed=0)

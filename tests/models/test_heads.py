@@ -11,9 +11,12 @@ import pytest
 from families import VOCAB, make_model
 from mlx.utils import tree_flatten, tree_map
 
+from mlx_align.algorithms.reward_modeling import RewardObjective
+from mlx_align.algorithms.update import accumulate, collate_microbatches, compiled_gradient
 from mlx_align.config import RewardConfig
-from mlx_align.data.batching import Microbatch, Shape, collate_groups
-from mlx_align.data.comparisons import filled_up
+from mlx_align.data.batching import Microbatch, collate_groups
+from mlx_align.data.buckets import Shape
+from mlx_align.data.comparisons import pad_completion_lists
 from mlx_align.errors import ModelError
 from mlx_align.inference.reward_model import RewardModel
 from mlx_align.models.adapters import AdapterLayout, install_adapters, save_adapter
@@ -28,9 +31,6 @@ from mlx_align.models.heads import (
 )
 from mlx_align.models.loading import load_language_model, open_model
 from mlx_align.models.verification import verify_forward
-from mlx_align.train.loop import ready
-from mlx_align.train.reward import reward_objective
-from mlx_align.train.update import accumulate, compiled_gradient
 from mlx_align.types import TokenizedGroup
 
 ORACLE = Path(__file__).parent.parent / "oracle"
@@ -201,12 +201,12 @@ def trl_groups():
 
 def every_gradient(model, groups, config, micros):
     """Loss and gradient of one update, accumulated over `micros`, as training computes it."""
-    objective = reward_objective(model, groups, config)
+    objective = RewardObjective(model, groups, config)
     batches = [objective.collate(micro) for micro in micros]
     tree = model.module.trainable_parameters()
     model.module.train()
     gradient = compiled_gradient(objective.loss)
-    micro = ready(objective, batches, micros)
+    micro = collate_microbatches(objective, batches, micros)
     loss, sums, grads = accumulate(gradient, tree, micro, objective.totals(batches))
     return loss, sums, dict(tree_flatten(grads))
 
@@ -264,7 +264,7 @@ def test_accumulating_is_one_batch():
     ]
     groups[0] = replace(groups[0], soft_label=0.7)
     groups[3] = replace(groups[3], margin=0.4)
-    groups = filled_up(groups)
+    groups = pad_completion_lists(groups)
     model = load_language_model(open_model(str(ORACLE / "models" / "policy")))
     install_adapters(model.module, AdapterLayout(rank=4))
     add_reward_head(model.backbone, members=3)
@@ -280,12 +280,12 @@ def test_accumulating_is_one_batch():
 
 
 def test_a_member_learns_nothing_from_its_own_fold():
-    groups = filled_up(groups_of(vocab=300))
+    groups = pad_completion_lists(groups_of(vocab=300))
     model = load_language_model(open_model(str(ORACLE / "models" / "policy")))
     install_adapters(model.module, AdapterLayout(rank=4))
     add_reward_head(model.backbone, members=3)
     config = RewardConfig(batch_size=1, members=3)
-    objective = reward_objective(model, groups, config)
+    objective = RewardObjective(model, groups, config)
     for index in range(3):  # three prompts, three folds: each is left out by one member
         micro = Microbatch((index,), Shape(16, 16, 1))
         out = int(np.argmin(np.array(objective.collate(micro).learns)[0]))

@@ -8,14 +8,16 @@ import pytest
 from families import VOCAB, make_model
 from forward_helpers import difference, gradient, plain_logps, ragged_batch, scramble
 
+from mlx_align.algorithms.dpo import PreferenceObjective
+from mlx_align.algorithms.update import accumulate, collate_microbatches
 from mlx_align.data.batching import (
     Microbatch,
     collate_groups,
     epoch_order,
     microbatch_stream,
-    padding_waste,
+    padding_fraction,
 )
-from mlx_align.data.shapes import (
+from mlx_align.data.buckets import (
     MAX_SHAPES,
     BatchLimit,
     PackedShape,
@@ -23,7 +25,7 @@ from mlx_align.data.shapes import (
     packed_lengths,
     plan_shapes,
 )
-from mlx_align.inference.score import make_scorer
+from mlx_align.inference.scoring import make_logprob_scorer
 from mlx_align.losses.registry import combine, parse_losses
 from mlx_align.models import attention
 from mlx_align.models.adapters import AdapterLayout, install_adapters
@@ -32,9 +34,6 @@ from mlx_align.models.forward import token_logprobs, token_logprobs_and_square_s
 from mlx_align.models.heads import add_reward_head, completion_scores
 from mlx_align.models.loading import LanguageModel
 from mlx_align.models.verification import packed_batch, verify_forward
-from mlx_align.train.loop import ready
-from mlx_align.train.preference import preference_objective
-from mlx_align.train.update import accumulate
 from mlx_align.types import TokenizedGroup
 
 
@@ -163,12 +162,12 @@ def test_dpo_gradient_of_packed_batches():
         for group in groups
     ]
     whole = LanguageModel(None, backbone, True, "")
-    objective = preference_objective(
+    objective = PreferenceObjective(
         whole,
         combine(parse_losses("sigmoid"), {"beta": 0.1}),
         groups,
         reference,
-        make_scorer(whole),
+        make_logprob_scorer(whole),
         grad_checkpoint=False,
     )
     tree = model.trainable_parameters()
@@ -178,7 +177,7 @@ def test_dpo_gradient_of_packed_batches():
         batches = [objective.collate(m) for m in micro]
         totals = objective.totals(batches)
         step = mx.value_and_grad(objective.loss)
-        return accumulate(step, tree, ready(objective, batches, micro), totals)
+        return accumulate(step, tree, collate_microbatches(objective, batches, micro), totals)
 
     loss, sums, grads = run([Microbatch((0, 1, 2, 3, 4), Shape(24, 24, 5))])
     row = PackedShape(120, 240, 6, 24)
@@ -214,7 +213,7 @@ def test_little_padding_on_ragged_data(tokens):
     groups = make_groups(1500)
     shapes = plan_shapes(groups, BatchLimit(tokens=tokens, packed=True))
     for epoch in range(2):
-        assert padding_waste(epoch_order(groups, shapes, seed=0, epoch=epoch), groups) < 0.15
+        assert padding_fraction(epoch_order(groups, shapes, seed=0, epoch=epoch), groups) < 0.15
 
 
 def test_order_repeats_and_can_be_entered_anywhere():

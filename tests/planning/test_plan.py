@@ -8,11 +8,11 @@ import mlx.core as mx
 import pytest
 
 from mlx_align.cli.main import run
-from mlx_align.data.shapes import BatchLimit, Shape
+from mlx_align.data.buckets import BatchLimit, Shape
 from mlx_align.errors import ConfigError, ModelError
 from mlx_align.models import loading
-from mlx_align.models.adapters import AdapterLayout, install
-from mlx_align.models.compat import load_weights, read_model_config
+from mlx_align.models.adapters import AdapterLayout, install_adapters
+from mlx_align.models.loading import load_module, read_model_config
 from mlx_align.planning import plan as plan_module
 from mlx_align.planning.advice import advise
 from mlx_align.planning.machine import Machine, parse_machine, platform_warnings, this_machine
@@ -100,13 +100,13 @@ def test_shape_and_trained_parameters_are_the_loaded_models(tmp_path, kind, quan
         convert(str(TINY), str(folder), quantize=True, q_bits=4, q_group_size=32)
     config = read_model_config(folder)
     shape = read_model_shape(folder, config)
-    model = load_weights(folder)
+    model = load_module(folder)
     assert shape.weights_bytes == sum(a.nbytes for _, a in tree_flatten(model.parameters()))
     assert shape.blocks == len(model.layers)
     assert shape.quantised is quantised
     assert shape.activation_dtype == "F32"
     layout = AdapterLayout(kind, rank=4, num_layers=1)
-    tree = tree_flatten(install(model, layout))
+    tree = tree_flatten(install_adapters(model, layout))
     if kind == "full":
         tree = [(name, array) for name, array in tree if array.ndim > 1]
     work = replace(PAIR, fine_tune_type=kind, rank=4, num_layers=1)
@@ -177,7 +177,7 @@ def test_sampling_is_the_peak_where_many_long_completions_are_decoded():
 
 
 def completions_of(length, limit):
-    return [Shape(512, length, limit.of(1))]
+    return [Shape(512, length, limit.groups_of(1))]
 
 
 def test_advice_on_what_is_sampled():
@@ -199,7 +199,7 @@ def test_advice_on_what_is_sampled():
 
 
 def halves(length, limit):
-    return [Shape(length // 2, length // 2, limit.of(3 * length // 2))]
+    return [Shape(length // 2, length // 2, limit.groups_of(3 * length // 2))]
 
 
 def test_a_7b_pair_fits_16_gb_with_checkpointing_only():
@@ -313,7 +313,7 @@ def test_json(tmp_path, capsys, monkeypatch):
     def no_weights(*_):
         raise AssertionError("the plan loaded the weights")
 
-    monkeypatch.setattr(loading, "load_weights", no_weights)
+    monkeypatch.setattr(loading, "load_module", no_weights)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     options = ["--model", str(TINY), "--data", str(pairs_file(tmp_path)), "--json"]
     assert run(["plan", *options]) == 0
@@ -397,8 +397,8 @@ def test_dpo_refuses_what_does_not_fit_and_force_overrides(tmp_path, capsys, mon
     monkeypatch.setattr(plan_module, "this_machine", lambda: tiny)
     monkeypatch.setattr(plan_module, "ALWAYS_FITS_BYTES", 0)
     loads = []
-    real = loading.load_weights
-    monkeypatch.setattr(loading, "load_weights", lambda path: loads.append(path) or real(path))
+    real = loading.load_module
+    monkeypatch.setattr(loading, "load_module", lambda path: loads.append(path) or real(path))
     command = ["dpo", "--model", str(TINY), "--data", str(pairs_file(tmp_path))]
     command += ["--output", "out", "--iters", "1", "--samples", "0", "--batch-size", "2"]
     command += ["--reference-cache", str(tmp_path / "cache"), "--grad-accumulation-steps", "1"]
@@ -419,9 +419,9 @@ def test_tiny_models_are_never_refused(monkeypatch):
     monkeypatch.setattr(plan_module, "this_machine", lambda: machine)
     config = read_model_config(TINY)
     folder = loading.ModelFolder(str(TINY), TINY, config, None)
-    from mlx_align.config import DpoConfig
+    from mlx_align.config import DPOConfig
 
-    assert plan_module.make_plan(DpoConfig(), AdapterLayout(), folder, None, machine).fits
+    assert plan_module.make_plan(DPOConfig(), AdapterLayout(), folder, None, machine).fits
 
 
 def prompts_file(folder):
@@ -437,7 +437,7 @@ def test_on_policy_runs_are_planned(command, tmp_path, capsys, monkeypatch):
     def no_weights(*_):
         raise AssertionError("the plan loaded the weights")
 
-    monkeypatch.setattr(loading, "load_weights", no_weights)
+    monkeypatch.setattr(loading, "load_module", no_weights)
     options = ["plan", "--command", command, "--model", str(TINY), "--json"]
     plans = {}
     for name, more in {

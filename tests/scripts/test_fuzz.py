@@ -39,11 +39,11 @@ def test_an_example_that_breaks_is_told(script, bench, monkeypatch):
     def fails(*_, **__):
         raise ZeroDivisionError
 
-    monkeypatch.setattr(data, "resolve", fails)
+    monkeypatch.setattr(data, "make_config", fails)
     with pytest.raises(ZeroDivisionError):
         bench.try_data("x.jsonl", "{}", "data check")
     monkeypatch.setattr(script, "LIMIT_SECONDS", 1)
-    monkeypatch.setattr(data, "resolve", lambda *_: __import__("time").sleep(30))
+    monkeypatch.setattr(data, "make_config", lambda *_: __import__("time").sleep(30))
     with pytest.raises(script.Broken, match="more than 1 s"):
         bench.try_data("x.jsonl", "{}", "data check")
 

@@ -11,7 +11,7 @@ from mlx.utils import tree_flatten
 
 from mlx_align.errors import ModelError, WriteError
 from mlx_align.models.adapters import AdapterLayout
-from mlx_align.models.compat import random_key
+from mlx_align.models.patches import random_key
 from mlx_align.training.checkpoint import State, has_checkpoint, load_checkpoint, save_checkpoint
 from mlx_align.training.metrics import Progress
 

@@ -13,12 +13,12 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_align import files
 from mlx_align.algorithms import update
 from mlx_align.cli.main import run
 from mlx_align.errors import ConfigError, WriteError
 from mlx_align.models import policy
-from mlx_align.train.lock import locked
+from mlx_align.system import atomic_io
+from mlx_align.tracking.run_dir import lock_run_dir
 from mlx_align.training import run as run_module
 from mlx_align.training import setup
 from mlx_align.training.callbacks import Callbacks
@@ -75,18 +75,18 @@ def result(folder):
 
 
 def test_a_lock_dies_with_its_process(tmp_path):
-    code = "import sys, time; from mlx_align.train.lock import locked; from pathlib import Path\n"
+    code = "import sys, time; from mlx_align.tracking.run_dir import locked; from pathlib import Path\n"
     code += "with locked(Path(sys.argv[1])):\n print('held', flush=True); time.sleep(60)"
     command = [sys.executable, "-c", code, str(tmp_path)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT)
     try:
         assert process.stdout.readline() == "held\n"
-        with pytest.raises(ConfigError, match=rf"pid {process.pid}\)"), locked(tmp_path):
+        with pytest.raises(ConfigError, match=rf"pid {process.pid}\)"), lock_run_dir(tmp_path):
             pass
     finally:
         process.kill()
         process.communicate()
-    with locked(tmp_path):
+    with lock_run_dir(tmp_path):
         assert (tmp_path / ".lock").read_text() == f"{os.getpid()}\n"
 
 
@@ -96,13 +96,13 @@ def test_two_runs_on_one_folder(pairs, capsys, monkeypatch):
         assert dpo() == 130
     capsys.readouterr()
     # flock belongs to the open file: another one of this process is as good as another process.
-    with locked(Path("run")):
+    with lock_run_dir(Path("run")):
         assert run(["dpo", "--resume", "run"]) == 1
         error = capsys.readouterr().err
         assert error.count("\n") == 1
         assert f"another process trains in it (pid {os.getpid()})" in error
         Path("empty").mkdir()
-    with locked(Path("empty")):
+    with lock_run_dir(Path("empty")):
         assert dpo(output="empty") == 1
         assert "another process trains in it" in capsys.readouterr().err
         assert not Path("empty", "config.yaml").exists()
@@ -325,8 +325,8 @@ def fails_after(monkeypatch, count, error):
             raise error
         original(path)
 
-    original = files.sync
-    monkeypatch.setattr(files, "sync", full)
+    original = atomic_io.flush_to_disk
+    monkeypatch.setattr(atomic_io, "flush_to_disk", full)
 
 
 def test_no_quota_is_one_line_and_the_last_checkpoint_stays(pairs, capsys, monkeypatch):
@@ -383,20 +383,20 @@ def test_a_folder_that_can_not_be_written_to(pairs, capsys, monkeypatch):
 
 def test_files_are_replaced_whole(tmp_path, monkeypatch):
     file = tmp_path / "file.txt"
-    files.write_text(file, "old")
+    atomic_io.write_text(file, "old")
     fails_after(monkeypatch, 0, OSError(28, "No space left on device"))
     with pytest.raises(WriteError, match="no space left on the disk; make room"):
-        files.write_text(file, "new")
-    with pytest.raises(WriteError), files.writing_whole(file) as stream:
+        atomic_io.write_text(file, "new")
+    with pytest.raises(WriteError), atomic_io.open_atomic(file) as stream:
         stream.write("new")
     assert file.read_text() == "old"
-    with pytest.raises(ZeroDivisionError), files.writing_whole(file):
+    with pytest.raises(ZeroDivisionError), atomic_io.open_atomic(file):
         1 / 0  # noqa: B018
-    with pytest.raises(WriteError), files.writing_folder(tmp_path / "folder") as partial:
+    with pytest.raises(WriteError), atomic_io.atomic_folder(tmp_path / "folder") as partial:
         (partial / "file").write_text("half")
     assert [path.name for path in tmp_path.iterdir()] == ["file.txt"]
     monkeypatch.undo()
-    with files.writing_folder(tmp_path / "a" / "folder") as partial:
+    with atomic_io.atomic_folder(tmp_path / "a" / "folder") as partial:
         (partial / "file").write_text("whole")
     assert [path.name for path in (tmp_path / "a").iterdir()] == ["folder"]
     assert (tmp_path / "a" / "folder" / "file").read_text() == "whole"

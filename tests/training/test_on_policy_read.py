@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from mlx_align.cli.main import run
-from mlx_align.inference.finished import read_run
-from mlx_align.inference.held_out import read_held_out
+from mlx_align.evaluation.data import read_held_out_data
+from mlx_align.inference.trained_run import read_trained_run
 from mlx_align.training import setup
 
 TINY = Path(__file__).parent.parent / "oracle" / "models" / "policy"
@@ -60,7 +60,7 @@ def runs(tmp_path_factory):
 @pytest.mark.parametrize("name", ["grpo", "ppo"])
 def test_what_is_held_out_is_what_the_run_held_out(runs, name):
     folder, held_out = runs
-    found = read_held_out(read_run(folder / name), None, None)
+    found = read_held_out_data(read_trained_run(folder / name), None, None)
     assert len(held_out[name]) == 4
     assert [group.prompt for group in found.prompts] == held_out[name]
     assert len(found.pairs) == (4 if name == "ppo" else 0)
@@ -87,7 +87,7 @@ def test_a_run_is_measured_against_its_start(runs, name, capsys):
 def test_of_pairs_nothing_is_cut(runs):
     """--max-completion-length of such a run is how long its samples may get."""
     folder, _ = runs
-    assert read_run(folder / "ppo").config.max_completion_length is None
+    assert read_trained_run(folder / "ppo").config.max_completion_length is None
 
 
 def test_an_unfinished_run_is_known_by_its_options(runs):
@@ -95,7 +95,7 @@ def test_an_unfinished_run_is_known_by_its_options(runs):
     for name in ("grpo", "ppo"):
         (folder / name / "summary.json").rename(folder / name / "kept.json")
         try:
-            assert read_run(folder / name).command == name
+            assert read_trained_run(folder / name).command == name
         finally:
             (folder / name / "kept.json").rename(folder / name / "summary.json")
 

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from mlx_align.cli.main import run
-from mlx_align.config import KtoConfig
-from mlx_align.data.shapes import Shape, batch_limit
-from mlx_align.plan import timing
+from mlx_align.config import KTOConfig
+from mlx_align.data.buckets import Shape, batch_limit
+from mlx_align.planning import duration
 from mlx_align.training.metrics import Throughput
 from mlx_align.types import TokenizedGroup
 
@@ -59,9 +59,9 @@ def test_plan_knows_the_time_after_a_run(tmp_path, monkeypatch, capsys):
 
     train("short", "2")
     assert time() is None
-    assert not timing.rates_file().exists()
+    assert not duration.rates_file().exists()
     train("long", "8")
-    [rate] = json.loads(timing.rates_file().read_text()).values()
+    [rate] = json.loads(duration.rates_file().read_text()).values()
     assert rate > 0
     found = time()
     assert found["tokens_per_second"] == rate
@@ -77,13 +77,13 @@ def test_a_rate_of_kto_is_of_its_own_answers():
     """A run counts a row's answer, not the mismatched one: so does the time."""
     ids = np.ones(10, np.int32)
     groups = [TokenizedGroup(ids, (ids, ids), "")] * 12
-    duration = timing.expected(
-        KtoConfig(), groups, 5.0, "here", has_reference=True, limit=batch_limit(KtoConfig())
+    duration = duration.expected_duration(
+        KTOConfig(), groups, 5.0, "here", has_reference=True, limit=batch_limit(KTOConfig())
     )
     assert duration.training_seconds == 12 * 20 / 5
     assert duration.reference_seconds == pytest.approx(12 * 30 / 5 / 3)
-    iters = KtoConfig(iters=2, batch_tokens=80, grad_accumulation_steps=3)
+    iters = KTOConfig(iters=2, batch_tokens=80, grad_accumulation_steps=3)
     # 16 + 2 x 16 tokens padded: one row in 80.
-    assert timing.expected(
+    assert duration.expected_duration(
         iters, groups, 5.0, "", has_reference=False, limit=batch_limit(iters)
     ).training_seconds == (pytest.approx(2 * 3 * 20 / 5))

@@ -11,13 +11,13 @@ import pytest
 from mlx_lm.tuner import callbacks as mlx_lm_callbacks
 
 from mlx_align.cli.main import run as mlx_align
-from mlx_align.config import DpoConfig
+from mlx_align.config import DPOConfig
 from mlx_align.errors import ConfigError, TrainingError
 from mlx_align.report import charts, page
-from mlx_align.shipped import shipped_or_given
-from mlx_align.train import runlog
-from mlx_align.train.display import Quiet
-from mlx_align.train.signals import Interrupted
+from mlx_align.system.interrupts import Interrupted
+from mlx_align.system.progress import SilentConsole
+from mlx_align.system.starter import resolve_starter
+from mlx_align.tracking import run_dir
 from mlx_align.training import callbacks, evaluation
 from mlx_align.training.callbacks import Callback, Callbacks, RunPage, Trackers, check_trackers
 from mlx_align.training.metrics import Progress
@@ -26,7 +26,7 @@ from mlx_align.training.run import make_algorithm, train
 FACTS = {"groups": 3, "read_as": "read as: pairs"}
 
 
-class Said(Quiet):
+class Said(SilentConsole):
     """Keeps what is said."""
 
     def __init__(self):
@@ -88,7 +88,7 @@ class Training:
 
 def start(folder, console=None, **options):
     folder.mkdir(exist_ok=True)
-    config, console = DpoConfig(**options), console or Quiet()
+    config, console = DPOConfig(**options), console or SilentConsole()
     trackers = Trackers(config, folder, console)
     return Training(Callbacks([trackers, RunPage(folder, "dpo", FACTS, console)]))
 
@@ -188,7 +188,7 @@ def test_charts_that_fail_leave_the_numbers(tmp_path, monkeypatch):
     monkeypatch.setattr(page, "run_figures", draw)
     display = Said()
     publication = start(tmp_path, display)
-    runlog.append_row(tmp_path, {"step": 1, "loss": 0.625})
+    run_dir.append_metrics(tmp_path, {"step": 1, "loss": 0.625})
     with publication.training(0, 2):
         publication.tell(1, 1.0, evaluated=True)
     assert len(display.notes) == 1
@@ -198,11 +198,11 @@ def test_charts_that_fail_leave_the_numbers(tmp_path, monkeypatch):
 
 def test_every_row_reaches_the_tracker(tmp_path, wandb):
     publication = start(tmp_path, report_to=("wandb",), project_name="capitals")
-    runlog.append_row(tmp_path, {"step": 0, "eval/loss": 0.7})
+    run_dir.append_metrics(tmp_path, {"step": 0, "eval/loss": 0.7})
     with publication.training(0, 2):
-        runlog.append_row(tmp_path, {"step": 1, "loss": 0.6, "eval_like": 1.0})
+        run_dir.append_metrics(tmp_path, {"step": 1, "loss": 0.6, "eval_like": 1.0})
         publication.tell(1, 1.0)
-        runlog.append_row(tmp_path, {"step": 1, "eval/loss": 0.5})
+        run_dir.append_metrics(tmp_path, {"step": 1, "eval/loss": 0.5})
         publication.tell(1, 1.0, evaluated=True)
     assert wandb.logs == [
         (0, {"iteration": 0, "eval/loss": 0.7}),
@@ -213,11 +213,11 @@ def test_every_row_reaches_the_tracker(tmp_path, wandb):
     assert init["project"] == "capitals"
     assert init["dir"] == str(tmp_path)
     assert init["config"] == dataclasses.asdict(
-        DpoConfig(report_to=("wandb",), project_name="capitals")
+        DPOConfig(report_to=("wandb",), project_name="capitals")
     )
     resumed = start(tmp_path, report_to=("wandb",))
     with resumed.training(1, 2):
-        runlog.append_row(tmp_path, {"step": 2, "loss": 0.4})
+        run_dir.append_metrics(tmp_path, {"step": 2, "loss": 0.4})
     resumed.finish()
     assert wandb.logs[3:] == [(2, {"iteration": 2, "loss": 0.4})]
 
@@ -231,8 +231,8 @@ def test_training_and_held_out_rows_take_their_own_way(tmp_path, monkeypatch):
     monkeypatch.setattr(mlx_lm_callbacks, "get_reporting_callbacks", lambda *_, **__: callback)
     publication = start(tmp_path, report_to=("wandb",))
     with publication.training(0, 1):
-        runlog.append_row(tmp_path, {"step": 1, "loss": 1.0})
-        runlog.append_row(tmp_path, {"step": 1, "eval/loss": 1.0})
+        run_dir.append_metrics(tmp_path, {"step": 1, "loss": 1.0})
+        run_dir.append_metrics(tmp_path, {"step": 1, "eval/loss": 1.0})
         publication.tell(1, 1.0)
     assert heard == [("train", 1), ("val", 1)]
 
@@ -246,7 +246,7 @@ def test_a_tracker_that_fails_never_ends_a_run(tmp_path, wandb, monkeypatch):
     publication = start(tmp_path, display, report_to=("wandb",))
     with publication.training(0, 2):
         for step in (1, 2):
-            runlog.append_row(tmp_path, {"step": step, "loss": 1.0})
+            run_dir.append_metrics(tmp_path, {"step": step, "loss": 1.0})
             publication.tell(step, 1.0)
     assert display.notes == ["! --report-to failed, but training continues: no network"]
 
@@ -265,7 +265,7 @@ def test_a_tracker_that_fails_never_ends_a_run(tmp_path, wandb, monkeypatch):
 def test_trackers_that_can_not_be(wandb, monkeypatch, options, says):
     monkeypatch.setattr(mlx_lm_callbacks, "swanlab", None)
     with pytest.raises(ConfigError, match=says):
-        check_trackers(DpoConfig(**options))
+        check_trackers(DPOConfig(**options))
 
 
 def test_a_tracker_is_refused_before_anything_is_read(tmp_path, monkeypatch, capsys):
@@ -352,7 +352,7 @@ class Recorder(Callback):
 
 
 def run_with(recorder, **options):
-    config = DpoConfig(
+    config = DPOConfig(
         model="starter",
         data="starter",
         batch_size=2,
@@ -366,7 +366,7 @@ def run_with(recorder, **options):
         **options,
     )
     config = dataclasses.replace(
-        config, **{name: shipped_or_given("starter", name) for name in ("model", "data")}
+        config, **{name: resolve_starter("starter", name) for name in ("model", "data")}
     )
     console = Said()
     return train(make_algorithm(config), config, Path("run"), console, callbacks=[recorder])
