@@ -53,7 +53,7 @@ def check(json: bool, **options: Any) -> None:
         }
     )
     assert training.model is not None
-    facts = prepare_data(training, open_model(training.model), read_pairs).facts
+    facts = prepare_data(training, open_model(training.model), read_pairs).statistics
     click.echo(
         json_module.dumps(dataclasses.asdict(facts), indent=2) if json else render_statistics(facts)
     )

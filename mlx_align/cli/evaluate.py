@@ -44,7 +44,7 @@ def evaluate(json: bool, **options: Any) -> None:
         data=None if config.data is None else resolve_starter(config.data, "data"),
     )
     folder = None if config.output is None else _new_folder(config.output)
-    evaluation, rows = evaluate_policy(config, console.bar)
+    evaluation, rows = evaluate_policy(config, console)
     content = evaluation.as_json()
     if folder is not None:
         _write(folder, content, rows)

@@ -41,7 +41,6 @@ def rerank(json: bool, **options: Any) -> None:
         NOTE,
         Reranker,
         SamplingOptions,
-        ranking_row,
         read_rerank_input,
     )
 
@@ -63,7 +62,7 @@ def rerank(json: bool, **options: Any) -> None:
         max_seq_length=config.max_seq_length,
         batch_size=config.batch_size,
     )
-    console.note(reranker.said)
+    console.note(reranker.description)
     sampling = SamplingOptions(
         n=N if config.n is None else config.n,
         max_tokens=MAX_TOKENS if config.max_tokens is None else config.max_tokens,
@@ -80,7 +79,7 @@ def rerank(json: bool, **options: Any) -> None:
     with nullcontext() if target is None else target.open("w", encoding="utf-8") as stream:
         for ranking in rankings:
             count, unranked = count + 1, unranked + bool(ranking.reason)
-            line = json_module.dumps(ranking_row(ranking), ensure_ascii=False)
+            line = json_module.dumps(ranking.as_row(), ensure_ascii=False)
             if stream is not None:
                 stream.write(line + "\n")
                 stream.flush()
@@ -125,7 +124,7 @@ def _check_effect(config: RerankConfig, source: RerankInput) -> None:
 def _of_file(
     reranker: Reranker, source: RerankInput, sampling: SamplingOptions, console: Console
 ) -> Iterator[Ranking]:
-    if reranker.style.has_template and any(isinstance(g.prompt, str) for g in source.readable):
+    if reranker.style.has_template and any(isinstance(g.prompt, str) for g in source.groups):
         console.note("! text prompts are used verbatim; write messages to use the chat template")
     with console.bar("Ranking", len(source.rows)) as bar:
         for ranking in source.rankings(reranker, sampling):
@@ -176,7 +175,7 @@ def _shown(ranking: Ranking) -> str:
     width = max(len(f"{one.score:+.4f}") for one in ranking.ranked)
     lines = []
     for one in ranking.ranked:
-        marks = (f" (x{one.count})" if one.count > 1 else "") + (" (truncated)" if one.cut else "")
+        marks = (f" (x{one.count})" if one.count > 1 else "") + (" (truncated)" if one.truncated else "")
         lines.append(f"  {one.score:>+{width}.4f}  {_one_line(one.text) or '(empty)'}{marks}")
     best = ranking.ranked[0].text
     if _one_line(best) != best.strip():

@@ -124,10 +124,14 @@ def _load(config: ScoreConfig) -> tuple[RewardModel | ImplicitReward, str]:
         only_reward["combine"] = None  # the default
     if config.logps:
         _refuse_without_effect({**only_implicit, **only_reward}, "--logps")
-        return load_logprob_scorer(model, run, per_token=config.per_token, **limits)
+        scorer = load_logprob_scorer(model, run, per_token=config.per_token, **limits)
+        return scorer, scorer.description
     _refuse_without_effect(only_reward, "implicit rewards")
     assert run is not None
-    return load_implicit_reward(model, run, **only_implicit, per_token=config.per_token, **limits)
+    implicit = load_implicit_reward(
+        model, run, **only_implicit, per_token=config.per_token, **limits
+    )
+    return implicit, implicit.description
 
 
 def _refuse_without_effect(options: dict[str, Any], what: str) -> None:
@@ -185,5 +189,5 @@ def _report(
     judged = collect_comparisons(groups, compared, scores)
     if judged is None:
         return None, ""
-    of_pairs = pair_report(judged.judged)
+    of_pairs = pair_report(judged.compared)
     return of_pairs, render_pair_report(of_pairs)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mlx_align.data.chat_template import ChatTemplate, encode
+from mlx_align.data.chat_template import ChatTemplate
 from mlx_align.data.formats import (
     PREFERENCE_FORMATS,
     ReadReport,
@@ -109,7 +109,7 @@ def _reader(run: TrainedRun) -> GroupReader:
     return read_prompts
 
 
-def _read_pairs(data: str, split: str, format: str | None) -> tuple[list[PromptGroup], ReadReport]:
+def _read_pairs(data: Data, split: str, format: str | None) -> tuple[list[PromptGroup], ReadReport]:
     groups, reading = read_preferences(data, split, format)
     return to_pairs(groups), reading
 
@@ -210,7 +210,7 @@ def split_into_segments(
     """
     groups, of = [], []
     for number, document in enumerate(documents):
-        ids = np.array(encode(style, str(document.completions[0])), np.int32)
+        ids = np.array(style.encode(str(document.completions[0])), np.int32)
         for start in range(0, len(ids), max_length):
             part = ids[start : start + max_length]
             if len(part) > 1:

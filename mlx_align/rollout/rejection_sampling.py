@@ -13,7 +13,10 @@ import numpy as np
 import numpy.typing as npt
 
 from mlx_align.data.converters import COMPLETION_LIST_FIELDS, QUESTION_FIELDS, RATING_LIST_FIELDS
-from mlx_align.inference.rerank import Reranker
+from mlx_align.inference.reward_model import (
+    find_reward_model,
+    load_policy_and_reward_model,
+)
 from mlx_align.inference.trained_run import match_adapter_dtype, read_trained_run
 from mlx_align.models.loading import LanguageModel, ModelFolder, load_adapters
 from mlx_align.models.weights import AdapterWeights
@@ -68,8 +71,13 @@ def load_sampler(
         run = None if adapter_path is None else read_trained_run(adapter_path)
         model, (policy,) = load_adapters(folder, [None if run is None else run.folder])
         return (model if run is None else match_adapter_dtype(model, run)), policy, None
-    both = Reranker.load(folder.name, adapter_path, reward_model)
-    return both.model, both.policy, SeparateRewardModel(both.reward_model, both.reward_tree)
+    run = None if adapter_path is None else read_trained_run(adapter_path)
+    model, policy, reward = load_policy_and_reward_model(
+        folder, None if run is None else run.folder, find_reward_model(reward_model, folder)
+    )
+    if run is not None:
+        model = match_adapter_dtype(model, run)
+    return model, policy, SeparateRewardModel(reward)
 
 
 def sample_rows(

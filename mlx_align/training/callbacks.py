@@ -126,7 +126,6 @@ class RunPage(Callback):
             console: Where a failure is shown.
         """
         self._run, self._failures = run, _Failures(console)
-        self._charts = True
         self._written_at, self._cost = -math.inf, 0.0
         self._progress = Progress()
         self._status: dict[str, Any] = {
@@ -201,14 +200,7 @@ class RunPage(Callback):
         self._cost = self._written_at - began
 
     def _page(self) -> str:
-        facts = read_run_record(self._run)
-        if self._charts:
-            try:
-                return render_run(facts)
-            except Exception as error:  # a broken matplotlib, say
-                self._charts = False
-                self._failures.show("the page's charts could not be drawn", error)
-        return render_run(facts, charts=False)
+        return render_run(read_run_record(self._run))
 
 
 class Trackers(Callback):

@@ -123,11 +123,12 @@ class TrainingLoop:
         run: Path,
         console: Console,
         callbacks: Callbacks,
+        health: HealthMonitor,
     ) -> None:
         self._trainer, self._policy, self._config = trainer, policy, config
         self._learning_rate = learning_rate
         self._run, self._console, self._callbacks = run, console, callbacks
-        self._health = HealthMonitor()
+        self._health = health
         self._guard = isinstance(config, OnPolicyConfig) and config.guard
         self.progress = Progress()
         self.stopped = False
@@ -201,7 +202,7 @@ class TrainingLoop:
     def _step(self, raise_if_interrupted: Callable[[], None], pending: list[int]) -> bool:
         """Make a step and report it; whether the run has to stop."""
         trainer, progress = self._trainer, self.progress
-        rate = self._learning_rate(progress.step) * self._health.rate_scale
+        rate = self._learning_rate(progress.step) * self._health.lr_scale
         try:
             result = trainer.step(progress, rate, raise_if_interrupted)
         except StepAbandoned:
@@ -227,7 +228,7 @@ class TrainingLoop:
         # Single offline updates are noisy: there, the means of a report are checked.
         checked = result.metrics if trainer.on_policy else row
         if checked:
-            stop = self._act_on(self._health.look(checked, progress.step)) or stop
+            stop = self._act_on(self._health.observe(checked, progress.step)) or stop
         return stop
 
     def _report(self) -> dict[str, float] | None:
@@ -259,8 +260,8 @@ class TrainingLoop:
             stop = self._callbacks.on_evaluate(step, result.metrics)
         else:
             self._start_metrics = result.metrics
-        if result.deviations is not None:
-            stop = self._act_on(self._health.look_at_evaluation(*result.deviations)) or stop
+        findings = self._health.observe_evaluation(result.metrics, step, result.deviations)
+        stop = self._act_on(findings) or stop
         return result.is_best, stop
 
     def _act_on(self, findings: list[Finding]) -> bool:
@@ -273,7 +274,7 @@ class TrainingLoop:
         try:
             self._trainer.restore(found.weights, found.extra)
             if "health" in found.extra:
-                self._health = HealthMonitor.restored(found.extra["health"])
+                self._health.restore(found.extra["health"])
             self.stopped = bool(found.extra.get("stopped", False))
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise ModelError(

@@ -184,7 +184,10 @@ def train(
         schedule = make_schedule(
             config.lr_schedule, config.learning_rate, trainer.total_steps, config.warmup
         )
-        loop = TrainingLoop(trainer, policy, config, schedule, run, console, everyone)
+        health = HealthMonitor(algorithm.command, mean_completion_tokens(setup.facts))
+        loop = TrainingLoop(
+            trainer, policy, config, schedule, run, console, everyone, health
+        )
         loop.begin(resume=resume)
         prompts = job.prompts
         before = answers(policy, policy.start, prompts, config).texts

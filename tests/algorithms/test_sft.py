@@ -7,7 +7,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from mlx_lm import load as mlx_lm_load
-from test_oracle_trunk import (
+from oracle_helpers import (
     assert_accumulation_is_exact,
     random_groups,
     tiny,  # noqa: F401

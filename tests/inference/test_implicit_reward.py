@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from mlx_lm import load as mlx_lm_load
 from mlx_lm.convert import convert
-from test_trunk import scramble
+from forward_helpers import scramble
 
 from mlx_align.cli.main import run
 from mlx_align.config import DPOConfig, KTOConfig, SFTConfig

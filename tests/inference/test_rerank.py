@@ -8,7 +8,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from test_implicit_reward import ANSWERS, PROMPT, TINY, adapter, config, digest, explicit
-from test_trunk import scramble
+from forward_helpers import scramble
 
 from mlx_align import Reranker, RewardModel
 from mlx_align.cli.main import run
