@@ -135,11 +135,11 @@ class ImplicitReward:
 
     def _logps(self, weights: Tree, groups: Sequence[TokenizedGroup]) -> list[Logps]:
         """Per group the token log-probs (K, C) under a role, right-padded."""
-        anatomy, shared = self.model.anatomy, self.model.shared
+        backbone, shared = self.model.anatomy, self.model.shared
         with self.model.acting_as(weights):
             return map_groups(
                 groups,
-                lambda batch: batch_token_logps(anatomy, batch, shared=shared),
+                lambda batch: batch_token_logps(backbone, batch, shared=shared),
                 self.batch_size,
             )
 

@@ -171,7 +171,7 @@ class ImplicitRewardSettings:
     def description(self) -> str:
         """The formula and the reference, one line."""
         average = ", per token" if self.per_token else ""
-        reference = "the bare base" if self.reference is None else str(self.reference)
+        reference = "the base model" if self.reference is None else str(self.reference)
         return (
             f"implicit reward: {self.beta:g} x log(policy / reference){average}; "
             f"reference: {reference}"
@@ -208,13 +208,22 @@ def _command(run: Path, values: dict[str, Any]) -> str:
 def _loss_beta(command: str, file: Path) -> float | None:
     if command == "dpo":
         dpo = resolve(DpoConfig, {}, file)
-        return combine(parse_losses(dpo.loss), dpo.loss_options()).beta
+        losses = _registered_losses(dpo)
+        return combine(losses, dpo.loss_options()).beta if losses else None
     if command == "kto":
         kto = resolve(KtoConfig, {}, file)
         return float(resolve_options(kto.loss, kto.loss_options())["beta"])
     if command == "sft":
         resolve(SftConfig, {}, file)
     return None
+
+
+def _registered_losses(config: DpoConfig) -> tuple[tuple[str, float], ...]:
+    """The (name, weight) of a run's losses; () for a loss function that was passed from Python."""
+    try:
+        return parse_losses(config.loss)
+    except ConfigError:
+        return ()
 
 
 def _dpo_config(run: TrainedRun) -> DpoConfig:
@@ -224,7 +233,7 @@ def _dpo_config(run: TrainedRun) -> DpoConfig:
 def _reference_losses(run: TrainedRun) -> list[str]:
     """Names of the losses with a reference that the run was trained with."""
     if run.command == "dpo":
-        names = [name for name, _ in parse_losses(_dpo_config(run).loss)]
+        names = [name for name, _ in _registered_losses(_dpo_config(run))]
         return [name for name in names if PAIRWISE_LOSSES[name].needs_reference]
     return ["kto"] if run.command == "kto" else []
 
@@ -242,7 +251,7 @@ def _implicit_beta(run: TrainedRun, losses: Sequence[str]) -> float:
         )
     if run.command == "dpo" and losses:
         config = _dpo_config(run)
-        options = combine(parse_losses(config.loss), config.loss_options()).options
+        options = combine(_registered_losses(config), config.loss_options()).options
         found = next((options[name] for name in losses if "beta" in options[name]), None)
         if found is not None:
             return float(found["beta"])

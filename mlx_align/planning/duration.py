@@ -66,8 +66,8 @@ def expected_duration(
         seen = config.iters * per_update / len(groups)
     else:
         seen = config.epochs or 1.0
-    reference_tokens = min(1.0, seen) * reference_tokens if has_reference else 0.0
-    return Duration(rate, source, seen * per_epoch / rate, reference_tokens * FORWARD_SHARE / rate)
+    scored = min(1.0, seen) * reference_tokens if has_reference else 0.0
+    return Duration(rate, source, seen * per_epoch / rate, scored * FORWARD_SHARE / rate)
 
 
 def read_run_rate(folder: Path) -> float:

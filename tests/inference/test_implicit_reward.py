@@ -94,7 +94,7 @@ def test_it_is_an_explicit_two_model_computation(tmp_path, start):
     wanted = explicit(scored.tokens, folder, init, beta=0.1)
     assert np.abs(wanted).max() > 0.05  # so that a wrong one would show
     np.testing.assert_allclose(scored.scores, wanted, atol=1e-5)
-    assert ("reference: the bare base" in implicit.description) == (init is None)
+    assert ("reference: the base model" in implicit.description) == (init is None)
     for found, where in ((scored.policy_logps, folder), (scored.reference_logps, init)):
         totals = [row.sum() for row in whole_row_logps(scored.tokens, where)]
         np.testing.assert_allclose(found, totals, atol=2e-5)
@@ -188,6 +188,7 @@ def test_beta_is_the_runs(tmp_path):
     for name, made in (
         ("simpo", config(loss="simpo")),
         ("sft", SftConfig(model=str(TINY), data="rows")),
+        ("own", config(loss="my_loss")),  # a function passed from Python
     ):
         with pytest.raises(ConfigError, match="has no β of a reward against a reference; give --b"):
             settings(name, made)
