@@ -1,16 +1,16 @@
 """Print what Macs of common memory sizes can train, as a table.
 
-4-bit models of common shapes, the defaults of `mlx-align dpo` (LoRA of rank 16 on all linear
+4-bit models of common shapes with the defaults of `mlx-align dpo` (LoRA of rank 16 on all linear
 layers, one pair at a time, checkpointing): the peak for pairs of up to 1,024 tokens, and per
-machine the longest pairs (`--max-seq-length`, half of it prompt) that fit its recommended working
-set. Computed as `mlx-align plan` does it, whose constants were measured on mlx's CPU backend. What
-a Mac really takes:
+machine the longest pairs (`--max-seq-length`, half of it prompt) that fit in its recommended
+working set. Computed as in `mlx-align plan`, whose constants were measured on mlx's CPU backend. To
+check on a Mac:
 
     mlx-align plan --model MODEL --data DATA --machine "16 GB M2"  # for your own run
-    python scripts/verify_plan.py --large                         # on a Mac: planned beside Metal's
+    python scripts/verify_plan.py --large                         # planned and measured peaks
 """
 
-from mlx_align.data.buckets import Shape
+from mlx_align.data.shapes import Shape
 from mlx_align.planning.machine import parse_machine
 from mlx_align.planning.memory import Workload, plan_memory
 from mlx_align.planning.model_shape import Linear, ModelShape

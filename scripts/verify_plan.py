@@ -1,16 +1,16 @@
-"""Compare the planned peak memory with measured ones, on random llama models, and print the table.
+"""Compare planned and measured peak memory on random llama models, and print a table.
 
-Each configuration runs in a process of its own: a random model is written to a folder, its peak is
-planned from the folder's config.json and safetensors headers, then it is loaded and trained for
-two updates through the package's own objective and loop, as `mlx-align dpo` (or `reward`) does.
-`mx.get_peak_memory` is reset after the model is loaded; it counts the weights.
+Each configuration runs in its own process: a random model is written to a folder, its peak is
+planned from the folder's config.json and safetensors headers, then it is loaded and trained as by
+`mlx-align dpo` (or `reward`, `ppo`, `grpo`). `mx.get_peak_memory` is reset after the model is
+loaded; it counts the weights.
 
     python scripts/verify_plan.py                # the table; on a Mac, this measures Metal
     python scripts/verify_plan.py --markdown     # as Markdown
     python scripts/verify_plan.py --large        # also a 4-bit Qwen2.5-7B's shape; an hour on a CPU
 
-Ends with 1 if a planned peak is off by more than 10%. On Linux float32 is some 60 times faster with
-LD_PRELOAD naming libopenblas (apt-get install libopenblas0-pthread).
+Exits with 1 if a planned peak is off by more than 10%. On Linux float32 is about 60 times faster
+with LD_PRELOAD naming libopenblas (apt-get install libopenblas0-pthread).
 """
 
 import argparse
@@ -86,8 +86,9 @@ CASES = (
     Case("reward model, plain, batch 2", reward=True, grad_checkpoint=False, batch_size=2),
     Case("reward model, 4-bit", reward=True, dtype="4-bit"),
 )
-# Iterations of learners, from sampling to the updates. The first two have the same tokens, and
-# a tree takes about the share of the peak that rank 16 does in a 4-bit 7B (some 2.2%).
+# Iterations of on-policy algorithms, from sampling to the updates. The first two have the same
+# number of tokens, and an adapter takes about the share of the peak (2.2%) that rank 16 takes in a
+# 4-bit 7B.
 _FOUR_ROLES = Case("four roles, DPO", prompt=96, completion=32, rank=11)
 ON_POLICY = (
     _FOUR_ROLES,
@@ -113,9 +114,9 @@ ON_POLICY = (
         layers=8,
     ),
 )
-# An update of PPO with four roles may take so many times what one of DPO does, at the same tokens.
+# Allowed ratio of the peaks of a PPO update with four roles and a DPO update of the same tokens.
 ROLES_ALLOWED = 1.15
-# What a large vocabulary costs: width and vocabulary of Qwen2.5-0.5B, beside 8,000 words.
+# The cost of a large vocabulary: width and vocabulary of Qwen2.5-0.5B, compared with 8,000 words.
 _HEAD = Case("", 896, 2, 2048, 14, 2, tied=True)
 HEADS = tuple(
     replace(_HEAD, name=f"{words:,} words, {dtype}", vocabulary=words, dtype=dtype)
@@ -172,7 +173,7 @@ def write_model(case: Case, folder: Path) -> dict[str, Any]:
 
 
 class _Words:
-    """A tokenizer that never ends a completion, and says how long one is in no way but words."""
+    """A tokenizer without an end token, whose decoded text has a length in words."""
 
     eos_token_ids: frozenset[int] = frozenset()
 
@@ -181,7 +182,7 @@ class _Words:
 
 
 def on_policy_work(case: Case) -> dict[str, Any]:
-    """What a workload has beside that of `dpo`."""
+    """Fields of the workload that `dpo` does not set."""
     from mlx_align.planning.memory import Sampling
 
     if not case.learner:
@@ -192,7 +193,7 @@ def on_policy_work(case: Case) -> dict[str, Any]:
 
 
 def peak_since() -> int:
-    """The peak since this was last asked, bytes."""
+    """The peak since the last call, bytes."""
     import mlx.core as mx
 
     peak = mx.get_peak_memory()
@@ -201,24 +202,23 @@ def peak_since() -> int:
 
 
 def iterate(case: Case, model: Any, layout: Any, start: Any, shape: Any) -> dict[str, int]:
-    """Two iterations of a learner, from sampling to the updates; peaks of the second, bytes.
+    """Two iterations of an on-policy algorithm, sampling to updates; peaks of the second, bytes.
 
-    In the second no two trees are the same arrays any more.
+    In the second iteration no two roles share arrays any more.
     """
     import mlx.core as mx
     import numpy as np
     from mlx.utils import tree_map
 
-    from mlx_align.algorithms.grpo import GRPO
-    from mlx_align.algorithms.ppo import PPO
-    from mlx_align.config import GRPOConfig, PPOConfig
-    from mlx_align.models.heads import HEAD_NAME, add_reward_head
-    from mlx_align.models.policy import Policy
-    from mlx_align.rollout.collector import RolloutCollector
-    from mlx_align.rollout.reward_models import AdapterRewardModel
-    from mlx_align.rollout.rewards import Rewards, RewardSettings
-    from mlx_align.rollout.sampler import Prompt
-    from mlx_align.system.memory_limit import MemoryLimit
+    from mlx_align.config import GrpoConfig, PpoConfig
+    from mlx_align.models.heads import HEAD_NAME, put_head
+    from mlx_align.rollout.experience import Prompt
+    from mlx_align.train.grpo import GroupLearner
+    from mlx_align.train.judging import Judge, Wanted, swapped
+    from mlx_align.train.ppo import PpoLearner
+    from mlx_align.train.run_ahead import RunAhead
+    from mlx_align.train.setup import Policy
+    from mlx_align.train.workplace import Workplace
     from mlx_align.types import PromptGroup, TokenizedGroup
 
     options = {
@@ -236,29 +236,29 @@ def iterate(case: Case, model: Any, layout: Any, start: Any, shape: Any) -> dict
         prompts.append(Prompt(PromptGroup("", (), f"row {i}"), TokenizedGroup(ids, (), f"row {i}")))
     shapes = [shape]
     reward = tree_map(lambda array: array + 0, start)
-    head = add_reward_head(model.backbone)
+    head = put_head(model.anatomy)
     head.freeze()
     reward[HEAD_NAME] = {"weight": head.weight}
     mx.eval(reward)
-    wanted = RewardSettings(("length(target=40,unit='words')",), "a reward model", 1.0, 60.0)
+    wanted = Wanted(("length(target=40,unit='words')",), "a reward model", 1.0, 60.0)
     policy = Policy(model, layout, start)
 
-    class Still(MemoryLimit):
-        """Lets nothing run ahead: what is measured is what is needed."""
+    class Still(RunAhead):
+        """Sets no limit, so that the peak is what is needed."""
 
         @contextmanager
         def bounded(self, shapes: Collection[Any]) -> Iterator[None]:
             yield
 
-    with Rewards(wanted, AdapterRewardModel(model, reward, shapes)) as judge, Still() as memory:
+    with Judge(wanted, swapped(model, reward, shapes)) as judge, Still() as memory:
         if case.learner == "ppo":
-            config = PPOConfig(**options, critic_warmup=0)
-            place = RolloutCollector(config, policy, reward, prompts, shapes, memory, judge)
-            learner = PPO(config, place)
+            config = PpoConfig(**options, critic_warmup=0)
+            place = Workplace(config, policy, reward, prompts, shapes, memory, judge)
+            learner = PpoLearner(config, place)
         else:
-            config = GRPOConfig(**options)
-            place = RolloutCollector(config, policy, reward, prompts, shapes, memory, judge)
-            learner = GRPO(config, place)
+            config = GrpoConfig(**options)
+            place = Workplace(config, policy, reward, prompts, shapes, memory, judge)
+            learner = GroupLearner(config, place)
         mx.reset_peak_memory()
         peaks = {}
         for step in range(2):
@@ -274,26 +274,24 @@ def iterate(case: Case, model: Any, layout: Any, start: Any, shape: Any) -> dict
 
 
 def measure(case: Case) -> dict[str, Any]:
-    """What was planned and measured, bytes."""
+    """Planned and measured peaks, bytes."""
     import mlx.core as mx
     import numpy as np
 
-    from mlx_align.algorithms.dpo import PreferenceObjective
-    from mlx_align.algorithms.reward_modeling import RewardObjective
-    from mlx_align.algorithms.update import make_optimizer
     from mlx_align.config import RewardConfig
     from mlx_align.data.batching import microbatch_stream
-    from mlx_align.data.buckets import Shape
+    from mlx_align.data.shapes import Shape
     from mlx_align.inference.scoring import make_logprob_scorer
     from mlx_align.losses.registry import combine, parse_losses
-    from mlx_align.models.adapters import AdapterLayout, compute_dtype, install_adapters
-    from mlx_align.models.backbone import split_backbone
-    from mlx_align.models.heads import HEAD_NAME, add_reward_head
-    from mlx_align.models.loading import LanguageModel, ModelFolder, load_module, set_memory_limits
+    from mlx_align.models.adapters import AdapterLayout, compute_dtype, install
+    from mlx_align.models.compat import dissect, load_weights, set_memory_limits
+    from mlx_align.models.heads import HEAD_NAME, put_head
+    from mlx_align.models.loading import LanguageModel, ModelFolder
     from mlx_align.planning.memory import ADAPTER_BYTES, Workload, plan_memory, trained_parameters
     from mlx_align.planning.model_shape import read_model_shape
-    from mlx_align.training.loop import LoopHooks, LoopSettings, train
-    from mlx_align.training.metrics import Progress
+    from mlx_align.train.loop import LoopHooks, LoopSettings, Progress, make_optimizer, train
+    from mlx_align.train.preference import preference_objective
+    from mlx_align.train.reward import reward_objective
     from mlx_align.types import TokenizedGroup
 
     shape = Shape(case.prompt, case.completion, case.batch_size)
@@ -319,13 +317,13 @@ def measure(case: Case) -> dict[str, Any]:
         # Without the check at load: a llama is known to share its prompts, and it takes long.
         folder = ModelFolder(case.name, Path(name), config, _Words() if case.learner else None)
         set_memory_limits()
-        anatomy = replace(split_backbone(load_module(Path(name))), mask_axes=0)
+        anatomy = replace(dissect(load_weights(Path(name))), mask_axes=0)
         model = LanguageModel(folder, anatomy, shared=True, check="")
         computed = compute_dtype(case.adapter_dtype, [mx.bfloat16])
         model = replace(model, adapter_dtype=computed)
     weights = mx.get_active_memory()
     layout = AdapterLayout(case.fine_tune_type, rank=case.rank, num_layers=case.num_layers)
-    start = install_adapters(model.module, layout)
+    start = install(model.module, layout)
     if case.learner:
         before, began = mx.get_active_memory(), time.perf_counter()
         peaks = iterate(case, model, layout, start, shape)
@@ -343,12 +341,12 @@ def measure(case: Case) -> dict[str, Any]:
         for i in range(case.batch_size * case.accumulation)
     ]
     if case.reward:
-        start[HEAD_NAME] = add_reward_head(model.backbone).parameters()
+        start[HEAD_NAME] = put_head(model.anatomy).parameters()
         config = RewardConfig(batch_size=case.batch_size, grad_checkpoint=case.grad_checkpoint)
-        objective = RewardObjective(model, groups, config)
+        objective = reward_objective(model, groups, config)
     else:
         zeros = np.full(case.completion, -9, np.float32)
-        objective = PreferenceObjective(
+        objective = preference_objective(
             model,
             combine(parse_losses("sigmoid"), {}),
             groups,
@@ -377,7 +375,7 @@ def numbers(planned: Any, peak: int, weights: int, before: int, seconds: float) 
     return {
         "parts": dict(planned.parts),
         "moment": planned.moment,
-        # With one update of one shape nothing runs ahead: what is measured is what is needed.
+        # With one update of one shape nothing runs ahead: the peak is what is needed.
         "planned": planned.needed_bytes,
         "measured": peak,
         "measured_weights": weights,
@@ -387,7 +385,7 @@ def numbers(planned: Any, peak: int, weights: int, before: int, seconds: float) 
 
 
 def in_own_process(case: Case) -> dict[str, Any]:
-    """`measure` in a fresh process: a peak must not hold another configuration's leftovers."""
+    """Run `measure` in a fresh process, without memory left over from other configurations."""
     # As mlx_align/cli/main.py sets it.
     environment = {"MLX_BFS_MAX_WIDTH": "1", **os.environ}
     done = subprocess.run(

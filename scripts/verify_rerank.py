@@ -1,15 +1,15 @@
-"""Best-of-n on the starter: does keeping the answer with the best implicit reward give right ones?
+"""Best-of-n on the starter: is the answer with the best implicit reward more often correct?
 
-Trains the starter for a moment with `mlx-align dpo`, samples answers to its held-out questions from
-the policy at temperature 1, and asks, for n from 1 up, how often the best of n by implicit reward
-names the capital: by the unbiased estimator from all samples, summed over tokens and per token,
-with 95% intervals over questions. Beside it, what choosing by the policy's own log-prob gives, and
-the most that could be: that one of the n is right.
+Trains the starter briefly with `mlx-align dpo`, samples answers to its held-out questions from the
+policy at temperature 1, and measures for growing n how often the best of n by implicit reward names
+the right capital: with the unbiased estimator from all samples, the reward summed over tokens and
+per token, with 95% intervals over questions. For comparison: ranking by the policy's own log-prob,
+and the upper bound, how often at least one of the n is correct.
 
     python scripts/verify_rerank.py                 # some minutes
     python scripts/verify_rerank.py --iters 20 --samples 16
 
-Ends with 1 unless best-of-8 beats one sample, beyond both intervals, and the curve rises.
+Exits with 1 unless best-of-8 beats one sample, with separate intervals, and the curve rises.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from mlx_align.data.formats import read_prompts
 from mlx_align.evaluation.metrics import expected_best
 from mlx_align.evaluation.reward_model import bootstrap_interval
 from mlx_align.inference.rerank import Ranking, Reranker
-from mlx_align.system.starter import shipped_file
+from mlx_align.shipped import shipped_file
 from mlx_align.types import PromptGroup
 
 ACROSS = (1, 2, 4, 8, 16, 32)
@@ -42,7 +42,7 @@ Values = npt.NDArray[np.float64]
 
 
 def main() -> None:
-    """Train, sample, rank, print; exit code 1 if what is claimed does not hold."""
+    """Train, sample, rank and print; exit with 1 if best-of-n does not help."""
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--iters", type=int, default=40, help="updates of DPO before")
     parser.add_argument("--samples", type=int, default=32, help="answers per question")
@@ -59,7 +59,7 @@ def main() -> None:
     first, best = curves["sum"][1], curves["sum"][min(8, arguments.samples)]
     means = [mean for _, (mean, _, _) in sorted(curves["sum"].items())]
     if not (best[1] > first[2] and all(later > earlier for earlier, later in pairwise(means))):
-        sys.exit("best-of-n is not what is claimed")
+        sys.exit("best-of-n does not help as claimed")
 
 
 def train(run: Path, iters: int) -> None:
@@ -74,27 +74,27 @@ def train(run: Path, iters: int) -> None:
 def sampled(run: Path, samples: int, seed: int) -> list[Ranking]:
     """The ranked answers to every held-out question."""
     groups, _ = read_prompts(str(shipped_file("starter")), "valid")
-    asked = list({group.prompt: group for group in groups}.values())
+    questions = list({group.prompt: group for group in groups}.values())
     reranker = Reranker.load(str(shipped_file("starter/model")), run)
-    return reranker.sample_groups(asked, samples, max_tokens=40, seed=seed)
+    return reranker.sample_groups(questions, samples, max_tokens=40, seed=seed)
 
 
 def is_right(group: PromptGroup, text: str) -> bool:
-    """Whether an answer names the capital of the country asked about, and no other city of it."""
+    """Whether an answer names the capital of the country in question, and not its biggest city."""
     question = group.prompt[-1].content.lower()  # type: ignore[union-attr]
     (country,) = [c for c in countries() if c["name"].lower() in question]
     return country["capital"] in text and country["biggest"] not in text
 
 
 def countries() -> list[dict[str, Any]]:
-    """The starter's world."""
+    """The countries of the starter's data."""
     world = json.loads((shipped_file("starter") / "world.json").read_text(encoding="utf-8"))
     found: list[dict[str, Any]] = world["countries"]
     return found
 
 
 def spread(ranking: Ranking, way: str) -> tuple[Values, Values]:
-    """Scores and rightness of every sample of a question, each as often as it was drawn."""
+    """Score and correctness of every sample of a question, repeated samples included."""
     scores, right = [], []
     for one in ranking.ranked:
         by = {
@@ -109,7 +109,7 @@ def spread(ranking: Ranking, way: str) -> tuple[Values, Values]:
 
 
 def curve(rankings: Sequence[Ranking], way: str) -> dict[int, tuple[float, float, float]]:
-    """For each n: how often the best of n is right, with its 95% interval over questions."""
+    """For each n: how often the best of n is correct, with its 95% interval over questions."""
     size = sum(one.count for one in rankings[0].ranked)
     found = {}
     for n in [n for n in ACROSS if n <= size]:
@@ -120,13 +120,13 @@ def curve(rankings: Sequence[Ranking], way: str) -> dict[int, tuple[float, float
 
 
 def shares_right(rankings: Sequence[Ranking], way: str, n: int) -> Values:
-    """Per question, how often the best of n is right."""
+    """Per question, how often the best of n is correct."""
     every = [spread(ranking, way) for ranking in rankings]
     return np.array([expected_best(scores, n, right) for scores, right in every])
 
 
 def gain(rankings: Sequence[Ranking], n: int) -> str:
-    """How much more often the best of n is right by the sum than per token, on the same samples."""
+    """Difference between ranking by sum and per token, paired on the same samples."""
     by_sum, by_mean = (shares_right(rankings, way, n) for way in ("sum", "per token"))
     differences = by_sum - by_mean
     low, high = bootstrap_interval(differences, np.arange(len(differences)))

@@ -51,7 +51,7 @@ from mlx_align.models.weights import AdapterWeights
 from mlx_align.system.progress import Console, SilentConsole
 from mlx_align.types import Message, PromptGroup, Text, TokenizedGroup
 
-# Tokens per batch, padding counted; at least one group, whatever its size.
+# Tokens per batch, padding counted; at least one group per batch.
 BATCH_TOKENS = 2048
 # Completions sampled, and prompts scored, between two steps of the progress bar.
 COMPLETIONS_AT_ONCE = 64

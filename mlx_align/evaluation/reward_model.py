@@ -14,8 +14,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from mlx_align.data.comparisons import GroupComparisons
-from mlx_align.evaluation.statistics import Floats, mean_estimate, sigmoid
+from mlx_align.data.comparisons import Compared, compare
+from mlx_align.inference.scoring import GroupScores
+from mlx_align.inference.statistics import Floats, mean_estimate, sigmoid
 from mlx_align.types import TokenizedGroup
 
 Scores = npt.NDArray[np.floating[Any]]
@@ -343,7 +344,7 @@ class ComparisonScores(NamedTuple):
 
 def evaluate_reward_model(
     groups: Sequence[TokenizedGroup],
-    compared: Sequence[GroupComparisons],
+    compared: Sequence[Compared],
     scores: Sequence[Scores],
     *,
     seed: int = 0,
@@ -363,8 +364,37 @@ def evaluate_reward_model(
     return None if found is None else reward_report(*found, seed=seed)
 
 
+def evaluate_reward_scores(scores: Sequence[GroupScores], *, seed: int = 0) -> RewardReport | None:
+    """Evaluate a reward model from what `RewardModel.score_groups` returns for labelled groups.
+
+    Args:
+        scores: Scores of groups of pairs or ranked completions; those without scores are skipped.
+        seed: Random seed of the bootstrap.
+
+    Returns:
+        The report; None if no comparison is decided.
+    """
+    found = _comparisons_of(scores)
+    return None if found is None else reward_report(*found, seed=seed)
+
+
+def evaluate_pair_scores(scores: Sequence[GroupScores], *, seed: int = 0) -> PairReport | None:
+    """Evaluate scores of any kind, like implicit rewards; as in `evaluate_reward_scores`."""
+    found = _comparisons_of(scores)
+    return None if found is None else pair_report(found.compared, seed=seed)
+
+
+def _comparisons_of(scores: Sequence[GroupScores]) -> ComparisonScores | None:
+    groups, values = [], []
+    for one in scores:
+        if one.tokens is not None and one.scores is not None:
+            groups.append(one.tokens)
+            values.append(one.scores[:, None])
+    return collect_comparisons(groups, [compare(group) for group in groups], values)
+
+
 def collect_comparisons(
-    groups: Sequence[TokenizedGroup], compared: Sequence[GroupComparisons], scores: Sequence[Scores]
+    groups: Sequence[TokenizedGroup], compared: Sequence[Compared], scores: Sequence[Scores]
 ) -> ComparisonScores | None:
     """Pair up the completions of scored groups; arguments as in `evaluate_reward_model`.
 

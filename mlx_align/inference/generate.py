@@ -125,7 +125,7 @@ class TextGenerator:
         return str(self.model.folder.tokenizer.decode(ids))
 
     def as_prompt(self, source: str, prompt: TextOrMessages, *, apply_chat_template: bool) -> Text:
-        """A prompt as given by a Python caller; text becomes a user message if asked for.
+        """A prompt as given by a Python caller; text can become a user message.
 
         Args:
             source: Name for error messages.

@@ -99,26 +99,9 @@ class Ranking:
             raise DataError(f"can't be scored: {self.reason}")
         return list(self.ranked)
 
-    def as_row(self) -> dict[str, Any]:
-        """The ranking as a JSON row, readable as ranked data for dpo and reward.
 
-        Other fields of the prompt's row are kept, except those that refer to completions in their
-        original order.
-        """
-        group = self.prompt
-        row = {name: value for name, value in group.columns.items() if name not in _ORDERED_FIELDS}
-        row["prompt"] = group.prompt if isinstance(group.prompt, str) else _as_dicts(group.prompt)
-        if self.reason:
-            return {**row, "completions": None, NOTE: self.reason}
-        completions = []
-        for one in self.ranked:
-            entry = {"cut" if k == "truncated" else k: v for k, v in asdict(one).items()}
-            completions.append({name: value for name, value in entry.items() if value is not None})
-        row["completions"] = completions
-        return row
-
-
-class DistinctSample(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class DistinctSample:
     """A sampled completion, the index of its first occurrence, and how often it was sampled."""
 
     completion: Generated
@@ -401,7 +384,7 @@ def deduplicate(completions: Sequence[Generated]) -> list[DistinctSample]:
     for index, completion in enumerate(completions):
         key = tuple(completion.tokens)
         first = found.get(key, DistinctSample(completion, index, 0))
-        found[key] = first._replace(count=first.count + 1)
+        found[key] = replace(first, count=first.count + 1)
     return list(found.values())
 
 
@@ -446,6 +429,25 @@ def make_ranking(
     return Ranking(group, tuple(ranked))
 
 
+def ranking_row(ranking: Ranking) -> dict[str, Any]:
+    """A ranking as a JSON row, readable as ranked data for dpo and reward.
+
+    Other fields of the prompt's row are kept, except those that refer to completions in their
+    original order.
+    """
+    group = ranking.prompt
+    row = {name: value for name, value in group.columns.items() if name not in _ORDERED_FIELDS}
+    row["prompt"] = group.prompt if isinstance(group.prompt, str) else _as_dicts(group.prompt)
+    if ranking.reason:
+        return {**row, "completions": None, NOTE: ranking.reason}
+    completions = []
+    for one in ranking.ranked:
+        entry = {"cut" if k == "truncated" else k: v for k, v in asdict(one).items()}
+        completions.append({name: value for name, value in entry.items() if value is not None})
+    row["completions"] = completions
+    return row
+
+
 @dataclass(frozen=True)
 class RerankInput:
     """The rows of a file of prompts, or of prompts with completions.
@@ -461,7 +463,7 @@ class RerankInput:
     read_as: str
 
     @property
-    def groups(self) -> list[PromptGroup]:
+    def readable(self) -> list[PromptGroup]:
         """The groups of all rows that could be read."""
         return [row.group for row in self.rows if row.group is not None]
 

@@ -27,7 +27,7 @@ from mlx_align.models.generation import ROWS_AT_ONCE, TOKENS_AT_ONCE
 from mlx_align.planning.model_shape import Linear, ModelShape
 from mlx_align.system.memory_limit import headroom_bytes
 
-# Adapters are float32 whatever the model's dtype, unless they are cast where they compute.
+# Adapters are float32, also on 16-bit models, unless they are cast where they compute.
 ADAPTER_BYTES = 4
 
 PARTS = (

@@ -11,10 +11,14 @@ from mlx_align.evaluation.reward_model import (
     bootstrap_interval,
     calibration_bins,
     calibration_error,
+    evaluate_pair_scores,
+    evaluate_reward_scores,
     fitted_temperature,
     reward_report,
     spearman,
 )
+from mlx_align.inference.scoring import GroupScores
+from mlx_align.types import TokenizedGroup
 
 
 def judged(difference, better=None, worse=None, probability=None, prompt=None):
@@ -148,3 +152,24 @@ def test_warnings():
     assert '"pick the longer" alone gains 50.0% over a coin, the model 50.0%' in text
     shorter = report_of(judged(right, better=[4] * n, worse=[9] * n))
     assert '"pick the shorter"' in " ".join(shorter.warnings)
+
+
+def test_reports_on_scored_groups():
+    """Groups without scores are skipped; the first completion of a pair is the better one."""
+    ids = [np.arange(1, n + 1, dtype=np.int32) for n in (3, 5, 2)]
+    pairs = [
+        TokenizedGroup(ids[0], (ids[i], ids[j]), "x") for i, j in ((1, 2), (2, 1), (1, 2), (1, 0))
+    ]
+    values = [[1.0, -1.0], [0.5, 0.0], [-1.0, 1.0], [2.0, 0.0]]
+    scores = [
+        GroupScores(np.array(value, np.float32), tokens=pair)
+        for value, pair in zip(values, pairs, strict=True)
+    ]
+    scores.insert(1, GroupScores(None, reason="too long"))
+    found = evaluate_reward_scores(scores)
+    assert (found.comparisons, found.accuracy, found.longer_accuracy) == (4, 0.75, 0.75)
+    found = evaluate_pair_scores(scores)
+    assert (found.comparisons, found.accuracy) == (4, 0.75)
+    assert found.margin == pytest.approx(0.625)
+    assert evaluate_reward_scores(scores[1:2]) is None
+    assert evaluate_pair_scores([]) is None

@@ -290,7 +290,7 @@ def test_a_prompt(rerank, reranker, policy):
     code, out, _ = rerank(*options)
     lines = out.splitlines()
     assert lines[0].startswith(
-        "implicit reward: 0.5 x log(policy / reference); reference: the bare"
+        "implicit reward: 0.5 x log(policy / reference); reference: the base"
     )
     assert f"{wanted[0].score:+.4f}" in lines[1]
     assert "(cut)" in out
