@@ -29,8 +29,8 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_align.inference.implicit_reward import ImplicitReward, load_implicit_reward
-from mlx_align.models.adapters import AdapterLayout, install, save_adapter
-from mlx_align.models.compat import load_weights
+from mlx_align.models.adapters import AdapterLayout, install_adapters, save_adapter
+from mlx_align.models.loading import load_module
 from mlx_align.types import TokenizedGroup
 
 
@@ -80,9 +80,9 @@ def scorer(folder: Path) -> ImplicitReward:
     base, run = folder / "model", folder / "run"
     maker = Path(__file__).parent / "bench" / "model.py"
     subprocess.run([sys.executable, str(maker), str(base)], check=True, stdout=subprocess.DEVNULL)
-    model = load_weights(base)
+    model = load_module(base)
     layout = AdapterLayout(rank=16)
-    install(model, layout)
+    install_adapters(model, layout)
     mx.random.seed(1)
     for _, module in model.named_modules():
         if "lora_b" in module:
@@ -99,7 +99,7 @@ def plain(rewards: ImplicitReward, group: TokenizedGroup) -> np.ndarray:
     assert rewards.reference is not None
     logps = []
     for tree in (rewards.policy, rewards.reference):
-        with rewards.model.acting_as(tree):
+        with rewards.model.use_adapter(tree):
             logits = rewards.model.module(tokens).astype(mx.float32)
             normalised = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
             own = mx.take_along_axis(normalised[:, :-1], tokens[:, 1:, None], axis=-1)[..., 0]

@@ -10,7 +10,7 @@ check on a Mac:
     python scripts/verify_plan.py --large                         # planned and measured peaks
 """
 
-from mlx_align.data.shapes import Shape
+from mlx_align.data.buckets import Shape
 from mlx_align.planning.machine import parse_machine
 from mlx_align.planning.memory import Workload, plan_memory
 from mlx_align.planning.model_shape import Linear, ModelShape

@@ -210,15 +210,16 @@ def iterate(case: Case, model: Any, layout: Any, start: Any, shape: Any) -> dict
     import numpy as np
     from mlx.utils import tree_map
 
-    from mlx_align.config import GrpoConfig, PpoConfig
-    from mlx_align.models.heads import HEAD_NAME, put_head
-    from mlx_align.rollout.experience import Prompt
-    from mlx_align.train.grpo import GroupLearner
-    from mlx_align.train.judging import Judge, Wanted, swapped
-    from mlx_align.train.ppo import PpoLearner
-    from mlx_align.train.run_ahead import RunAhead
-    from mlx_align.train.setup import Policy
-    from mlx_align.train.workplace import Workplace
+    from mlx_align.algorithms.grpo import GRPO
+    from mlx_align.algorithms.ppo import PPO
+    from mlx_align.config import GRPOConfig, PPOConfig
+    from mlx_align.models.heads import HEAD_NAME, add_reward_head
+    from mlx_align.models.policy import Policy
+    from mlx_align.rollout.collector import RolloutCollector
+    from mlx_align.rollout.reward_models import AdapterRewardModel
+    from mlx_align.rollout.rewards import Rewards, RewardSettings
+    from mlx_align.rollout.sampler import Prompt
+    from mlx_align.system.memory_limit import MemoryLimit
     from mlx_align.types import PromptGroup, TokenizedGroup
 
     options = {
@@ -236,29 +237,29 @@ def iterate(case: Case, model: Any, layout: Any, start: Any, shape: Any) -> dict
         prompts.append(Prompt(PromptGroup("", (), f"row {i}"), TokenizedGroup(ids, (), f"row {i}")))
     shapes = [shape]
     reward = tree_map(lambda array: array + 0, start)
-    head = put_head(model.anatomy)
+    head = add_reward_head(model.backbone)
     head.freeze()
     reward[HEAD_NAME] = {"weight": head.weight}
     mx.eval(reward)
-    wanted = Wanted(("length(target=40,unit='words')",), "a reward model", 1.0, 60.0)
+    wanted = RewardSettings(("length(target=40,unit='words')",), "a reward model", 1.0, 60.0)
     policy = Policy(model, layout, start)
 
-    class Still(RunAhead):
+    class Still(MemoryLimit):
         """Sets no limit, so that the peak is what is needed."""
 
         @contextmanager
         def bounded(self, shapes: Collection[Any]) -> Iterator[None]:
             yield
 
-    with Judge(wanted, swapped(model, reward, shapes)) as judge, Still() as memory:
+    with Rewards(wanted, AdapterRewardModel(model, reward, shapes)) as judge, Still() as memory:
         if case.learner == "ppo":
-            config = PpoConfig(**options, critic_warmup=0)
-            place = Workplace(config, policy, reward, prompts, shapes, memory, judge)
-            learner = PpoLearner(config, place)
+            config = PPOConfig(**options, critic_warmup=0)
+            place = RolloutCollector(config, policy, reward, prompts, shapes, memory, judge)
+            learner = PPO(config, place)
         else:
-            config = GrpoConfig(**options)
-            place = Workplace(config, policy, reward, prompts, shapes, memory, judge)
-            learner = GroupLearner(config, place)
+            config = GRPOConfig(**options)
+            place = RolloutCollector(config, policy, reward, prompts, shapes, memory, judge)
+            learner = GRPO(config, place)
         mx.reset_peak_memory()
         peaks = {}
         for step in range(2):
@@ -278,20 +279,22 @@ def measure(case: Case) -> dict[str, Any]:
     import mlx.core as mx
     import numpy as np
 
+    from mlx_align.algorithms.dpo import PreferenceObjective
+    from mlx_align.algorithms.reward_modeling import RewardObjective
+    from mlx_align.algorithms.update import make_optimizer
     from mlx_align.config import RewardConfig
     from mlx_align.data.batching import microbatch_stream
-    from mlx_align.data.shapes import Shape
+    from mlx_align.data.buckets import Shape
     from mlx_align.inference.scoring import make_logprob_scorer
     from mlx_align.losses.registry import combine, parse_losses
-    from mlx_align.models.adapters import AdapterLayout, compute_dtype, install
-    from mlx_align.models.compat import dissect, load_weights, set_memory_limits
-    from mlx_align.models.heads import HEAD_NAME, put_head
-    from mlx_align.models.loading import LanguageModel, ModelFolder
+    from mlx_align.models.adapters import AdapterLayout, compute_dtype, install_adapters
+    from mlx_align.models.backbone import split_backbone
+    from mlx_align.models.heads import HEAD_NAME, add_reward_head
+    from mlx_align.models.loading import LanguageModel, ModelFolder, load_module, set_memory_limits
     from mlx_align.planning.memory import ADAPTER_BYTES, Workload, plan_memory, trained_parameters
     from mlx_align.planning.model_shape import read_model_shape
-    from mlx_align.train.loop import LoopHooks, LoopSettings, Progress, make_optimizer, train
-    from mlx_align.train.preference import preference_objective
-    from mlx_align.train.reward import reward_objective
+    from mlx_align.training.loop import LoopHooks, LoopSettings, train
+    from mlx_align.training.metrics import Progress
     from mlx_align.types import TokenizedGroup
 
     shape = Shape(case.prompt, case.completion, case.batch_size)
@@ -317,13 +320,13 @@ def measure(case: Case) -> dict[str, Any]:
         # Without the check at load: a llama is known to share its prompts, and it takes long.
         folder = ModelFolder(case.name, Path(name), config, _Words() if case.learner else None)
         set_memory_limits()
-        anatomy = replace(dissect(load_weights(Path(name))), mask_axes=0)
+        anatomy = replace(split_backbone(load_module(Path(name))), mask_axes=0)
         model = LanguageModel(folder, anatomy, shared=True, check="")
         computed = compute_dtype(case.adapter_dtype, [mx.bfloat16])
         model = replace(model, adapter_dtype=computed)
     weights = mx.get_active_memory()
     layout = AdapterLayout(case.fine_tune_type, rank=case.rank, num_layers=case.num_layers)
-    start = install(model.module, layout)
+    start = install_adapters(model.module, layout)
     if case.learner:
         before, began = mx.get_active_memory(), time.perf_counter()
         peaks = iterate(case, model, layout, start, shape)
@@ -341,12 +344,12 @@ def measure(case: Case) -> dict[str, Any]:
         for i in range(case.batch_size * case.accumulation)
     ]
     if case.reward:
-        start[HEAD_NAME] = put_head(model.anatomy).parameters()
+        start[HEAD_NAME] = add_reward_head(model.backbone).parameters()
         config = RewardConfig(batch_size=case.batch_size, grad_checkpoint=case.grad_checkpoint)
-        objective = reward_objective(model, groups, config)
+        objective = RewardObjective(model, groups, config)
     else:
         zeros = np.full(case.completion, -9, np.float32)
-        objective = preference_objective(
+        objective = PreferenceObjective(
             model,
             combine(parse_losses("sigmoid"), {}),
             groups,

@@ -33,7 +33,7 @@ from mlx_align.data.formats import read_prompts
 from mlx_align.evaluation.metrics import expected_best
 from mlx_align.evaluation.reward_model import bootstrap_interval
 from mlx_align.inference.rerank import Ranking, Reranker
-from mlx_align.shipped import shipped_file
+from mlx_align.system.starter import shipped_file
 from mlx_align.types import PromptGroup
 
 ACROSS = (1, 2, 4, 8, 16, 32)

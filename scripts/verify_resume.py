@@ -189,7 +189,7 @@ def die_at(moment: Moment) -> None:
     elif moment.kind in ("write", "checkpoint"):
         written, mx.save_safetensors = mx.save_safetensors, half
         os.fsync, os.rename, os.replace = map(dying, (os.fsync, os.rename, os.replace))
-        loop.append_row = tearing(loop.append_row, run_dir.METRICS_FILE)
+        loop.append_metrics = tearing(loop.append_metrics, run_dir.METRICS_FILE)
         samples = tearing(trainers.append_samples, run_dir.SAMPLES_FILE)
         trainers.append_samples = training_run.append_samples = samples
         if moment.kind == "checkpoint":

@@ -25,7 +25,6 @@ from mlx_align.models.weights import AdapterWeights
 from mlx_align.rollout.collector import RolloutBatch
 from mlx_align.rollout.sampler import Completions
 from mlx_align.tracking.diagnostics import STOP_EPOCHS_ABOVE_KL
-
 from mlx_align.types import PolicyBatch
 
 Array = npt.NDArray[Any]
@@ -148,10 +147,14 @@ class PolicyObjective:
         grad_checkpoint = self._config.grad_checkpoint
         sample = batch.sample
         if self._with_entropy:
-            logprobs, entropies = self._model.token_logprobs_and_entropies(weights, batch.groups, grad_checkpoint=grad_checkpoint)
+            logprobs, entropies = self._model.token_logprobs_and_entropies(
+                weights, batch.groups, grad_checkpoint=grad_checkpoint
+            )
             sample = sample._replace(logps=logprobs, entropies=entropies)
         else:
-            logprobs = self._model.token_logprobs(weights, batch.groups, grad_checkpoint=grad_checkpoint)
+            logprobs = self._model.token_logprobs(
+                weights, batch.groups, grad_checkpoint=grad_checkpoint
+            )
             sample = sample._replace(logps=logprobs)
         return policy_loss(
             self._method,

@@ -51,7 +51,6 @@ from mlx_align.models.weights import AdapterWeights
 from mlx_align.rollout.advantages import AdaptiveKL, gae, token_rewards, whiten
 from mlx_align.rollout.collector import RolloutBatch, RolloutCollector
 from mlx_align.rollout.sampler import evaluate_tokens, microbatch_array
-
 from mlx_align.types import GroupBatch, PolicyBatch, TokenizedGroup, ValueBatch
 
 # Compiled shapes of demonstrations, in addition to those of the rollouts.
@@ -419,7 +418,9 @@ class ValueObjective:
         self, weights: AdapterWeights, batch: ValueBatch, denominators: ValueDenominators
     ) -> tuple[mx.array, MetricSums]:
         """The loss contribution of a microbatch, and its metric sums."""
-        values = self._model.values(weights, batch.groups, grad_checkpoint=self._config.grad_checkpoint)
+        values = self._model.values(
+            weights, batch.groups, grad_checkpoint=self._config.grad_checkpoint
+        )
         loss = value_loss_sum(values, batch, self._config) / mx.maximum(denominators.tokens, 1.0)
         return loss, {"weight": batch.mask.sum()}
 
@@ -443,7 +444,12 @@ class ActorCriticObjective:
         denominators: ActorCriticDenominators,
     ) -> tuple[mx.array, MetricSums]:
         """The loss contribution of a microbatch, and its metric sums."""
-        logprobs, values = self._model.token_logprobs_and_values(weights, batch.policy.groups, value_gradient=denominators.with_policy, grad_checkpoint=self._config.grad_checkpoint)
+        logprobs, values = self._model.token_logprobs_and_values(
+            weights,
+            batch.policy.groups,
+            value_gradient=denominators.with_policy,
+            grad_checkpoint=self._config.grad_checkpoint,
+        )
         sample = batch.policy.sample._replace(logps=logprobs)
         policy, sums = policy_loss(self._method, sample, denominators.policy.policy, kl_coef=0.0)
         value = value_loss_sum(values, batch.value, self._config)

@@ -55,7 +55,7 @@ class SFT(Algorithm):
         """
         groups, reading = read_supervised(data, split, format)
         if self._config.loss_on == "completion":
-            title = reading.title.replace("every answer counting", "the last answer counting")
+            title = reading.title.replace("every assistant turn", "the last assistant turn")
             return keep_last_completion(groups), replace(reading, title=title)
         if isinstance(groups[0].prompt, str):
             raise ConfigError(

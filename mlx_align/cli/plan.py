@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mlx_align.cli.options import Command, given, json_option, schema_options
-from mlx_align.cli.train import check_on_policy, offline_task
 from mlx_align.config import (
     TRAINING_CONFIGS,
     LossConfig,
@@ -112,12 +111,15 @@ def _plan_offline(
     measure: bool,
     run_folder: str | None,
 ) -> tuple[Plan, Duration | None]:
+    from mlx_align.algorithms.base import Algorithm
     from mlx_align.planning.duration import expected_duration
     from mlx_align.planning.plan import make_plan
+    from mlx_align.training.run import make_algorithm
     from mlx_align.training.setup import prepare_data, resolve_layout
 
     layout = resolve_layout(config)
-    task = offline_task(command, config)
+    task = make_algorithm(config)
+    assert isinstance(task, Algorithm)
     groups = None
     if config.data is not None:
         groups = task.arrange(prepare_data(config, folder, task.read).train)
@@ -149,6 +151,7 @@ def _plan_on_policy(
         read_rollout_rate,
     )
     from mlx_align.planning.plan import make_on_policy_plan
+    from mlx_align.training.run import make_algorithm
     from mlx_align.training.setup import find_reward_models, read_prompt_splits, resolve_layout
 
     if measure:
@@ -156,7 +159,7 @@ def _plan_on_policy(
             f"--measure can't time {command}, which samples and scores before it trains; run it "
             "with --iters 3, and give that run as --run"
         )
-    check_on_policy(config)
+    make_algorithm(config)
     layout = resolve_layout(config)
     prompts = None
     if config.data is not None:

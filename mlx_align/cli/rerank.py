@@ -41,6 +41,7 @@ def rerank(json: bool, **options: Any) -> None:
         NOTE,
         Reranker,
         SamplingOptions,
+        ranking_row,
         read_rerank_input,
     )
 
@@ -79,7 +80,7 @@ def rerank(json: bool, **options: Any) -> None:
     with nullcontext() if target is None else target.open("w", encoding="utf-8") as stream:
         for ranking in rankings:
             count, unranked = count + 1, unranked + bool(ranking.reason)
-            line = json_module.dumps(ranking.as_row(), ensure_ascii=False)
+            line = json_module.dumps(ranking_row(ranking), ensure_ascii=False)
             if stream is not None:
                 stream.write(line + "\n")
                 stream.flush()
@@ -124,7 +125,7 @@ def _check_effect(config: RerankConfig, source: RerankInput) -> None:
 def _of_file(
     reranker: Reranker, source: RerankInput, sampling: SamplingOptions, console: Console
 ) -> Iterator[Ranking]:
-    if reranker.style.has_template and any(isinstance(g.prompt, str) for g in source.groups):
+    if reranker.style.has_template and any(isinstance(g.prompt, str) for g in source.readable):
         console.note("! text prompts are used verbatim; write messages to use the chat template")
     with console.bar("Ranking", len(source.rows)) as bar:
         for ranking in source.rankings(reranker, sampling):
@@ -175,7 +176,9 @@ def _shown(ranking: Ranking) -> str:
     width = max(len(f"{one.score:+.4f}") for one in ranking.ranked)
     lines = []
     for one in ranking.ranked:
-        marks = (f" (x{one.count})" if one.count > 1 else "") + (" (truncated)" if one.truncated else "")
+        marks = (f" (x{one.count})" if one.count > 1 else "") + (
+            " (truncated)" if one.truncated else ""
+        )
         lines.append(f"  {one.score:>+{width}.4f}  {_one_line(one.text) or '(empty)'}{marks}")
     best = ranking.ranked[0].text
     if _one_line(best) != best.strip():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json as json_module
 import shlex
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -24,12 +24,9 @@ from mlx_align.cli.options import (
 from mlx_align.config import (
     TRAINING_CONFIGS,
     ExportConfig,
-    GRPOConfig,
-    PPOConfig,
     TrainConfig,
     make_config,
 )
-from mlx_align.config.on_policy import ONLINE_DPO
 from mlx_align.config.schema import declared_options, flag_of, require, to_yaml
 from mlx_align.errors import ConfigError, WriteError
 from mlx_align.system.starter import resolve_starter, shipped_file
@@ -37,8 +34,6 @@ from mlx_align.system.starter import resolve_starter, shipped_file
 if TYPE_CHECKING:
     from mlx_align.cli.console import Console
 
-# (config, run folder, console, resume=…) -> the run's summary
-RunFunction = Callable[..., dict[str, Any]]
 _UPDATES = "--iters, --steps-per-* and --save-every count optimizer updates."
 _ROLLOUTS = (
     "--iters, --steps-per-* and --save-every count rollout batches: --batch-size x "
@@ -164,19 +159,20 @@ def _train(
     # Imported late, because mlx-lm takes seconds and --help should not.
     from mlx_align.cli.console import Console
     from mlx_align.tracking.run_dir import PAGE_FILE, new_run_dir
+    from mlx_align.training.run import make_algorithm, train
 
     console = Console(json)
     keywords = given(options)
     if resume is not None:
         config, run = _resumed(entry, resume, keywords, config_file)
-        run_function = _run_function(entry.name, config)
+        algorithm = make_algorithm(config)
     else:
         config = _configured(entry, keywords, config_file, console)
-        run_function = _run_function(entry.name, config)
+        algorithm = make_algorithm(config)
         run = new_run_dir(config.output, entry.name)
     config = replace(config, output=str(run))
     with _explaining_resume(run, entry.name, console):
-        summary = run_function(config, run, console, resume=resume is not None)
+        summary = train(algorithm, config, run, console, resume=resume is not None)
     if json:
         click.echo(json_module.dumps(summary, indent=2))
         return
@@ -186,60 +182,6 @@ def _train(
     )
     if entry is SFT:
         console.note(f"Train on preferences from here: mlx-align dpo … --init-adapter {run}")
-
-
-def _run_function(command: str, config: Any) -> RunFunction:
-    """The function that trains; options that can be checked by themselves are checked here."""
-    if isinstance(config, PPOConfig | GRPOConfig):
-        from mlx_align.algorithms.grpo import GRPO
-        from mlx_align.algorithms.online_dpo import OnlineDPO
-        from mlx_align.algorithms.ppo import PPO
-        from mlx_align.training.run import train
-
-        check_on_policy(config)
-        if isinstance(config, PPOConfig):
-            return partial(train, PPO, command)
-        algorithm = OnlineDPO if config.loss == ONLINE_DPO else GRPO
-        return partial(train, algorithm, command)
-    from mlx_align.training.run import train
-
-    return partial(train, offline_task(command, config))
-
-
-def offline_task(command: str, config: Any) -> Any:
-    """What is specific to the algorithm of an offline command."""
-    from mlx_align.algorithms.dpo import DPO
-    from mlx_align.algorithms.kto import KTO
-    from mlx_align.algorithms.reward_modeling import RewardModeling
-    from mlx_align.algorithms.sft import SFT
-
-    make: dict[str, Callable[[Any], Any]] = {
-        "dpo": DPO,
-        "kto": KTO,
-        "sft": SFT,
-        "reward": RewardModeling,
-    }
-    return make[command](config)
-
-
-def check_on_policy(config: PPOConfig | GRPOConfig) -> None:
-    """Check the options of ppo and grpo that can be checked by themselves.
-
-    Raises:
-        ConfigError: An option has no effect, or contradicts another.
-    """
-    from mlx_align.algorithms.grpo import check_grpo_options
-    from mlx_align.algorithms.online_dpo import check_online_dpo_options
-    from mlx_align.algorithms.ppo import check_ppo_options
-    from mlx_align.training.setup import check_on_policy_options
-
-    check_on_policy_options(config)
-    if isinstance(config, PPOConfig):
-        check_ppo_options(config)
-    elif config.loss == ONLINE_DPO:
-        check_online_dpo_options(config)
-    else:
-        check_grpo_options(config)
 
 
 def _configured(

@@ -17,7 +17,7 @@ from mlx_align.data.formats import (
     read_supervised,
     read_unpaired,
 )
-from mlx_align.data.readers import FILE_SUFFIXES, has_split, read_rows
+from mlx_align.data.readers import FILE_SUFFIXES, Data, has_split, read_rows
 from mlx_align.data.splits import GroupReader, read_splits
 from mlx_align.data.tokenization import try_tokenize_group
 from mlx_align.data.transforms import keep_last_completion, to_pairs
@@ -115,7 +115,7 @@ def _read_pairs(data: Data, split: str, format: str | None) -> tuple[list[Prompt
 
 
 def _read_last_answers(
-    data: str, split: str, format: str | None
+    data: Data, split: str, format: str | None
 ) -> tuple[list[PromptGroup], ReadReport]:
     groups, reading = read_supervised(data, split, format)
     return keep_last_completion(groups), reading

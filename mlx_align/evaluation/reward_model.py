@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from mlx_align.data.comparisons import Compared, compare
+from mlx_align.data.comparisons import GroupComparisons, compare_completions
+from mlx_align.evaluation.statistics import Floats, mean_estimate, sigmoid
 from mlx_align.inference.scoring import GroupScores
-from mlx_align.inference.statistics import Floats, mean_estimate, sigmoid
 from mlx_align.types import TokenizedGroup
 
 Scores = npt.NDArray[np.floating[Any]]
@@ -344,7 +344,7 @@ class ComparisonScores(NamedTuple):
 
 def evaluate_reward_model(
     groups: Sequence[TokenizedGroup],
-    compared: Sequence[Compared],
+    compared: Sequence[GroupComparisons],
     scores: Sequence[Scores],
     *,
     seed: int = 0,
@@ -390,11 +390,11 @@ def _comparisons_of(scores: Sequence[GroupScores]) -> ComparisonScores | None:
         if one.tokens is not None and one.scores is not None:
             groups.append(one.tokens)
             values.append(one.scores[:, None])
-    return collect_comparisons(groups, [compare(group) for group in groups], values)
+    return collect_comparisons(groups, [compare_completions(group) for group in groups], values)
 
 
 def collect_comparisons(
-    groups: Sequence[TokenizedGroup], compared: Sequence[Compared], scores: Sequence[Scores]
+    groups: Sequence[TokenizedGroup], compared: Sequence[GroupComparisons], scores: Sequence[Scores]
 ) -> ComparisonScores | None:
     """Pair up the completions of scored groups; arguments as in `evaluate_reward_model`.
 

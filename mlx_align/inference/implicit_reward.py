@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from mlx_align.data.batching import scored as completion_mask
-from mlx_align.data.rendering import ChatStyle, chat_style
+from mlx_align.data.batching import completion_mask
+from mlx_align.data.chat_template import ChatTemplate, inspect_chat_template
 from mlx_align.errors import DataError
 from mlx_align.inference.scoring import (
     GroupScores,
@@ -32,10 +32,9 @@ from mlx_align.inference.trained_run import (
     match_adapter_dtype,
     read_trained_run,
 )
-from mlx_align.inference.trees import load_trees
-from mlx_align.models.loading import LanguageModel, ModelFolder, open_model
-from mlx_align.models.logps import batch_token_logps
-from mlx_align.models.roles import Tree
+from mlx_align.models.forward import token_logprobs
+from mlx_align.models.loading import LanguageModel, ModelFolder, load_adapters, open_model
+from mlx_align.models.weights import AdapterWeights
 from mlx_align.types import Logps, PromptGroup, TokenizedGroup
 
 Floats = npt.NDArray[np.float64]
@@ -76,9 +75,9 @@ class ImplicitReward:
     """
 
     model: LanguageModel
-    style: ChatStyle
-    policy: Tree
-    reference: Tree | None
+    style: ChatTemplate
+    policy: AdapterWeights
+    reference: AdapterWeights | None
     beta: float = 1.0
     per_token: bool = False
     max_seq_length: int = MAX_SEQ_LENGTH
@@ -133,13 +132,13 @@ class ImplicitReward:
             )
         return found
 
-    def _logps(self, weights: Tree, groups: Sequence[TokenizedGroup]) -> list[Logps]:
+    def _logps(self, weights: AdapterWeights, groups: Sequence[TokenizedGroup]) -> list[Logps]:
         """Per group the token log-probs (K, C) under a role, right-padded."""
-        backbone, shared = self.model.anatomy, self.model.shared
-        with self.model.acting_as(weights):
+        backbone, shared = self.model.backbone, self.model.shared
+        with self.model.use_adapter(weights):
             return map_groups(
                 groups,
-                lambda batch: batch_token_logps(backbone, batch, shared=shared),
+                lambda batch: token_logprobs(backbone, batch, shared=shared),
                 self.batch_size,
             )
 
@@ -174,10 +173,10 @@ def load_implicit_reward(
         run, beta=beta, reference_adapter=reference_adapter, per_token=per_token
     )
     folder = open_model(model) if isinstance(model, str) else model
-    loaded, (policy, reference) = load_trees(folder, [run.folder, settings.reference])
+    loaded, (policy, reference) = load_adapters(folder, [run.folder, settings.reference])
     return ImplicitReward(
         match_adapter_dtype(loaded, run),
-        chat_style(loaded.folder.tokenizer),
+        inspect_chat_template(loaded.folder.tokenizer),
         policy,
         reference,
         beta=settings.beta,
@@ -201,10 +200,10 @@ def load_logprob_scorer(
     Arguments and errors are those of `load_implicit_reward`.
     """
     run = None if adapter_path is None else read_trained_run(adapter_path)
-    loaded, (policy,) = load_trees(open_model(model), [None if run is None else run.folder])
+    loaded, (policy,) = load_adapters(open_model(model), [None if run is None else run.folder])
     return ImplicitReward(
         loaded if run is None else match_adapter_dtype(loaded, run),
-        chat_style(loaded.folder.tokenizer),
+        inspect_chat_template(loaded.folder.tokenizer),
         policy,
         None,
         per_token=bool(per_token),

@@ -16,13 +16,13 @@ from typing import Any
 import yaml
 from mlx.utils import tree_flatten
 
-from mlx_align.config import DpoConfig, KtoConfig, SftConfig, TrainConfig
+from mlx_align.config import DPOConfig, KTOConfig, SFTConfig, TrainConfig
+from mlx_align.config.schema import make_config
 from mlx_align.errors import ConfigError, ModelError
 from mlx_align.losses.registry import PAIRWISE_LOSSES, combine, parse_losses, resolve_options
 from mlx_align.models.adapters import ADAPTER_CONFIG, AdapterLayout, compute_dtype, read_layout
-from mlx_align.models.heads import has_head
+from mlx_align.models.heads import has_reward_head
 from mlx_align.models.loading import LanguageModel
-from mlx_align.settings import resolve
 
 # Commands whose runs have a KL penalty against the reference, but no β of an implicit reward.
 ON_POLICY = ("ppo", "grpo")
@@ -83,7 +83,7 @@ def read_trained_run(adapter_path: str | Path) -> TrainedRun:
     folder = Path(adapter_path).expanduser()
     if not folder.is_dir():
         raise ModelError(f"--adapter-path {adapter_path}: no such folder")
-    if has_head(folder):
+    if has_reward_head(folder):
         raise ModelError(
             f"--adapter-path {adapter_path}: this is a reward model, which generates no text; "
             "mlx-align score measures its accuracy on labelled pairs"
@@ -105,7 +105,7 @@ def read_trained_run(adapter_path: str | Path) -> TrainedRun:
         layout,
         base,
         command,
-        config=resolve(TrainConfig, {k: v for k, v in values.items() if k in shared}),
+        config=make_config(TrainConfig, {k: v for k, v in values.items() if k in shared}),
         beta=_loss_beta(command, file),
         loss_on=str(values.get("loss_on", "completion")) if command == "sft" else None,
     )
@@ -207,18 +207,18 @@ def _command(run: Path, values: dict[str, Any]) -> str:
 
 def _loss_beta(command: str, file: Path) -> float | None:
     if command == "dpo":
-        dpo = resolve(DpoConfig, {}, file)
+        dpo = make_config(DPOConfig, {}, file)
         losses = _registered_losses(dpo)
         return combine(losses, dpo.loss_options()).beta if losses else None
     if command == "kto":
-        kto = resolve(KtoConfig, {}, file)
+        kto = make_config(KTOConfig, {}, file)
         return float(resolve_options(kto.loss, kto.loss_options())["beta"])
     if command == "sft":
-        resolve(SftConfig, {}, file)
+        make_config(SFTConfig, {}, file)
     return None
 
 
-def _registered_losses(config: DpoConfig) -> tuple[tuple[str, float], ...]:
+def _registered_losses(config: DPOConfig) -> tuple[tuple[str, float], ...]:
     """The (name, weight) of a run's losses; () for a loss function that was passed from Python."""
     try:
         return parse_losses(config.loss)
@@ -226,8 +226,8 @@ def _registered_losses(config: DpoConfig) -> tuple[tuple[str, float], ...]:
         return ()
 
 
-def _dpo_config(run: TrainedRun) -> DpoConfig:
-    return resolve(DpoConfig, {}, _config_file(run.folder))
+def _dpo_config(run: TrainedRun) -> DPOConfig:
+    return make_config(DPOConfig, {}, _config_file(run.folder))
 
 
 def _reference_losses(run: TrainedRun) -> list[str]:

@@ -580,11 +580,15 @@ def diagnose(record: RunRecord) -> list[Finding]:
     return sorted(found, key=lambda finding: -_RANK[finding.level])
 
 
+def mean_completion_tokens(statistics: Mapping[str, Any]) -> float | None:
+    """Mean tokens of a training completion, from the facts of a run's data; None if unknown."""
+    tokens, count = statistics.get("scored_tokens"), statistics.get("completions")
+    return tokens / count if tokens and count else None
+
+
 def history_of(record: RunRecord) -> History:
     """The history of a run from its folder."""
-    statistics = record.data_statistics
-    tokens, count = statistics.get("scored_tokens"), statistics.get("completions")
-    history = History(record.command, tokens / count if tokens and count else None)
+    history = History(record.command, mean_completion_tokens(record.data_statistics))
     for key in TRAINING_METRICS:
         if values := record.values(key):
             history.head[key], history.tail[key] = values[:_KEPT], values[-_KEPT:]

@@ -42,6 +42,7 @@ from mlx_align.models.weights import AdapterWeights, read_tensors
 from mlx_align.planning.duration import rate_key, save_rate
 from mlx_align.planning.machine import this_machine
 from mlx_align.system.progress import Console
+from mlx_align.tracking.diagnostics import HealthMonitor, mean_completion_tokens
 from mlx_align.tracking.run_dir import (
     SUMMARY_FILE,
     append_samples,
@@ -185,9 +186,7 @@ def train(
             config.lr_schedule, config.learning_rate, trainer.total_steps, config.warmup
         )
         health = HealthMonitor(algorithm.command, mean_completion_tokens(setup.facts))
-        loop = TrainingLoop(
-            trainer, policy, config, schedule, run, console, everyone, health
-        )
+        loop = TrainingLoop(trainer, policy, config, schedule, run, console, everyone, health)
         loop.begin(resume=resume)
         prompts = job.prompts
         before = answers(policy, policy.start, prompts, config).texts

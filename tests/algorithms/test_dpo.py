@@ -269,7 +269,7 @@ def test_resumed_run_ends_with_the_same_bytes(train, models, tmp_path, capsys, m
     with monkeypatch.context() as patched:
         stop_after(patched, 4)
         assert train(models["float32"], *options, output="parts")[0] == 130
-    assert "go on with: mlx-align dpo --resume" in capsys.readouterr().out
+    assert "resume with: mlx-align dpo --resume" in capsys.readouterr().out
     assert train(models["float32"], *options, output="parts")[0] == 1
     assert "holds another run" in capsys.readouterr().err
     parts = str(tmp_path / "parts")

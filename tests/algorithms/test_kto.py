@@ -80,7 +80,7 @@ def test_an_answer_that_many_prompts_share_is_avoided_where_it_can_be():
 
 
 def test_one_prompt_gives_no_point():
-    with pytest.raises(DataError, match="one prompt"):
+    with pytest.raises(DataError, match="the same prompt"):
         add_mismatched([row([1], [i]) for i in range(4)], seed=0)
     assert add_mismatched([], seed=0) == []
 
@@ -253,7 +253,7 @@ def test_pairs_are_taken_apart(kto, capsys):
     ]
     assert kto("--iters", 1, "--batch-size", 4, rows=pairs)[0] == 0
     out = capsys.readouterr().out
-    assert "taken apart" in out
+    assert "split into desirable and undesirable completions" in out
     assert "9 good and 9 bad answers" in out
 
 
@@ -276,7 +276,7 @@ def test_what_is_wrong_is_said_in_one_line(kto, capsys):
     assert "no good answers (label true)" in error(rows=labelled([False] * 12))
     assert "choose from kto, apo_zero_unpaired" in error("--loss", "dpo")
     assert "label_smoothing" in error("--loss-option", "label_smoothing=0.1")
-    assert "the same twice" in error("--beta", "0.2", "--loss-option", "beta=0.2")
+    assert "the same hyperparameter twice" in error("--beta", "0.2", "--loss-option", "beta=0.2")
     one_prompt = [{**row, "prompt": "ok?"} for row in labelled([True, False] * 6)]
     assert "prompt" in error("--valid-fraction", 0, rows=one_prompt)
 

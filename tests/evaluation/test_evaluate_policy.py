@@ -368,7 +368,7 @@ def test_mistakes_are_one_line(tmp_path, data, runs, refused):
     assert "no such folder" in refused(*model, "--adapter-path", tmp_path / "nowhere")
     assert "not an adapter folder" in refused(*model, "--adapter-path", data)
     assert "mlx-align score" in refused(*model, "--adapter-path", runs / "rm")
-    assert "-n: 0 is out of range" in refused(*dpo, "-n", 0)
+    assert "-n 0: out of range" in refused(*dpo, "-n", 0)
     bare = adapter(tmp_path / "bare")
     assert "no config.yaml that names its own" in refused(*model, "--adapter-path", bare)
     assert "gone.jsonl" in refused(*dpo, "--data", tmp_path / "gone.jsonl")

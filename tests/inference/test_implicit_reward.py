@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 from mlx_lm import load as mlx_lm_load
 from mlx_lm.convert import convert
-from test_trunk import scramble
+from forward_helpers import scramble
 
 from mlx_align.cli.main import run
-from mlx_align.config import DpoConfig, KtoConfig, SftConfig
+from mlx_align.config import DPOConfig, KTOConfig, SFTConfig
+from mlx_align.config.schema import to_yaml
 from mlx_align.errors import ConfigError, ModelError
 from mlx_align.inference.implicit_reward import (
     implicit_rewards,
@@ -23,10 +24,8 @@ from mlx_align.inference.implicit_reward import (
 from mlx_align.inference.rerank import make_ranking
 from mlx_align.inference.scoring import GroupScores, make_group
 from mlx_align.inference.trained_run import ImplicitRewardSettings, read_trained_run
-from mlx_align.inference.trees import common_layout
-from mlx_align.models.adapters import AdapterLayout, install, save_adapter
-from mlx_align.models.compat import load_weights
-from mlx_align.settings import to_yaml
+from mlx_align.models.adapters import AdapterLayout, common_layout, install_adapters, save_adapter
+from mlx_align.models.loading import load_module
 from mlx_align.types import Message, TokenizedGroup
 
 TINY = Path(__file__).parents[1] / "oracle" / "models" / "policy"
@@ -37,9 +36,9 @@ GIVEN = [text for text in ANSWERS if text]
 
 def adapter(folder, layout, config=None, *, base=TINY, seed=1, size=0.2):
     """A trained-looking adapter on disk, with the config.yaml of a run."""
-    model = load_weights(base)
+    model = load_module(base)
     mx.random.seed(seed)
-    install(model, layout)
+    install_adapters(model, layout)
     scramble(model, size)
     folder.mkdir()
     save_adapter(folder, model.trainable_parameters(), layout, str(base))
@@ -49,7 +48,7 @@ def adapter(folder, layout, config=None, *, base=TINY, seed=1, size=0.2):
 
 
 def config(**options):
-    return DpoConfig(model=str(TINY), data="pairs", **options)
+    return DPOConfig(model=str(TINY), data="pairs", **options)
 
 
 def whole_row_logps(group, adapter_path, base=TINY):
@@ -183,11 +182,11 @@ def test_beta_is_the_runs(tmp_path):
     assert settings("mixed", config(loss="simpo=1,sigmoid=1")).beta == 0.1
     assert settings("ipo", config(loss="ipo")).per_token
     assert not settings("ipo", config(loss="ipo"), per_token=False).per_token
-    kto = KtoConfig(model=str(TINY), data="rows", beta=0.25)
+    kto = KTOConfig(model=str(TINY), data="rows", beta=0.25)
     assert settings("kto", kto).beta == 0.25
     for name, made in (
         ("simpo", config(loss="simpo")),
-        ("sft", SftConfig(model=str(TINY), data="rows")),
+        ("sft", SFTConfig(model=str(TINY), data="rows")),
         ("own", config(loss="my_loss")),  # a function passed from Python
     ):
         with pytest.raises(ConfigError, match="has no β of a reward against a reference; give --b"):

@@ -293,7 +293,7 @@ def test_a_prompt(rerank, reranker, policy):
         "implicit reward: 0.5 x log(policy / reference); reference: the base"
     )
     assert f"{wanted[0].score:+.4f}" in lines[1]
-    assert "(cut)" in out
+    assert "(truncated)" in out
     code, out, _ = rerank(*options, "--ignore-chat-template", "--json")
     assert json.loads(out)["prompt"] == QUESTION
     assert digest(policy) == before
@@ -305,7 +305,7 @@ def test_a_file_of_prompts(rerank, reranker):
     options = ("--input", "prompts.jsonl", "-n", 4, "--max-tokens", 5, "--output", "out.jsonl")
     code, out, _ = rerank(*options)
     assert code == 0
-    assert "4 rankings in out.jsonl" in out
+    assert "Wrote 4 rankings to out.jsonl" in out
     found = [json.loads(line) for line in Path("out.jsonl").read_text().splitlines()]
     assert [row["id"] for row in found] == [0, 1, 2, 3]
     for row in found:
@@ -318,7 +318,7 @@ def test_a_file_of_prompts(rerank, reranker):
     assert len(groups[0].completions) == len(found[0]["completions"])
     code, _, err = rerank(*options)
     assert code == 1
-    assert "is there already" in err
+    assert "exists already" in err
     code, out, _ = rerank("--input", "prompts.jsonl", "-n", 2, "--max-tokens", 3, "--json")
     assert [json.loads(line)["id"] for line in out.splitlines()] == [0, 1, 2, 3]
 
@@ -343,7 +343,7 @@ def test_given_completions_in_a_file(rerank, reranker):
     assert len(found[2]["completions"]) == 2
     code, _, err = rerank("--input", "given.jsonl", "-n", 3)
     assert code == 1
-    assert "-n: has no effect; the rows have completions" in err
+    assert "-n has no effect: the rows have completions" in err
 
 
 def test_on_a_terminal(rerank, monkeypatch):
@@ -376,10 +376,10 @@ def test_mistakes(rerank, policy, judge):
     write("text.jsonl", {"prompt": "Say"})
     write("odd.jsonl", {"question?": "Say"})
     for options, message in (
-        ((), "there is no terminal to ask on; give --prompt or --input"),
+        ((), "no terminal to read prompts from; give --prompt or --input"),
         (("--prompt", "x", "--input", "y"), "exclude each other"),
-        (("--prompt", " "), "--prompt: is empty"),
-        (("--prompt", "x", "--temperature", 0), "give -n 1 too"),
+        (("--prompt", " "), "--prompt is empty"),
+        (("--prompt", "x", "--temperature", 0), "add -n 1"),
         (("--prompt", "x", "-n", 0), "-n"),
         (("--prompt", "x", "--temperature", -1), "--temperature"),
         (("--prompt", "x", "--beta", 0), "--beta 0: must be above 0"),
@@ -387,7 +387,7 @@ def test_mistakes(rerank, policy, judge):
         (("--prompt", "x", "--output", "nowhere/o.jsonl"), "there is no folder"),
         (("--input", "nowhere.jsonl"), "--input nowhere.jsonl: no such file"),
         (("--input", "odd.jsonl"), "odd.jsonl:1: not recognised as prompts data"),
-        (("--input", "text.jsonl", "--ignore-chat-template"), "has no effect on --input"),
+        (("--input", "text.jsonl", "--ignore-chat-template"), "has no effect with --input"),
     ):
         code, out, err = rerank(*options)
         assert code == 1, options
@@ -399,7 +399,7 @@ def test_mistakes(rerank, policy, judge):
     assert "nothing to rank by" in err
     code, out, _ = rerank("--input", "text.jsonl", "-n", 1, "--max-tokens", 2)
     assert code == 0
-    assert "! prompts are text, taken as they stand" in out
+    assert "! text prompts are used verbatim" in out
     assert run(["rerank", "--help"]) == 0
 
 

@@ -163,7 +163,7 @@ def test_interrupted_output_has_only_whole_lines(sample, monkeypatch):
 @pytest.mark.parametrize(
     ("more", "said"),
     [
-        (["--output", "prompts.jsonl"], "is there already"),
+        (["--output", "prompts.jsonl"], "exists already"),
         (["--keep", "5"], "--keep 5"),
         (["--pairs", "--keep", "2"], "--keep 2"),
         (["--pairs", "-n", "1"], "-n 1"),

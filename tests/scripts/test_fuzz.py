@@ -52,13 +52,13 @@ def test_a_configuration_that_doubles_without_end(script, bench, capsys):
     """Forty lines of YAML that stand for 2 to the 40 items."""
     file = bench.write("laughs.yaml", script.LAUGHS + "beta: *x39\n")
     assert script.command_line.run(["dpo", "-c", str(file)]) == 1
-    assert "loss_option: a: a list of 2 is no single value" in capsys.readouterr().err
+    assert "a: a list of 2 is not a single value" in capsys.readouterr().err
     file = bench.write("laughs.yaml", "beta: 0x" + "f" * 5000 + "\n")
     assert script.command_line.run(["dpo", "-c", str(file)]) == 1
-    assert "beta: a number of thousands of digits is not a number" in capsys.readouterr().err
+    assert "beta: a number of thousands of digits: expected a number" in capsys.readouterr().err
     for option, said in (
-        ("--lora-keys=,,", "no name in it"),
-        ("--iters=2147483648", "out of range; at most 2147483647"),
+        ("--lora-keys=,,", "expected at least one name"),
+        ("--iters=2147483648", "out of range; must be at most 2147483647"),
         ("--epochs=1e300", "out of range"),
     ):
         assert script.command_line.run(["dpo", option]) == 1

@@ -265,7 +265,7 @@ def test_signals_outside_of_updates(pairs, capsys, monkeypatch):
                 run_module,
                 "kl_from_reference",
                 signal.SIGHUP,
-                "on with: mlx-align dpo --resume run-2",
+                "resume with: mlx-align dpo --resume run-2",
             ),
         )
     ):
@@ -292,8 +292,8 @@ def test_a_second_signal_stops_at_once_and_tears_nothing(pairs, capfd, monkeypat
         stop_after(patched, 3, twice)
         assert dpo() == 130
     captured = capfd.readouterr()
-    assert "once more to stop at once" in captured.err
-    assert "go on with: mlx-align dpo --resume run" in captured.out
+    assert "interrupt again to stop at once" in captured.err
+    assert "resume with: mlx-align dpo --resume run" in captured.out
     assert [path.name for path in Path("run", "checkpoints").iterdir()] == ["0000002"]
     assert run(["dpo", "--resume", "run"]) == 0
     assert dpo(output="whole") == 0
@@ -337,7 +337,7 @@ def test_no_quota_is_one_line_and_the_last_checkpoint_stays(pairs, capsys, monke
     captured = capsys.readouterr()
     assert captured.err.count("\n") == 1
     assert "can't be written (the quota is used up; make room)" in captured.err
-    assert "go on with: mlx-align dpo --resume run" in captured.out
+    assert "resume with: mlx-align dpo --resume run" in captured.out
     assert not list(Path("run").rglob("*.partial*"))
     assert run(["dpo", "--resume", "run"]) == 0
     assert dpo(output="whole") == 0
