@@ -22,10 +22,3 @@ def own_rates(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user-cache"))
     monkeypatch.setattr(duration, "rates_file", lambda: tmp_path / "user-cache" / "rates.json")
 
-
-@pytest.fixture(autouse=True)
-def charts(monkeypatch):
-    """Runs write pages without charts, which take a second each; test_report.py draws them."""
-    from mlx_align.report import page
-
-    monkeypatch.setattr(page, "can_draw", lambda: False)
