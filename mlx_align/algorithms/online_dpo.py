@@ -21,7 +21,6 @@ from mlx_align.rollout.advantages import zero_variance_share
 from mlx_align.rollout.collector import RolloutBatch, RolloutCollector
 from mlx_align.types import Logps, TokenizedGroup
 
-ONLINE_DPO = "online_dpo"
 # The default of Guo et al. 2024, and of DPO.
 BETA = 0.1
 

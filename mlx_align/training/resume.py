@@ -11,7 +11,6 @@ import os
 import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_align.config import TrainConfig
-from mlx_align.config.schema import flag_of, to_yaml
+from mlx_align.config.schema import fixed_options, flag_of, to_yaml
 from mlx_align.errors import ConfigError, ModelError
 from mlx_align.models.adapters import fingerprint_folder
 from mlx_align.system.atomic_io import wrap_write_errors, write_text
@@ -104,7 +103,7 @@ def fingerprints(
         hashes["init adapter"] = fingerprint_folder(Path(config.init_adapter), "*adapter*")
     hashes.update((name, fingerprint_groups(groups)) for name, groups in data.items())
     hashes.update(others or {})
-    options = {f.name: getattr(config, f.name) for f in fields(config) if f.metadata["training"]}
+    options = fixed_options(config)
     return {
         "command": command,
         "hashes": hashes,

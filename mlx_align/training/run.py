@@ -16,7 +16,7 @@ from mlx_align.algorithms.base import Algorithm, MakeOnPolicyAlgorithm, chat_com
 from mlx_align.algorithms.dpo import DPO
 from mlx_align.algorithms.grpo import GRPO, check_grpo_options
 from mlx_align.algorithms.kto import KTO
-from mlx_align.algorithms.online_dpo import ONLINE_DPO, OnlineDPO, check_online_dpo_options
+from mlx_align.algorithms.online_dpo import OnlineDPO, check_online_dpo_options
 from mlx_align.algorithms.ppo import PPO, check_ppo_options
 from mlx_align.algorithms.reward_modeling import RewardModeling
 from mlx_align.algorithms.sft import SFT
@@ -31,6 +31,7 @@ from mlx_align.config import (
     SFTConfig,
     TrainConfig,
 )
+from mlx_align.config.on_policy import ONLINE_DPO
 from mlx_align.data.batching import epoch_order, microbatch_stream, padding_fraction
 from mlx_align.data.buckets import AnyShape, batch_limit, plan_shapes
 from mlx_align.data.readers import Data
