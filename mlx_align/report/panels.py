@@ -314,4 +314,7 @@ def reward_report_charts(report: Mapping[str, Any]) -> list[Chart]:
 
 
 def _short(name: str) -> str:
-    return name.removesuffix(" quarter").replace("below ", "< ").replace("above ", "> ")
+    """The name of a bin, short enough for a label below a bar."""
+    for long, short in ((" quarter", ""), ("below ", "< "), ("above ", "> "), (" to ", "–")):
+        name = name.replace(long, short)
+    return name

@@ -12,6 +12,7 @@ defaults. Those of text statistics are our choice: the values at which samples r
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -79,6 +80,8 @@ WORSE_BY = 2.0
 # Values kept from each end of a metric. Training rows are of different examples, so the start and
 # the end of a noisy metric are means over this many rows.
 _KEPT = 5
+# Rows whose mean is the recent value of a noisy training metric.
+_RECENT = 3
 
 _PAIRS = frozenset({"dpo", "kto"})
 _PREFERENCES = frozenset({"dpo", "kto", "reward"})
@@ -132,6 +135,7 @@ class History:
         tail: The last values of each training metric.
         counts: Number of values of each training metric.
         held_out: All values of each held-out metric, without the prefix `eval/`.
+        trained_rewards: At each evaluation, the recent mean of the training reward.
         deviations: For each evaluation, the reward trained on and the held-out reward, as changes
             since the first evaluation in units of its standard deviation.
     """
@@ -143,6 +147,7 @@ class History:
     tail: dict[str, list[float]] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=dict)
     held_out: dict[str, list[float]] = field(default_factory=dict)
+    trained_rewards: list[float] = field(default_factory=list)
     deviations: list[list[float]] = field(default_factory=list)
 
     def add(self, row: Mapping[str, float], step: int) -> None:
@@ -171,6 +176,8 @@ class History:
             value = metrics.get(key)
             if value is not None and math.isfinite(value):
                 self.held_out.setdefault(key, []).append(float(value))
+        if rewards := self.tail.get("reward", [])[-_RECENT:]:
+            self.trained_rewards.append(sum(rewards) / len(rewards))
         if deviations is not None:
             self.deviations.append([float(one) for one in deviations])
 
@@ -182,7 +189,7 @@ class History:
         """The last value of a training metric."""
         return self.tail[key][-1] if self.tail.get(key) else None
 
-    def recent_mean(self, key: str, rows: int = 3) -> float | None:
+    def recent_mean(self, key: str, rows: int = _RECENT) -> float | None:
         """The mean of the last `rows` values of a training metric, or None if there are fewer."""
         values = self.tail.get(key, [])[-rows:]
         return sum(values) / rows if len(values) == rows else None
@@ -487,7 +494,7 @@ def _over_optimised(history: History) -> Finding | None:
         )
     other = history.held_out.get("held_out")
     falling = other or history.held_out.get("reward", [])
-    rising = history.held_out.get("reward", []) if other else history.tail.get("reward", [])
+    rising = history.held_out.get("reward", []) if other else history.trained_rewards
     if not _falls(falling) or len(rising) <= FALLING_EVALUATIONS:
         return None
     if rising[-1] <= rising[-FALLING_EVALUATIONS - 1]:
@@ -594,7 +601,11 @@ def history_of(record: RunRecord) -> History:
             history.head[key], history.tail[key] = values[:_KEPT], values[-_KEPT:]
             history.counts[key] = len(values)
     first: dict[str, tuple[float, float]] = {}
+    rewards = record.values("reward")
+    steps = [row["step"] for row in record.training if "reward" in row]
     for row in record.held_out:
+        seen = bisect_right(steps, row["step"])
+        history.tail["reward"] = rewards[max(0, seen - _RECENT) : seen]
         metrics = {key.removeprefix("eval/"): value for key, value in row.items()}
         changes = []
         for name in ("reward", "held_out"):
@@ -604,6 +615,7 @@ def history_of(record: RunRecord) -> History:
                 changes += [(metrics[name] - mean) / spread] if spread > 0 else []
         deviations = (changes[0], changes[1]) if len(changes) == 2 else None
         history.add_evaluation(metrics, int(row["step"]), deviations)
+    history.tail["reward"] = rewards[-_KEPT:]
     history.step = record.step
     return history
 
@@ -715,6 +727,7 @@ class HealthMonitor:
             "tail": {key: list(values) for key, values in history.tail.items()},
             "counts": dict(history.counts),
             "held_out": {key: list(values) for key, values in history.held_out.items()},
+            "trained_rewards": list(history.trained_rewards),
             "recorded": [dict(one) for one in self.recorded],
         }
 
@@ -733,6 +746,7 @@ class HealthMonitor:
         history.tail = _lists(state.get("tail", {}))
         history.counts = {str(key): int(n) for key, n in state.get("counts", {}).items()}
         history.held_out = _lists(state.get("held_out", {}))
+        history.trained_rewards = [float(one) for one in state.get("trained_rewards", ())]
         history.deviations = [[float(a), float(b)] for a, b in state["evaluations"]]
         for key, value in state.get("start", {}).items():
             history.head[str(key)] = [float(value)]

@@ -1,29 +1,29 @@
-"""The run page from synthetic run folders: what it says, warns of, draws and never lets through."""
+"""The run page from synthetic run folders: its verdict, warnings, charts, and what is escaped."""
 
+import base64
+import hashlib
 import json
 import math
 import re
+import shutil
+import subprocess
 from html import unescape
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 
 from mlx_align.cli.main import run as mlx_align
-from mlx_align.report import charts, page
+from mlx_align.report import charts
 from mlx_align.report.page import render_comparison, render_run
 from mlx_align.report.panels import PANELS, curves_of
-from mlx_align.system.formatting import format_value, tick_labels
+from mlx_align.system.formatting import format_value
 from mlx_align.tracking.diagnostics import diagnose
 from mlx_align.tracking.run_dir import read_run_record
 
+ASSETS = Path(charts.__file__).with_name("assets")
 VOID = {"meta", "br", "img", "input", "hr", "link"}
 EVIL = "<script>alert(1)</script><img src=x onerror=alert(2)>\"'&"
-
-
-@pytest.fixture
-def drawn(monkeypatch):
-    """Charts are drawn."""
-    monkeypatch.setattr(page, "can_draw", charts.can_draw)
 
 
 def write(folder, rows=(), config=None, torn="", samples=(), **files):
@@ -112,11 +112,12 @@ def warned(folder, rows, command="ppo", **facts):
 
 
 class Tags(HTMLParser):
-    """Checks that tags close in order; keeps attributes and text."""
+    """Checks that tags close in order; keeps attributes, text, scripts and the style sheet."""
 
     def __init__(self, text):
         super().__init__()
         self.open, self.names, self.attributes, self.said = [], [], [], ""
+        self.code = []
         self.feed(text)
         self.close()
         assert self.open == []
@@ -126,6 +127,8 @@ class Tags(HTMLParser):
         self.attributes += [(tag, name, value) for name, value in attrs]
         if tag not in VOID:
             self.open.append(tag)
+        if tag in ("script", "style"):
+            self.code.append([tag, dict(attrs), ""])
 
     def handle_startendtag(self, tag, attrs):
         self.names.append(tag)
@@ -136,25 +139,62 @@ class Tags(HTMLParser):
         assert self.open.pop() == tag
 
     def handle_data(self, data):
-        self.said += data
+        if self.open and self.open[-1] in ("script", "style"):
+            self.code[-1][2] += data
+        else:
+            self.said += data
+
+    @property
+    def charts(self):
+        """The embedded data of the charts, by title."""
+        (data,) = (text for _, attrs, text in self.code if attrs.get("id") == "chart-data")
+        return json.loads(data)
+
+
+def embedded(text):
+    """The charts of a page: (title, data) in order."""
+    titles = [unescape(title) for title in re.findall(r'class="title">([^<]*)<', text)]
+    return list(zip(titles, Tags(text).charts, strict=True))
+
+
+def digest(text):
+    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
 
 
 def assert_self_contained(text):
+    """Nothing is loaded, and nothing runs but our own scripts, which the policy names by hash."""
     tags = Tags(text)
-    assert {"script", "img", "link", "iframe", "object", "base"}.isdisjoint(tags.names)
+    assert {"img", "link", "iframe", "object", "base"}.isdisjoint(tags.names)
     for tag, name, value in tags.attributes:
         assert not name.startswith("on"), (tag, name)
-        if name in ("src", "href", "xlink:href", "data", "action"):
+        assert name not in ("style", "src"), (tag, name)
+        if name in ("href", "xlink:href", "data", "action"):
             assert value.startswith("#"), (tag, name, value)
-    style = text[text.index("<style>") : text.index("</style>")]
-    assert "url(" not in style
-    assert "@import" not in style
+    styles = [content for tag, _, content in tags.code if tag == "style"]
+    assert len(styles) == 1
+    assert "url(" not in styles[0]
+    assert "@import" not in styles[0]
     policies = [value for _, name, value in tags.attributes if name == "content"]
-    assert sum(value.startswith("default-src 'none'; style-src") for value in policies) == 1
+    (policy,) = (value for value in policies if value.startswith("default-src"))
+    assert policy.startswith("default-src 'none'; style-src ")
+    assert "unsafe" not in policy
+    assert f"style-src {digest(styles[0])};" in policy
+    scripts = [(attrs, content) for tag, attrs, content in tags.code if tag == "script"]
+    run = [content for attrs, content in scripts if attrs.get("type") != "application/json"]
+    hashes = " ".join(map(digest, run)) or "'none'"
+    assert f"script-src {hashes};" in policy
+    script = (ASSETS / "charts.js").read_text()
+    library = (ASSETS / "uplot" / "uPlot.iife.min.js").read_text()
+    assert [content for content in run if content != script and not content.endswith(library)] == []
+    for attrs, content in scripts:
+        if attrs.get("type") == "application/json":
+            assert attrs["id"] == "chart-data"
+            assert not set("<>&\u2028\u2029") & set(content)
+            json.loads(content)
     return tags
 
 
-def test_a_finished_dpo_run_has_all_its_charts(tmp_path, drawn):
+def test_a_finished_dpo_run_has_all_its_charts(tmp_path):
     summary = {
         "command": "dpo",
         "steps": 100,
@@ -172,46 +212,65 @@ def test_a_finished_dpo_run_has_all_its_charts(tmp_path, drawn):
     tags = assert_self_contained(text)
     titles = {"Loss", "Accuracy", "Margin", "Log-probs", "Learning rate", "Speed", "Peak memory"}
     assert titles <= set(re.findall(r'class="title">([^<]*)<', text))
-    assert tags.names.count("svg") == tags.names.count("figure") == 9
+    assert tags.names.count("figure") == len(tags.charts) == 9
     for part in ("100 updates in 2 min", "1.25 nats", "± 0.100, 8 samples", "2.00 GB"):
         assert part in tags.said
     for part in ("Hi?", "No.", "Yes.", "dropped: too long", "0.32.2", "mlx_lm.chat"):
         assert part in tags.said
     assert "in 71.2% of the pairs; before training it was 50.0%" in tags.said
-    assert "Nothing in the numbers so far" in tags.said
+    assert "All health checks pass" in tags.said
     assert 'http-equiv="refresh"' not in text
-    assert "http://" not in text
-    assert "https://" not in text
+    own = text.replace((ASSETS / "uplot" / "uPlot.iife.min.js").read_text(), "")
+    assert "http://" not in own
+    assert "https://" not in own
+    assert "Copyright (c) 2022 Leon Sorokin" in text
 
 
-def test_bytes_depend_on_the_folder_alone(tmp_path, drawn):
+def test_bytes_depend_on_the_folder_alone(tmp_path):
     one = render_run(read_run_record(write(tmp_path / "a" / "run", dpo_rows())))
     other = render_run(read_run_record(write(tmp_path / "b" / "run", dpo_rows())))
     assert one == other
 
 
-def test_the_users_own_style_changes_nothing(tmp_path, drawn):
-    import matplotlib
+def test_charts_are_the_rows(tmp_path):
+    rows = dpo_rows(chosen=-20, rejected=-30)
+    text = render_run(read_run_record(write(tmp_path / "run", rows)))
+    data = dict(embedded(text))
+    training = [row for row in rows if "loss" in row]
+    held_out = [row for row in rows if "eval/loss" in row]
+    loss = data["Loss"]
+    assert (loss["kind"], loss["x"], loss["smooth"]) == ("lines", "update", True)
+    assert [one["label"] for one in loss["series"]] == ["training", "held-out"]
+    assert [one["heldOut"] for one in loss["series"]] == [False, True]
+    assert loss["series"][0]["x"] == [row["step"] for row in training]
+    assert loss["series"][0]["y"] == pytest.approx([row["loss"] for row in training], rel=1e-5)
+    assert loss["series"][1]["x"] == [row["step"] for row in held_out]
+    # The accuracy of implicit rewards before training says nothing.
+    accuracy = data["Accuracy"]
+    assert accuracy["series"][1]["x"] == [row["step"] for row in held_out[1:]]
+    assert (accuracy["unit"], accuracy["level"], accuracy["bounds"]) == ("share", 0.5, [0, 1])
+    logps = data["Log-probs"]
+    assert [one["colour"] for one in logps["series"]] == [1, 1, 2, 2]
+    assert logps["fall"] == 1  # the held-out chosen ones
+    assert "▼ chosen fell by 67%" in Tags(text).said
+    assert not data["Learning rate"]["smooth"]
+    unmarked = render_run(read_run_record(write(tmp_path / "well", dpo_rows())))
+    assert dict(embedded(unmarked))["Log-probs"]["fall"] is None
 
-    run = read_run_record(write(tmp_path / "run", dpo_rows()))
-    plain = render_run(run)
-    styled = {"font.size": 20, "axes.facecolor": "red", "svg.fonttype": "path", "xtick.top": True}
-    with matplotlib.rc_context(styled):
-        assert render_run(run) == plain
-        assert matplotlib.rcParams["font.size"] == 20
 
-
-def test_colours_are_the_pages_own(tmp_path, drawn):
-    text = render_run(read_run_record(write(tmp_path / "run", dpo_rows(chosen=-20, rejected=-30))))
-    charts_alone = "".join(re.findall(r"<svg.*?</svg>", text, flags=re.DOTALL))
-    assert not re.findall(r"#[0-9a-f]{6}\b", charts_alone)
-    assert "var(--c1)" in charts_alone
-    assert "var(--warn)" in charts_alone
+def test_colours_are_the_pages_own(tmp_path):
+    text = render_run(read_run_record(write(tmp_path / "run", dpo_rows())))
+    script = (ASSETS / "charts.js").read_text()
+    assert not re.findall(r"#[0-9a-f]{6}\b", script)
     assert {f"--{ink}:" in text for ink in ("c1", "c8", "ink", "muted", "rule", "warn")} == {True}
-    assert "font-family: 'DejaVu" not in text
+    used = set(re.findall(r'ink\("(\w+)"\)', script))
+    assert {"muted", "rule", "warn", "ink"} <= used
+    assert all(f"--{name}:" in text for name in used)
+    dark = text[text.index("@media (prefers-color-scheme: dark)") :]
+    assert all(f"--{name}:" in dark for name in used)
 
 
-def test_everything_from_data_is_text(tmp_path, drawn):
+def test_everything_from_data_is_text(tmp_path):
     rows = [{"step": i, "loss": 1.0, f"rewards/{EVIL}/mean": float(i)} for i in range(1, 9)]
     samples = [
         {"source": EVIL, "prompt": EVIL, "before": "x" * 10_000, "after": "</div></main>"},
@@ -231,7 +290,10 @@ def test_everything_from_data_is_text(tmp_path, drawn):
     text = render_run(read_run_record(folder))
     tags = assert_self_contained(text)
     assert "alert(1)" in tags.said
-    assert "<script" not in text
+    assert "<script>alert" not in text
+    assert text.count("<script") == text.count("</script>") == 3
+    labels = {one["label"] for chart in tags.charts for one in chart.get("series", ())}
+    assert EVIL in labels
     assert "x" * 10_000 in text
     assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]", text)
     assert "␀␛[31m␡�" in text
@@ -242,18 +304,19 @@ def test_everything_from_data_is_text(tmp_path, drawn):
     assert_self_contained(both)
 
 
-def test_without_matplotlib_the_page_has_its_numbers(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(charts, "find_spec", lambda name: None)
-    assert not charts.can_draw()
+def test_the_page_has_its_numbers_without_scripts(tmp_path, capsys):
     folder = write(tmp_path / "run", dpo_rows())
-    text = render_run(read_run_record(folder))
-    tags = assert_self_contained(text)
-    assert "svg" not in tags.names
-    assert 'pip install "mlx-align[report]"' in tags.said
+    tags = assert_self_contained(render_run(read_run_record(folder)))
+    assert "The charts need JavaScript" in tags.said
     assert "logps/chosen" in tags.said
     assert "−30.0" in tags.said
     assert mlx_align(["report", str(folder)]) == 0
-    assert "matplotlib" in capsys.readouterr().out
+    assert capsys.readouterr().out == f"Wrote {folder / 'report.html'}\n"
+
+
+def test_a_page_without_charts_has_no_scripts(tmp_path):
+    tags = assert_self_contained(render_run(read_run_record(write(tmp_path / "run", []))))
+    assert "script" not in tags.names
 
 
 def test_a_run_that_goes_on(tmp_path):
@@ -290,7 +353,7 @@ def test_a_run_that_goes_on(tmp_path):
 
 
 @pytest.mark.parametrize("rows", [[], dpo_rows(1), dpo_rows(2)[:2], [{"step": 1, "loss": None}]])
-def test_little_is_enough(tmp_path, drawn, rows):
+def test_little_is_enough(tmp_path, rows):
     folder = write(tmp_path / "run", rows, torn="\n\n[1]\nnull\n{")
     Tags(render_run(read_run_record(folder)))
     for file in ("config.yaml", "metrics.jsonl"):
@@ -322,7 +385,7 @@ def test_report_writes_where_it_is_told(tmp_path, capsys, monkeypatch):
     assert "can't be written" in capsys.readouterr().err
 
 
-def test_a_comparison_overlays_and_names_what_differs(tmp_path, drawn):
+def test_a_comparison_overlays_and_names_what_differs(tmp_path):
     folders = [
         write(tmp_path / "slow", dpo_rows(margin=0.5), {"beta": 0.1, "lr": 1e-5, "output": "a"}),
         write(tmp_path / "fast", dpo_rows(margin=2), {"beta": 0.1, "lr": 1e-4, "output": "b"}),
@@ -331,21 +394,22 @@ def test_a_comparison_overlays_and_names_what_differs(tmp_path, drawn):
     runs = [read_run_record(folder) for folder in folders]
     text = render_comparison(runs, [run.name for run in runs])
     tags = assert_self_contained(text)
-    differing = text[text.index("What differs") : text.index("Courses")]
+    differing = text[text.index("Differences in options") : text.index("Curves")]
     assert re.findall(r'<th scope="row">([^<]*)', differing) == ["beta", "lr"]
-    margins = text[text.index('"title">Margin, held-out') :].split("</figure>")[0]
-    assert "slow" in margins
-    assert "fast" in margins
-    assert ">0.500<" in margins
-    assert ">2.00<" in margins
-    assert "ppo" not in margins.split("<svg")[0]
-    assert "stroke: var(--c1)" in margins
-    assert "stroke: var(--c2)" in margins
+    data = dict(embedded(text))
+    margins = data["Margin, held-out"]["series"]
+    assert [(one["label"], one["colour"]) for one in margins] == [("slow", 1), ("fast", 2)]
+    figure = text[text.index('"title">Margin, held-out') :].split("</figure>")[0]
+    assert "slow" in figure
+    assert "fast" in figure
+    assert ">0.500<" in figure
+    assert ">2.00<" in figure
+    assert "ppo" not in figure
     assert "Log-probs: rejected, held-out" in text
-    assert tags.names.count("svg") == tags.names.count("figure") > 20
+    assert tags.names.count("figure") == len(tags.charts) > 20
 
 
-def test_every_panel_is_drawn_where_its_metric_is(tmp_path, drawn):
+def test_every_panel_is_shown_if_its_metric_is_there(tmp_path):
     rows = ppo_rows()
     for row in rows:
         row |= {"kl": 1.0, "perplexity": 3.0, "rewards/auc": 0.6, "rewards/accuracies": 0.6}
@@ -364,7 +428,7 @@ def test_a_policys_kl_is_not_ktos(tmp_path):
     shown = {panel.title: curves_of(panel, run) for panel in PANELS}
     assert shown["KL from the reference"][0].twin == "eval/objective/kl"
     assert shown["KL point"] == ()
-    assert [curve.label for curve in shown["Rewards, each apart"]] == ["form", "helpful"]
+    assert [curve.label for curve in shown["Single rewards"]] == ["form", "helpful"]
     kto = read_run_record(
         write(tmp_path / "kto", [{"step": 1, "loss": 1, "kl": 2}, {"step": 1, "eval/kl": 3}])
     )
@@ -373,7 +437,7 @@ def test_a_policys_kl_is_not_ktos(tmp_path):
     assert shown["KL point"][0].twin == "eval/kl"
 
 
-def test_a_reward_models_report(tmp_path, drawn):
+def test_a_reward_models_report(tmp_path):
     parts = [{"name": "below 0.5", "accuracy": 0.25, "comparisons": 8}]
     parts.append({"name": "above 2", "accuracy": None, "comparisons": 0})
     held_out = {
@@ -402,11 +466,17 @@ def test_a_reward_models_report(tmp_path, drawn):
         "Accuracy by length",
         "Accuracy by certainty",
     ]
-    assert "63.8% of 271 comparisons (95%: 57.9% to 69.4%)" in tags.said
+    assert (
+        "On 271 held-out comparisons the reward model ranks the better completion first in 63.8% "
+        "(95% interval 57.9% to 69.4%): better than 50%, but can't be told apart from choosing the "
+        "longer one (61.4%)."
+    ) in tags.said
     assert '"pick the longer" alone gains 11.4%.' in tags.said
     assert "It may have learned length; balance it." in tags.said
-    assert "&lt; 0.5" in text
-    assert "30 at 55%: 60% right" in text
+    data = dict(embedded(text))
+    assert data["Accuracy by length"]["labels"] == ["< 0.5\n8", "> 2\n0"]
+    assert data["Accuracy by length"]["y"] == [0.25, None]
+    assert data["Calibration"]["labels"] == ["30 at 55%: 60% right"]
     assert "−0.65" in tags.said
 
 
@@ -414,9 +484,9 @@ def test_a_reward_models_report(tmp_path, drawn):
     ("change", "begins", "stop"),
     [
         ({"chosen": -2.9, "rejected": -5}, None, None),  # less than a tenth of −30
-        ({"chosen": -3.1, "rejected": -5}, "The chosen answer's log-prob fell", False),
-        ({"chosen": -12.0, "rejected": -15}, "The chosen answer's log-prob fell", True),
-        ({"margin": 5.1}, "The held-out margin is 5.10", False),
+        ({"chosen": -3.1, "rejected": -5}, "The log-prob of chosen completions fell", False),
+        ({"chosen": -12.0, "rejected": -15}, "The log-prob of chosen completions fell", True),
+        ({"margin": 5.1}, "The held-out margin has reached 5.10", False),
         ({"margin": 4.9}, None, None),
         ({"training": 0.95, "held_out": 0.79}, "Accuracy is 95% on training pairs and 79%", False),
         ({"training": 0.95, "held_out": 0.81}, None, None),
@@ -425,9 +495,11 @@ def test_a_reward_models_report(tmp_path, drawn):
 def test_what_pairs_warn_of(tmp_path, change, begins, stop):
     facts = {"data_facts": {"scored_tokens": 100, "completions": 10}}  # ten tokens a completion
     found = warned(tmp_path / "run", dpo_rows(**change), "dpo", **facts)
-    assert [w.what.startswith(begins or "?") for w in found] == ([] if begins is None else [True])
-    assert [w.stop for w in found] == ([] if stop is None else [stop])
-    assert all(w.do for w in found)
+    assert [w.problem.startswith(begins or "?") for w in found] == (
+        [] if begins is None else [True]
+    )
+    assert [w.level == "stop" for w in found] == ([] if stop is None else [stop])
+    assert all(w.advice for w in found)
 
 
 def test_a_wide_margin_is_no_warning_while_accuracy_rises(tmp_path):
@@ -443,32 +515,34 @@ def test_a_wide_margin_is_no_warning_while_accuracy_rises(tmp_path):
     [
         ("policy__approx_kl", 0.029, 0.031, "moves the policy by 0.031 nats", False),
         ("policy__approx_kl", 0.029, 0.11, "moves the policy by 0.110 nats", True),
-        ("policy__clip_ratio", 0.3, 0.31, "31% of the tokens", False),
-        ("value__explained_variance", 0.0, -0.01, "The critic explains less", True),
+        ("policy__clip_ratio", 0.3, 0.31, "31% of the tokens are clipped", False),
+        ("value__explained_variance", 0.0, -0.01, "The critic explains less", False),
         ("objective__entropy", 0.61, 0.59, "Entropy is 30% of", True),
-        ("objective__kl", 15.0, 16.0, "16 nats a completion", False),
-        ("objective__kl", 15.0, 31.0, "31 nats a completion", True),
+        ("objective__kl", 15.0, 16.0, "16 nats from the reference", False),
+        ("objective__kl", 15.0, 31.0, "31 nats from the reference", True),
         ("completions__ended", 0.8, 0.79, "Only 79%", False),
         ("completions__mean_length", 75.0, 76.0, "1.5 times as long", False),
         ("completions__mean_length", 75.0, 126.0, "2.5 times as long", True),
+        ("frac_reward_zero_std", 0.8, 0.81, "81% of the prompts", False),
         ("text__repeated_4grams", 0.06, 0.08, "Completions repeat 8%", False),
         ("text__repeated_4grams", 0.06, 0.18, "Completions repeat 18%", True),
-        ("text__distinct_2", 0.41, 0.39, "39% of the pairs of tokens", False),
-        ("text__distinct_2", 0.41, 0.29, "29% of the pairs of tokens", True),
+        ("text__distinct_2", 0.41, 0.39, "39% of the token pairs", False),
+        ("text__distinct_2", 0.41, 0.29, "29% of the token pairs", True),
     ],
 )
 def test_what_policies_warn_of(tmp_path, metric, well, ill, says, stop):
     assert warned(tmp_path / "run", ppo_rows(**{metric: well})) == []
     found = warned(tmp_path / "run", ppo_rows(**{metric: ill}))
     assert len(found) == 1
-    assert says in found[0].what
-    assert found[0].stop == stop
-    assert found[0].do
+    assert says in found[0].problem
+    assert (found[0].level != "warn") == stop
+    assert found[0].advice
 
 
 def test_a_critic_has_thirty_updates(tmp_path):
-    assert warned(tmp_path / "run", ppo_rows(29, value__explained_variance=-1.0)) == []
-    assert len(warned(tmp_path / "run", ppo_rows(30, value__explained_variance=-1.0))) == 1
+    # As for the guard: the warning comes after the 31st.
+    assert warned(tmp_path / "run", ppo_rows(30, value__explained_variance=-1.0)) == []
+    assert len(warned(tmp_path / "run", ppo_rows(31, value__explained_variance=-1.0))) == 1
 
 
 def test_over_optimisation(tmp_path):
@@ -479,8 +553,8 @@ def test_over_optimisation(tmp_path):
         rows.append({"step": step, "eval/reward": falls})
     assert warned(tmp_path / "run", rows) == []
     found = warned(tmp_path / "run", [*rows, {"step": 40, "eval/reward": 0.6}])
-    assert "held-out reward fell in three evaluations running" in found[0].what
-    assert found[0].stop
+    assert "held-out reward fell in three evaluations in a row" in found[0].problem
+    assert found[0].level == "warn"
 
 
 def test_over_optimisation_by_another_judge(tmp_path):
@@ -488,41 +562,109 @@ def test_over_optimisation_by_another_judge(tmp_path):
     for step in range(1, 6):
         rows.append({"step": step, "eval/reward": step / 10, "eval/held_out": 1 - step / 10})
     found = warned(tmp_path / "run", rows)
-    assert "to 0.500, while" in found[0].what
+    assert "to 0.500, while" in found[0].problem
+    # A reason to stop, if it is known to be more than a standard deviation.
+    spreads = {"eval/reward_std": 0.2, "eval/held_out_std": 0.2}
+    known = [row | spreads if "eval/reward" in row else row for row in rows]
+    found = warned(tmp_path / "run", known)
+    assert [one.level for one in found] == ["stop"]
+    assert "+2.0 standard deviations from its start, the held-out reward -2.0" in found[0].problem
     rows[-1]["eval/held_out"] = 0.7
     assert warned(tmp_path / "run", rows) == []
+
+
+def test_what_stopped_a_run_is_on_its_page(tmp_path):
+    finding = {
+        "step": 7,
+        "level": "stop",
+        "signal": "objective/kl",
+        "problem": "Far.",
+        "advice": ".",
+    }
+    others = [finding | {"level": EVIL}, "text", None]
+    found = warned(tmp_path / "run", ppo_rows(), findings=[finding, *others])
+    assert [(one.level, one.problem) for one in found] == [("stop", "After step 7: Far.")]
+    # Not twice, if the metrics show it too.
+    found = warned(tmp_path / "run", ppo_rows(objective__kl=40.0), findings=[finding])
+    assert ["40 nats" in one.problem for one in found] == [True]
 
 
 def test_longer_completions_may_go_further_from_the_reference(tmp_path):
     rows = [row | {"completions/mean_length": 256.0} for row in ppo_rows(objective__kl=29.0)]
     assert warned(tmp_path / "run", rows) == []
     rows = [row | {"completions/mean_length": 256.0} for row in ppo_rows(objective__kl=31.0)]
-    assert [warning.stop for warning in warned(tmp_path / "run", rows)] == [False]
+    assert [warning.level == "stop" for warning in warned(tmp_path / "run", rows)] == [False]
 
 
-def test_long_runs_are_thinned_not_cut():
-    x = list(range(1, 10_001))
-    thin_x, thin_y = charts._thinned(x, [float(v) for v in x])
-    assert len(thin_x) <= charts.MOST_POINTS + 1
-    assert thin_x == thin_y
-    assert thin_x[-1] == 10_000
-    assert thin_x[0] == sum(x[:25]) / 25
-    smooth = charts._running_mean([0.0, 3.0, 0.0, 3.0, 0.0], 3)
-    assert smooth == pytest.approx([0, 1, 2, 1, 0])
+def test_long_runs_are_thinned_and_keep_their_extremes():
+    x = list(range(1, 20_001))
+    y = [float(v) for v in x]
+    y[7_776], y[12_344] = 1e6, -1e6
+    thin_x, thin_y = charts.thin(x, y)
+    assert len(thin_x) == len(thin_y) <= charts.MAX_POINTS
+    assert len(thin_x) > 0.9 * charts.MAX_POINTS
+    assert (thin_x[0], thin_x[-1]) == (1, 20_000)
+    assert thin_x == sorted(set(thin_x))
+    assert {(7_777, 1e6), (12_345, -1e6)} <= set(zip(thin_x, thin_y, strict=True))
+    assert all(y[a - 1] == b for a, b in zip(thin_x, thin_y, strict=True))
+    means = charts.bucket_means(x, [float(v) for v in x])
+    assert len(means[0]) <= charts.MAX_POINTS // 2
+    assert means[0] == means[1]
+    assert means[0][0] == sum(x[:40]) / 40
+    assert charts.thin(x[:1000], y[:1000]) == (x[:1000], y[:1000])
+    for n in (1001, 1002, 1003, 1999, 2001):
+        assert len(charts.thin(x[:n], y[:n])[0]) <= charts.MAX_POINTS
 
 
-def test_a_pointer_reads_values_everywhere(drawn):
-    lines = [charts.Line("training", [1, 2, 3], [0.5, 0.25, 0.125], 0)]
-    lines.append(charts.Line("held-out", [2], [0.75], 1, True))
-    drawing = charts.draw_lines(lines, charts.Axis(unit="share"), "Loss")
-    said = re.findall(r"<title>(.*?)</title>", drawing, flags=re.DOTALL)
-    assert said == [
-        "update 1\ntraining: 50.0%",
-        "update 2\ntraining: 25.0%\nheld-out: 75.0%",
-        "update 3\ntraining: 12.5%",
+def test_a_page_of_20_000_rows_is_small(tmp_path):
+    rows = [
+        {"step": i, "loss": 1 / i, "rewards/accuracies": i % 2, "grad_norm": math.sin(i)}
+        for i in range(1, 20_001)
     ]
+    text = render_run(read_run_record(write(tmp_path / "run", rows)))
+    assert len(text) < 300_000
+    loss = dict(embedded(text))["Loss"]["series"][0]
+    assert (loss["x"][0], loss["x"][-1], loss["y"][0]) == (1, 20_000, 1.0)
+    assert len(loss["means"]["x"]) == len(loss["means"]["y"]) <= 500
 
 
+def node(expression):
+    """The value of an expression of the page's script, computed by node."""
+    script = f"const c = require('./charts.js'); console.log(JSON.stringify({expression}))"
+    command = ["node", "-e", script]
+    done = subprocess.run(command, cwd=ASSETS, capture_output=True, text=True, check=True)
+    return json.loads(done.stdout)
+
+
+needs_node = pytest.mark.skipif(shutil.which("node") is None, reason="node is not installed")
+
+
+@needs_node
+def test_smoothing_is_a_centred_mean():
+    assert node("c.runningMean([0, 3, 0, 3, 0], 3)") == pytest.approx([0, 1, 2, 1, 0])
+    assert node("c.runningMean([1, 2, 3, 9], 1)") == [1, 2, 3, 9]
+
+
+@needs_node
+def test_a_pointer_reads_the_nearest_value():
+    xs = [-5, 1, 1.4, 1.6, 9, 50]
+    assert node(f"{xs}.map(x => c.nearest([1, 2, 8, 10], x))") == [0, 0, 0, 1, 2, 3]
+    assert node("c.nearest([5], 1)") == 0
+
+
+@needs_node
+def test_an_axis_has_no_room_below_zero_for_data_that_has_none():
+    low, high = node("c.verticalRange(0, 1)")
+    assert -0.05 < low <= 0
+    assert high > 1
+    assert node("c.verticalRange(0.5, 1)")[0] > 0
+    assert node("c.verticalRange(-1, 1)")[0] < -1
+    assert node("c.verticalRange(0.2, 0.3, [0, 1])") == [-0.03, 1.03]
+    low, high = node("c.verticalRange(3, 3)")
+    assert low < 3 < high
+
+
+@needs_node
 @pytest.mark.parametrize(
     ("ticks", "unit", "labels"),
     [
@@ -533,10 +675,20 @@ def test_a_pointer_reads_values_everywhere(drawn):
         ([0.0, 20_000.0, 40_000.0], "", ["0", "20k", "40k"]),
         ([1e9, 1.5e9], "bytes", ["1.0 GB", "1.5 GB"]),
         ([7.0], "", ["7"]),
+        ([None, 0.0, 0.25], "share", ["", "0%", "25%"]),
     ],
 )
 def test_tick_labels(ticks, unit, labels):
-    assert tick_labels(ticks, unit) == labels
+    assert node(f"c.tickLabels({json.dumps(ticks)}, {json.dumps(unit)})") == labels
+
+
+@needs_node
+def test_the_script_formats_values_as_the_page_does():
+    values = [0, 1, -1, 0.99166, -0.00789, 2.5e-7, -1e-9, 12_345.6, math.pi, 48e6, 2e9, 314, 99.96]
+    for unit in ("", "share", "nats", "bytes", "tokens/s"):
+        found = node(f"{json.dumps(values)}.map(x => c.formatValue(x, {json.dumps(unit)}))")
+        assert found == [format_value(value, unit) for value in values]
+    assert node("c.formatValue(null)") == format_value(None)
 
 
 def test_numbers_read_well():
@@ -563,11 +715,11 @@ def test_rollouts_of_the_last_batch_are_shown_best_first(tmp_path):
     ]
     rows.append({"source": "valid.jsonl:1", "prompt": "Hm?", "before": "one", "after": "two"})
     write(tmp_path, ppo_rows(3), samples=rows)
-    page = render_run(read_run_record(tmp_path), charts=False)
-    assert "What it said last" in page
+    page = render_run(read_run_record(tmp_path))
+    assert "Last rollouts and their rewards" in page
     assert "Rollout batch 2" in page
     assert "Capital &lt;of&gt; Peru?" in page
-    assert "of 1" not in page.split("What it said last")[1].split("</section>")[0]
+    assert "of 1" not in page.split("Last rollouts and their rewards")[1].split("</section>")[0]
     places = [page.index(f"answer {n} of 2") for n in (1, 3, 4, 2)]
     assert places == sorted(places)
     assert "Before and after" in page

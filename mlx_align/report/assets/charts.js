@@ -21,7 +21,7 @@
     if (unit === "bytes") {
       return value >= 1e9 ? `${(value / 1e9).toFixed(2)} GB` : `${(value / 1e6).toFixed(0)} MB`;
     }
-    if (unit === "tokens/s") return minus(`${grouped(value, 0)} tokens/s`);
+    if (unit === "tokens/s") return `${grouped(value, 0)} tokens/s`;
     const size = Math.abs(value);
     let text;
     if (size >= 10000) text = grouped(value, 0);
@@ -305,7 +305,7 @@
         legend: { show: false },
         cursor: { y: false, x: !bars, drag: { x: false, y: false }, points: { show: false } },
         hooks: {
-          drawClear: [(u) => (bars ? levelLine(u, chart.level, ink("muted")) : diagonal(u))],
+          drawClear: [(u) => bars || diagonal(u)],
           draw: [(u) => (bars ? barValues(u, chart) : dots(u, chart, stroke))],
           setCursor: [
             (u) => {
@@ -323,6 +323,7 @@
 
   function barValues(u, chart) {
     const { ctx } = u;
+    levelLine(u, chart.level, ink("ink"));
     ctx.save();
     ctx.font = `${FONT_SIZE * uPlot.pxRatio}px ${FONT}`;
     ctx.fillStyle = ink("ink");

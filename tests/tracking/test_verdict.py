@@ -1,0 +1,237 @@
+"""The verdict on a run: what it says, with which interval, and of how many examples."""
+
+import json
+
+import pytest
+
+from mlx_align.system.intervals import (
+    Estimate,
+    mean_difference,
+    rate_difference,
+    wilson_interval,
+)
+from mlx_align.tracking.run_dir import read_run_record
+from mlx_align.tracking.verdict import compare_runs, held_out_examples, verdict
+
+
+def record(folder, rows=(), config=None, **files):
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "config.yaml").write_text(json.dumps({"val_batches": -1, **(config or {})}))
+    for name, content in files.items():
+        (folder / f"{name}.json").write_text(json.dumps(content))
+    return read_run_record(folder)
+
+
+def pairs(accuracy, n=25, training=None, start=0.0, margin=0.0):
+    """Rows and status of a DPO run whose last held-out accuracy is `accuracy` on `n` pairs."""
+    begin = {"eval/rewards/accuracies": start, "eval/rewards/margins": margin}
+    end = {"eval/rewards/accuracies": accuracy, "eval/rewards/margins": 0.5}
+    training = accuracy if training is None else training
+    rows = [{"step": 0, **begin}]
+    rows += [{"step": i, "loss": 1.0, "rewards/accuracies": training} for i in range(1, 6)]
+    status = {"command": "dpo", "state": "running", "step": 5, "eval_examples": n}
+    return [*rows, {"step": 5, **end}], status
+
+
+@pytest.mark.parametrize(
+    ("accuracy", "n", "kind", "sentence"),
+    [
+        (
+            0.6,
+            25,
+            "no difference",
+            "On 25 held-out pairs the policy's reward prefers the chosen completion in 60% "
+            "(95% interval 41% to 77%): can't be told apart from 50%.",
+        ),
+        (
+            0.6,
+            250,
+            "better",
+            "On 250 held-out pairs the policy's reward prefers the chosen completion in 60.0% "
+            "(95% interval 53.8% to 65.9%): better than 50%.",
+        ),
+        (
+            0.2,
+            30,
+            "worse",
+            "On 30 held-out pairs the policy's reward prefers the chosen completion in 20% "
+            "(95% interval 10% to 37%): worse than 50%.",
+        ),
+        (
+            1.0,
+            120,
+            "better",
+            "On 120 held-out pairs the policy's reward prefers the chosen completion in 100% "
+            "(95% interval 96.9% to 100%): better than 50%.",
+        ),
+    ],
+)
+def test_pairs(tmp_path, accuracy, n, kind, sentence):
+    rows, status = pairs(accuracy, n)
+    found = verdict(record(tmp_path / "run", rows, status=status))
+    assert (found.kind, found.sentence, found.n) == (kind, sentence, n)
+    assert found.estimate == wilson_interval(accuracy, n)
+
+
+def test_without_a_reference_training_has_to_beat_the_start(tmp_path):
+    rows, status = pairs(0.7, 100, start=0.65, margin=0.3)
+    found = verdict(record(tmp_path / "run", rows, status=status))
+    assert found.kind == "no difference"
+    assert found.sentence.endswith("can't be told apart from 65% before training.")
+
+
+def test_overfitting_is_part_of_the_verdict(tmp_path):
+    rows, status = pairs(0.6, 250, training=0.99)
+    found = verdict(record(tmp_path / "run", rows, status=status))
+    assert found.kind == "overfitted"
+    assert found.sentence.endswith(
+        "(95% interval 53.8% to 65.9%): better than 50%, and the model overfits its training data."
+    )
+
+
+def test_a_run_that_is_not_trained(tmp_path):
+    start, status = pairs(0.6)
+    found = verdict(record(tmp_path / "run", start[:1], status={**status, "step": 0}))
+    assert (found.kind, found.sentence) == (
+        "not trained",
+        "Not trained yet: no update has been made.",
+    )
+    rows = [*start, {"step": 5, "loss": 1.0, "skipped": 5}]
+    found = verdict(record(tmp_path / "skipped", rows, status=status))
+    assert (found.kind, found.sentence) == (
+        "not trained",
+        "Not trained: all 5 updates were skipped.",
+    )
+
+
+def test_without_held_out_data_there_is_no_verdict(tmp_path):
+    found = verdict(record(tmp_path / "run", [{"step": 5, "loss": 1.0}]))
+    assert (found.kind, found.estimate, found.n) == ("unknown", None, None)
+    assert "no held-out" in found.sentence
+
+
+def test_the_number_of_held_out_examples(tmp_path):
+    def count(command="dpo", config=None, **files):
+        status = {"command": command, "state": "finished", "data_facts": {"valid_groups": 40}}
+        return held_out_examples(record(tmp_path / "run", [], config, status=status, **files))
+
+    assert count() == 40
+    assert count(config={"val_batches": 3, "batch_size": 8}) == 24
+    assert count(config={"val_batches": 25, "batch_size": 8}) == 40
+    assert count(config={"val_batches": 3, "batch_tokens": 512}) is None
+    assert count(summary={"command": "dpo", "eval_examples": 17}) == 17
+    assert count("ppo", summary={"command": "ppo", "kl": {"samples": 12}}) == 12
+    rows, status = pairs(0.6)
+    del status["eval_examples"]
+    found = verdict(record(tmp_path / "old", rows, {"val_batches": 3}, status=status))
+    assert (found.kind, found.estimate) == ("unknown", None)
+    assert "60%; their number is not recorded, so there is no interval." in found.sentence
+
+
+def test_unpaired_examples(tmp_path):
+    rows, status = pairs(0.8, 50)
+    found = verdict(record(tmp_path / "run", rows, status={**status, "command": "kto"}))
+    assert found.kind == "better"
+    assert found.sentence.startswith("On 50 held-out completions the reward has the right sign for")
+
+
+def report(low, high, longer):
+    report = {"accuracy": 0.64, "accuracy_low": low, "accuracy_high": high, "comparisons": 271}
+    return {"command": "reward", "steps": 5, "held_out": {**report, "longer_accuracy": longer}}
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "longer", "kind", "ending"),
+    [
+        (0.58, 0.69, 0.5, "better", "better than 50% and than choosing the longer one (50.0%)."),
+        (
+            0.58,
+            0.69,
+            0.61,
+            "no difference",
+            "better than 50%, but can't be told apart from choosing the longer one (61.0%).",
+        ),
+        (
+            0.58,
+            0.69,
+            0.9,
+            "worse",
+            "better than 50%, but worse than choosing the longer one (90.0%).",
+        ),
+        (0.48, 0.79, 0.5, "no difference", "can't be told apart from 50%."),
+    ],
+)
+def test_reward_models(tmp_path, low, high, longer, kind, ending):
+    found = verdict(record(tmp_path / "run", [], summary=report(low, high, longer)))
+    assert (found.kind, found.n, found.estimate) == (kind, 271, Estimate(0.64, low, high))
+    assert found.sentence.endswith(ending)
+
+
+def rollouts(reward, n=32, std=0.5, name="reward"):
+    rows = [
+        {"step": step, f"eval/{name}": value, f"eval/{name}_std": std}
+        for step, value in ((0, 0.2), (10, reward))
+    ]
+    status = {"command": "grpo", "state": "running", "step": 10, "eval_examples": n}
+    return [*rows, {"step": 10, "loss": 1.0, "reward": 5.0}], status
+
+
+def test_rewards_on_held_out_prompts(tmp_path):
+    rows, status = rollouts(0.85)
+    found = verdict(record(tmp_path / "run", rows, status=status))
+    assert (found.kind, found.n) == ("better", 32)
+    assert found.sentence == (
+        "On 32 held-out prompts the mean reward went from 0.200 to 0.850 (change +0.650, 95% "
+        "interval +0.405 to +0.895): better than the start."
+    )
+    rows, status = rollouts(0.3)
+    assert verdict(record(tmp_path / "little", rows, status=status)).kind == "no difference"
+    rows, status = rollouts(-0.3, name="held_out")
+    found = verdict(record(tmp_path / "worse", rows, status=status))
+    assert found.kind == "worse"
+    assert "the mean held-out reward went from 0.200 to −0.300 (change −0.500" in found.sentence
+
+
+def test_perplexity(tmp_path):
+    def sft(last):
+        rows = [{"step": 0, "eval/perplexity": 10.0}, {"step": 5, "eval/perplexity": last}]
+        return verdict(record(tmp_path / "run", rows, status={"command": "sft", "step": 5}))
+
+    found = sft(8.0)
+    assert (found.kind, found.estimate) == ("better", None)
+    assert "perplexity went from 10.0 to 8.00 (−20.0%): better." in found.sentence
+    assert sft(9.95).kind == "no difference"
+    assert sft(12.0).kind == "worse"
+
+
+def test_comparisons(tmp_path):
+    def run(name, accuracy, n=25):
+        rows, status = pairs(accuracy, n)
+        return record(tmp_path / name, rows, status=status)
+
+    few = [run("a", 0.8), run("b", 0.84), run("c", 0.5)]
+    found = compare_runs(few, ["a", "b", "c"])
+    assert found.kind == "no difference"
+    assert found.sentence == (
+        "On 25 held-out pairs the policy's reward prefers the chosen completion in 84% (b) and 80% "
+        "(a); the difference is 4 points (95% interval −17 to +25): they can't be told apart."
+    )
+    many = [run("d", 0.8, 400), run("e", 0.6, 400)]
+    found = compare_runs(many, ["d", "e"])
+    assert (found.kind, found.sentence[-14:]) == ("better", ": d is better.")
+    rows, status = rollouts(0.85)
+    other = record(tmp_path / "other", rows, status=status)
+    assert compare_runs([many[0], other], ["d", "other"]).kind == "unknown"
+
+
+def test_intervals_against_closed_forms():
+    # Wilson's ends solve (p - rate)^2 = z^2 p (1 - p) / n.
+    found = wilson_interval(0.6, 25)
+    for end in (found.low, found.high):
+        assert (end - 0.6) ** 2 == pytest.approx(1.959963984540054**2 * end * (1 - end) / 25)
+    # Newcombe 1998, table II, (a): 56/70 against 48/80.
+    found = rate_difference(wilson_interval(56 / 70, 70), wilson_interval(48 / 80, 80))
+    assert (found.low, found.high) == pytest.approx((0.0524, 0.3339), abs=5e-5)
+    found = mean_difference(1.0, 3.0, 0.0, 4.0, 25)
+    assert (found.low, found.high) == pytest.approx((1 - 1.96, 1 + 1.96), abs=1e-4)
