@@ -308,7 +308,7 @@ def read_run_record(folder: Path) -> RunRecord:
 
 
 def _is_held_out(row: Row) -> bool:
-    return all(key == "step" or key.startswith("eval/") for key in row)
+    return any(key.startswith("eval/") for key in row)
 
 
 def _is_metric(value: Any) -> bool:

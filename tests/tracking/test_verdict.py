@@ -215,7 +215,7 @@ def test_comparisons(tmp_path):
     assert found.kind == "no difference"
     assert found.sentence == (
         "On 25 held-out pairs the policy's reward prefers the chosen completion in 84% (b) and 80% "
-        "(a); the difference is 4 points (95% interval −17 to +25): they can't be told apart."
+        "(a); the difference is 4 points (95% interval −18 to +25): they can't be told apart."
     )
     many = [run("d", 0.8, 400), run("e", 0.6, 400)]
     found = compare_runs(many, ["d", "e"])
