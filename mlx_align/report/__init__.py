@@ -1,1 +1,1 @@
-"""The run page: what a run folder holds, as one HTML file that needs nothing else."""
+"""The run page: a run folder as one HTML file that needs no network."""
