@@ -276,7 +276,7 @@
     });
   }
 
-  // Charts of shares that are not a course over updates: bars, and a reward model's calibration.
+  // Charts of shares without a time axis: bars, and a reward model's calibration.
   function shareChart(chart, box, figure) {
     const bars = chart.kind === "bars";
     const x = bars ? chart.labels.map((_, i) => i) : chart.x;
