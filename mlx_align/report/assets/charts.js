@@ -239,7 +239,7 @@
           sync: scattered ? undefined : { key: "updates", scales: ["x", null] },
         },
         hooks: {
-          drawClear: [
+          drawAxes: [
             (u) => {
               levelLine(u, chart.level, ink("muted"));
               if (chart.fall !== null) fallArea(u, chart.series[chart.fall]);
