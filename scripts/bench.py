@@ -34,8 +34,8 @@ from typing import Any
 HERE = Path(__file__).resolve().parent / "bench"
 sys.path.insert(0, str(HERE))
 
-from common import MARK, Result  # noqa: E402
-from environments import OURS, PEERS, TRL, Package, python_of  # noqa: E402
+from common import MARK, Result
+from environments import OURS, PEERS, TRL, Package, python_of
 
 # mlx's Linux wheel brings a slow matrix product; with this in front it is some 60 times faster.
 OPENBLAS = (

@@ -32,18 +32,18 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 # The command itself comes first: it tells mlx how to order evaluation, which mlx reads once.
-from mlx_align.cli import main as command_line  # noqa: E402
+from mlx_align.cli import main as command_line
 
 # isort: split
-import mlx.core as mx  # noqa: E402
-from hypothesis import HealthCheck, Phase, given, seed, settings  # noqa: E402
-from hypothesis import strategies as st  # noqa: E402
+import mlx.core as mx
+from hypothesis import HealthCheck, Phase, given, seed, settings
+from hypothesis import strategies as st
 
-from mlx_align.config import GRPOConfig, PPOConfig  # noqa: E402
-from mlx_align.config.schema import to_yaml  # noqa: E402
-from mlx_align.errors import ModelError  # noqa: E402
-from mlx_align.models import loading  # noqa: E402
-from mlx_align.training import checkpoint  # noqa: E402
+from mlx_align.config import GRPOConfig, PPOConfig
+from mlx_align.config.schema import to_yaml
+from mlx_align.errors import ModelError
+from mlx_align.models import loading
+from mlx_align.training import checkpoint
 
 LIMIT_SECONDS = 20
 TINY = ROOT / "tests" / "oracle" / "models" / "policy"

@@ -34,13 +34,13 @@ os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 warnings.filterwarnings("ignore")
 
-import torch  # noqa: E402
-from datasets import Dataset, disable_progress_bars  # noqa: E402
-from peft import LoraConfig  # noqa: E402
-from safetensors.torch import save_file  # noqa: E402
-from tokenizers import Tokenizer, decoders, pre_tokenizers, processors, trainers  # noqa: E402
-from tokenizers.models import BPE  # noqa: E402
-from transformers import (  # noqa: E402
+import torch
+from datasets import Dataset, disable_progress_bars
+from peft import LoraConfig
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, decoders, pre_tokenizers, processors, trainers
+from tokenizers.models import BPE
+from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     LlamaConfig,
@@ -48,7 +48,7 @@ from transformers import (  # noqa: E402
     LlamaForSequenceClassification,
     PreTrainedTokenizerFast,
 )
-from trl import (  # noqa: E402
+from trl import (
     DPOConfig,
     DPOTrainer,
     KTOConfig,
@@ -58,8 +58,8 @@ from trl import (  # noqa: E402
     SFTConfig,
     SFTTrainer,
 )
-from trl.experimental.cpo import CPOConfig, CPOTrainer  # noqa: E402
-from trl.experimental.orpo import ORPOConfig, ORPOTrainer  # noqa: E402
+from trl.experimental.cpo import CPOConfig, CPOTrainer
+from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
 SPECIAL = ["<|pad|>", "<|bos|>", "<|eos|>", "<|im_start|>", "<|im_end|>"]
 CORPUS = [

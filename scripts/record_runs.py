@@ -22,7 +22,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "training")]
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-import recorded_runs as runs  # noqa: E402
+import recorded_runs as runs
 
 
 def dump(value: Any, depth: int = 0) -> str:

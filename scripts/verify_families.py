@@ -48,7 +48,7 @@ from mlx_lm.utils import quantize_model
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from families import (  # noqa: E402
+from families import (
     FAMILIES,
     FLAT_FAMILIES,
     LORA_KEYS,
@@ -58,24 +58,24 @@ from families import (  # noqa: E402
     make_model,
 )
 
-from mlx_align.algorithms.dpo import PreferenceObjective  # noqa: E402
-from mlx_align.algorithms.update import (  # noqa: E402
+from mlx_align.algorithms.dpo import PreferenceObjective
+from mlx_align.algorithms.update import (
     accumulate,
-    collate_microbatches,  # noqa: E402
+    collate_microbatches,
     compiled_gradient,
 )
-from mlx_align.data.batching import Microbatch  # noqa: E402
-from mlx_align.data.buckets import Shape  # noqa: E402
-from mlx_align.errors import ModelError  # noqa: E402
-from mlx_align.inference.scoring import make_logprob_scorer  # noqa: E402
-from mlx_align.losses.registry import combine, parse_losses  # noqa: E402
-from mlx_align.models import patches  # noqa: E402
-from mlx_align.models.adapters import AdapterLayout, install_adapters  # noqa: E402
-from mlx_align.models.backbone import split_backbone  # noqa: E402
-from mlx_align.models.loading import LanguageModel, ModelFolder  # noqa: E402
-from mlx_align.models.verification import verify_forward  # noqa: E402
-from mlx_align.models.weights import AdapterWeights, use_adapter  # noqa: E402
-from mlx_align.types import Logps, TokenizedGroup  # noqa: E402
+from mlx_align.data.batching import Microbatch
+from mlx_align.data.buckets import Shape
+from mlx_align.errors import ModelError
+from mlx_align.inference.scoring import make_logprob_scorer
+from mlx_align.losses.registry import combine, parse_losses
+from mlx_align.models import patches
+from mlx_align.models.adapters import AdapterLayout, install_adapters
+from mlx_align.models.backbone import split_backbone
+from mlx_align.models.loading import LanguageModel, ModelFolder
+from mlx_align.models.verification import verify_forward
+from mlx_align.models.weights import AdapterWeights, use_adapter
+from mlx_align.types import Logps, TokenizedGroup
 
 BETA = 0.1
 EXACT = 1e-5

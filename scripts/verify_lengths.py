@@ -37,31 +37,31 @@ sys.path.insert(0, str(ROOT))
 # The package comes first: it sets how mlx orders evaluation, which mlx reads only once.
 
 # isort: split
-import mlx.core as mx  # noqa: E402
-import numpy as np  # noqa: E402
+import mlx.core as mx
+import numpy as np
 
-from mlx_align.algorithms.dpo import DPO, read_pairs  # noqa: E402
+from mlx_align.algorithms.dpo import DPO, read_pairs
 from mlx_align.algorithms.update import make_optimizer, make_schedule
-from mlx_align.config import DPOConfig  # noqa: E402
-from mlx_align.config.schema import make_config  # noqa: E402
-from mlx_align.data.batching import microbatch_stream, padding_fraction  # noqa: E402
-from mlx_align.data.buckets import (  # noqa: E402
+from mlx_align.config import DPOConfig
+from mlx_align.config.schema import make_config
+from mlx_align.data.batching import microbatch_stream, padding_fraction
+from mlx_align.data.buckets import (
     MAX_SHAPES,
     AnyShape,
     batch_limit,
     group_lengths,
     plan_shapes,
 )
-from mlx_align.data.chat_template import inspect_chat_template  # noqa: E402
-from mlx_align.data.tokenization import try_tokenize_group  # noqa: E402
-from mlx_align.inference.scoring import make_logprob_scorer  # noqa: E402
-from mlx_align.models.loading import ModelFolder, open_model  # noqa: E402
+from mlx_align.data.chat_template import inspect_chat_template
+from mlx_align.data.tokenization import try_tokenize_group
+from mlx_align.inference.scoring import make_logprob_scorer
+from mlx_align.models.loading import ModelFolder, open_model
 from mlx_align.models.policy import make_policy
-from mlx_align.system.memory_limit import headroom_bytes  # noqa: E402
+from mlx_align.system.memory_limit import headroom_bytes
 from mlx_align.training.loop import LoopHooks, LoopSettings, train
 from mlx_align.training.metrics import Progress
-from mlx_align.training.setup import resolve_layout  # noqa: E402
-from mlx_align.types import TokenizedGroup  # noqa: E402
+from mlx_align.training.setup import resolve_layout
+from mlx_align.types import TokenizedGroup
 
 # Allowed growth of memory after all shapes have occurred: allocators round, and free late.
 TOLERANCE = 0.01

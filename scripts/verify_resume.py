@@ -28,18 +28,18 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 # The command itself comes first: it tells mlx how to order evaluation, which mlx reads once.
-from mlx_align.cli import main as command_line  # noqa: E402
+from mlx_align.cli import main as command_line
 
 # isort: split
-import mlx.core as mx  # noqa: E402
-import numpy as np  # noqa: E402
+import mlx.core as mx
+import numpy as np
 
 # Imported here, not by each process.
-from mlx_align.algorithms import update  # noqa: E402
-from mlx_align.cli import console  # noqa: E402, F401
-from mlx_align.tracking import run_dir  # noqa: E402
-from mlx_align.training import loop, trainers  # noqa: E402
-from mlx_align.training import run as training_run  # noqa: E402
+from mlx_align.algorithms import update
+from mlx_align.cli import console  # noqa: F401
+from mlx_align.tracking import run_dir
+from mlx_align.training import loop, trainers
+from mlx_align.training import run as training_run
 
 # A run that makes a checkpoint every other update, and reports and evaluates between them.
 COMMON = (

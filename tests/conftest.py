@@ -21,4 +21,3 @@ def own_rates(tmp_path, monkeypatch):
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user-cache"))
     monkeypatch.setattr(duration, "rates_file", lambda: tmp_path / "user-cache" / "rates.json")
-

@@ -66,6 +66,7 @@ class Console:
         Args:
             summary: The run's summary.json. A reward model's has its own report, shown earlier.
         """
+        self.note(f"\n{summary['verdict']['sentence']}")
         if "held_out" in summary:
             return
         before, after = summary["eval_before"], summary["eval"]

@@ -22,6 +22,7 @@ from mlx_align.report.page import render_run
 from mlx_align.system.atomic_io import write_text
 from mlx_align.system.interrupts import Interrupted
 from mlx_align.system.progress import Console
+from mlx_align.tracking.diagnostics import HealthMonitor
 from mlx_align.tracking.run_dir import (
     METRICS_FILE,
     PAGE_FILE,
@@ -116,15 +117,26 @@ class Callbacks:
 class RunPage(Callback):
     """Keeps status.json and the run page up to date."""
 
-    def __init__(self, run: Path, command: str, facts: Mapping[str, Any], console: Console) -> None:
+    def __init__(
+        self,
+        run: Path,
+        command: str,
+        facts: Mapping[str, Any],
+        eval_examples: int,
+        health: HealthMonitor,
+        console: Console,
+    ) -> None:
         """Write nothing yet.
 
         Args:
             run: The run folder, which exists.
             command: Name of the command.
             facts: Facts of the data, JSON-serialisable.
+            eval_examples: Number of held-out examples in an evaluation.
+            health: The run's health checks, whose serious findings are written.
             console: Where a failure is shown.
         """
+        self._health = health
         self._run, self._failures = run, _Failures(console)
         self._written_at, self._cost = -math.inf, 0.0
         self._progress = Progress()
@@ -137,6 +149,8 @@ class RunPage(Callback):
             "began": _now(),
             "written": None,
             "error": None,
+            "eval_examples": eval_examples,
+            "findings": [],
             "data_facts": dict(facts),
             "versions": package_versions(),
         }
@@ -189,7 +203,11 @@ class RunPage(Callback):
 
     def _write(self) -> None:
         began = time.monotonic()
-        self._status.update(step=self._progress.step, seconds=self._progress.seconds)
+        self._status.update(
+            step=self._progress.step,
+            seconds=self._progress.seconds,
+            findings=self._health.recorded,
+        )
         try:
             self._status["written"] = _now()
             write_json(self._run / STATUS_FILE, self._status)

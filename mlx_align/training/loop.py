@@ -265,10 +265,10 @@ class TrainingLoop:
         return result.is_best, stop
 
     def _act_on(self, findings: list[Finding]) -> bool:
-        """Show findings; whether one of them stops the run."""
+        """Show new findings; whether the run has to stop."""
         for finding in findings:
             self._console.note(f"! {finding.text}")
-        return self._guard and any(finding.level == "stop" for finding in findings)
+        return self._guard and self._health.stop is not None
 
     def _restore(self, found: State) -> None:
         try:

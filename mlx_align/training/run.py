@@ -49,10 +49,12 @@ from mlx_align.tracking.run_dir import (
     append_samples,
     package_versions,
     read_eval_metrics,
+    read_run_record,
     read_training_metrics,
     write_json,
     write_samples,
 )
+from mlx_align.tracking.verdict import verdict
 from mlx_align.training.callbacks import Callback, Callbacks, RunPage, Trackers, check_trackers
 from mlx_align.training.checkpoint import checkpoint_folder
 from mlx_align.training.evaluation import (
@@ -172,7 +174,9 @@ def train(
         stack.enter_context(
             open_run_folder(run, config, setup.made_of, console.note, resume=resume)
         )
-        page = RunPage(run, algorithm.command, setup.facts, console)
+        health = HealthMonitor(algorithm.command, mean_completion_tokens(setup.facts))
+        examples = len(setup.held_out if isinstance(setup, OfflineSetup) else setup.valid)
+        page = RunPage(run, algorithm.command, setup.facts, examples, health, console)
         everyone = Callbacks([Trackers(config, run, console), page, *callbacks])
         job: _OfflineJob | _OnPolicyJob
         if isinstance(algorithm, OnPolicyMethod):
@@ -186,7 +190,6 @@ def train(
         schedule = make_schedule(
             config.lr_schedule, config.learning_rate, trainer.total_steps, config.warmup
         )
-        health = HealthMonitor(algorithm.command, mean_completion_tokens(setup.facts))
         loop = TrainingLoop(trainer, policy, config, schedule, run, console, everyone, health)
         loop.begin(resume=resume)
         prompts = job.prompts
@@ -225,11 +228,15 @@ def train(
         "eval_before": next(iter(evaluations), {}),
         "eval": evaluations[-1] if evaluations else {},
         **results,
+        "eval_examples": examples,
         "data_facts": setup.facts,
         "talk": job.next_command,
         "versions": package_versions(),
         "seed": config.seed,
     }
+    write_json(run / SUMMARY_FILE, summary)
+    found = verdict(read_run_record(run))
+    summary["verdict"] = {"kind": found.kind, "sentence": found.sentence}
     write_json(run / SUMMARY_FILE, summary)
     everyone.on_run_end(summary)
     return {**summary, "samples": samples}

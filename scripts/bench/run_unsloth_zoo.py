@@ -14,10 +14,10 @@ _runtime = types.ModuleType("unsloth_zoo.mlx.runtime")
 _runtime.is_mlx_available = lambda: True
 sys.modules["unsloth_zoo.mlx.runtime"] = _runtime
 
-import mlx.core as mx  # noqa: E402
-from transformers import TrainerCallback  # noqa: E402
-from unsloth_zoo.mlx import preference, trainer  # noqa: E402
-from unsloth_zoo.mlx.loader import FastMLXModel  # noqa: E402
+import mlx.core as mx
+from transformers import TrainerCallback
+from unsloth_zoo.mlx import preference, trainer
+from unsloth_zoo.mlx.loader import FastMLXModel
 
 
 def main() -> None:

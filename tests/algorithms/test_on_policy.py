@@ -19,7 +19,8 @@ from mlx_align.inference.reward_model import RewardModel
 from mlx_align.models.adapters import ADAPTER_WEIGHTS
 from mlx_align.rollout.collector import RolloutCollector
 from mlx_align.rollout.reward_functions import combine
-from mlx_align.training import evaluation, run
+from mlx_align.training import evaluation
+from mlx_align.training import run as training_run
 
 TINY = Path(__file__).parents[1] / "oracle" / "models" / "policy"
 SMALL = {
@@ -126,14 +127,14 @@ def weights_of(folder):
 def collectors(monkeypatch):
     """The collectors of the runs that follow."""
     seen = []
-    original = run.set_up
+    original = training_run.load_collector
 
     def watched(*arguments):
         collector, held_out = original(*arguments)
         seen.append(collector)
         return collector, held_out
 
-    monkeypatch.setattr(run, "set_up", watched)
+    monkeypatch.setattr(training_run, "load_collector", watched)
     return seen
 
 

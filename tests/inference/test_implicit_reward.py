@@ -8,9 +8,9 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
+from forward_helpers import scramble
 from mlx_lm import load as mlx_lm_load
 from mlx_lm.convert import convert
-from forward_helpers import scramble
 
 from mlx_align.cli.main import run
 from mlx_align.config import DPOConfig, KTOConfig, SFTConfig

@@ -7,8 +7,8 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
-from test_implicit_reward import ANSWERS, PROMPT, TINY, adapter, config, digest, explicit
 from forward_helpers import scramble
+from test_implicit_reward import ANSWERS, PROMPT, TINY, adapter, config, digest, explicit
 
 from mlx_align import Reranker, RewardModel
 from mlx_align.cli.main import run

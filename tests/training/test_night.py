@@ -75,8 +75,9 @@ def result(folder):
 
 
 def test_a_lock_dies_with_its_process(tmp_path):
-    code = "import sys, time; from mlx_align.tracking.run_dir import locked; from pathlib import Path\n"
-    code += "with locked(Path(sys.argv[1])):\n print('held', flush=True); time.sleep(60)"
+    code = "import sys, time; from pathlib import Path\n"
+    code += "from mlx_align.tracking.run_dir import lock_run_dir\n"
+    code += "with lock_run_dir(Path(sys.argv[1])):\n print('held', flush=True); time.sleep(60)"
     command = [sys.executable, "-c", code, str(tmp_path)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT)
     try:

@@ -77,11 +77,11 @@ def test_a_rate_of_kto_is_of_its_own_answers():
     """A run counts a row's answer, not the mismatched one: so does the time."""
     ids = np.ones(10, np.int32)
     groups = [TokenizedGroup(ids, (ids, ids), "")] * 12
-    duration = duration.expected_duration(
+    found = duration.expected_duration(
         KTOConfig(), groups, 5.0, "here", has_reference=True, limit=batch_limit(KTOConfig())
     )
-    assert duration.training_seconds == 12 * 20 / 5
-    assert duration.reference_seconds == pytest.approx(12 * 30 / 5 / 3)
+    assert found.training_seconds == 12 * 20 / 5
+    assert found.reference_seconds == pytest.approx(12 * 30 / 5 / 3)
     iters = KTOConfig(iters=2, batch_tokens=80, grad_accumulation_steps=3)
     # 16 + 2 x 16 tokens padded: one row in 80.
     assert duration.expected_duration(
