@@ -19,8 +19,8 @@ from mlx_align.inference.reward_model import RewardModel
 from mlx_align.models.adapters import ADAPTER_WEIGHTS
 from mlx_align.rollout.collector import RolloutCollector
 from mlx_align.rollout.reward_functions import combine
-from mlx_align.training import evaluation
 from mlx_align.training import run as training_run
+from mlx_align.training.evaluation import RolloutEvaluation
 
 TINY = Path(__file__).parents[1] / "oracle" / "models" / "policy"
 SMALL = {
@@ -420,13 +420,13 @@ def test_gamed_reward_stops_the_run_and_the_best_policy_is_kept(train, monkeypat
         return next(looks)
 
     held_out = iter([0.0, 0.5, 0.4, 0.1, -0.2, -0.5])
-    original = evaluation.RolloutEvaluation.look
+    original = RolloutEvaluation.measure
 
-    def look(self, tree):
-        return {**original(self, tree), "held_out": next(held_out)}
+    def measure(self, weights):
+        return {**original(self, weights), "held_out": next(held_out)}
 
-    monkeypatch.setattr(evaluation.RolloutEvaluation, "deviations", planted)
-    monkeypatch.setattr(evaluation.RolloutEvaluation, "look", look)
+    monkeypatch.setattr(RolloutEvaluation, "deviations", planted)
+    monkeypatch.setattr(RolloutEvaluation, "measure", measure)
     options = {"--iters": 8, "--steps-per-eval": 1, "--learning-rate": 1e-2, "--save-every": 3}
     code, folder = train("grpo", options)
     assert code == 0

@@ -407,7 +407,7 @@ def test_a_reward_model_is_no_policy(ensemble, pairs, capsys):
     base, folder = ensemble
     where = ("--model", str(base), "--adapter-path", str(folder), "--output", "fused")
     assert run(["fuse", *where]) == 1
-    assert "mlx-align reward export keeps it" in capsys.readouterr().err
+    assert "use mlx-align reward export" in capsys.readouterr().err
     start = ("--model", str(base), "--data", str(pairs), "--init-adapter", str(folder))
     assert run(["dpo", *start, "--output", "dpo"]) == 1
     assert "a reward model's, which writes no text" in capsys.readouterr().err

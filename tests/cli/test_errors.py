@@ -116,6 +116,6 @@ def test_a_run_folder_is_not_overwritten(fails, write, tmp_path):
     message = fails("dpo", "--model", TINY, "--data", data, "--output", "run")
     assert "holds another run" in message
     (tmp_path / "file").write_text("")
-    assert "no folder that can be written to" in fails(
+    assert "is not a folder that can be written to" in fails(
         "dpo", "--model", TINY, "--data", data, "--output", "file/run"
     )

@@ -50,7 +50,7 @@ def test_score_takes_a_classifier(tmp_path, capsys):
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     where = ["--model", str(FOLDER / "qwen2"), "--data", str(data), "--output", str(output)]
     assert run(["score", *where]) == 0
-    assert "4 scores in" in capsys.readouterr().out
+    assert "Wrote 4 scores to" in capsys.readouterr().out
     wanted = RewardModel.load(str(FOLDER / "qwen2")).score("Say", [" yes, please", " no"])
     for line in output.read_text().splitlines():
         assert json.loads(line)["model_scores"] == pytest.approx(wanted, abs=1e-6)
@@ -160,7 +160,7 @@ def test_an_exported_model_scores_the_same(trained, tmp_path, quantised, capsys)
         convert(str(POLICY), str(base), quantize=True, q_bits=4, q_group_size=32)
     run_folder = trained(base, members=3)
     assert export(base, run_folder, tmp_path / "hf") == 0
-    assert "LlamaForSequenceClassification written" in capsys.readouterr().out
+    assert "Wrote LlamaForSequenceClassification to" in capsys.readouterr().out
     wanted = RewardModel.load(str(base), run_folder).score(ASKED, ANSWERS)
     again = RewardModel.load(str(tmp_path / "hf"))
     assert again.score(ASKED, ANSWERS) == pytest.approx(wanted, abs=1e-4 if quantised else 1e-5)

@@ -359,7 +359,7 @@ def test_page_without_data(capsys):
         (["--machine", "16 GB M2", "--measure"], "--measure"),
         (["--run", "nowhere"], "--data is missing"),
         (["--loss", "nonsense"], "nonsense"),
-        (["--desirable-weight", "2"], "desirable_weight"),
+        (["--desirable-weight", "2"], "--desirable-weight is not an option of dpo"),
     ],
 )
 def test_mistakes_are_one_line(arguments, said, capsys):
