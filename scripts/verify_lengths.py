@@ -58,9 +58,9 @@ from mlx_align.inference.scoring import make_logprob_scorer
 from mlx_align.models.loading import ModelFolder, open_model
 from mlx_align.models.policy import make_policy
 from mlx_align.system.memory_limit import headroom_bytes
-from mlx_align.training.loop import LoopHooks, LoopSettings, train
 from mlx_align.training.metrics import Progress
 from mlx_align.training.setup import resolve_layout
+from mlx_align.training.trainers import OfflineTrainer
 from mlx_align.types import TokenizedGroup
 
 # Allowed growth of memory after all shapes have occurred: allocators round, and free late.
@@ -125,34 +125,36 @@ def measure(
     # At the end of a step its batch is still in memory. The minimum over many steps excludes most
     # of that.
     active: list[int] = []
-
-    def tick(_: Progress) -> None:
-        active.append(mx.get_active_memory())
-
-    def report(progress: Progress, row: dict[str, float]) -> None:
-        if progress.step % every:
-            return
-        done = batches[: progress.microbatches]
-        lines.append(
-            Line(
-                progress.step,
-                len({batch.shape for batch in done}),
-                padding_fraction(done, groups),
-                min(active),
-                int(row["peak_memory_bytes"]),
-            )
-        )
-        active.clear()
-        print(format_line(lines[-1]), flush=True)
-
     rate = make_schedule(config.lr_schedule, config.learning_rate, steps, config.warmup)
-    settings = LoopSettings(steps, config.grad_accumulation_steps, rate, 1.0, every, 0, 0)
-    hooks = LoopHooks(report, lambda *_: False, lambda *_: None, tick)
-    optimizer = make_optimizer(policy.start, config.weight_decay)
-    mx.reset_peak_memory()
-    train(
-        policy.model, policy.start, optimizer, objective, iter(batches), settings, hooks, Progress()
+    trainer = OfflineTrainer(
+        policy.model,
+        objective,
+        lambda start: iter(batches[start:]),
+        policy.start,
+        make_optimizer(policy.start, config.weight_decay),
+        accumulation=config.grad_accumulation_steps,
+        max_grad_norm=1.0,
     )
+    progress = Progress()
+    mx.reset_peak_memory()
+    with trainer.memory:
+        for step in range(steps):
+            progress.add(trainer.step(progress, rate(step)))
+            active.append(mx.get_active_memory())
+            if progress.step % every:
+                continue
+            done = batches[: progress.microbatches]
+            lines.append(
+                Line(
+                    progress.step,
+                    len({batch.shape for batch in done}),
+                    padding_fraction(done, groups),
+                    min(active),
+                    trainer.memory.peak_bytes,
+                )
+            )
+            active.clear()
+            print(format_line(lines[-1]), flush=True)
     return Measurements(lines, shapes, len({batch.shape for batch in batches}), unavoidable(groups))
 
 

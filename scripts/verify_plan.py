@@ -54,7 +54,7 @@ class Case:
     adapter_dtype: str = "float32"
     tied: bool = False  # the vocabulary head is the embedding
     reward: bool = False
-    learner: str = ""  # ppo or grpo: one iteration, with a swapped reward model, instead of dpo
+    algorithm: str = ""  # ppo or grpo: one iteration, with a swapped reward model, instead of dpo
     group_size: int = 2
 
 
@@ -92,12 +92,12 @@ CASES = (
 _FOUR_ROLES = Case("four roles, DPO", prompt=96, completion=32, rank=11)
 ON_POLICY = (
     _FOUR_ROLES,
-    replace(_FOUR_ROLES, name="four roles, PPO", learner="ppo"),
-    Case("on policy, PPO", learner="ppo", group_size=4, prompt=64, completion=32),
-    Case("on policy, GRPO", learner="grpo", group_size=4, prompt=64, completion=32),
+    replace(_FOUR_ROLES, name="four roles, PPO", algorithm="ppo"),
+    Case("on policy, PPO", algorithm="ppo", group_size=4, prompt=64, completion=32),
+    Case("on policy, GRPO", algorithm="grpo", group_size=4, prompt=64, completion=32),
     Case(
         "on policy, GRPO, 4-bit",
-        learner="grpo",
+        algorithm="grpo",
         group_size=8,
         dtype="4-bit",
         prompt=32,
@@ -105,7 +105,7 @@ ON_POLICY = (
     ),
     Case(
         "on policy, PPO, mostly sampling",
-        learner="ppo",
+        algorithm="ppo",
         group_size=8,
         accumulation=4,
         prompt=16,
@@ -185,11 +185,11 @@ def on_policy_work(case: Case) -> dict[str, Any]:
     """Fields of the workload that `dpo` does not set."""
     from mlx_align.planning.memory import Sampling
 
-    if not case.learner:
+    if not case.algorithm:
         return {}
     prompts = case.batch_size * case.accumulation
     said = Sampling(prompts, 0, case.group_size, case.prompt, case.completion)
-    return {"rows": case.group_size, "sampling": said, "critic": case.learner == "ppo"}
+    return {"rows": case.group_size, "sampling": said, "critic": case.algorithm == "ppo"}
 
 
 def peak_since() -> int:
@@ -241,35 +241,37 @@ def iterate(case: Case, model: Any, layout: Any, start: Any, shape: Any) -> dict
     head.freeze()
     reward[HEAD_NAME] = {"weight": head.weight}
     mx.eval(reward)
-    wanted = RewardSettings(("length(target=40,unit='words')",), "a reward model", 1.0, 60.0)
+    settings = RewardSettings(("length(target=40,unit='words')",), "a reward model", 1.0, 60.0)
     policy = Policy(model, layout, start)
 
-    class Still(MemoryLimit):
+    class NoMemoryLimit(MemoryLimit):
         """Sets no limit, so that the peak is what is needed."""
 
         @contextmanager
         def bounded(self, shapes: Collection[Any]) -> Iterator[None]:
             yield
 
-    with Rewards(wanted, AdapterRewardModel(model, reward, shapes)) as judge, Still() as memory:
-        if case.learner == "ppo":
+    scorer = AdapterRewardModel(model, reward, shapes)
+    with Rewards(settings, scorer) as rewards, NoMemoryLimit() as memory:
+        if case.algorithm == "ppo":
             config = PPOConfig(**options, critic_warmup=0)
-            place = RolloutCollector(config, policy, reward, prompts, shapes, memory, judge)
-            learner = PPO(config, place)
+            collector = RolloutCollector(config, policy, reward, prompts, shapes, memory, rewards)
+            algorithm = PPO(config, collector)
         else:
             config = GRPOConfig(**options)
-            place = RolloutCollector(config, policy, reward, prompts, shapes, memory, judge)
-            learner = GRPO(config, place)
+            collector = RolloutCollector(config, policy, reward, prompts, shapes, memory, rewards)
+            algorithm = GRPO(config, collector)
         mx.reset_peak_memory()
         peaks = {}
         for step in range(2):
-            found = place.collect(
-                learner.trees["policy"], place.stream(0), step, lambda: None, dynamic=False
+            weights = algorithm.weights["policy"]
+            sampled = collector.sample_and_reward(
+                weights, collector.stream(0), step, lambda: None, dynamic_sampling=False
             )
             peaks["sampling"] = peak_since()
-            experience = place.experience(learner.trees["policy"], *found)
+            batch = collector.add_logprobs(weights, *sampled)
             peaks["log-probs"] = peak_since()
-            learner.learn(experience, step, 1e-4)
+            algorithm.update(batch, step, 1e-4)
             peaks["updates"] = peak_since()
     return peaks
 
@@ -293,8 +295,8 @@ def measure(case: Case) -> dict[str, Any]:
     from mlx_align.models.loading import LanguageModel, ModelFolder, load_module, set_memory_limits
     from mlx_align.planning.memory import ADAPTER_BYTES, Workload, plan_memory, trained_parameters
     from mlx_align.planning.model_shape import read_model_shape
-    from mlx_align.training.loop import LoopHooks, LoopSettings, train
     from mlx_align.training.metrics import Progress
+    from mlx_align.training.trainers import OfflineTrainer
     from mlx_align.types import TokenizedGroup
 
     shape = Shape(case.prompt, case.completion, case.batch_size)
@@ -313,21 +315,21 @@ def measure(case: Case) -> dict[str, Any]:
             **on_policy_work(case),
         )
         read = read_model_shape(Path(name), config)
-        if case.learner:
+        if case.algorithm:
             tree = trained_parameters(read, work) * ADAPTER_BYTES
             work = replace(work, reward_model_bytes=tree)
         planned = plan_memory(read, work)
         # Without the check at load: a llama is known to share its prompts, and it takes long.
-        folder = ModelFolder(case.name, Path(name), config, _Words() if case.learner else None)
+        folder = ModelFolder(case.name, Path(name), config, _Words() if case.algorithm else None)
         set_memory_limits()
-        anatomy = replace(split_backbone(load_module(Path(name))), mask_axes=0)
-        model = LanguageModel(folder, anatomy, shared=True, check="")
+        backbone = replace(split_backbone(load_module(Path(name))), mask_axes=0)
+        model = LanguageModel(folder, backbone, shared=True, check="")
         computed = compute_dtype(case.adapter_dtype, [mx.bfloat16])
         model = replace(model, adapter_dtype=computed)
     weights = mx.get_active_memory()
     layout = AdapterLayout(case.fine_tune_type, rank=case.rank, num_layers=case.num_layers)
     start = install_adapters(model.module, layout)
-    if case.learner:
+    if case.algorithm:
         before, began = mx.get_active_memory(), time.perf_counter()
         peaks = iterate(case, model, layout, start, shape)
         seconds = time.perf_counter() - began
@@ -361,16 +363,17 @@ def measure(case: Case) -> dict[str, Any]:
     before = mx.get_active_memory()
     mx.reset_peak_memory()
     began = time.perf_counter()
-    train(
+    trainer = OfflineTrainer(
         model,
+        objective,
+        lambda begin: microbatch_stream(groups, [shape], seed=0, start=begin),
         start,
         optimizer,
-        objective,
-        microbatch_stream(groups, [shape], seed=0),
-        LoopSettings(1, case.accumulation, lambda _: 1e-4, 1.0, 1, 0, 0),
-        LoopHooks(lambda *_: None, lambda *_: None, lambda *_: None),
-        Progress(),
+        accumulation=case.accumulation,
+        max_grad_norm=1.0,
     )
+    with trainer.memory:
+        trainer.step(Progress(), 1e-4)
     return numbers(planned, mx.get_peak_memory(), weights, before, time.perf_counter() - began)
 
 

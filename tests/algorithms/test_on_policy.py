@@ -430,7 +430,7 @@ def test_gamed_reward_stops_the_run_and_the_best_policy_is_kept(train, monkeypat
     options = {"--iters": 8, "--steps-per-eval": 1, "--learning-rate": 1e-2, "--save-every": 3}
     code, folder = train("grpo", options)
     assert code == 0
-    assert "being gamed" in capsys.readouterr().out
+    assert "the policy exploits the reward" in capsys.readouterr().out
     summary = json.loads((folder / "summary.json").read_text())
     assert (summary["stopped_early"], summary["best_step"], summary["steps"]) == (True, 1, 4)
     best = weights_of(folder / "checkpoints" / "0000001")

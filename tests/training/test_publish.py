@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import signal
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +14,6 @@ from mlx_lm.tuner import callbacks as mlx_lm_callbacks
 from mlx_align.cli.main import run as mlx_align
 from mlx_align.config import DPOConfig
 from mlx_align.errors import ConfigError, TrainingError
-from mlx_align.report import charts, page
 from mlx_align.system.interrupts import Interrupted
 from mlx_align.system.progress import SilentConsole
 from mlx_align.system.starter import resolve_starter
@@ -42,7 +42,7 @@ def clock(monkeypatch):
     """A clock that only moves when told, and the times at which pages were rendered."""
     state = SimpleNamespace(now=0.0, cost=0.0, pages=[])
 
-    def render(run, charts=True):
+    def render(run):
         state.pages.append((state.now, run.step))
         state.now += state.cost
         return "page"
@@ -276,7 +276,6 @@ def test_a_tracker_that_can_not_start_is_one_line(tmp_path, wandb, monkeypatch):
 def test_training_leaves_a_page(tmp_path, monkeypatch, wandb):
     """A real run on the starter: interrupted, then gone on with, with a tracker watching."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(page, "can_draw", charts.can_draw)
     seen = []
     evaluate = evaluation.Evaluation.evaluate
 
@@ -301,7 +300,8 @@ def test_training_leaves_a_page(tmp_path, monkeypatch, wandb):
     assert mlx_align(["dpo", "--resume", "run"]) == 0
     text = (tmp_path / "run" / "report.html").read_text()
     assert "4 updates in" in text
-    assert text.count("<svg") == text.count("<figure>") == 10
+    [charts] = re.findall(r'<script[^>]*id="chart-data"[^>]*>(.*?)</script>', text, re.DOTALL)
+    assert len(json.loads(charts)) == text.count("<figure") == 10
     assert "Which one is it?" in text
     steps = [step for step, info in wandb.logs if "loss" in info]
     assert steps == [1, 2, 3, 4]
