@@ -146,9 +146,7 @@ def test_what_counts_of_a_conversation(sft, capsys):
         options = ("--iters", 1, "--batch-size", 4, "--loss-on", choice)
         code, folder = sft(*options, rows=CHATS, output=choice)
         assert code == 0
-        which = {"completion": "the last assistant turn", "assistant": "every assistant turn"}[
-            choice
-        ]
+        turns = {"completion": "the last assistant turn", "assistant": "every assistant turn"}
         assert f"trained on {turns[choice]}" in capsys.readouterr().out
         facts = json.loads((folder / "summary.json").read_text())["data_facts"]
         scored[choice] = facts["scored_tokens"] / facts["groups"]
