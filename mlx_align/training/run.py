@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -234,8 +234,8 @@ def train(
         "versions": package_versions(),
         "seed": config.seed,
     }
-    write_json(run / SUMMARY_FILE, summary)
-    found = verdict(read_run_record(run))
+    # The summary is given, because read_run_record ignores it until status.json says "finished".
+    found = verdict(replace(read_run_record(run), summary=summary))
     summary["verdict"] = {"kind": found.kind, "sentence": found.sentence}
     write_json(run / SUMMARY_FILE, summary)
     everyone.on_run_end(summary)

@@ -105,6 +105,11 @@ def test_a_run_learns_reports_and_loads_in_stock_mlx_lm(train, models, dtype, ca
     assert (summary["command"], summary["groups"], summary["kl"]) == ("reward", 96, None)
     assert report["comparisons"] == 12
     assert report["accuracy"] == 1
+    # The verdict rests on all held-out comparisons, in the terminal as on the page.
+    said = summary["verdict"]["sentence"]
+    assert said.startswith("On 12 held-out comparisons the reward model ranks")
+    assert said in out
+    assert said in (folder / "report.html").read_text()
     assert any("above 90%" in warning for warning in report["warnings"])
     samples = [json.loads(row) for row in (folder / "samples.jsonl").read_text().splitlines()]
     assert len(samples) == 2
