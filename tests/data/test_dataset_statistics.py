@@ -1,3 +1,5 @@
+"""Statistics of a dataset: counts, lengths, warnings, and the text that is shown."""
+
 import dataclasses
 import json
 

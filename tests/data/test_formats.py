@@ -1,3 +1,5 @@
+"""Formats of data: which one is detected, what is read, and what is refused."""
+
 import json
 import random
 

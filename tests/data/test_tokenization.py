@@ -1,3 +1,5 @@
+"""Tokenisation: the boundary of prompt and completion, end tokens, templates, and limits."""
+
 import numpy as np
 import pytest
 from tiny_tokenizers import (
