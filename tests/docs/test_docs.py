@@ -276,8 +276,9 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("docs")
     for name in MODELS:
         shutil.copytree(STARTER / "model", folder / name)
-    pairs = (STARTER / "train.jsonl").read_text(encoding="utf-8").splitlines()[:24]
-    rows = [json.loads(line) for line in pairs]
+    lines = (STARTER / "train.jsonl").read_text(encoding="utf-8").splitlines()
+    many = [json.loads(line) for line in lines[:60]]
+    rows = many[:24]
 
     def write(name, content):
         lines = (json.dumps(row) for row in content)
@@ -286,7 +287,7 @@ def folder(tmp_path_factory):
     write("pairs.jsonl", rows)
     write("prompts.jsonl", [{"prompt": row["prompt"]} for row in rows])
     write("demonstrations.jsonl", [{"messages": row["prompt"] + row["chosen"]} for row in rows])
-    labels = ({"prompt": row["prompt"], "completion": row["chosen"]} for row in rows)
+    labels = ({"prompt": row["prompt"], "completion": row["chosen"]} for row in many)
     write("labelled.jsonl", [{**row, "label": i % 2 == 0} for i, row in enumerate(labels)])
     sums = [
         ([{"role": "user", "content": f"What is {a} + {b}?"}], str(a + b))

@@ -1,4 +1,4 @@
-"""Whatever stands in a file, a command says in one line what is wrong with it, or works."""
+"""Odd files of every kind: a command says in one line what is wrong, or works."""
 
 import importlib.util
 from pathlib import Path
