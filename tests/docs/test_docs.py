@@ -245,7 +245,9 @@ def message_patterns() -> tuple[re.Pattern[str], ...]:
     for file in (ROOT / "mlx_align").rglob("*.py"):
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             if isinstance(node, ast.JoinedStr):
-                parts = [one.value if isinstance(one, ast.Constant) else None for one in node.values]
+                parts = [
+                    one.value if isinstance(one, ast.Constant) else None for one in node.values
+                ]
             elif isinstance(node, ast.Constant) and isinstance(node.value, str):
                 parts = [node.value]
             else:
@@ -258,7 +260,9 @@ def message_patterns() -> tuple[re.Pattern[str], ...]:
 
 def quoted_messages() -> list[str]:
     page = ROOT / "docs" / "troubleshooting.md"
-    lines = [line for one in blocks_of(page) if one.language == "text" for line in one.text.split("\n")]
+    lines = [
+        line for one in blocks_of(page) if one.language == "text" for line in one.text.split("\n")
+    ]
     return [re.sub(r"^(error: |! )", "", line) for line in lines]
 
 
