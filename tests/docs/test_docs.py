@@ -261,7 +261,10 @@ def message_patterns() -> tuple[re.Pattern[str], ...]:
 def quoted_messages() -> list[str]:
     page = ROOT / "docs" / "troubleshooting.md"
     lines = [
-        line for one in blocks_of(page) if one.language == "text" for line in one.text.split("\n")
+        line
+        for one in blocks_of(page)
+        if one.language == "console"
+        for line in one.text.split("\n")
     ]
     return [re.sub(r"^(error: |! )", "", line) for line in lines]
 
