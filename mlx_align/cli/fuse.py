@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json as json_module
-from pathlib import Path
 from typing import Any
 
 import click
 
 from mlx_align.cli.options import Command, config_options, given, json_option
 from mlx_align.config import FuseConfig, make_config
-from mlx_align.system.starter import resolve_starter
 
 
 @click.command(cls=Command, short_help="Merge a run's adapter into its base model.")
@@ -23,15 +21,12 @@ def fuse(json: bool, **options: Any) -> None:
     On a quantised base, the error of quantising each layer again is measured. A layer that would
     lose more than a tenth of what training changed stays dequantised.
     """
-    from mlx_align.cli.console import Console
-    from mlx_align.models.fuse import fuse_adapter
-    from mlx_align.models.loading import open_model
+    from mlx_align import commands
+    from mlx_align.system.console import Console
 
     console = Console(json)
     config = make_config(FuseConfig, given(options), None, "command line")
-    folder = open_model(resolve_starter(config.model, "model"))
-    output = Path(config.output)
-    report = fuse_adapter(folder, Path(config.adapter_path), output, dequantize=config.dequantize)
+    report = commands.fuse(config)
     if json:
         click.echo(json_module.dumps(dataclasses.asdict(report), indent=2))
         return

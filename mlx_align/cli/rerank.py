@@ -17,8 +17,8 @@ from mlx_align.errors import ConfigError
 from mlx_align.system.starter import resolve_starter
 
 if TYPE_CHECKING:
-    from mlx_align.cli.console import Console
     from mlx_align.inference.rerank import Ranking, Reranker, RerankInput, SamplingOptions
+    from mlx_align.system.console import Console
 
 N, MAX_TOKENS = 8, 256
 
@@ -36,7 +36,6 @@ def rerank(json: bool, **options: Any) -> None:
     Prompts in files are used verbatim if they are text; use messages for the chat template.
     Identical samples are listed once, with their count; given completions are all kept.
     """
-    from mlx_align.cli.console import Console
     from mlx_align.inference.rerank import (
         NOTE,
         Reranker,
@@ -44,6 +43,7 @@ def rerank(json: bool, **options: Any) -> None:
         ranking_row,
         read_rerank_input,
     )
+    from mlx_align.system.console import Console
 
     config = make_config(RerankConfig, given(options), None, "command line")
     _check(config)

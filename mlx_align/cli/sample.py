@@ -28,7 +28,6 @@ def sample(json: bool, **options: Any) -> None:
     The file has only whole lines, also when interrupted. To continue, start again with a new
     --output: the same options write the same rows.
     """
-    from mlx_align.cli.console import Console
     from mlx_align.data.formats import read_prompts
     from mlx_align.data.tokenization import tokenize_prompts
     from mlx_align.models.loading import open_model
@@ -40,6 +39,7 @@ def sample(json: bool, **options: Any) -> None:
     from mlx_align.rollout.rewards import Rewards, require_rewards, reward_settings
     from mlx_align.rollout.sampler import Prompt
     from mlx_align.system.atomic_io import wrap_write_errors
+    from mlx_align.system.console import Console
 
     config = make_config(SampleConfig, given(options), None, "command line")
     _check(config)

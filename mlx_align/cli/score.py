@@ -44,8 +44,8 @@ def score(json: bool, **options: Any) -> None:
     model_scores_note. For pairs, the summary also says how well the scores agree with the labels.
     Implicit rewards, beta * log(policy / reference), come with policy_logps and reference_logps.
     """
-    from mlx_align.cli.console import Console
     from mlx_align.data.formats import read_scorable
+    from mlx_align.system.console import Console
 
     console = Console(json)
     config = make_config(ScoreConfig, given(options), None, "command line")

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import json as json_module
-import shlex
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
@@ -21,18 +18,10 @@ from mlx_align.cli.options import (
     json_option,
     schema_options,
 )
-from mlx_align.config import (
-    TRAINING_CONFIGS,
-    ExportConfig,
-    TrainConfig,
-    make_config,
-)
-from mlx_align.config.schema import declared_options, flag_of, require, to_yaml
-from mlx_align.errors import ConfigError, WriteError
-from mlx_align.system.starter import resolve_starter, shipped_file
-
-if TYPE_CHECKING:
-    from mlx_align.cli.console import Console
+from mlx_align.config import TRAINING_CONFIGS, ExportConfig, TrainConfig, make_config
+from mlx_align.config.schema import flag_of
+from mlx_align.errors import ConfigError
+from mlx_align.system.starter import resolve_starter
 
 _UPDATES = "--iters, --steps-per-* and --save-every count optimizer updates."
 _ROLLOUTS = (
@@ -50,14 +39,12 @@ class TrainingCommand:
         summary: One line for the list of commands.
         help: The text of its --help.
         next_step: Printed above the command that uses the result.
-        starter: A shipped configuration, used if neither model nor data is given.
     """
 
     name: str
     summary: str
     help: str
     next_step: str = "Chat with the result in stock mlx-lm"
-    starter: str | None = None
 
     @property
     def config_class(self) -> type[TrainConfig]:
@@ -70,7 +57,6 @@ DPO = TrainingCommand(
     "Train on preference pairs (DPO and its variants).",
     "Train a model on preference pairs. The run folder loads in mlx-lm.\n\nWithout --model, --data "
     f"and -c, trains the small starter model that comes with the package. {_UPDATES}",
-    starter="starter.yaml",
 )
 KTO = TrainingCommand(
     "kto",
@@ -155,124 +141,34 @@ def _train(
     json: bool,
     **options: Any,
 ) -> None:
-    """Resolve the options, train, and print the outcome."""
-    # Imported late, because mlx-lm takes seconds and --help should not.
-    from mlx_align.cli.console import Console
-    from mlx_align.tracking.run_dir import PAGE_FILE, new_run_dir
-    from mlx_align.training.run import make_algorithm, train
+    """Train, and print the outcome."""
+    # Imported late, because rich and mlx-lm take time and --help should not.
+    from mlx_align import commands
+    from mlx_align.system.console import Console
 
     console = Console(json)
-    keywords = given(options)
-    if resume is not None:
-        config, run = _resumed(entry, resume, keywords, config_file)
-        algorithm = make_algorithm(config)
-    else:
-        config = _configured(entry, keywords, config_file, console)
-        algorithm = make_algorithm(config)
-        run = new_run_dir(config.output, entry.name)
-    config = replace(config, output=str(run))
-    with _explaining_resume(run, entry.name, console):
-        summary = train(algorithm, config, run, console, resume=resume is not None)
+    run, summary = commands.train(
+        entry.name,
+        given(options),
+        console,
+        file=None if config_file is None else Path(config_file),
+        resume=resume,
+        source="command line",
+    )
     if json:
         click.echo(json_module.dumps(summary, indent=2))
         return
+
+    from mlx_align.tracking.run_dir import PAGE_FILE, read_run_record
+    from mlx_align.tracking.verdict import verdict
+
     console.outcome(summary)
     console.note(
-        f"\nRun folder: {run}\nRun page: {run / PAGE_FILE}\n{entry.next_step}:\n  {summary['talk']}"
+        f"\n{verdict(read_run_record(run)).sentence}\n"
+        f"Run folder: {run}\nRun page: {run / PAGE_FILE}\n{entry.next_step}:\n  {summary['talk']}"
     )
     if entry is SFT:
         console.note(f"Train on preferences from here: mlx-align dpo … --init-adapter {run}")
-
-
-def _configured(
-    entry: TrainingCommand,
-    keywords: Mapping[str, Any],
-    config_file: str | None,
-    console: Console,
-) -> TrainConfig:
-    file = None if config_file is None else Path(config_file)
-    use_starter = file is None and "model" not in keywords and "data" not in keywords
-    if entry.starter is not None and use_starter:
-        file = shipped_file(entry.starter)
-    config = make_config(entry.config_class, keywords, file, "command line")
-    if entry.starter is not None and use_starter:
-        console.note(f"No --model and no --data: training the starter.\n\n{to_yaml(config)}")
-    require(config, "model", "data")
-    assert config.model is not None
-    assert config.data is not None
-    return replace(
-        config,
-        model=resolve_starter(config.model, "model"),
-        data=resolve_starter(config.data, "data"),
-    )
-
-
-def _resumed(
-    entry: TrainingCommand,
-    resume: str,
-    keywords: dict[str, Any],
-    config_file: str | None,
-) -> tuple[TrainConfig, Path]:
-    """The config of an earlier run, with the changes that a resumed run may make."""
-    from mlx_align.tracking.run_dir import CONFIG_FILE
-    from mlx_align.training.resume import check_command, read_fingerprints
-
-    if config_file is not None:
-        raise ConfigError("-c and --resume: a resumed run uses its own config.yaml; drop -c")
-    output = keywords.pop("output", None)
-    if resume and output is not None and Path(resume) != Path(output):
-        raise ConfigError(
-            f"--resume {resume} --output {output}: a run can only be resumed in its own folder; "
-            "drop --output"
-        )
-    folder = resume or output
-    if not folder:
-        raise ConfigError("--resume: say which run, --resume RUN or --output RUN --resume")
-    run = Path(folder).expanduser()
-    if not (run / CONFIG_FILE).is_file():
-        raise ConfigError(f"--resume {folder}: no {CONFIG_FILE} in it; is it a run folder?")
-    check_command(run, entry.name, read_fingerprints(run))
-    config = make_config(entry.config_class, {}, run / CONFIG_FILE)
-    if config.model is None or config.data is None:
-        raise ConfigError(f"--resume {folder}: its {CONFIG_FILE} has no model or no data")
-    wanted = make_config(entry.config_class, keywords, source="command line")
-    changed = {}
-    for name, declared in declared_options(entry.config_class).items():
-        if name not in keywords:
-            continue
-        value = getattr(wanted, name)
-        if declared.change_on_resume:
-            changed[name] = value
-        elif value != getattr(config, name):
-            raise ConfigError(
-                f"{declared.flag} {value}: the run has {getattr(config, name)}, and a resumed run "
-                "can't change it; leave it out, or start a new run"
-            )
-    return replace(config, **changed), run
-
-
-@contextmanager
-def _explaining_resume(run: Path, command: str, console: Console) -> Iterator[None]:
-    """If the run is interrupted, say how to resume it."""
-    from mlx_align.system.interrupts import Interrupted
-    from mlx_align.tracking.run_dir import CONFIG_FILE
-    from mlx_align.training.checkpoint import has_checkpoint
-
-    resume = f"mlx-align {command} --resume {shlex.quote(str(run))}"
-    try:
-        yield
-    except Interrupted:
-        if has_checkpoint(run):
-            console.note(f"stopped; resume with: {resume}")
-        elif (run / CONFIG_FILE).is_file():
-            console.note(f"stopped before the first checkpoint; start again with: {resume}")
-        else:
-            console.note("stopped before anything was written; nothing is lost")
-        raise
-    except WriteError:
-        if (run / CONFIG_FILE).is_file():
-            console.note(f"the run folder is intact; free some space and resume with: {resume}")
-        raise
 
 
 dpo, kto, sft, ppo, grpo = (training_command(entry) for entry in (DPO, KTO, SFT, PPO, GRPO))
@@ -312,9 +208,9 @@ def export(json: bool, **options: Any) -> None:
     transformers and vLLM load it. Quantised layers are written dequantised. An ensemble is
     exported as its mean.
     """
-    from mlx_align.cli.console import Console
     from mlx_align.inference.export import export_reward_model
     from mlx_align.models.loading import open_model
+    from mlx_align.system.console import Console
 
     console = Console(json)
     config = make_config(ExportConfig, given(options), None, "command line")

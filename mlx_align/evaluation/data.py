@@ -17,7 +17,7 @@ from mlx_align.data.formats import (
     read_supervised,
     read_unpaired,
 )
-from mlx_align.data.readers import FILE_SUFFIXES, Data, has_split, read_rows
+from mlx_align.data.readers import FILE_SUFFIXES, Data, DataSource, has_split, read_rows
 from mlx_align.data.splits import GroupReader, read_splits
 from mlx_align.data.tokenization import try_tokenize_group
 from mlx_align.data.transforms import keep_last_completion, to_pairs
@@ -49,7 +49,9 @@ class EvalPrompt:
     tokens: TokenizedGroup
 
 
-def read_held_out_data(run: TrainedRun, data: str | None, format: str | None) -> HeldOutData:
+def read_held_out_data(
+    run: TrainedRun, data: Data | None, format: str | None, own_data: DataSource | None = None
+) -> HeldOutData:
     """Read the rows that the run held out, or those of other data.
 
     The run's own rows are found as in training: the valid split of its data, or the fraction that
@@ -57,45 +59,53 @@ def read_held_out_data(run: TrainedRun, data: str | None, format: str | None) ->
 
     Args:
         run: The run.
-        data: Other data, path or hub name; None for the run's own.
+        data: Other data; None for the run's own.
         format: Data format; None to detect it.
+        own_data: The run's own data, if it was passed from Python.
 
     Raises:
         ConfigError: The run's data is unknown and no other is given.
         DataError: The data can't be read, or nothing was held out.
     """
-    own = None if run.config is None else run.config.data
+    own: Data | None = own_data
+    if own is None and run.config is not None:
+        own = run.config.data
     if data is None and own is None:
+        why = "has no config.yaml that names its own"
+        if run.config is not None:
+            why = "was trained on data passed from Python"
         raise ConfigError(
-            f"--data is missing: {run.folder} has no config.yaml that names its own; give a file "
-            "or folder of pairs or prompts"
+            f"--data is missing: {run.folder} {why}; give a file or folder of pairs or prompts"
         )
-    if data is None or (data == own and format is None):
-        return _own_data(run)
+    if own is not None and (data is None or (data == own and format is None)):
+        return _own_data(run, own)
+    assert data is not None
     split = "valid" if has_split(data, "valid") else "train"
     pairs = _pairs(data, split, format)
     groups = pairs or read_prompts(data, split, format)[0]
-    return HeldOutData(pairs, _unique_prompts(groups), f"{data}, {split} split")
+    return HeldOutData(pairs, _unique_prompts(groups), f"{_name(data)}, {split} split")
 
 
-def _own_data(run: TrainedRun) -> HeldOutData:
+def _own_data(run: TrainedRun, data: Data) -> HeldOutData:
     config = run.config
     assert config is not None
-    assert config.data is not None
-    if config.valid_fraction == 0 and not has_split(config.data, "valid"):
+    if config.valid_fraction == 0 and not has_split(data, "valid"):
         raise DataError(
-            f"{run.folder}: the run held nothing out (--valid-fraction 0, and {config.data} has "
+            f"{run.folder}: the run held nothing out (--valid-fraction 0, and {_name(data)} has "
             "no valid split); give other data with --data"
         )
-    groups = read_splits(config, _reader(run)).valid
-    split = "valid" if has_split(config.data, "valid") else "train"
+    groups = read_splits(config, _reader(run), data).valid
+    split = "valid" if has_split(data, "valid") else "train"
     held_out = {group.prompt for group in groups}
     # Read again as pairs, because a kto run splits pairs into single completions.
-    pairs = [
-        group for group in _pairs(config.data, split, config.format) if group.prompt in held_out
-    ]
+    pairs = [group for group in _pairs(data, split, config.format) if group.prompt in held_out]
     how = "valid split" if split == "valid" else "the part that the run held out"
-    return HeldOutData(pairs, _unique_prompts(groups), f"{config.data}, {how}")
+    return HeldOutData(pairs, _unique_prompts(groups), f"{_name(data)}, {how}")
+
+
+def _name(data: Data) -> str:
+    """The path or name of data, for display."""
+    return data.name if isinstance(data, DataSource) else str(data)
 
 
 def _reader(run: TrainedRun) -> GroupReader:
@@ -121,7 +131,7 @@ def _read_last_answers(
     return keep_last_completion(groups), reading
 
 
-def _pairs(data: str, split: str, format: str | None) -> list[PromptGroup]:
+def _pairs(data: Data, split: str, format: str | None) -> list[PromptGroup]:
     """The data's preference pairs; [] if it is of another kind."""
     if format is None:
         first = read_rows(data, split)[0]

@@ -19,6 +19,7 @@ from mlx_align.config import EvalConfig, TrainConfig
 from mlx_align.data.batching import completion_mask
 from mlx_align.data.buckets import BatchLimit, plan_shapes
 from mlx_align.data.chat_template import ChatTemplate, inspect_chat_template
+from mlx_align.data.readers import DataSource
 from mlx_align.data.tokenization import tokenize_groups
 from mlx_align.errors import ConfigError, DataError
 from mlx_align.evaluation.data import (
@@ -137,12 +138,20 @@ class _PolicyMetrics(NamedTuple):
     perplexity: Perplexity | None
 
 
-def evaluate_policy(config: EvalConfig, console: Console | None = None) -> EvaluationResult:
+def evaluate_policy(
+    config: EvalConfig,
+    console: Console | None = None,
+    *,
+    data: DataSource | None = None,
+    own_data: DataSource | None = None,
+) -> EvaluationResult:
     """Evaluate a run against its reference.
 
     Args:
         config: The options of `mlx-align eval`; `model` and `adapter_path` are required.
         console: Shows progress; None for no output.
+        data: Held-out data in place of `config.data`.
+        own_data: The data that the run was trained on, if it was passed from Python.
 
     Raises:
         MlxAlignError: An option is wrong, or a model, run or data can't be used.
@@ -152,7 +161,7 @@ def evaluate_policy(config: EvalConfig, console: Console | None = None) -> Evalu
         missing = "--model" if config.model is None else "--adapter-path"
         raise ConfigError(f"{missing} is missing; give the run with --adapter-path, and its base")
     run = read_trained_run(config.adapter_path)
-    held_out = read_held_out_data(run, config.data, config.format)
+    held_out = read_held_out_data(run, data or config.data, config.format, own_data)
     documents = None if config.perplexity_data is None else read_documents(config.perplexity_data)
     folder = open_model(config.model)
     style = inspect_chat_template(folder.tokenizer)

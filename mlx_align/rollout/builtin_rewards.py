@@ -51,11 +51,13 @@ class CompletionFacts:
         tokens: Tokens sampled, end token included.
         finished: Whether the end token was sampled; False if the completion was truncated.
         max_tokens: The longest completion allowed.
+        token_ids: The tokens sampled, end token included.
     """
 
     tokens: int
     finished: bool
     max_tokens: int
+    token_ids: tuple[int, ...] = ()
 
 
 Columns = Mapping[str, Any]

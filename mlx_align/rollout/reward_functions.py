@@ -3,9 +3,10 @@ r"""Reward functions: built in, named on the command line, or given as Python ca
 A reward function is `f(prompts, completions, **columns) -> list[float | None]`, as in TRL. It gets
 the prompts as they are in the data (text, or a list of {"role", "content"} dicts), the completions
 as text without the end token, and every other column of the data as a list (None where a row lacks
-it). All lists have one entry per completion. Arguments are passed by name, and only those that the
-function accepts. Columns named `prompts` or `completions` are not passed. None means that a
-completion has no reward from this function. `async def` functions are awaited.
+it). A function with an argument `completion_ids` gets the token ids too, end token included. All
+lists have one entry per completion. Arguments are passed by name, and only those that the function
+accepts. Columns with the names of these arguments are not passed. None means that a completion has
+no reward from this function. `async def` functions are awaited.
 
 A function given by its spec (`module:function`, `file.py:function`) runs in a process of its own:
 a call that hangs is stopped after the timeout, and one that crashes takes nothing else with it. A
@@ -50,6 +51,8 @@ Values = npt.NDArray[np.float64]
 RewardFunction = Callable[..., Any]
 # A spec as on the command line, a function, or a function with its weight.
 RewardSource = str | RewardFunction | tuple[RewardFunction, float]
+# Per prompt and completion, the token ids.
+TokenIds = Sequence[Sequence[Sequence[int]]]
 
 # Importing a module may load a model, so it may take longer than a call.
 IMPORT_SECONDS = 120.0
@@ -385,8 +388,11 @@ class RewardFunctions:
         texts = [list(of_prompt) for of_prompt in completions]
         count = sum(map(len, texts))
         values = np.full((count, len(self.specs)), np.nan)
+        ids = None
+        if any("completion_ids" in known["names"] for known in self._parameters.values()):
+            ids = [[fact.token_ids for fact in of_prompt] for of_prompt in facts]
         if count and self._process is not None:
-            self._send(self._process, groups, texts)
+            self._send(self._process, _as_batch(groups, texts, ids))
         for place, spec in enumerate(self.specs):
             if not count:
                 break
@@ -398,7 +404,7 @@ class RewardFunctions:
                     for text, fact in zip(of_prompt, known, strict=True)
                 ]
             elif spec.callable is not None:
-                given = self._call_here(spec.callable, place, groups, texts)
+                given = self._call_here(spec.callable, place, groups, texts, ids)
             else:
                 assert self._process is not None
                 given = self._call_in_process(self._process, place, groups, texts)
@@ -413,10 +419,11 @@ class RewardFunctions:
         place: int,
         groups: Sequence[PromptGroup],
         texts: Sequence[Sequence[str]],
+        ids: TokenIds | None,
     ) -> list[float | None]:
         label = self.specs[place].label
         # Built anew for every call: a function may change its arguments.
-        arguments = expand(_as_batch(groups, texts))
+        arguments = expand(_as_batch(groups, texts, ids))
         try:
             returned = call_function(function, arguments, self._parameters[place])
             return as_rewards(returned, sum(map(len, texts)))
@@ -431,10 +438,7 @@ class RewardFunctions:
             where = _location(groups, texts, None)
             raise TrainingError(f"{label}: raised {text}, {where}") from error
 
-    def _send(
-        self, process: RewardProcess, groups: Sequence[PromptGroup], texts: Sequence[Sequence[str]]
-    ) -> None:
-        batch = _as_batch(groups, texts)
+    def _send(self, process: RewardProcess, batch: Mapping[str, Any]) -> None:
         try:
             process.request("batch", batch, max(self._timeout, IMPORT_SECONDS))
         except WorkerFailure as failure:
@@ -494,11 +498,14 @@ def _parameters_of(spec: RewardSpec, function: RewardFunction) -> Mapping[str, A
 
 
 def _as_batch(
-    groups: Sequence[PromptGroup], texts: Sequence[Sequence[str]]
-) -> dict[str, list[Any] | dict[str, list[Any]]]:
-    """Prompts, completions and columns, one entry per prompt."""
+    groups: Sequence[PromptGroup],
+    texts: Sequence[Sequence[str]],
+    token_ids: TokenIds | None,
+) -> dict[str, Any]:
+    """Prompts, completions, token ids if there are any, and columns: one entry per prompt."""
     columns = {name for group in groups for name in group.columns} - set(RESERVED)
     return {
+        **({} if token_ids is None else {"completion_ids": token_ids}),
         "prompts": [as_data(group.prompt) for group in groups],
         "completions": [list(of_prompt) for of_prompt in texts],
         "columns": {name: [g.columns.get(name) for g in groups] for name in sorted(columns)},

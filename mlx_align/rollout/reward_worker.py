@@ -32,7 +32,7 @@ _HEADER = struct.Struct(">Q")
 # parent: no Python thread gets to run.
 _GRACE = 5.0
 # The arguments that every function gets; columns of these names are not passed.
-RESERVED = ("prompts", "completions")
+RESERVED = ("prompts", "completions", "completion_ids")
 
 
 def write_frame(connection: socket.socket, message: Any) -> None:
@@ -61,8 +61,8 @@ def expand(batch: Mapping[str, Any]) -> dict[str, list[Any]]:
     """The arguments of a reward function, one entry per completion, from a batch by prompts.
 
     Args:
-        batch: `prompts`, `completions` (a list per prompt) and `columns` (name → one value per
-            prompt).
+        batch: `prompts`, `completions` (a list per prompt), `columns` (name → one value per
+            prompt), and `completion_ids` (as `completions`) if a function takes them.
     """
     counts = [len(texts) for texts in batch["completions"]]
 
@@ -73,6 +73,10 @@ def expand(batch: Mapping[str, Any]) -> dict[str, list[Any]]:
     arguments = {name: repeated(values) for name, values in batch["columns"].items()}
     arguments["prompts"] = repeated(batch["prompts"])
     arguments["completions"] = [text for texts in batch["completions"] for text in texts]
+    if "completion_ids" in batch:
+        arguments["completion_ids"] = [
+            list(ids) for some in batch["completion_ids"] for ids in some
+        ]
     return arguments
 
 
@@ -186,6 +190,8 @@ def call_function(
 ) -> Any:
     """Call a function with the arguments it accepts, and await the result if it is awaitable.
 
+    `completion_ids` are passed only to functions that name them: `**columns` are columns.
+
     Args:
         function: The function.
         arguments: All arguments there are, by name.
@@ -193,6 +199,8 @@ def call_function(
     """
     if not accepted["any"]:
         arguments = {name: arguments[name] for name in accepted["names"] if name in arguments}
+    elif "completion_ids" not in accepted["names"]:
+        arguments = {name: arguments[name] for name in arguments if name != "completion_ids"}
     returned = function(**arguments)
     return _run_awaitable(returned) if inspect.isawaitable(returned) else returned
 

@@ -120,8 +120,8 @@ class Rewards(AbstractContextManager["Rewards"]):
         """
         size, limit = completions.group_size, completions.mask.shape[1]
         facts = [
-            CompletionFacts(int(length), bool(finished), limit)
-            for length, finished in zip(completions.lengths, completions.finished, strict=True)
+            CompletionFacts(len(ids), bool(finished), limit, tuple(ids.tolist()))
+            for ids, finished in zip(completions.token_ids(), completions.finished, strict=True)
         ]
         table = self._functions(
             [prompt.text for prompt in completions.prompts],

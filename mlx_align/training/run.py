@@ -42,6 +42,7 @@ from mlx_align.models.policy import make_policy
 from mlx_align.models.weights import AdapterWeights, read_tensors
 from mlx_align.planning.duration import rate_key, save_rate
 from mlx_align.planning.machine import this_machine
+from mlx_align.rollout.reward_functions import RewardSource
 from mlx_align.system.progress import Console
 from mlx_align.tracking.diagnostics import HealthMonitor, mean_completion_tokens
 from mlx_align.tracking.run_dir import (
@@ -134,7 +135,8 @@ def train(
     *,
     resume: bool = False,
     data: Data | None = None,
-    rewards: Sequence[Callable[..., Any]] | None = None,
+    rewards: Sequence[RewardSource] = (),
+    eval_rewards: Sequence[RewardSource] = (),
     callbacks: Sequence[Callback] = (),
 ) -> dict[str, Any]:
     """Train and write the run folder.
@@ -143,12 +145,13 @@ def train(
 
     Args:
         algorithm: What `make_algorithm` returned for `config`.
-        config: The resolved options; `model` and `data` are set.
+        config: The resolved options; `model` is set, and `data` unless it is given here.
         run: The run folder; created once options and data are checked.
         console: Shows messages and progress.
         resume: Continue from the folder's last checkpoint.
-        data: The data, if it is not `config.data`, which is then only its name.
+        data: The data, if it is not `config.data`.
         rewards: Reward functions in addition to `config.reward`, for ppo and grpo.
+        eval_rewards: Reward functions in addition to `config.eval_reward`.
         callbacks: Called during training, after the run page and the trackers.
 
     Returns:
@@ -165,7 +168,7 @@ def train(
     setup: OfflineSetup | OnPolicySetup
     if isinstance(algorithm, OnPolicyMethod):
         assert isinstance(config, OnPolicyConfig)
-        setup = prepare_on_policy(algorithm.command, config, folder, data, rewards)
+        setup = prepare_on_policy(algorithm.command, config, folder, data, rewards, eval_rewards)
     else:
         setup = prepare_offline(algorithm, config, folder, data)
     for line in setup.lines:

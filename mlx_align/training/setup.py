@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -30,6 +30,7 @@ from mlx_align.models.policy import Policy, make_roles
 from mlx_align.models.weights import AdapterWeights
 from mlx_align.planning.plan import RewardModelMemory, check_fits, check_on_policy_fits
 from mlx_align.rollout.collector import RolloutCollector
+from mlx_align.rollout.reward_functions import RewardSource
 from mlx_align.rollout.reward_models import (
     AdapterRewardModel,
     CompletionScorer,
@@ -234,7 +235,8 @@ def prepare_on_policy(
     config: OnPolicyConfig,
     folder: ModelFolder,
     data: Data | None = None,
-    rewards: Sequence[Callable[..., Any]] | None = None,
+    rewards: Sequence[RewardSource] = (),
+    eval_rewards: Sequence[RewardSource] = (),
 ) -> OnPolicySetup:
     """Check options, read and tokenise the prompts, and check that the run fits the machine.
 
@@ -244,6 +246,7 @@ def prepare_on_policy(
         folder: The base model.
         data: The prompts, if they are not `config.data`.
         rewards: Reward functions in addition to `config.reward`.
+        eval_rewards: Reward functions in addition to `config.eval_reward`.
 
     Raises:
         ConfigError: An option is missing, wrong, or without effect.
@@ -251,15 +254,14 @@ def prepare_on_policy(
     """
     check_on_policy_options(config)
     layout = resolve_layout(config)
-    functions: Any = (*(config.reward or ()), *(rewards or ()))
+    functions = (*(config.reward or ()), *rewards)
     wanted = require_rewards(
         reward_settings(
             functions, config.reward_model, config.reward_model_weight, config.reward_timeout
         )
     )
-    held_out = reward_settings(
-        config.eval_reward, config.eval_reward_model, 1.0, config.reward_timeout
-    )
+    eval_functions = (*(config.eval_reward or ()), *eval_rewards)
+    held_out = reward_settings(eval_functions, config.eval_reward_model, 1.0, config.reward_timeout)
     train, valid, report, title = read_prompt_splits(config, folder, data)
     parts: dict[str, Sequence[TokenizedGroup]] = {
         "prompts": [prompt.tokens for prompt in train],

@@ -1,8 +1,10 @@
-"""The terminal: progress bars, notes, and the table at the end of a run."""
+"""Terminal and notebook: progress bars, notes, and the table at the end of a run."""
 
 from __future__ import annotations
 
+import html
 import os
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -26,7 +28,7 @@ from mlx_align.system.progress import ProgressBar
 
 
 class Console:
-    """Shows progress in a terminal; the implementation of the protocol in `system/progress.py`.
+    """Shows progress in a terminal or notebook; implements the protocol in `system/progress.py`.
 
     With `json`, everything goes to standard error, so that standard output has only the result.
     A run doesn't die with its terminal: if the terminal was closed, or `tee` died of the same
@@ -34,7 +36,10 @@ class Console:
     """
 
     def __init__(self, json: bool = False) -> None:
-        self.console = _UnbrokenConsole(stderr=json, highlight=False, soft_wrap=True)
+        # Text in a notebook is plain: rich would show every line as a separate HTML output.
+        self.console = _UnbrokenConsole(
+            stderr=json, highlight=False, soft_wrap=True, force_jupyter=False
+        )
 
     def note(self, text: str) -> None:
         """Print text as it is, without markup."""
@@ -45,7 +50,11 @@ class Console:
 
     @contextmanager
     def bar(self, label: str, total: int, done: int = 0) -> Iterator[ProgressBar]:
-        """A progress bar with the time left; without a terminal, a line every minute."""
+        """A progress bar with the time left; without terminal or notebook, a line every minute."""
+        if in_notebook():
+            with _NotebookBar(label, total, done) as notebook_bar:
+                yield notebook_bar
+            return
         if not self.console.is_terminal:
             yield _Lines(self.console, label, total, done)
             return
@@ -103,6 +112,54 @@ class _RichBar:
 
     def advance(self, count: int = 1) -> None:
         self._progress.advance(self._task, count)
+
+
+def in_notebook() -> bool:
+    """Whether this process is the kernel of a notebook (Jupyter, VS Code, Colab)."""
+    ipython = sys.modules.get("IPython")
+    return hasattr(getattr(ipython, "get_ipython", lambda: None)(), "kernel")
+
+
+class _NotebookBar:
+    """A progress bar in one output of a notebook, removed at the end. Needs no ipywidgets."""
+
+    EVERY_SECONDS = 0.2
+
+    def __init__(self, label: str, total: int, done: int) -> None:
+        self._label, self._total = label, total
+        self._done = self._first = done
+        self._started = self._shown = time.monotonic()
+
+    def __enter__(self) -> _NotebookBar:
+        from IPython.display import display
+
+        self._output = display(self._html(), display_id=True)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        from IPython.display import HTML
+
+        self._output.update(HTML(""))
+
+    def advance(self, count: int = 1) -> None:
+        self._done += count
+        now = time.monotonic()
+        if now - self._shown >= self.EVERY_SECONDS:
+            self._shown = now
+            self._output.update(self._html())
+
+    def _html(self) -> Any:
+        from IPython.display import HTML
+
+        left = ""
+        if self._done > self._first:
+            each = (time.monotonic() - self._started) / (self._done - self._first)
+            left = f", {format_duration(each * (self._total - self._done))} left"
+        return HTML(
+            f"<div>{html.escape(self._label)} "
+            f'<progress max="{self._total}" value="{self._done}"></progress> '
+            f"{self._done}/{self._total}{left}</div>"
+        )
 
 
 class _Lines:

@@ -1,0 +1,540 @@
+"""The commands as functions, from options to results.
+
+The command line (`cli`) and the Python functions (`api`) both call these, so that both check,
+compute and write the same. What they print is theirs.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mlx_align.config import (
+    TRAINING_CONFIGS,
+    EvalConfig,
+    FuseConfig,
+    LossConfig,
+    OnPolicyConfig,
+    PlanConfig,
+    TrainConfig,
+    make_config,
+)
+from mlx_align.config.schema import Source, declared_options, flag_of, require, to_yaml
+from mlx_align.errors import ConfigError, WriteError
+from mlx_align.system.starter import resolve_starter, shipped_file
+
+# mlx-lm takes seconds to import, and wrong options are found without it. So functions import what
+# they run.
+if TYPE_CHECKING:
+    from mlx_align.algorithms.base import Algorithm
+    from mlx_align.data.readers import DataSource
+    from mlx_align.models.fuse import FuseReport
+    from mlx_align.models.loading import ModelFolder
+    from mlx_align.planning.duration import Duration, RolloutDuration
+    from mlx_align.planning.machine import Machine
+    from mlx_align.planning.plan import Plan
+    from mlx_align.rollout.reward_functions import RewardSource
+    from mlx_align.system.progress import Console
+    from mlx_align.training.callbacks import Callback
+
+# The shipped configuration of a command, used if neither model nor data is given.
+STARTERS = {"dpo": "starter.yaml"}
+EVALUATION_FILE, ANSWERS_FILE = "evaluation.json", "answers.jsonl"
+PLAN_BASIS = (
+    "Computed, from measurements of mlx's CPU backend: within 10% there, not yet compared with "
+    "Metal. On a Mac, python scripts/verify_plan.py (in a checkout) does that."
+)
+
+
+@dataclass(frozen=True)
+class PythonObjects:
+    """What a Python caller passes that a configuration file can't hold.
+
+    Attributes:
+        data: Opened data; None if the options name it.
+        loss: A loss of preference pairs; its name is the option `loss`.
+        rewards: Reward functions in addition to the option `reward`.
+        eval_rewards: Reward functions in addition to the option `eval_reward`.
+        callbacks: Called during training.
+    """
+
+    data: DataSource | None = None
+    loss: Callable[..., Any] | None = None
+    rewards: Sequence[RewardSource] = ()
+    eval_rewards: Sequence[RewardSource] = ()
+    callbacks: Sequence[Callback] = ()
+
+
+# --- training ---
+
+
+def train(
+    command: str,
+    options: Mapping[str, Any],
+    console: Console,
+    *,
+    file: Path | None = None,
+    resume: str | None = None,
+    source: Source = "python",
+    objects: PythonObjects | None = None,
+) -> tuple[Path, dict[str, Any]]:
+    """Train, and write the run folder.
+
+    Args:
+        command: dpo, kto, sft, reward, ppo or grpo.
+        options: What was given, by option name.
+        console: Shows messages and progress.
+        file: A YAML file of further options.
+        resume: The run folder to continue; "" for the one that the option `output` names; None to
+            start a new run.
+        source: Who gave the options, for messages.
+        objects: What only a Python caller can pass.
+
+    Returns:
+        The run folder, and the content of summary.json with the `samples`.
+
+    Raises:
+        MlxAlignError: An option, the data or a model can't be used, or training failed.
+        Interrupted: A signal ended the run, after a checkpoint.
+    """
+    objects = objects or PythonObjects()
+    if resume is None:
+        config = configure(command, options, console, file=file, source=source, objects=objects)
+    elif file is not None:
+        raise ConfigError(
+            f"{'-c' if source == 'command line' else 'config'} and --resume: a resumed run uses "
+            "its own config.yaml; leave one out"
+        )
+    else:
+        config = configure_resumed(command, resume, options, source=source, objects=objects)
+
+    from mlx_align.tracking.run_dir import new_run_dir
+    from mlx_align.training import run as training
+
+    algorithm = training.make_algorithm(config, loss=objects.loss)
+    if resume is None:
+        run = new_run_dir(config.output, command)
+    else:
+        assert config.output is not None
+        run = Path(config.output)
+    with _explaining_resume(run, command, console, source):
+        summary = training.train(
+            algorithm,
+            replace(config, output=str(run)),
+            run,
+            console,
+            resume=resume is not None,
+            data=objects.data,
+            rewards=objects.rewards,
+            eval_rewards=objects.eval_rewards,
+            callbacks=objects.callbacks,
+        )
+    return run, summary
+
+
+def configure(
+    command: str,
+    options: Mapping[str, Any],
+    console: Console,
+    *,
+    file: Path | None = None,
+    source: Source = "python",
+    objects: PythonObjects | None = None,
+) -> TrainConfig:
+    """The checked options of a new run. Arguments and errors as in `train`."""
+    data = None if objects is None else objects.data
+    starter = STARTERS.get(command)
+    use_starter = file is None and data is None and not {"model", "data"} & options.keys()
+    if starter is not None and use_starter:
+        file = shipped_file(starter)
+    config = make_config(TRAINING_CONFIGS[command], options, file, source)
+    if starter is not None and use_starter:
+        console.note(f"No --model and no --data: training the starter.\n\n{to_yaml(config)}")
+    if data is not None:
+        config = replace(config, data=None)
+        require(config, "model", source=source)
+    else:
+        require(config, "model", "data", source=source)
+    return _with_starter(config)
+
+
+def configure_resumed(
+    command: str,
+    resume: str,
+    options: Mapping[str, Any],
+    *,
+    source: Source = "python",
+    objects: PythonObjects | None = None,
+) -> TrainConfig:
+    """The options of an earlier run, with the changes that a resumed run may make.
+
+    Its option `output` is the run folder. Arguments and errors as in `train`.
+    """
+    from mlx_align.tracking.run_dir import CONFIG_FILE
+    from mlx_align.training.resume import check_command, read_fingerprints
+
+    objects = objects or PythonObjects()
+    given = dict(options)
+    output = given.pop("output", None)
+    if resume and output is not None and Path(resume) != Path(output):
+        raise ConfigError(
+            f"--resume {resume} --output {output}: a run can only be resumed in its own folder; "
+            "drop --output"
+        )
+    folder = resume or output
+    if not folder:
+        raise ConfigError("--resume: say which run, --resume RUN or --output RUN --resume")
+    run = Path(folder).expanduser()
+    if not (run / CONFIG_FILE).is_file():
+        raise ConfigError(f"--resume {folder}: no {CONFIG_FILE} in it; is it a run folder?")
+    began = read_fingerprints(run)
+    check_command(run, command, began)
+    config_class = TRAINING_CONFIGS[command]
+    config = make_config(config_class, {}, run / CONFIG_FILE)
+    if config.model is None:
+        raise ConfigError(f"--resume {folder}: its {CONFIG_FILE} has no model")
+    if objects.data is not None:
+        config = replace(config, data=None)
+    elif config.data is None and given.get("data") is None:
+        raise _passed_from_python(folder, command, "data was", "data")
+    _check_functions(folder, command, config, began, objects)
+    wanted = make_config(config_class, given, source=source)
+    changed = {}
+    for name, declared in declared_options(config_class).items():
+        if name not in given:
+            continue
+        value = getattr(wanted, name)
+        if declared.change_on_resume:
+            changed[name] = value
+        elif value != getattr(config, name):
+            raise ConfigError(
+                f"{declared.flag} {value}: the run has {getattr(config, name)}, and a resumed run "
+                "can't change it; leave it out, or start a new run"
+            )
+    return replace(config, **changed, output=str(run))
+
+
+def _check_functions(
+    folder: str,
+    command: str,
+    config: TrainConfig,
+    began: Mapping[str, Any],
+    objects: PythonObjects,
+) -> None:
+    """Refuse to resume without the functions that the run was started with."""
+    loss = getattr(config, "loss", "")
+    if loss.endswith("()") and objects.loss is None:
+        raise _passed_from_python(folder, command, f"loss {loss} was", "loss")
+    functions = [
+        name.removeprefix("reward function ")
+        for name in began.get("hashes", {})
+        if name.startswith("reward function ")
+    ]
+    if functions and not (objects.rewards or objects.eval_rewards):
+        what = f"reward {', '.join(functions)} {'was' if len(functions) == 1 else 'were'}"
+        raise _passed_from_python(folder, command, what, "reward")
+
+
+def _passed_from_python(folder: str, command: str, what: str, keyword: str) -> ConfigError:
+    return ConfigError(
+        f"--resume {folder}: the run's {what} passed from Python; resume it with "
+        f"mlx_align.{command}(resume={folder!r}, {keyword}=…)"
+    )
+
+
+def _with_starter(config: TrainConfig) -> TrainConfig:
+    """The config with the paths of the shipped model and data for the name "starter"."""
+    assert config.model is not None
+    return replace(
+        config,
+        model=resolve_starter(config.model, "model"),
+        data=None if config.data is None else resolve_starter(config.data, "data"),
+    )
+
+
+@contextmanager
+def _explaining_resume(run: Path, command: str, console: Console, source: Source) -> Iterator[None]:
+    """If the run is interrupted, say how to resume it."""
+    from mlx_align.system.interrupts import Interrupted
+    from mlx_align.tracking.run_dir import CONFIG_FILE
+    from mlx_align.training.checkpoint import has_checkpoint
+
+    resume = f"mlx-align {command} --resume {shlex.quote(str(run))}"
+    if source == "python":
+        resume = f"mlx_align.{command}(resume={str(run)!r})"
+    try:
+        yield
+    except Interrupted:
+        if has_checkpoint(run):
+            console.note(f"stopped; resume with: {resume}")
+        elif (run / CONFIG_FILE).is_file():
+            console.note(f"stopped before the first checkpoint; start again with: {resume}")
+        else:
+            console.note("stopped before anything was written; nothing is lost")
+        raise
+    except WriteError:
+        if (run / CONFIG_FILE).is_file():
+            console.note(f"the run folder is intact; free some space and resume with: {resume}")
+        raise
+
+
+# --- evaluation and fusing ---
+
+
+@dataclass(frozen=True)
+class EvaluationOutcome:
+    """What `evaluate` found.
+
+    Attributes:
+        evaluation: An `evaluation.policy.Evaluation`.
+        content: The same as JSON-serialisable values: the content of evaluation.json.
+        folder: Where evaluation.json and answers.jsonl were written; None if nowhere.
+    """
+
+    evaluation: Any
+    content: dict[str, Any]
+    folder: Path | None
+
+
+def evaluate(
+    config: EvalConfig,
+    console: Console,
+    *,
+    data: DataSource | None = None,
+    own_data: DataSource | None = None,
+) -> EvaluationOutcome:
+    """Measure a run against its reference, and write the result if `output` is given.
+
+    Args:
+        config: The options; `model` and `adapter_path` are set.
+        console: Shows progress.
+        data: Held-out data in place of `config.data`.
+        own_data: The data that the run was trained on, if it was passed from Python.
+
+    Raises:
+        MlxAlignError: An option is wrong, or a model, run or data can't be used.
+    """
+    from mlx_align.evaluation.policy import evaluate_policy
+
+    assert config.model is not None
+    config = replace(
+        config,
+        model=resolve_starter(config.model, "model"),
+        data=None if config.data is None else resolve_starter(config.data, "data"),
+    )
+    folder = None if config.output is None else _new_evaluation_folder(config.output)
+    evaluation, rows = evaluate_policy(config, console, data=data, own_data=own_data)
+    content = evaluation.as_json()
+    if folder is not None:
+        text = json.dumps(content, indent=2)
+        (folder / EVALUATION_FILE).write_text(text + "\n", encoding="utf-8")
+        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        (folder / ANSWERS_FILE).write_text(lines, encoding="utf-8")
+    return EvaluationOutcome(evaluation, content, folder)
+
+
+def _new_evaluation_folder(output: str) -> Path:
+    folder = Path(output).expanduser()
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"--output {output}: is a file; name a folder")
+    for name in (EVALUATION_FILE, ANSWERS_FILE):
+        if (folder / name).exists():
+            raise ConfigError(f"--output {output}: has {name} already; name a new folder")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--output {output}: can't be created ({error.strerror})") from error
+    return folder
+
+
+def fuse(config: FuseConfig) -> FuseReport:
+    """Merge an adapter into its base model, as one model folder.
+
+    Raises:
+        MlxAlignError: The output folder is not empty, or the adapter does not fit the model.
+    """
+    from mlx_align.models.fuse import fuse_adapter
+    from mlx_align.models.loading import open_model
+
+    folder = open_model(resolve_starter(config.model, "model"))
+    output = Path(config.output)
+    return fuse_adapter(folder, Path(config.adapter_path), output, dequantize=config.dequantize)
+
+
+# --- planning ---
+
+
+@dataclass(frozen=True)
+class PlanOutcome:
+    """What a run needs.
+
+    Attributes:
+        plan: Its memory.
+        duration: Its time; None if the speed is unknown.
+    """
+
+    plan: Plan
+    duration: Duration | RolloutDuration | None
+
+    def as_json(self) -> dict[str, Any]:
+        """As JSON-serialisable values: sizes in bytes, times in seconds."""
+        from mlx_align.planning.machine import platform_warnings, software_versions
+
+        plan = self.plan
+        return {
+            "peak_bytes": plan.memory.peak_bytes,
+            "parts": dict(plan.memory.parts),
+            "moment": plan.memory.moment,
+            "shape": list(plan.memory.shape),
+            "trained_parameters": plan.memory.trained_parameters,
+            "machine": asdict(plan.machine),
+            "fits": plan.fits,
+            "advice": [asdict(step) for step in plan.steps],
+            "time": None if self.duration is None else asdict(self.duration),
+            "remarks": platform_warnings(plan.machine, plan.model.activation_dtype),
+            "software": software_versions(),
+            "basis": PLAN_BASIS,
+        }
+
+
+def plan(
+    options: Mapping[str, Any],
+    *,
+    file: Path | None = None,
+    source: Source = "python",
+    objects: PythonObjects | None = None,
+) -> PlanOutcome:
+    """Estimate memory and time of a training run.
+
+    Args:
+        options: Those of `PlanConfig` and of the planned command, by name.
+        file: A YAML file of further options of the planned command.
+        source: Who gave the options, for messages.
+        objects: What only a Python caller can pass.
+
+    Raises:
+        MlxAlignError: An option is wrong, or the model or data can't be read.
+    """
+    from mlx_align.models.loading import open_model
+    from mlx_align.planning.machine import parse_machine, this_machine
+
+    keywords = dict(options)
+    own = {name: keywords.pop(name) for name in declared_options(PlanConfig) if name in keywords}
+    planned = make_config(PlanConfig, own, None, source)
+    if planned.machine is not None and (planned.measure or planned.run):
+        flag = "--measure" if planned.measure else f"--run {planned.run}"
+        raise ConfigError(f"{flag} measures this machine, not that of --machine; drop one")
+    machine = this_machine() if planned.machine is None else parse_machine(planned.machine)
+    config_class = TRAINING_CONFIGS[planned.command]
+    for name in keywords:
+        if name not in declared_options(config_class):
+            raise ConfigError(f"{flag_of(name)} is not an option of {planned.command}; drop it")
+    config = make_config(config_class, keywords, file, source)
+    require(config, "model", source=source)
+    objects = objects or PythonObjects()
+    if config.data is None and objects.data is None and (planned.measure or planned.run):
+        raise ConfigError("--data is missing; the time of a run depends on its data")
+    config = _with_starter(config)
+    assert config.model is not None
+    planner = _Planner(planned, config, open_model(config.model), machine, objects)
+    return (
+        planner.plan_on_policy() if isinstance(config, OnPolicyConfig) else planner.plan_offline()
+    )
+
+
+@dataclass(frozen=True)
+class _Planner:
+    planned: PlanConfig
+    config: Any
+    folder: ModelFolder
+    machine: Machine
+    objects: PythonObjects
+
+    def plan_offline(self) -> PlanOutcome:
+        from mlx_align.algorithms.base import Algorithm
+        from mlx_align.planning.duration import expected_duration
+        from mlx_align.planning.plan import make_plan
+        from mlx_align.training.run import make_algorithm
+        from mlx_align.training.setup import prepare_data, resolve_layout
+
+        config, data = self.config, self.objects.data
+        layout = resolve_layout(config)
+        algorithm = make_algorithm(config, loss=self.objects.loss)
+        assert isinstance(algorithm, Algorithm)
+        groups = None
+        if config.data is not None or data is not None:
+            dataset = prepare_data(config, self.folder, algorithm.read, data)
+            groups = algorithm.arrange(dataset.train)
+        made = make_plan(config, layout, self.folder, groups, self.machine)
+        if not groups or not self.machine.here:
+            return PlanOutcome(made, None)
+        rate = self._rate(algorithm, groups)
+        if rate is None:
+            return PlanOutcome(made, None)
+        has_reference = isinstance(config, LossConfig) and algorithm.needs_reference
+        limit = made.workload.limit
+        return PlanOutcome(
+            made,
+            expected_duration(config, groups, *rate, has_reference=has_reference, limit=limit),
+        )
+
+    def plan_on_policy(self) -> PlanOutcome:
+        from mlx_align.planning.duration import (
+            expected_rollout_duration,
+            load_rate,
+            rate_key,
+            read_rollout_rate,
+        )
+        from mlx_align.planning.plan import make_on_policy_plan
+        from mlx_align.training.run import make_algorithm
+        from mlx_align.training.setup import find_reward_models, read_prompt_splits, resolve_layout
+
+        config, folder, command = self.config, self.folder, self.planned.command
+        if self.planned.measure:
+            raise ConfigError(
+                f"--measure can't time {command}, which samples and scores before it trains; run "
+                "it with --iters 3, and give that run as --run"
+            )
+        make_algorithm(config)
+        layout = resolve_layout(config)
+        prompts = None
+        if config.data is not None or self.objects.data is not None:
+            train, held_out, *_ = read_prompt_splits(config, folder, self.objects.data)
+            prompts = [one.tokens for one in train], [one.tokens for one in held_out]
+        rewards = find_reward_models(config, folder, layout)
+        made = make_on_policy_plan(config, layout, folder, prompts, rewards, self.machine)
+        if prompts is None or not self.machine.here:
+            return PlanOutcome(made, None)
+        run = self.planned.run
+        if run is not None:
+            rate: float | None = read_rollout_rate(Path(run).expanduser(), command)
+            source = f"run {run}"
+        else:
+            rate = load_rate(rate_key(command, folder.path, config, layout, self.machine.name))
+            source = "measured earlier, by a run"
+        if rate is None:
+            return PlanOutcome(made, None)
+        return PlanOutcome(made, expected_rollout_duration(config, len(prompts[0]), rate, source))
+
+    def _rate(self, algorithm: Algorithm, groups: list[Any]) -> tuple[float, str] | None:
+        """Tokens per second, and their source: a run, a measurement now, or an earlier one."""
+        from mlx_align.planning.duration import load_rate, rate_key, read_run_rate, save_rate
+        from mlx_align.training.benchmark import measured_rate
+        from mlx_align.training.setup import resolve_layout
+
+        if self.planned.run is not None:
+            return read_run_rate(Path(self.planned.run).expanduser()), f"run {self.planned.run}"
+        layout = resolve_layout(self.config)
+        command, path = self.planned.command, self.folder.path
+        key = rate_key(command, path, self.config, layout, self.machine.name)
+        if self.planned.measure:
+            rate = measured_rate(self.config, algorithm, groups)
+            save_rate(key, rate)
+            return rate, "measured now"
+        earlier = load_rate(key)
+        return None if earlier is None else (earlier, "measured earlier, by a run or --measure")
