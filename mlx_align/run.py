@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any, TypedDict, cast
 
 from mlx_align import commands
 from mlx_align.config import EvalConfig, FuseConfig, TrainConfig, make_config
-from mlx_align.config.schema import Options
 from mlx_align.config.spelling import python_spelling
 from mlx_align.errors import ConfigError, MlxAlignError, ModelError
 from mlx_align.system.interrupts import Interrupted
@@ -635,7 +634,7 @@ class _PythonConsole:
         if isinstance(self._console, SilentConsole):
             return
         cast(Any, self._console).outcome(summary)
-        self.note(f"\n{run.verdict.sentence}\nRun folder: {run.path}\n{run.path / PAGE_FILE}")
+        self.note(f"\nRun folder: {run.path}\nRun page: {run.path / PAGE_FILE}")
 
 
 def python_console(
@@ -645,6 +644,3 @@ def python_console(
     from mlx_align.system.console import Console as TerminalConsole
 
     return _PythonConsole(TerminalConsole() if progress else SilentConsole(), names)
-
-
-__all__ = ["Options", "Run", "load_run", "start_run"]

@@ -159,13 +159,11 @@ def _train(
         click.echo(json_module.dumps(summary, indent=2))
         return
 
-    from mlx_align.tracking.run_dir import PAGE_FILE, read_run_record
-    from mlx_align.tracking.verdict import verdict
+    from mlx_align.tracking.run_dir import PAGE_FILE
 
     console.outcome(summary)
     console.note(
-        f"\n{verdict(read_run_record(run)).sentence}\n"
-        f"Run folder: {run}\nRun page: {run / PAGE_FILE}\n{entry.next_step}:\n  {summary['talk']}"
+        f"\nRun folder: {run}\nRun page: {run / PAGE_FILE}\n{entry.next_step}:\n  {summary['talk']}"
     )
     if entry is SFT:
         console.note(f"Train on preferences from here: mlx-align dpo … --init-adapter {run}")
