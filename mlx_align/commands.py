@@ -116,7 +116,7 @@ def train(
     from mlx_align.tracking.run_dir import new_run_dir
     from mlx_align.training import run as training
 
-    algorithm = training.make_algorithm(config, loss=objects.loss)
+    algorithm = training.make_algorithm(config, loss=objects.loss, rewards=objects.rewards)
     if resume is None:
         run = new_run_dir(config.output, command)
     else:
@@ -500,7 +500,7 @@ class _Planner:
                 f"--measure can't time {command}, which samples and scores before it trains; run "
                 "it with --iters 3, and give that run as --run"
             )
-        make_algorithm(config)
+        make_algorithm(config, rewards=self.objects.rewards)
         layout = resolve_layout(config)
         prompts = None
         if config.data is not None or self.objects.data is not None:

@@ -7,7 +7,7 @@ of its prompt.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -34,7 +34,7 @@ from mlx_align.rollout.advantages import (
     zero_variance_share,
 )
 from mlx_align.rollout.collector import RolloutBatch, RolloutCollector
-from mlx_align.rollout.reward_functions import parse_rewards
+from mlx_align.rollout.reward_functions import RewardSource, parse_rewards
 
 # Values of --kl -> the names of these estimators in a method.
 KL_IN_LOSS = {"k1": "k1_reward", "k2": "k2", "k3": "k3"}
@@ -79,8 +79,12 @@ def resolve_method(config: GRPOConfig) -> PolicyMethod:
     return dataclasses.replace(method, **changes)
 
 
-def check_grpo_options(config: GRPOConfig) -> None:
+def check_grpo_options(config: GRPOConfig, rewards: Sequence[RewardSource] = ()) -> None:
     """Refuse options that have no effect or can't be combined.
+
+    Args:
+        config: The options.
+        rewards: Reward functions in addition to `config.reward`.
 
     Raises:
         ConfigError: Such an option was given.
@@ -94,12 +98,15 @@ def check_grpo_options(config: GRPOConfig) -> None:
             "a prompt; give 2 or more"
         )
     if config.multi_objective_aggregation is not None:
-        _check_aggregation(config, method)
+        _check_aggregation(config, method, rewards)
 
 
-def _check_aggregation(config: GRPOConfig, method: PolicyMethod) -> None:
+def _check_aggregation(
+    config: GRPOConfig, method: PolicyMethod, rewards: Sequence[RewardSource]
+) -> None:
     option = f"--multi-objective-aggregation {config.multi_objective_aggregation}"
-    counted = [spec for spec in parse_rewards(config.reward or ()) if spec.weight != 0]
+    specs = parse_rewards([*(config.reward or ()), *rewards])
+    counted = [spec for spec in specs if spec.weight != 0]
     if len(counted) + (config.reward_model is not None) < 2:
         raise ConfigError(f"{option}: has no effect on one reward; add a reward, or leave it out")
     if not _normalizes_each_reward(config):

@@ -89,7 +89,10 @@ class OnPolicyMethod:
 
 
 def make_algorithm(
-    config: TrainConfig, *, loss: Callable[..., mx.array] | None = None
+    config: TrainConfig,
+    *,
+    loss: Callable[..., mx.array] | None = None,
+    rewards: Sequence[RewardSource] = (),
 ) -> Algorithm | OnPolicyMethod:
     """The algorithm that a configuration stands for.
 
@@ -97,7 +100,8 @@ def make_algorithm(
 
     Args:
         config: The resolved options; their class says which command it is.
-        loss: A loss of preference pairs in place of `config.loss`, for `DpoConfig`.
+        loss: A loss of preference pairs in place of `config.loss`, for `DPOConfig`.
+        rewards: Reward functions in addition to `config.reward`, for `GRPOConfig`.
 
     Raises:
         ConfigError: An option is wrong or has no effect.
@@ -122,7 +126,7 @@ def make_algorithm(
             if config.loss == ONLINE_DPO:
                 check_online_dpo_options(config)
                 return OnPolicyMethod("grpo", OnlineDPO)
-            check_grpo_options(config)
+            check_grpo_options(config, rewards)
             return OnPolicyMethod("grpo", GRPO)
     raise TypeError(f"{type(config).__name__} is not the configuration of a training command")
 
