@@ -28,6 +28,7 @@ from mlx_align.config.schema import declared_options
 from mlx_align.config.signatures import document, signature_of
 from mlx_align.run import (
     Run,
+    as_json,
     evaluate_run,
     fuse_run,
     python_messages,
@@ -143,7 +144,7 @@ def plan(command: str = "dpo", *, config: RunPath | None = None, **options: Any)
             file=None if config is None else Path(config),
             objects=objects,
         )
-    return found.as_json()
+    return as_json(found.as_json())
 
 
 # --- signatures and docstrings ---

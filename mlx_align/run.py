@@ -554,7 +554,7 @@ def evaluate_run(options: Mapping[str, Any], *, own_data: Any = None) -> dict[st
         own = None if own_data is None else open_data(own_data)
         found = commands.evaluate(config, console, data=data, own_data=own)
     free_memory()
-    return found.content
+    return as_json(found.content)
 
 
 def fuse_run(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -564,7 +564,13 @@ def fuse_run(options: Mapping[str, Any]) -> dict[str, Any]:
     with python_messages():
         report = commands.fuse(make_config(FuseConfig, options))
     free_memory()
-    return asdict(report)
+    return as_json(asdict(report))
+
+
+def as_json(content: Mapping[str, Any]) -> dict[str, Any]:
+    """The content as a command's --json prints it: dicts, lists, text and numbers."""
+    found: dict[str, Any] = json.loads(json.dumps(content))
+    return found
 
 
 def free_memory() -> None:

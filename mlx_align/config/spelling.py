@@ -33,7 +33,7 @@ def python_spelling(text: str, names: Mapping[str, str] | None = None) -> str:
     names = names or {}
     text = _COMMAND.sub(lambda found: f"mlx_align.{found[1]}(resume={found[2]!r})", text)
     first = _FIRST.match(text)
-    if first is not None and _known(first[1]):
+    if first is not None and _known(first[1]) and _kind(first[1]) is not dict:
         text = _keyword(first[1], first[2], names) + text[first.end() :]
     return _ANY.sub(lambda found: _rewritten(found, names), text)
 
@@ -54,6 +54,11 @@ def _known(option: str) -> bool:
     name = option.replace("-", "_")
     known = _options()
     return name in known or name in _OTHERS or _switched_off(option) is not None
+
+
+def _kind(option: str) -> type | None:
+    declared = _options().get(option.replace("-", "_"))
+    return None if declared is None else declared.kind
 
 
 def _switched_off(option: str) -> str | None:

@@ -314,8 +314,7 @@ class Trainer:
 
     def _output(self, run: Run) -> TrainOutput:
         summary = run.summary
-        losses = [row["loss"] for row in run.record.training if "loss" in row]
-        loss = sum(losses) / len(losses) if losses else float("nan")
+        loss = _mean_loss(run.record.training)
         seconds = float(summary.get("seconds", 0.0))
         metrics = {
             "train_runtime": seconds,
@@ -325,6 +324,15 @@ class Trainer:
             "epoch": self.state.epoch,
         }
         return TrainOutput(self.state.global_step, loss, metrics)
+
+
+def _mean_loss(rows: Sequence[Mapping[str, float]]) -> float:
+    """The mean loss over all steps; each row has the mean since the row before it."""
+    total = step = 0.0
+    for row in rows:
+        total += row["loss"] * (row["step"] - step)
+        step = row["step"]
+    return total / step if step else float("nan")
 
 
 class DPOTrainer(Trainer):
