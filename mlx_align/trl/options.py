@@ -93,7 +93,8 @@ def training_options(
     accumulation = args.gradient_accumulation_steps
     epoch = None
     if rows is not None:
-        epoch = max(1, round(rows / (args.per_device_train_batch_size * accumulation)))
+        per_update = max(1, args.per_device_train_batch_size * accumulation)
+        epoch = max(1, round(rows / per_update))
 
     def steps(name: str, strategy: str, value: float | None) -> int:
         """Steps of the run between two events, from updates; 0 for none in between."""
