@@ -1,9 +1,10 @@
-"""Generate what is made from the option schema, or check that it is up to date.
+"""Generate what is made from declarations of options and arguments, or check that it is current.
 
     python scripts/make_reference.py [--check]
 
 Writes mlx_align/config/keywords.py (a TypedDict per config class, so that editors and mypy know the
-keyword arguments of mlx_align.dpo(...) and the others) and docs/reference/options.md.
+keyword arguments of mlx_align.dpo(...) and the others), docs/reference/options.md, and
+docs/reference/trl.md (from the arguments declared in mlx_align/trl/configs.py).
 """
 
 from __future__ import annotations
@@ -22,10 +23,12 @@ from mlx_align.cli.main import SECTIONS, cli
 from mlx_align.cli.options import SchemaOption
 from mlx_align.config.schema import GROUPS, Option, Options, declared_options
 from mlx_align.config.signatures import annotation_of
+from mlx_align.trl import arguments, configs
 
 ROOT = Path(__file__).resolve().parent.parent
 KEYWORDS = ROOT / "mlx_align" / "config" / "keywords.py"
 PAGE = ROOT / "docs" / "reference" / "options.md"
+TRL_PAGE = ROOT / "docs" / "reference" / "trl.md"
 
 KEYWORDS_HEAD = '''"""The keyword arguments of the Python functions, as types for editors and mypy.
 
@@ -36,6 +39,7 @@ Generated from the config classes by scripts/make_reference.py; don't edit. Use 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Required, TypeAlias, TypedDict
 
@@ -44,10 +48,14 @@ if TYPE_CHECKING:
 else:
     Dataset = Any
 
-# Rows of data: a file, folder or hub name; a list of dicts; or a datasets.Dataset.
-Data: TypeAlias = str | Path | Iterable[Mapping[str, Any]] | Dataset
-# Rewards: specs as on the command line, or functions; one or several.
-Rewards: TypeAlias = str | Callable[..., Any] | Sequence[str | Callable[..., Any]]
+# Rows of data: a list of dicts, or a datasets.Dataset.
+Rows: TypeAlias = Iterable[Mapping[str, Any]] | Dataset
+# A file, folder or hub name; rows; or rows by split name (train, valid).
+Data: TypeAlias = str | Path | Rows | Mapping[str, Rows]
+# A reward: a spec as on the command line, a function, or a function with its weight.
+RewardSource: TypeAlias = str | Callable[..., Any] | tuple[Callable[..., Any], float]
+# One or several rewards.
+Rewards: TypeAlias = RewardSource | Sequence[RewardSource]
 '''
 
 PAGE_HEAD = """# Options
@@ -59,6 +67,16 @@ command line takes precedence over the YAML file, and that over the defaults.
 An option that is unknown, out of range, or without effect is an error.
 
 <!-- Generated from the schema by scripts/make_reference.py; don't edit. -->
+"""
+
+
+TRL_HEAD = """# TRL's arguments
+
+What `mlx_align.trl` does with each argument of TRL's configs. An argument is used, or it changes
+nothing and is accepted, or it is refused with an error that names it. Unknown arguments are errors
+too. [Coming from TRL](../coming-from.md#trl-scripts) has an example.
+
+<!-- Generated from mlx_align/trl/configs.py by scripts/make_reference.py; don't edit. -->
 """
 
 
@@ -193,16 +211,61 @@ def _row(declared: Option) -> str:
     return f"| `{flag}` | {_cell(value)} | {_cell(default)} | {_cell(help)} |"
 
 
+def trl_page() -> str:
+    """The text of docs/reference/trl.md."""
+    shared = arguments.rules(configs.TrainingArguments)
+    parts = [TRL_HEAD, "## All trainers\n", *_argument_tables(shared)]
+    for config_class in (
+        configs.SFTConfig,
+        configs.DPOConfig,
+        configs.KTOConfig,
+        configs.RewardConfig,
+        configs.GRPOConfig,
+        configs.RLOOConfig,
+    ):
+        own = {
+            name: entry
+            for name, entry in arguments.rules(config_class).items()
+            if shared.get(name) != entry
+        }
+        parts += [f"## {config_class.__name__}\n", *_argument_tables(own)]
+    return "\n".join(parts).rstrip() + "\n"
+
+
+def _argument_tables(entries: Mapping[str, tuple[object, arguments.Rule]]) -> list[str]:
+    """One table for the arguments that are used, and one for each of the other kinds."""
+    titles = {
+        "used": ("Used", "What it does"),
+        "fixed": ("Refused, unless they have these values", "Otherwise"),
+        "ignored": ("Accepted without effect", "Why"),
+    }
+    parts = []
+    for kind, (title, column) in titles.items():
+        rows = []
+        for name, (default, rule) in entries.items():
+            if rule.kind == kind:
+                values = ", ".join(f"`{value!r}`" for value in (default, *rule.accepted))
+                # The text of a choice begins with its value.
+                text = rule.text if kind == "used" else rule.text[:1].upper() + rule.text[1:]
+                rows.append(f"| `{name}` | {_cell(values)} | {_cell(text).rstrip('.')}. |")
+        if rows:
+            head = "Values" if kind == "fixed" else "Default"
+            parts += [f"**{title}**\n", f"| Argument | {head} | {column} |", "|---|---|---|"]
+            parts += [*rows, ""]
+    return parts
+
+
 def _cell(text: str) -> str:
     return text.replace("|", "\\|").replace("<", "&lt;")
 
 
 def main() -> None:
-    """Write both files, or with --check say what is out of date."""
+    """Write the files, or with --check say what is out of date."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true")
     check = parser.parse_args().check
-    for file, text in ((KEYWORDS, keywords_module()), (PAGE, options_page())):
+    pages = ((KEYWORDS, keywords_module()), (PAGE, options_page()), (TRL_PAGE, trl_page()))
+    for file, text in pages:
         old = file.read_text(encoding="utf-8") if file.exists() else ""
         if check and old != text:
             sys.stdout.writelines(

@@ -26,7 +26,7 @@ class EvalConfig(Options):
 
     model: str | None = override(TrainConfig, "model", help="Base model of the run.")
     adapter_path: str | None = option(
-        None, "Run to evaluate.", MODEL, metavar="RUN", python_type="str | Path"
+        None, "Run to evaluate.", MODEL, metavar="RUN", python_type="str | PathLike[str]"
     )
     data: str | None = override(
         TrainConfig,
@@ -83,7 +83,7 @@ class ScorerConfig(Options):
         "Current location of the adapter the run was initialised from, if it was moved.",
         SCORING,
         metavar="PATH",
-        python_type="str | Path",
+        python_type="str | PathLike[str]",
     )
     per_token: bool | None = option(
         None,

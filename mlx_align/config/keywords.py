@@ -7,6 +7,7 @@ Generated from the config classes by scripts/make_reference.py; don't edit. Use 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Required, TypeAlias, TypedDict
 
@@ -15,10 +16,14 @@ if TYPE_CHECKING:
 else:
     Dataset = Any
 
-# Rows of data: a file, folder or hub name; a list of dicts; or a datasets.Dataset.
-Data: TypeAlias = str | Path | Iterable[Mapping[str, Any]] | Dataset
-# Rewards: specs as on the command line, or functions; one or several.
-Rewards: TypeAlias = str | Callable[..., Any] | Sequence[str | Callable[..., Any]]
+# Rows of data: a list of dicts, or a datasets.Dataset.
+Rows: TypeAlias = Iterable[Mapping[str, Any]] | Dataset
+# A file, folder or hub name; rows; or rows by split name (train, valid).
+Data: TypeAlias = str | Path | Rows | Mapping[str, Rows]
+# A reward: a spec as on the command line, a function, or a function with its weight.
+RewardSource: TypeAlias = str | Callable[..., Any] | tuple[Callable[..., Any], float]
+# One or several rewards.
+Rewards: TypeAlias = RewardSource | Sequence[RewardSource]
 
 
 class CacheOptions(TypedDict, total=False):
@@ -44,7 +49,7 @@ class DPOOptions(TypedDict, total=False):
     model: str | Path | None
     data: Data | None
     output: str | Path | None
-    init_adapter: str | Path | None
+    init_adapter: str | PathLike[str] | None
     format: str | None
     max_seq_length: int
     max_completion_length: int | None
@@ -91,7 +96,7 @@ class EvalOptions(TypedDict, total=False):
     """Keyword arguments checked by `EvalConfig`."""
 
     model: str | Path | None
-    adapter_path: str | Path | None
+    adapter_path: str | PathLike[str] | None
     data: Data | None
     format: str | None
     max_seq_length: int | None
@@ -100,7 +105,7 @@ class EvalOptions(TypedDict, total=False):
     n: int
     sample_tokens: int
     seed: int
-    reward_model: str | Path | None
+    reward_model: str | PathLike[str] | None
     perplexity_data: str | Path | None
 
 
@@ -108,7 +113,7 @@ class ExportOptions(TypedDict, total=False):
     """Keyword arguments checked by `ExportConfig`."""
 
     model: Required[str | Path]
-    adapter_path: Required[str | Path]
+    adapter_path: Required[str | PathLike[str]]
     output: Required[str | Path]
 
 
@@ -116,7 +121,7 @@ class FuseOptions(TypedDict, total=False):
     """Keyword arguments checked by `FuseConfig`."""
 
     model: Required[str | Path]
-    adapter_path: Required[str | Path]
+    adapter_path: Required[str | PathLike[str]]
     output: Required[str | Path]
     dequantize: bool
 
@@ -127,7 +132,7 @@ class GRPOOptions(TypedDict, total=False):
     model: str | Path | None
     data: Data | None
     output: str | Path | None
-    init_adapter: str | Path | None
+    init_adapter: str | PathLike[str] | None
     format: str | None
     valid_fraction: float
     fine_tune_type: Literal["lora", "dora", "full"] | None
@@ -137,10 +142,10 @@ class GRPOOptions(TypedDict, total=False):
     lora_keys: str | Sequence[str] | None
     num_layers: int | None
     reward: Rewards | None
-    reward_model: str | Path | None
+    reward_model: str | PathLike[str] | None
     reward_model_weight: float
     eval_reward: Rewards | None
-    eval_reward_model: str | Path | None
+    eval_reward_model: str | PathLike[str] | None
     multi_objective_aggregation: Literal["sum_then_normalize", "normalize_then_sum"] | None
     max_seq_length: int
     max_completion_length: int
@@ -192,7 +197,7 @@ class KTOOptions(TypedDict, total=False):
     model: str | Path | None
     data: Data | None
     output: str | Path | None
-    init_adapter: str | Path | None
+    init_adapter: str | PathLike[str] | None
     format: str | None
     max_seq_length: int
     max_completion_length: int | None
@@ -240,7 +245,7 @@ class PPOOptions(TypedDict, total=False):
     model: str | Path | None
     data: Data | None
     output: str | Path | None
-    init_adapter: str | Path | None
+    init_adapter: str | PathLike[str] | None
     format: str | None
     valid_fraction: float
     fine_tune_type: Literal["lora", "dora", "full"] | None
@@ -250,10 +255,10 @@ class PPOOptions(TypedDict, total=False):
     lora_keys: str | Sequence[str] | None
     num_layers: int | None
     reward: Rewards | None
-    reward_model: str | Path | None
+    reward_model: str | PathLike[str] | None
     reward_model_weight: float
     eval_reward: Rewards | None
-    eval_reward_model: str | Path | None
+    eval_reward_model: str | PathLike[str] | None
     reward_rollouts: int
     reward_clip: float
     missing_eos_penalty: float
@@ -279,7 +284,7 @@ class PPOOptions(TypedDict, total=False):
     clip_eps: float
     whiten_advantages: bool
     ptx_coef: float
-    ptx_data: Data | None
+    ptx_data: str | Path | None
     value_clip: float
     gamma: float
     gae_lambda: float
@@ -327,14 +332,14 @@ class RerankOptions(TypedDict, total=False):
     """Keyword arguments checked by `RerankConfig`."""
 
     model: Required[str | Path]
-    adapter_path: str | Path | None
-    reward_model: str | Path | None
+    adapter_path: str | PathLike[str] | None
+    reward_model: str | PathLike[str] | None
     prompt: str | None
     input: str | Path | None
     output: str | Path | None
     ignore_chat_template: bool
     beta: float | None
-    reference_adapter: str | Path | None
+    reference_adapter: str | PathLike[str] | None
     per_token: bool | None
     batch_size: int
     max_seq_length: int
@@ -350,7 +355,7 @@ class RewardOptions(TypedDict, total=False):
     model: str | Path | None
     data: Data | None
     output: str | Path | None
-    init_adapter: str | Path | None
+    init_adapter: str | PathLike[str] | None
     format: str | None
     max_seq_length: int
     max_completion_length: int | None
@@ -397,7 +402,7 @@ class SFTOptions(TypedDict, total=False):
     model: str | Path | None
     data: Data | None
     output: str | Path | None
-    init_adapter: str | Path | None
+    init_adapter: str | PathLike[str] | None
     format: str | None
     max_seq_length: int
     max_completion_length: int | None
@@ -439,13 +444,13 @@ class SampleOptions(TypedDict, total=False):
     """Keyword arguments checked by `SampleConfig`."""
 
     model: Required[str | Path]
-    adapter_path: str | Path | None
+    adapter_path: str | PathLike[str] | None
     data: Required[Data]
     format: str | None
     output: Required[str | Path]
     max_prompt_length: int
     reward: Rewards | None
-    reward_model: str | Path | None
+    reward_model: str | PathLike[str] | None
     reward_model_weight: float | None
     reward_timeout: float
     threshold: float | None
@@ -461,13 +466,13 @@ class ScoreOptions(TypedDict, total=False):
     """Keyword arguments checked by `ScoreConfig`."""
 
     model: Required[str | Path]
-    adapter_path: str | Path | None
+    adapter_path: str | PathLike[str] | None
     data: Required[Data]
     split: str
     output: Required[str | Path]
     format: str | None
     beta: float | None
-    reference_adapter: str | Path | None
+    reference_adapter: str | PathLike[str] | None
     per_token: bool | None
     batch_size: int
     max_seq_length: int

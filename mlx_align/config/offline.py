@@ -60,7 +60,7 @@ class TrainConfig(Options):
         MODEL,
         metavar="PATH",
         change_on_resume=True,
-        python_type="str | Path",
+        python_type="str | PathLike[str]",
     )
     format: str | None = option(
         None, "Data format, if it isn't detected correctly.", MODEL, metavar="NAME"

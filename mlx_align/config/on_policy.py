@@ -50,7 +50,7 @@ class OnPolicyConfig(TrainConfig):
         REWARD,
         metavar="RUN_OR_NAME",
         change_on_resume=True,
-        python_type="str | Path",
+        python_type="str | PathLike[str]",
     )
     reward_model_weight: float = option(1.0, "Weight of the reward model.", REWARD, above=0)
     reward_timeout: float = option(
@@ -76,6 +76,7 @@ class OnPolicyConfig(TrainConfig):
         help="Reward model used like --eval-reward.",
         group=REWARD,
         metavar="RUN_OR_NAME",
+        python_type="str | PathLike[str]",
     )
     group_size: int = option(8, "Completions per prompt.", ROLLOUT, at_least=1)
     minibatches: int = option(
@@ -206,7 +207,11 @@ class PPOConfig(OnPolicyConfig):
         0.0, "Weight of the loss on demonstrations (PPO-ptx).", LOSS, at_least=0
     )
     ptx_data: str | None = override(
-        TrainConfig, "data", help="Demonstrations for --ptx-coef, as for sft.", group=LOSS
+        TrainConfig,
+        "data",
+        help="Demonstrations for --ptx-coef, as for sft.",
+        group=LOSS,
+        python_type="str | Path",
     )
 
 

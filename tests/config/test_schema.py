@@ -178,6 +178,7 @@ def test_generated_files_are_up_to_date():
     said = "is out of date; run scripts/make_reference.py"
     assert make.KEYWORDS.read_text() == make.keywords_module(), f"{make.KEYWORDS} {said}"
     assert make.PAGE.read_text() == make.options_page(), f"{make.PAGE} {said}"
+    assert make.TRL_PAGE.read_text() == make.trl_page(), f"{make.TRL_PAGE} {said}"
     for name, config_class in make.config_classes().items():
         typed = getattr(keywords, f"{name.removesuffix('Config')}Options")
         assert set(typing.get_type_hints(typed)) == set(declared_options(config_class))
