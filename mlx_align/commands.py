@@ -122,7 +122,8 @@ def train(
     else:
         assert config.output is not None
         run = Path(config.output)
-    with _explaining_resume(run, command, console, source):
+    again = _resume_command(command, run, source, objects)
+    with _explaining_resume(run, console, again):
         summary = training.train(
             algorithm,
             replace(config, output=str(run)),
@@ -257,16 +258,22 @@ def _with_starter(config: TrainConfig) -> TrainConfig:
     )
 
 
+def _resume_command(command: str, run: Path, source: Source, objects: PythonObjects) -> str:
+    """The command, or the call with what has to be passed again, that resumes a run."""
+    if source == "command line":
+        return f"mlx-align {command} --resume {shlex.quote(str(run))}"
+    again = (("data", objects.data), ("loss", objects.loss), ("reward", objects.rewards))
+    passed = "".join(f", {name}=…" for name, value in again if value)
+    return f"mlx_align.{command}(resume={str(run)!r}{passed})"
+
+
 @contextmanager
-def _explaining_resume(run: Path, command: str, console: Console, source: Source) -> Iterator[None]:
-    """If the run is interrupted, say how to resume it."""
+def _explaining_resume(run: Path, console: Console, resume: str) -> Iterator[None]:
+    """If the run is interrupted, say how to resume it: by `resume`."""
     from mlx_align.system.interrupts import Interrupted
     from mlx_align.tracking.run_dir import CONFIG_FILE
     from mlx_align.training.checkpoint import has_checkpoint
 
-    resume = f"mlx-align {command} --resume {shlex.quote(str(run))}"
-    if source == "python":
-        resume = f"mlx_align.{command}(resume={str(run)!r})"
     try:
         yield
     except Interrupted:

@@ -477,7 +477,7 @@ def take_objects(
     """Take what a configuration can't hold out of `keywords`.
 
     Raises:
-        MlxAlignError: The data can't be opened, or a callback is none.
+        MlxAlignError: The data can't be opened, or a callback has the wrong type.
     """
     from mlx_align.data.readers import DataSource, open_data
     from mlx_align.training.callbacks import Callback

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import inspect
 import os
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -22,6 +21,14 @@ from mlx_align.trl.configs import (
     RLOOConfig,
     SFTConfig,
     TrainingArguments,
+)
+from mlx_align.trl.inputs import (
+    as_text,
+    check_dataset,
+    check_reference,
+    model_and_adapter,
+    model_name,
+    with_messages,
 )
 from mlx_align.trl.options import (
     NAMES,
@@ -84,7 +91,7 @@ class Trainer:
         for argument, (value, instead) in refused.items():
             refuse(name, argument, value, instead)
         self.model, self.processing_class = model, processing_class
-        self._model, self._init_adapter = _model_and_adapter(name, model)
+        self._model, self._init_adapter = model_and_adapter(name, model)
         if args is None:
             args = self.config_class(f"{Path(self._model).name}-{name.removesuffix('Trainer')}")
         elif not isinstance(args, self.config_class):
@@ -97,9 +104,9 @@ class Trainer:
             args.output_dir = "trainer_output"
         if train_dataset is None:
             raise ConfigError(f"{name}: train_dataset is missing")
-        _check_dataset(name, "train_dataset", train_dataset)
+        check_dataset(name, "train_dataset", train_dataset)
         if eval_dataset is not None:
-            _check_dataset(name, "eval_dataset", eval_dataset)
+            check_dataset(name, "eval_dataset", eval_dataset)
         self.train_dataset, self.eval_dataset = train_dataset, eval_dataset
         self._peft_config = peft_config
         self._callbacks = list(callbacks or [])
@@ -356,7 +363,7 @@ class DPOTrainer(Trainer):
         quantization_config: Any = None,
         peft_config: Any = None,
     ) -> None:
-        _check_reference(type(self).__name__, model, ref_model)
+        check_reference(type(self).__name__, model, ref_model)
         super().__init__(
             model,
             args,
@@ -393,7 +400,7 @@ class KTOTrainer(Trainer):
         quantization_config: Any = None,
         peft_config: Any = None,
     ) -> None:
-        _check_reference(type(self).__name__, model, ref_model)
+        check_reference(type(self).__name__, model, ref_model)
         super().__init__(
             model,
             args,
@@ -438,8 +445,8 @@ class SFTTrainer(Trainer):
         super().__init__(
             model,
             args,
-            _as_text(train_dataset, field, formatting_func),
-            _as_text(eval_dataset, field, formatting_func),
+            as_text(train_dataset, field, formatting_func),
+            as_text(eval_dataset, field, formatting_func),
             processing_class,
             callbacks,
             peft_config,
@@ -574,9 +581,9 @@ class _RolloutTrainer(Trainer):
             if isinstance(function, str | os.PathLike):
                 models.append((os.fspath(function), float(weight)))
             elif hasattr(function, "config"):
-                models.append((_model_name(type(self).__name__, function), float(weight)))
+                models.append((model_name(type(self).__name__, function), float(weight)))
             elif callable(function):
-                functions.append((_with_messages(function, self.state), float(weight)))
+                functions.append((with_messages(function, self.state), float(weight)))
             else:
                 raise ConfigError(
                     f"reward_funcs: {type(function).__name__}; expected a function, or the name "
@@ -673,9 +680,6 @@ class RLOOTrainer(_RolloutTrainer):
         return {**super()._own_options(), **rloo_options()}
 
 
-# --- what people pass ---
-
-
 def _refused(
     data_collator: Any, compute_metrics: Any, optimizers: Any, quantization_config: Any
 ) -> dict[str, tuple[Any, str]]:
@@ -685,130 +689,3 @@ def _refused(
         "optimizers": (None if optimizers in (None, (None, None)) else optimizers, _NO_OPTIMIZER),
         "quantization_config": (quantization_config, _NO_QUANTIZATION),
     }
-
-
-def _model_and_adapter(owner: str, model: Any) -> tuple[str, str | None]:
-    """The base model, and the adapter to start from if a run folder was given."""
-    name = _model_name(owner, model)
-    folder = Path(name).expanduser()
-    is_adapter = (folder / "adapter_config.json").is_file()
-    if not is_adapter or (folder / "config.json").is_file():
-        return name, None
-    return _base_model(folder), name
-
-
-def _base_model(folder: Path) -> str:
-    import json
-
-    try:
-        content = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-        return str(content["model"])
-    except (OSError, ValueError, KeyError, TypeError):
-        raise ConfigError(f"model: {folder}/adapter_config.json names no base model") from None
-
-
-def _model_name(owner: str, model: Any) -> str:
-    """The path or hub name of a model, or of a loaded transformers model."""
-    if isinstance(model, str | os.PathLike):
-        return os.fspath(model)
-    if hasattr(model, "peft_config"):
-        raise ConfigError(
-            f"{owner}(model=…): a PeftModel; pass the base model and peft_config, or the run "
-            "folder whose adapter to start from"
-        )
-    config = getattr(model, "config", None)
-    name = getattr(model, "name_or_path", None) or getattr(config, "_name_or_path", None)
-    if not name:
-        raise ConfigError(
-            f"{owner}(model=…): {type(model).__name__} has no name_or_path; pass the model's "
-            "folder or hub name. Weights in memory are not used"
-        )
-    return str(name)
-
-
-def _check_reference(owner: str, model: Any, ref_model: Any) -> None:
-    if ref_model is None:
-        return
-    if _model_name(owner, ref_model) != _model_name(owner, model):
-        raise ConfigError(
-            f"{owner}(ref_model=…): another model than `model`; the reference is the model as it "
-            "starts. Leave it out, and pass the model or run folder that training starts from"
-        )
-
-
-def _check_dataset(owner: str, name: str, dataset: Any) -> None:
-    if isinstance(dataset, Mapping) and not hasattr(dataset, "column_names"):
-        raise ConfigError(f"{owner}({name}=…): a dict; give one dataset")
-    if isinstance(dataset, Mapping):
-        raise ConfigError(f"{owner}({name}=…): has several splits; give one, as dataset['train']")
-    if isinstance(dataset, str | os.PathLike) or not isinstance(dataset, Iterable):
-        raise ConfigError(
-            f"{owner}({name}=…): {type(dataset).__name__}; expected a datasets.Dataset or a list "
-            "of dicts"
-        )
-
-
-def _as_text(dataset: Any, field: str, formatting_func: Callable[[Any], str] | None) -> Any:
-    """The data with its text in the column `text`."""
-    if dataset is None or (formatting_func is None and field == "text"):
-        return dataset
-    if formatting_func is not None:
-        return [{"text": formatting_func(row)} for row in dataset]
-    if not any(field in row for row in list(dataset)[:1]):
-        return dataset
-    return [{**row, "text": row[field]} for row in dataset]
-
-
-def _with_messages(function: Callable[..., Any], state: TrainerState) -> Callable[..., Any]:
-    """A reward function that gets what TRL passes: completions are messages if prompts are."""
-    name = getattr(function, "__name__", type(function).__name__)
-    accepted = inspect.signature(function).parameters
-    takes_any = any(one.kind is inspect.Parameter.VAR_KEYWORD for one in accepted.values())
-
-    def call(prompts: Any, completions: Any, completion_ids: Any, **columns: Any) -> Any:
-        arguments: dict[str, Any] = {
-            **columns,
-            "prompts": prompts,
-            "completions": [
-                text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
-                for prompt, text in zip(prompts, completions, strict=True)
-            ],
-            "completion_ids": completion_ids,
-            "trainer_state": state,
-            "log_extra": _log_nothing,
-            "log_metric": _log_nothing,
-        }
-        if not takes_any:
-            arguments = {key: value for key, value in arguments.items() if key in accepted}
-        return function(**arguments)
-
-    # Metrics and messages call it by its own name; a resumed run compares its source.
-    call.__name__ = name
-    call.__wrapped__ = function  # type: ignore[attr-defined]
-    call.__signature__ = _signature(accepted)  # type: ignore[attr-defined]
-    return call
-
-
-def _log_nothing(name: str, value: Any) -> None:
-    """What reward functions log: metrics have each reward's mean, samples.jsonl its values."""
-
-
-def _signature(accepted: Mapping[str, inspect.Parameter]) -> inspect.Signature:
-    """What the wrapper takes by name: what every function gets, and the columns it needs."""
-    keyword = inspect.Parameter.KEYWORD_ONLY
-    always = ("prompts", "completions", "completion_ids")
-    passed = (*always, "trainer_state", "log_extra", "log_metric")
-    needed = [
-        inspect.Parameter(one.name, keyword)
-        for one in accepted.values()
-        if one.kind in (one.POSITIONAL_OR_KEYWORD, one.KEYWORD_ONLY)
-        and one.default is one.empty
-        and one.name not in passed
-    ]
-    return inspect.Signature(
-        [
-            *(inspect.Parameter(name, keyword) for name in always),
-            *needed,
-            inspect.Parameter("columns", inspect.Parameter.VAR_KEYWORD),
-        ]
-    )

@@ -330,10 +330,17 @@ def test_callbacks_of_other_libraries_are_refused(tiny, pairs, small):
         ma.dpo(model=tiny, data=pairs, callbacks=[object()], **small)
 
 
-def test_an_interrupted_run_is_resumed_to_the_same_bytes(tiny, pairs, small):
+def test_an_interrupted_run_is_resumed_to_the_same_bytes(tiny, pairs, small, capsys):
     whole = ma.dpo(model=tiny, data=pairs, output="whole", **small)
     with pytest.raises(KeyboardInterrupt):
-        ma.dpo(model=tiny, data=pairs, output="run", callbacks=[Recorder(interrupt_at=2)], **small)
+        ma.dpo(
+            model=tiny,
+            data=pairs,
+            output="run",
+            callbacks=[Recorder(interrupt_at=2)],
+            **{**small, "progress": True},
+        )
+    assert "resume with: mlx_align.dpo(resume='run', data=…)" in capsys.readouterr().out
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     stopped = ma.load_run("run", data=pairs)
     assert stopped.summary == {}

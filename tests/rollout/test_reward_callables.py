@@ -72,6 +72,29 @@ def test_they_are_called_with_the_data_itself():
     np.testing.assert_array_equal(table.total, np.nan_to_num(table.values[:, 0]) * 2 + length)
 
 
+def test_token_ids_are_passed_to_functions_that_name_them(tmp_path):
+    """In this process and in the reward process; functions with **columns don't get them."""
+    (tmp_path / "ids.py").write_text(
+        "def total(completion_ids):\n    return [float(sum(ids)) for ids in completion_ids]\n"
+        "def others(completions, **columns):\n    return [float(len(columns))] * len(completions)\n"
+    )
+    facts = [
+        [CompletionFacts(2, True, 8, (1, 2)), CompletionFacts(1, True, 8, (5,))],
+        [CompletionFacts(1, True, 8, (7,)), CompletionFacts(0, True, 8, ())],
+    ]
+
+    def count(completion_ids):
+        return [float(len(ids)) for ids in completion_ids]
+
+    sources = [count, right, f"{tmp_path / 'ids.py'}:total", f"{tmp_path / 'ids.py'}:others"]
+    with open_rewards(parse_rewards(sources), 20.0) as rewards:
+        rewards.check(GROUPS)
+        table = rewards(GROUPS, TEXTS, facts)
+    assert table.values[:, 0].tolist() == [2, 1, 1, 0]
+    assert table.values[:, 2].tolist() == [3, 5, 7, 0]
+    assert table.values[:, 3].tolist() == [3, 3, 3, 3]  # answer, day, prompts
+
+
 def test_functions_objects_and_closures():
     bonus = 3.0
     table = rewarded(right, Scorer(), lambda completions: [bonus] * len(completions))
