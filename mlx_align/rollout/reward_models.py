@@ -6,21 +6,16 @@ other reward model is a second model in memory.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
 from mlx_align.data.buckets import AnyShape
-from mlx_align.errors import ModelError
 from mlx_align.inference.reward_model import RewardModel
 from mlx_align.inference.scoring import make_reward_scorer, score_groups
-from mlx_align.models.adapters import ADAPTER_CONFIG, AdapterLayout, load_adapter, read_layout
-from mlx_align.models.heads import HEAD_NAME, add_reward_head, has_reward_head, read_reward_head
-from mlx_align.models.loading import LanguageModel, ModelFolder
-from mlx_align.models.weights import AdapterWeights, use_adapter
+from mlx_align.models.loading import LanguageModel
+from mlx_align.models.weights import AdapterWeights
 from mlx_align.rollout.sampler import Completions
 from mlx_align.types import Message, PromptGroup
 
@@ -57,20 +52,13 @@ class SeparateRewardModel:
 
     Args:
         model: The reward model.
-        adapter: The weights to score with, where its base is shared with a policy; else None.
     """
 
-    def __init__(self, model: RewardModel, adapter: AdapterWeights | None = None) -> None:
-        self._model, self._adapter = model, adapter
+    def __init__(self, model: RewardModel) -> None:
+        self._model = model
 
     def __call__(self, completions: Completions) -> Scores:
         """(N,) scores; NaN for prompts that can't be scored."""
-        if self._adapter is None:
-            return self._score(completions)
-        with use_adapter(self._model.model.module, self._adapter):
-            return self._score(completions)
-
-    def _score(self, completions: Completions) -> Scores:
         size = completions.group_size
         groups = [
             _with_completions(prompt.text, completions.texts[place * size : (place + 1) * size])
@@ -88,60 +76,3 @@ def _with_completions(group: PromptGroup, texts: Sequence[str]) -> PromptGroup:
         return PromptGroup(group.prompt, tuple(texts), group.source)
     turns = tuple((Message("assistant", text),) for text in texts)
     return PromptGroup(group.prompt, turns, group.source)
-
-
-def shares_base(run: Path, folder: ModelFolder, layout: AdapterLayout) -> bool:
-    """Whether a reward run can be loaded as an adapter on the policy's base.
-
-    Raises:
-        ModelError: The run can't be read.
-    """
-    if read_layout(run).fine_tune_type != layout.fine_tune_type:
-        return False
-    return base_model_of(run).resolve() == folder.path.resolve()
-
-
-def base_model_of(run: Path) -> Path:
-    """The model folder that a run was trained on.
-
-    Raises:
-        ModelError: The run does not say.
-    """
-    try:
-        content = json.loads((run / ADAPTER_CONFIG).read_text(encoding="utf-8"))
-        return Path(str(content["model"]))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ModelError(f"{run / ADAPTER_CONFIG}: names no base model") from error
-
-
-def load_reward_adapter(
-    run: Path, model: LanguageModel, fresh: AdapterWeights, layout: AdapterLayout
-) -> AdapterWeights:
-    """The adapter and head of a reward run, on the policy's base and at the run's own rank.
-
-    Args:
-        run: The run folder of `mlx-align reward`.
-        model: The policy's base, with LoRA layers wherever policy or reward model have some.
-        fresh: Newly initialised weights of these layers.
-        layout: The layout of `fresh`.
-
-    Raises:
-        ModelError: The run does not fit the base.
-    """
-    weights = load_adapter(run, fresh, layout, keep_rank=True)
-    head = add_reward_head(model.backbone, read_reward_head(run))
-    # The head is not trained here; see `ValueHead`.
-    head.freeze()
-    return {**weights, HEAD_NAME: {"weight": head.weight}}
-
-
-def open_separate_reward_model(name: str) -> RewardModel:
-    """Load a reward model with a base of its own: a run on another model, or a classifier.
-
-    Raises:
-        ModelError: It is neither.
-    """
-    run = Path(name).expanduser()
-    if has_reward_head(run):
-        return RewardModel.load(str(base_model_of(run)), run)
-    return RewardModel.load(name)

@@ -14,6 +14,7 @@ from typing import Any, Self
 import numpy as np
 
 from mlx_align.errors import ConfigError
+from mlx_align.inference.reward_model import find_base_model
 from mlx_align.models.adapters import fingerprint_folder, read_layout
 from mlx_align.models.heads import has_reward_head
 from mlx_align.models.loading import ModelFolder, open_model
@@ -25,7 +26,7 @@ from mlx_align.rollout.reward_functions import (
     open_rewards,
     parse_rewards,
 )
-from mlx_align.rollout.reward_models import CompletionScorer, base_model_of
+from mlx_align.rollout.reward_models import CompletionScorer
 from mlx_align.rollout.sampler import Completions
 from mlx_align.types import PromptGroup
 
@@ -161,10 +162,10 @@ def fingerprint_rewards(
     if settings.model is not None:
         run = Path(settings.model).expanduser()
         if has_reward_head(run):
-            base = base_model_of(run)
+            base = find_base_model(run, folder)
             content = repr(read_layout(run)) + fingerprint_folder(run, "*.safetensors")
-            if base.resolve() != folder.path.resolve():
-                content += fingerprint_folder(open_model(str(base)).path)
+            if base.path.resolve() != folder.path.resolve():
+                content += fingerprint_folder(base.path)
         else:
             content = fingerprint_folder(open_model(settings.model).path)
         found[model_name] = _digest(content.encode())

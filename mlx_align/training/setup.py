@@ -23,6 +23,11 @@ from mlx_align.data.statistics import TokenizedDataset, compute_statistics, rend
 from mlx_align.data.tokenization import PromptReport, tokenize_groups, tokenize_prompts
 from mlx_align.data.transforms import split_validation
 from mlx_align.errors import ConfigError, ModelError
+from mlx_align.inference.reward_model import (
+    find_reward_model,
+    load_reward_weights,
+    open_reward_model,
+)
 from mlx_align.models.adapters import AdapterLayout, read_layout
 from mlx_align.models.heads import has_reward_head
 from mlx_align.models.loading import ModelFolder, resolve_model_path
@@ -35,10 +40,6 @@ from mlx_align.rollout.reward_models import (
     AdapterRewardModel,
     CompletionScorer,
     SeparateRewardModel,
-    base_model_of,
-    load_reward_adapter,
-    open_separate_reward_model,
-    shares_base,
 )
 from mlx_align.rollout.rewards import (
     Rewards,
@@ -391,13 +392,15 @@ def find_reward_models(
         if name is None:
             continue
         run = Path(name).expanduser()
-        if has_reward_head(run) and shares_base(run, folder, layout):
-            on_base.append(read_layout(run))
-            continue
         try:
-            own_base.append(
-                resolve_model_path(str(base_model_of(run)) if has_reward_head(run) else name)
-            )
+            if not has_reward_head(run):
+                own_base.append(resolve_model_path(name))
+                continue
+            source = find_reward_model(run, folder)
+            if source.shares_base(folder, layout):
+                on_base.append(read_layout(run))
+            else:
+                own_base.append(source.base.path)
         except ModelError as error:
             flag = "--" + option.replace("_", "-")
             raise ModelError(
@@ -467,7 +470,9 @@ def load_collector(
 
 def _is_on_base(wanted: RewardSettings, setup: OnPolicySetup) -> bool:
     run = Path(wanted.model or "").expanduser()
-    return has_reward_head(run) and shares_base(run, setup.folder, setup.layout)
+    if not has_reward_head(run):
+        return False
+    return find_reward_model(run, setup.folder).shares_base(setup.folder, setup.layout)
 
 
 def _score_model(
@@ -482,6 +487,6 @@ def _score_model(
         return None, None
     run = Path(wanted.model).expanduser()
     if not _is_on_base(wanted, setup):
-        return SeparateRewardModel(open_separate_reward_model(wanted.model)), None
-    weights = load_reward_adapter(run, policy.model, fresh, layout)
+        return SeparateRewardModel(open_reward_model(wanted.model)), None
+    weights = load_reward_weights(run, policy.model, fresh, layout)
     return AdapterRewardModel(policy.model, weights, setup.shapes), weights
