@@ -36,7 +36,7 @@ import numpy as np
 
 # Imported here, not by each process.
 from mlx_align.algorithms import update
-from mlx_align.cli import console  # noqa: F401
+from mlx_align.system import console  # noqa: F401
 from mlx_align.tracking import run_dir
 from mlx_align.training import loop, trainers
 from mlx_align.training import run as training_run
