@@ -77,7 +77,7 @@ def install_adapters(model: nn.Module, layout: AdapterLayout) -> AdapterWeights:
         ModelError: mlx-lm has no such adapter for this model.
     """
     model.freeze()
-    if layout.num_layers > len(model.layers) or layout.num_layers < -1:
+    if layout.num_layers > len(model.layers) or layout.num_layers < -1 or not layout.num_layers:
         raise ConfigError(
             f"--num-layers {layout.num_layers}: the model has {len(model.layers)} blocks; "
             f"give 1 to {len(model.layers)}, or -1 for all"
@@ -230,7 +230,7 @@ def read_layout(folder: Path) -> AdapterLayout:
         if kind not in ("lora", "dora", "full"):
             raise ValueError(f"fine_tune_type {kind!r}, expected lora, dora or full")
         if kind == "full":
-            return AdapterLayout("full", num_layers=int(config.get("num_layers", -1)))
+            return AdapterLayout("full", num_layers=int(config.get("num_layers", -1)) or -1)
         lora = config["lora_parameters"]
         keys = lora.get("keys")
         layout = AdapterLayout(
@@ -238,7 +238,7 @@ def read_layout(folder: Path) -> AdapterLayout:
             rank=int(lora["rank"]),
             scale=float(lora["scale"]),
             dropout=float(lora.get("dropout", 0.0)),
-            num_layers=int(config["num_layers"]),
+            num_layers=int(config["num_layers"]) or -1,
             keys=None if keys is None else tuple(str(key) for key in keys),
         )
         if layout.rank < 1 or not np.isfinite(layout.scale) or layout.scale == 0:
@@ -282,51 +282,86 @@ def load_adapter(
             f"run; leave out --fine-tune-type, or fuse it first with mlx-align fuse"
         )
     names = dict(tree_flatten(fresh))
+    covered = {name for name in names if _covers(theirs, name, names)}
     if strange := sorted(set(weights) - set(names)):
         raise ModelError(
             f"{folder}: it adapts {strange[0]} (and {len(strange) - 1} more), which this run does "
-            "not; leave out --lora-keys and --num-layers, or widen them"
+            "not; leave out --lora-keys and --num-layers, or widen them; or is --model not its "
+            "base?"
+        )
+    if extra := sorted(set(weights) - covered):
+        raise ModelError(
+            f"{folder}: {extra[0]} is not in the layers that its {ADAPTER_CONFIG} names "
+            f"({len(extra)} such tensors)"
+        )
+    if missing := sorted(covered - set(weights)):
+        raise ModelError(
+            f"{folder}: {missing[0]} is missing ({len(missing)} such tensors); is --model its "
+            f"base, and do num_layers and keys in its {ADAPTER_CONFIG} name what it adapts?"
         )
     fold = theirs.scale / layout.scale
     mapped = {}
     for name, own in names.items():
         leaf = name.rsplit(".", 1)[-1]
         if name not in weights:
-            if leaf == "lora_b":
-                own = mx.zeros_like(own)
-            elif layout.fine_tune_type == "full":
-                raise ModelError(f"{folder}: {name} is missing")
-            mapped[name] = own
+            mapped[name] = mx.zeros_like(own) if leaf == "lora_b" else own
             continue
         given = weights[name].astype(own.dtype)
         if leaf == "lora_b":
             given = given * fold
             own = mx.zeros_like(own)
-        if keep_rank and leaf in ("lora_a", "lora_b") and _differ_in_rank(given, own):
-            mapped[name] = given
-        else:
-            mapped[name] = _padded(given, own, folder, name)
+        mapped[name] = _padded(given, own, folder, name, keep_rank=keep_rank)
     loaded: AdapterWeights = tree_unflatten(list(mapped.items()))
     mx.eval(loaded)
     return loaded
 
 
-def _differ_in_rank(given: mx.array, own: mx.array) -> bool:
-    """Whether the shapes of two matrices differ in their rank at most."""
-    same = [g == o for g, o in zip(given.shape, own.shape, strict=False)]
-    return given.ndim == own.ndim and same.count(False) <= 1
+def _covers(layout: AdapterLayout, tensor: str, names: Collection[str]) -> bool:
+    """Whether `layout` trains this tensor; `names` are the model's, its last block among them."""
+    block, inside = _block_and_name(tensor)
+    if block is None:
+        return layout.keys is not None and tensor.rpartition(".")[0] in layout.keys
+    last = max(number for number, _ in map(_block_and_name, names) if number is not None)
+    if 0 <= layout.num_layers <= last - block:
+        return False
+    module = inside.rpartition(".")[0]
+    whole = tensor.rpartition(".")[0]
+    return layout.keys is None or module in layout.keys or whole in layout.keys
 
 
-def _padded(given: mx.array, own: mx.array, folder: Path, name: str) -> mx.array:
-    """`given` in the shape of `own`, whose values fill up the rank."""
-    wider = [i for i, (g, o) in enumerate(zip(given.shape, own.shape, strict=False)) if g != o]
-    if not wider and given.ndim == own.ndim:
+def _block_and_name(tensor: str) -> tuple[int | None, str]:
+    """Number of the block that holds a tensor, and its name there; (None, name) outside blocks."""
+    parts = tensor.split(".")
+    for place, part in enumerate(parts):
+        if part.isdecimal():
+            return int(part), ".".join(parts[place + 1 :])
+    return None, tensor
+
+
+# Where a LoRA matrix has its rank: (input, r) and (r, output), with experts (E, r, input) and
+# (E, output, r).
+_RANK_AXIS = {("lora_a", 2): 1, ("lora_b", 2): 0, ("lora_a", 3): 1, ("lora_b", 3): 2}
+
+
+def _padded(
+    given: mx.array, own: mx.array, folder: Path, name: str, *, keep_rank: bool
+) -> mx.array:
+    """`given` in the shape of `own`, whose values fill up the rank; no other axis may differ.
+
+    Raises:
+        ModelError: The shapes differ otherwise: the adapter is another model's.
+    """
+    if given.shape == own.shape:
         return given
-    if given.ndim != own.ndim or len(wider) > 1 or given.shape[wider[0]] > own.shape[wider[0]]:
+    axis = _RANK_AXIS.get((name.rsplit(".", 1)[-1], own.ndim))
+    wider = [i for i, (g, o) in enumerate(zip(given.shape, own.shape, strict=False)) if g != o]
+    if given.ndim != own.ndim or wider != [axis] or given.shape[axis] > own.shape[axis]:
         raise ModelError(
-            f"{folder}: {name} has shape {given.shape}; this model and --lora-rank need {own.shape}"
+            f"{folder}: {name} has shape {given.shape}; this model and --lora-rank need "
+            f"{own.shape}; is --model its base?"
         )
-    axis = wider[0]
+    if keep_rank:
+        return given
     rest = mx.split(own, [given.shape[axis]], axis=axis)[1]
     return mx.concatenate([given, rest], axis=axis)
 

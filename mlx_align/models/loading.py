@@ -8,13 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.tokenizer_utils import load as _load_tokenizer
 from mlx_lm.utils import (
@@ -27,13 +26,11 @@ from mlx_lm.utils import (
 from mlx_align.errors import ConfigError, ModelError
 from mlx_align.models import forward, heads
 from mlx_align.models.adapters import (
-    AdapterLayout,
     cast_adapters,
     common_layout,
     install_adapters,
     load_adapter,
     read_layout,
-    read_weights,
 )
 from mlx_align.models.backbone import Backbone, split_backbone
 from mlx_align.models.classifiers import is_classifier, load_classifier
@@ -341,7 +338,7 @@ def load_adapters(
     for path in adapters:
         try:
             base = install_adapters(model.module, layout) if base is None else base
-            loaded.append(base if path is None else _load_whole_adapter(path, base, layout))
+            loaded.append(base if path is None else load_adapter(path, base, layout))
         except (ModelError, ConfigError) as error:
             raise ModelError(f"{path}: is --model {folder.name} its base? {error}") from error
     # Nothing is trained: the vocabulary head then runs as a frozen one, even if it has an adapter.
@@ -349,12 +346,3 @@ def load_adapters(
     model.module.eval()
     mx.eval(model.module.parameters(), loaded)
     return model, loaded
-
-
-def _load_whole_adapter(path: Path, base: AdapterWeights, layout: AdapterLayout) -> AdapterWeights:
-    weights = load_adapter(path, base, layout)
-    if read_layout(path) == replace(layout, dropout=read_layout(path).dropout):
-        missing = {name for name, _ in tree_flatten(base)} - set(read_weights(path))
-        if missing:
-            raise ModelError(f"{sorted(missing)[0]} is missing (of {len(missing)} such tensors)")
-    return weights
