@@ -41,7 +41,7 @@ class FuseConfig(ExportConfig):
     adapter_path: str = override(
         EvalConfig, "adapter_path", REQUIRED, help="Run or adapter folder."
     )
-    dequantize: bool = option(False, "Dequantise all adapted layers.", MODEL)
+    dequantize: bool = option(False, "Dequantise the whole model.", MODEL)
 
 
 @dataclass(frozen=True, kw_only=True)

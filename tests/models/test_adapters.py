@@ -140,7 +140,9 @@ def test_only_the_rank_may_be_padded(tmp_path):
     # In the model, but not in what its configuration says that it adapts.
     config = {**layout.to_mlx_lm(), "num_layers": 1}
     (tmp_path / "a" / "adapter_config.json").write_text(json.dumps(config))
-    with pytest.raises(ModelError, match="is not in the layers that its adapter_config.json names"):
+    with pytest.raises(
+        ModelError, match=r"is not in the layers that its adapter_config\.json names"
+    ):
         load(whole)
 
 
