@@ -113,7 +113,8 @@ def read_trained_run(adapter_path: str | Path) -> TrainedRun:
             "mlx-align score measures its accuracy on labelled pairs"
         )
     layout = read_layout(folder)
-    base = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8")).get("model")
+    written = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    base = written.get("model", written.get("base_model_name_or_path"))
     base = base if isinstance(base, str) else None
     file = _config_file(folder)
     if not file.is_file():

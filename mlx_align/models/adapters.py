@@ -24,6 +24,15 @@ from mlx_lm.tuner.utils import linear_to_lora_layers
 from mlx_align.errors import ConfigError, ModelError
 from mlx_align.models.checkpointing import Dropout
 from mlx_align.models.heads import HEAD_WEIGHTS, split_head
+from mlx_align.models.peft import (
+    PEFT_WEIGHTS,
+    covered_names,
+    in_block,
+    is_peft,
+    match_names,
+    read_peft_layout,
+    read_peft_weights,
+)
 from mlx_align.models.weights import AdapterWeights, read_tensors
 from mlx_align.system.atomic_io import write_tensors, write_text
 
@@ -226,15 +235,18 @@ def _check_keys(model: nn.Module, keys: tuple[str, ...]) -> None:
 
 
 def read_layout(folder: Path) -> AdapterLayout:
-    """Read the layout of an adapter folder written by mlx-lm or this package.
+    """Read the layout of an adapter folder written by mlx-lm, PEFT or this package.
 
     Raises:
         ModelError: The folder holds no adapter, or its configuration is invalid.
     """
+    if is_peft(folder):
+        return AdapterLayout(**read_peft_layout(folder))
     config_file = folder / ADAPTER_CONFIG
     if not (folder / ADAPTER_WEIGHTS).is_file() or not config_file.is_file():
         raise ModelError(
-            f"{folder}: not an adapter folder (expected {ADAPTER_WEIGHTS} and {ADAPTER_CONFIG})"
+            f"{folder}: not an adapter folder (expected {ADAPTER_CONFIG} with {ADAPTER_WEIGHTS}, "
+            f"or {PEFT_WEIGHTS} from PEFT)"
         )
     try:
         config = json.loads(config_file.read_text(encoding="utf-8"))
@@ -262,11 +274,13 @@ def read_layout(folder: Path) -> AdapterLayout:
 
 
 def read_weights(folder: Path) -> dict[str, mx.array]:
-    """Read the tensors of an adapter folder.
+    """Read the tensors of an adapter folder, under mlx-lm's names.
 
     Raises:
-        ModelError: The file is damaged.
+        ModelError: The file is damaged, or from PEFT and can't be mapped.
     """
+    if is_peft(folder):
+        return read_peft_weights(folder)
     return read_tensors(folder / ADAPTER_WEIGHTS)
 
 
@@ -276,7 +290,7 @@ def load_adapter(
     """Load an adapter into the run's layout, without changing the function it computes.
 
     Args:
-        folder: An adapter folder written by mlx-lm or this package.
+        folder: An adapter folder written by mlx-lm, PEFT or this package.
         fresh: What `install_adapters` returned: names, shapes, and the values of lora_a in ranks
             and layers that the adapter does not have. (lora_b is zero there, so they change
             nothing at first and can still learn.)
@@ -294,7 +308,11 @@ def load_adapter(
             f"run; leave out --fine-tune-type, or fuse it first with mlx-align fuse"
         )
     names = dict(tree_flatten(fresh))
-    covered = {name for name in names if _covers(theirs, name, names)}
+    if is_peft(folder):
+        weights = match_names(weights, names)
+        covered = covered_names(folder, weights, names)
+    else:
+        covered = {name for name in names if _covers(theirs, name, names)}
     if strange := sorted(set(weights) - set(names)):
         raise ModelError(
             f"{folder}: it adapts {strange[0]} (and {len(strange) - 1} more), which this run does "
@@ -330,24 +348,15 @@ def load_adapter(
 
 def _covers(layout: AdapterLayout, tensor: str, names: Collection[str]) -> bool:
     """Whether `layout` trains this tensor; `names` are the model's, its last block among them."""
-    block, inside = _block_and_name(tensor)
+    block, inside = in_block(tensor)
     if block is None:
         return layout.keys is not None and tensor.rpartition(".")[0] in layout.keys
-    last = max(number for number, _ in map(_block_and_name, names) if number is not None)
+    last = max(number for number, _ in map(in_block, names) if number is not None)
     if 0 <= layout.num_layers <= last - block:
         return False
     module = inside.rpartition(".")[0]
     whole = tensor.rpartition(".")[0]
     return layout.keys is None or module in layout.keys or whole in layout.keys
-
-
-def _block_and_name(tensor: str) -> tuple[int | None, str]:
-    """Number of the block that holds a tensor, and its name there; (None, name) outside blocks."""
-    parts = tensor.split(".")
-    for place, part in enumerate(parts):
-        if part.isdecimal():
-            return int(part), ".".join(parts[place + 1 :])
-    return None, tensor
 
 
 # Where a LoRA matrix has its rank: (input, r) and (r, output), with experts (E, r, input) and
