@@ -333,7 +333,7 @@ class Run:
 
         Args:
             output: Folder to create.
-            dequantize: Dequantise all adapted layers.
+            dequantize: Dequantise the whole model.
 
         Returns:
             What `mlx-align fuse --json` prints.

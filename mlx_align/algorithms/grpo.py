@@ -27,6 +27,7 @@ from mlx_align.losses.policy import POLICY_METHODS, PolicyMethod
 from mlx_align.models.weights import AdapterWeights
 from mlx_align.rollout.advantages import (
     GROUP_ADVANTAGES,
+    WHITENED_OVER_TOKENS,
     normalize_then_sum,
     returns_to_go,
     token_rewards,
@@ -229,6 +230,9 @@ class GRPO:
             total = total - config.kl_coef * k1.sum(axis=1).reshape(total.shape)
         if _normalizes_each_reward(config):
             advantages = normalize_then_sum(*rewards.by_group(config.group_size))
+        elif self.method.advantage in WHITENED_OVER_TOKENS:
+            tokens = (mask > 0).sum(axis=1).reshape(total.shape)
+            advantages = WHITENED_OVER_TOKENS[self.method.advantage](total, tokens)
         else:
             advantages = GROUP_ADVANTAGES[self.method.advantage](total)
         return batch.with_advantages(advantages.reshape(-1, 1) * mask, mask)

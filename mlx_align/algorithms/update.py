@@ -128,7 +128,7 @@ class Updater:
             clip = mx.array(min(1.0, self._max_grad_norm / (norm + 1e-6)))
             weights = self._apply(weights, grads, clip)
             mx.eval(weights, self._optimizer.state)
-            module.update(weights)
+            self._model.hold(weights)
         except NotFinite as error:
             if self._skips_left > 0:
                 self._skips_left -= 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json as json_module
+from collections import Counter
 from typing import Any
 
 import click
@@ -18,10 +19,12 @@ from mlx_align.config import FuseConfig, make_config
 def fuse(json: bool, **options: Any) -> None:
     """Merge an adapter into its base model, as one model folder.
 
-    On a quantised base, the error of quantising each layer again is measured. A layer that would
-    lose more than a tenth of what training changed stays dequantised.
+    The loss of storing each layer as the base does (in 4 bits, or in bfloat16) is measured. A layer
+    that would lose more than a tenth of what training changed is stored in 8 bits, 16 bits or
+    float32, whichever is the first to keep it.
     """
     from mlx_align import commands
+    from mlx_align.models.fuse import LOSS_ALLOWED
     from mlx_align.system.console import Console
 
     console = Console(json)
@@ -30,17 +33,22 @@ def fuse(json: bool, **options: Any) -> None:
     if json:
         click.echo(json_module.dumps(dataclasses.asdict(report), indent=2))
         return
-    quantized = [layer for layer in report.layers if layer.quantized]
-    if report.layers:
-        console.note(f"Fused {len(report.layers)} layers into {config.output}.")
-    else:
-        console.note(f"The run trained full weights; the model with them is in {config.output}.")
-    if quantized:
-        kept = sum(layer.kept_quantized for layer in quantized)
-        worst = max(layer.lost for layer in quantized)
+    what = "layers" if report.fine_tune_type != "full" else "fully trained tensors"
+    console.note(
+        f"Fused {len(report.layers)} {what} into {config.output}: "
+        f"{report.bytes_before / 1e6:,.1f} MB before, {report.bytes_after / 1e6:,.1f} MB after."
+    )
+    finer = [layer for layer in report.layers if layer.lost > LOSS_ALLOWED]
+    stored = Counter(layer.stored for layer in report.layers)
+    if finer or any(layer.quantized for layer in report.layers):
+        ways = ", ".join(f"{count} in {form}" for form, count in stored.items())
+        console.note(f"Stored: {ways}.")
+    if finer:
+        worst = max(layer.lost for layer in finer)
         console.note(
-            f"Quantised again: {kept}; left dequantised: {len(quantized) - kept}. Quantising again "
-            f"would have lost up to {worst:.0%} of a layer's change."
+            f"! Stored as in the base model, {len(finer)} of them would have lost up to "
+            f"{worst:.0%} of their change to rounding. To keep the base's size, use the base with "
+            f"its adapter: mlx_lm.chat --model {config.model} --adapter-path {config.adapter_path}"
         )
     console.note(
         f"Token log-probs: changed by up to {report.logps_change:.3g} nats by the adapter, and by "

@@ -18,6 +18,7 @@ from mlx_align.cli.cache import cache
 from mlx_align.cli.completion import completion
 from mlx_align.cli.data import data
 from mlx_align.cli.evaluate import evaluate
+from mlx_align.cli.export import export
 from mlx_align.cli.fuse import fuse
 from mlx_align.cli.options import Group
 from mlx_align.cli.plan import plan
@@ -31,7 +32,7 @@ from mlx_align.system.interrupts import Interrupted, raise_on_signal
 LONGEST_LINE = 1500
 SECTIONS = {
     "Train": ("dpo", "kto", "sft", "reward", "ppo", "grpo"),
-    "Use and evaluate a run": ("eval", "score", "rerank", "fuse", "report"),
+    "Use and evaluate a run": ("eval", "score", "rerank", "fuse", "export", "report"),
     "Prepare": ("plan", "data", "cache", "completion"),
 }
 
@@ -64,6 +65,7 @@ for command in (
     score,
     rerank,
     fuse,
+    export,
     report,
     plan,
     data,

@@ -22,6 +22,7 @@ from mlx_align.config.offline import (
 from mlx_align.config.on_policy import GRPOConfig, OnPolicyConfig, PPOConfig
 from mlx_align.config.schema import Options, make_config
 from mlx_align.config.tools import (
+    AdapterExportConfig,
     CacheConfig,
     CheckDataConfig,
     ExportConfig,
@@ -33,6 +34,7 @@ from mlx_align.config.tools import (
 __all__ = [
     "DEFAULT_BATCH_SIZE",
     "TRAINING_CONFIGS",
+    "AdapterExportConfig",
     "CacheConfig",
     "CheckDataConfig",
     "DPOConfig",

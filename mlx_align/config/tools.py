@@ -35,13 +35,23 @@ class ExportConfig(Options):
 
 
 @dataclass(frozen=True, kw_only=True)
+class AdapterExportConfig(ExportConfig):
+    """Options of `mlx-align export`."""
+
+    adapter_path: str = override(
+        EvalConfig, "adapter_path", REQUIRED, help="Run or adapter folder."
+    )
+    format: Literal["peft"] = option("peft", "Format to write.", MODEL)
+
+
+@dataclass(frozen=True, kw_only=True)
 class FuseConfig(ExportConfig):
     """Options of `mlx-align fuse`."""
 
     adapter_path: str = override(
         EvalConfig, "adapter_path", REQUIRED, help="Run or adapter folder."
     )
-    dequantize: bool = option(False, "Dequantise all adapted layers.", MODEL)
+    dequantize: bool = option(False, "Dequantise the whole model.", MODEL)
 
 
 @dataclass(frozen=True, kw_only=True)

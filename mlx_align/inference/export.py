@@ -1,7 +1,8 @@
-"""Export of a trained reward model, adapter and head fused, in transformers' layout."""
+"""Exports that transformers reads: reward models, adapter and head fused, and PEFT adapters."""
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,17 +12,32 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 from mlx_lm.utils import dequantize_model, save
+from safetensors import safe_open
 
 from mlx_align.data.chat_template import ChatTemplate, inspect_chat_template
 from mlx_align.errors import ConfigError, ModelError
 from mlx_align.inference.reward_model import install_reward_model
+from mlx_align.models.adapters import read_layout, read_weights
 from mlx_align.models.backbone import split_backbone
 from mlx_align.models.classifiers import AT_END_TOKEN, MARK, SUFFIX
 from mlx_align.models.fuse import fuse_layers
-from mlx_align.models.heads import HEAD_NAME, completion_scores
+from mlx_align.models.heads import HEAD_NAME, completion_scores, has_reward_head
 from mlx_align.models.loading import ModelFolder, load_language_model
+from mlx_align.models.peft import (
+    PEFT_CONFIG,
+    PEFT_WEIGHTS,
+    in_block,
+    is_peft,
+    peft_config,
+    peft_name,
+)
 from mlx_align.models.verification import random_batch
-from mlx_align.system.atomic_io import atomic_folder, wrap_write_errors
+from mlx_align.system.atomic_io import (
+    atomic_folder,
+    wrap_write_errors,
+    write_tensors,
+    write_text,
+)
 
 # Families (and their class prefix in transformers) whose tensors have the same names and shapes in
 # mlx-lm and transformers. Of each family a tiny model was exported and loaded in transformers: the
@@ -63,6 +79,98 @@ class ExportReport:
     score_gap: float
     pad_token: str
     reads_at: str
+
+
+def export_peft_adapter(folder: ModelFolder, run: Path, output: Path) -> int:
+    """Write the adapter of `run` as PEFT does, for transformers, vLLM and others.
+
+    Args:
+        folder: The run's base model. transformers loads the adapter on the same model, or on the
+            one that it was quantised from.
+        run: A run folder, or any LoRA or DoRA adapter folder of mlx-lm.
+        output: Folder to write; must be empty or not exist.
+
+    Returns:
+        The number of adapted layers.
+
+    Raises:
+        ConfigError: The output folder is not empty, or the run is a reward model's.
+        ModelError: The adapter can't be expressed in PEFT's format; the message names the layer.
+    """
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ConfigError(f"--output {output}: is not empty; give a new folder")
+    if has_reward_head(run):
+        raise ConfigError(
+            f"--adapter-path {run}: PEFT's format would drop the head of a reward model; use "
+            "mlx-align reward export"
+        )
+    if is_peft(run):
+        raise ConfigError(f"--adapter-path {run}: is in PEFT's format already")
+    layout = read_layout(run)
+    if layout.fine_tune_type == "full":
+        raise ModelError(
+            f"--adapter-path {run}: the run trained full weights, not an adapter; use mlx-align "
+            "fuse"
+        )
+    weights = read_weights(run)
+    modules = sorted({name.rpartition(".")[0] for name in weights})
+    shapes, blocks = _linear_shapes(folder)
+    for module in modules:
+        a, b = weights.get(f"{module}.lora_a"), weights.get(f"{module}.lora_b")
+        if a is None or b is None:
+            raise ModelError(f"{run}: {module}: lora_a or lora_b is missing")
+        if a.ndim != 2 or "embed" in module.rpartition(".")[2] or module not in shapes:
+            raise ModelError(
+                f"{run}: its adapter of {module} can't be exported: transformers has no linear "
+                "layer of that name; train with --lora-keys on others, or use mlx-align fuse"
+            )
+        outputs, inputs = shapes[module]
+        if b.shape[1] != outputs or inputs not in (None, a.shape[0]):
+            raise ModelError(
+                f"{run}: its adapter of {module} has {a.shape[0]} inputs and {b.shape[1]} outputs, "
+                f"the layer in --model {folder.name} {inputs} and {outputs}; is it its base?"
+            )
+    tensors = {}
+    for name, tensor in weights.items():
+        module, _, leaf = name.rpartition(".")
+        value = tensor.astype(mx.float32)
+        tensors[peft_name(module, leaf)] = mx.contiguous(value if leaf == "m" else value.T)
+    adapted = {in_block(module) for module in modules}
+    inside = {name for _, name in adapted}
+    everywhere = all((block, name) in adapted for block in range(blocks) for name in inside)
+    # Names within a block mean every block, where they are all adapted.
+    targets = sorted(inside) if everywhere else modules
+    config = peft_config(
+        base=folder.name,
+        targets=targets,
+        rank=layout.rank,
+        scale=layout.scale,
+        dropout=layout.dropout,
+        dora=layout.fine_tune_type == "dora",
+    )
+    with atomic_folder(output) as partial, wrap_write_errors(output):
+        write_text(partial / PEFT_CONFIG, json.dumps(config, indent=2) + "\n")
+        write_tensors(partial / PEFT_WEIGHTS, tensors)
+    return len(modules)
+
+
+def _linear_shapes(folder: ModelFolder) -> tuple[dict[str, tuple[int, int | None]], int]:
+    """Outputs and inputs of the matrices in a model's files, by module, and its number of blocks.
+
+    The inputs of quantised matrices, which are packed, are None.
+    """
+    found: dict[str, tuple[int, int | None]] = {}
+    for file in sorted(folder.path.glob("model*.safetensors")):
+        with safe_open(str(file), "np") as tensors:
+            names = set(tensors.keys())
+            for name in names:
+                module, _, leaf = name.rpartition(".")
+                shape = tensors.get_slice(name).get_shape()
+                if leaf == "weight" and len(shape) == 2:
+                    packed = f"{module}.scales" in names
+                    found[module] = int(shape[0]), None if packed else int(shape[1])
+    blocks = [block for block, _ in map(in_block, found) if block is not None]
+    return found, 1 + max(blocks, default=-1)
 
 
 def export_reward_model(folder: ModelFolder, run: Path, output: Path) -> ExportReport:
@@ -118,7 +226,9 @@ def _config(base: dict[str, Any], module: nn.Module, architecture: str, pad: int
     config = {key: value for key, value in base.items() if key not in quantized}
     # The head is always float32; the dtype is that of the other weights.
     weights = [w for name, w in tree_flatten(module.parameters()) if not name.startswith("score.")]
-    dtype = next(str(w.dtype) for w in weights if mx.issubdtype(w.dtype, mx.floating))
+    # transformers casts all weights to it: the widest, or fused float32 layers would be rounded.
+    floating = [w.dtype for w in weights if mx.issubdtype(w.dtype, mx.floating)]
+    dtype = str(max(floating, key=lambda one: one.size))
     rope = config.get("rope_parameters")
     theta = getattr(getattr(module, "args", None), "rope_theta", None)
     if isinstance(rope, dict) and "rope_theta" in rope and theta is not None:

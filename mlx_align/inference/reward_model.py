@@ -19,7 +19,6 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
-from mlx.utils import tree_flatten
 
 from mlx_align.data.chat_template import ChatTemplate, inspect_chat_template
 from mlx_align.errors import ConfigError, DataError, ModelError
@@ -36,7 +35,6 @@ from mlx_align.models.adapters import (
     install_adapters,
     load_adapter,
     read_layout,
-    read_weights,
 )
 from mlx_align.models.classifiers import AT_END_TOKEN, MARK, is_classifier, padding_id
 from mlx_align.models.heads import (
@@ -387,14 +385,6 @@ def install_reward_model(model: LanguageModel, run: Path) -> None:
     layout = read_layout(run)
     weight = read_reward_head(run)
     initial = install_adapters(model.module, replace(layout, dropout=0.0))
-    expected = {name for name, _ in tree_flatten(initial)}
-    stored = set(read_weights(run))
-    for problem, names in (("is missing", expected - stored), ("fits nothing", stored - expected)):
-        if names:
-            raise ModelError(
-                f"{run}: {sorted(names)[0]} {problem} ({len(names)} such tensors); is --model its "
-                "base?"
-            )
     model.module.update(load_adapter(run, initial, layout))
     add_reward_head(model.backbone, weight)
     model.module.eval()

@@ -20,12 +20,20 @@ from mlx_align.config import DPOConfig, KTOConfig, SFTConfig, TrainConfig
 from mlx_align.config.schema import make_config
 from mlx_align.errors import ConfigError, ModelError
 from mlx_align.losses.registry import PAIRWISE_LOSSES, combine, parse_losses, resolve_options
-from mlx_align.models.adapters import ADAPTER_CONFIG, AdapterLayout, compute_dtype, read_layout
+from mlx_align.models.adapters import (
+    ADAPTER_CONFIG,
+    AdapterLayout,
+    compute_dtype,
+    fingerprint_folder,
+    read_layout,
+)
 from mlx_align.models.heads import has_reward_head
 from mlx_align.models.loading import LanguageModel
 
 # Commands whose runs have a KL penalty against the reference, but no β of an implicit reward.
 ON_POLICY = ("ppo", "grpo")
+# File of the hashes of what a run was made of, and the entry of its init adapter.
+FINGERPRINTS_FILE, INIT_ADAPTER = "fingerprints.json", "init adapter"
 CONFIG, SUMMARY, CHECKPOINTS = "config.yaml", "summary.json", "checkpoints"
 # Losses on log-ratios averaged over tokens: the reward they fit is an average too.
 _PER_TOKEN_LOSSES = frozenset({"ipo", "sigmoid_norm"})
@@ -60,7 +68,8 @@ class TrainedRun:
             remedy: What the error message advises if the folder no longer exists.
 
         Raises:
-            ModelError: The folder no longer exists.
+            ModelError: The folder no longer exists, or holds another adapter than when the run
+                began.
         """
         if self.config is None or self.config.init_adapter is None:
             return None
@@ -70,7 +79,22 @@ class TrainedRun:
                 f"{self.folder}: started from --init-adapter {init}, which is not there (relative "
                 f"to {Path.cwd()}); it is the run's reference: {remedy}"
             )
+        recorded = self._recorded_hash(INIT_ADAPTER)
+        if recorded not in (None, fingerprint_folder(init, "*adapter*")):
+            raise ModelError(
+                f"{self.folder}: started from --init-adapter {init}, which has changed since the "
+                f"run began; it is the run's reference: {remedy}"
+            )
         return init
+
+    def _recorded_hash(self, part: str) -> str | None:
+        """The hash of a part of the run, from its fingerprints; None if there is none."""
+        file = _config_file(self.folder).with_name(FINGERPRINTS_FILE)
+        try:
+            found = json.loads(file.read_text(encoding="utf-8"))["hashes"][part]
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            return None
+        return str(found)
 
 
 def read_trained_run(adapter_path: str | Path) -> TrainedRun:
@@ -89,7 +113,8 @@ def read_trained_run(adapter_path: str | Path) -> TrainedRun:
             "mlx-align score measures its accuracy on labelled pairs"
         )
     layout = read_layout(folder)
-    base = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8")).get("model")
+    written = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    base = written.get("model", written.get("base_model_name_or_path"))
     base = base if isinstance(base, str) else None
     file = _config_file(folder)
     if not file.is_file():
@@ -158,7 +183,9 @@ class ImplicitRewardSettings:
         elif not 0 < beta < float("inf"):
             raise ConfigError(f"--beta {beta:g}: must be above 0")
         if reference_adapter is None:
-            reference = run.find_reference("pass its current location with --reference-adapter")
+            reference = run.find_reference(
+                "pass the adapter it started from with --reference-adapter"
+            )
         else:
             reference = Path(reference_adapter).expanduser()
             if not reference.is_dir():

@@ -18,12 +18,21 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx.utils import tree_flatten, tree_map_with_path, tree_unflatten
+from mlx.utils import tree_flatten, tree_map, tree_map_with_path, tree_unflatten
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
 from mlx_align.errors import ConfigError, ModelError
 from mlx_align.models.checkpointing import Dropout
 from mlx_align.models.heads import HEAD_WEIGHTS, split_head
+from mlx_align.models.peft import (
+    PEFT_WEIGHTS,
+    covered_names,
+    in_block,
+    is_peft,
+    match_names,
+    read_peft_layout,
+    read_peft_weights,
+)
 from mlx_align.models.weights import AdapterWeights, read_tensors
 from mlx_align.system.atomic_io import write_tensors, write_text
 
@@ -69,7 +78,8 @@ def install_adapters(model: nn.Module, layout: AdapterLayout) -> AdapterWeights:
     """Freeze `model`, add new adapters to it and return their weights.
 
     The model computes the same function afterwards (lora_b is zero). lora_a is drawn from mlx's
-    global generator.
+    global generator. Full fine-tuning of a 16-bit model returns float32 masters: in bfloat16,
+    nine in ten of its updates would round away. The model itself keeps its 16 bits.
 
     Raises:
         ConfigError: The model does not have the blocks or layers that the layout names, or they
@@ -77,7 +87,7 @@ def install_adapters(model: nn.Module, layout: AdapterLayout) -> AdapterWeights:
         ModelError: mlx-lm has no such adapter for this model.
     """
     model.freeze()
-    if layout.num_layers > len(model.layers) or layout.num_layers < -1:
+    if layout.num_layers > len(model.layers) or layout.num_layers < -1 or not layout.num_layers:
         raise ConfigError(
             f"--num-layers {layout.num_layers}: the model has {len(model.layers)} blocks; "
             f"give 1 to {len(model.layers)}, or -1 for all"
@@ -111,9 +121,28 @@ def install_adapters(model: nn.Module, layout: AdapterLayout) -> AdapterWeights:
         for module in model.modules():
             if "lora_a" in module and isinstance(module.dropout, nn.Dropout):
                 module.dropout = Dropout(layout.dropout)
-    weights: AdapterWeights = model.trainable_parameters()
+    weights: AdapterWeights = tree_map(_master, model.trainable_parameters())
     mx.eval(weights)
     return weights
+
+
+def _master(weight: mx.array) -> mx.array:
+    return weight.astype(mx.float32) if weight.dtype in (mx.bfloat16, mx.float16) else weight
+
+
+def trained_dtypes(model: nn.Module, layout: AdapterLayout) -> dict[str, mx.Dtype]:
+    """What to cast full fine-tuning's float32 masters to when they compute, by name.
+
+    {} for adapters, and for the tensors of a model that are float32 themselves.
+
+    Args:
+        model: The model after `install_adapters`.
+        layout: What is trained.
+    """
+    if layout.fine_tune_type != "full":
+        return {}
+    flat = tree_flatten(model.trainable_parameters())
+    return {name: one.dtype for name, one in flat if one.dtype in (mx.bfloat16, mx.float16)}
 
 
 def covering_layout(layout: AdapterLayout, others: Sequence[AdapterLayout]) -> AdapterLayout:
@@ -146,23 +175,15 @@ def common_layout(layouts: Sequence[AdapterLayout]) -> AdapterLayout | None:
     )
 
 
-def weights_within(
-    model: nn.Module, weights: AdapterWeights, layout: AdapterLayout
-) -> AdapterWeights:
+def weights_within(weights: AdapterWeights, layout: AdapterLayout) -> AdapterWeights:
     """The part of `weights` that belongs to `layout`.
 
     Args:
-        model: The model after `install_adapters`.
         weights: What `install_adapters` returned, for a layout that covers `layout`.
         layout: Which blocks and layers to keep.
     """
-    count = len(model.layers) if layout.num_layers == -1 else layout.num_layers
-    modules = [pair for layer in model.layers[-count:] for pair in layer.named_modules()]
-    if layout.keys is not None:
-        modules = [pair for pair in modules if pair[0] in layout.keys]
-        modules += [pair for pair in model.named_modules() if pair[0] in layout.keys]
-    inside = {id(a) for _, m in modules for _, a in tree_flatten(m.trainable_parameters())}
-    part = [(name, array) for name, array in tree_flatten(weights) if id(array) in inside]
+    flat = dict(tree_flatten(weights))
+    part = [(name, array) for name, array in flat.items() if _covers(layout, name, flat)]
     own: AdapterWeights = tree_unflatten(part)
     return own
 
@@ -214,15 +235,18 @@ def _check_keys(model: nn.Module, keys: tuple[str, ...]) -> None:
 
 
 def read_layout(folder: Path) -> AdapterLayout:
-    """Read the layout of an adapter folder written by mlx-lm or this package.
+    """Read the layout of an adapter folder written by mlx-lm, PEFT or this package.
 
     Raises:
         ModelError: The folder holds no adapter, or its configuration is invalid.
     """
+    if is_peft(folder):
+        return AdapterLayout(**read_peft_layout(folder))
     config_file = folder / ADAPTER_CONFIG
     if not (folder / ADAPTER_WEIGHTS).is_file() or not config_file.is_file():
         raise ModelError(
-            f"{folder}: not an adapter folder (expected {ADAPTER_WEIGHTS} and {ADAPTER_CONFIG})"
+            f"{folder}: not an adapter folder (expected {ADAPTER_CONFIG} with {ADAPTER_WEIGHTS}, "
+            f"or {PEFT_WEIGHTS} from PEFT)"
         )
     try:
         config = json.loads(config_file.read_text(encoding="utf-8"))
@@ -230,7 +254,7 @@ def read_layout(folder: Path) -> AdapterLayout:
         if kind not in ("lora", "dora", "full"):
             raise ValueError(f"fine_tune_type {kind!r}, expected lora, dora or full")
         if kind == "full":
-            return AdapterLayout("full", num_layers=int(config.get("num_layers", -1)))
+            return AdapterLayout("full", num_layers=int(config.get("num_layers", -1)) or -1)
         lora = config["lora_parameters"]
         keys = lora.get("keys")
         layout = AdapterLayout(
@@ -238,7 +262,7 @@ def read_layout(folder: Path) -> AdapterLayout:
             rank=int(lora["rank"]),
             scale=float(lora["scale"]),
             dropout=float(lora.get("dropout", 0.0)),
-            num_layers=int(config["num_layers"]),
+            num_layers=int(config["num_layers"]) or -1,
             keys=None if keys is None else tuple(str(key) for key in keys),
         )
         if layout.rank < 1 or not np.isfinite(layout.scale) or layout.scale == 0:
@@ -250,11 +274,13 @@ def read_layout(folder: Path) -> AdapterLayout:
 
 
 def read_weights(folder: Path) -> dict[str, mx.array]:
-    """Read the tensors of an adapter folder.
+    """Read the tensors of an adapter folder, under mlx-lm's names.
 
     Raises:
-        ModelError: The file is damaged.
+        ModelError: The file is damaged, or from PEFT and can't be mapped.
     """
+    if is_peft(folder):
+        return read_peft_weights(folder)
     return read_tensors(folder / ADAPTER_WEIGHTS)
 
 
@@ -264,7 +290,7 @@ def load_adapter(
     """Load an adapter into the run's layout, without changing the function it computes.
 
     Args:
-        folder: An adapter folder written by mlx-lm or this package.
+        folder: An adapter folder written by mlx-lm, PEFT or this package.
         fresh: What `install_adapters` returned: names, shapes, and the values of lora_a in ranks
             and layers that the adapter does not have. (lora_b is zero there, so they change
             nothing at first and can still learn.)
@@ -282,51 +308,82 @@ def load_adapter(
             f"run; leave out --fine-tune-type, or fuse it first with mlx-align fuse"
         )
     names = dict(tree_flatten(fresh))
+    if is_peft(folder):
+        weights = match_names(weights, names)
+        covered = covered_names(folder, weights, names)
+    else:
+        covered = {name for name in names if _covers(theirs, name, names)}
     if strange := sorted(set(weights) - set(names)):
         raise ModelError(
             f"{folder}: it adapts {strange[0]} (and {len(strange) - 1} more), which this run does "
-            "not; leave out --lora-keys and --num-layers, or widen them"
+            "not; leave out --lora-keys and --num-layers, or widen them; or is --model not its "
+            "base?"
+        )
+    if extra := sorted(set(weights) - covered):
+        raise ModelError(
+            f"{folder}: {extra[0]} is not in the layers that its {ADAPTER_CONFIG} names "
+            f"({len(extra)} such tensors)"
+        )
+    if missing := sorted(covered - set(weights)):
+        raise ModelError(
+            f"{folder}: {missing[0]} is missing ({len(missing)} such tensors); is --model its "
+            f"base, and do num_layers and keys in its {ADAPTER_CONFIG} name what it adapts?"
         )
     fold = theirs.scale / layout.scale
     mapped = {}
     for name, own in names.items():
         leaf = name.rsplit(".", 1)[-1]
         if name not in weights:
-            if leaf == "lora_b":
-                own = mx.zeros_like(own)
-            elif layout.fine_tune_type == "full":
-                raise ModelError(f"{folder}: {name} is missing")
-            mapped[name] = own
+            mapped[name] = mx.zeros_like(own) if leaf == "lora_b" else own
             continue
         given = weights[name].astype(own.dtype)
         if leaf == "lora_b":
             given = given * fold
             own = mx.zeros_like(own)
-        if keep_rank and leaf in ("lora_a", "lora_b") and _differ_in_rank(given, own):
-            mapped[name] = given
-        else:
-            mapped[name] = _padded(given, own, folder, name)
+        mapped[name] = _padded(given, own, folder, name, keep_rank=keep_rank)
     loaded: AdapterWeights = tree_unflatten(list(mapped.items()))
     mx.eval(loaded)
     return loaded
 
 
-def _differ_in_rank(given: mx.array, own: mx.array) -> bool:
-    """Whether the shapes of two matrices differ in their rank at most."""
-    same = [g == o for g, o in zip(given.shape, own.shape, strict=False)]
-    return given.ndim == own.ndim and same.count(False) <= 1
+def _covers(layout: AdapterLayout, tensor: str, names: Collection[str]) -> bool:
+    """Whether `layout` trains this tensor; `names` are the model's, its last block among them."""
+    block, inside = in_block(tensor)
+    if block is None:
+        return layout.keys is not None and tensor.rpartition(".")[0] in layout.keys
+    last = max(number for number, _ in map(in_block, names) if number is not None)
+    if 0 <= layout.num_layers <= last - block:
+        return False
+    module = inside.rpartition(".")[0]
+    whole = tensor.rpartition(".")[0]
+    return layout.keys is None or module in layout.keys or whole in layout.keys
 
 
-def _padded(given: mx.array, own: mx.array, folder: Path, name: str) -> mx.array:
-    """`given` in the shape of `own`, whose values fill up the rank."""
-    wider = [i for i, (g, o) in enumerate(zip(given.shape, own.shape, strict=False)) if g != o]
-    if not wider and given.ndim == own.ndim:
+# Where a LoRA matrix has its rank: (input, r) and (r, output), with experts (E, r, input) and
+# (E, output, r).
+_RANK_AXIS = {("lora_a", 2): 1, ("lora_b", 2): 0, ("lora_a", 3): 1, ("lora_b", 3): 2}
+
+
+def _padded(
+    given: mx.array, own: mx.array, folder: Path, name: str, *, keep_rank: bool
+) -> mx.array:
+    """`given` in the shape of `own`, whose values fill up the rank; no other axis may differ.
+
+    Raises:
+        ModelError: The shapes differ otherwise: the adapter is another model's.
+    """
+    if given.shape == own.shape:
         return given
-    if given.ndim != own.ndim or len(wider) > 1 or given.shape[wider[0]] > own.shape[wider[0]]:
+    axis = _RANK_AXIS.get((name.rsplit(".", 1)[-1], own.ndim))
+    wider = [i for i, (g, o) in enumerate(zip(given.shape, own.shape, strict=False)) if g != o]
+    fits = given.ndim == own.ndim and wider == [axis]
+    if axis is None or not fits or given.shape[axis] > own.shape[axis]:
         raise ModelError(
-            f"{folder}: {name} has shape {given.shape}; this model and --lora-rank need {own.shape}"
+            f"{folder}: {name} has shape {given.shape}; this model and --lora-rank need "
+            f"{own.shape}; is --model its base?"
         )
-    axis = wider[0]
+    if keep_rank:
+        return given
     rest = mx.split(own, [given.shape[axis]], axis=axis)[1]
     return mx.concatenate([given, rest], axis=axis)
 

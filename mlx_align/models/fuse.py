@@ -1,21 +1,25 @@
-"""Fusing an adapter into its base model without losing the change to quantisation.
+"""Fusing an adapter into its base model without losing the change to rounding.
 
-Re-quantising a fused weight rounds it to the quantisation grid, which can undo a small change: "the
-merged model equals the base". Here the loss is measured for each layer, and a layer that would lose
-more than `LOSS_ALLOWED` of its change stays dequantised.
+A fused weight that is stored as the base's was (4 bits, or bfloat16) is rounded to that grid, which
+can undo a small change: "the merged model equals the base". So the sum is computed in float32, the
+loss is measured for each layer, and a layer that would lose more than `LOSS_ALLOWED` of its change
+is stored in the next finer form: 8 bits, then 16 bits, then float32.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx.utils import tree_unflatten
-from mlx_lm.utils import save
+from mlx.utils import tree_flatten, tree_unflatten
+from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
+from mlx_lm.utils import dequantize_model, save
 
 from mlx_align.errors import ConfigError, ModelError
 from mlx_align.models.adapters import install_adapters, load_adapter, read_layout
@@ -26,20 +30,28 @@ from mlx_align.models.loading import LanguageModel, ModelFolder, load_language_m
 from mlx_align.models.verification import random_batch
 from mlx_align.system.atomic_io import atomic_folder, wrap_write_errors
 
-# Largest part of a layer's change that re-quantising may lose; otherwise it stays dequantised.
+# Largest part of a layer's change that rounding may lose; otherwise it is stored more finely.
 LOSS_ALLOWED = 0.1
+
+# Layers that choose experts. A small error in them sends tokens elsewhere, and they take little
+# room, so they are never quantised again.
+_ROUTER = re.compile(r"(^|\.)(gate|router|shared_expert_gate)(\.|$)")
+_16_BIT = (mx.bfloat16, mx.float16)
 
 
 @dataclass(frozen=True)
 class FusedLayer:
-    """Result of fusing one adapted layer.
+    """Result of fusing one adapted layer, or one tensor of full fine-tuning.
 
     Attributes:
         name: Its path in the model.
         quantized: Whether the base model's layer is quantised.
         change: ‖Δ‖ / ‖W‖, the relative size of the adapter's change.
-        lost: ‖(requantised − W) − Δ‖ / ‖Δ‖; 0 if the layer is not quantised.
+        lost: ‖(stored as in the base − W) − Δ‖ / ‖Δ‖, where W + Δ is summed in float32; what
+            storing the sum as the base stores W would lose.
         kept_quantized: Whether the layer is quantised in the fused model.
+        stored: How it is stored in the fused model: `4 bits`, `8 bits`, `bfloat16`, `float32` …
+        lost_stored: The same as `lost`, for how it is stored.
     """
 
     name: str
@@ -47,6 +59,8 @@ class FusedLayer:
     change: float
     lost: float
     kept_quantized: bool
+    stored: str
+    lost_stored: float
 
 
 @dataclass(frozen=True)
@@ -58,11 +72,17 @@ class FuseReport:
         logps_gap: Largest difference of token log-probs, nats, between the base with the adapter
             and the fused model, on random tokens.
         logps_change: The same between the base without and with the adapter.
+        bytes_before: Bytes of the base model's weights.
+        bytes_after: Bytes of the fused model's weights.
+        fine_tune_type: lora, dora or full.
     """
 
     layers: tuple[FusedLayer, ...]
     logps_gap: float
     logps_change: float
+    bytes_before: int
+    bytes_after: int
+    fine_tune_type: str
 
 
 def fuse_adapter(
@@ -79,7 +99,7 @@ def fuse_adapter(
         folder: The base model.
         adapter: A run folder, or any adapter folder of mlx-lm.
         output: Folder to write; must be empty or not exist.
-        dequantize: Leave all adapted layers dequantised.
+        dequantize: Dequantise the whole model, so that transformers can load it.
         on_layer: Called after each layer.
 
     Raises:
@@ -95,26 +115,38 @@ def fuse_adapter(
         )
     layout = read_layout(adapter)
     model = load_language_model(folder)
+    module = model.module
+    before = _nbytes(module)
     tokens = random_batch(folder.vocab_size, pad=0)
     base = token_logprobs(model.backbone, tokens, shared=False)
     mx.eval(base)
-    start = install_adapters(model.module, replace(layout, dropout=0.0))
-    model.module.update(load_adapter(adapter, start, layout))
+    weights = dict(tree_flatten(module.parameters())) if layout.fine_tune_type == "full" else {}
+    start = install_adapters(module, replace(layout, dropout=0.0))
+    trained = load_adapter(adapter, start, layout)
+    module.update(trained)
     adapted = token_logprobs(model.backbone, tokens, shared=False)
     mx.eval(adapted)
-    layers = fuse_layers(model, dequantize, on_layer)
-    fused = token_logprobs(split_backbone(model.module), tokens, shared=False)
+    if layout.fine_tune_type == "full":
+        layers = _round_tensors(module, weights, dict(tree_flatten(trained)))
+    else:
+        layers = fuse_layers(model, dequantize, on_layer)
+    del weights
+    config = _fused_config(folder.config, module, layers)
+    if dequantize:
+        module = dequantize_model(module)
+        config = {key: value for key, value in config.items() if not key.startswith("quantization")}
+    fused = token_logprobs(split_backbone(module), tokens, shared=False)
     gap = _largest_difference(fused, adapted)
-    config = dict(folder.config)
-    for layer in layers:
-        if layer.quantized and not layer.kept_quantized:
-            for key in ("quantization", "quantization_config"):
-                if key in config:
-                    config[key] = {**config[key], layer.name: False}
     with atomic_folder(output) as partial, wrap_write_errors(output):
-        save(partial, str(folder.path), model.module, folder.tokenizer, config, donate_model=False)
-    change = _largest_difference(adapted, base)
-    return FuseReport(tuple(layers), gap, change)
+        save(partial, str(folder.path), module, folder.tokenizer, config, donate_model=False)
+    return FuseReport(
+        layers=tuple(layers),
+        logps_gap=gap,
+        logps_change=_largest_difference(adapted, base),
+        bytes_before=before,
+        bytes_after=_nbytes(module),
+        fine_tune_type=layout.fine_tune_type,
+    )
 
 
 def fuse_layers(
@@ -126,11 +158,11 @@ def fuse_layers(
         ModelError: mlx-lm can't fuse the adapters of this model.
     """
     fused, reports = [], []
+    dtype = _model_dtype(model.module)
     for name, module in model.module.named_modules():
         if "lora_a" not in module or not hasattr(module, "fuse"):
             continue
-        inner = module["linear"] if "linear" in module else module["embedding"]
-        layer, report = _fuse_layer(name, module, inner, dequantize)
+        layer, report = _fuse_layer(name, module, dtype, dequantize)
         fused.append((name, layer))
         reports.append(report)
         on_layer()
@@ -142,18 +174,186 @@ def fuse_layers(
 
 
 def _fuse_layer(
-    name: str, module: nn.Module, base: nn.Module, dequantize: bool
+    name: str, module: nn.Module, dtype: mx.Dtype, dequantize: bool
 ) -> tuple[nn.Module, FusedLayer]:
+    key = "linear" if "linear" in module else "embedding"
+    base = module[key]
+    plain = _float32_layer(base)
+    before = plain.weight
+    # With a float32 layer in its place, mlx-lm's own formula sums without rounding.
+    module[key] = plain
     exact = module.fuse(dequantize=True)
-    before = _weight(base)
-    size = _norm(_weight(exact) - before)
-    change = size / max(_norm(before), 1e-30)
-    if not hasattr(base, "bits"):
-        return exact, FusedLayer(name, False, change, 0.0, False)
-    rounded = module.fuse(dequantize=False)
-    lost = _norm(_weight(rounded) - _weight(exact)) / size if size else 0.0
-    keep = not dequantize and lost <= LOSS_ALLOWED
-    return (rounded if keep else exact), FusedLayer(name, True, change, lost, keep)
+    module[key] = base
+    change = _norm(exact.weight - before)
+    quantized = hasattr(base, "bits")
+    coarse = not (dequantize or _ROUTER.search(name))
+    found: list[tuple[str, nn.Module, float]] = []
+    for form, layer in _stored_forms(exact, base, dtype):
+        lost = _norm(_float32_layer(layer).weight - exact.weight) / change if change else 0.0
+        found.append((form, layer, lost))
+        if lost <= LOSS_ALLOWED and (coarse or not hasattr(layer, "bits")):
+            break
+    form, layer, lost = found[-1]
+    report = FusedLayer(
+        name=name,
+        quantized=quantized,
+        change=change / max(_norm(before), 1e-30),
+        lost=found[0][2],
+        kept_quantized=hasattr(layer, "bits"),
+        stored=form,
+        lost_stored=lost,
+    )
+    return layer, report
+
+
+def _stored_forms(
+    exact: nn.Module, base: nn.Module, dtype: mx.Dtype
+) -> Iterator[tuple[str, nn.Module]]:
+    """The ways to store a layer, from the base's own to float32, each with its name."""
+    if hasattr(base, "bits"):
+        size, bits, mode = base.group_size, base.bits, base.mode
+        yield f"{bits} bits", _quantized(exact, size, bits, mode, base)
+        size = size if size in (32, 64, 128) else 64
+        if bits < 8 and exact.weight.shape[-1] % size == 0:
+            yield "8 bits", _quantized(exact, size, 8, "affine", base)
+    else:
+        dtype = base.weight.dtype
+    if dtype in _16_BIT:
+        yield str(dtype).removeprefix("mlx.core."), _with_weight(exact, exact.weight.astype(dtype))
+    yield "float32", exact
+
+
+def _quantized(
+    exact: nn.Module, group_size: int | None, bits: int, mode: str, base: nn.Module
+) -> nn.Module:
+    # Affine scales are rounded like the base's, before the weights are quantised with them.
+    dtype = base.scales.dtype if mx.issubdtype(base.scales.dtype, mx.floating) else mx.float32
+    weight = exact.weight.astype(dtype) if mode == "affine" else exact.weight
+    layer = _with_weight(exact, weight)
+    quantized: nn.Module = layer.to_quantized(group_size=group_size, bits=bits, mode=mode)
+    return quantized
+
+
+def _with_weight(layer: nn.Module, weight: mx.array) -> nn.Module:
+    """A layer like `layer` with another weight."""
+    if isinstance(layer, SwitchLinear):
+        other: nn.Module = SwitchLinear(1, 1, 1, bias="bias" in layer)
+    elif isinstance(layer, nn.Embedding):
+        other = nn.Embedding(1, 1)
+    else:
+        other = nn.Linear(1, 1, bias="bias" in layer)
+    other.weight = weight
+    if "bias" in layer:
+        other.bias = layer.bias
+    return other
+
+
+def _float32_layer(layer: nn.Module) -> nn.Module:
+    """A plain layer that holds the weight in float32, dequantised."""
+    plain: nn.Module
+    if isinstance(layer, SwitchLinear | QuantizedSwitchLinear):
+        plain = SwitchLinear(1, 1, 1, bias="bias" in layer)
+    elif isinstance(layer, nn.Embedding | nn.QuantizedEmbedding):
+        plain = nn.Embedding(1, 1)
+    else:
+        plain = nn.Linear(1, 1, bias="bias" in layer)
+    plain.weight = _weight(layer)
+    if "bias" in layer:
+        plain.bias = layer.bias
+    return plain
+
+
+def _weight(layer: nn.Module) -> mx.array:
+    """A layer's weight, dequantised, in float32."""
+    if not hasattr(layer, "bits"):
+        weight: mx.array = layer.weight.astype(mx.float32)
+        return weight
+    scales, biases = layer.scales, layer.get("biases")
+    if layer.mode == "affine":
+        scales, biases = scales.astype(mx.float32), biases.astype(mx.float32)
+    options: dict[str, Any] = {}
+    if "global_scale" in layer:
+        options["global_scale"] = layer.global_scale
+    return mx.dequantize(
+        layer.weight,
+        scales,
+        biases,
+        group_size=layer.group_size,
+        bits=layer.bits,
+        mode=layer.mode,
+        dtype=mx.float32,
+        **options,
+    )
+
+
+def _round_tensors(
+    module: nn.Module, base: dict[str, mx.array], trained: dict[str, mx.array]
+) -> list[FusedLayer]:
+    """Store fully trained tensors in the base's dtype where that keeps the change, in place."""
+    reports, rounded = [], []
+    for name, weight in trained.items():
+        dtype = base[name].dtype
+        change = _norm(weight.astype(mx.float32) - base[name].astype(mx.float32))
+        if not change:
+            rounded.append((name, weight.astype(dtype)))
+            continue
+        lost = _norm(weight.astype(dtype).astype(mx.float32) - weight) / change
+        stored = dtype if lost <= LOSS_ALLOWED else weight.dtype
+        rounded.append((name, weight.astype(stored)))
+        reports.append(
+            FusedLayer(
+                name=name,
+                quantized=False,
+                change=change / max(_norm(base[name].astype(mx.float32)), 1e-30),
+                lost=lost,
+                kept_quantized=False,
+                stored=str(stored).removeprefix("mlx.core."),
+                lost_stored=lost if stored == dtype else 0.0,
+            )
+        )
+    module.update(tree_unflatten(rounded))
+    return reports
+
+
+def _fused_config(
+    base: dict[str, Any], module: nn.Module, layers: list[FusedLayer]
+) -> dict[str, Any]:
+    """The base's configuration, with how each fused layer is stored."""
+    config = dict(base)
+    modules = dict(module.named_modules())
+    changed: dict[str, Any] = {}
+    for layer in layers:
+        if layer.quantized:
+            now = modules[layer.name]
+            changed[layer.name] = layer.kept_quantized and {
+                "group_size": now.group_size,
+                "bits": now.bits,
+                "mode": now.mode,
+            }
+    for key in ("quantization", "quantization_config"):
+        if key in config:
+            config[key] = {**config[key], **changed}
+    if any(layer.stored == "float32" for layer in layers) and not changed:
+        # transformers casts all weights to the dtype named here.
+        config.update({key: "float32" for key in ("dtype", "torch_dtype") if key in config})
+    return config
+
+
+def _model_dtype(module: nn.Module) -> mx.Dtype:
+    """The dtype of the model's hidden states: that of most of its tensors that are not quantised.
+
+    Norms and biases count; packed weights and adapters do not.
+    """
+    counts: dict[mx.Dtype, int] = {}
+    for name, array in tree_flatten(module.parameters()):
+        leaf = name.rpartition(".")[2]
+        if mx.issubdtype(array.dtype, mx.floating) and leaf in ("weight", "scales", "bias"):
+            counts[array.dtype] = counts.get(array.dtype, 0) + 1
+    return max(counts, key=lambda dtype: counts[dtype], default=mx.float32)
+
+
+def _nbytes(module: nn.Module) -> int:
+    return sum(int(array.nbytes) for _, array in tree_flatten(module.parameters()))
 
 
 def _norm(array: mx.array) -> float:
@@ -162,18 +362,3 @@ def _norm(array: mx.array) -> float:
 
 def _largest_difference(a: mx.array, b: mx.array) -> float:
     return float(np.abs(np.array(a) - np.array(b)).max())
-
-
-def _weight(layer: nn.Module) -> mx.array:
-    """A layer's weight, dequantised, in float32."""
-    if not hasattr(layer, "bits"):
-        weight: mx.array = layer.weight.astype(mx.float32)
-        return weight
-    return mx.dequantize(
-        layer.weight,
-        layer.scales,
-        layer.get("biases"),
-        group_size=layer.group_size,
-        bits=layer.bits,
-        mode=layer.mode,
-    ).astype(mx.float32)

@@ -6,15 +6,15 @@ verifies the forward pass, `load_adapters` adds several adapters that take turns
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
+from mlx.utils import tree_map_with_path
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.tokenizer_utils import load as _load_tokenizer
 from mlx_lm.utils import (
@@ -27,13 +27,12 @@ from mlx_lm.utils import (
 from mlx_align.errors import ConfigError, ModelError
 from mlx_align.models import forward, heads
 from mlx_align.models.adapters import (
-    AdapterLayout,
     cast_adapters,
     common_layout,
     install_adapters,
     load_adapter,
     read_layout,
-    read_weights,
+    trained_dtypes,
 )
 from mlx_align.models.backbone import Backbone, split_backbone
 from mlx_align.models.classifiers import is_classifier, load_classifier
@@ -86,6 +85,8 @@ class LanguageModel:
             verification at load; False for families that can't.
         check: The verification's findings, one sentence for the user.
         adapter_dtype: What adapters are cast to when they compute; None for their own dtype.
+        trained_dtypes: What float32 masters of full fine-tuning are cast to when they compute, by
+            name; {} for adapters and for float32 models.
     """
 
     folder: ModelFolder
@@ -93,6 +94,7 @@ class LanguageModel:
     shared: bool
     check: str
     adapter_dtype: mx.Dtype | None = None
+    trained_dtypes: Mapping[str, mx.Dtype] = field(default_factory=dict)
 
     @property
     def packs(self) -> bool:
@@ -106,7 +108,22 @@ class LanguageModel:
 
     def use_adapter(self, weights: AdapterWeights) -> AbstractContextManager[None]:
         """Within the block, the model holds `weights`, cast to `adapter_dtype`."""
-        return use_adapter(self.module, cast_adapters(weights, self.adapter_dtype))
+        cast = cast_adapters(self._computing(weights), self.adapter_dtype)
+        return use_adapter(self.module, cast)
+
+    def hold(self, weights: AdapterWeights) -> None:
+        """Put `weights` into the model for good, float32 masters in the dtype they compute in."""
+        self.module.update(self._computing(weights))
+
+    def _computing(self, weights: AdapterWeights) -> AdapterWeights:
+        if not self.trained_dtypes:
+            return weights
+
+        def cast(name: str, weight: mx.array) -> mx.array:
+            return weight.astype(self.trained_dtypes.get(name, weight.dtype))
+
+        result: AdapterWeights = tree_map_with_path(cast, weights)
+        return result
 
     def token_logprobs(
         self, weights: AdapterWeights, batch: GroupBatch, *, grad_checkpoint: bool = False
@@ -340,8 +357,10 @@ def load_adapters(
     base: AdapterWeights | None = None
     for path in adapters:
         try:
-            base = install_adapters(model.module, layout) if base is None else base
-            loaded.append(base if path is None else _load_whole_adapter(path, base, layout))
+            if base is None:
+                base = install_adapters(model.module, layout)
+                model = replace(model, trained_dtypes=trained_dtypes(model.module, layout))
+            loaded.append(base if path is None else load_adapter(path, base, layout))
         except (ModelError, ConfigError) as error:
             raise ModelError(f"{path}: is --model {folder.name} its base? {error}") from error
     # Nothing is trained: the vocabulary head then runs as a frozen one, even if it has an adapter.
@@ -349,12 +368,3 @@ def load_adapters(
     model.module.eval()
     mx.eval(model.module.parameters(), loaded)
     return model, loaded
-
-
-def _load_whole_adapter(path: Path, base: AdapterWeights, layout: AdapterLayout) -> AdapterWeights:
-    weights = load_adapter(path, base, layout)
-    if read_layout(path) == replace(layout, dropout=read_layout(path).dropout):
-        missing = {name for name, _ in tree_flatten(base)} - set(read_weights(path))
-        if missing:
-            raise ModelError(f"{sorted(missing)[0]} is missing (of {len(missing)} such tensors)")
-    return weights

@@ -18,6 +18,7 @@ from mlx_align.models.adapters import (
     covering_layout,
     install_adapters,
     load_adapter,
+    trained_dtypes,
     weights_within,
 )
 from mlx_align.models.heads import (
@@ -104,11 +105,18 @@ def make_roles(
     mx.random.seed(config.seed)
     everywhere = covering_layout(layout, others)
     fresh = install_adapters(model.module, everywhere)
-    start = fresh if everywhere == layout else weights_within(model.module, fresh, layout)
+    model = replace(model, trained_dtypes=trained_dtypes(model.module, everywhere))
+    if mx.float16 in model.trained_dtypes.values():
+        raise ConfigError(
+            "--fine-tune-type full: the model is in float16, in which gradients below 6e-8 vanish "
+            "and above 65,504 overflow; use lora or dora, or a bf16 model (mlx_lm.convert --dtype "
+            "bfloat16)"
+        )
+    start = fresh if everywhere == layout else weights_within(fresh, layout)
     verify_adapters(model.backbone, folder.vocab_size)
     if init is not None:
         start = load_adapter(init, start, layout)
-        model.module.update(start)
+        model.hold(start)
     if isinstance(config, RewardConfig):
         start = {**start, HEAD_NAME: _start_head(config, model)}
     elif HEAD_NAME in model.module:

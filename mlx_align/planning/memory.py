@@ -292,8 +292,11 @@ def _weight_copies(workload: Workload) -> int:
 def _copies_bytes(model: ModelShape, workload: Workload, parameters: int, copies: int) -> int:
     """Bytes of that many copies of the trained weights, accumulated gradients counted as one."""
     if workload.fine_tune_type == "full":
-        # The initial weights are the model's own.
-        return (copies - 1) * parameters * model.activation_bytes
+        if model.activation_bytes == ADAPTER_BYTES:
+            # The initial weights are the model's own.
+            return (copies - 1) * parameters * ADAPTER_BYTES
+        # Float32 masters, and the 16 bits that an update computes with.
+        return parameters * (copies * ADAPTER_BYTES + model.activation_bytes)
     cast = workload.adapter_bytes if workload.adapter_bytes < ADAPTER_BYTES else 0
     return parameters * (copies * ADAPTER_BYTES + cast)
 

@@ -19,6 +19,8 @@ MAX_HEADER_BYTES = 100_000_000
 _FLOAT_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 _BLOCK = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.(.+)\.weight$")
 _EXPERT = re.compile(r"\bexperts?\.\d+\.")
+# mlx's default group sizes; 64 for the affine mode.
+_GROUP_SIZES = {"mxfp4": 32, "mxfp8": 32, "nvfp4": 16}
 # Parts of multimodal checkpoints that are not loaded for text.
 _NOT_TEXT = ("vision", "visual", "audio", "image", "multi_modal_projector", "embed_vision")
 
@@ -188,7 +190,9 @@ def _linears(
         inputs = tensor.shape[-1]
         if scales is not None:
             own = quantization.get(base)
-            group = (own if isinstance(own, dict) else quantization).get("group_size", 64)
+            own = {**quantization, **(own if isinstance(own, dict) else {})}
+            # mlx_lm.convert writes null for a mode's default, for example with mixed_3_6.
+            group = own.get("group_size") or _GROUP_SIZES.get(str(own.get("mode")), 64)
             inputs = scales.shape[-1] * int(group)
             nbytes += scales.nbytes + getattr(tensors.get(base + ".biases"), "nbytes", 0)
         nbytes += tensor.nbytes

@@ -7,12 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 Floats = npt.NDArray[np.float64]
 
+# Rewards that differ by less, relative to the larger of 1 and themselves, are the same: float32
+# scores of equal completions differ so much, and normalising would turn that into a signal.
+SAME_REWARD = 1e-6
 STD_EPSILON = 1e-4  # added to a deviation, as in GRPO and TRL
 WHITEN_EPSILON = 1e-8  # added to a variance, as in TRL's PPO
 
@@ -164,20 +168,47 @@ def leave_one_out(rewards: npt.ArrayLike) -> Floats:
     return _centred(table) * count / np.maximum(count - 1, 1)
 
 
-def whitened(rewards: npt.ArrayLike) -> Floats:
-    """Rewards whitened over the whole batch, ignoring groups. Source: Hu et al. 2025."""
+def whitened(rewards: npt.ArrayLike, tokens: npt.ArrayLike | None = None) -> Floats:
+    """Rewards whitened over all tokens of the batch, ignoring groups.
+
+    Args:
+        rewards: (B, G).
+        tokens: (B, G) tokens of each completion, whose advantages are all its own; a long
+            completion counts as often as it has tokens. None to count each completion once.
+
+    Source: Hu et al. 2025 (REINFORCE++); verl and OpenRLHF whiten over tokens, too.
+    """
     table = np.asarray(rewards, np.float64)
-    return whiten(table, _given(table))
+    return _whiten_weighted(table, _given(table) * (1 if tokens is None else np.asarray(tokens)))
 
 
-def centred_whitened(rewards: npt.ArrayLike) -> Floats:
-    """`centred`, then whitened over the batch. Source: Hu et al. 2025 (REINFORCE++-baseline)."""
+def centred_whitened(rewards: npt.ArrayLike, tokens: npt.ArrayLike | None = None) -> Floats:
+    """`centred`, then `whitened`; groups of equal rewards keep 0.
+
+    Source: Hu et al. 2025 (REINFORCE++-baseline).
+    """
     table = np.asarray(rewards, np.float64)
-    advantages = whiten(_centred(table), _given(table))
-    return np.where(_equal(table), 0.0, advantages)
+    weights = _given(table) * (1 if tokens is None else np.asarray(tokens))
+    return np.where(_equal(table), 0.0, _whiten_weighted(_centred(table), weights))
 
 
-GROUP_ADVANTAGES: dict[str, Callable[[npt.ArrayLike], Floats]] = {
+# Advantages that are whitened over tokens and take their number as a second argument.
+WHITENED_OVER_TOKENS = {"whitened": whitened, "centred_whitened": centred_whitened}
+
+
+def _whiten_weighted(values: Floats, weights: npt.NDArray[Any]) -> Floats:
+    """`whiten` of values that occur `weights` times each; 0 where the weight is 0."""
+    real, total = weights > 0, weights.sum()
+    result = np.zeros(values.shape)
+    inside, counts = values[real], weights[real]
+    if total > 1 and inside.size and inside.max() - inside.min() > _rounding(inside):
+        mean = (inside * counts).sum() / total
+        variance = (np.square(inside - mean) * counts).sum() / (total - 1)
+        result[real] = (inside - mean) / np.sqrt(variance + WHITEN_EPSILON)
+    return result
+
+
+GROUP_ADVANTAGES: dict[str, Callable[..., Floats]] = {
     "centred": centred,
     "group_std": group_std,
     "batch_std": batch_std,
@@ -220,11 +251,17 @@ def _given(rewards: Floats) -> npt.NDArray[np.bool_]:
 
 
 def _equal(rewards: Floats) -> npt.NDArray[np.bool_]:
-    """(B, 1) whether a group has no two different rewards."""
+    """(B, 1) whether a group has no two rewards that differ by more than rounding."""
     given = _given(rewards)
     low = np.where(given, rewards, np.inf).min(axis=1, keepdims=True, initial=np.inf)
     high = np.where(given, rewards, -np.inf).max(axis=1, keepdims=True, initial=-np.inf)
-    return low >= high
+    largest = np.maximum(np.abs(np.where(np.isfinite(low), low, 0)), np.abs(high))
+    return high - low <= SAME_REWARD * np.maximum(1.0, np.where(np.isfinite(high), largest, 0))
+
+
+def _rounding(values: Floats) -> float:
+    """The difference up to which values are the same."""
+    return SAME_REWARD * max(1.0, float(np.abs(values).max()))
 
 
 def _centred(rewards: Floats) -> Floats:

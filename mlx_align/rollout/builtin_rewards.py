@@ -30,6 +30,7 @@ _MAX_DIGITS = 40
 _NUMBER = re.compile(
     r"(?P<sign>(?<![\w.)}\]])[-−])?\$?(?P<inner>(?<=\$)[-−])?"
     r"(?P<top>\d{1,3}(?:,\d{3}){1,13}(?!,?\d)(?:\.\d+)?|\d+(?:\.\d+)?|\.\d+)"
+    r"(?:[eE](?P<power>[-+−]?\d{1,3})(?!\w|\.\d))?"
     r"(?:\s?/\s?(?P<bottom>\d+(?:\.\d+)?))?",
     re.ASCII,
 )
@@ -52,12 +53,14 @@ class CompletionFacts:
         finished: Whether the end token was sampled; False if the completion was truncated.
         max_tokens: The longest completion allowed.
         token_ids: The tokens sampled, end token included.
+        opened: What the prompt left open: `<think>` where the chat template writes it, else "".
     """
 
     tokens: int
     finished: bool
     max_tokens: int
     token_ids: tuple[int, ...] = ()
+    opened: str = ""
 
 
 Columns = Mapping[str, Any]
@@ -69,9 +72,9 @@ def exact_answer(*, column: str = "answer") -> Reward:
 
     A completion's final answer is the text after its last `####`, else the content of its last
     `\boxed{}`, else its last number. The gold answer is the column `column`, or the answer marked
-    in it. Numbers are compared as numbers: 1,200 equals $1200.00, and 0.5 equals 1/2; % is
-    ignored. A gold answer that is not a number is compared as text, ignoring whitespace and case,
-    with the marked answer or, without one, with the whole completion.
+    in it. Numbers are compared as numbers: 1,200 equals $1200.00 and 1.2e3, and 0.5 equals 1/2; %
+    is ignored. A gold answer that is not a number is compared as text, ignoring whitespace and
+    case, with the marked answer or, without one, with the whole completion.
 
     Source: GSM8K (Cobbe et al. 2021), whose solutions end with `#### 72`.
     """
@@ -107,10 +110,11 @@ def format(*, pattern: str = THINK_ANSWER) -> Reward:
     r"""1 if the whole completion matches a regular expression, else 0; `.` matches newlines.
 
     The default pattern is `<think>…</think>` followed by `<answer>…</answer>`, once each, and
-    nothing else.
+    nothing else. Where the chat template's prompt ends with `<think>`, it counts as part of the
+    completion.
     """
     compiled = _compiled(pattern, re.DOTALL)
-    return lambda text, facts, columns: float(compiled.fullmatch(text) is not None)
+    return lambda text, facts, columns: float(compiled.fullmatch(facts.opened + text) is not None)
 
 
 def regex(*, pattern: str) -> Reward:
@@ -274,4 +278,8 @@ def _value(match: re.Match[str]) -> Fraction | None:
     if max(len(top), len(bottom)) > _MAX_DIGITS or not Fraction(bottom):
         return None
     value = Fraction(top) / Fraction(bottom)
+    power = int((match["power"] or "0").replace("−", "-"))
+    if abs(power) > _MAX_DIGITS:
+        return None
+    value *= Fraction(10) ** power
     return -value if match["sign"] or match["inner"] else value

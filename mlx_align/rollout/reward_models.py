@@ -2,22 +2,27 @@
 
 A reward model trained on the policy's own base is an adapter on it and shares its memory. Any
 other reward model is a second model in memory.
+
+A reward model is read at the end token, where it was trained. A completion that was truncated gets
+an end token appended for it, as `score` and `rerank` append one to text.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
 
-from mlx_align.data.buckets import AnyShape
+from mlx_align.data.buckets import LENGTH_MULTIPLE, AnyShape, Shape
+from mlx_align.data.chat_template import inspect_chat_template
 from mlx_align.inference.reward_model import RewardModel
 from mlx_align.inference.scoring import make_reward_scorer, score_groups
 from mlx_align.models.loading import LanguageModel
 from mlx_align.models.weights import AdapterWeights
 from mlx_align.rollout.sampler import Completions
-from mlx_align.types import Message, PromptGroup
+from mlx_align.types import Message, PromptGroup, TokenizedGroup
 
 Scores = npt.NDArray[np.float64]
 # N completions -> (N,) scores, NaN for a completion that can't be scored.
@@ -37,14 +42,42 @@ class AdapterRewardModel:
         self, model: LanguageModel, weights: AdapterWeights, shapes: Sequence[AnyShape]
     ) -> None:
         self._scorer = make_reward_scorer(model)
-        self._weights, self._shapes = weights, shapes
+        self._weights = weights
+        # A truncated completion of the longest length is one token longer with its end token.
+        widest = max(shape.completion for shape in shapes)
+        room = [
+            shape._replace(completion=widest + LENGTH_MULTIPLE)
+            for shape in shapes
+            if isinstance(shape, Shape) and shape.completion == widest
+        ]
+        self._shapes = [*shapes, *room]
+        self._style = inspect_chat_template(model.folder.tokenizer)
 
     def __call__(self, completions: Completions) -> Scores:
         """(N,) scores; of an ensemble, the mean of its members."""
-        found = score_groups(
-            self._scorer, self._weights, completions.groups, self._shapes, per_token=False
-        )
+        groups = self._ended(completions)
+        found = score_groups(self._scorer, self._weights, groups, self._shapes, per_token=False)
         return np.array([row.mean() for group in found for row in group], np.float64)
+
+    def _ended(self, completions: Completions) -> list[TokenizedGroup]:
+        """The groups, with an end token after every truncated completion."""
+        size, groups = completions.group_size, []
+        for place, (prompt, group) in enumerate(
+            zip(completions.prompts, completions.groups, strict=True)
+        ):
+            finished = completions.finished[place * size : (place + 1) * size]
+            end = self._style.eos
+            if not isinstance(prompt.text.prompt, str) and self._style.ending:
+                end = self._style.ending[0]
+            if finished.all() or end is None:
+                groups.append(group)
+                continue
+            ended = tuple(
+                ids if done else np.append(ids, np.int32(end))
+                for ids, done in zip(group.completions, finished, strict=True)
+            )
+            groups.append(replace(group, completions=ended))
+        return groups
 
 
 class SeparateRewardModel:

@@ -121,8 +121,16 @@ class Rewards(AbstractContextManager["Rewards"]):
         """
         size, limit = completions.group_size, completions.mask.shape[1]
         facts = [
-            CompletionFacts(len(ids), bool(finished), limit, tuple(ids.tolist()))
-            for ids, finished in zip(completions.token_ids(), completions.finished, strict=True)
+            CompletionFacts(
+                len(ids),
+                bool(finished),
+                limit,
+                tuple(ids.tolist()),
+                completions.opened[n // size] if completions.opened else "",
+            )
+            for n, (ids, finished) in enumerate(
+                zip(completions.token_ids(), completions.finished, strict=True)
+            )
         ]
         table = self._functions(
             [prompt.text for prompt in completions.prompts],

@@ -46,6 +46,7 @@ class Completions:
             truncated at the longest length allowed.
         sampler_logprobs: (N, C) nats, log-probs of the tokens as reported by the sampler.
         mask: (N, C) bool, True where there is a token.
+        opened: (B,) `<think>` for prompts that end with it, else "".
     """
 
     prompts: Sequence[Prompt]
@@ -54,6 +55,7 @@ class Completions:
     finished: npt.NDArray[np.bool_]
     sampler_logprobs: Floats
     mask: npt.NDArray[np.bool_]
+    opened: Sequence[str] = ()
 
     @property
     def group_size(self) -> int:
@@ -90,6 +92,7 @@ class Completions:
             finished=self.finished[rows],
             sampler_logprobs=self.sampler_logprobs[rows],
             mask=self.mask[rows],
+            opened=[self.opened[index] for index in prompts] if self.opened else (),
         )
 
     @staticmethod
@@ -102,6 +105,7 @@ class Completions:
             finished=np.concatenate([part.finished for part in parts]),
             sampler_logprobs=np.concatenate([part.sampler_logprobs for part in parts]),
             mask=np.concatenate([part.mask for part in parts]),
+            opened=[opened for part in parts for opened in part.opened],
         )
 
 
@@ -162,7 +166,16 @@ def sample_completions(
         finished=np.array([one.finished for one in flat], np.bool_),
         sampler_logprobs=pad_rows([one.logps for one in flat], max_tokens),
         mask=np.arange(max_tokens)[None] < np.array([len(one.tokens) for one in flat])[:, None],
+        opened=[_opened(decode(prompt[-_TAIL_TOKENS:])) for prompt in ids],
     )
+
+
+# `<think>` may be several tokens, with a newline after it.
+_TAIL_TOKENS = 12
+
+
+def _opened(tail: str) -> str:
+    return "<think>" if tail.rstrip().endswith("<think>") else ""
 
 
 # ---------------------------------------------------------------- one completion per prompt

@@ -190,15 +190,28 @@ def _read(
         raise ModelError(f"{folder}: not a checkpoint of this command ({what})") from error
     weights: dict[str, AdapterWeights] = {}
     for name, start in fresh.items():
+        flat[name] = _as_masters(flat[name], dict(tree_flatten(start)))
         if _kinds(flat[name]) != _kinds(dict(tree_flatten(start))):
             raise ModelError(f"{folder}: its adapters don't fit this model; was --model changed?")
         weights[name] = tree_unflatten(list(flat[name].items()))
     for name, optimizer in optimizers.items():
+        states[name] = _as_masters(states[name], dict(tree_flatten(optimizer.state)))
         if _kinds(states[name]) != _kinds(dict(tree_flatten(optimizer.state))):
             raise ModelError(f"{folder}: its {name} optimizer is not one of this run")
         optimizer.state = tree_unflatten(list(states[name].items()))
     restore_random_key(high, low)
     return State(progress, weights, optimizers, extra)
+
+
+def _as_masters(
+    tensors: Mapping[str, mx.array], wanted: Mapping[str, mx.array]
+) -> dict[str, mx.array]:
+    """16-bit weights of full fine-tuning, as earlier versions wrote them, in float32."""
+    masters = {name for name, one in wanted.items() if one.dtype == mx.float32}
+    return {
+        name: one.astype(mx.float32) if one.dtype == mx.bfloat16 and name in masters else one
+        for name, one in tensors.items()
+    }
 
 
 def _kinds(tensors: Mapping[str, mx.array]) -> dict[str, tuple[Any, ...]]:

@@ -19,6 +19,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import mlx.core as mx
 import numpy as np
 
 from mlx_align.algorithms.base import CompletionLogprobs
@@ -28,10 +29,11 @@ from mlx_align.data.buckets import AnyShape, BatchLimit, plan_shapes
 from mlx_align.errors import ConfigError
 from mlx_align.inference.scoring import Scorer, score_groups
 from mlx_align.models.adapters import fingerprint_folder
+from mlx_align.models.loading import LanguageModel
 from mlx_align.models.policy import Policy
 from mlx_align.models.weights import AdapterWeights
 from mlx_align.system.progress import Console
-from mlx_align.tracking.run_dir import write_json
+from mlx_align.tracking.run_dir import package_versions, write_json
 from mlx_align.types import Logps, TokenizedGroup
 
 # Part of every key. Raise it when the same inputs give other numbers.
@@ -56,14 +58,38 @@ def default_cache_folder() -> Path:
     return base / "mlx-align" / "reference"
 
 
-def reference_key(model_folder: Path, adapter_folder: Path | None, adapter_dtype: str) -> str:
-    """A hash of the base's weights, the adapter that training starts from, and its dtype."""
+def reference_key(
+    model_folder: Path, adapter_folder: Path | None, adapter_dtype: str, computed: str = ""
+) -> str:
+    """A hash of all that the log-probs depend on, besides the tokens.
+
+    Args:
+        model_folder: The base model; its weights and configuration count.
+        adapter_folder: The adapter that training starts from.
+        adapter_dtype: The dtype in which it computes.
+        computed: How rows are computed, see `describe_computation`.
+
+    The versions of mlx and mlx-lm count too: a family's code, and with it its log-probs, may change
+    between them.
+    """
     parts = [f"v{VERSION}", fingerprint_folder(model_folder)]
+    versions = package_versions()
+    parts += [f"{name} {versions[name]}" for name in ("mlx", "mlx-lm")]
+    parts.append(computed)
     if adapter_folder is not None:
         parts.append(fingerprint_folder(adapter_folder, "adapter*"))
     if adapter_dtype != "float32":
         parts.append(adapter_dtype)
     return hashlib.blake2b("/".join(parts).encode(), digest_size=16).hexdigest()
+
+
+def describe_computation(model: LanguageModel) -> str:
+    """How a model computes log-probs: with shared prompts or not, packed or not, on what device."""
+    backbone = model.backbone
+    return (
+        f"shared {model.shared}, packed {backbone.packs}, mask axes {backbone.mask_axes}, caches "
+        f"{backbone.flat_caches}, temperature {backbone.temperature:g}, {mx.default_device()}"
+    )
 
 
 class ReferenceCache:
@@ -223,7 +249,12 @@ def reference_logprobs(
     used = used_groups(config, groups, shapes, microbatches)
     cache_folder = Path(getattr(config, "reference_cache", None) or default_cache_folder())
     adapter = Path(config.init_adapter) if config.init_adapter else None
-    key = reference_key(policy.model.folder.path, adapter, config.adapter_dtype)
+    key = reference_key(
+        policy.model.folder.path,
+        adapter,
+        config.adapter_dtype,
+        describe_computation(policy.model),
+    )
     cache = ReferenceCache(cache_folder.expanduser(), key)
     parts = {
         "training data": ([groups[i] for i in used], shapes),

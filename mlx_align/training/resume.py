@@ -20,6 +20,7 @@ import numpy as np
 from mlx_align.config import TrainConfig
 from mlx_align.config.schema import fixed_options, flag_of, to_yaml
 from mlx_align.errors import ConfigError, ModelError
+from mlx_align.inference.trained_run import FINGERPRINTS_FILE, INIT_ADAPTER
 from mlx_align.models.adapters import fingerprint_folder
 from mlx_align.system.atomic_io import wrap_write_errors, write_text
 from mlx_align.tracking.run_dir import (
@@ -31,11 +32,10 @@ from mlx_align.tracking.run_dir import (
 )
 from mlx_align.types import TokenizedGroup
 
-FINGERPRINTS_FILE = "fingerprints.json"
 # The option that names a part.
 OPTIONS = {
     "model": " (--model)",
-    "init adapter": " (--init-adapter)",
+    INIT_ADAPTER: " (--init-adapter)",
     "training data": " (--data)",
     "held-out data": " (--data)",
     "prompts": " (--data)",
@@ -100,7 +100,7 @@ def fingerprints(
     """
     hashes = {"model": fingerprint_folder(model_folder)}
     if config.init_adapter is not None:
-        hashes["init adapter"] = fingerprint_folder(Path(config.init_adapter), "*adapter*")
+        hashes[INIT_ADAPTER] = fingerprint_folder(Path(config.init_adapter), "*adapter*")
     hashes.update((name, fingerprint_groups(groups)) for name, groups in data.items())
     hashes.update(others or {})
     options = fixed_options(config)

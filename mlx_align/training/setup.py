@@ -186,6 +186,8 @@ def resolve_layout(config: TrainConfig) -> AdapterLayout:
     if config.fine_tune_type is not None:
         layout = replace(layout, fine_tune_type=config.fine_tune_type)
     _refuse_without_effect(config, layout)
+    if config.num_layers == 0:
+        raise ConfigError("--num-layers 0: nothing would be trained; give 1 or more, or -1 for all")
     rank = config.lora_rank or layout.rank
     if init is not None and rank < init.rank:
         raise ConfigError(

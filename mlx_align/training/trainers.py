@@ -184,7 +184,7 @@ class OfflineTrainer:
         self._window = MetricsWindow.restored(state["window"])
         if self.evaluation is not None:
             self.evaluation.restore_best(state["best"])
-        self._model.module.update(self.weights["policy"])
+        self._model.hold(self.weights["policy"])
 
     def rate(self) -> float | None:
         """Tokens per second; None if too few updates were timed."""

@@ -21,6 +21,7 @@ from mlx_align.rollout.collector import RolloutCollector
 from mlx_align.rollout.reward_functions import combine
 from mlx_align.training import run as training_run
 from mlx_align.training.evaluation import RolloutEvaluation
+from mlx_align.types import Message, PromptGroup
 
 TINY = Path(__file__).parents[1] / "oracle" / "models" / "policy"
 SMALL = {
@@ -196,8 +197,38 @@ def test_reward_adapter_scores_like_the_standalone_reward_model(train, collector
     rollouts = collector.sample(collector.policy.start, collector.prompts[:4], (9,))
     ours = collector.rewards(rollouts).total
     alone = RewardModel.load(str(TINY), reward_run)
-    theirs = np.concatenate([s[:, 0] for s in alone.score_tokens(rollouts.groups)])
+    # A reward model is read at the end token; truncated completions get one, as text does.
+    assert not rollouts.finished.all()
+    (end,) = alone.style.ending[:1] or (alone.style.eos,)
+    size = rollouts.group_size
+    ended = [
+        replace(
+            group,
+            completions=tuple(
+                ids if rollouts.finished[b * size + k] else np.append(ids, np.int32(end))
+                for k, ids in enumerate(group.completions)
+            ),
+        )
+        for b, group in enumerate(rollouts.groups)
+    ]
+    theirs = np.concatenate([s[:, 0] for s in alone.score_tokens(ended)])
     np.testing.assert_allclose(ours, theirs, atol=1e-5)
+    # What `score` and `rerank` say of the same text, where it is tokenised as it was sampled.
+    texts = [PromptGroup(p.text.prompt, ("",), "row") for p in rollouts.prompts]
+    same = 0
+    for b, (group, tokens) in enumerate(zip(texts, ended, strict=True)):
+        mine = rollouts.texts[b * size : (b + 1) * size]
+        answers = tuple(mine)
+        if not isinstance(group.prompt, str):
+            answers = tuple((Message("assistant", text),) for text in mine)
+        (scored,) = alone.score_groups([replace(group, completions=answers)])
+        if scored.scores is None:
+            continue
+        for k, ids in enumerate(scored.tokens.completions):
+            if np.array_equal(ids, tokens.completions[k]):
+                same += 1
+                assert scored.scores[k] == pytest.approx(ours[b * size + k], abs=1e-5)
+    assert same
 
 
 def test_reward_model_on_another_base_is_a_second_model(train, models, reward_run, capsys):

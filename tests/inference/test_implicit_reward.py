@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 from itertools import pairwise
 from pathlib import Path
 
@@ -24,7 +25,13 @@ from mlx_align.inference.implicit_reward import (
 from mlx_align.inference.rerank import make_ranking
 from mlx_align.inference.scoring import GroupScores, make_group
 from mlx_align.inference.trained_run import ImplicitRewardSettings, read_trained_run
-from mlx_align.models.adapters import AdapterLayout, common_layout, install_adapters, save_adapter
+from mlx_align.models.adapters import (
+    AdapterLayout,
+    common_layout,
+    fingerprint_folder,
+    install_adapters,
+    save_adapter,
+)
 from mlx_align.models.loading import load_module
 from mlx_align.types import Message, TokenizedGroup
 
@@ -199,10 +206,26 @@ def test_beta_is_the_runs(tmp_path):
         settings("default", config(), beta=-1)
 
 
+def test_a_reference_that_was_trained_again(tmp_path):
+    first = adapter(tmp_path / "first", AdapterLayout(rank=2))
+    folder = adapter(tmp_path / "run", AdapterLayout(rank=2), config(init_adapter=str(first)))
+    hashes = {"hashes": {"init adapter": fingerprint_folder(first, "*adapter*")}}
+    (folder / "fingerprints.json").write_text(json.dumps(hashes))
+    load_implicit_reward(str(TINY), folder)
+    shutil.rmtree(first)
+    adapter(first, AdapterLayout(rank=2), seed=9)
+    with pytest.raises(ModelError, match="which has changed since the run began"):
+        load_implicit_reward(str(TINY), folder)
+    # The one it started from, kept elsewhere, can be named.
+    load_implicit_reward(str(TINY), folder, reference_adapter=first)
+
+
 def test_a_reference_that_is_gone(tmp_path):
     start = config(init_adapter=str(tmp_path / "gone"))
     folder = adapter(tmp_path / "run", AdapterLayout(rank=2), start)
-    with pytest.raises(ModelError, match="pass its current location with --reference-adapter"):
+    with pytest.raises(
+        ModelError, match="pass the adapter it started from with --reference-adapter"
+    ):
         load_implicit_reward(str(TINY), folder)
     with pytest.raises(ModelError, match="--reference-adapter nowhere: no such folder"):
         load_implicit_reward(str(TINY), folder, reference_adapter="nowhere")

@@ -21,6 +21,7 @@ from mlx_align.inference.scoring import make_logprob_scorer, score_groups
 from mlx_align.losses.registry import combine, parse_losses
 from mlx_align.models.adapters import AdapterLayout, install_adapters, save_adapter
 from mlx_align.models.loading import load_module
+from mlx_align.training import reference
 from mlx_align.training.reference import reference_key
 from mlx_align.types import TokenizedGroup
 
@@ -107,6 +108,20 @@ def test_refusals(dpo, capsys):
 def test_the_reference_is_another_one(bf16, start):
     keys = [reference_key(bf16, start, name) for name in ("float32", "bfloat16")]
     assert keys[0] != keys[1]
+
+
+def test_a_reference_computed_otherwise_is_another_one(bf16, monkeypatch):
+    def key(computed="shared True"):
+        return reference_key(bf16, None, "float32", computed)
+
+    before = key()
+    assert key() == before
+    assert key("shared False") != before
+    versions = reference.package_versions()
+    for name in ("mlx", "mlx-lm"):
+        changed = {**versions, name: "99.9"}
+        monkeypatch.setattr(reference, "package_versions", lambda changed=changed: changed)
+        assert key() != before
 
 
 def random_pairs(count, prompt, completion, seed=0):

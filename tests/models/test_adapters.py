@@ -113,6 +113,49 @@ def test_what_cannot_be_mapped_is_refused(tmp_path):
         load(AdapterLayout("dora", rank=8))
 
 
+def test_only_the_rank_may_be_padded(tmp_path):
+    # An adapter of a smaller base: its missing rows would be filled with random numbers.
+    layout = AdapterLayout(rank=4)
+    saved_adapter(tmp_path / "a", layout)
+    file = tmp_path / "a" / "adapters.safetensors"
+    whole = dict(mx.load(str(file)))
+    name = "model.layers.0.self_attn.q_proj.lora_a"
+
+    def load(weights, wanted=layout, **options):
+        mx.save_safetensors(str(file), weights)
+        fresh = install_adapters(make_model("llama"), wanted)
+        return load_adapter(tmp_path / "a", fresh, wanted, **options)
+
+    for keep in (False, True):
+        with pytest.raises(ModelError, match=rf"{name} has shape .*; is --model its base\?"):
+            load({**whole, name: whole[name][:-1]}, keep_rank=keep)
+        narrow = name.replace("lora_a", "lora_b")
+        with pytest.raises(ModelError, match=rf"{narrow} has shape"):
+            load({**whole, narrow: whole[narrow][:, :-1]}, keep_rank=keep)
+    for wanted in (layout, AdapterLayout(rank=8)):
+        with pytest.raises(ModelError, match=rf"{name} is missing \(1 such tensors\)"):
+            load({k: v for k, v in whole.items() if k != name}, wanted)
+    with pytest.raises(ModelError, match=r"it adapts model\.layers\.7\.x\.lora_a"):
+        load({**whole, "model.layers.7.x.lora_a": mx.zeros((2, 2))})
+    # In the model, but not in what its configuration says that it adapts.
+    config = {**layout.to_mlx_lm(), "num_layers": 1}
+    (tmp_path / "a" / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(
+        ModelError, match=r"is not in the layers that its adapter_config\.json names"
+    ):
+        load(whole)
+
+
+def test_no_layers_is_not_all_layers(tmp_path):
+    with pytest.raises(ConfigError, match="--num-layers 0: the model has 2 blocks; give 1 to 2"):
+        install_adapters(make_model("llama"), AdapterLayout(num_layers=0))
+    # mlx-lm reads 0 as all blocks, and so do adapters that it wrote.
+    saved_adapter(tmp_path / "a", AdapterLayout(rank=4))
+    config = {**AdapterLayout(rank=4).to_mlx_lm(), "num_layers": 0}
+    (tmp_path / "a" / "adapter_config.json").write_text(json.dumps(config))
+    assert read_layout(tmp_path / "a").num_layers == -1
+
+
 def test_wrong_layouts_are_named():
     with pytest.raises(ConfigError, match="--num-layers 9: the model has 2 blocks"):
         install_adapters(make_model("llama"), AdapterLayout(num_layers=9))

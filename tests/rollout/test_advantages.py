@@ -9,6 +9,7 @@ import pytest
 
 from mlx_align.rollout.advantages import (
     GROUP_ADVANTAGES,
+    WHITENED_OVER_TOKENS,
     AdaptiveKL,
     gae,
     leave_one_out,
@@ -146,6 +147,32 @@ def test_equal_rewards_are_exactly_zero(name):
         return
     assert (advantages[:3] == 0).all()
     assert advantages[3].any()
+
+
+@EVERY
+def test_rewards_that_differ_by_rounding_are_equal(name):
+    for size in (1.0, 1e4, 1e-3):
+        near = size + size * 1e-9 * np.arange(4)[None]
+        assert not GROUP_ADVANTAGES[name](near).any()
+    assert zero_variance_share(near) == 1
+    assert GROUP_ADVANTAGES[name]([[0.0, 1e-3]]).all()
+
+
+@pytest.mark.parametrize("name", ["whitened", "centred_whitened"])
+def test_reinforce_pp_whitens_over_tokens(name):
+    """As verl's masked_whiten and OpenRLHF do: a completion counts as often as it has tokens."""
+    generator = np.random.default_rng(0)
+    rewards = generator.normal(size=(3, 4))
+    tokens = generator.integers(1, 9, (3, 4))
+    mask = np.arange(9) < tokens.reshape(-1, 1)
+    centre = rewards.mean(axis=1, keepdims=True) if name == "centred_whitened" else 0
+    spread = (rewards - centre).reshape(-1, 1) * np.ones(9)
+    expected = whiten(spread, mask)
+    got = WHITENED_OVER_TOKENS[name](rewards, tokens).reshape(-1, 1) * mask
+    assert got == pytest.approx(expected)
+    inside = got[mask]
+    assert inside.mean() == pytest.approx(0, abs=1e-12)
+    assert inside.std(ddof=1) == pytest.approx(1)
 
 
 def test_leave_one_out_is_what_its_name_says():

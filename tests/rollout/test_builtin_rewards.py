@@ -116,6 +116,31 @@ def test_format_as_it_is_by_default(text, fits):
     assert reward("format", text) == fits
 
 
+def test_format_where_the_template_opened_the_thinking():
+    (parsed,) = parse_rewards(["format"])
+    opened = CompletionFacts(1, True, 100, opened="<think>")
+    answer = "a</think><answer>b</answer>"
+    assert parsed.builtin(answer, opened, {}) == 1
+    assert parsed.builtin("<think>" + answer, opened, {}) == 0
+    assert reward("format", answer) == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "answer", "right"),
+    [
+        ("It is 2e3.", "2000", 1),
+        ("#### 2E3", "2000", 1),
+        (r"\boxed{1.5e-3}", "0.0015", 1),
+        ("2000", "2e3", 1),
+        ("2e3", "2", 0),
+        ("the 2e3rd", "2000", 0),
+        ("1e999", "7", 0),
+    ],
+)
+def test_powers_of_ten(text, answer, right):
+    assert reward("exact_answer", text, answer=answer) == right
+
+
 def test_patterns():
     assert reward(r"format(pattern='a.*b')", "a\nb") == 1
     assert reward(r"format(pattern='a.*b')", "a\nb.") == 0

@@ -1,0 +1,40 @@
+"""`mlx-align export`: write a run's adapter for other libraries."""
+
+from __future__ import annotations
+
+import json as json_module
+from pathlib import Path
+from typing import Any
+
+import click
+
+from mlx_align.cli.options import Command, config_options, given, json_option
+from mlx_align.config import AdapterExportConfig, make_config
+from mlx_align.system.starter import resolve_starter
+
+
+@click.command(cls=Command, short_help="Write a run's adapter for transformers (PEFT).")
+@config_options(AdapterExportConfig)
+@json_option("Print the report as JSON.")
+def export(json: bool, **options: Any) -> None:
+    """Write the adapter of a run as PEFT does, for transformers, vLLM and others.
+
+    LoRA and DoRA adapters of linear layers. Reward models are exported by `mlx-align reward
+    export`; `mlx-align fuse` makes one model of base and adapter.
+    """
+    from mlx_align.inference.export import export_peft_adapter
+    from mlx_align.models.loading import open_model
+    from mlx_align.system.console import Console
+
+    console = Console(json)
+    config = make_config(AdapterExportConfig, given(options), None, "command line")
+    folder = open_model(resolve_starter(config.model, "model"))
+    layers = export_peft_adapter(folder, Path(config.adapter_path), Path(config.output))
+    if json:
+        report = {"output": config.output, "format": config.format, "layers": layers}
+        click.echo(json_module.dumps(report, indent=2))
+        return
+    console.note(
+        f"Wrote {layers} adapted layers in PEFT's format to {config.output}.\n"
+        f"Load it: PeftModel.from_pretrained(model, {config.output!r})"
+    )

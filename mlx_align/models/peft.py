@@ -1,0 +1,245 @@
+"""Adapters of PEFT (transformers' ecosystem): read as if mlx-lm had written them, and written.
+
+PEFT keeps A (r, in) and B (out, r), and a scale per layer: alpha/r, or alpha/√r with rsLoRA, where
+patterns give single layers their own alpha and rank. Here A and B are transposed, the largest rank
+is that of the whole adapter, and differences of scale are folded into B. What can't be expressed so
+is refused by name.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from mlx_align.errors import ModelError
+from mlx_align.models.weights import read_tensors
+
+PEFT_WEIGHTS = "adapter_model.safetensors"
+PEFT_CONFIG = "adapter_config.json"
+
+_PREFIX = "base_model.model."
+_TENSOR = re.compile(
+    r"base_model\.model\.(?P<module>.+)\.lora_"
+    r"(?P<part>A|B|embedding_A|embedding_B|magnitude_vector)(?:\.weight)?"
+)
+_LEAVES = {"A": "lora_a", "B": "lora_b", "magnitude_vector": "m"}
+# Options of PEFT under which an adapter computes something else than a LoRA or DoRA update.
+_UNSUPPORTED = (
+    "modules_to_save",
+    "lora_bias",
+    "use_qalora",
+    "alora_invocation_tokens",
+    "trainable_token_indices",
+    "target_parameters",
+    "layer_replication",
+    "velora_config",
+    "monteclora_config",
+    "use_bdlora",
+    "arrow_config",
+    "kasa_config",
+)
+# Initialisations that leave the base model's weights as they are.
+_PLAIN_STARTS = (True, False, None, "gaussian", "orthogonal", "eva")
+
+
+def is_peft(folder: Path) -> bool:
+    """Whether a folder holds an adapter that PEFT wrote, and none of mlx-lm."""
+    return (folder / PEFT_WEIGHTS).is_file() and not (folder / "adapters.safetensors").is_file()
+
+
+def read_peft_config(folder: Path) -> dict[str, Any]:
+    """PEFT's configuration of an adapter, checked to be one that can be mapped.
+
+    Raises:
+        ModelError: It can't be read, or the adapter can't be mapped; the message names why.
+    """
+    file = folder / PEFT_CONFIG
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(config, dict) or "peft_type" not in config:
+            raise ValueError("no peft_type in it")
+        scale = float(config["lora_alpha"]) / int(config["r"])
+        if int(config["r"]) < 1 or not math.isfinite(scale) or scale == 0:
+            raise ValueError(f"r {config['r']} and lora_alpha {config['lora_alpha']}")
+    except (OSError, KeyError, TypeError, ValueError, ArithmeticError, RecursionError) as error:
+        what = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+        raise ModelError(f"{file}: not the configuration of a LoRA adapter of PEFT ({what})") from (
+            error
+        )
+    kind = config["peft_type"]
+    if kind != "LORA":
+        raise ModelError(f"{file}: peft_type {kind}; only LORA (with DoRA and rsLoRA) can be read")
+    if config.get("bias", "none") != "none":
+        raise ModelError(f"{file}: bias {config['bias']!r}: trained biases can't be mapped")
+    for name in _UNSUPPORTED:
+        if config.get(name):
+            raise ModelError(f"{file}: {name} {config[name]!r:.100} can't be mapped")
+    start = config.get("init_lora_weights", True)
+    if start not in _PLAIN_STARTS:
+        raise ModelError(
+            f"{file}: init_lora_weights {start!r} changes the base model's weights; save the "
+            "adapter with PEFT's path_initial_model_for_weight_conversion"
+        )
+    return config
+
+
+def read_peft_layout(folder: Path) -> dict[str, Any]:
+    """The arguments of the `AdapterLayout` that holds a PEFT adapter.
+
+    Raises:
+        ModelError: It can't be mapped.
+    """
+    config, modules = read_peft_config(folder), _modules(folder)
+    return {
+        "fine_tune_type": "dora" if config.get("use_dora") else "lora",
+        "rank": max(int(parts["A"].shape[0]) for parts in modules.values()),
+        "scale": _scale(config, "", int(config["r"])),
+        "dropout": float(config.get("lora_dropout") or 0.0),
+        "num_layers": -1,
+        "keys": tuple(sorted({in_block(module)[1] for module in modules})),
+    }
+
+
+def read_peft_weights(folder: Path) -> dict[str, mx.array]:
+    """The tensors of a PEFT adapter under mlx-lm's names, in float32.
+
+    Raises:
+        ModelError: They are damaged, or can't be mapped.
+    """
+    config = read_peft_config(folder)
+    whole = _scale(config, "", int(config["r"]))
+    found = {}
+    for module, parts in _modules(folder).items():
+        rank = int(parts["A"].shape[0])
+        for part, tensor in parts.items():
+            value = tensor.astype(mx.float32).T
+            if part == "B":
+                value = value * (_scale(config, module, rank) / whole)
+            elif part == "magnitude_vector":
+                value = value.reshape(-1)
+            found[f"{module}.{_LEAVES[part]}"] = value
+    mx.eval(found)
+    return found
+
+
+def peft_name(module: str, leaf: str) -> str:
+    """PEFT's name of a tensor of mlx-lm: `lora_a`, `lora_b` or `m` of a module."""
+    part = next(part for part, own in _LEAVES.items() if own == leaf)
+    return f"{_PREFIX}{module}.lora_{part}" + ("" if leaf == "m" else ".weight")
+
+
+def peft_config(
+    *, base: str, targets: Sequence[str], rank: int, scale: float, dropout: float, dora: bool
+) -> dict[str, Any]:
+    """The content of PEFT's adapter_config.json for a LoRA or DoRA adapter."""
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "r": rank,
+        "lora_alpha": scale * rank,
+        "lora_dropout": dropout,
+        "target_modules": list(targets),
+        "bias": "none",
+        "use_dora": dora,
+        "use_rslora": False,
+        "inference_mode": True,
+    }
+
+
+def match_names(tensors: Mapping[str, mx.array], names: Collection[str]) -> dict[str, mx.array]:
+    """The tensors under the model's names, which may have another prefix before the blocks."""
+    by_place = {in_block(name): name for name in names}
+    return {
+        name if name in names else by_place.get(in_block(name), name): tensor
+        for name, tensor in tensors.items()
+    }
+
+
+def covered_names(folder: Path, tensors: Collection[str], names: Collection[str]) -> set[str]:
+    """Those of the model's `names` that the adapter has to hold, by its configuration.
+
+    Args:
+        folder: The adapter.
+        tensors: The names of its tensors, after `match_names`.
+        names: The names of all adapter weights of the model.
+    """
+    config = read_peft_config(folder)
+    target, wanted = config.get("target_modules"), config.get("layers_to_transform")
+    skipped = config.get("exclude_modules")
+    blocks = None if wanted is None else {wanted} if isinstance(wanted, int) else set(wanted)
+    present = {name.rpartition(".")[0] for name in tensors}
+    keys = {in_block(module)[1] for module in present}
+    found = set()
+    for name in names:
+        module = name.rpartition(".")[0]
+        block, inside = in_block(module)
+        listed = isinstance(target, list) and inside in keys and _matches(module, target)
+        listed = listed and (blocks is None or block in blocks)
+        listed = listed and not (skipped and _matches(module, skipped))
+        if module in present or listed:
+            found.add(name)
+    return found
+
+
+def _matches(module: str, wanted: Any) -> bool:
+    if isinstance(wanted, str):
+        return re.fullmatch(wanted, module) is not None
+    return any(module == one or module.endswith(f".{one}") for one in wanted)
+
+
+def _modules(folder: Path) -> dict[str, dict[str, mx.array]]:
+    """The tensors of each adapted module, by part (A, B, magnitude_vector).
+
+    Raises:
+        ModelError: A tensor is missing, or is not part of an adapter that can be mapped.
+    """
+    file = folder / PEFT_WEIGHTS
+    found: dict[str, dict[str, mx.array]] = {}
+    for name, tensor in read_tensors(file).items():
+        if name.endswith(".base_layer.weight"):
+            continue  # PEFT saves a copy of the base's vocabulary head with its adapter
+        match = _TENSOR.fullmatch(name)
+        if match is None:
+            raise ModelError(f"{file}: {name} is not a LoRA matrix and can't be mapped")
+        if match["part"] not in _LEAVES:
+            raise ModelError(f"{file}: {name}: adapters of embeddings can't be mapped")
+        if re.search(r"\.experts\.\d+\.", match["module"]) or tensor.ndim not in (1, 2):
+            raise ModelError(f"{file}: {name}: adapters of single experts can't be mapped")
+        found.setdefault(match["module"], {})[match["part"]] = tensor
+    if not found:
+        raise ModelError(f"{file}: holds no tensors")
+    dora = any("magnitude_vector" in parts for parts in found.values())
+    for module, parts in found.items():
+        for part in ("A", "B", *(["magnitude_vector"] if dora else [])):
+            if part not in parts:
+                raise ModelError(f"{file}: {_PREFIX}{module}.lora_{part} is missing")
+    return found
+
+
+def _scale(config: Mapping[str, Any], module: str, rank: int) -> float:
+    """alpha/r, or alpha/√r with rsLoRA, of one module; of the whole adapter for module ""."""
+    alpha = float(config["lora_alpha"])
+    for pattern, own in (config.get("alpha_pattern") or {}).items():
+        if module and re.match(rf"(.*\.)?({pattern})$", module):
+            alpha = float(own)
+            break
+    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def in_block(name: str) -> tuple[int | None, str]:
+    """Number of the block that holds a module or tensor, and its name there.
+
+    (None, name) outside blocks.
+    """
+    parts = name.split(".")
+    for place, part in enumerate(parts):
+        if part.isdecimal():
+            return int(part), ".".join(parts[place + 1 :])
+    return None, name
