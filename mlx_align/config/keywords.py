@@ -26,6 +26,15 @@ RewardSource: TypeAlias = str | Callable[..., Any] | tuple[Callable[..., Any], f
 Rewards: TypeAlias = RewardSource | Sequence[RewardSource]
 
 
+class AdapterExportOptions(TypedDict, total=False):
+    """Keyword arguments checked by `AdapterExportConfig`."""
+
+    model: Required[str | Path]
+    adapter_path: Required[str | PathLike[str]]
+    output: Required[str | Path]
+    format: Literal["peft"]
+
+
 class CacheOptions(TypedDict, total=False):
     """Keyword arguments checked by `CacheConfig`."""
 
