@@ -9,6 +9,9 @@ but not dataclasses.
 
 Units: log-probs are in nats, lengths in tokens. Shape letters: B groups in a batch, N completions
 in a batch, P prompt positions, C completion positions, D hidden size, V vocabulary.
+
+Arrays of log-probs are called `logps`, as in TRL: `token_logps` has one entry per token,
+`sequence_logps` their sum over a completion. Functions that compute them are called `…_logprobs`.
 """
 
 from __future__ import annotations

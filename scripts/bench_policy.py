@@ -133,7 +133,7 @@ def random_batch(arguments: argparse.Namespace, vocabulary: int) -> RolloutBatch
         groups=[group],
         texts=[""] * rows,
         finished=np.ones(rows, np.bool_),
-        sampler_logprobs=old,
+        sampler_logps=old,
         mask=np.ones(shape, np.bool_),
     )
     advantages = np.repeat(random.normal(0, 1, (rows, 1)), width, axis=1).astype(np.float32)
@@ -141,8 +141,8 @@ def random_batch(arguments: argparse.Namespace, vocabulary: int) -> RolloutBatch
     return RolloutBatch(
         completions=completions,
         rewards=combine(["reward"], advantages[:, :1].astype(np.float64), [1.0]),
-        old_logprobs=old,
-        reference_logprobs=old,
+        old_logps=old,
+        reference_logps=old,
         entropies=ones,
         correction=ones,
         advantages=advantages,

@@ -38,7 +38,7 @@ MetricSums = dict[str, mx.array]
 # microbatches add up to the loss of one large batch.
 Loss = Callable[[AdapterWeights, Any, Any], tuple[mx.array, MetricSums]]
 # Per group and completion, the log-prob of each token, in nats. (Reward models: scores.)
-CompletionLogprobs = Sequence[tuple[Logps, ...]]
+CompletionLogps = Sequence[tuple[Logps, ...]]
 
 
 class Objective(ABC):
@@ -138,7 +138,7 @@ class Algorithm(ABC):
         self,
         policy: Policy,
         groups: Sequence[TokenizedGroup],
-        reference: CompletionLogprobs | None,
+        reference: CompletionLogps | None,
         scorer: Scorer,
     ) -> Objective:
         """The objective of training on `groups`.
@@ -153,14 +153,14 @@ class Algorithm(ABC):
     @abstractmethod
     def evaluate(
         self,
-        logprobs: CompletionLogprobs,
-        reference: CompletionLogprobs,
+        logps: CompletionLogps,
+        reference: CompletionLogps,
         groups: Sequence[TokenizedGroup],
     ) -> dict[str, float]:
         """Held-out metrics, with `loss` among them.
 
         Args:
-            logprobs: What `make_scorer`'s scorer returned for the policy.
+            logps: What `make_scorer`'s scorer returned for the policy.
             reference: The same of the reference; empty if `has_reference` is false.
             groups: The held-out groups.
         """

@@ -10,7 +10,7 @@ import numpy as np
 
 from mlx_align.algorithms.base import (
     Algorithm,
-    CompletionLogprobs,
+    CompletionLogps,
     MetricSums,
     Objective,
     weighted_metrics,
@@ -83,7 +83,7 @@ class DPO(Algorithm):
         self,
         policy: Policy,
         groups: Sequence[TokenizedGroup],
-        reference: CompletionLogprobs | None,
+        reference: CompletionLogps | None,
         scorer: Scorer,
     ) -> PreferenceObjective:
         """The objective of the pairs `groups`."""
@@ -100,12 +100,12 @@ class DPO(Algorithm):
 
     def evaluate(
         self,
-        logprobs: CompletionLogprobs,
-        reference: CompletionLogprobs,
+        logps: CompletionLogps,
+        reference: CompletionLogps,
         groups: Sequence[TokenizedGroup],
     ) -> dict[str, float]:
         """Loss and metrics, means over pairs; see `evaluate_pairs`."""
-        return evaluate_pairs(logprobs, reference, groups, self.loss, self._config.ld_alpha)
+        return evaluate_pairs(logps, reference, groups, self.loss, self._config.ld_alpha)
 
 
 class PairTotals(NamedTuple):
@@ -149,7 +149,7 @@ class PreferenceObjective(Objective):
         model: LanguageModel,
         pair_loss: CombinedLoss,
         groups: Sequence[TokenizedGroup],
-        reference: CompletionLogprobs | None,
+        reference: CompletionLogps | None,
         scorer: Scorer,
         *,
         grad_checkpoint: bool,
@@ -250,8 +250,8 @@ def pair_metrics(logps: PairLogps, beta: float) -> dict[str, mx.array]:
 
 
 def evaluate_pairs(
-    logps: CompletionLogprobs,
-    reference: CompletionLogprobs,
+    logps: CompletionLogps,
+    reference: CompletionLogps,
     groups: Sequence[TokenizedGroup],
     loss: CombinedLoss,
     ld_alpha: float | None = None,

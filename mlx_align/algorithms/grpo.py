@@ -220,12 +220,12 @@ class GRPO:
         kl_in_reward = self.method.kl == "k1_reward" and config.kl_coef > 0
         if kl_in_reward and self.method.advantage == "whitened":
             by_token = token_rewards(
-                rewards.total, batch.old_logprobs, batch.reference_logprobs, mask, config.kl_coef
+                rewards.total, batch.old_logps, batch.reference_logps, mask, config.kl_coef
             )
             return batch.with_advantages(whiten(returns_to_go(by_token, mask), mask), mask)
         total = rewards.total.reshape(-1, config.group_size)
         if kl_in_reward:
-            difference = batch.old_logprobs - batch.reference_logprobs
+            difference = batch.old_logps - batch.reference_logps
             k1 = np.where(batch.completions.mask, difference, 0)
             total = total - config.kl_coef * k1.sum(axis=1).reshape(total.shape)
         if _normalizes_each_reward(config):

@@ -18,7 +18,7 @@ import numpy as np
 
 from mlx_align.algorithms.base import (
     Algorithm,
-    CompletionLogprobs,
+    CompletionLogps,
     MetricSums,
     Objective,
     count_tokens,
@@ -110,7 +110,7 @@ class KTO(Algorithm):
         self,
         policy: Policy,
         groups: Sequence[TokenizedGroup],
-        reference: CompletionLogprobs | None,
+        reference: CompletionLogps | None,
         scorer: Scorer,
     ) -> UnpairedObjective:
         """The objective of the labelled rows `groups`."""
@@ -126,12 +126,12 @@ class KTO(Algorithm):
 
     def evaluate(
         self,
-        logprobs: CompletionLogprobs,
-        reference: CompletionLogprobs,
+        logps: CompletionLogps,
+        reference: CompletionLogps,
         groups: Sequence[TokenizedGroup],
     ) -> dict[str, float]:
         """Loss and metrics; see `evaluate_rows`."""
-        return evaluate_rows(logprobs, reference, groups, self.loss)
+        return evaluate_rows(logps, reference, groups, self.loss)
 
     def report(self, row: dict[str, float]) -> dict[str, float]:
         """Means over desirable and undesirable rows; see `means_by_label`."""
@@ -180,7 +180,7 @@ class UnpairedObjective(Objective):
         model: LanguageModel,
         row_loss: KtoLoss,
         groups: Sequence[TokenizedGroup],
-        reference: CompletionLogprobs,
+        reference: CompletionLogps,
         scorer: Scorer,
         *,
         grad_checkpoint: bool,
@@ -287,8 +287,8 @@ def means_by_label(row: dict[str, float]) -> dict[str, float]:
 
 
 def evaluate_rows(
-    logps: CompletionLogprobs,
-    reference: CompletionLogprobs,
+    logps: CompletionLogps,
+    reference: CompletionLogps,
     groups: Sequence[TokenizedGroup],
     loss: KtoLoss,
 ) -> dict[str, float]:

@@ -135,7 +135,7 @@ class OnlineDPO:
             pair = (group.completions[best], group.completions[worst])
             pair_of[index] = len(self._pairs)
             self._pairs.append(TokenizedGroup(group.prompt, pair, group.source))
-            rows = (batch.reference_logprobs[index * size + k] for k in (best, worst))
+            rows = (batch.reference_logps[index * size + k] for k in (best, worst))
             self._reference.append(
                 tuple(row[: len(ids)] for row, ids in zip(rows, pair, strict=True))
             )

@@ -147,15 +147,15 @@ class PolicyObjective:
         grad_checkpoint = self._config.grad_checkpoint
         sample = batch.sample
         if self._with_entropy:
-            logprobs, entropies = self._model.token_logprobs_and_entropies(
+            logps, entropies = self._model.token_logprobs_and_entropies(
                 weights, batch.groups, grad_checkpoint=grad_checkpoint
             )
-            sample = sample._replace(logps=logprobs, entropies=entropies)
+            sample = sample._replace(logps=logps, entropies=entropies)
         else:
-            logprobs = self._model.token_logprobs(
+            logps = self._model.token_logprobs(
                 weights, batch.groups, grad_checkpoint=grad_checkpoint
             )
-            sample = sample._replace(logps=logprobs)
+            sample = sample._replace(logps=logps)
         return policy_loss(
             self._method,
             sample,

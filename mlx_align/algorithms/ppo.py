@@ -222,8 +222,8 @@ class PPO:
         mask = batch.loss_mask
         by_token = token_rewards(
             self._scores(batch),
-            batch.old_logprobs,
-            batch.reference_logprobs,
+            batch.old_logps,
+            batch.reference_logps,
             mask,
             self._kl_coef,
         )
@@ -444,13 +444,13 @@ class ActorCriticObjective:
         denominators: ActorCriticDenominators,
     ) -> tuple[mx.array, MetricSums]:
         """The loss contribution of a microbatch, and its metric sums."""
-        logprobs, values = self._model.token_logprobs_and_values(
+        logps, values = self._model.token_logprobs_and_values(
             weights,
             batch.policy.groups,
             value_gradient=denominators.with_policy,
             grad_checkpoint=self._config.grad_checkpoint,
         )
-        sample = batch.policy.sample._replace(logps=logprobs)
+        sample = batch.policy.sample._replace(logps=logps)
         policy, sums = policy_loss(self._method, sample, denominators.policy.policy, kl_coef=0.0)
         value = value_loss_sum(values, batch.value, self._config)
         loss = denominators.with_policy * policy
@@ -502,8 +502,8 @@ class PtxObjective:
         """
         if not isinstance(batch, GroupBatch):
             return self._policy_loss(weights, batch, denominators.policy)
-        logprobs = self._model.token_logprobs(weights, batch, grad_checkpoint=self._grad_checkpoint)
-        nll = -masked_sum(logprobs, batch.completion_mask, axis=None)
+        logps = self._model.token_logprobs(weights, batch, grad_checkpoint=self._grad_checkpoint)
+        nll = -masked_sum(logps, batch.completion_mask, axis=None)
         sums = {
             "ptx/nll": mx.stop_gradient(nll),
             "ptx/tokens": batch.completion_mask.sum().astype(mx.float32),

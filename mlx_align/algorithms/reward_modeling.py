@@ -18,7 +18,7 @@ import numpy as np
 
 from mlx_align.algorithms.base import (
     Algorithm,
-    CompletionLogprobs,
+    CompletionLogps,
     HeldOutReport,
     MetricSums,
     Objective,
@@ -94,7 +94,7 @@ class RewardModeling(Algorithm):
         self,
         policy: Policy,
         groups: Sequence[TokenizedGroup],
-        reference: CompletionLogprobs | None,
+        reference: CompletionLogps | None,
         scorer: Scorer,
     ) -> RewardObjective:
         """The objective of the comparisons in `groups`."""
@@ -102,12 +102,12 @@ class RewardModeling(Algorithm):
 
     def evaluate(
         self,
-        logprobs: CompletionLogprobs,
-        reference: CompletionLogprobs,
+        logps: CompletionLogps,
+        reference: CompletionLogps,
         groups: Sequence[TokenizedGroup],
     ) -> dict[str, float]:
         """Loss and metrics from scores; see `evaluate_comparisons`."""
-        return evaluate_comparisons(logprobs, groups, self._config)
+        return evaluate_comparisons(logps, groups, self._config)
 
     def make_scorer(self, model: LanguageModel) -> Scorer:
         """A compiled forward pass that returns scores (N, members)."""
@@ -245,7 +245,7 @@ def reward_metrics(scores: mx.array, comparisons: Comparisons) -> dict[str, mx.a
 
 
 def evaluate_comparisons(
-    scores: CompletionLogprobs, groups: Sequence[TokenizedGroup], config: RewardConfig
+    scores: CompletionLogps, groups: Sequence[TokenizedGroup], config: RewardConfig
 ) -> dict[str, float]:
     """Loss and metrics, means over groups, of the heads' mean scores."""
     rows = np.array([[row.mean() for row in group] for group in scores], np.float32)

@@ -12,7 +12,7 @@ import numpy as np
 
 from mlx_align.algorithms.base import (
     Algorithm,
-    CompletionLogprobs,
+    CompletionLogps,
     MetricSums,
     Objective,
 )
@@ -68,7 +68,7 @@ class SFT(Algorithm):
         self,
         policy: Policy,
         groups: Sequence[TokenizedGroup],
-        reference: CompletionLogprobs | None,
+        reference: CompletionLogps | None,
         scorer: Scorer,
     ) -> SupervisedObjective:
         """The objective of the demonstrations `groups`."""
@@ -78,12 +78,12 @@ class SFT(Algorithm):
 
     def evaluate(
         self,
-        logprobs: CompletionLogprobs,
-        reference: CompletionLogprobs,
+        logps: CompletionLogps,
+        reference: CompletionLogps,
         groups: Sequence[TokenizedGroup],
     ) -> dict[str, float]:
         """Loss and perplexity; see `evaluate_demonstrations`."""
-        return evaluate_demonstrations(logprobs, groups, self._config.loss)
+        return evaluate_demonstrations(logps, groups, self._config.loss)
 
     def report(self, row: dict[str, float]) -> dict[str, float]:
         """The row with the perplexity; see `with_perplexity`."""
@@ -148,7 +148,7 @@ def with_perplexity(row: dict[str, float]) -> dict[str, float]:
 
 
 def evaluate_demonstrations(
-    logps: CompletionLogprobs, groups: Sequence[TokenizedGroup], loss: str
+    logps: CompletionLogps, groups: Sequence[TokenizedGroup], loss: str
 ) -> dict[str, float]:
     """Loss and perplexity, means over scored tokens, from token log-probs."""
     rows = [p[0][completion_mask(group, 0)] for p, group in zip(logps, groups, strict=True)]

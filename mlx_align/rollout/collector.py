@@ -48,8 +48,8 @@ class RolloutBatch:
     Attributes:
         completions: The completions, B prompts with G each.
         rewards: The reward of each completion.
-        old_logprobs: (N, C) nats, the sampling policy's, by teacher forcing.
-        reference_logprobs: (N, C) nats.
+        old_logps: (N, C) nats, the sampling policy's, by teacher forcing.
+        reference_logps: (N, C) nats.
         entropies: (N, C) nats, of the sampling policy at each token.
         correction: (N, C) importance weights, trainer over sampler; ones as a rule.
         advantages: (N, C); zeros until `with_advantages` sets them.
@@ -60,8 +60,8 @@ class RolloutBatch:
 
     completions: Completions
     rewards: RewardTable
-    old_logprobs: Floats
-    reference_logprobs: Floats
+    old_logps: Floats
+    reference_logps: Floats
     entropies: Floats
     correction: Floats
     advantages: npt.NDArray[Any]
@@ -86,13 +86,13 @@ class RolloutBatch:
             shape=shape,
             group_size=completions.group_size,
         )
-        old = padded(self.old_logprobs)
+        old = padded(self.old_logps)
         return PolicyBatch(
             groups=collate_groups([completions.groups[i] for i in micro.indices], shape),
             sample=PolicySample(
                 logps=old,
                 old_logps=old,
-                reference_logps=padded(self.reference_logprobs),
+                reference_logps=padded(self.reference_logps),
                 advantages=padded(self.advantages),
                 mask=padded(self.loss_mask),
                 correction=padded(self.correction),
@@ -107,7 +107,7 @@ class RolloutBatch:
     @property
     def kl_by_completion(self) -> Floats:
         """(N,) nats: the k1 estimate of KL(policy‖reference), summed over tokens."""
-        summed: Floats = (self.old_logprobs - self.reference_logprobs).sum(axis=1)
+        summed: Floats = (self.old_logps - self.reference_logps).sum(axis=1)
         return summed
 
     @property
@@ -288,7 +288,7 @@ class RolloutCollector:
         old, entropies = evaluate_tokens(self._entropies, weights, completions, self.shapes)
         reference = self.token_logprobs(self.policy.start, completions)
         mask = completions.mask
-        difference = np.where(mask, old - completions.sampler_logprobs, 0.0)
+        difference = np.where(mask, old - completions.sampler_logps, 0.0)
         gap = float(np.abs(difference).sum() / max(int(mask.sum()), 1))
         if gap > REFUSE_ABOVE:
             raise TrainingError(
@@ -305,8 +305,8 @@ class RolloutCollector:
         return RolloutBatch(
             completions=completions,
             rewards=rewards,
-            old_logprobs=old,
-            reference_logprobs=reference,
+            old_logps=old,
+            reference_logps=reference,
             entropies=entropies,
             correction=correction,
             advantages=np.zeros_like(old),
@@ -317,8 +317,8 @@ class RolloutCollector:
 
     def token_logprobs(self, weights: AdapterWeights, completions: Completions) -> Floats:
         """(N, C) nats: log-probs of the completions' tokens."""
-        (logprobs,) = evaluate_tokens(self._logprobs, weights, completions, self.shapes)
-        return logprobs
+        (logps,) = evaluate_tokens(self._logprobs, weights, completions, self.shapes)
+        return logps
 
     def reference_rewards(self, completions: int) -> npt.NDArray[np.float64]:
         """Rewards of at least this many completions sampled from the reference."""

@@ -44,7 +44,7 @@ class Completions:
         texts: (N,) completions, without the end token.
         finished: (N,) True where the policy sampled the end token; False where the completion was
             truncated at the longest length allowed.
-        sampler_logprobs: (N, C) nats, log-probs of the tokens as reported by the sampler.
+        sampler_logps: (N, C) nats, log-probs of the tokens as reported by the sampler.
         mask: (N, C) bool, True where there is a token.
         opened: (B,) `<think>` for prompts that end with it, else "".
     """
@@ -53,7 +53,7 @@ class Completions:
     groups: list[TokenizedGroup]
     texts: list[str]
     finished: npt.NDArray[np.bool_]
-    sampler_logprobs: Floats
+    sampler_logps: Floats
     mask: npt.NDArray[np.bool_]
     opened: Sequence[str] = ()
 
@@ -90,7 +90,7 @@ class Completions:
             groups=[self.groups[index] for index in prompts],
             texts=[self.texts[row] for row in rows],
             finished=self.finished[rows],
-            sampler_logprobs=self.sampler_logprobs[rows],
+            sampler_logps=self.sampler_logps[rows],
             mask=self.mask[rows],
             opened=[self.opened[index] for index in prompts] if self.opened else (),
         )
@@ -103,7 +103,7 @@ class Completions:
             groups=[group for part in parts for group in part.groups],
             texts=[text for part in parts for text in part.texts],
             finished=np.concatenate([part.finished for part in parts]),
-            sampler_logprobs=np.concatenate([part.sampler_logprobs for part in parts]),
+            sampler_logps=np.concatenate([part.sampler_logps for part in parts]),
             mask=np.concatenate([part.mask for part in parts]),
             opened=[opened for part in parts for opened in part.opened],
         )
@@ -164,7 +164,7 @@ def sample_completions(
         groups=groups,
         texts=[decode(one.tokens[: len(one.tokens) - one.finished]) for one in flat],
         finished=np.array([one.finished for one in flat], np.bool_),
-        sampler_logprobs=pad_rows([one.logps for one in flat], max_tokens),
+        sampler_logps=pad_rows([one.logps for one in flat], max_tokens),
         mask=np.arange(max_tokens)[None] < np.array([len(one.tokens) for one in flat])[:, None],
         opened=[_opened(decode(prompt[-_TAIL_TOKENS:])) for prompt in ids],
     )

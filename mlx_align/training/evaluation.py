@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mlx_align.algorithms.base import Algorithm, CompletionLogprobs
+from mlx_align.algorithms.base import Algorithm, CompletionLogps
 from mlx_align.config import TrainConfig
 from mlx_align.data.batching import groups_per_batch
 from mlx_align.data.buckets import BatchLimit, batch_limit, plan_shapes
@@ -56,7 +56,7 @@ class Evaluation:
         algorithm: Algorithm,
         groups: Sequence[TokenizedGroup],
         scorer: Scorer,
-        reference: CompletionLogprobs,
+        reference: CompletionLogps,
         limit: BatchLimit,
     ) -> None:
         self._algorithm, self._scorer = algorithm, scorer
@@ -70,16 +70,16 @@ class Evaluation:
             return None
         if step == 0 and self._algorithm.has_reference:
             # The policy starts as the reference, whose log-probs are known.
-            logprobs = self._reference
+            logps = self._reference
         else:
-            logprobs = score_groups(
+            logps = score_groups(
                 self._scorer,
                 weights,
                 self._groups,
                 self._shapes,
                 per_token=self._algorithm.per_token,
             )
-        metrics = self._algorithm.evaluate(logprobs, self._reference, self._groups)
+        metrics = self._algorithm.evaluate(logps, self._reference, self._groups)
         lowest = math.inf if self.best is None else self.best["loss"]
         is_best = step > 0 and metrics["loss"] < lowest
         if is_best:
@@ -172,9 +172,9 @@ class RolloutEvaluation:
             self._first.setdefault(name, [metrics[name], spread])
             if len(table.names) > 1:
                 metrics.update(table.metrics())
-        logprobs = collector.token_logprobs(weights, completions)
+        logps = collector.token_logprobs(weights, completions)
         reference = collector.token_logprobs(collector.policy.start, completions)
-        k1 = (logprobs - reference).sum(axis=1, dtype=np.float64)
+        k1 = (logps - reference).sum(axis=1, dtype=np.float64)
         self.last_kl = _mean_and_error(k1)
         metrics["objective/kl"] = float(k1.mean())
         metrics["completions/mean_length"] = float(completions.lengths.mean())

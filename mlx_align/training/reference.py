@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import numpy as np
 
-from mlx_align.algorithms.base import CompletionLogprobs
+from mlx_align.algorithms.base import CompletionLogps
 from mlx_align.config import TrainConfig
 from mlx_align.data.batching import microbatch_stream
 from mlx_align.data.buckets import AnyShape, BatchLimit, plan_shapes
@@ -45,8 +45,8 @@ REFERENCE_FILE = "reference.json"
 class References(NamedTuple):
     """Log-probs of the training data (None if no group is used) and of the held-out data."""
 
-    train: CompletionLogprobs | None
-    valid: CompletionLogprobs
+    train: CompletionLogps | None
+    valid: CompletionLogps
 
 
 def default_cache_folder() -> Path:
@@ -266,7 +266,7 @@ def reference_logprobs(
         if begun is None:
             begun = {name: missing_groups(cache, part) for name, (part, _) in parts.items()}
             write_json(run / REFERENCE_FILE, {"missing": begun})
-        found: dict[str, CompletionLogprobs] = {}
+        found: dict[str, CompletionLogps] = {}
         for name, (part, of) in parts.items():
             missing = [i for i in begun.get(name, []) if i < len(part)]
             if part:
@@ -320,7 +320,7 @@ def _read(run: Path) -> dict[str, Any]:
     return dict(known) if valid else {}
 
 
-def _checksum(found: dict[str, CompletionLogprobs]) -> str:
+def _checksum(found: dict[str, CompletionLogps]) -> str:
     digest = hashlib.blake2b(digest_size=16)
     for groups in found.values():
         for logps in groups:

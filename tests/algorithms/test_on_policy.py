@@ -380,7 +380,7 @@ def test_logprobs_are_at_the_sampling_temperature(train, collectors):
     (collector,) = collectors
     rollouts = collector.sample(collector.policy.start, collector.prompts[:4], (3,))
     logps = collector.token_logprobs(collector.policy.start, rollouts)
-    np.testing.assert_allclose(logps, rollouts.sampler_logprobs, atol=1e-4)
+    np.testing.assert_allclose(logps, rollouts.sampler_logps, atol=1e-4)
     temperature = collector.policy.model.backbone.temperature
     assert temperature == 0.5
 
