@@ -161,7 +161,7 @@ class RewardBatch(NamedTuple):
     groups: GroupBatch
     comparisons: Comparisons
     weight: mx.array  # (B,) float32, 0 for the fillers of a batch that is not full
-    learns: mx.array  # (B, members) float32, 1 where a member is trained on the group
+    member_mask: mx.array  # (B, members) float32, 1 where a member is trained on the group
 
 
 class PairLogps(NamedTuple):

@@ -42,7 +42,7 @@ from mlx_align.evaluation.render import render_reward_report
 from mlx_align.evaluation.reward_model import RewardReport, evaluate_reward_model
 from mlx_align.inference.scoring import Scorer, make_reward_scorer, score_groups
 from mlx_align.losses.masking import weighted_sum
-from mlx_align.losses.reward import differences, every_two, kwise_loss
+from mlx_align.losses.reward import kwise_loss, pair_indices, score_differences
 from mlx_align.models.loading import LanguageModel, ModelFolder
 from mlx_align.models.policy import Policy
 from mlx_align.models.weights import AdapterWeights
@@ -190,7 +190,7 @@ class RewardObjective(Objective):
 
     def totals(self, batches: Sequence[RewardBatch]) -> GroupTotals:
         """The number of groups, counted per head; filler groups count 0."""
-        return GroupTotals(mx.array(sum(batch.learns.sum() for batch in batches)))
+        return GroupTotals(mx.array(sum(batch.member_mask.sum() for batch in batches)))
 
     def loss(
         self, weights: AdapterWeights, batch: RewardBatch, totals: GroupTotals
@@ -202,7 +202,7 @@ class RewardObjective(Objective):
         loss = mx.array(0.0)
         for member in range(config.members):
             values = _loss(scores[:, :, member], batch.comparisons, config)
-            loss = loss + weighted_sum(values, batch.learns[:, member])
+            loss = loss + weighted_sum(values, batch.member_mask[:, member])
         metrics = reward_metrics(scores.mean(axis=-1), batch.comparisons)
         return loss / totals.groups, weighted_metrics(metrics, batch.weight)
 
@@ -228,8 +228,8 @@ def reward_metrics(scores: mx.array, comparisons: Comparisons) -> dict[str, mx.a
     """
     weight = comparisons.weight / mx.maximum(comparisons.weight.sum(axis=1, keepdims=True), 1e-9)
     side = mx.sign(comparisons.probability - 0.5)
-    delta = differences(scores, comparisons)
-    first, second = (scores[:, mx.array(column)] for column in every_two(scores.shape[1]))
+    delta = score_differences(scores, comparisons)
+    first, second = (scores[:, mx.array(column)] for column in pair_indices(scores.shape[1]))
     chosen = mx.where(side < 0, second, first)
 
     def mean(values: mx.array) -> mx.array:

@@ -118,11 +118,11 @@ def _last(
 
 
 def _fitting(lengths: tuple[int, int], shapes: Sequence[Shape]) -> Shape:
-    """The first of `shapes` (smallest first) that fits a group; the last one always does."""
+    """The first of `shapes` (smallest first) that a group fits into; it always fits the last."""
     for shape in shapes:
         if lengths[0] <= shape.prompt and lengths[1] <= shape.completion:
             return shape
-    raise AssertionError(f"no shape of {shapes} holds {lengths}")
+    raise AssertionError(f"lengths {lengths} fit none of the shapes {shapes}")
 
 
 def _packed_order(
@@ -144,8 +144,8 @@ def _packed_order(
         while len(waiting):
             largest = int(first[waiting].max())
             # The first group must be one that needs this shape; the others need not.
-            openers = first[waiting] == largest
-            taken = _fill(sizes[waiting], widths[largest], openers)
+            needs_shape = first[waiting] == largest
+            taken = _fill(sizes[waiting], widths[largest], needs_shape)
             members = tuple(int(window[i]) for i in waiting[taken])
             batches.append(Microbatch(members, shapes[largest]))
             waiting = np.delete(waiting, taken)
@@ -153,19 +153,25 @@ def _packed_order(
 
 
 def _fill(
-    sizes: npt.NDArray[np.int64], widths: npt.NDArray[np.int64], openers: npt.NDArray[np.bool_]
+    sizes: npt.NDArray[np.int64], widths: npt.NDArray[np.int64], first: npt.NDArray[np.bool_]
 ) -> list[int]:
-    """Choose from groups of `sizes` (n, 2) those that go into rows of `widths` (2,)."""
+    """Choose the groups that go into one microbatch.
+
+    Args:
+        sizes: (n, 2) tokens of each group: prompt, completions.
+        widths: (2,) lengths of the two rows.
+        first: (n,) which groups may be chosen first.
+    """
     room = widths.copy()
     taken: list[int] = []
-    free = openers.copy()
-    while free.any():
-        along = (sizes / widths) @ (room / widths)
-        best = int(np.where(free, along, -1.0).argmax())
+    candidates = first.copy()
+    while candidates.any():
+        match = (sizes / widths) @ (room / widths)
+        best = int(np.where(candidates, match, -1.0).argmax())
         taken.append(best)
         room -= sizes[best]
-        free = np.asarray((sizes <= room).all(axis=1))
-        free[taken] = False
+        candidates = np.asarray((sizes <= room).all(axis=1))
+        candidates[taken] = False
     return taken
 
 
@@ -229,12 +235,12 @@ def _collate_packed(groups: Sequence[TokenizedGroup], shape: PackedShape) -> Gro
         prompts_end += len(group.prompt)
         for k, ids in enumerate(group.completions):
             n = b * rows + k
-            here = slice(completions_end, completions_end + len(ids))
-            tokens[here], step[here], completion[here] = ids, np.arange(len(ids)), n
+            span = slice(completions_end, completions_end + len(ids))
+            tokens[span], step[span], completion[span] = ids, np.arange(len(ids)), n
             completions[n, : len(ids)] = ids
             mask[n, : len(ids)] = completion_mask(group, k)
-            place[n, : len(ids)] = np.arange(here.start, here.stop)
-            completions_end = here.stop
+            place[n, : len(ids)] = np.arange(span.start, span.stop)
+            completions_end = span.stop
     return GroupBatch(
         prompt_tokens=mx.array(prompts),
         prompt_lengths=mx.array(lengths),
@@ -269,7 +275,7 @@ def collate_labelled(
     completion: int = 0,
 ) -> LabelledBatch:
     """Collate one completion of each group, its label and its reference log-probs."""
-    batch = collate_groups([_single(group, completion) for group in groups], shape)
+    batch = collate_groups([_select_completion(group, completion) for group in groups], shape)
     labels = np.zeros((shape.groups,), np.bool_)
     labels[: len(groups)] = [bool(group.label) for group in groups]
     filled = np.arange(shape.groups) < len(groups)
@@ -281,7 +287,7 @@ def collate_labelled(
     )
 
 
-def _single(group: TokenizedGroup, completion: int) -> TokenizedGroup:
+def _select_completion(group: TokenizedGroup, completion: int) -> TokenizedGroup:
     """The group with only one of its completions."""
     one = slice(completion, completion + 1)
     masks = None if group.loss_masks is None else group.loss_masks[one]
@@ -297,7 +303,7 @@ def _padded(rows: Sequence[Logps], like: mx.array) -> mx.array:
 
 
 def completion_mask(group: TokenizedGroup, completion: int) -> npt.NDArray[np.bool_]:
-    """Which tokens of a completion are in the loss, (length,) bool."""
+    """Mask of a completion's tokens that are in the loss, (length,) bool."""
     if group.loss_masks is not None:
         return group.loss_masks[completion]
     return np.ones(len(group.completions[completion]), np.bool_)

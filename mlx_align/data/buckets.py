@@ -69,7 +69,7 @@ class BatchLimit:
 
     Attributes:
         groups: Groups per microbatch, if `tokens` is None.
-        tokens: Tokens per microbatch, with at least one group. Includes padding and all
+        tokens: Maximum tokens per microbatch (one group may have more). Includes padding and all
             completions of a group, even those that run in another forward pass (the mismatched
             completions of KTO).
         packed: Whether groups are packed one after the other instead of padded to one length.
@@ -79,7 +79,7 @@ class BatchLimit:
     tokens: int | None = None
     packed: bool = False
 
-    def groups_of(self, tokens: int) -> int:
+    def groups_per_microbatch(self, tokens: int) -> int:
         """Groups per microbatch if each group takes `tokens` tokens, including padding."""
         return self.groups if self.tokens is None else max(1, self.tokens // tokens)
 
@@ -104,7 +104,7 @@ def plan_shapes(
         return [*_plan_packed(groups, limit.tokens, max_shapes)]
     lengths = np.array([group_lengths(group) for group in groups])
     rows = max(len(group.completions) for group in groups)
-    shapes = _choose(_Table(lengths, rows, limit), max_shapes)
+    shapes = _choose_shapes(_CostTable(lengths, rows, limit), max_shapes)
     return [*sorted(shapes, key=lambda shape: group_tokens(shape, rows))]
 
 
@@ -125,7 +125,7 @@ def rollout_shapes(
     parts = np.unique(
         np.ceil(max_completion * fractions / LENGTH_MULTIPLE).astype(int) * LENGTH_MULTIPLE
     )
-    # At most as wide as the arrays of completions.
+    # No wider than the arrays of completions.
     parts = np.unique(np.minimum(parts, max_completion))
     shapes = [Shape(int(p), int(c), batch_size) for c in parts for p in widths]
     return [*sorted(shapes, key=lambda shape: shape.prompt + shape.completion)]
@@ -141,10 +141,10 @@ def _plan_packed(
     and have at least as many tokens as the main shape: short groups fill the remaining room.
     """
     lengths = np.array([packed_lengths(group) for group in groups])
-    in_all = lengths.sum(axis=0)
-    split = round(tokens * in_all[0] / in_all.sum() / LENGTH_MULTIPLE) * LENGTH_MULTIPLE
+    totals = lengths.sum(axis=0)
+    split = round(tokens * totals[0] / totals.sum() / LENGTH_MULTIPLE) * LENGTH_MULTIPLE
     widths = np.array([split, tokens // LENGTH_MULTIPLE * LENGTH_MULTIPLE - split])
-    widths = np.minimum(widths, -(-in_all // LENGTH_MULTIPLE) * LENGTH_MULTIPLE)
+    widths = np.minimum(widths, -(-totals // LENGTH_MULTIPLE) * LENGTH_MULTIPLE)
     found = []
     fitting = (lengths <= widths).all(axis=1)
     if fitting.any():
@@ -155,7 +155,8 @@ def _plan_packed(
     for long, kind in ((True, long_prompts), (False, ~long_prompts & ~fitting)):
         if not kind.any():
             continue
-        chosen = _choose(_Table(lengths[kind], 1, BatchLimit()), (max_shapes - 1) // 2)
+        table = _CostTable(lengths[kind], 1, BatchLimit())
+        chosen = _choose_shapes(table, (max_shapes - 1) // 2)
         for prompt, completion, _ in sorted(chosen, key=lambda shape: group_tokens(shape, 1)):
             room = max(0, tokens - prompt - completion) // LENGTH_MULTIPLE * LENGTH_MULTIPLE
             found.append((prompt + room * (not long), completion + room * long))
@@ -169,7 +170,7 @@ def _plan_packed(
     return shapes
 
 
-def _choose(table: _Table, max_shapes: int) -> list[Shape]:
+def _choose_shapes(table: _CostTable, max_shapes: int) -> list[Shape]:
     """Choose at most `max_shapes` shapes that fit all groups of the table with little padding.
 
     Greedy search followed by exchanges: starting from the shape that fits all groups, add the shape
@@ -196,7 +197,7 @@ def _choose(table: _Table, max_shapes: int) -> list[Shape]:
     return [table.shapes[index] for index in chosen]
 
 
-class _Table:
+class _CostTable:
     """The cost in tokens of every group in every candidate shape.
 
     Groups whose lengths round up to the same candidate widths form one *cell*, so the size of the
@@ -207,7 +208,9 @@ class _Table:
         prompts, completions = (_widths(column) for column in lengths.T)
         grid = [(int(p), int(c)) for p in prompts for c in completions]
         most = len(lengths)
-        self.shapes = [Shape(p, c, min(limit.groups_of(p + rows * c), most)) for p, c in grid]
+        self.shapes = [
+            Shape(p, c, min(limit.groups_per_microbatch(p + rows * c), most)) for p, c in grid
+        ]
         widths = np.array(grid)
         cells, self._count = np.unique(
             np.stack(

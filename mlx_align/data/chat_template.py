@@ -98,7 +98,7 @@ class ChatTemplate:
             ids.pop()
         return ids
 
-    def end_once(self, ids: Ids) -> tuple[Ids, bool]:
+    def trim_to_end_token(self, ids: Ids) -> tuple[Ids, bool]:
         r"""Cut a rendered conversation right after the token that ends its completion.
 
         Removes what the template writes after that token (a "\n", the start of the next turn)
@@ -136,8 +136,8 @@ def inspect_chat_template(tokenizer: Any) -> ChatTemplate:
     """
     if not isinstance(tokenizer, TokenizerWrapper):
         tokenizer = TokenizerWrapper(tokenizer)
-    # Rows that are too long are counted and reported later; transformers would warn about another
-    # limit.
+    # Rows that are too long are counted and reported later. The warning of transformers would name
+    # another limit.
     warned = getattr(tokenizer, "deprecation_warnings", {})
     warned["sequence-length-is-longer-than-the-specified-maximum"] = True
     stops = set(tokenizer.eos_token_ids)

@@ -32,10 +32,10 @@ class GroupComparisons(NamedTuple):
 def compare_completions(
     group: TokenizedGroup, *, rating_margin: float = 0.0, ties: str = "skip"
 ) -> GroupComparisons:
-    """Compare every two completions of a group, which are ordered best first.
+    """Label every pair of completions of a group, which are ordered best first.
 
-    In a pair the first completion is better, with the probability of the soft label if there is
-    one. In longer lists the scores decide. Each comparison has the weight 1/C(K,2), where K is the
+    In a pair, the first completion is better, with the probability of the soft label if there is
+    one. In longer lists, the scores decide. Each comparison has the weight 1/C(K,2), where K is the
     number of completions without padding; identical completions have weight 0.
 
     Args:
@@ -73,20 +73,20 @@ def compare_completions(
 
 def pad_completion_lists(groups: Sequence[TokenizedGroup]) -> list[TokenizedGroup]:
     """Add empty completions so that all groups have as many as the longest list."""
-    most = max((len(group.completions) for group in groups), default=0)
-    nothing = np.zeros(0, np.int32)
+    longest = max((len(group.completions) for group in groups), default=0)
+    no_tokens = np.zeros(0, np.int32)
     no_mask = np.zeros(0, np.bool_)
 
-    def fill(group: TokenizedGroup) -> TokenizedGroup:
-        missing = most - len(group.completions)
+    def pad(group: TokenizedGroup) -> TokenizedGroup:
+        missing = longest - len(group.completions)
         masks = group.loss_masks
         return replace(
             group,
-            completions=(*group.completions, *[nothing] * missing),
+            completions=(*group.completions, *[no_tokens] * missing),
             loss_masks=None if masks is None else (*masks, *[no_mask] * missing),
         )
 
-    return [fill(group) for group in groups]
+    return [pad(group) for group in groups]
 
 
 def assign_folds(groups: Sequence[TokenizedGroup], count: int, seed: int) -> npt.NDArray[np.int64]:
@@ -101,7 +101,7 @@ def assign_folds(groups: Sequence[TokenizedGroup], count: int, seed: int) -> npt
 def ensemble_mask(
     groups: Sequence[TokenizedGroup], members: int, seed: int
 ) -> npt.NDArray[np.float32]:
-    """Which groups each member of an ensemble is trained on: all but its own fold.
+    """Mask of the groups that each member of an ensemble is trained on: all but its own fold.
 
     Returns:
         (groups, members), 1 if the member is trained on the group, else 0.
@@ -114,16 +114,16 @@ def ensemble_mask(
 
 def collate_rewards(
     groups: Sequence[TokenizedGroup],
-    compared: Sequence[GroupComparisons],
-    learns: npt.NDArray[np.float32],
+    comparisons: Sequence[GroupComparisons],
+    member_mask: npt.NDArray[np.float32],
     shape: AnyShape,
 ) -> RewardBatch:
     """Collate groups with the same number of completions, and their comparisons.
 
     Args:
         groups: The groups of the microbatch.
-        compared: Their comparisons, from `compare_completions`.
-        learns: (groups, members), the rows of `ensemble_mask` for these groups.
+        comparisons: Their comparisons, from `compare_completions`.
+        member_mask: (groups, members), the rows of `ensemble_mask` for these groups.
         shape: The shape of the microbatch.
     """
     missing = shape.groups - len(groups)
@@ -134,7 +134,7 @@ def collate_rewards(
 
     return RewardBatch(
         groups=collate_groups(groups, shape),
-        comparisons=Comparisons(*(rows(column) for column in zip(*compared, strict=True))),
+        comparisons=Comparisons(*(rows(column) for column in zip(*comparisons, strict=True))),
         weight=mx.array((np.arange(shape.groups) < len(groups)).astype(np.float32)),
-        learns=rows(list(learns)),
+        member_mask=rows(list(member_mask)),
     )

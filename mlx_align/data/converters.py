@@ -15,7 +15,7 @@ from mlx_align.data.messages import (
     as_number,
     as_string,
     as_text,
-    brief,
+    describe_value,
     is_messages,
     is_transcript,
     parse_transcript,
@@ -59,7 +59,8 @@ def implicit_pair(row: Row) -> PromptGroup:
         return _pair(row, *split_shared_text(strings))
     if strings:
         raise DataError(
-            f"{row.source}: one of 'chosen' and 'rejected' is text, the other is a list of messages"
+            f"{row.source}: one of 'chosen' and 'rejected' is text, the other a list of messages; "
+            "expected two of one kind"
         )
     return _pair(row, *split_shared_turns(turns))
 
@@ -99,7 +100,9 @@ def openai_pair(row: Row) -> PromptGroup:
     """`input.messages`, `preferred_output`, `non_preferred_output`."""
     given = required_field(row, "input")
     if not isinstance(given, dict):
-        raise DataError(f"{row.source}: 'input' is {brief(given)}; expected {{'messages': […]}}")
+        raise DataError(
+            f"{row.source}: 'input' is {describe_value(given)}; expected {{'messages': […]}}"
+        )
     if given.get("tools"):
         raise DataError(f"{row.source}: 'input.tools' is not supported; remove it")
     prompt = as_messages(row, "input.messages", given.get("messages"))
@@ -134,14 +137,14 @@ def ranked(row: Row) -> PromptGroup:
         ratings = row.fields[rating]
         if not isinstance(ratings, list) or len(ratings) != len(values):
             raise DataError(
-                f"{row.source}: {rating!r} is {brief(ratings)}; expected one number for each of "
-                f"the {len(values)} {key}"
+                f"{row.source}: {rating!r} is {describe_value(ratings)}; expected one number for "
+                f"each of the {len(values)} {key}"
             )
         sign = -1.0 if rating.startswith("rank") else 1.0
         scores = [sign * as_number(row, f"{rating}[{i}]", r) for i, r in enumerate(ratings)]
         texts = [as_text(row, f"{key}[{i}]", value) for i, value in enumerate(values)]
     else:
-        rated = [_rated(row, f"{key}[{i}]", value) for i, value in enumerate(values)]
+        rated = [_text_and_score(row, f"{key}[{i}]", value) for i, value in enumerate(values)]
         texts, scores = [text for text, _ in rated], [score for _, score in rated]
     if len(texts) < 2:
         raise UnusableRow("fewer than two completions")
@@ -299,18 +302,24 @@ def make_group(
     margin: float | None = None,
     allow_identical: bool = False,
 ) -> PromptGroup:
-    """Check a group and make it uniform: if the prompt or a completion is messages, all become so.
+    """Check a prompt and its completions, and make a group of them.
+
+    If one of them is a list of messages, the others become messages too.
 
     Args:
-        row: The row it comes from.
+        row: The row they come from.
         prompt: The prompt.
         completions: The completions.
         used: Fields that were read; all others go into `columns`.
-        scores: As in `PromptGroup`, like the next three.
-        label: See above.
-        soft_label: See above.
-        margin: See above.
+        scores: As in `PromptGroup`.
+        label: As in `PromptGroup`.
+        soft_label: As in `PromptGroup`.
+        margin: As in `PromptGroup`.
         allow_identical: Whether all completions may be the same (to score them).
+
+    Raises:
+        DataError: The prompt doesn't end with a user turn, or a completion isn't the assistant's.
+        UnusableRow: The prompt or a completion is empty, or all completions are the same.
     """
     if any(not isinstance(text, str) for text in (prompt, *completions)):
         prompt = (Message("user", prompt),) if isinstance(prompt, str) else prompt
@@ -351,7 +360,8 @@ def _check_completion(row: Row, completion: Text) -> None:
         if not completion.strip():
             raise UnusableRow("empty completion")
     elif {completion[0].role, completion[-1].role} != {"assistant"}:
-        role = next(turn.role for turn in (completion[0], completion[-1]) if turn.role[0] != "a")
+        ends = (completion[0].role, completion[-1].role)
+        role = next(role for role in ends if role != "assistant")
         raise DataError(
             f"{row.source}: a completion starts or ends with role {role!r}; expected 'assistant'"
         )
@@ -363,7 +373,7 @@ def _label(row: Row, key: str) -> bool:
     value = required_field(row, key)
     if isinstance(value, bool) or value in (0, 1):
         return bool(value)
-    raise DataError(f"{row.source}: {key!r} is {brief(value)}; expected true or false")
+    raise DataError(f"{row.source}: {key!r} is {describe_value(value)}; expected true or false")
 
 
 def instruction_turns(row: Row) -> Text:
@@ -376,7 +386,10 @@ def instruction_turns(row: Row) -> Text:
     history = row.fields.get("history") or []
     for turn in history if isinstance(history, list) else [history]:
         if not (isinstance(turn, list) and len(turn) == 2):
-            raise DataError(f"{row.source}: 'history' must be a list of [question, answer] lists")
+            raise DataError(
+                f"{row.source}: 'history' holds {describe_value(turn)}; expected a list of "
+                "[question, answer] lists"
+            )
         turns.append(Message("user", as_string(row, "history", turn[0])))
         turns.append(Message("assistant", as_string(row, "history", turn[1])))
     return with_system(row, (*turns, Message("user", "\n".join(parts))))
@@ -399,7 +412,7 @@ def _other_columns(row: Row, used: Sequence[str]) -> dict[str, Any]:
 
 
 def _prompt_and_list(row: Row) -> tuple[str, Text, str, list[Any]]:
-    """The prompt and the list of completions, each with the name of its field."""
+    """The prompt and the list of completions, each preceded by the name of its field."""
     prompt_key = "prompt" if "prompt" in row.fields else "instruction"
     prompt = as_text(row, prompt_key, required_field(row, prompt_key))
     key = next(
@@ -407,7 +420,7 @@ def _prompt_and_list(row: Row) -> tuple[str, Text, str, list[Any]]:
     )
     values = required_field(row, key)
     if not isinstance(values, list):
-        raise DataError(f"{row.source}: {key!r} is {brief(values)}; expected a list")
+        raise DataError(f"{row.source}: {key!r} is {describe_value(values)}; expected a list")
     return prompt_key, prompt, key, values
 
 
@@ -418,7 +431,8 @@ def _text_key(value: dict[str, Any]) -> str | None:
     return next((k for k in ("text", "response", "completion", "content") if k in value), None)
 
 
-def _rated(row: Row, where: str, value: Any) -> tuple[Text, float]:
+def _text_and_score(row: Row, where: str, value: Any) -> tuple[Text, float]:
+    """The text and the score (or negative rank) of a completion given as an object."""
     if isinstance(value, dict):
         text = _text_key(value)
         score = next((k for k in ("score", "rating", "overall_score", "rank") if k in value), None)
@@ -457,7 +471,10 @@ def _soft_label(row: Row) -> tuple[float | None, tuple[str, ...]]:
     given = [key for key in ("soft_label", "chosen_prob") if key in row.fields]
     votes = [key for key in ("votes_chosen", "votes_rejected") if key in row.fields]
     if len(given) + bool(votes) > 1:
-        raise DataError(f"{row.source}: has {given + votes}; give only one soft label")
+        raise DataError(
+            f"{row.source}: has {', '.join(map(repr, given + votes))}; expected only one of "
+            "'soft_label', 'chosen_prob', and 'votes_chosen' with 'votes_rejected'"
+        )
     if given:
         label = as_number(row, given[0], row.fields[given[0]])
         if not 0 <= label <= 1:
@@ -469,12 +486,15 @@ def _soft_label(row: Row) -> tuple[float | None, tuple[str, ...]]:
         as_number(row, key, required_field(row, key)) for key in ("votes_chosen", "votes_rejected")
     )
     if min(chosen, rejected) < 0 or not 0 < chosen + rejected < float("inf"):
-        raise DataError(f"{row.source}: votes {chosen:g} to {rejected:g}; expected counts")
+        raise DataError(
+            f"{row.source}: 'votes_chosen' is {chosen:g} and 'votes_rejected' {rejected:g}; "
+            "expected counts, not both 0"
+        )
     return (chosen + 0.5) / (chosen + rejected + 1), tuple(votes)
 
 
 def holds_prompt(value: Any) -> bool:
-    """Whether `chosen` is a conversation that begins before the completion."""
+    """Whether this value of `chosen` is a conversation that includes the prompt."""
     if not is_messages(value):
         return False
     role = value[0].get("role", value[0].get("from"))

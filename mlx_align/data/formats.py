@@ -223,7 +223,7 @@ def read_unpaired(
 ) -> tuple[list[PromptGroup], ReadReport]:
     """Read labelled completions (KTO). A pair becomes a desirable and an undesirable completion.
 
-    Arguments and errors as for `read_preferences`.
+    Arguments and errors are those of `read_preferences`.
     """
     groups, report = _read(data, split, format, "unpaired", UNPAIRED_FORMATS, PREFERENCE_FORMATS)
     if all(group.label is not None for group in groups):
@@ -235,9 +235,9 @@ def read_unpaired(
 def read_supervised(
     data: Data, split: str = "train", format: str | None = None
 ) -> tuple[list[PromptGroup], ReadReport]:
-    """Read demonstrations, one completion per prompt. From preference data the best one is taken.
+    """Read demonstrations, one completion per prompt. Preference data gives its best completions.
 
-    Arguments and errors as for `read_preferences`.
+    Arguments and errors are those of `read_preferences`.
     """
     groups, report = _read(
         data, split, format, "supervised", SUPERVISED_FORMATS, PREFERENCE_FORMATS
@@ -256,7 +256,7 @@ def read_prompts(
 ) -> tuple[list[PromptGroup], ReadReport]:
     """Read prompts: groups without completions, with all other fields in `columns`.
 
-    From preference data the prompts are taken. Arguments and errors as for `read_preferences`.
+    Preference data gives its prompts. Arguments and errors are those of `read_preferences`.
     """
     # A list of completions next to a prompt may be anything, for instance the expected answers of
     # a reward function; it stays in `columns`.
@@ -280,21 +280,21 @@ def _read(
         raise ConfigError(f"--format {format}: not a format of {kind} data (choose from: {names})")
     rows = read_rows(data, split)
     if format is None:
-        chosen = detect_format(rows[0], kind, preferred)
+        data_format = detect_format(rows[0], kind, preferred)
     else:
-        chosen = next(entry for entry in allowed if entry.name == format)
+        data_format = next(entry for entry in allowed if entry.name == format)
     groups: list[PromptGroup] = []
     dropped: Counter[str] = Counter()
     for row in rows:
         try:
-            group = chosen.convert(row)
+            group = data_format.convert(row)
         except UnusableRow as reason:
             dropped[str(reason)] += 1
             continue
-        if format is None and not chosen.matches(row):
+        if format is None and not data_format.matches(row):
             raise DataError(
-                f"{row.source}: does not match {chosen.title}, the format of the first row; put "
-                f"these rows into separate files, or give --format {chosen.name}"
+                f"{row.source}: does not match {data_format.title}, the format of the first row; "
+                f"put these rows into separate files, or give --format {data_format.name}"
             )
         _check_same_kind(group, groups)
         groups.append(group)
@@ -302,11 +302,11 @@ def _read(
         reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.items())
         where = container_of(rows[0].source)
         raise DataError(f"{where}: none of the {len(rows)} rows can be used ({reasons})")
-    return groups, ReadReport(chosen.name, chosen.title, len(rows), dict(dropped))
+    return groups, ReadReport(data_format.name, data_format.title, len(rows), dict(dropped))
 
 
 def detect_format(row: Row, kind: str, preferred: Sequence[Sequence[Format]]) -> Format:
-    """Find the one format that a row matches.
+    """Find the format of a row.
 
     Args:
         row: The first row of the data.
@@ -326,7 +326,7 @@ def detect_format(row: Row, kind: str, preferred: Sequence[Sequence[Format]]) ->
     if kind == "preference" and _has(row, "completion") and _has(row, "prompt"):
         raise DataError(
             f"{row.source}: found prompt and completion, but no pair; expected chosen and "
-            "rejected (labelled completions are for kto, unlabelled ones for sft)"
+            "rejected (use kto for labelled completions, sft for unlabelled ones)"
         )
     found_keys = ", ".join(map(repr, row.fields))[:120] or "no fields"
     raise DataError(
@@ -345,7 +345,7 @@ def _check_same_kind(group: PromptGroup, groups: Sequence[PromptGroup]) -> None:
         )
 
 
-# --- data to score: every row keeps its place, with a reason if it can't be scored ---
+# --- data to score: all rows are kept, with a reason for those that can't be scored ---
 
 PAIR_FORMATS = tuple(entry for entry in PREFERENCE_FORMATS if entry.name != "ranked")
 _RANKED = next(entry for entry in PREFERENCE_FORMATS if entry.name == "ranked")
@@ -421,18 +421,23 @@ class ScorableDataset:
 
 
 def read_scorable(data: Data, split: str = "train", format: str | None = None) -> ScorableDataset:
-    """Read pairs, lists, completions or conversations to score. Arguments as `read_preferences`.
+    """Read pairs, lists, completions or conversations to score.
+
+    Arguments are those of `read_preferences`.
 
     Raises:
         ConfigError: There is no such format.
         DataError: The data can't be read, or its first row has no known format.
     """
     preferred = (PAIR_FORMATS + LIST_FORMATS, SINGLE_FORMATS)
-    every = {entry.name: entry for entries in preferred for entry in entries}
-    if format is not None and format not in every:
+    by_name = {entry.name: entry for entries in preferred for entry in entries}
+    if format is not None and format not in by_name:
         raise ConfigError(
-            f"--format {format}: not a format of data to score (choose from: {', '.join(every)})"
+            f"--format {format}: not a format of data to score (choose from: {', '.join(by_name)})"
         )
     rows = read_rows(data, split)
-    chosen = every[format] if format is not None else detect_format(rows[0], "scorable", preferred)
-    return ScorableDataset(chosen.title, rows, chosen)
+    if format is None:
+        data_format = detect_format(rows[0], "scorable", preferred)
+    else:
+        data_format = by_name[format]
+    return ScorableDataset(data_format.title, rows, data_format)

@@ -38,15 +38,16 @@ _ROLES = {
 _UNSUPPORTED = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")
 
 _HH_TURN = re.compile(r"(?:^|\n\n)(Human|Assistant):")
-_WORD_RUN = 32
+# The longest word that `split_shared_text` goes back over; languages without spaces have no words.
+_MAX_WORD_LENGTH = 32
 
 
 class UnusableRow(Exception):
-    """A well-formed row that can't be used; the text is the reason, under which it is counted."""
+    """A well-formed row that can't be used. Readers count such rows by the reason, its text."""
 
 
-def brief(value: Any, limit: int = 40) -> str:
-    """A value for an error message: its type, and its text if that is short."""
+def describe_value(value: Any, limit: int = 40) -> str:
+    """Describe a value for an error message: its type, and its text if that is short."""
     if isinstance(value, str):
         text = repr(value[: limit + 1])
         return f"text {text}" if len(value) <= limit else f"text {text[:limit]}…"
@@ -98,7 +99,7 @@ def required_field(row: Row, key: str) -> Any:
 def as_string(row: Row, key: str, value: Any) -> str:
     """Check that a value is a string."""
     if not isinstance(value, str):
-        raise DataError(f"{row.source}: {key!r} is {brief(value)}; expected text")
+        raise DataError(f"{row.source}: {key!r} is {describe_value(value)}; expected text")
     return value
 
 
@@ -111,7 +112,7 @@ def as_number(row: Row, key: str, value: Any) -> float:
             number = float("inf")
         if abs(number) < float("inf"):
             return number
-    raise DataError(f"{row.source}: {key!r} is {brief(value)}; expected a finite number")
+    raise DataError(f"{row.source}: {key!r} is {describe_value(value)}; expected a finite number")
 
 
 def as_messages(row: Row, key: str, value: Any) -> tuple[Message, ...]:
@@ -120,7 +121,7 @@ def as_messages(row: Row, key: str, value: Any) -> tuple[Message, ...]:
         value = [value]
     if not isinstance(value, list) or not value:
         raise DataError(
-            f"{row.source}: {key!r} is {brief(value)}; expected a list of "
+            f"{row.source}: {key!r} is {describe_value(value)}; expected a list of "
             '{"role": …, "content": …} messages'
         )
     return tuple(_message(row, f"{key}[{i}]", turn) for i, turn in enumerate(value))
@@ -128,18 +129,20 @@ def as_messages(row: Row, key: str, value: Any) -> tuple[Message, ...]:
 
 def _message(row: Row, where: str, turn: Any) -> Message:
     if not isinstance(turn, dict):
-        raise DataError(f"{row.source}: {where} is {brief(turn)}; expected a message object")
+        raise DataError(
+            f"{row.source}: {where} is {describe_value(turn)}; expected a message object"
+        )
     name = turn.get("role", turn.get("from"))
     role = _ROLES.get(name.lower()) if isinstance(name, str) else None
     if role is None:
         raise DataError(
-            f"{row.source}: {where} has role {brief(name)}; expected system, user, assistant or "
-            "tool"
+            f"{row.source}: {where} has role {describe_value(name)}; expected system, user, "
+            "assistant or tool"
         )
-    for unread in _UNSUPPORTED:
-        if turn.get(unread):
+    for field in _UNSUPPORTED:
+        if turn.get(field):
             raise DataError(
-                f"{row.source}: {where} has {unread!r}, which is not supported; write it into "
+                f"{row.source}: {where} has {field!r}, which is not supported; write it into "
                 "the message's content or remove it"
             )
     if turn.get("weight") == 0:
@@ -148,15 +151,17 @@ def _message(row: Row, where: str, turn: Any) -> Message:
     if isinstance(content, list):
         content = "".join(_part(row, where, part) for part in content)
     if not isinstance(content, str):
-        raise DataError(f"{row.source}: {where} has content {brief(content)}; expected text")
+        raise DataError(
+            f"{row.source}: {where} has content {describe_value(content)}; expected text"
+        )
     return Message(role, content)
 
 
 def _part(row: Row, where: str, part: Any) -> str:
     if isinstance(part, dict) and isinstance(part.get("text"), str):
         return str(part["text"])
-    kind = part.get("type") if isinstance(part, dict) else part
-    raise DataError(f"{row.source}: {where} has a part that is not text ({brief(kind)})")
+    kind = str(part.get("type")) if isinstance(part, dict) else type(part).__name__
+    raise DataError(f"{row.source}: {where} has a part of type {kind[:40]!r}; expected only text")
 
 
 def as_text(row: Row, key: str, value: Any) -> Text:
@@ -165,7 +170,9 @@ def as_text(row: Row, key: str, value: Any) -> Text:
         return value
     if isinstance(value, list | dict):
         return as_messages(row, key, value)
-    raise DataError(f"{row.source}: {key!r} is {brief(value)}; expected text or a list of messages")
+    raise DataError(
+        f"{row.source}: {key!r} is {describe_value(value)}; expected text or a list of messages"
+    )
 
 
 def parse_transcript(row: Row, key: str, value: Any) -> tuple[Message, ...]:
@@ -174,7 +181,8 @@ def parse_transcript(row: Row, key: str, value: Any) -> tuple[Message, ...]:
     starts = list(_HH_TURN.finditer(text.lstrip()))
     if not starts or starts[0].start() != 0:
         raise DataError(
-            f"{row.source}: {key!r} is {brief(value)}; expected '\\n\\nHuman: … \\n\\nAssistant: …'"
+            f"{row.source}: {key!r} is {describe_value(value)}; expected "
+            "'\\n\\nHuman: … \\n\\nAssistant: …'"
         )
     text = text.lstrip()
     ends = [match.start() for match in starts[1:]] + [len(text)]
@@ -233,8 +241,7 @@ def split_shared_text(texts: Sequence[str]) -> tuple[str, tuple[str, ...]]:
         shared += 1
     head = texts[0][:shared]
     if shared and any(text[shared].isalnum() for text in texts) and head[-1].isalnum():
-        # In languages without spaces between words there is no word boundary to go back to.
-        word = re.search(rf"\w{{1,{_WORD_RUN}}}\Z", head)
+        word = re.search(rf"\w{{1,{_MAX_WORD_LENGTH}}}\Z", head)
         if word and word.start() and head[word.start() - 1].isspace():
             head = head[: word.start()]
     if head.endswith(" "):

@@ -95,7 +95,7 @@ def open_data(data: object) -> DataSource:
             - a `DataSource`, which is returned unchanged.
 
     Raises:
-        DataError: It does not exist, or is none of these.
+        DataError: It does not exist, or is of another type.
     """
     if isinstance(data, str | os.PathLike):
         return _open_path(os.fspath(data))
@@ -136,7 +136,7 @@ def has_split(data: Data, split: str) -> bool:
 
 
 def check_data(data: str | os.PathLike[str]) -> None:
-    """Refuse a path or name that can't be data, without downloading or reading anything.
+    """Check that a path or name can be data, without downloading or reading anything.
 
     Raises:
         DataError: It is neither an existing file or folder nor a valid hub name.
@@ -154,7 +154,7 @@ def check_data(data: str | os.PathLike[str]) -> None:
         if path.suffix not in FILE_SUFFIXES:
             raise DataError(f"{name}: expected a file ending in {', '.join(FILE_SUFFIXES)}")
     elif not os.path.isdir(path):
-        raise DataError(f"{name}: neither a regular file nor a folder")
+        raise DataError(f"{name}: is neither a regular file nor a folder")
 
 
 def container_of(source: str) -> str:
@@ -174,13 +174,13 @@ def _check_split_name(split: str) -> None:
 
 
 def _missing_split(name: str, split: str, found: Iterable[str], hint: str = "") -> DataError:
-    return DataError(f"{name}: has no {split} split (found: {', '.join(found) or 'none'}){hint}")
+    return DataError(f"{name}: has no {split} split (found: {', '.join(found) or 'nothing'}){hint}")
 
 
 def _non_empty(rows: Iterable[Row], label: str) -> list[Row]:
     rows = list(rows)
     if not rows:
-        raise DataError(f"{label}: holds no rows; expected at least one")
+        raise DataError(f"{label}: has no rows; expected at least one")
     return rows
 
 
@@ -255,7 +255,7 @@ def _check_splits(data: Mapping[Any, Any]) -> Mapping[str, Any]:
 
 
 def _to_json(source: str, value: Any, depth: int = 0) -> Any:
-    """A Python value as what JSON would give: dicts, lists, strings and plain numbers."""
+    """Convert a Python value to the types that JSON has: dicts, lists, strings, numbers."""
     if depth > MAX_DEPTH:
         raise DataError(f"{source}: nested deeper than {MAX_DEPTH} levels")
     if isinstance(value, np.ndarray | np.generic):
@@ -551,6 +551,6 @@ def _check_text(source: str, text: str) -> None:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise DataError(
-            f"{source}: half a surrogate pair (\\u{ord(text[error.start]):04x}) in a string; "
+            f"{source}: a string contains half a surrogate pair (\\u{ord(text[error.start]):04x}); "
             "write the character itself, or both halves"
         ) from None

@@ -204,9 +204,9 @@ def render_statistics(statistics: DatasetStatistics) -> str:
         )
     if statistics.chosen_longer is not None and statistics.rejected_longer is not None:
         chosen, rejected = statistics.chosen_longer, statistics.rejected_longer
-        which, share = ("longer", chosen) if chosen >= rejected else ("shorter", rejected)
-        mark = "! " if share > 0.55 else ""
-        lines.append(f"{mark}the {which} completion is chosen in {share:.0%} of the pairs")
+        which, rate = ("longer", chosen) if chosen >= rejected else ("shorter", rejected)
+        mark = "! " if rate > 0.55 else ""
+        lines.append(f"{mark}the {which} completion is chosen in {rate:.0%} of the pairs")
     warnings = (
         ("truncated completions, without an end token", statistics.cut_completions),
         ("rows whose prompt is not a prefix of prompt and completion", statistics.boundary_moved),
@@ -268,13 +268,13 @@ def _render_example(statistics: DatasetStatistics) -> list[str]:
     lines = []
     for name, text in zip(("prompt", *(names or ("best", "worst"))), texts, strict=False):
         # Wrap by characters, not by words: a space at the boundary has to be visible.
-        shown, width = f"⟦{visible(text)}⟧", _WIDTH - 11
+        shown, width = f"⟦{one_line_preview(text)}⟧", _WIDTH - 11
         chunks = [shown[i : i + width] for i in range(0, len(shown), width)]
         lines += [f"{name:<11}{chunks[0]}", *(" " * 11 + chunk for chunk in chunks[1:])]
     return lines
 
 
-def visible(text: str, limit: int = _MAX_EXAMPLE_CHARACTERS) -> str:
+def one_line_preview(text: str, limit: int = _MAX_EXAMPLE_CHARACTERS) -> str:
     r"""Text on one line: control characters are escaped (`\n`), long text is cut in the middle."""
     if len(text) > limit:
         half = (limit - 3) // 2

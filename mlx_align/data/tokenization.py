@@ -82,12 +82,11 @@ class TokenizeReport:
         kept: Groups that were not dropped.
         dropped: Number of dropped groups, by reason.
         cut_completions: Number of completions cut to `max_completion_length`.
-        boundary_moved: Number of groups with this property of `TokenizeResult`; also the next
-            three.
-        end_appended: See above.
-        thinking_off: See above.
-        system_folded: See above.
-        lengths: Percentiles of the tokens of prompt and longest completion, before dropping:
+        boundary_moved: Number of groups with `TokenizeResult.boundary_moved`.
+        end_appended: Number of groups with `TokenizeResult.end_appended`.
+        thinking_off: Number of groups with `TokenizeResult.thinking_off`.
+        system_folded: Number of groups with `TokenizeResult.system_folded`.
+        lengths: Percentiles of the length of prompt and longest completion, before dropping:
             "50", "90", "99", "100" → tokens.
         notes: Sentences about the tokenizer that users should know.
     """
@@ -113,7 +112,7 @@ class PromptReport:
         indices: Indices of the prompts that were kept.
         dropped: Number of dropped prompts, by reason.
         system_folded: Prompts whose system turn was put in front of the first user turn.
-        lengths: Percentiles of their tokens, before dropping: "50", "90", "99", "100" → tokens.
+        lengths: Percentiles of their lengths, before dropping: "50", "90", "99", "100" → tokens.
         notes: Sentences about the tokenizer that users should know.
     """
 
@@ -132,10 +131,10 @@ def tokenize_group(
     max_seq_length: int,
     max_completion_length: int | None = None,
 ) -> TokenizedGroup:
-    """Tokenise one group. Arguments as for `tokenize_groups`.
+    """Tokenise one group. Arguments are those of `tokenize_groups`.
 
     Raises:
-        DataError: The group has to be dropped; the text gives the reason.
+        DataError: The group has to be dropped; the message gives the reason.
     """
     result = try_tokenize_group(
         group,
@@ -145,8 +144,8 @@ def tokenize_group(
     )
     if result.group is None:
         detail = f" ({result.detail})" if result.detail else ""
-        length = f": {result.length} tokens, over {max_seq_length}" if result.length else ""
-        raise DataError(f"{group.source}: {result.dropped}{length}{detail}")
+        over = f": {result.length} tokens, limit {max_seq_length}" if result.length else ""
+        raise DataError(f"{group.source}: {result.dropped}{over}{detail}")
     return result.group
 
 
@@ -233,7 +232,7 @@ def try_tokenize_group(
     max_completion_length: int | None = None,
     drop_identical: bool = True,
 ) -> TokenizeResult:
-    """Tokenise one group, or return the reason to drop it. Arguments as for `tokenize_groups`.
+    """Tokenise one group, or return the reason to drop it.
 
     Args:
         group: The group.
@@ -248,7 +247,10 @@ def try_tokenize_group(
     """
     limit = max_completion_length
     if max_seq_length < 1 or (limit is not None and limit < 1):
-        raise ConfigError("--max-seq-length and --max-completion-length: expected at least 1")
+        raise ConfigError(
+            f"--max-seq-length {max_seq_length} and --max-completion-length {limit}: expected at "
+            "least 1"
+        )
     folded = (
         template.folds_system
         and not isinstance(group.prompt, str)
@@ -345,24 +347,24 @@ def check_dropped(results: Sequence[TokenizeResult], option: str, limit: int) ->
         limit: Its value, tokens.
 
     Raises:
-        DataError: Too many would be dropped; the text gives reasons and limits that keep more.
+        DataError: Too many would be dropped; the message gives reasons and limits that keep more.
     """
     rows = len(results)
     dropped = Counter(r.dropped for r in results if r.dropped is not None)
     kept = rows - dropped.total()
-    lost = dropped.total() - dropped[IDENTICAL]
-    if kept and lost <= MAX_DROPPED * rows:
+    refused = dropped.total() - dropped[IDENTICAL]
+    if kept and refused <= MAX_DROPPED * rows:
         return
     if not rows:
-        raise DataError("no rows to tokenise")
+        raise DataError("the data has no rows; expected at least one")
     too_long = dropped[TOO_LONG]
-    if 2 * too_long >= max(lost, 1):
-        at = percentiles([r.length for r in results if r.length])
+    if 2 * too_long >= max(refused, 1):
+        lengths = percentiles([r.length for r in results if r.length])
         raise DataError(
             f"{'all' if too_long == rows else too_long} of {rows} rows are longer than "
-            f"{option} {limit} and would be dropped (tokens: median {at['50']}, "
-            f"longest {at['100']}); {option} {at['90']} keeps 90% of them, {at['99']} "
-            "keeps 99%"
+            f"{option} {limit} and would be dropped (tokens: median {lengths['50']}, "
+            f"longest {lengths['100']}); {option} {lengths['90']} keeps 90% of them, "
+            f"{lengths['99']} keeps 99%"
         )
     reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.items())
     detail = next((f" ({r.detail})" for r in results if r.detail), "")
@@ -398,7 +400,7 @@ class RenderedGroup:
 def render_group(
     prompt: Text, completions: Sequence[Text], template: ChatTemplate
 ) -> RenderedGroup | None:
-    """Render a group; None if its renderings don't share a usable prompt.
+    """Render a group. Returns None if its renderings don't share a usable prompt.
 
     Raises:
         TemplateError: The chat template raised an error.
@@ -447,20 +449,23 @@ def _render_turns(
     head = template.render(prompt, generation_prompt=True, thinking=thinking)
     if not whole:
         return RenderedGroup(head, []) if head else None
-    ended = [template.end_once(template.render(turns, thinking=thinking)) for turns in whole]
-    shared = min(common_prefix(head, ids) for ids, _ in ended)
-    completions = [ids[shared:] for ids, _ in ended]
+    rendered = [
+        template.trim_to_end_token(template.render(turns, thinking=thinking)) for turns in whole
+    ]
+    shared = min(common_prefix(head, ids) for ids, _ in rendered)
+    completions = [ids[shared:] for ids, _ in rendered]
     if not shared or not all(completions) or len(head) - shared > MAX_BOUNDARY_SHIFT:
         return None
     moved = shared < len(head)
     masks = None
     if any(len(turns) > len(prompt) + 1 for turns in whole):
         masks = []
-        for turns, (ids, _) in zip(whole, ended, strict=True):
+        for turns, (ids, _) in zip(whole, rendered, strict=True):
             mask, exact = _assistant_mask(turns, len(prompt), ids, shared, template, thinking)
             masks.append(mask)
             moved = moved or not exact
-    return RenderedGroup(head[:shared], completions, masks, moved, any(added for _, added in ended))
+    appended = any(added for _, added in rendered)
+    return RenderedGroup(head[:shared], completions, masks, moved, appended)
 
 
 def _assistant_mask(

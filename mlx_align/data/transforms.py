@@ -24,7 +24,7 @@ def to_pairs(groups: Sequence[PromptGroup], *, best_only: bool = False) -> list[
 
     Args:
         groups: Groups of two or more completions. Longer ones need scores, best first.
-        best_only: Compare only the best completion with each other one: at most K − 1 pairs
+        best_only: Pair only the best completion with each of the others: at most K − 1 pairs
             instead of K·(K − 1)/2.
 
     Raises:
@@ -63,10 +63,10 @@ def unpair(groups: Sequence[PromptGroup]) -> list[PromptGroup]:
 
 def keep_last_completion(groups: Sequence[PromptGroup]) -> list[PromptGroup]:
     """Move all turns up to the last user or tool turn of a conversation into the prompt."""
-    return [_keep_last(group) for group in groups]
+    return [_keep_last_completion(group) for group in groups]
 
 
-def _keep_last(group: PromptGroup) -> PromptGroup:
+def _keep_last_completion(group: PromptGroup) -> PromptGroup:
     (turns,) = group.completions
     if isinstance(turns, str) or isinstance(group.prompt, str):
         return group
@@ -92,22 +92,22 @@ def split_validation(
         DataError: There are fewer than two different prompts.
     """
     if not 0 < fraction < 1:
-        raise ConfigError(f"validation fraction {fraction}: expected between 0 and 1")
+        raise ConfigError(f"--valid-fraction {fraction}: expected between 0 and 1")
     sizes = Counter(group.prompt for group in groups)
     if len(sizes) < 2:
         raise DataError(
             "can't make a validation split: the data has fewer than two different prompts; "
-            "provide a valid split"
+            "add prompts, or provide a valid split"
         )
     prompts = list(sizes)
-    wanted = fraction * len(groups)
+    target_size = fraction * len(groups)
     held_out = set()
-    taken = 0
+    size = 0
     for index in np.random.default_rng(seed).permutation(len(prompts)).tolist()[:-1]:
-        if taken and taken + sizes[prompts[index]] / 2 > wanted:
+        if size and size + sizes[prompts[index]] / 2 > target_size:
             break
         held_out.add(prompts[index])
-        taken += sizes[prompts[index]]
+        size += sizes[prompts[index]]
     return (
         [group for group in groups if group.prompt not in held_out],
         [group for group in groups if group.prompt in held_out],
@@ -115,7 +115,7 @@ def split_validation(
 
 
 def add_mismatched(groups: Sequence[TokenizedGroup], seed: int) -> list[TokenizedGroup]:
-    """Give each group a second completion that belongs to another prompt (the KL term of KTO).
+    """Give each group a second completion, taken from another prompt, for the KL term of KTO.
 
     Partners are neighbours in an order shuffled by `seed` and sorted by length, so that padding
     stays small. A partner never has the same prompt, and has the same completion only if every
@@ -146,11 +146,12 @@ def add_mismatched(groups: Sequence[TokenizedGroup], seed: int) -> list[Tokenize
                     "least two prompts (or --loss apo_zero_unpaired)"
                 )
             other = fallback
-        paired[index] = _join(groups[index], groups[other])
+        paired[index] = _append_completion(groups[index], groups[other])
     return paired
 
 
-def _join(group: TokenizedGroup, partner: TokenizedGroup) -> TokenizedGroup:
+def _append_completion(group: TokenizedGroup, partner: TokenizedGroup) -> TokenizedGroup:
+    """The group with its own completion and the partner's."""
     masks = None
     if group.loss_masks is not None or partner.loss_masks is not None:
         masks = (completion_mask(group, OWN), completion_mask(partner, OWN))

@@ -1,7 +1,7 @@
-"""Hyperparameters of losses, declared in the signature of the function that has them.
+"""Hyperparameters of losses, declared in the signatures of the loss functions.
 
-A loss declares `beta: Positive = 0.1`. To the type checker that is a float; here the annotation is
-also the range that a given value is checked against. Options with named values are strings.
+A loss declares `beta: Positive = 0.1`. To the type checker that is a float; the annotation also
+holds the range that values are checked against. Options with named values are strings.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def hyperparameters_of(function: Callable[..., Any]) -> dict[str, Hyperparameter
     a `Literal` of strings. Others must have a number as default, and then accept any finite number.
 
     Raises:
-        ConfigError: A keyword-only argument has no default, or nothing says what it may be.
+        ConfigError: A keyword-only argument has no default, or its possible values are unknown.
     """
     found = {}
     hints = _hints(function)
@@ -145,7 +145,7 @@ def resolve(
     Raises:
         ConfigError: `loss` has no such hyperparameter, or a value is out of range.
     """
-    refuse_without_effect(loss, parameters, given)
+    check_option_names(loss, parameters, given)
     resolved: dict[str, HyperparameterValue] = {
         name: read_value(name, given[name], parameter, loss) if name in given else parameter.default
         for name, parameter in parameters.items()
@@ -155,7 +155,7 @@ def resolve(
     return resolved
 
 
-def refuse_without_effect(loss: str, parameters: Iterable[str], given: Iterable[str]) -> None:
+def check_option_names(loss: str, parameters: Iterable[str], given: Iterable[str]) -> None:
     """Raise a ConfigError for the first name in `given` that is not one of `parameters`."""
     known = tuple(parameters)
     for name in given:

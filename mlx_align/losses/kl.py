@@ -10,8 +10,8 @@ l = logp − ref_logp the three differ in variance and, more importantly, in the
     k3 = e^(−l) − 1 + l      unbiased, never negative; as an on-policy loss it has the gradient of
                              KL(reference‖policy), which has another optimum
 
-Set positions off the mask to equal log-probs *before* the call: padding in the exponent of k3
-overflows, and no mask afterwards repairs an inf.
+Set positions off the mask to equal log-probs *before* the call: padding can overflow in the
+exponent of k3, and multiplying by a mask afterwards turns inf into NaN.
 
 Source: Schulman 2020, "Approximating KL divergence"; for the gradients Tang & Munos 2025, "On a
 few pitfalls in KL divergence gradient estimation for RL".

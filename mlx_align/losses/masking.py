@@ -16,7 +16,7 @@ from mlx_align.types import PairLogps
 
 
 def log_sigmoid(x: mx.array) -> mx.array:
-    """Logarithm of the sigmoid, −log(1 + e^(−x)), elementwise; exact at ±1e4, gradient too."""
+    """Logarithm of the sigmoid, −log(1 + e^(−x)), elementwise; exact at ±1e4, also its gradient."""
     return -mx.logaddexp(-x, mx.array(0.0))
 
 
@@ -64,7 +64,7 @@ def pair_logps(
     soft_label: mx.array,
     token_weight: mx.array | None = None,
 ) -> PairLogps:
-    """Sum per-token log-probs to what the pairwise losses take.
+    """Sum per-token log-probs over completions, for the pairwise losses.
 
     Args:
         token_logps: (2B, C) nats, policy; the rows are chosen 0, rejected 0, chosen 1, …
@@ -112,16 +112,17 @@ def ld_mask(mask: mx.array, shared_length: mx.array, alpha: float) -> mx.array:
 
     Source: Liu et al. 2024, "Length Desensitization in Direct Preference Optimization".
     """
-    scored = (mask != 0).astype(mx.float32)
-    within = mx.cumsum(scored, axis=-1) <= shared_length[:, None]
-    return scored * mx.where(within, 1.0, alpha)
+    counted = (mask != 0).astype(mx.float32)
+    within = mx.cumsum(counted, axis=-1) <= shared_length[:, None]
+    return counted * mx.where(within, 1.0, alpha)
 
 
 def wpo_weight(token_logps: mx.array, log_square_sums: mx.array, mask: mx.array) -> mx.array:
     """WPO's row weights (N,): exp(mean over tokens of log p − log Σ_v p_v²), without gradient.
 
-    How likely the policy is to write the completion itself, per token and relative to how peaked
-    its distributions are. A pair's loss is multiplied by the weights of both its rows.
+    The weight says how likely the policy is to generate the completion itself, per token and
+    relative to how peaked its distributions are. A pair's loss is multiplied by the weights of both
+    its rows.
 
     Args:
         token_logps: (N, C) nats, policy log-probs of the completion's tokens.

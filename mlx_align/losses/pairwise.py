@@ -39,11 +39,11 @@ from mlx_align.types import PairLogps
 DIVERGENCES = ("reverse_kl", "forward_kl", "js", "alpha")
 Divergence = Annotated[str, Choice(DIVERGENCES)]
 
-# e^80 is the last round number that can be subtracted from another in float32: beyond it a pair's
-# score stops growing instead of becoming inf − inf.
+# Exponents are clamped here, so that a pair's score stops growing instead of becoming inf − inf:
+# float32 overflows beyond e^88.
 MAX_EXPONENT = 80.0
-# A mean log-prob per token that rounds to 0 has infinite odds. This is the nearest to certainty
-# that float32 resolves well, 1 − p = 1e-6.
+# A mean log-prob per token that rounds to 0 has infinite odds. At this bound, 1 − p = 1e-6, which
+# float32 still resolves well.
 MAX_MEAN_LOGP = -1e-6
 
 # A loss as `registry.combine` returns it: (pairs, mean chosen length) -> (B,).
@@ -95,7 +95,7 @@ def sigmoid_loss(
     Source: Rafailov et al. 2023, eq. 7; Mitchell 2023, "A note on DPO with noisy preferences".
     """
     logits = beta * _difference(logps, f_divergence, f_alpha)
-    return logistic(logits, target(logps, label_smoothing))
+    return logistic(logits, smoothed_label(logps, label_smoothing))
 
 
 def sigmoid_norm_loss(
@@ -113,7 +113,7 @@ def sigmoid_norm_loss(
     Source: Lambert et al. 2024, "Tülu 3: Pushing Frontiers in Open Language Model Post-Training".
     """
     logits = beta * _difference_per_token(logps, f_divergence, f_alpha)
-    return logistic(logits, target(logps, label_smoothing))
+    return logistic(logits, smoothed_label(logps, label_smoothing))
 
 
 def hinge_loss(
@@ -234,8 +234,8 @@ def sppo_hard_loss(logps: PairLogps, *, beta: Positive = 0.1) -> mx.array:
 
     Source: Wu et al. 2024, "Self-Play Preference Optimization for Language Model Alignment".
     """
-    goal = 0.5 / beta
-    return mx.square(logps.chosen_logratio - goal) + mx.square(logps.rejected_logratio + goal)
+    target = 0.5 / beta
+    return mx.square(logps.chosen_logratio - target) + mx.square(logps.rejected_logratio + target)
 
 
 def aot_loss(
@@ -250,8 +250,8 @@ def aot_loss(
     Transport".
     """
     policy = logps.chosen - logps.rejected
-    # The reference is a constant. Without the stop, the policy's gradient would enter through both
-    # terms and cancel only up to rounding.
+    # The reference is a constant, but is computed from the policy here. Without stop_gradient, the
+    # policy's gradient would enter twice and cancel only up to rounding.
     reference = mx.stop_gradient(policy - (logps.chosen_logratio - logps.rejected_logratio))
     logits = beta * (mx.sort(policy) - mx.sort(reference))
     return logistic(logits, 1 - label_smoothing)
@@ -288,14 +288,14 @@ def apo_down_loss(logps: PairLogps, *, beta: Positive = 0.1) -> mx.array:
 
 
 def dpop_loss(logps: PairLogps, *, beta: Positive = 0.1, penalty: NonNegative = 50.0) -> mx.array:
-    """DPO-positive: −ls(β(Δ − λ·max(0, −a))); λ (`penalty`) acts where chosen loses probability.
+    """DPO-positive: −ls(β(Δ − λ·max(0, −a))); λ (`penalty`) acts if chosen becomes less likely.
 
     Source: Pal et al. 2024, "Smaug: Fixing Failure Modes of Preference Optimisation with
     DPO-Positive".
     """
-    lost = mx.maximum(0.0, -logps.chosen_logratio)
+    decrease = mx.maximum(0.0, -logps.chosen_logratio)
     margin = logps.chosen_logratio - logps.rejected_logratio
-    return logistic(beta * (margin - penalty * lost), 1.0)
+    return logistic(beta * (margin - penalty * decrease), 1.0)
 
 
 # Losses without a reference
@@ -356,7 +356,7 @@ def cpo_loss(
     Source: Xu et al. 2024, "Contrastive Preference Optimization".
     """
     logits = beta * (logps.chosen - logps.rejected)
-    preference = logistic(logits, target(logps, label_smoothing))
+    preference = logistic(logits, smoothed_label(logps, label_smoothing))
     return preference + alpha * sft_loss(logps, mean_chosen_length)
 
 
@@ -376,7 +376,7 @@ def simpo_loss(
     """
     chosen = logps.chosen / safe_length(logps.chosen_length)
     rejected = logps.rejected / safe_length(logps.rejected_length)
-    return logistic(beta * (chosen - rejected) - gamma, target(logps, label_smoothing))
+    return logistic(beta * (chosen - rejected) - gamma, smoothed_label(logps, label_smoothing))
 
 
 def alphapo_loss(
@@ -401,7 +401,7 @@ def alphapo_loss(
 # Shared parts
 
 
-def target(logps: PairLogps, label_smoothing: float) -> mx.array:
+def smoothed_label(logps: PairLogps, label_smoothing: float) -> mx.array:
     """Probability (B,) that chosen is better, from soft label and label smoothing."""
     return logps.soft_label * (1 - label_smoothing) + (1 - logps.soft_label) * label_smoothing
 
@@ -478,25 +478,25 @@ def loss_and_logps_gradient(
     def mean(
         chosen: mx.array, rejected: mx.array, chosen_ratio: mx.array, rejected_ratio: mx.array
     ) -> mx.array:
-        moved = logps._replace(
+        variables = logps._replace(
             chosen=chosen,
             rejected=rejected,
             chosen_logratio=chosen_ratio,
             rejected_logratio=rejected_ratio,
         )
-        return mx.mean(loss(moved, mean_chosen_length))
+        return mx.mean(loss(variables, mean_chosen_length))
 
-    by_chosen, by_rejected, by_chosen_ratio, by_rejected_ratio = mx.grad(
+    grad_chosen, grad_rejected, grad_chosen_ratio, grad_rejected_ratio = mx.grad(
         mean, argnums=(0, 1, 2, 3)
     )(logps.chosen, logps.rejected, logps.chosen_logratio, logps.rejected_logratio)
     zero = mx.zeros(logps.chosen.shape)
     return values, PairLogps(
-        by_chosen, by_rejected, by_chosen_ratio, by_rejected_ratio, zero, zero, zero
+        grad_chosen, grad_rejected, grad_chosen_ratio, grad_rejected_ratio, zero, zero, zero
     )
 
 
 def linear_loss(logps: PairLogps, gradient: PairLogps) -> mx.array:
-    """A microbatch's part of a scalar that has the gradient of the coupled loss.
+    """A microbatch's contribution to a scalar that has the gradient of the coupled loss.
 
     Args:
         logps: The pairs of the microbatch, with gradient.

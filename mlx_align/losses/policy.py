@@ -20,7 +20,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import mlx.core as mx
 
@@ -35,7 +35,7 @@ Aggregation = Literal[
 ]
 KlPlace = Literal["none", "k1_reward", "k2", "k3", "k3_corrected"]
 
-# e^20 is 5e8: a token that far off has no useful gradient, and its square still fits float32.
+# e^20 is 5e8: a token with such a ratio has no useful gradient, and its square still fits float32.
 MAX_LOG_RATIO = 20.0
 # τ of SAPO for positive and for other advantages (Gao et al. 2025; as in TRL).
 SAPO_TEMPERATURES = (1.0, 1.05)
@@ -59,7 +59,7 @@ class PolicyMethod:
         surrogate: A name in `SURROGATES`.
         clip_low: Ratios are clipped at 1 − clip_low.
         clip_high: Ratios are clipped at 1 + clip_high; for cispo, the upper bound itself.
-        delta: Upper bound of ratios that `clip` would not limit, those of negative advantages.
+        delta: Upper bound of the ratios of negative advantages, which `clip` does not limit.
         aggregation: How losses of tokens are averaged. sequence_mean: over each completion, then
             over completions. token_mean: over all tokens of the update. local_token_mean: over
             all tokens of a microbatch, then over microbatches (TRL's bnpo; the only one that
@@ -131,7 +131,7 @@ class SurrogateInputs(NamedTuple):
 
 
 class ClipBounds(NamedTuple):
-    """Ratios are clipped to [1 − low, 1 + high]; `delta` limits those that `clip` would not."""
+    """Bounds of ratios: they are clipped to [1 − low, 1 + high]; for `delta` see `PolicyMethod`."""
 
     low: float
     high: float
@@ -244,7 +244,7 @@ SURROGATES: dict[str, Callable[[SurrogateInputs, ClipBounds], mx.array]] = {
 def clip_metrics(
     inputs: SurrogateInputs, surrogate: str, bounds: ClipBounds
 ) -> dict[str, mx.array]:
-    """Which tokens (N, C) were clipped, under TRL's metric names."""
+    """Masks (N, C) of the tokens that were clipped, under TRL's metric names."""
     ratio, advantages = inputs.ratio, inputs.advantages
     if surrogate == "clip":
         low = mx.logical_and(ratio < 1 - bounds.low, advantages < 0)
@@ -285,7 +285,7 @@ def policy_totals(
         method: The method.
         max_length: Maximum length of a completion, in tokens.
         entropies: The entropies (N, C) of the microbatches, nats, if the method has an entropy
-            quantile; those of the rollout will do.
+            quantile; those of the rollout are sufficient.
 
     Raises:
         ValueError: The method has an entropy quantile and `entropies` is None.
@@ -295,7 +295,7 @@ def policy_totals(
     threshold = mx.array(-mx.inf)
     if method.entropy_quantile > 0:
         if entropies is None:
-            raise ValueError("entropy_quantile: no entropies given")
+            raise ValueError("entropy_quantile: expected entropies")
         flat = [part.reshape(-1) for part in entropies]
         real = [mask.reshape(-1) != 0 for mask in masks]
         threshold = _quantile(mx.concatenate(flat), mx.concatenate(real), method.entropy_quantile)
@@ -341,18 +341,18 @@ def policy_loss(
     Raises:
         ValueError: A coefficient has no effect, or the entropies it needs are missing.
     """
-    _refuse_without_effect(method, sample, kl_coef, entropy_coef)
+    _check_coefficients(method, sample, kl_coef, entropy_coef)
     mask = sample.mask != 0
-    logps = _real(sample.logps, mask)
-    old = mx.stop_gradient(_real(sample.old_logps, mask))
-    advantages = mx.stop_gradient(_real(sample.advantages, mask))
+    logps = _zero_padding(sample.logps, mask)
+    old = mx.stop_gradient(_zero_padding(sample.old_logps, mask))
+    advantages = mx.stop_gradient(_zero_padding(sample.advantages, mask))
     log_ratio = logps - old
     ratio = RATIOS[method.ratio](logps, log_ratio, mask)
     inputs = SurrogateInputs(logps, log_ratio, ratio, advantages, mask)
     bounds = ClipBounds(method.clip_low, method.clip_high, method.delta)
 
     surrogate = SURROGATES[method.surrogate](inputs, bounds)
-    correction = mx.stop_gradient(_real(sample.correction, mask))
+    correction = mx.stop_gradient(_zero_padding(sample.correction, mask))
     surrogate = mx.where(_selected(method, sample, inputs, totals), correction * surrogate, 0.0)
     loss = policy = _aggregate(method.aggregation, surrogate, mask, totals)
 
@@ -371,7 +371,7 @@ def policy_loss(
     metrics["policy_loss"] = policy * totals.tokens
 
     if _has_reference(method, kl_coef):
-        reference = mx.stop_gradient(_real(sample.reference_logps, mask))
+        reference = mx.stop_gradient(_zero_padding(sample.reference_logps, mask))
         # Clamped for k3's exponent only: k2 needs its gradient at any distance.
         near = mx.clip(reference - logps, -MAX_LOG_RATIO, MAX_LOG_RATIO)
         estimate = k3(mx.zeros_like(near), near)
@@ -383,36 +383,37 @@ def policy_loss(
         metrics["kl"] = _token_sum(estimate, mask, totals)
     if sample.entropies is not None:
         entropy = masked_sum(sample.entropies, mask, axis=None)
-        if _may_act(entropy_coef):
+        if _may_be_nonzero(entropy_coef):
             loss = loss - entropy_coef * entropy / safe_length(totals.tokens)
         metrics["entropy"] = entropy
     metrics["weight"] = mx.sum(lengths(mask))
     return loss, {name: mx.stop_gradient(value) for name, value in metrics.items()}
 
 
-def _may_act(coefficient: mx.array | float) -> bool:
+def _may_be_nonzero(coefficient: mx.array | float) -> bool:
     """Whether a coefficient is an array, which may take any value, or a number that is not 0."""
     return isinstance(coefficient, mx.array) or coefficient != 0
 
 
 def _has_reference(method: PolicyMethod, kl_coef: mx.array | float) -> bool:
-    return method.kl != "none" and _may_act(kl_coef)
+    return method.kl != "none" and _may_be_nonzero(kl_coef)
 
 
-def _refuse_without_effect(
+def _check_coefficients(
     method: PolicyMethod,
     sample: PolicySample,
     kl_coef: mx.array | float,
     entropy_coef: mx.array | float,
 ) -> None:
+    """Raise a ValueError if a coefficient has no effect, or the entropies it needs are missing."""
     if method.kl == "none" and not isinstance(kl_coef, mx.array) and kl_coef != 0:
-        raise ValueError(f"kl_coef={kl_coef}: has no effect, the method has no KL term")
-    if sample.entropies is None and (_may_act(entropy_coef) or method.entropy_quantile > 0):
-        raise ValueError("entropy_coef or entropy_quantile: no entropies given")
+        raise ValueError(f"kl_coef={kl_coef}: has no effect, because the method has no KL term")
+    if sample.entropies is None and (_may_be_nonzero(entropy_coef) or method.entropy_quantile > 0):
+        raise ValueError("entropy_coef or entropy_quantile: expected entropies in the sample")
 
 
-def _real(values: mx.array, mask: mx.array) -> mx.array:
-    """The values in float32, 0 off the mask, so that the exponential never meets padding."""
+def _zero_padding(values: mx.array, mask: mx.array) -> mx.array:
+    """The values in float32, 0 off the mask, so that no exponential of padding is taken."""
     return mx.where(mask, values.astype(mx.float32), 0.0)
 
 
@@ -426,7 +427,7 @@ def _selected(
     """
     selected = inputs.mask
     if method.entropy_quantile > 0 and sample.entropies is not None:
-        entropies = mx.stop_gradient(_real(sample.entropies, inputs.mask))
+        entropies = mx.stop_gradient(_zero_padding(sample.entropies, inputs.mask))
         selected = mx.logical_and(selected, entropies >= totals.entropy_threshold)
     if method.off_policy_threshold is not None:
         drift = masked_sum(mx.stop_gradient(-inputs.log_ratio), inputs.mask)
@@ -451,7 +452,7 @@ def _aggregate(
         return mx.sum(by_row) / safe_length(totals.rows)
     if aggregation == "max_length":
         return mx.sum(by_row) / (safe_length(totals.rows) * totals.max_length)
-    raise ValueError(f"aggregation {aggregation!r}: unknown")
+    raise ValueError(f"aggregation {aggregation!r}: choose from {', '.join(get_args(Aggregation))}")
 
 
 def _token_sum(
@@ -470,8 +471,8 @@ def _quantile(values: mx.array, real: mx.array, quantile: float) -> mx.array:
         return mx.array(-mx.inf)
     count = mx.sum(real)
     ordered = mx.sort(mx.where(real, values.astype(mx.float32), mx.inf))
-    place = quantile * (count.astype(mx.float32) - 1)
-    below = mx.maximum(mx.floor(place).astype(mx.int32), 0)
+    position = quantile * (count.astype(mx.float32) - 1)
+    below = mx.maximum(mx.floor(position).astype(mx.int32), 0)
     above = mx.minimum(below + 1, mx.maximum(count - 1, 0))
-    between = ordered[below] + (place - below) * (ordered[above] - ordered[below])
+    between = ordered[below] + (position - below) * (ordered[above] - ordered[below])
     return mx.where(count > 0, between, -mx.inf)

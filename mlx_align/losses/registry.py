@@ -1,4 +1,4 @@
-"""The losses by name: what `--loss` accepts, what each of them needs, and weighted sums of them.
+"""The losses by name: the choices of `--loss`, their requirements, and weighted sums of them.
 
 To add a pairwise loss, write a function of `PairLogps` and add a line to `PAIRWISE_LOSSES`; its
 keyword-only arguments become `--loss-option`s. From Python, `loss=` also takes the function itself:
@@ -34,8 +34,8 @@ from mlx_align.errors import ConfigError
 from mlx_align.losses import pairwise, unpaired
 from mlx_align.losses.hyperparameters import (
     HyperparameterValue,
+    check_option_names,
     hyperparameters_of,
-    refuse_without_effect,
     resolve,
     unknown_name,
 )
@@ -182,7 +182,7 @@ def parse_losses(
         if name not in PAIRWISE_LOSSES:
             raise unknown_name("--loss", name, PAIRWISE_LOSSES)
         if name in weights:
-            raise ConfigError(f"--loss {loss}: {name} appears twice")
+            raise ConfigError(f"--loss {loss}: {name} appears twice; give it one weight")
         weights[name] = _weight(name, weight) if equals else 1.0
     return tuple(weights.items())
 
@@ -255,13 +255,12 @@ def combine(
             combined with a loss that has none.
     """
     losses = {_name(loss): _loss(loss) for loss, _ in parts}
-    names = list(losses)
-    have = {name: hyperparameters_of(loss.function) for name, loss in losses.items()}
-    anywhere = dict.fromkeys(option for options in have.values() for option in options)
-    refuse_without_effect(",".join(names), anywhere, given)
+    parameters = {name: hyperparameters_of(loss.function) for name, loss in losses.items()}
+    known = dict.fromkeys(option for options in parameters.values() for option in options)
+    check_option_names(",".join(losses), known, given)
     if given.get("f_divergence", "reverse_kl") != "reverse_kl":
         for name, loss in losses.items():
-            if loss.needs_reference and "f_divergence" not in have[name]:
+            if loss.needs_reference and "f_divergence" not in parameters[name]:
                 raise ConfigError(
                     f"--loss-option f_divergence={given['f_divergence']}: not defined for "
                     f"--loss {name}, which is not a function of the difference of the log-ratios"
@@ -272,8 +271,8 @@ def combine(
         parts=tuple((_name(loss), weight) for loss, weight in parts),
         losses=losses,
         options={
-            name: resolve(name, have[name], {k: v for k, v in given.items() if k in have[name]})
-            for name in names
+            name: resolve(name, own, {k: v for k, v in given.items() if k in own})
+            for name, own in parameters.items()
         },
         needs_reference=any(loss.needs_reference for loss in losses.values()),
         soft_labels=bool(comparing) and all(loss.soft_labels for loss in comparing),

@@ -1,4 +1,4 @@
-"""Losses of reward models, as functions of scores: Bradley–Terry, with margins, of rankings."""
+"""Losses of reward models: Bradley–Terry for pairs, with margins, and for rankings."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def reward_bt(
     Args:
         r_chosen: Scores of the chosen completions, any shape.
         r_rejected: Scores of the rejected completions, the same shape.
-        margin: m, the least difference that the scores should have.
+        margin: m, the minimum difference that the scores should have.
         soft_label: p, the probability that chosen is better.
         center: Weight of the squared sum, which determines the mean of the scores; Bradley–Terry
             alone leaves it free.
@@ -63,15 +63,15 @@ def reward_bt(
     return likelihood + center * mx.square(r_chosen + r_rejected)
 
 
-def every_two(count: int) -> tuple[list[int], list[int]]:
+def pair_indices(count: int) -> tuple[list[int], list[int]]:
     """The first and the second completion of each pair, for the columns of `Comparisons`."""
     pairs = [(i, j) for i in range(count) for j in range(i + 1, count)]
     return [i for i, _ in pairs], [j for _, j in pairs]
 
 
-def differences(scores: mx.array, comparisons: Comparisons) -> mx.array:
+def score_differences(scores: mx.array, comparisons: Comparisons) -> mx.array:
     """Score of the first minus score of the second, (B, P); 0 where a pair is not compared."""
-    first, second = _compared(scores, comparisons)
+    first, second = _pair_scores(scores, comparisons)
     return first - second
 
 
@@ -98,7 +98,7 @@ def kwise_loss(
 
     Source: Ouyang et al. 2022 (InstructGPT), eq. 1.
     """
-    first, second = _compared(scores, comparisons)
+    first, second = _pair_scores(scores, comparisons)
     losses = reward_bt(
         first,
         second,
@@ -110,9 +110,9 @@ def kwise_loss(
     return mx.sum(comparisons.weight * losses, axis=1)
 
 
-def _compared(scores: mx.array, comparisons: Comparisons) -> tuple[mx.array, mx.array]:
+def _pair_scores(scores: mx.array, comparisons: Comparisons) -> tuple[mx.array, mx.array]:
     """Scores (B, P) of the first and the second completion of each pair."""
     # Select before subtracting: the gradient of inf − inf is NaN, even if it is masked afterwards.
     real = comparisons.weight > 0
-    first, second = (mx.array(column) for column in every_two(scores.shape[1]))
+    first, second = (mx.array(column) for column in pair_indices(scores.shape[1]))
     return mx.where(real, scores[:, first], 0.0), mx.where(real, scores[:, second], 0.0)

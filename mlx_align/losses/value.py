@@ -1,4 +1,4 @@
-"""The critic's loss, and how much of the returns' variance it explains."""
+"""The critic's loss and its explained variance."""
 
 from __future__ import annotations
 
@@ -53,5 +53,5 @@ def explained_variance(values: mx.array, returns: mx.array, mask: mx.array) -> m
     def variance(x: mx.array) -> mx.array:
         return masked_mean(mx.square(x - masked_mean(x, real, axis=None)), real, axis=None)
 
-    whole = variance(returns)
-    return mx.where(whole > 0, 1 - variance(returns - values) / mx.where(whole > 0, whole, 1.0), 0)
+    total = variance(returns)
+    return mx.where(total > 0, 1 - variance(returns - values) / mx.where(total > 0, total, 1.0), 0)

@@ -316,7 +316,7 @@ def _shapes_within(
         if groups is None:
             half = -(-length // 16) * 8
             return [
-                Shape(half, half, limit.groups_of(3 * half))
+                Shape(half, half, limit.groups_per_microbatch(3 * half))
             ]  # rows of one length need no padding
         short = [
             group

@@ -81,7 +81,7 @@ def test_wrong_rows(fails, write):
     assert not Path("runs").exists()  # nothing is created before the data was read
     too_long = dpo(write(*many(chosen="x " * 3000)))
     assert "--max-seq-length" in too_long
-    assert "holds no rows" in dpo(write())
+    assert "has no rows" in dpo(write())
 
 
 def test_wrong_options(fails, write, tmp_path):

@@ -56,20 +56,20 @@ def test_each_member_is_not_trained_on_its_own_fold():
     assert np.bincount(fold).tolist() == [10] * 4
     assert (assign_folds(groups, 4, seed=0) == fold).all()
     assert (assign_folds(groups, 4, seed=1) != fold).any()
-    learns = ensemble_mask(groups, 4, seed=0)
-    assert learns.sum(axis=1).tolist() == [3] * 40
-    assert (learns[np.arange(40), fold] == 0).all()
+    member_mask = ensemble_mask(groups, 4, seed=0)
+    assert member_mask.sum(axis=1).tolist() == [3] * 40
+    assert (member_mask[np.arange(40), fold] == 0).all()
     assert ensemble_mask(groups, 1, seed=0).tolist() == [[1]] * 40
 
 
 def test_filler_groups_have_no_weight():
     groups = pad_completion_lists([group([1, 2], [3], [4], scores=(3, 2, 1)), group([5], [6])])
-    learns = np.ones((2, 2), np.float32)
+    member_mask = np.ones((2, 2), np.float32)
     batch = collate_rewards(
-        groups, [compare_completions(g) for g in groups], learns, Shape(8, 8, 3)
+        groups, [compare_completions(g) for g in groups], member_mask, Shape(8, 8, 3)
     )
     assert batch.weight.tolist() == [1, 1, 0]
-    assert batch.learns.tolist() == [[1, 1], [1, 1], [0, 0]]
+    assert batch.member_mask.tolist() == [[1, 1], [1, 1], [0, 0]]
     assert batch.comparisons.weight.shape == (3, 3)
     assert batch.comparisons.weight[2].tolist() == [0, 0, 0]
     mask = np.array(batch.groups.completion_mask).sum(axis=1)

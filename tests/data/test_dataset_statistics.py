@@ -8,7 +8,12 @@ import pytest
 from tiny_tokenizers import CHATML, tiny_tokenizer
 
 from mlx_align.data.formats import ReadReport
-from mlx_align.data.statistics import compute_statistics, render_statistics, token_overlap, visible
+from mlx_align.data.statistics import (
+    compute_statistics,
+    one_line_preview,
+    render_statistics,
+    token_overlap,
+)
 from mlx_align.data.tokenization import tokenize_groups
 from mlx_align.types import Message, PromptGroup
 
@@ -124,8 +129,8 @@ def test_one_screen_shows_the_boundary_and_nothing_raw(tokenizer):
 
 
 def test_visible_shortens_in_the_middle():
-    assert visible("short\t") == "short\\t"
-    assert visible("a" * 50 + "b" * 50, limit=23) == "a" * 10 + " … " + "b" * 10
+    assert one_line_preview("short\t") == "short\\t"
+    assert one_line_preview("a" * 50 + "b" * 50, limit=23) == "a" * 10 + " … " + "b" * 10
 
 
 def test_token_overlap_counts_repeats():

@@ -278,7 +278,7 @@ ERRORS = [
     ([PAIR, "[" * 100_000], r"train\.jsonl:2: nested deeper"),
     ([PAIR, '{"x": ' + "[" * 70 + "]" * 70 + "}"], r"train\.jsonl:2: nested deeper"),
     ([PAIR, '"text"'], r"train\.jsonl:2: expected a JSON object \{…\}, found str"),
-    ([PAIR, '{"prompt": "\\ud800"}'], r"train\.jsonl:2: half a surrogate pair"),
+    ([PAIR, '{"prompt": "\\ud800"}'], r"train\.jsonl:2: a string contains half a surrogate pair"),
     ([{"prompt": "Hi", "chosen": "Yes"}], r"train\.jsonl:1: no 'rejected'; a pair needs"),
     ([PAIR, {"prompt": "Hi", "rejected": "Yes"}], r"train\.jsonl:2: no 'chosen'"),
     ([PAIR, {"chosen": "a b", "rejected": "a c"}], r"train\.jsonl:2: no 'prompt'; found"),
@@ -287,7 +287,10 @@ ERRORS = [
     ([PAIR | {"soft_label": 1.5}], r"'soft_label' is 1.5; expected 0 to 1"),
     ([PAIR | {"soft_label": 10**400}], r"'soft_label' is .*expected a finite number"),
     ([PAIR | {"votes_chosen": 1}], r"no 'votes_rejected'"),
-    ([PAIR | {"votes_chosen": 0, "votes_rejected": 0}], r"votes 0 to 0"),
+    (
+        [PAIR | {"votes_chosen": 0, "votes_rejected": 0}],
+        r"'votes_chosen' is 0 and 'votes_rejected' 0",
+    ),
     ([PAIR, PREFERENCES[1][1]], r"train\.jsonl:2: the prompt is messages, but .* has text"),
     ([PREFERENCES[6][1], {"chosen": "a b", "rejected": "a c"}], r"train\.jsonl:2: 'chosen' is"),
     (
@@ -312,7 +315,7 @@ ERRORS = [
     ),
     (
         [PAIR | {"prompt": [{"role": "user", "content": [{"type": "image_url"}]}]}],
-        r"a part that is not text",
+        r"a part of type 'image_url'; expected only text",
     ),
     ([{"prompt": "a", "completions": ["x", "y"], "scores": [1]}], r"one number for each of the 2"),
     ([{"prompt": "a", "completions": ["x", "y"]}], r"completions\[0\] has no rating"),
@@ -370,7 +373,7 @@ def test_invalid_utf8_names_line_and_column(tmp_path):
 
 def test_empty_files_and_missing_splits(tmp_path):
     (tmp_path / "train.jsonl").write_text("\n\n")
-    with pytest.raises(DataError, match=r"train\.jsonl: holds no rows"):
+    with pytest.raises(DataError, match=r"train\.jsonl: has no rows"):
         read_rows(tmp_path)
     assert has_split(tmp_path, "train")
     assert not has_split(tmp_path, "valid")

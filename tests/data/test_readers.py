@@ -94,9 +94,12 @@ def test_python_values_are_read_as_json_would_be():
         ([PAIR] * 17 + [PAIR | {"chosen": 7}], r"^data\[17\]: 'chosen' is int 7; expected text"),
         ([PAIR, {"prompt": "Hi", "chosen": "a"}], r"^data\[1\]: no 'rejected'"),
         ([PAIR, "text"], r"^data\[1\]: expected a dict of fields, found str"),
-        ([PAIR, PAIR | {"chosen": "\ud800"}], r"^data\[1\]: half a surrogate pair"),
-        ([], "^data: holds no rows"),
-        ({"train": []}, r"^data\['train'\]: holds no rows"),
+        (
+            [PAIR, PAIR | {"chosen": "\ud800"}],
+            r"^data\[1\]: a string contains half a surrogate pair",
+        ),
+        ([], "^data: has no rows"),
+        ({"train": []}, r"^data\['train'\]: has no rows"),
         ({"train": [PAIR], "valid": [OTHER, 5]}, r"^data\['valid'\]\[1\]: expected a dict"),
         ({"train": PAIR}, r"^data\['train'\] is of type dict; expected a list of dicts"),
         (PAIR, r"^data is a dict with the keys 'prompt', 'chosen', 'rejected'; expected split na"),
@@ -186,8 +189,8 @@ def test_csv_labels_and_lists(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "train.csv: holds no rows"),
-        ("prompt,chosen,rejected\n", "train.csv: holds no rows"),
+        ("", "train.csv: has no rows"),
+        ("prompt,chosen,rejected\n", "train.csv: has no rows"),
         ("prompt,prompt\na,b\n", "train.csv:1: expected a header row of unique column names"),
         ("prompt,,x\na,b\n", "train.csv:1: expected a header row"),
         ("prompt,chosen\na,b,c\n", "train.csv:2: 3 cells, but 2 columns"),

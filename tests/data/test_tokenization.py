@@ -273,7 +273,7 @@ def test_more_than_10_percent_too_long_is_an_error_that_suggests_a_limit():
 def test_all_rows_too_long():
     with pytest.raises(DataError, match="all of 2 rows are longer"):
         tokenize_groups([chat(YES, NO)] * 2, tiny_tokenizer(CHATML), max_seq_length=5)
-    with pytest.raises(DataError, match=r"too long: .* tokens, over 5"):
+    with pytest.raises(DataError, match=r"too long: .* tokens, limit 5"):
         tokenize_group(chat(YES, NO), tiny_tokenizer(CHATML), max_seq_length=5)
 
 

@@ -288,7 +288,7 @@ def test_a_member_learns_nothing_from_its_own_fold():
     objective = RewardObjective(model, groups, config)
     for index in range(3):  # three prompts, three folds: each is left out by one member
         micro = Microbatch((index,), Shape(16, 16, 1))
-        out = int(np.argmin(np.array(objective.collate(micro).learns)[0]))
+        out = int(np.argmin(np.array(objective.collate(micro).member_mask)[0]))
         grads = every_gradient(model, groups, config, [micro])[2]
         moved = mx.abs(grads[f"{HEAD_NAME}.weight"]).max(axis=1)
         assert moved[out].item() == 0

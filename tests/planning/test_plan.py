@@ -177,7 +177,7 @@ def test_sampling_is_the_peak_where_many_long_completions_are_decoded():
 
 
 def completions_of(length, limit):
-    return [Shape(512, length, limit.groups_of(1))]
+    return [Shape(512, length, limit.groups_per_microbatch(1))]
 
 
 def test_advice_on_what_is_sampled():
@@ -199,7 +199,7 @@ def test_advice_on_what_is_sampled():
 
 
 def halves(length, limit):
-    return [Shape(length // 2, length // 2, limit.groups_of(3 * length // 2))]
+    return [Shape(length // 2, length // 2, limit.groups_per_microbatch(3 * length // 2))]
 
 
 def test_a_7b_pair_fits_16_gb_with_checkpointing_only():
