@@ -125,12 +125,12 @@ class Run:
         Raises:
             ModelError: The folder doesn't name it.
         """
-        from mlx_align.models.adapters import ADAPTER_CONFIG
+        from mlx_align.models.adapters import ADAPTER_CONFIG_FILE
 
         named = self.record.config.get("model")
         if named is None:
             try:
-                content = json.loads((self.path / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+                content = json.loads((self.path / ADAPTER_CONFIG_FILE).read_text(encoding="utf-8"))
                 named = content.get("model")
             except (OSError, ValueError, AttributeError):
                 named = None

@@ -30,7 +30,7 @@ from mlx_align import RewardModel
 from mlx_align.errors import MlxAlignError
 from mlx_align.inference.export import FAMILIES, export_reward_model
 from mlx_align.models.adapters import AdapterLayout, install_adapters, save_adapter
-from mlx_align.models.heads import HEAD_NAME, add_reward_head
+from mlx_align.models.heads import REWARD_HEAD, add_reward_head
 from mlx_align.models.loading import load_language_model, open_model
 from mlx_align.types import TokenizedGroup
 
@@ -59,7 +59,7 @@ def make_run(base: Path, folder: Path) -> None:
     weights = tree_map(lambda w: w + 0.05 * mx.random.normal(w.shape), weights)
     head = add_reward_head(model.backbone, members=2).parameters()
     folder.mkdir()
-    save_adapter(folder, {**weights, HEAD_NAME: head}, layout, str(base))
+    save_adapter(folder, {**weights, REWARD_HEAD: head}, layout, str(base))
 
 
 def verify(family: str, folder: Path) -> list[float]:

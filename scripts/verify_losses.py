@@ -37,7 +37,7 @@ import numpy as np
 from mlx_align.cli.main import run as mlx_align
 from mlx_align.config import DPOConfig
 from mlx_align.losses.registry import PAIRWISE_LOSSES, TOKEN_LOSSES, UNPAIRED_LOSSES
-from mlx_align.models.adapters import ADAPTER_WEIGHTS, AdapterLayout, save_adapter
+from mlx_align.models.adapters import ADAPTER_FILE, AdapterLayout, save_adapter
 from mlx_align.models.loading import open_model
 from mlx_align.models.policy import make_policy
 from mlx_align.system.starter import resolve_starter
@@ -120,7 +120,7 @@ def verify(name: str, model: str, data: str, folder: Path, options: Sequence[str
         command,
         summary["eval_before"],
         summary["eval"],
-        digest(run / ADAPTER_WEIGHTS) != digest(start_of(model, folder)),
+        digest(run / ADAPTER_FILE) != digest(start_of(model, folder)),
         stock,
         told,
         seconds,
@@ -145,7 +145,7 @@ def stock_logps(model: str, data: str, run: Path) -> tuple[np.ndarray, np.ndarra
 
 def start_of(model: str, folder: Path) -> Path:
     """The file of the adapter that all runs start from, which the seed decides."""
-    file = folder / "start" / ADAPTER_WEIGHTS
+    file = folder / "start" / ADAPTER_FILE
     if not file.exists():
         file.parent.mkdir()
         layout = AdapterLayout()

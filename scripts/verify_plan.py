@@ -213,7 +213,7 @@ def iterate(case: Case, model: Any, layout: Any, start: Any, shape: Any) -> dict
     from mlx_align.algorithms.grpo import GRPO
     from mlx_align.algorithms.ppo import PPO
     from mlx_align.config import GRPOConfig, PPOConfig
-    from mlx_align.models.heads import HEAD_NAME, add_reward_head
+    from mlx_align.models.heads import REWARD_HEAD, add_reward_head
     from mlx_align.models.policy import Policy
     from mlx_align.rollout.collector import RolloutCollector
     from mlx_align.rollout.reward_models import AdapterRewardModel
@@ -239,7 +239,7 @@ def iterate(case: Case, model: Any, layout: Any, start: Any, shape: Any) -> dict
     reward = tree_map(lambda array: array + 0, start)
     head = add_reward_head(model.backbone)
     head.freeze()
-    reward[HEAD_NAME] = {"weight": head.weight}
+    reward[REWARD_HEAD] = {"weight": head.weight}
     mx.eval(reward)
     settings = RewardSettings(("length(target=40,unit='words')",), "a reward model", 1.0, 60.0)
     policy = Policy(model, layout, start)
@@ -289,9 +289,9 @@ def measure(case: Case) -> dict[str, Any]:
     from mlx_align.data.buckets import Shape
     from mlx_align.inference.scoring import make_logprob_scorer
     from mlx_align.losses.registry import combine, parse_losses
-    from mlx_align.models.adapters import AdapterLayout, compute_dtype, install_adapters
+    from mlx_align.models.adapters import AdapterLayout, install_adapters, resolve_adapter_dtype
     from mlx_align.models.backbone import split_backbone
-    from mlx_align.models.heads import HEAD_NAME, add_reward_head
+    from mlx_align.models.heads import REWARD_HEAD, add_reward_head
     from mlx_align.models.loading import LanguageModel, ModelFolder, load_module, set_memory_limits
     from mlx_align.planning.memory import ADAPTER_BYTES, Workload, plan_memory, trained_parameters
     from mlx_align.planning.model_shape import read_model_shape
@@ -324,7 +324,7 @@ def measure(case: Case) -> dict[str, Any]:
         set_memory_limits()
         backbone = replace(split_backbone(load_module(Path(name))), mask_axes=0)
         model = LanguageModel(folder, backbone, shared=True, check="")
-        computed = compute_dtype(case.adapter_dtype, [mx.bfloat16])
+        computed = resolve_adapter_dtype(case.adapter_dtype, [mx.bfloat16])
         model = replace(model, adapter_dtype=computed)
     weights = mx.get_active_memory()
     layout = AdapterLayout(case.fine_tune_type, rank=case.rank, num_layers=case.num_layers)
@@ -346,7 +346,7 @@ def measure(case: Case) -> dict[str, Any]:
         for i in range(case.batch_size * case.accumulation)
     ]
     if case.reward:
-        start[HEAD_NAME] = add_reward_head(model.backbone).parameters()
+        start[REWARD_HEAD] = add_reward_head(model.backbone).parameters()
         config = RewardConfig(batch_size=case.batch_size, grad_checkpoint=case.grad_checkpoint)
         objective = RewardObjective(model, groups, config)
     else:

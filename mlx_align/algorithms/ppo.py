@@ -39,8 +39,8 @@ from mlx_align.losses.masking import masked_sum
 from mlx_align.losses.policy import POLICY_METHODS, PolicyMethod, policy_loss
 from mlx_align.losses.value import explained_variance, value_loss
 from mlx_align.models.heads import (
-    HEAD_NAME,
-    VALUE_NAME,
+    REWARD_HEAD,
+    VALUE_HEAD,
     add_value_head,
     hidden_width,
     token_values,
@@ -159,12 +159,12 @@ class PPO:
         if self._shared or reward is None:
             head = value_head_weights(width, None, 0.0, 1.0)
             start = {} if self._shared else collector.policy.start
-            return {**start, VALUE_NAME: head}
-        adapter = {name: part for name, part in reward.items() if name != HEAD_NAME}
+            return {**start, VALUE_HEAD: head}
+        adapter = {name: part for name, part in reward.items() if name != REWARD_HEAD}
         head = value_head_weights(
-            width, reward[HEAD_NAME]["weight"], self._reward_mean, self._reward_std
+            width, reward[REWARD_HEAD]["weight"], self._reward_mean, self._reward_std
         )
-        return {**adapter, VALUE_NAME: head}
+        return {**adapter, VALUE_HEAD: head}
 
     def prepare(self) -> str:
         """Measure the rewards of the reference, which are standardised from then on.
@@ -325,8 +325,8 @@ class PPO:
             denominators,
             rate,
         )
-        head = both.weights.pop(VALUE_NAME)
-        self.weights = {"policy": both.weights, "critic": {VALUE_NAME: head}}
+        head = both.weights.pop(VALUE_HEAD)
+        self.weights = {"policy": both.weights, "critic": {VALUE_HEAD: head}}
         mean_loss = both.sums.pop("value_loss", 0.0) / targets.tokens(selected)
         return _Updates(both._replace(loss=mean_loss), both if with_policy else None)
 

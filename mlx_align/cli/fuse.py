@@ -24,7 +24,7 @@ def fuse(json: bool, **options: Any) -> None:
     float32, whichever is the first to keep it.
     """
     from mlx_align import commands
-    from mlx_align.models.fuse import LOSS_ALLOWED
+    from mlx_align.models.fuse import MAX_LOST_CHANGE
     from mlx_align.system.console import Console
 
     console = Console(json)
@@ -38,7 +38,7 @@ def fuse(json: bool, **options: Any) -> None:
         f"Fused {len(report.layers)} {what} into {config.output}: "
         f"{report.bytes_before / 1e6:,.1f} MB before, {report.bytes_after / 1e6:,.1f} MB after."
     )
-    finer = [layer for layer in report.layers if layer.lost > LOSS_ALLOWED]
+    finer = [layer for layer in report.layers if layer.lost > MAX_LOST_CHANGE]
     stored = Counter(layer.stored for layer in report.layers)
     if finer or any(layer.quantized for layer in report.layers):
         ways = ", ".join(f"{count} in {form}" for form, count in stored.items())

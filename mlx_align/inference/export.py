@@ -19,9 +19,9 @@ from mlx_align.errors import ConfigError, ModelError
 from mlx_align.inference.reward_model import install_reward_model
 from mlx_align.models.adapters import read_layout, read_weights
 from mlx_align.models.backbone import split_backbone
-from mlx_align.models.classifiers import AT_END_TOKEN, MARK, SUFFIX
+from mlx_align.models.classifiers import AT_END_TOKEN, READS_AT, SUFFIX
 from mlx_align.models.fuse import fuse_layers
-from mlx_align.models.heads import HEAD_NAME, completion_scores, has_reward_head
+from mlx_align.models.heads import REWARD_HEAD, completion_scores, has_reward_head
 from mlx_align.models.loading import ModelFolder, load_language_model
 from mlx_align.models.peft import (
     PEFT_CONFIG,
@@ -203,7 +203,7 @@ def export_reward_model(folder: ModelFolder, run: Path, output: Path) -> ExportR
     module = dequantize_model(model.module)
     after = np.array(completion_scores(split_backbone(module), tokens, shared=False)).mean(axis=1)
 
-    weight = module.pop(HEAD_NAME).weight
+    weight = module.pop(REWARD_HEAD).weight
     module.pop("lm_head", None)
     module["score"] = nn.Linear(weight.shape[1], 1, bias=False)
     module["score"].weight = weight.mean(axis=0, keepdims=True)
@@ -243,7 +243,7 @@ def _config(base: dict[str, Any], module: nn.Module, architecture: str, pad: int
         "pad_token_id": pad,
         "torch_dtype": dtype.removeprefix("mlx.core."),
         "dtype": dtype.removeprefix("mlx.core."),
-        MARK: AT_END_TOKEN,
+        READS_AT: AT_END_TOKEN,
     }
 
 

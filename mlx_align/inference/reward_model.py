@@ -30,15 +30,15 @@ from mlx_align.inference.scoring import (
     tokenize_for_scoring,
 )
 from mlx_align.models.adapters import (
-    ADAPTER_CONFIG,
+    ADAPTER_CONFIG_FILE,
     AdapterLayout,
     install_adapters,
     load_adapter,
     read_layout,
 )
-from mlx_align.models.classifiers import AT_END_TOKEN, MARK, is_classifier, padding_id
+from mlx_align.models.classifiers import AT_END_TOKEN, READS_AT, is_classifier, padding_id
 from mlx_align.models.heads import (
-    HEAD_NAME,
+    REWARD_HEAD,
     add_reward_head,
     completion_scores,
     has_reward_head,
@@ -124,14 +124,14 @@ class RewardModel:
         loaded = load_language_model(folder)
         if adapter_path is not None:
             install_reward_model(loaded, Path(adapter_path).expanduser())
-        members = int(loaded.module[HEAD_NAME].weight.shape[0])
+        members = int(loaded.module[REWARD_HEAD].weight.shape[0])
         _check_combination(combine, variance_penalty, members)
         style = inspect_chat_template(folder.tokenizer)
         suffix: tuple[int, ...] = ()
         padding = None
         if adapter_path is None:
             # Classifiers of the hub were trained on whole renderings of their template.
-            suffix = () if folder.config.get(MARK) == AT_END_TOKEN else style.ending[1:]
+            suffix = () if folder.config.get(READS_AT) == AT_END_TOKEN else style.ending[1:]
             padding = padding_id(folder.path, folder.config)
         return cls(
             loaded,
@@ -271,7 +271,7 @@ def find_base_model(
         ModelError: The run can't be read, or its base model can't be opened.
     """
     read_layout(run)
-    named = json.loads((run / ADAPTER_CONFIG).read_text(encoding="utf-8")).get("model")
+    named = json.loads((run / ADAPTER_CONFIG_FILE).read_text(encoding="utf-8")).get("model")
     if base is not None:
         if not isinstance(named, str) or named == base.name:
             return base
@@ -279,13 +279,15 @@ def find_base_model(
         if local.exists() and base.path.exists() and local.samefile(base.path):
             return base
     elif not isinstance(named, str):
-        raise ModelError(f'{run / ADAPTER_CONFIG}: "model" is missing; expected the base model')
+        raise ModelError(
+            f'{run / ADAPTER_CONFIG_FILE}: "model" is missing; expected the base model'
+        )
     try:
         return open_model(named)
     except ModelError as error:
         raise ModelError(
             f"{option} {run}: its base model {named} can't be opened; restore it, or correct "
-            f'"model" in {run / ADAPTER_CONFIG}'
+            f'"model" in {run / ADAPTER_CONFIG_FILE}'
         ) from error
 
 
@@ -373,7 +375,7 @@ def load_reward_weights(
     head = add_reward_head(model.backbone, read_reward_head(run))
     # Frozen, or it would be trained with the policy.
     head.freeze()
-    return {**weights, HEAD_NAME: {"weight": head.weight}}
+    return {**weights, REWARD_HEAD: {"weight": head.weight}}
 
 
 def install_reward_model(model: LanguageModel, run: Path) -> None:

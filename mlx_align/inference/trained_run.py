@@ -21,11 +21,11 @@ from mlx_align.config.schema import make_config
 from mlx_align.errors import ConfigError, ModelError
 from mlx_align.losses.registry import PAIRWISE_LOSSES, combine, parse_losses, resolve_options
 from mlx_align.models.adapters import (
-    ADAPTER_CONFIG,
+    ADAPTER_CONFIG_FILE,
     AdapterLayout,
-    compute_dtype,
     fingerprint_folder,
     read_layout,
+    resolve_adapter_dtype,
 )
 from mlx_align.models.heads import has_reward_head
 from mlx_align.models.loading import LanguageModel
@@ -113,7 +113,7 @@ def read_trained_run(adapter_path: str | Path) -> TrainedRun:
             "mlx-align score measures its accuracy on labelled pairs"
         )
     layout = read_layout(folder)
-    written = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    written = json.loads((folder / ADAPTER_CONFIG_FILE).read_text(encoding="utf-8"))
     base = written.get("model", written.get("base_model_name_or_path"))
     base = base if isinstance(base, str) else None
     file = _config_file(folder)
@@ -145,7 +145,9 @@ def match_adapter_dtype(model: LanguageModel, run: TrainedRun) -> LanguageModel:
     if run.config is None or run.layout.fine_tune_type != "lora":
         return model
     dtypes = {array.dtype for _, array in tree_flatten(model.module.parameters())}
-    return dataclasses.replace(model, adapter_dtype=compute_dtype(run.config.adapter_dtype, dtypes))
+    return dataclasses.replace(
+        model, adapter_dtype=resolve_adapter_dtype(run.config.adapter_dtype, dtypes)
+    )
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from mlx_lm.tuner.utils import linear_to_lora_layers
 
 from mlx_align.errors import ConfigError, ModelError
 from mlx_align.models.checkpointing import Dropout
-from mlx_align.models.heads import HEAD_WEIGHTS, split_head
+from mlx_align.models.heads import REWARD_HEAD_FILE, split_head
 from mlx_align.models.peft import (
     PEFT_WEIGHTS,
     covered_names,
@@ -36,8 +36,8 @@ from mlx_align.models.peft import (
 from mlx_align.models.weights import AdapterWeights, read_tensors
 from mlx_align.system.atomic_io import write_tensors, write_text
 
-ADAPTER_WEIGHTS = "adapters.safetensors"
-ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_FILE = "adapters.safetensors"
+ADAPTER_CONFIG_FILE = "adapter_config.json"
 
 
 @dataclass(frozen=True)
@@ -131,9 +131,9 @@ def _master(weight: mx.array) -> mx.array:
 
 
 def trained_dtypes(model: nn.Module, layout: AdapterLayout) -> dict[str, mx.Dtype]:
-    """What to cast full fine-tuning's float32 masters to when they compute, by name.
+    """The dtypes in which full fine-tuning's float32 masters compute, by name.
 
-    {} for adapters, and for the tensors of a model that are float32 themselves.
+    {} for adapters; tensors that the model itself stores in float32 are left out.
 
     Args:
         model: The model after `install_adapters`.
@@ -175,7 +175,7 @@ def common_layout(layouts: Sequence[AdapterLayout]) -> AdapterLayout | None:
     )
 
 
-def weights_within(weights: AdapterWeights, layout: AdapterLayout) -> AdapterWeights:
+def select_weights(weights: AdapterWeights, layout: AdapterLayout) -> AdapterWeights:
     """The part of `weights` that belongs to `layout`.
 
     Args:
@@ -184,11 +184,11 @@ def weights_within(weights: AdapterWeights, layout: AdapterLayout) -> AdapterWei
     """
     flat = dict(tree_flatten(weights))
     part = [(name, array) for name, array in flat.items() if _covers(layout, name, flat)]
-    own: AdapterWeights = tree_unflatten(part)
-    return own
+    selected: AdapterWeights = tree_unflatten(part)
+    return selected
 
 
-def compute_dtype(name: str, model_dtypes: Collection[mx.Dtype]) -> mx.Dtype | None:
+def resolve_adapter_dtype(name: str, model_dtypes: Collection[mx.Dtype]) -> mx.Dtype | None:
     """The dtype that `--adapter-dtype name` casts adapters to; None for float32, no cast.
 
     Raises:
@@ -207,7 +207,7 @@ def compute_dtype(name: str, model_dtypes: Collection[mx.Dtype]) -> mx.Dtype | N
 def cast_adapters(weights: AdapterWeights, dtype: mx.Dtype | None) -> AdapterWeights:
     """The weights with LoRA matrices cast to `dtype`; their gradients stay in the original dtype.
 
-    With bf16 activations and bf16 adapters, what is kept for the backward pass is bf16 too.
+    With bf16 activations and bf16 adapters, the arrays kept for the backward pass are bf16 too.
     """
     if dtype is None:
         return weights
@@ -242,10 +242,10 @@ def read_layout(folder: Path) -> AdapterLayout:
     """
     if is_peft(folder):
         return AdapterLayout(**read_peft_layout(folder))
-    config_file = folder / ADAPTER_CONFIG
-    if not (folder / ADAPTER_WEIGHTS).is_file() or not config_file.is_file():
+    config_file = folder / ADAPTER_CONFIG_FILE
+    if not (folder / ADAPTER_FILE).is_file() or not config_file.is_file():
         raise ModelError(
-            f"{folder}: not an adapter folder (expected {ADAPTER_CONFIG} with {ADAPTER_WEIGHTS}, "
+            f"{folder}: not an adapter folder (expected {ADAPTER_CONFIG_FILE} with {ADAPTER_FILE}, "
             f"or {PEFT_WEIGHTS} from PEFT)"
         )
     try:
@@ -281,7 +281,7 @@ def read_weights(folder: Path) -> dict[str, mx.array]:
     """
     if is_peft(folder):
         return read_peft_weights(folder)
-    return read_tensors(folder / ADAPTER_WEIGHTS)
+    return read_tensors(folder / ADAPTER_FILE)
 
 
 def load_adapter(
@@ -300,11 +300,11 @@ def load_adapter(
     Raises:
         ModelError: The adapter can't be expressed in the run's layout.
     """
-    theirs = read_layout(folder)
+    source = read_layout(folder)
     weights = read_weights(folder)
-    if theirs.fine_tune_type != layout.fine_tune_type:
+    if source.fine_tune_type != layout.fine_tune_type:
         raise ModelError(
-            f"{folder}: a {theirs.fine_tune_type} adapter can't start a {layout.fine_tune_type} "
+            f"{folder}: a {source.fine_tune_type} adapter can't start a {layout.fine_tune_type} "
             f"run; leave out --fine-tune-type, or fuse it first with mlx-align fuse"
         )
     names = dict(tree_flatten(fresh))
@@ -312,24 +312,25 @@ def load_adapter(
         weights = match_names(weights, names)
         covered = covered_names(folder, weights, names)
     else:
-        covered = {name for name in names if _covers(theirs, name, names)}
-    if strange := sorted(set(weights) - set(names)):
+        covered = {name for name in names if _covers(source, name, names)}
+    if unknown := sorted(set(weights) - set(names)):
         raise ModelError(
-            f"{folder}: it adapts {strange[0]} (and {len(strange) - 1} more), which this run does "
-            "not; leave out --lora-keys and --num-layers, or widen them; or is --model not its "
-            "base?"
+            f"{folder}: it adapts {unknown[0]} (and {len(unknown) - 1} more), which this run does "
+            "not; leave out --lora-keys and --num-layers, or widen them, and check that --model "
+            "is its base model"
         )
     if extra := sorted(set(weights) - covered):
         raise ModelError(
-            f"{folder}: {extra[0]} is not in the layers that its {ADAPTER_CONFIG} names "
+            f"{folder}: {extra[0]} is not in the layers that its {ADAPTER_CONFIG_FILE} names "
             f"({len(extra)} such tensors)"
         )
     if missing := sorted(covered - set(weights)):
         raise ModelError(
-            f"{folder}: {missing[0]} is missing ({len(missing)} such tensors); is --model its "
-            f"base, and do num_layers and keys in its {ADAPTER_CONFIG} name what it adapts?"
+            f"{folder}: {missing[0]} is missing ({len(missing)} such tensors); check that --model "
+            f"is its base model, and that num_layers and keys in its {ADAPTER_CONFIG_FILE} are "
+            "right"
         )
-    fold = theirs.scale / layout.scale
+    rescale = source.scale / layout.scale
     mapped = {}
     for name, own in names.items():
         leaf = name.rsplit(".", 1)[-1]
@@ -338,9 +339,9 @@ def load_adapter(
             continue
         given = weights[name].astype(own.dtype)
         if leaf == "lora_b":
-            given = given * fold
+            given = given * rescale
             own = mx.zeros_like(own)
-        mapped[name] = _padded(given, own, folder, name, keep_rank=keep_rank)
+        mapped[name] = _pad_rank(given, own, folder, name, keep_rank=keep_rank)
     loaded: AdapterWeights = tree_unflatten(list(mapped.items()))
     mx.eval(loaded)
     return loaded
@@ -359,18 +360,18 @@ def _covers(layout: AdapterLayout, tensor: str, names: Collection[str]) -> bool:
     return layout.keys is None or module in layout.keys or whole in layout.keys
 
 
-# Where a LoRA matrix has its rank: (input, r) and (r, output), with experts (E, r, input) and
-# (E, output, r).
+# The axis of a LoRA matrix that is its rank: (input, r) and (r, output), with experts (E, r, input)
+# and (E, output, r).
 _RANK_AXIS = {("lora_a", 2): 1, ("lora_b", 2): 0, ("lora_a", 3): 1, ("lora_b", 3): 2}
 
 
-def _padded(
+def _pad_rank(
     given: mx.array, own: mx.array, folder: Path, name: str, *, keep_rank: bool
 ) -> mx.array:
-    """`given` in the shape of `own`, whose values fill up the rank; no other axis may differ.
+    """Pad the rank of `given` with values of `own`; no other axis may differ.
 
     Raises:
-        ModelError: The shapes differ otherwise: the adapter is another model's.
+        ModelError: Another axis differs: the adapter belongs to another model.
     """
     if given.shape == own.shape:
         return given
@@ -380,7 +381,7 @@ def _padded(
     if axis is None or not fits or given.shape[axis] > own.shape[axis]:
         raise ModelError(
             f"{folder}: {name} has shape {given.shape}; this model and --lora-rank need "
-            f"{own.shape}; is --model its base?"
+            f"{own.shape}; check that --model is its base model"
         )
     if keep_rank:
         return given
@@ -392,13 +393,13 @@ def save_adapter(folder: Path, weights: AdapterWeights, layout: AdapterLayout, m
     """Write an adapter folder that stock mlx-lm loads.
 
     Tensors are sorted by name, so that equal weights give equal bytes. A reward head goes into a
-    file of its own, which mlx-lm does not read.
+    separate file, which mlx-lm does not read.
 
     Args:
         folder: The folder, which must exist.
         weights: The weights.
-        layout: What mlx-lm needs to rebuild the modules.
-        model: Name of the base model, for the reader; mlx-lm ignores it.
+        layout: The layout of the weights.
+        model: Name of the base model, for information; mlx-lm ignores it.
 
     Raises:
         WriteError: The folder can't be written to, or the disk is full.
@@ -406,10 +407,10 @@ def save_adapter(folder: Path, weights: AdapterWeights, layout: AdapterLayout, m
     tensors, head = split_head(dict(tree_flatten(weights)))
     config = {"model": model, **layout.to_mlx_lm()}
     # The weights come last: without them the folder does not count as an adapter.
-    write_text(folder / ADAPTER_CONFIG, json.dumps(config, indent=2) + "\n")
+    write_text(folder / ADAPTER_CONFIG_FILE, json.dumps(config, indent=2) + "\n")
     if head:
-        write_tensors(folder / HEAD_WEIGHTS, head)
-    write_tensors(folder / ADAPTER_WEIGHTS, tensors)
+        write_tensors(folder / REWARD_HEAD_FILE, head)
+    write_tensors(folder / ADAPTER_FILE, tensors)
 
 
 def fingerprint_folder(folder: Path, names: str = "*") -> str:

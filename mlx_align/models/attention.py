@@ -1,11 +1,11 @@
-"""Causal attention that computes and keeps fewer scores than mlx's own where gradients are needed.
+"""Causal attention that computes and keeps fewer scores than mlx's own, for training.
 
 mlx's attention is not fused when a gradient is needed: it computes and keeps the whole score
 matrix, half of which a causal mask hides, and needs the keys and values of a shared prompt copied
 for each completion. Here queries attend to *segments* of keys: completions to those of their
 prompt, stored once, and to their own; a block of a prompt's queries to all keys before it, without
 a mask, and to itself. The softmax runs over all segments together. Its backward pass is written
-out and keeps only the exponentials, the inputs and the output.
+by hand and keeps only the exponentials, the inputs and the output.
 
 `patches.replace_attention` puts these functions in the place of mlx's.
 
@@ -22,8 +22,8 @@ import mlx.core as mx
 
 from mlx_align.models.patches import exp
 
-# Blocks that the queries of a row are split into, and the fewest queries in one: 8 blocks leave
-# 56% of the square, and matrices much smaller than 64 rows are slow to multiply.
+# Number of blocks that the queries of a row are split into, and the fewest queries in one. With 8
+# blocks, 56% of the score matrix is computed; matrices with far fewer than 64 rows multiply slowly.
 QUERY_BLOCKS = 8
 MIN_BLOCK_LENGTH = 64
 
@@ -33,9 +33,9 @@ _custom_function: Any = mx.custom_function  # the stubs lose the signature of wh
 class Segment(NamedTuple):
     """Keys and values that queries attend to, and a mask.
 
-    Keys and values of a prompt, (B, G, T, E), serve the queries of all its completions; those of
-    completions have a row for each, (B, G, K, T, E). `mask` (bool, false hides) broadcasts to
-    (B, G, K, R, L, T); None hides nothing.
+    Keys and values of a prompt, (B, G, T, E), are shared by the queries of all its completions;
+    those of completions have a row for each, (B, G, K, T, E). `mask` (bool, false hides) broadcasts
+    to (B, G, K, R, L, T); None hides nothing.
     """
 
     keys: mx.array
@@ -59,10 +59,10 @@ def segment_attention(queries: mx.array, segments: Sequence[Segment], scale: flo
         for keys, mask in zip(pairs[0::2], masks, strict=True):
             score = _matmul(queries * scale, keys.swapaxes(-1, -2)).astype(mx.float32)
             scores.append(score if mask is None else mx.where(mask, score, -mx.inf))
-        top = scores[0].max(axis=-1, keepdims=True)
+        maximum = scores[0].max(axis=-1, keepdims=True)
         for score in scores[1:]:
-            top = mx.maximum(top, score.max(axis=-1, keepdims=True))
-        exponentials = [exp(score - top) for score in scores]
+            maximum = mx.maximum(maximum, score.max(axis=-1, keepdims=True))
+        exponentials = [exp(score - maximum) for score in scores]
         total = sum(exponential.sum(axis=-1, keepdims=True) for exponential in exponentials)
         kept = [exponential.astype(queries.dtype) for exponential in exponentials]
         out = sum(_matmul(e, values) for e, values in zip(kept, pairs[1::2], strict=True))
@@ -77,25 +77,25 @@ def segment_attention(queries: mx.array, segments: Sequence[Segment], scale: flo
     ) -> tuple[mx.array, ...]:
         queries, *pairs = primals
         _out, inverse, *kept = outputs
-        by_out = (cotangents[0] * inverse).astype(queries.dtype)
-        by_exponentials = [_matmul(by_out, values.swapaxes(-1, -2)) for values in pairs[1::2]]
+        grad_out = (cotangents[0] * inverse).astype(queries.dtype)
+        grad_exponentials = [_matmul(grad_out, values.swapaxes(-1, -2)) for values in pairs[1::2]]
         # Σ_t p_t·∂p_t of the softmax. FlashAttention computes it as the product of the output and
         # its cotangent, which saves a pass over the scores. That was no faster where measured, and
         # the gradients of queries and keys were a quarter less exact.
         mean = inverse * sum(
-            (exponential * by_exponential).sum(axis=-1, keepdims=True).astype(mx.float32)
-            for exponential, by_exponential in zip(kept, by_exponentials, strict=True)
+            (exponential * grad_exponential).sum(axis=-1, keepdims=True).astype(mx.float32)
+            for exponential, grad_exponential in zip(kept, grad_exponentials, strict=True)
         )
-        by_queries: Any = 0
-        by_pairs: list[mx.array] = []
-        for exponential, by_exponential, keys, values in zip(
-            kept, by_exponentials, pairs[0::2], pairs[1::2], strict=True
+        grad_queries: Any = 0
+        grad_pairs: list[mx.array] = []
+        for exponential, grad_exponential, keys, values in zip(
+            kept, grad_exponentials, pairs[0::2], pairs[1::2], strict=True
         ):
-            by_score = (exponential * (by_exponential - mean)).astype(queries.dtype)
-            by_queries = by_queries + _matmul(by_score, keys)
-            by_pairs.append(_transposed_matmul(by_score, queries * scale, like=keys))
-            by_pairs.append(_transposed_matmul(exponential, by_out, like=values))
-        return (by_queries * scale, *by_pairs)
+            grad_score = (exponential * (grad_exponential - mean)).astype(queries.dtype)
+            grad_queries = grad_queries + _matmul(grad_score, keys)
+            grad_pairs.append(_transposed_matmul(grad_score, queries * scale, like=keys))
+            grad_pairs.append(_transposed_matmul(exponential, grad_out, like=values))
+        return (grad_queries * scale, *grad_pairs)
 
     pairs = [array for segment in segments for array in (segment.keys, segment.values)]
     return attention(queries, *pairs)[0]
@@ -177,19 +177,23 @@ def shared_prompt_attention(
     """
     rows, heads, length, _ = queries.shape
     prompts, groups, width, _ = prompt[0].shape
-    each = rows // prompts
+    per_prompt = rows // prompts
 
-    def by_prompt(array: mx.array, *shape: int) -> mx.array:
-        split = array.reshape(prompts, each, groups, *shape, *array.shape[-2:])
+    def group_by_prompt(array: mx.array, *shape: int) -> mx.array:
+        split = array.reshape(prompts, per_prompt, groups, *shape, *array.shape[-2:])
         return mx.moveaxis(split, 1, 2)
 
     inside = mx.arange(width) < prompt_lengths[:, None]
     position = mx.arange(length)
     out = segment_attention(
-        by_prompt(queries, heads // groups),
+        group_by_prompt(queries, heads // groups),
         [
             Segment(*prompt, inside[:, None, None, None, None]),
-            Segment(by_prompt(own[0]), by_prompt(own[1]), position[:, None] >= position[None]),
+            Segment(
+                group_by_prompt(own[0]),
+                group_by_prompt(own[1]),
+                position[:, None] >= position[None],
+            ),
         ],
         scale,
     )
@@ -209,10 +213,10 @@ def packed_attention(
     Args:
         queries: (1, G·R, L, E).
         own: The row's keys and values, (1, G, L, E) each.
-        sequence: (L,) which tokens belong together; those of a sequence are next to each other.
+        sequence: (L,) index of the sequence of each token; a sequence's tokens are contiguous.
         scale: Factor on the scores.
-        prompt: Keys and values (1, G, P, E) of another row, and which token sees which (L, P).
-        longest: Number of tokens of the longest sequence, where known.
+        prompt: Keys and values (1, G, P, E) of the row of prompts, and the mask (L, P).
+        longest: Number of tokens of the longest sequence, if known.
 
     Returns:
         (1, G·R, L, E).

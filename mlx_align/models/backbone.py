@@ -1,8 +1,7 @@
 """A language model split into its backbone and its vocabulary head.
 
 The backbone maps token ids to hidden states after the final norm, the head maps those to logits.
-That a model is built as assumed here is verified when it is loaded (`verification.py`); there is no
-table of families.
+`verification.py` checks these assumptions when a model is loaded, so there is no table of families.
 """
 
 from __future__ import annotations
@@ -33,13 +32,13 @@ class Backbone:
         inner: The backbone: token ids (and caches) in, hidden states after the final norm out.
         inner_name: The attribute of `owner` that holds the backbone.
         mask_axes: Number of head axes in the masks for completions of a shared prompt. 1 for most
-            families; 2 where a family splits heads into groups before masking (gemma2); 0 for no
-            array but the word "causal", where attention does the masking.
-        flat_caches: Whether full rows need caches: in some families (gemma3n) later layers take
-            the keys of earlier ones from there.
+            families; 2 for those that split heads into groups before masking (gemma2); 0 if the
+            mask is the string "causal", so that attention does the masking.
+        flat_caches: Whether full rows need caches: in some families (gemma3n), later layers read
+            the keys of earlier ones from them.
         packs: Whether several groups may be packed into one row.
-        temperature: Logits are divided by it. Other than 1 when training on samples that were
-            drawn at another temperature.
+        temperature: Logits are divided by it. It differs from 1 when training on samples that
+            were drawn at another temperature.
     """
 
     model: nn.Module
@@ -90,7 +89,7 @@ def split_backbone(model: nn.Module) -> Backbone:
     """Find the backbone and the head of an mlx-lm model.
 
     Raises:
-        ModelError: The model is not built like any family this package knows.
+        ModelError: The model has no backbone under any of the known names.
     """
     owner = model
     while "language_model" in owner:

@@ -64,37 +64,39 @@ def _checkpoint_layer(
     call: Callable[..., Any], random: bool, patches: Patches
 ) -> Callable[..., Any]:
     def checkpointed_call(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        given, rebuild = _pull_out_arrays((args, kwargs))
-        caches = _filling_caches((args, kwargs))
-        shape_of: list[Any] = []  # filled while tracing: the structure of the layer's output
+        given, rebuild = _extract_arrays((args, kwargs))
+        caches = _written_caches((args, kwargs))
+        output_structure: list[
+            Any
+        ] = []  # filled while tracing: the structure of the layer's output
 
         def run(parameters: Any, key: mx.array, arrays: list[mx.array]) -> list[mx.array]:
             # Lengths and masks are inputs too, but have no gradient.
-            held = [
+            constants = [
                 a if mx.issubdtype(a.dtype, mx.floating) else mx.stop_gradient(a) for a in arrays
             ]
-            inner_args, inner_kwargs = rebuild(held)
-            inner_caches = _filling_caches((inner_args, inner_kwargs))
+            inner_args, inner_kwargs = rebuild(constants)
+            inner_caches = _written_caches((inner_args, inner_kwargs))
             _keys.append(mx.stop_gradient(key))
             try:
                 with use_adapter(layer, parameters), patches():
                     out = call(layer, *inner_args, **inner_kwargs)
             finally:
                 _keys.pop()
-            outputs, rebuild_output = _pull_out_arrays(out)
+            outputs, rebuild_output = _extract_arrays(out)
             kept = [cache.arrays() for cache in inner_caches]
-            shape_of[:] = [rebuild_output, len(outputs), [len(k) for k in kept]]
+            output_structure[:] = [rebuild_output, len(outputs), [len(k) for k in kept]]
             # mx.checkpoint keeps one cotangent per output array, but a block may return the keys
-            # that its cache records too (gemma4 passes them to later blocks). A view that costs
-            # nothing makes each output an array of its own.
+            # that its cache records too (gemma4 passes them to later blocks). A view, which costs
+            # nothing, makes the outputs separate arrays.
             every = [*outputs, *(array for arrays in kept for array in arrays)]
             return [mx.expand_dims(array, 0) for array in every]
 
-        # A constant key where nothing is random leaves the generator's state untouched.
+        # Without dropout, a constant key leaves the generator's state untouched.
         key = _fresh_key() if random else mx.zeros((2,), mx.uint32)
         wrapped = mx.checkpoint(run)(layer.trainable_parameters(), key, given)
         results = [mx.squeeze(array, 0) for array in wrapped]
-        rebuild_output, n_outputs, kept_sizes = shape_of
+        rebuild_output, n_outputs, kept_sizes = output_structure
         position = n_outputs
         for cache, size in zip(caches, kept_sizes, strict=True):
             _refill(cache, results[position : position + size])
@@ -117,22 +119,22 @@ def _is_leaf(node: Any) -> bool:
     return not isinstance(node, tuple | list | dict)
 
 
-def _filling_caches(tree: Any) -> list[Any]:
+def _written_caches(nested: Any) -> list[Any]:
     """The caches that a layer writes to; those of completions are only read."""
-    leaves = (leaf for _, leaf in tree_flatten(tree, is_leaf=_is_leaf))
-    return [leaf for leaf in leaves if _is_filling(leaf)]
+    leaves = (leaf for _, leaf in tree_flatten(nested, is_leaf=_is_leaf))
+    return [leaf for leaf in leaves if _is_written(leaf)]
 
 
-def _is_filling(leaf: Any) -> bool:
+def _is_written(leaf: Any) -> bool:
     return isinstance(leaf, PromptKV | StateCache) or (
         isinstance(leaf, PackedKV) and leaf.is_prompt
     )
 
 
-def _pull_out_arrays(tree: Any) -> tuple[list[mx.array], Callable[[list[mx.array]], Any]]:
-    """All arrays in `tree` and its caches, and a function that rebuilds it with other arrays."""
+def _extract_arrays(nested: Any) -> tuple[list[mx.array], Callable[[list[mx.array]], Any]]:
+    """All arrays in `nested` and its caches, and a function that rebuilds it with other arrays."""
     arrays: list[mx.array] = []
-    sizes: list[int] = []  # arrays of each leaf now: the caller's caches fill up later
+    sizes: list[int] = []  # arrays of each leaf at this time: the caller's caches fill up later
 
     def take(leaf: Any) -> Any:
         own = [leaf] if isinstance(leaf, mx.array) else leaf.arrays() if _is_cache(leaf) else []
@@ -140,7 +142,7 @@ def _pull_out_arrays(tree: Any) -> tuple[list[mx.array], Callable[[list[mx.array
         sizes.append(len(own))
         return leaf
 
-    tree_map(take, tree, is_leaf=_is_leaf)
+    tree_map(take, nested, is_leaf=_is_leaf)
 
     def rebuild(replacements: list[mx.array]) -> Any:
         rest, counts = iter(replacements), iter(sizes)
@@ -151,7 +153,7 @@ def _pull_out_arrays(tree: Any) -> tuple[list[mx.array], Callable[[list[mx.array
                 return leaf.with_arrays(own)
             return own[0] if own else leaf
 
-        return tree_map(put, tree, is_leaf=_is_leaf)
+        return tree_map(put, nested, is_leaf=_is_leaf)
 
     return arrays, rebuild
 

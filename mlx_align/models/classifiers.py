@@ -19,14 +19,14 @@ from mlx_lm.utils import _get_classes, load_model
 from transformers import AutoConfig
 
 from mlx_align.errors import ModelError
-from mlx_align.models.heads import HEAD_NAME, RewardHead
+from mlx_align.models.heads import REWARD_HEAD, RewardHead
 
 SUFFIX = "ForSequenceClassification"
 SCORE = "score.weight"
 VOCABULARY, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
-# Key and value in the config.json that `mlx-align reward export` writes: rows end at the end token,
-# without what the chat template appends to it.
-MARK = "mlx_align_reads_at"
+# Key and value in the config.json that `mlx-align reward export` writes: scores are read at the end
+# token, without the tokens that the chat template appends to it.
+READS_AT = "mlx_align_reads_at"
 AT_END_TOKEN = "end_token"
 
 
@@ -38,7 +38,8 @@ def is_classifier(config: Mapping[str, Any]) -> bool:
 def load_classifier(path: Path, config: Mapping[str, Any]) -> nn.Module:
     """Load a classifier as a language model with a reward head, in evaluation mode.
 
-    The folder has no vocabulary head; the model gets its embedding instead, which scores don't use.
+    The folder has no vocabulary head. The model gets the embedding in its place, which scores
+    don't use.
 
     Raises:
         ModelError: It has more than one label, no `score`, or tensors are missing or unknown.
@@ -66,7 +67,7 @@ def load_classifier(path: Path, config: Mapping[str, Any]) -> nn.Module:
     module = RewardHead(weight.shape[1])
     module.weight = weight.astype(mx.float32)
     mx.eval(module.parameters())
-    model[HEAD_NAME] = module
+    model[REWARD_HEAD] = module
     model.eval()
     return model
 

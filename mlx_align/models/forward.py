@@ -2,7 +2,7 @@
 
 **Hidden states.** Each prompt runs once and all its completions attend to its keys and values. The
 hidden state t of a completion is the one that *predicts* its token t (the prompt's last state
-predicts token 0), so no loss shifts by one, and prompt positions never reach the vocabulary head.
+predicts token 0), so losses don't shift by one and prompt positions don't need the vocabulary head.
 Families that can't share a prompt get the same hidden states from full rows.
 
 **Log-probs.** Logits are computed for a chunk of hidden states at a time and never kept. With a
@@ -10,7 +10,7 @@ frozen head the gradient of a token's log-prob with respect to its hidden state,
 ∂logit_target/∂h − Σ_v softmax_v·∂logit_v/∂h, does not depend on the loss. It is computed in the
 forward pass, kept as (N, C, D), and multiplied by the cotangent in the backward pass: one pass over
 the vocabulary instead of two. The gradient of the entropy works the same way. Log-softmax is
-float32 whatever the model's dtype: in bf16 a token's log-prob is off by up to 0.1 nats.
+always float32: in bf16, a token's log-prob would be off by up to 0.1 nats.
 
 Shape letters: B prompts, N completions, P prompt positions, C completion positions, T tokens of a
 packed row, D hidden size, V vocabulary; n rows of a chunk.
@@ -32,6 +32,7 @@ from mlx_align.models.backbone import Backbone
 from mlx_align.models.checkpointing import checkpointed
 from mlx_align.models.patches import apply_patches, exp, logsumexp
 from mlx_align.models.prefix_cache import (
+    FOREIGN_KEYS,
     CompletionKV,
     PackedKV,
     packed_completion_caches,
@@ -72,8 +73,8 @@ def token_logprobs(
     Args:
         backbone: The model, with the adapter weights it holds now.
         batch: B prompts and N completions.
-        shared: Run each prompt once for all its completions; otherwise every completion runs as a
-            full row of its own. Packed batches always share.
+        shared: Run each prompt once for all its completions. Otherwise every completion runs in a
+            separate row with its prompt. Packed batches always share.
         grad_checkpoint: Keep only each block's inputs and recompute it in the backward pass.
 
     Returns:
@@ -171,7 +172,9 @@ def _by_completion(batch: GroupBatch, values: mx.array) -> mx.array:
 def completion_hidden_states(
     backbone: Backbone, batch: GroupBatch, *, shared: bool = True, grad_checkpoint: bool = False
 ) -> mx.array:
-    """Hidden states (N, C, D) that predict the completions' tokens. Arguments: `token_logprobs`.
+    """Hidden states (N, C, D) that predict the completions' tokens.
+
+    Arguments are those of `token_logprobs`.
 
     Raises:
         ModelError: `shared`, and the family can't share a prompt.
@@ -209,7 +212,7 @@ def _patches(backbone: Backbone) -> Iterator[None]:
         with apply_patches(backbone.model, attention):
             yield
     finally:
-        CompletionKV.forget()
+        CompletionKV.clear_last()
 
 
 @contextmanager
@@ -218,7 +221,7 @@ def _packed_patches(backbone: Backbone) -> Iterator[None]:
         with apply_patches(backbone.model, _attention_of_packed_rows, packed=True):
             yield
     finally:
-        PackedKV.forget()
+        PackedKV.clear_last()
 
 
 def _attention(
@@ -231,16 +234,16 @@ def _attention(
 def _attention_to_prompts(
     queries: mx.array, keys: mx.array, values: mx.array, scale: float
 ) -> mx.array | None:
-    """Attention of completions to shared prompts; None, so mlx's own, of rows to themselves.
+    """Attention of completions to shared prompts. None for other rows, to use mlx's attention.
 
     Raises:
         ModelError: The keys are not a cache's, so it is unknown which of them are padding.
     """
     if queries.shape[2] == keys.shape[2]:
         return None
-    cache = CompletionKV.of_keys(keys)
+    cache = CompletionKV.find_by_keys(keys)
     if cache.own is None or cache.keys is None or cache.values is None:
-        raise ModelError("its blocks attend to keys that are not their cache's")
+        raise ModelError(FOREIGN_KEYS)
     prompt = (cache.keys, cache.values)
     return shared_prompt_attention(queries, cache.own, prompt, cache.lengths, scale)
 
@@ -248,7 +251,7 @@ def _attention_to_prompts(
 def _attention_of_packed_rows(
     queries: mx.array, keys: mx.array, _values: mx.array, scale: float
 ) -> mx.array | None:
-    return PackedKV.of_keys(keys).attend(queries, scale)
+    return PackedKV.find_by_keys(keys).attend(queries, scale)
 
 
 def _shared_rows(backbone: Backbone, batch: GroupBatch) -> mx.array:
@@ -278,10 +281,10 @@ def _full_rows(backbone: Backbone, batch: GroupBatch) -> mx.array:
 
 
 def full_rows(batch: GroupBatch) -> tuple[mx.array, mx.array]:
-    """Prompt and completion of each completion in one row, without padding in between.
+    """Put each completion into one row with its prompt, without padding in between.
 
     Returns:
-        The rows (N, P + C), and where each row's completion starts (N,), its prompt's length.
+        The rows (N, P + C), and the position (N,) at which each row's completion starts.
     """
     prompt_width = batch.prompt_tokens.shape[1]
     width = prompt_width + batch.completion_tokens.shape[1]
@@ -347,7 +350,7 @@ def _trainable_head(
     targets: mx.array,
     extra: Extra,
 ) -> Sequence[mx.array]:
-    """As `_frozen_head`, for a trained head: its parameters are inputs, the backward recomputes."""
+    """As `_frozen_head`, for a trained head: its parameters are inputs, and backward recomputes."""
 
     @_custom_function
     def values(hidden: mx.array, head: dict[str, Any]) -> tuple[mx.array, ...]:
@@ -363,8 +366,8 @@ def _trainable_head(
         _outputs: tuple[mx.array, ...],
     ) -> tuple[mx.array, dict[str, Any]]:
         hidden, head = primals
-        by_head = tree_map(mx.zeros_like, head)
-        by_hidden: list[mx.array] = []
+        head_gradient = tree_map(mx.zeros_like, head)
+        hidden_gradients: list[mx.array] = []
         for rows in _chunks(backbone, hidden):
 
             def weighted(h: mx.array, head: dict[str, Any], rows: slice = rows) -> mx.array:
@@ -377,12 +380,12 @@ def _trainable_head(
                 return sum(parts[1:], parts[0])
 
             part = hidden[rows]
-            if by_hidden:
-                part = mx.depends([part], [by_hidden[-1]])[0]
+            if hidden_gradients:
+                part = mx.depends([part], [hidden_gradients[-1]])[0]
             grad_hidden, grad_head = mx.grad(weighted, argnums=(0, 1))(part, head)
-            by_hidden.append(grad_hidden)
-            by_head = tree_map(mx.add, by_head, grad_head)
-        return mx.concatenate(by_hidden), by_head
+            hidden_gradients.append(grad_hidden)
+            head_gradient = tree_map(mx.add, head_gradient, grad_head)
+        return mx.concatenate(hidden_gradients), head_gradient
 
     return list(values(hidden, head))
 
@@ -422,18 +425,18 @@ def _logps_and_gradient(
         centred = mx.maximum(raw.astype(mx.float32) - top, MIN_LOG_RATIO)
         exponential = exp(centred)
     else:
-        # Everything else that reads the logits runs before the exponential, which can then
-        # reuse their memory; and likewise for what is computed from it.
+        # All other operations that read the logits run before the exponential, so that it can
+        # reuse their memory.
         (raw,) = mx.depends([raw], [top, target])
         exponential = exp(raw.astype(mx.float32) - top)
     total = exponential.sum(axis=-1, keepdims=True)
     logps = (target - top - mx.log(total))[:, 0]
     is_target = mx.arange(raw.shape[-1])[None] == targets[:, None]
 
-    def by_hidden(by_logits: mx.array) -> mx.array:
-        return mx.vjp(backbone.logits, [hidden], [by_logits.astype(raw.dtype)])[1][0]
+    def hidden_gradient(logits_gradient: mx.array) -> mx.array:
+        return mx.vjp(backbone.logits, [hidden], [logits_gradient.astype(raw.dtype)])[1][0]
 
-    gradient = by_hidden(is_target - exponential / total)
+    gradient = hidden_gradient(is_target - exponential / total)
     if extra == "log_squares":
         squares = mx.log(mx.square(exponential).sum(axis=-1)) - 2 * mx.log(total[:, 0])
         return logps, squares, gradient
@@ -445,8 +448,7 @@ def _logps_and_gradient(
         return logps, entropy, gradient
     # One product with the vocabulary's weights after the other.
     centred, total = mx.depends([centred, total], [gradient])
-    by_logits = exponential / total * (mean - centred)
-    return logps, entropy, gradient, by_hidden(by_logits)
+    return logps, entropy, gradient, hidden_gradient(exponential / total * (mean - centred))
 
 
 def _chunked(
@@ -455,7 +457,7 @@ def _chunked(
     hidden: mx.array,
     targets: mx.array,
 ) -> tuple[mx.array, ...]:
-    """`compute` over chunks of rows, one after the other, its outputs concatenated."""
+    """Apply `compute` to chunks of rows, one after the other, and concatenate its outputs."""
     parts: list[tuple[mx.array, ...]] = []
     for rows in _chunks(backbone, hidden):
         part = hidden[rows]

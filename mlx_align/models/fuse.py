@@ -1,9 +1,9 @@
 """Fusing an adapter into its base model without losing the change to rounding.
 
-A fused weight that is stored as the base's was (4 bits, or bfloat16) is rounded to that grid, which
-can undo a small change: "the merged model equals the base". So the sum is computed in float32, the
-loss is measured for each layer, and a layer that would lose more than `LOSS_ALLOWED` of its change
-is stored in the next finer form: 8 bits, then 16 bits, then float32.
+A fused weight that is stored like the base's (in 4 bits, or bfloat16) is rounded to that grid,
+which can undo a small change: "the merged model equals the base". So the sum is computed in
+float32, the lost part of the change is measured for each layer, and a layer that would lose more
+than `MAX_LOST_CHANGE` of it is stored in the next finer form: 8 bits, then 16 bits, then float32.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ from mlx_align.models.verification import random_batch
 from mlx_align.system.atomic_io import atomic_folder, wrap_write_errors
 
 # Largest part of a layer's change that rounding may lose; otherwise it is stored more finely.
-LOSS_ALLOWED = 0.1
+MAX_LOST_CHANGE = 0.1
 
-# Layers that choose experts. A small error in them sends tokens elsewhere, and they take little
-# room, so they are never quantised again.
+# Layers that choose experts are never quantised again: they are small, and a small error in them
+# sends tokens to other experts.
 _ROUTER = re.compile(r"(^|\.)(gate|router|shared_expert_gate)(\.|$)")
 _16_BIT = (mx.bfloat16, mx.float16)
 
@@ -47,11 +47,11 @@ class FusedLayer:
         name: Its path in the model.
         quantized: Whether the base model's layer is quantised.
         change: ‖Δ‖ / ‖W‖, the relative size of the adapter's change.
-        lost: ‖(stored as in the base − W) − Δ‖ / ‖Δ‖, where W + Δ is summed in float32; what
-            storing the sum as the base stores W would lose.
+        lost: Part of the change that would be lost if the sum were stored like the base's weight:
+            ‖(stored − W) − Δ‖ / ‖Δ‖, where W + Δ is computed in float32.
         kept_quantized: Whether the layer is quantised in the fused model.
-        stored: How it is stored in the fused model: `4 bits`, `8 bits`, `bfloat16`, `float32` …
-        lost_stored: The same as `lost`, for how it is stored.
+        stored: Its form in the fused model: `4 bits`, `8 bits`, `bfloat16`, `float32` …
+        lost_stored: Part of the change that is lost in that form.
     """
 
     name: str
@@ -136,13 +136,13 @@ def fuse_adapter(
         module = dequantize_model(module)
         config = {key: value for key, value in config.items() if not key.startswith("quantization")}
     fused = token_logprobs(split_backbone(module), tokens, shared=False)
-    gap = _largest_difference(fused, adapted)
+    gap = _max_difference(fused, adapted)
     with atomic_folder(output) as partial, wrap_write_errors(output):
         save(partial, str(folder.path), module, folder.tokenizer, config, donate_model=False)
     return FuseReport(
         layers=tuple(layers),
         logps_gap=gap,
-        logps_change=_largest_difference(adapted, base),
+        logps_change=_max_difference(adapted, base),
         bytes_before=before,
         bytes_after=_nbytes(module),
         fine_tune_type=layout.fine_tune_type,
@@ -167,7 +167,9 @@ def fuse_layers(
         reports.append(report)
         on_layer()
     if not reports and any("lora_a" in module for module in model.module.modules()):
-        raise ModelError("mlx-lm can't fuse the adapters of this model")
+        raise ModelError(
+            "mlx-lm can't fuse the adapters of this model; use the base model with --adapter-path"
+        )
     if fused:
         model.module.update_modules(tree_unflatten(fused))
     return reports
@@ -191,7 +193,7 @@ def _fuse_layer(
     for form, layer in _stored_forms(exact, base, dtype):
         lost = _norm(_float32_layer(layer).weight - exact.weight) / change if change else 0.0
         found.append((form, layer, lost))
-        if lost <= LOSS_ALLOWED and (coarse or not hasattr(layer, "bits")):
+        if lost <= MAX_LOST_CHANGE and (coarse or not hasattr(layer, "bits")):
             break
     form, layer, lost = found[-1]
     report = FusedLayer(
@@ -209,7 +211,7 @@ def _fuse_layer(
 def _stored_forms(
     exact: nn.Module, base: nn.Module, dtype: mx.Dtype
 ) -> Iterator[tuple[str, nn.Module]]:
-    """The ways to store a layer, from the base's own to float32, each with its name."""
+    """The forms in which a layer can be stored, from the base's to float32, each with its name."""
     if hasattr(base, "bits"):
         size, bits, mode = base.group_size, base.bits, base.mode
         yield f"{bits} bits", _quantized(exact, size, bits, mode, base)
@@ -298,7 +300,7 @@ def _round_tensors(
             rounded.append((name, weight.astype(dtype)))
             continue
         lost = _norm(weight.astype(dtype).astype(mx.float32) - weight) / change
-        stored = dtype if lost <= LOSS_ALLOWED else weight.dtype
+        stored = dtype if lost <= MAX_LOST_CHANGE else weight.dtype
         rounded.append((name, weight.astype(stored)))
         reports.append(
             FusedLayer(
@@ -318,7 +320,7 @@ def _round_tensors(
 def _fused_config(
     base: dict[str, Any], module: nn.Module, layers: list[FusedLayer]
 ) -> dict[str, Any]:
-    """The base's configuration, with how each fused layer is stored."""
+    """The base's configuration, updated with the forms in which the fused layers are stored."""
     config = dict(base)
     modules = dict(module.named_modules())
     changed: dict[str, Any] = {}
@@ -360,5 +362,5 @@ def _norm(array: mx.array) -> float:
     return float(np.linalg.norm(np.array(array)))
 
 
-def _largest_difference(a: mx.array, b: mx.array) -> float:
+def _max_difference(a: mx.array, b: mx.array) -> float:
     return float(np.abs(np.array(a) - np.array(b)).max())

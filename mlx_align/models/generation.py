@@ -30,7 +30,7 @@ class Generated(NamedTuple):
 
     Attributes:
         tokens: Its tokens, including the end token if it was sampled.
-        logps: Log-prob of each token under the distribution it was drawn from (after division by
+        logps: Log-prob of each token under the distribution it was sampled from (after division by
             the temperature), nats; 0 for greedy decoding.
         finished: Whether it ends with an end token. Otherwise it was truncated at `max_tokens`.
     """
@@ -77,13 +77,12 @@ def generate_groups(
 ) -> list[list[Generated]]:
     """Sample several independent completions for each of `prompts`.
 
-    Each prompt, except its last token, runs once and in a row of its own: mlx-lm pads prompts that
-    it runs together, and recurrent families (mamba, jamba, nemotron_h, rwkv7) read that padding as
+    Each prompt, except its last token, runs once and in a separate row: mlx-lm pads prompts that it
+    runs together, and recurrent families (mamba, jamba, nemotron_h, rwkv7) read that padding as
     tokens. Its completions start from copies of its cache. They are decoded together with those of
     the other prompts, or one by one in families that can't do that (llama4, gemma2).
 
-    There is no top-p or top-k. The same seed gives other samples if the prompts, or their number,
-    differ.
+    Top-p and top-k are not supported. Samples depend on the seed and on all prompts of the call.
 
     Args:
         model: The model, with the adapter weights it holds now, in evaluation mode.
@@ -99,7 +98,7 @@ def generate_groups(
         For each prompt its completions, in arbitrary order.
     """
     high, low = random_key()
-    work = _Work(
+    request = _Request(
         model,
         [list(prompt) for prompt in prompts],
         completions_per_prompt,
@@ -110,35 +109,35 @@ def generate_groups(
     )
     try:
         mx.random.seed(seed)
-        if all(_merges(cache) for cache in make_prompt_cache(model)):
+        if all(_can_merge(cache) for cache in make_prompt_cache(model)):
             try:
-                return _together(work)
-            except _NotTogetherError:
+                return _generate_batched(request)
+            except _BatchingUnsupportedError:
                 mx.random.seed(seed)
-        return _one_by_one(work)
+        return _generate_sequentially(request)
     finally:
         # Training must draw the same numbers with and without sampling in between.
         restore_random_key(high, low)
 
 
-class _Work(NamedTuple):
+class _Request(NamedTuple):
     """Arguments of `generate_groups`."""
 
     model: nn.Module
     prompts: list[list[int]]
-    each: int
-    stop: list[int]
+    completions_per_prompt: int
+    stop_tokens: list[int]
     max_tokens: int
     temperature: float
     on_token: Callable[[], None]
 
 
-class _NotTogetherError(Exception):
-    """The family's code can't decode several sequences in one call."""
+class _BatchingUnsupportedError(Exception):
+    """The model's code can't decode several sequences in one call."""
 
 
-def _merges(cache: Any) -> bool:
-    # Merging drops the first tokens that a rotating cache was told to keep.
+def _can_merge(cache: Any) -> bool:
+    # Merging would drop the first tokens that a rotating cache has to keep.
     return hasattr(cache, "merge") and not (type(cache) is RotatingKVCache and cache.keep)
 
 
@@ -154,17 +153,17 @@ def _prompt_cache(model: nn.Module, prompt: list[int]) -> list[Any] | None:
     return caches
 
 
-def _together(work: _Work) -> list[list[Generated]]:
+def _generate_batched(request: _Request) -> list[list[Generated]]:
     generator = BatchGenerator(
-        work.model,
-        max_tokens=work.max_tokens,
-        stop_tokens=[[token] for token in work.stop],
-        sampler=make_sampler(temp=work.temperature),
+        request.model,
+        max_tokens=request.max_tokens,
+        stop_tokens=[[token] for token in request.stop_tokens],
+        sampler=make_sampler(temp=request.temperature),
         completion_batch_size=ROWS_AT_ONCE,
         # The prompts have run already, so completions of several can start in one step.
         prefill_batch_size=ROWS_AT_ONCE,
     )
-    waiting = deque(enumerate(work.prompts))
+    waiting = deque(enumerate(request.prompts))
     # By sequence id of the generator.
     prompt_of: dict[int, int] = {}
     tokens: dict[int, list[int]] = {}
@@ -172,13 +171,14 @@ def _together(work: _Work) -> list[list[Generated]]:
     steps: list[tuple[list[int], mx.array]] = []  # sequence ids, and the logps of their tokens
     try:
         while True:
-            # Only as many prompts as fill the batch: each holds its cache until it starts.
+            # Insert only enough prompts to fill the batch: each keeps its cache until it starts.
             while waiting and len(prompt_of) - len(tokens) < ROWS_AT_ONCE:
                 index, prompt = waiting.popleft()
-                cache = _prompt_cache(work.model, prompt)
+                cache = _prompt_cache(request.model, prompt)
                 # The batch copies what it merges, so all sequences can be given the same cache.
                 uids = generator.insert(
-                    [prompt[-1:] for _ in range(work.each)], caches=[cache] * work.each
+                    [prompt[-1:] for _ in range(request.completions_per_prompt)],
+                    caches=[cache] * request.completions_per_prompt,
                 )
                 prompt_of |= dict.fromkeys(uids, index)
             try:
@@ -187,17 +187,17 @@ def _together(work: _Work) -> list[list[Generated]]:
                 # The model's code assumes masks or offsets of a single row (gemma2, dynamic rope).
                 if steps:
                     raise
-                raise _NotTogetherError from error
+                raise _BatchingUnsupportedError from error
             if not responses:
                 break
             for response in responses:
                 tokens.setdefault(response.uid, []).append(response.token)
                 if response.finish_reason is not None:
                     finished[response.uid] = response.finish_reason == "stop"
-                work.on_token()
-            drawn = mx.array([response.token for response in responses])
+                request.on_token()
+            sampled = mx.array([response.token for response in responses])
             rows = mx.stack([response.logprobs for response in responses])
-            logps = _sampler_logps(rows, drawn, work.temperature)
+            logps = _sampler_logps(rows, sampled, request.temperature)
             steps.append(([response.uid for response in responses], logps))
     finally:
         generator.close()
@@ -205,46 +205,46 @@ def _together(work: _Work) -> list[list[Generated]]:
     for uids, values in steps:
         for uid, value in zip(uids, np.array(values), strict=True):
             logps_of[uid].append(float(value))
-    groups: list[list[Generated]] = [[] for _ in work.prompts]
+    groups: list[list[Generated]] = [[] for _ in request.prompts]
     for uid, index in prompt_of.items():
         groups[index].append(Generated(tokens[uid], logps_of[uid], finished[uid]))
     return groups
 
 
-def _one_by_one(work: _Work) -> list[list[Generated]]:
-    sampler = make_sampler(temp=work.temperature)
+def _generate_sequentially(request: _Request) -> list[list[Generated]]:
+    sampler = make_sampler(temp=request.temperature)
     groups = []
-    for prompt in work.prompts:
-        shared = _prompt_cache(work.model, prompt)
+    for prompt in request.prompts:
+        shared = _prompt_cache(request.model, prompt)
         group = []
-        for _ in range(work.each):
+        for _ in range(request.completions_per_prompt):
             tokens: list[int] = []
             logps: list[mx.array] = []
             for token, row in generate_step(
                 mx.array(prompt[-1:]),
-                work.model,
-                max_tokens=work.max_tokens,
+                request.model,
+                max_tokens=request.max_tokens,
                 sampler=sampler,
                 prompt_cache=copy.deepcopy(shared),
             ):
                 tokens.append(int(token))
-                logps.append(_sampler_logps(row[None], mx.array(tokens[-1:]), work.temperature))
-                work.on_token()
-                if tokens[-1] in work.stop:
+                logps.append(_sampler_logps(row[None], mx.array(tokens[-1:]), request.temperature))
+                request.on_token()
+                if tokens[-1] in request.stop_tokens:
                     break
             values = [float(value) for value in np.array(mx.concatenate(logps))]
-            group.append(Generated(tokens, values, tokens[-1] in work.stop))
+            group.append(Generated(tokens, values, tokens[-1] in request.stop_tokens))
         groups.append(group)
     return groups
 
 
-def _sampler_logps(rows: mx.array, drawn: mx.array, temperature: float) -> mx.array:
-    """Log-probs (N,) float32 of tokens `drawn` (N,) from untempered log-probs `rows` (N, V)."""
+def _sampler_logps(rows: mx.array, sampled: mx.array, temperature: float) -> mx.array:
+    """Log-probs (N,) float32 of tokens `sampled` (N,) from untempered log-probs `rows` (N, V)."""
     if temperature == 0:
-        return mx.zeros(drawn.shape)
+        return mx.zeros(sampled.shape)
     # Tempered in their own dtype, as the sampler does, and normalised: bf16 rows may not sum to 1.
     rows = (rows * (1.0 / temperature)).astype(mx.float32)
-    logps = mx.take_along_axis(rows, drawn[:, None], axis=-1)[:, 0] - mx.logsumexp(rows, axis=-1)
+    logps = mx.take_along_axis(rows, sampled[:, None], axis=-1)[:, 0] - mx.logsumexp(rows, axis=-1)
     # Read at the end: waiting here would mean waiting for the next step, which is already running.
     mx.async_eval(logps)  # type: ignore[no-untyped-call]
     return logps

@@ -27,15 +27,15 @@ from mlx_align.models.forward import (
 from mlx_align.models.weights import read_tensors
 from mlx_align.types import GroupBatch
 
-HEAD_NAME = "reward_head"
-VALUE_NAME = "value_head"
-HEAD_WEIGHTS = "reward_head.safetensors"
+REWARD_HEAD = "reward_head"
+VALUE_HEAD = "value_head"
+REWARD_HEAD_FILE = "reward_head.safetensors"
 # The one tensor of that file, (members, D) float32.
-HEAD_TENSOR = f"{HEAD_NAME}.weight"
+REWARD_HEAD_TENSOR = f"{REWARD_HEAD}.weight"
 
 
 class RewardHead(nn.Module):
-    """Linear map of hidden states to one score per member, float32 whatever the model's dtype.
+    """Linear map of hidden states to one score per member, computed in float32.
 
     It has no bias: the Bradley–Terry loss sees only differences of scores.
     """
@@ -52,7 +52,7 @@ class RewardHead(nn.Module):
 
 
 class ValueHead(nn.Module):
-    """Linear map of hidden states to the expected return, float32 whatever the model's dtype.
+    """Linear map of hidden states to the expected return, computed in float32.
 
     It starts at zero or as a reward model's head: see `value_head_weights`.
     """
@@ -94,7 +94,7 @@ def add_reward_head(
             )
         head = RewardHead(width, weight.shape[0])
         head.weight = weight.astype(mx.float32)
-    backbone.model[HEAD_NAME] = head
+    backbone.model[REWARD_HEAD] = head
     mx.eval(head.parameters())
     return head
 
@@ -104,8 +104,8 @@ def completion_scores(
 ) -> mx.array:
     """Scores of the completions, read at each one's last unmasked token.
 
-    The last token is found by the mask, never by token ids: pad may equal EOS. A completion
-    without tokens (a filler) gets a finite number without meaning.
+    The last token is found by the mask, never by token ids: pad may equal EOS. The score of a
+    completion without tokens (a filler) is finite and has no meaning.
 
     Args:
         backbone: A model with a reward head, with the adapter weights it holds now.
@@ -135,7 +135,7 @@ def completion_scores(
 
 
 def _scores(backbone: Backbone, hidden: mx.array) -> mx.array:
-    scores: mx.array = backbone.model[HEAD_NAME](hidden)
+    scores: mx.array = backbone.model[REWARD_HEAD](hidden)
     return scores
 
 
@@ -143,13 +143,13 @@ def split_head(
     weights: Mapping[str, mx.array],
 ) -> tuple[dict[str, mx.array], dict[str, mx.array]]:
     """Split flat weights into those of the adapter and those of the reward head."""
-    head = {name: array for name, array in weights.items() if name.startswith(HEAD_NAME + ".")}
+    head = {name: array for name, array in weights.items() if name.startswith(REWARD_HEAD + ".")}
     return {name: array for name, array in weights.items() if name not in head}, head
 
 
 def has_reward_head(folder: Path) -> bool:
     """Whether a run or adapter folder is that of a reward model."""
-    return (folder / HEAD_WEIGHTS).is_file()
+    return (folder / REWARD_HEAD_FILE).is_file()
 
 
 def read_reward_head(folder: Path) -> mx.array:
@@ -158,19 +158,21 @@ def read_reward_head(folder: Path) -> mx.array:
     Raises:
         ModelError: There is none, it is damaged, or its file holds other tensors.
     """
-    file = folder / HEAD_WEIGHTS
+    file = folder / REWARD_HEAD_FILE
     if not file.is_file():
         raise ModelError(
-            f"{folder}: not a reward model: there is no {HEAD_WEIGHTS} in it; train one with "
+            f"{folder}: not a reward model (it has no {REWARD_HEAD_FILE}); train one with "
             "mlx-align reward"
         )
     weights = read_tensors(file)
-    if set(weights) != {HEAD_TENSOR}:
+    if set(weights) != {REWARD_HEAD_TENSOR}:
         found = ", ".join(sorted(weights)) or "nothing"
-        raise ModelError(f"{file}: expected the tensor {HEAD_TENSOR} alone, found {found}")
-    weight = weights[HEAD_TENSOR]
+        raise ModelError(f"{file}: expected the tensor {REWARD_HEAD_TENSOR} alone, found {found}")
+    weight = weights[REWARD_HEAD_TENSOR]
     if weight.ndim != 2:
-        raise ModelError(f"{file}: {HEAD_TENSOR} has shape {weight.shape}, expected (members, D)")
+        raise ModelError(
+            f"{file}: {REWARD_HEAD_TENSOR} has shape {weight.shape}, expected (members, D)"
+        )
     return weight
 
 
@@ -180,10 +182,10 @@ def read_reward_head(folder: Path) -> mx.array:
 def add_value_head(backbone: Backbone) -> None:
     """Add a value head of zeros to the model; its real weights come with the critic's weights."""
     head = ValueHead(hidden_width(backbone))
-    # It is trained as part of the critic's weights. As a trainable part of the module it would be
-    # taken for a part of the vocabulary head.
+    # It is trained as part of the critic's weights. As a trainable part of the module it would
+    # count as part of the vocabulary head.
     head.freeze()
-    backbone.model[VALUE_NAME] = head
+    backbone.model[VALUE_HEAD] = head
 
 
 def value_head_weights(
@@ -194,8 +196,8 @@ def value_head_weights(
     Args:
         width: D.
         reward: Weight (members, D) of a reward model's head, whose score is the members' mean.
-        mean: What is subtracted from scores to make them rewards.
-        scale: What the difference is divided by.
+        mean: The mean that rewards subtract from scores.
+        scale: The scale that they divide the difference by.
     """
     if reward is None:
         return {"weight": mx.zeros((1, width)), "bias": mx.zeros((1,))}
@@ -213,7 +215,7 @@ def token_values(
     hidden = completion_hidden_states(
         backbone, batch, shared=shared, grad_checkpoint=grad_checkpoint
     )
-    return mx.where(batch.completion_mask, backbone.model[VALUE_NAME](hidden), 0)
+    return mx.where(batch.completion_mask, backbone.model[VALUE_HEAD](hidden), 0)
 
 
 def token_logprobs_and_values(
@@ -241,7 +243,7 @@ def token_logprobs_and_values(
     )
     logps = target_logprobs(backbone, hidden, batch.completion_tokens)
     held = mx.stop_gradient(hidden)
-    values = backbone.model[VALUE_NAME](
+    values = backbone.model[VALUE_HEAD](
         held + value_gradient.astype(hidden.dtype) * (hidden - held)
     )
     mask = batch.completion_mask

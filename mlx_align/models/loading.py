@@ -73,10 +73,10 @@ class ModelFolder:
 class LanguageModel:
     """A loaded model, and what it computes for a batch with given adapter weights.
 
-    The methods take the adapter weights as an argument, so that policy, reference, reward model
-    and critic are the same function of different weights, and so that gradients with respect to
-    the weights can be taken. They all take `grad_checkpoint`: keep only each block's inputs and
-    recompute it in the backward pass. Shape letters: N completions, C completion positions.
+    The methods take the adapter weights as an argument. So policy, reference, reward model and
+    critic are the same function of different weights, and gradients with respect to the weights
+    can be computed. All methods take `grad_checkpoint`: keep only each block's inputs and recompute
+    it in the backward pass. Shape letters: N completions, C completion positions.
 
     Attributes:
         folder: Where the model was loaded from.
@@ -84,9 +84,9 @@ class LanguageModel:
         shared: Whether completions share their prompt's keys and values. Decided by the
             verification at load; False for families that can't.
         check: The verification's findings, one sentence for the user.
-        adapter_dtype: What adapters are cast to when they compute; None for their own dtype.
-        trained_dtypes: What float32 masters of full fine-tuning are cast to when they compute, by
-            name; {} for adapters and for float32 models.
+        adapter_dtype: Dtype that adapters compute in; None for the dtype they are stored in.
+        trained_dtypes: Dtypes that the float32 masters of full fine-tuning compute in, by name; {}
+            for adapters and for float32 models.
     """
 
     folder: ModelFolder
@@ -112,7 +112,7 @@ class LanguageModel:
         return use_adapter(self.module, cast)
 
     def hold(self, weights: AdapterWeights) -> None:
-        """Put `weights` into the model for good, float32 masters in the dtype they compute in."""
+        """Put `weights` into the model permanently, cast to the dtypes they compute in."""
         self.module.update(self._computing(weights))
 
     def _computing(self, weights: AdapterWeights) -> AdapterWeights:
@@ -249,7 +249,9 @@ def resolve_model_path(path_or_name: str) -> Path:
     path = Path(path_or_name).expanduser()
     if path.exists():
         if not (path / "config.json").is_file():
-            raise ModelError(f"--model {path_or_name}: no config.json in it; is it a model folder?")
+            raise ModelError(
+                f"--model {path_or_name}: has no config.json; expected the folder of a model"
+            )
         return path
     looks_local = path_or_name.startswith((".", "/", "~")) or path_or_name.count("/") != 1
     if looks_local:
@@ -258,7 +260,7 @@ def resolve_model_path(path_or_name: str) -> Path:
         )
     try:
         return Path(_download(path_or_name))
-    except Exception as error:  # the hub client raises a dozen kinds, all meaning: not available
+    except Exception as error:  # a dozen types, which all mean that the model is not available
         raise ModelError(
             f"--model {path_or_name}: no such folder, and it can't be downloaded from the hub "
             f"({_first_line(error)})"
@@ -294,7 +296,7 @@ def load_tokenizer(path: Path, config: dict[str, Any]) -> TokenizerWrapper:
             tokenizer_config_extra={"trust_remote_code": False},
             eos_token_ids=[eos] if isinstance(eos, int) else eos,
         )
-    except Exception as error:  # transformers raises whatever its parsers raise
+    except Exception as error:  # transformers passes on the exceptions of several parsers
         raise ModelError(f"{path}: its tokenizer can't be loaded ({_first_line(error)})") from error
 
 
@@ -348,8 +350,11 @@ def load_adapters(
         names = " and ".join(str(path) for path in adapters if path is not None)
         raise ModelError(f"{names}: adapters of different types can't be used on one model")
     model = load_language_model(folder)
-    if heads.HEAD_NAME in model.module:
-        raise ModelError(f"--model {folder.name}: a sequence classifier, which writes no text")
+    if heads.REWARD_HEAD in model.module:
+        raise ModelError(
+            f"--model {folder.name}: is a sequence classifier, which generates no text; use the "
+            "language model that it was made from"
+        )
     if layout is None:
         model.module.freeze()
         return model, [{} for _ in adapters]
@@ -362,7 +367,9 @@ def load_adapters(
                 model = replace(model, trained_dtypes=trained_dtypes(model.module, layout))
             loaded.append(base if path is None else load_adapter(path, base, layout))
         except (ModelError, ConfigError) as error:
-            raise ModelError(f"{path}: is --model {folder.name} its base? {error}") from error
+            raise ModelError(
+                f"{path}: can't be used with --model {folder.name}; is that its base model? {error}"
+            ) from error
     # Nothing is trained: the vocabulary head then runs as a frozen one, even if it has an adapter.
     model.module.freeze()
     model.module.eval()

@@ -46,12 +46,12 @@ Attention = Callable[[mx.array, mx.array, mx.array, float], mx.array | None]
 def apply_patches(
     model: nn.Module, attention: Attention, *, packed: bool = False
 ) -> Iterator[None]:
-    """Within the block, `model` runs with everything that this package replaces.
+    """Within the block, `model` runs with this package's replacements.
 
     Args:
         model: The mlx-lm model, any of the supported families.
         attention: Computes causal attention (see `replace_attention`).
-        packed: Whether rows hold several prompts or completions, whose positions start anew.
+        packed: Whether rows hold several prompts or completions, each with its own positions.
     """
     rope = rope_per_token() if packed else nullcontext()
     with rope, replace_attention(attention), replace_swiglu(model):
@@ -63,9 +63,9 @@ def apply_patches(
 
 @contextmanager
 def replace_attention(attention: Attention) -> Iterator[None]:
-    """Within the block, `attention` serves calls of mlx's attention that have a causal mask.
+    """Within the block, `attention` replaces mlx's attention for calls with a causal mask.
 
-    Other calls (the mask is an array, or there are attention sinks) go to mlx.
+    Other calls (with an array as mask, or with attention sinks) use mlx's attention.
     """
     original = mx.fast.scaled_dot_product_attention
 
@@ -84,7 +84,7 @@ def replace_attention(attention: Attention) -> Iterator[None]:
 
 @contextmanager
 def float32_attention() -> Iterator[None]:
-    """Within the block, mlx's attention computes in float32, whatever the inputs' dtype."""
+    """Within the block, mlx's attention computes in float32 for inputs of any dtype."""
     original = mx.fast.scaled_dot_product_attention
 
     def attention(q: mx.array, k: mx.array, v: mx.array, **others: Any) -> mx.array:
@@ -135,8 +135,8 @@ def swiglu(gate: mx.array, x: mx.array) -> mx.array:
     """silu(gate) · x, elementwise, with a gradient that keeps its two inputs only.
 
     mlx's own gradient also keeps silu(gate), one of the five arrays of the MLP's width that a block
-    holds for its backward pass. Here the backward pass computes it again. (mlx's compiler sees that
-    both passes compute the same sigmoid and still keeps that one.)
+    keeps for its backward pass. Here the backward pass recomputes it. (mlx's compiler recognises
+    that both passes compute the same sigmoid, and still keeps that one.)
     """
     return gate * sigmoid(gate) * x
 
@@ -171,7 +171,7 @@ def replace_swiglu(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def wrap_blocks(model: nn.Module, wrap: Callable[[Any], Any]) -> Iterator[None]:
-    """Within the block, every layer of `model` is called through `wrap(its own __call__)`."""
+    """Within the block, the `__call__` of every layer of `model` is `wrap(__call__)`."""
     kinds = {type(layer) for layer in model.layers}
     originals = {kind: kind.__call__ for kind in kinds}
     for kind, call in originals.items():
@@ -219,7 +219,7 @@ class _FixedOutput:
 
 def exp(x: mx.array) -> mx.array:
     """e^x, elementwise, of float32. As a power, exact to 3e-8·|x| + 1e-7 of its value."""
-    # float32's nearest to e is 3e-8 too small; 2^(x·log₂e) would round the exponent twice as much.
+    # The float32 nearest to e is 3e-8 too small; 2^(x·log₂e) would have twice that rounding error.
     return mx.power(mx.array(math.e), x) if _by_power() else mx.exp(x)
 
 

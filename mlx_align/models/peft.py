@@ -1,9 +1,9 @@
-"""Adapters of PEFT (transformers' ecosystem): read as if mlx-lm had written them, and written.
+"""Reading and writing the adapters of PEFT (transformers' ecosystem).
 
-PEFT keeps A (r, in) and B (out, r), and a scale per layer: alpha/r, or alpha/√r with rsLoRA, where
-patterns give single layers their own alpha and rank. Here A and B are transposed, the largest rank
-is that of the whole adapter, and differences of scale are folded into B. What can't be expressed so
-is refused by name.
+PEFT stores A (r, in) and B (out, r), and a scale per layer: alpha/r, or alpha/√r with rsLoRA;
+patterns can give single layers another alpha and rank. When an adapter is read, A and B are
+transposed, the adapter gets the largest rank of its layers, and differences in scale are folded
+into B. Adapters that can't be expressed like this are refused.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _TENSOR = re.compile(
     r"(?P<part>A|B|embedding_A|embedding_B|magnitude_vector)(?:\.weight)?"
 )
 _LEAVES = {"A": "lora_a", "B": "lora_b", "magnitude_vector": "m"}
-# Options of PEFT under which an adapter computes something else than a LoRA or DoRA update.
+# Options of PEFT that make an adapter more than a LoRA or DoRA update.
 _UNSUPPORTED = (
     "modules_to_save",
     "lora_bias",
@@ -44,20 +44,20 @@ _UNSUPPORTED = (
     "arrow_config",
     "kasa_config",
 )
-# Initialisations that leave the base model's weights as they are.
-_PLAIN_STARTS = (True, False, None, "gaussian", "orthogonal", "eva")
+# Initialisations that don't change the base model's weights.
+_UNCHANGED_BASE = (True, False, None, "gaussian", "orthogonal", "eva")
 
 
 def is_peft(folder: Path) -> bool:
-    """Whether a folder holds an adapter that PEFT wrote, and none of mlx-lm."""
+    """Whether a folder holds an adapter of PEFT, and no adapter of mlx-lm."""
     return (folder / PEFT_WEIGHTS).is_file() and not (folder / "adapters.safetensors").is_file()
 
 
 def read_peft_config(folder: Path) -> dict[str, Any]:
-    """PEFT's configuration of an adapter, checked to be one that can be mapped.
+    """Read PEFT's configuration of an adapter and check that the adapter can be mapped.
 
     Raises:
-        ModelError: It can't be read, or the adapter can't be mapped; the message names why.
+        ModelError: It can't be read, or the adapter can't be mapped; the message says why.
     """
     file = folder / PEFT_CONFIG
     try:
@@ -81,7 +81,7 @@ def read_peft_config(folder: Path) -> dict[str, Any]:
         if config.get(name):
             raise ModelError(f"{file}: {name} {config[name]!r:.100} can't be mapped")
     start = config.get("init_lora_weights", True)
-    if start not in _PLAIN_STARTS:
+    if start not in _UNCHANGED_BASE:
         raise ModelError(
             f"{file}: init_lora_weights {start!r} changes the base model's weights; save the "
             "adapter with PEFT's path_initial_model_for_weight_conversion"
@@ -90,7 +90,7 @@ def read_peft_config(folder: Path) -> dict[str, Any]:
 
 
 def read_peft_layout(folder: Path) -> dict[str, Any]:
-    """The arguments of the `AdapterLayout` that holds a PEFT adapter.
+    """Read the arguments of an `AdapterLayout` for a PEFT adapter.
 
     Raises:
         ModelError: It can't be mapped.
@@ -107,7 +107,7 @@ def read_peft_layout(folder: Path) -> dict[str, Any]:
 
 
 def read_peft_weights(folder: Path) -> dict[str, mx.array]:
-    """The tensors of a PEFT adapter under mlx-lm's names, in float32.
+    """Read the tensors of a PEFT adapter, under mlx-lm's names, in float32.
 
     Raises:
         ModelError: They are damaged, or can't be mapped.
@@ -163,7 +163,7 @@ def match_names(tensors: Mapping[str, mx.array], names: Collection[str]) -> dict
 
 
 def covered_names(folder: Path, tensors: Collection[str], names: Collection[str]) -> set[str]:
-    """Those of the model's `names` that the adapter has to hold, by its configuration.
+    """The names of the tensors that an adapter must have according to its configuration.
 
     Args:
         folder: The adapter.
@@ -207,7 +207,7 @@ def _modules(folder: Path) -> dict[str, dict[str, mx.array]]:
             continue  # PEFT saves a copy of the base's vocabulary head with its adapter
         match = _TENSOR.fullmatch(name)
         if match is None:
-            raise ModelError(f"{file}: {name} is not a LoRA matrix and can't be mapped")
+            raise ModelError(f"{file}: {name} is not a LoRA matrix, so it can't be mapped")
         if match["part"] not in _LEAVES:
             raise ModelError(f"{file}: {name}: adapters of embeddings can't be mapped")
         if re.search(r"\.experts\.\d+\.", match["module"]) or tensor.ndim not in (1, 2):

@@ -14,15 +14,15 @@ from mlx_align.config import RewardConfig, TrainConfig
 from mlx_align.errors import ConfigError, ModelError
 from mlx_align.models.adapters import (
     AdapterLayout,
-    compute_dtype,
     covering_layout,
     install_adapters,
     load_adapter,
+    resolve_adapter_dtype,
+    select_weights,
     trained_dtypes,
-    weights_within,
 )
 from mlx_align.models.heads import (
-    HEAD_NAME,
+    REWARD_HEAD,
     add_reward_head,
     has_reward_head,
     read_reward_head,
@@ -51,7 +51,7 @@ class Roles(NamedTuple):
 
     Attributes:
         policy: The policy.
-        layout: Where the base model has adapters: in all layers that one of the roles adapts.
+        layout: The layout of the base model's adapters: all layers that any role adapts.
         fresh: The weights of those adapters as they were installed; they change nothing.
     """
 
@@ -81,7 +81,7 @@ def make_roles(
     layout: AdapterLayout,
     others: Sequence[AdapterLayout],
 ) -> Roles:
-    """Like `make_policy`, on a base model with adapters in all layers of `others` too.
+    """Like `make_policy`, for a base model that needs adapters for other roles too.
 
     Args:
         config: Options of the run.
@@ -96,38 +96,38 @@ def make_roles(
     init = None if config.init_adapter is None else Path(config.init_adapter)
     if init is not None and has_reward_head(init) and not isinstance(config, RewardConfig):
         raise ModelError(
-            f"--init-adapter {init}: a reward model's, which writes no text; it can only start "
+            f"--init-adapter {init}: is a reward model, which generates no text; it can only start "
             "mlx-align reward"
         )
     model = load_language_model(folder)
     dtypes = {array.dtype for _, array in tree_flatten(model.module.parameters())}
-    model = replace(model, adapter_dtype=compute_dtype(config.adapter_dtype, dtypes))
+    model = replace(model, adapter_dtype=resolve_adapter_dtype(config.adapter_dtype, dtypes))
     mx.random.seed(config.seed)
-    everywhere = covering_layout(layout, others)
-    fresh = install_adapters(model.module, everywhere)
-    model = replace(model, trained_dtypes=trained_dtypes(model.module, everywhere))
+    covering = covering_layout(layout, others)
+    fresh = install_adapters(model.module, covering)
+    model = replace(model, trained_dtypes=trained_dtypes(model.module, covering))
     if mx.float16 in model.trained_dtypes.values():
         raise ConfigError(
             "--fine-tune-type full: the model is in float16, in which gradients below 6e-8 vanish "
             "and above 65,504 overflow; use lora or dora, or a bf16 model (mlx_lm.convert --dtype "
             "bfloat16)"
         )
-    start = fresh if everywhere == layout else weights_within(fresh, layout)
+    start = fresh if covering == layout else select_weights(fresh, layout)
     verify_adapters(model.backbone, folder.vocab_size)
     if init is not None:
         start = load_adapter(init, start, layout)
         model.hold(start)
     if isinstance(config, RewardConfig):
-        start = {**start, HEAD_NAME: _start_head(config, model)}
-    elif HEAD_NAME in model.module:
+        start = {**start, REWARD_HEAD: _initial_head(config, model)}
+    elif REWARD_HEAD in model.module:
         raise ModelError(
-            f"--model {folder.name}: a sequence classifier, which writes no text; use it with "
-            "mlx-align reward or mlx-align score"
+            f"--model {folder.name}: is a sequence classifier, which generates no text; use it "
+            "with mlx-align reward or mlx-align score"
         )
-    return Roles(Policy(model, layout, start), everywhere, fresh)
+    return Roles(Policy(model, layout, start), covering, fresh)
 
 
-def _start_head(config: RewardConfig, model: LanguageModel) -> AdapterWeights:
+def _initial_head(config: RewardConfig, model: LanguageModel) -> AdapterWeights:
     """Add a reward head: that of the init adapter or the base model, or a fresh one.
 
     Raises:
@@ -135,14 +135,14 @@ def _start_head(config: RewardConfig, model: LanguageModel) -> AdapterWeights:
         ModelError: It does not fit the model.
     """
     weight, source = None, ""
-    if HEAD_NAME in model.module:
-        weight, source = model.module[HEAD_NAME].weight, f"--model {config.model}"
+    if REWARD_HEAD in model.module:
+        weight, source = model.module[REWARD_HEAD].weight, f"--model {config.model}"
     if config.init_adapter is not None and has_reward_head(Path(config.init_adapter)):
         source = f"--init-adapter {config.init_adapter}"
         weight = read_reward_head(Path(config.init_adapter))
     if weight is not None and weight.shape[0] != config.members:
         raise ConfigError(
-            f"--members {config.members}: {source} has a head of {weight.shape[0]}; "
+            f"--members {config.members}: {source} has a head with {weight.shape[0]} members; "
             f"give --members {weight.shape[0]}"
         )
     head: AdapterWeights = add_reward_head(

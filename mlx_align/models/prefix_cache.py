@@ -1,7 +1,7 @@
 """Caches that let completions attend to their prompt's keys and values, gradients included.
 
 mlx-lm's layers call these like its own caches (`offset`, `update_and_fetch`, `make_mask`). Its own
-can't be used: they write in place and pad to steps, which no gradient passes.
+can't be used: they write in place, so no gradient passes through them.
 
 There are two layouts. *Padded*: each prompt and each completion is a row (`PromptKV`, then
 `CompletionKV`; `StateCache` for recurrent layers). *Packed*: all prompts one after the other in
@@ -27,11 +27,11 @@ from mlx_align.errors import ModelError
 from mlx_align.models.attention import packed_attention
 from mlx_align.types import GroupBatch, Packing
 
-# What padding belongs to: no prompt and no completion. The two differ, so that padding of the
-# completions' row does not see padding of the prompts' row.
+# Indices for padding. The two differ, so that padding of the completions' row does not see padding
+# of the prompts' row.
 _NO_PROMPT, _NO_COMPLETION = -1, -2
 
-_FOREIGN_KEYS = "its blocks attend to keys that are not their cache's"
+FOREIGN_KEYS = "its blocks attend to keys that are not their cache's"
 
 
 # Padded rows
@@ -92,8 +92,8 @@ class PromptKV:
 class CompletionKV:
     """Cache of an attention layer while the completions run: the prompt's keys, then their own.
 
-    Prompts differ in length: `offset` (N,) is each row's own prompt length, so that positions
-    continue where the prompt ended, and the mask hides the prompt's padding.
+    Prompts differ in length: `offset` (N,) is the length of each row's prompt, so that positions
+    continue after the prompt, and the mask hides the prompt's padding.
 
     Attributes:
         keys: The prompts' keys (B, H, P, E); None where the layer borrows another layer's.
@@ -125,36 +125,36 @@ class CompletionKV:
     @property
     def offset(self) -> mx.array:
         """Position of each row's first completion token, (N,)."""
-        return self._for_each(self.lengths)
+        return self._repeat(self.lengths)
 
-    def _for_each(self, by_prompt: mx.array) -> mx.array:
+    def _repeat(self, by_prompt: mx.array) -> mx.array:
         return mx.repeat(by_prompt, self.rows // self.lengths.shape[0], axis=0)
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """Return keys and values of prompt and completion, (N, H, P + C, E).
 
-        They are never computed where attention takes the prompts' and `own` instead.
+        They are never computed if attention reads the prompts' and `own` instead.
         """
         assert self.keys is not None
         assert self.values is not None
         self.own = (keys, values)
-        every_key = mx.concatenate([self._for_each(self.keys), keys], axis=-2)
-        CompletionKV._last = (every_key, self)
-        return every_key, mx.concatenate([self._for_each(self.values), values], axis=-2)
+        all_keys = mx.concatenate([self._repeat(self.keys), keys], axis=-2)
+        CompletionKV._last = (all_keys, self)
+        return all_keys, mx.concatenate([self._repeat(self.values), values], axis=-2)
 
     @classmethod
-    def of_keys(cls, keys: mx.array) -> CompletionKV:
+    def find_by_keys(cls, keys: mx.array) -> CompletionKV:
         """The cache that returned `keys`, to which its layer now attends.
 
         Raises:
             ModelError: The keys are not a cache's, so it is unknown which of them are padding.
         """
         if cls._last is None or cls._last[0] is not keys:
-            raise ModelError(_FOREIGN_KEYS)
+            raise ModelError(FOREIGN_KEYS)
         return cls._last[1]
 
     @classmethod
-    def forget(cls) -> None:
+    def clear_last(cls) -> None:
         """Drop the reference to the last cache, which keeps arrays and their graph alive."""
         cls._last = None
 
@@ -163,7 +163,7 @@ class CompletionKV:
     ) -> mx.array | str:
         """Mask (N, 1…, n, P + n): the prompt's real positions and the completion's own past.
 
-        Or just "causal", in families whose attention takes that word.
+        Or the string "causal", in families whose attention accepts it.
         """
         assert self.keys is not None
         window = window_size or self.window
@@ -295,29 +295,29 @@ class PackedKV:
         return keys, values
 
     @classmethod
-    def of_keys(cls, keys: mx.array) -> PackedKV:
+    def find_by_keys(cls, keys: mx.array) -> PackedKV:
         """The cache that returned `keys`, to which its layer now attends.
 
         Raises:
             ModelError: The keys are not a cache's, so it is unknown which of them to hide.
         """
         if cls._last is None or cls._last.keys is not keys:
-            raise ModelError(_FOREIGN_KEYS)
+            raise ModelError(FOREIGN_KEYS)
         return cls._last
 
     @classmethod
-    def forget(cls) -> None:
+    def clear_last(cls) -> None:
         """Drop the reference to the last cache, which keeps arrays and their graph alive."""
         cls._last = None
 
     def make_mask(self, _n: int, return_array: bool = False, window_size: int | None = None) -> str:
-        """The word "causal", for which `attend` does the masking.
+        """The string "causal"; `attend` does the masking.
 
         Raises:
-            ModelError: The family wants an array, or a window.
+            ModelError: The family needs an array, or a window.
         """
         if return_array or window_size is not None:
-            raise ModelError("its blocks want masks of their own")
+            raise ModelError("its blocks need masks as arrays")
         return "causal"
 
     def attend(self, queries: mx.array, scale: float) -> mx.array:
@@ -360,7 +360,7 @@ def packed_prompt_caches(model: nn.Module, batch: GroupBatch) -> list[PackedKV]:
     """Caches for the row of prompts, one for each entry of `model`'s own cache list.
 
     Raises:
-        ModelError: The family's caches hold something else than keys and values of all tokens.
+        ModelError: The family's caches don't hold keys and values of all tokens.
     """
     ends = mx.cumsum(batch.prompt_lengths)
     position = mx.arange(batch.prompt_tokens.shape[1])
@@ -372,7 +372,7 @@ def packed_prompt_caches(model: nn.Module, batch: GroupBatch) -> list[PackedKV]:
     tokens = PackedTokens(prompt, prompt, within.astype(mx.int32))
     for own in make_prompt_cache(model):
         if type(own) is not KVCache:
-            raise ModelError(f"its {type(own).__name__} holds one prompt's past at a time")
+            raise ModelError(f"its {type(own).__name__} can't hold several prompts in one row")
     return [PackedKV(tokens) for _ in make_prompt_cache(model)]
 
 

@@ -22,15 +22,15 @@ from mlx_align.models.forward import full_rows, token_logprobs
 from mlx_align.models.patches import float32_attention
 from mlx_align.types import GroupBatch, Packing
 
-# Log-probs may differ by at most this multiple of the measured rounding …
+# Log-probs may differ by at most this multiple of the measured rounding error …
 TOLERANCE = 3.0
 # … or by this fraction of the largest log-prob, if that is more: float32 is not more exact than
-# that. In 16 bits it is half a unit in the last place of a logit. Where a path was wrong, log-probs
-# were 0.3 to 17 nats off.
+# that. In 16 bits it is half a unit in the last place of a logit. Errors in a forward pass changed
+# log-probs by 0.3 to 17 nats.
 FLOOR = 1e-5
 FLOOR_16_BIT = 2e-3
 
-# What mlx-lm's code raises when it is called in a way that a family does not support.
+# Exceptions of mlx-lm's code when it is called in a way that a family does not support.
 _FAILURES = (TypeError, AttributeError, ValueError, RuntimeError, IndexError, KeyError)
 
 _PROMPT_LENGTHS = (5, 9)
@@ -38,7 +38,7 @@ _COMPLETION_LENGTHS = (7, 3, 4, 6)
 
 
 def verify_forward(backbone: Backbone, vocab_size: int) -> tuple[Backbone, bool, str]:
-    """Find out how the forward pass can run exactly for this model.
+    """Find the settings with which the forward pass is exact for this model.
 
     Returns:
         The backbone with its settings (mask axes, caches, packing), whether completions may share
@@ -49,18 +49,18 @@ def verify_forward(backbone: Backbone, vocab_size: int) -> tuple[Backbone, bool,
     """
     narrow, wide = random_batch(vocab_size, pad=0), random_batch(vocab_size, pad=6)
     try:
-        own, dtype = _own_logps(backbone, narrow)
+        own, dtype = _model_logprobs(backbone, narrow)
         with float32_attention():
-            rounding = _gap(_own_logps(backbone, narrow)[0], own)
-        floor = (FLOOR if dtype == mx.float32 else FLOOR_16_BIT) * max(1.0, _largest(own))
-        least = max(TOLERANCE * rounding, floor)
-        full, allowed = _full_row_logprobs(backbone, narrow, wide, least)
-        if not _gap(full, own) <= allowed:
+            rounding = _max_difference(_model_logprobs(backbone, narrow)[0], own)
+        floor = (FLOOR if dtype == mx.float32 else FLOOR_16_BIT) * max(1.0, _max_magnitude(own))
+        min_tolerance = max(TOLERANCE * rounding, floor)
+        full, allowed = _full_row_logprobs(backbone, narrow, wide, min_tolerance)
+        if not _max_difference(full, own) <= allowed:
             backbone = replace(backbone, flat_caches=True)
-            full, allowed = _full_row_logprobs(backbone, narrow, wide, least)
+            full, allowed = _full_row_logprobs(backbone, narrow, wide, min_tolerance)
     except (ModelError, *_FAILURES) as error:
-        raise ModelError(f"this model can't be run here: {_words(error)}") from error
-    own_gap = _gap(full, own)
+        raise ModelError(f"this model is not supported: {_first_line(error)}") from error
+    own_gap = _max_difference(full, own)
     if not own_gap <= allowed:
         raise ModelError(
             f"this model family is not supported: log-probs of the chunked vocabulary head differ "
@@ -71,40 +71,42 @@ def verify_forward(backbone: Backbone, vocab_size: int) -> tuple[Backbone, bool,
         candidate = replace(backbone, mask_axes=mask_axes)
         try:
             gaps = [
-                _gap(token_logprobs(candidate, narrow, shared=True, grad_checkpoint=way), full)
-                for way in (False, True)
+                _max_difference(
+                    token_logprobs(candidate, narrow, shared=True, grad_checkpoint=checkpoint), full
+                )
+                for checkpoint in (False, True)
             ]
         except ModelError as error:
             reason = reason or str(error)
             continue
         except _FAILURES as error:
-            reason = reason or f"its code can't run them together ({_words(error)})"
+            reason = reason or f"its code can't run them together ({_first_line(error)})"
             continue
         gap = max(gaps)
         if gap <= allowed:
             note = f"prompts are shared (verified against full rows: within {gap:.1e} nats)"
-            why_not = _why_not_packed(candidate, narrow, full, allowed)
-            note += f"; rows are padded, not packed: {why_not}" if why_not else ""
-            return replace(candidate, packs=not why_not), True, note
+            failure = _packing_failure(candidate, narrow, full, allowed)
+            note += f"; rows are padded, not packed: {failure}" if failure else ""
+            return replace(candidate, packs=not failure), True, note
         reason = f"sharing changes log-probs by {gap:.2g} nats, {allowed:.2g} allowed"
     return backbone, False, f"prompts are run once per completion: {reason}"
 
 
-def _why_not_packed(backbone: Backbone, narrow: GroupBatch, full: mx.array, allowed: float) -> str:
-    """Why the groups of a batch can't run in one row; "" if they can.
+def _packing_failure(backbone: Backbone, narrow: GroupBatch, full: mx.array, allowed: float) -> str:
+    """The reason why the groups of a batch can't run in one row; "" if they can.
 
-    If a token saw one of another group, its log-prob would change.
+    If a token attended to one of another group, its log-prob would change.
     """
     batch = packed_batch(narrow, pad=3)
     try:
         gap = max(
-            _gap(token_logprobs(backbone, batch, grad_checkpoint=way), full)
-            for way in (False, True)
+            _max_difference(token_logprobs(backbone, batch, grad_checkpoint=checkpoint), full)
+            for checkpoint in (False, True)
         )
     except ModelError as error:
         return str(error)
     except _FAILURES as error:
-        return f"its code can't run them in one row ({_words(error)})"
+        return f"its code can't run them in one row ({_first_line(error)})"
     if not gap <= allowed:
         return f"packing changes log-probs by {gap:.2g} nats, {allowed:.2g} allowed"
     return ""
@@ -142,12 +144,12 @@ def verify_adapters(backbone: Backbone, vocab_size: int) -> None:
         mx.eval(token_logprobs(backbone, random_batch(vocab_size, pad=0), shared=False))
     except _FAILURES as error:
         raise ModelError(
-            f"this model does not run with these adapters ({_words(error)}); choose the layers to "
-            "adapt with --lora-keys, for example self_attn.q_proj,self_attn.v_proj"
+            f"this model does not run with these adapters ({_first_line(error)}); choose the "
+            "layers to adapt with --lora-keys, for example self_attn.q_proj,self_attn.v_proj"
         ) from error
 
 
-def _words(error: Exception) -> str:
+def _first_line(error: Exception) -> str:
     return str(error).splitlines()[0][:120] if str(error) else type(error).__name__
 
 
@@ -167,29 +169,31 @@ def random_batch(vocab_size: int, pad: int) -> GroupBatch:
 
 
 def _full_row_logprobs(
-    backbone: Backbone, narrow: GroupBatch, wide: GroupBatch, least: float
+    backbone: Backbone, narrow: GroupBatch, wide: GroupBatch, min_tolerance: float
 ) -> tuple[mx.array, float]:
-    """Log-probs (N, C) of full rows, and the tolerance in nats, at least `least`."""
+    """Log-probs (N, C) of full rows, and the tolerance in nats, `min_tolerance` or more."""
     full = token_logprobs(backbone, narrow, shared=False)
     padded = token_logprobs(backbone, wide, shared=False)[:, : full.shape[1]]
-    return full, max(TOLERANCE * _gap(full, padded), least)
+    return full, max(TOLERANCE * _max_difference(full, padded), min_tolerance)
 
 
-def _own_logps(backbone: Backbone, batch: GroupBatch) -> tuple[mx.array, mx.Dtype]:
+def _model_logprobs(backbone: Backbone, batch: GroupBatch) -> tuple[mx.array, mx.Dtype]:
     """Log-probs (N, C) from the model's own logits when it generates, and the logits' dtype."""
     rows, starts = full_rows(batch)
     raw = backbone.generation_logits(rows)
     logits = raw.astype(mx.float32)
     logps = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
     positions = starts[:, None] - 1 + mx.arange(batch.completion_tokens.shape[1])[None]
-    of_token = mx.take_along_axis(logps, positions[..., None], axis=1)
-    of_token = mx.take_along_axis(of_token, batch.completion_tokens[..., None], axis=-1)[..., 0]
-    return mx.where(batch.completion_mask, of_token, 0), raw.dtype
+    token_logps = mx.take_along_axis(logps, positions[..., None], axis=1)
+    token_logps = mx.take_along_axis(token_logps, batch.completion_tokens[..., None], axis=-1)[
+        ..., 0
+    ]
+    return mx.where(batch.completion_mask, token_logps, 0), raw.dtype
 
 
-def _gap(a: mx.array, b: mx.array) -> float:
+def _max_difference(a: mx.array, b: mx.array) -> float:
     return float(np.abs(np.array(a) - np.array(b)).max())
 
 
-def _largest(a: mx.array) -> float:
+def _max_magnitude(a: mx.array) -> float:
     return float(np.abs(np.array(a)).max())

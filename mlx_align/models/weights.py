@@ -24,7 +24,7 @@ AdapterWeights = dict[str, Any]
 @contextmanager
 def use_adapter(module: nn.Module, weights: AdapterWeights) -> Iterator[None]:
     """Within the block, `module` holds `weights`; afterwards, the weights it had before."""
-    before = _current(module, weights)
+    before = _current_weights(module, weights)
     module.update(weights)
     try:
         yield
@@ -32,7 +32,7 @@ def use_adapter(module: nn.Module, weights: AdapterWeights) -> Iterator[None]:
         module.update(before)
 
 
-def _current(module: nn.Module, weights: AdapterWeights) -> AdapterWeights:
+def _current_weights(module: nn.Module, weights: AdapterWeights) -> AdapterWeights:
     """The values that `module` holds now under the names in `weights`."""
 
     def pick(own: Any, wanted: Any) -> Any:

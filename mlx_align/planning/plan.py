@@ -29,7 +29,7 @@ from mlx_align.data.buckets import (
     rollout_shapes,
 )
 from mlx_align.errors import ConfigError, ModelError
-from mlx_align.models.adapters import AdapterLayout, compute_dtype
+from mlx_align.models.adapters import AdapterLayout, resolve_adapter_dtype
 from mlx_align.models.loading import ModelFolder
 from mlx_align.planning.advice import ShapesWithin, Suggestion, advise
 from mlx_align.planning.machine import Machine, this_machine
@@ -255,7 +255,7 @@ def _workload(
 ) -> Workload:
     """The part of a workload that follows from the shared options; it has no shapes yet."""
     dtypes = [mx.bfloat16] if model.activation_dtype == "BF16" else []
-    computed = compute_dtype(config.adapter_dtype, dtypes)
+    computed = resolve_adapter_dtype(config.adapter_dtype, dtypes)
     return Workload(
         shapes=(),
         accumulation=config.grad_accumulation_steps,

@@ -22,8 +22,8 @@ import mlx.optimizers as optim
 from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_align.errors import ModelError, TrainingError
-from mlx_align.models.adapters import ADAPTER_WEIGHTS, AdapterLayout, save_adapter
-from mlx_align.models.heads import HEAD_WEIGHTS, has_reward_head
+from mlx_align.models.adapters import ADAPTER_FILE, AdapterLayout, save_adapter
+from mlx_align.models.heads import REWARD_HEAD_FILE, has_reward_head
 from mlx_align.models.patches import random_key, restore_random_key
 from mlx_align.models.weights import AdapterWeights, read_tensors
 from mlx_align.system.atomic_io import flush_to_disk, wrap_write_errors, write_tensors, write_text
@@ -178,9 +178,9 @@ def _read(
         if not (0 <= high < 1 << 32 and 0 <= low < 1 << 32):
             raise ValueError(f"random_key {high}, {low}")
         extra = dict(content["extra"])
-        flat = {main: read_tensors(folder / ADAPTER_WEIGHTS)}
+        flat = {main: read_tensors(folder / ADAPTER_FILE)}
         if has_reward_head(folder):
-            flat[main].update(read_tensors(folder / HEAD_WEIGHTS))
+            flat[main].update(read_tensors(folder / REWARD_HEAD_FILE))
         for name in others:
             flat[name] = read_tensors(folder / f"{name}.safetensors")
         states = {name: read_tensors(_optimizer_file(folder, name)) for name in optimizers}
@@ -240,7 +240,7 @@ def _verify(folder: Path) -> None:
         expected = {str(name): (e["bytes"], e["blake2b"]) for name, e in manifest["files"].items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise _Damaged(f"its {MANIFEST_FILE} can't be read") from None
-    if STATE_FILE not in expected or ADAPTER_WEIGHTS not in expected:
+    if STATE_FILE not in expected or ADAPTER_FILE not in expected:
         raise _Damaged(f"its {MANIFEST_FILE} can't be read")
     for name, (size, checksum) in expected.items():
         file = folder / name

@@ -36,7 +36,7 @@ from mlx_align.data.batching import epoch_order, microbatch_stream, padding_frac
 from mlx_align.data.buckets import AnyShape, batch_limit, plan_shapes
 from mlx_align.data.readers import Data
 from mlx_align.errors import ConfigError
-from mlx_align.models.adapters import ADAPTER_WEIGHTS, save_adapter
+from mlx_align.models.adapters import ADAPTER_FILE, save_adapter
 from mlx_align.models.loading import open_model
 from mlx_align.models.policy import make_policy
 from mlx_align.models.weights import AdapterWeights, read_tensors
@@ -386,7 +386,7 @@ class _OnPolicyJob:
         )
         if best == 0:
             return self.policy.start
-        tensors = read_tensors(checkpoint_folder(self._run, best) / ADAPTER_WEIGHTS)
+        tensors = read_tensors(checkpoint_folder(self._run, best) / ADAPTER_FILE)
         weights: AdapterWeights = tree_unflatten(list(tensors.items()))
         return weights
 

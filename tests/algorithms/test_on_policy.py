@@ -16,7 +16,7 @@ from mlx_align.algorithms.update import Updater
 from mlx_align.cli.main import run
 from mlx_align.errors import TrainingError
 from mlx_align.inference.reward_model import RewardModel
-from mlx_align.models.adapters import ADAPTER_WEIGHTS
+from mlx_align.models.adapters import ADAPTER_FILE
 from mlx_align.rollout.collector import RolloutCollector
 from mlx_align.rollout.reward_functions import combine
 from mlx_align.training import run as training_run
@@ -121,7 +121,7 @@ def samples_of(folder):
 
 
 def weights_of(folder):
-    return {name: np.array(w) for name, w in mx.load(str(folder / ADAPTER_WEIGHTS)).items()}
+    return {name: np.array(w) for name, w in mx.load(str(folder / ADAPTER_FILE)).items()}
 
 
 @pytest.fixture
@@ -176,7 +176,7 @@ def test_only_policy_and_critic_are_trained(train, collectors, reward_run, comma
     head = mx.load(str(reward_run / "reward_head.safetensors"))["reward_head.weight"]
     reward = dict(tree_flatten(collector.reward_adapter))
     assert np.array_equal(np.array(reward["reward_head.weight"]), np.array(head))
-    stored = mx.load(str(reward_run / ADAPTER_WEIGHTS))
+    stored = mx.load(str(reward_run / ADAPTER_FILE))
     for name, weight in stored.items():
         fold = 5 / 3 / 2 if name.endswith("lora_b") else 1.0  # scales of both
         np.testing.assert_allclose(np.array(reward[name]), fold * np.array(weight), rtol=1e-6)
@@ -365,7 +365,7 @@ def test_resumed_run_ends_with_the_same_bytes(train, monkeypatch, command, momen
     monkeypatch.chdir(folder.parent)
     assert run([command, "--resume", "stopped"]) == 0
     whole = folder.parent / "whole"
-    assert (folder / ADAPTER_WEIGHTS).read_bytes() == (whole / ADAPTER_WEIGHTS).read_bytes()
+    assert (folder / ADAPTER_FILE).read_bytes() == (whole / ADAPTER_FILE).read_bytes()
     timeless = {"tokens_per_second", "peak_memory_bytes"}
     ours, theirs = (
         [{k: v for k, v in row.items() if k not in timeless} for row in rows_of(where)]
@@ -567,7 +567,7 @@ def test_failed_batch_leaves_the_last_checkpoint_whole(train, monkeypatch):
     monkeypatch.chdir(folder.parent)
     assert run(["ppo", "--resume", "stopped"]) == 0
     whole = folder.parent / "whole"
-    assert (folder / ADAPTER_WEIGHTS).read_bytes() == (whole / ADAPTER_WEIGHTS).read_bytes()
+    assert (folder / ADAPTER_FILE).read_bytes() == (whole / ADAPTER_FILE).read_bytes()
 
 
 @pytest.mark.parametrize("command", ["ppo", "grpo"])

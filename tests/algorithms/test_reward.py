@@ -415,7 +415,7 @@ def test_a_reward_model_is_no_policy(ensemble, pairs, capsys):
     assert "use mlx-align reward export" in capsys.readouterr().err
     start = ("--model", str(base), "--data", str(pairs), "--init-adapter", str(folder))
     assert run(["dpo", *start, "--output", "dpo"]) == 1
-    assert "a reward model's, which writes no text" in capsys.readouterr().err
+    assert "is a reward model, which generates no text" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------- mistakes, plan

@@ -401,7 +401,7 @@ def test_a_run_of_another_base(tmp_path, refused):
     write(tmp_path / "data.jsonl", [pair("a", i) for i in range(3)])
     where = ("--model", TINY, "--adapter-path", other, "--data", tmp_path / "data.jsonl")
     line = refused(*where)
-    assert f"is --model {TINY} its base?" in line
+    assert f"can't be used with --model {TINY}; is that its base model?" in line
     assert f"{name} is missing" in line
     weights[name] = mx.zeros((3, 3))
     mx.save_safetensors(str(other / "adapters.safetensors"), weights)

@@ -19,7 +19,7 @@ from mlx_align.inference.generate import TextGenerator
 from mlx_align.models import generation
 from mlx_align.models.adapters import AdapterLayout, install_adapters, save_adapter
 from mlx_align.models.backbone import split_backbone
-from mlx_align.models.heads import HEAD_NAME, add_reward_head
+from mlx_align.models.heads import REWARD_HEAD, add_reward_head
 from mlx_align.models.loading import load_module, open_model
 from mlx_align.system.starter import shipped_file
 from mlx_align.types import Message, PromptGroup, TokenizedGroup
@@ -46,7 +46,7 @@ def judge(tmp_path_factory):
     scramble(model, 0.3)
     head = add_reward_head(split_backbone(model)).parameters()
     folder.mkdir()
-    tree = {**model.trainable_parameters(), HEAD_NAME: head}
+    tree = {**model.trainable_parameters(), REWARD_HEAD: head}
     save_adapter(folder, tree, layout, str(TINY))
     return folder
 

@@ -17,7 +17,7 @@ from mlx_align import RewardModel
 from mlx_align.cli.main import run
 from mlx_align.errors import ModelError
 from mlx_align.models.adapters import AdapterLayout, install_adapters, save_adapter
-from mlx_align.models.heads import HEAD_NAME, add_reward_head
+from mlx_align.models.heads import REWARD_HEAD, add_reward_head
 from mlx_align.models.loading import load_language_model, open_model
 from mlx_align.types import TokenizedGroup
 
@@ -137,7 +137,7 @@ def trained(tmp_path):
         head = add_reward_head(model.backbone, members=members).parameters()
         folder = tmp_path / f"run-{members}"
         folder.mkdir()
-        save_adapter(folder, {**tree, HEAD_NAME: head}, layout, str(base))
+        save_adapter(folder, {**tree, REWARD_HEAD: head}, layout, str(base))
         return folder
 
     return make
@@ -226,4 +226,4 @@ def test_a_classifier_is_no_policy(tmp_path, capsys):
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     arguments = ["--model", str(FOLDER / "llama"), "--data", str(data), "--iters", "1"]
     assert run(["sft", *arguments, "--output", str(tmp_path / "run")]) == 1
-    assert "a sequence classifier, which writes no text" in capsys.readouterr().err
+    assert "is a sequence classifier, which generates no text" in capsys.readouterr().err

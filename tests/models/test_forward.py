@@ -154,5 +154,5 @@ def test_a_batch_that_is_not_full_has_the_same_gradient(script):
 
 @pytest.mark.parametrize("family", REFUSED_FAMILIES)
 def test_a_family_that_cannot_be_run_is_refused(script, family):
-    with pytest.raises(ModelError, match="can't be run here"):
+    with pytest.raises(ModelError, match="this model is not supported"):
         script.prepare(family, "float32")

@@ -22,7 +22,7 @@ from mlx_align.inference.reward_model import RewardModel
 from mlx_align.models.adapters import AdapterLayout, install_adapters, save_adapter
 from mlx_align.models.backbone import split_backbone
 from mlx_align.models.heads import (
-    HEAD_NAME,
+    REWARD_HEAD,
     add_reward_head,
     completion_scores,
     hidden_width,
@@ -58,7 +58,7 @@ def batch_of(groups, pad=0):
 
 def plain_scores(backbone, groups):
     """One row at a time, nothing padded, the last state through the head: (N, members)."""
-    weight = backbone.model[HEAD_NAME].weight
+    weight = backbone.model[REWARD_HEAD].weight
     rows = [np.concatenate([g.prompt, c]) for g in groups for c in g.completions]
     last = [backbone.hidden(mx.array(row)[None])[0, -1].astype(mx.float32) for row in rows]
     return mx.stack([(state[None] * weight).sum(axis=1) for state in last])
@@ -143,7 +143,7 @@ def test_gradients(family, checkpoint, compiled):
     expected, wanted = gradient_of(plain, tree)
     assert value == pytest.approx(expected, abs=1e-4)
     assert apart(found, wanted) < 1e-5
-    assert f"{HEAD_NAME}.weight" in found
+    assert f"{REWARD_HEAD}.weight" in found
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "4-bit"])
@@ -161,7 +161,7 @@ def test_gradients_of_narrow_models(dtype):
             nn.quantize(model, group_size=32, class_predicate=_plain_linear)
         groups = groups_of()
         tree = model.trainable_parameters()
-        assert model[HEAD_NAME].weight.dtype == mx.float32
+        assert model[REWARD_HEAD].weight.dtype == mx.float32
 
         def ours(tree, backbone=backbone, groups=groups):
             backbone.model.update(tree)
@@ -239,7 +239,7 @@ def test_trl_through_the_whole_objective(name, center, margins, size, checkpoint
     assert sums["rewards/accuracies"] / sums["weight"] == wanted["metrics"]["accuracy"]
     margin = sums["rewards/margins"] / sums["weight"]
     assert margin == pytest.approx(wanted["metrics"]["margin"], abs=1e-5)
-    grads["score.weight"] = grads.pop(f"{HEAD_NAME}.weight")
+    grads["score.weight"] = grads.pop(f"{REWARD_HEAD}.weight")
     for weight, norm in wanted["grad_norms"].items():
         assert mx.linalg.norm(grads[weight]).item() == pytest.approx(norm, rel=1e-4), weight
     if name == "reward_bt":
@@ -290,7 +290,7 @@ def test_a_member_learns_nothing_from_its_own_fold():
         micro = Microbatch((index,), Shape(16, 16, 1))
         out = int(np.argmin(np.array(objective.collate(micro).member_mask)[0]))
         grads = every_gradient(model, groups, config, [micro])[2]
-        moved = mx.abs(grads[f"{HEAD_NAME}.weight"]).max(axis=1)
+        moved = mx.abs(grads[f"{REWARD_HEAD}.weight"]).max(axis=1)
         assert moved[out].item() == 0
         assert min(moved[m].item() for m in range(3) if m != out) > 0
 
@@ -317,7 +317,7 @@ def test_head_file(tmp_path):
     stored = mx.load(str(tmp_path / "adapters.safetensors"))
     adapter, head = split_head(dict(tree_flatten(tree)))
     assert set(stored) == set(adapter)
-    assert mx.array_equal(read_reward_head(tmp_path), head[f"{HEAD_NAME}.weight"])
+    assert mx.array_equal(read_reward_head(tmp_path), head[f"{REWARD_HEAD}.weight"])
     file = str(tmp_path / "reward_head.safetensors")
     mx.save_safetensors(file, {**head, "other": mx.zeros(2)})
     with pytest.raises(ModelError, match="expected the tensor reward_head"):

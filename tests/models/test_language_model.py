@@ -26,7 +26,7 @@ def model() -> LanguageModel:
     backbone, shared, note = verify_forward(split_backbone(module), VOCAB)
     heads.add_reward_head(backbone, members=2)
     heads.add_value_head(backbone)
-    module[heads.VALUE_NAME].weight = mx.random.normal((1, 64), key=mx.random.key(1))
+    module[heads.VALUE_HEAD].weight = mx.random.normal((1, 64), key=mx.random.key(1))
     scramble(module)
     return LanguageModel(None, backbone, shared, note)
 
