@@ -116,7 +116,7 @@ def _check(config: RerankConfig) -> None:
 
 def _check_effect(config: RerankConfig, source: RerankInput) -> None:
     for name in ("n", "max_tokens", "temperature", "seed"):
-        if getattr(config, name) is not None and not source.to_answer:
+        if getattr(config, name) is not None and not source.needs_sampling:
             raise ConfigError(
                 f"{flag_of(name)} has no effect: the rows have completions, which are ranked"
             )

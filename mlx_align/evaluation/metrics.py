@@ -101,7 +101,7 @@ class Divergence:
         per_answer: Mean KL per completion, nats.
         standard_error: Its standard error between prompts; None with one prompt.
         per_token: KL per token, nats.
-        truncated: Share of samples that reached the maximal length; their KL ends there.
+        truncated: Share of samples that reached the maximum length; their KL ends there.
     """
 
     prompts: int

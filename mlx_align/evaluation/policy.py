@@ -119,7 +119,7 @@ class Samples(NamedTuple):
         policy_lengths: (P, K) tokens.
         reference_lengths: (P, K) tokens.
         logratios: (P, K) log-ratios policy − reference of the policy's completions, nats.
-        truncated: Share of the policy's completions that reached the maximal length.
+        truncated: Share of the policy's completions that reached the maximum length.
     """
 
     policy: list[list[str]]

@@ -1,4 +1,4 @@
-"""Exports that transformers reads: reward models, adapter and head fused, and PEFT adapters."""
+"""Exports for transformers: reward models with adapter and head fused, and PEFT adapters."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ class ExportReport:
             random tokens.
         pad_token: The padding token. No row ends with it, because transformers reads the score at
             the last token that is not padding.
-        reads_at: Where rows have to end, one sentence.
+        reads_at: How rows have to end, one sentence.
     """
 
     architecture: str
@@ -98,7 +98,7 @@ def export_peft_adapter(folder: ModelFolder, run: Path, output: Path) -> int:
         ModelError: The adapter can't be expressed in PEFT's format; the message names the layer.
     """
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ConfigError(f"--output {output}: is not empty; give a new folder")
+        raise ConfigError(f"--output {output}: is not empty; choose a new folder")
     if has_reward_head(run):
         raise ConfigError(
             f"--adapter-path {run}: PEFT's format would drop the head of a reward model; use "
@@ -115,21 +115,7 @@ def export_peft_adapter(folder: ModelFolder, run: Path, output: Path) -> int:
     weights = read_weights(run)
     modules = sorted({name.rpartition(".")[0] for name in weights})
     shapes, blocks = _linear_shapes(folder)
-    for module in modules:
-        a, b = weights.get(f"{module}.lora_a"), weights.get(f"{module}.lora_b")
-        if a is None or b is None:
-            raise ModelError(f"{run}: {module}: lora_a or lora_b is missing")
-        if a.ndim != 2 or "embed" in module.rpartition(".")[2] or module not in shapes:
-            raise ModelError(
-                f"{run}: its adapter of {module} can't be exported: transformers has no linear "
-                "layer of that name; train with --lora-keys on others, or use mlx-align fuse"
-            )
-        outputs, inputs = shapes[module]
-        if b.shape[1] != outputs or inputs not in (None, a.shape[0]):
-            raise ModelError(
-                f"{run}: its adapter of {module} has {a.shape[0]} inputs and {b.shape[1]} outputs, "
-                f"the layer in --model {folder.name} {inputs} and {outputs}; is it its base?"
-            )
+    _check_modules(folder, run, weights, modules, shapes)
     tensors = {}
     for name, tensor in weights.items():
         module, _, leaf = name.rpartition(".")
@@ -137,9 +123,9 @@ def export_peft_adapter(folder: ModelFolder, run: Path, output: Path) -> int:
         tensors[peft_name(module, leaf)] = mx.contiguous(value if leaf == "m" else value.T)
     adapted = {in_block(module) for module in modules}
     inside = {name for _, name in adapted}
-    everywhere = all((block, name) in adapted for block in range(blocks) for name in inside)
-    # Names within a block mean every block, where they are all adapted.
-    targets = sorted(inside) if everywhere else modules
+    in_all_blocks = all((block, name) in adapted for block in range(blocks) for name in inside)
+    # PEFT applies names within a block to every block.
+    targets = sorted(inside) if in_all_blocks else modules
     config = peft_config(
         base=folder.name,
         targets=targets,
@@ -152,6 +138,36 @@ def export_peft_adapter(folder: ModelFolder, run: Path, output: Path) -> int:
         write_text(partial / PEFT_CONFIG, json.dumps(config, indent=2) + "\n")
         write_tensors(partial / PEFT_WEIGHTS, tensors)
     return len(modules)
+
+
+def _check_modules(
+    folder: ModelFolder,
+    run: Path,
+    weights: dict[str, mx.array],
+    modules: list[str],
+    shapes: dict[str, tuple[int, int | None]],
+) -> None:
+    """Check that every adapted module is a linear layer in transformers too.
+
+    Raises:
+        ModelError: One is not, or its shape differs; the message names it.
+    """
+    for module in modules:
+        a, b = weights.get(f"{module}.lora_a"), weights.get(f"{module}.lora_b")
+        if a is None or b is None:
+            raise ModelError(f"{run}: {module}: lora_a or lora_b is missing")
+        if a.ndim != 2 or "embed" in module.rpartition(".")[2] or module not in shapes:
+            raise ModelError(
+                f"{run}: its adapter of {module} can't be exported: transformers has no linear "
+                "layer of that name; train other layers with --lora-keys, or use mlx-align fuse"
+            )
+        outputs, inputs = shapes[module]
+        if b.shape[1] != outputs or inputs not in (None, a.shape[0]):
+            raise ModelError(
+                f"{run}: its adapter of {module} has {a.shape[0]} inputs and {b.shape[1]} outputs, "
+                f"but the layer in --model {folder.name} has {inputs} and {outputs}; check that "
+                "it is the run's base model"
+            )
 
 
 def _linear_shapes(folder: ModelFolder) -> tuple[dict[str, tuple[int, int | None]], int]:
@@ -186,12 +202,12 @@ def export_reward_model(folder: ModelFolder, run: Path, output: Path) -> ExportR
         ModelError: The model family is not supported, or the run does not fit the model.
     """
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ConfigError(f"--output {output}: is not empty; give a new folder")
+        raise ConfigError(f"--output {output}: is not empty; choose a new folder")
     family = FAMILIES.get(str(folder.config.get("model_type")))
     if family is None:
         raise ModelError(
             f"--model {folder.name}: {folder.config.get('model_type')} models can't be exported "
-            f"(those can: {', '.join(FAMILIES)}); use it with mlx-align score instead"
+            f"(supported: {', '.join(FAMILIES)}); use it with mlx-align score instead"
         )
     style = inspect_chat_template(folder.tokenizer)
     pad = _pad_token(folder, style)
@@ -217,16 +233,16 @@ def export_reward_model(folder: ModelFolder, run: Path, output: Path) -> ExportR
         members=int(weight.shape[0]),
         score_gap=float(np.abs(after - before).max()),
         pad_token=str(tokenizer.pad_token),
-        reads_at=_reads_at(style),
+        reads_at=_describe_row_end(style),
     )
 
 
 def _config(base: dict[str, Any], module: nn.Module, architecture: str, pad: int) -> dict[str, Any]:
     quantized = ("quantization", "quantization_config")
     config = {key: value for key, value in base.items() if key not in quantized}
-    # The head is always float32; the dtype is that of the other weights.
+    # The head is always float32, so the other weights decide. transformers casts all weights to
+    # this dtype, so it is the widest: fused float32 layers would be rounded.
     weights = [w for name, w in tree_flatten(module.parameters()) if not name.startswith("score.")]
-    # transformers casts all weights to it: the widest, or fused float32 layers would be rounded.
     floating = [w.dtype for w in weights if mx.issubdtype(w.dtype, mx.floating)]
     dtype = str(max(floating, key=lambda one: one.size))
     rope = config.get("rope_parameters")
@@ -264,7 +280,7 @@ def _pad_token(folder: ModelFolder, style: ChatTemplate) -> int:
     )
 
 
-def _reads_at(style: ChatTemplate) -> str:
+def _describe_row_end(style: ChatTemplate) -> str:
     if style.ending[1:]:
         suffix = style.tokenizer.decode(list(style.ending[1:]))
         end = style.tokenizer.decode(list(style.ending[:1]))

@@ -65,7 +65,7 @@ class TextGenerator:
 
         Args:
             prompt: Text, or messages ({"role": …, "content": …}).
-            max_tokens: Maximal length of the completion, tokens.
+            max_tokens: Maximum length of the completion, tokens.
             temperature: 0 for greedy decoding; 1 samples from the policy itself.
             seed: Random seed for sampling.
             apply_chat_template: Whether text becomes a user message if the model has a chat
@@ -102,7 +102,7 @@ class TextGenerator:
         Args:
             prompts: Groups whose prompts are completed; their completions are ignored.
             n: Completions per prompt.
-            max_tokens: Maximal length of a completion, tokens.
+            max_tokens: Maximum length of a completion, tokens.
             temperature: 1 samples from the policy itself; 0 is greedy.
             seed: Random seed for sampling.
             on_token: Called after every token.

@@ -1,4 +1,4 @@
-"""Implicit rewards β·log(π/π_ref) of given completions, policy and reference on one base model.
+"""Implicit rewards β·log(π/π_ref) of completions, with policy and reference on one base model.
 
 A policy trained against a reference is a reward model: at the optimum of the KL-regularised
 objective, β·log(π*(y|x)/π_ref(y|x)) = r(x, y) − β·log Z(x), which ranks the completions of a prompt
@@ -69,9 +69,9 @@ class ImplicitReward:
         reference: Adapter weights of the reference; None to score by the policy's log-probs alone.
         beta: Temperature β.
         per_token: Whether scores are divided by the completion's length.
-        max_seq_length: Maximal length of prompt and completion, tokens.
+        max_seq_length: Maximum length of prompt and completion, tokens.
         batch_size: Prompts per batch.
-        description: What the scores are, one line.
+        description: A line that describes the scores.
     """
 
     model: LanguageModel
@@ -108,8 +108,10 @@ class ImplicitReward:
 
     def score_tokens(self, groups: Sequence[TokenizedGroup]) -> list[GroupScores]:
         """Score tokenized groups; each prompt is run once per role."""
-        policy = self._logps(self.policy, groups)
-        reference = policy if self.reference is None else self._logps(self.reference, groups)
+        policy = self._token_logprobs(self.policy, groups)
+        reference = (
+            policy if self.reference is None else self._token_logprobs(self.reference, groups)
+        )
         found = []
         for group, policy_rows, reference_rows in zip(groups, policy, reference, strict=True):
             masks = [completion_mask(group, k) for k in range(len(group.completions))]
@@ -132,8 +134,10 @@ class ImplicitReward:
             )
         return found
 
-    def _logps(self, weights: AdapterWeights, groups: Sequence[TokenizedGroup]) -> list[Logps]:
-        """Per group the token log-probs (K, C) under a role, right-padded."""
+    def _token_logprobs(
+        self, weights: AdapterWeights, groups: Sequence[TokenizedGroup]
+    ) -> list[Logps]:
+        """The token log-probs (K, C) of each group under `weights`, padded on the right."""
         backbone, shared = self.model.backbone, self.model.shared
         with self.model.use_adapter(weights):
             return map_groups(
@@ -159,16 +163,17 @@ def load_implicit_reward(
         model: The run's base model, folder or hub name.
         adapter_path: The run folder.
         beta: Temperature β; None for the run's own.
-        reference_adapter: Folder of the reference's adapter; None for where the run started.
-        per_token: Divide by the completion's length; None to do so if the run's loss did.
-        max_seq_length: Maximal length of prompt and completion, tokens.
+        reference_adapter: Folder of the reference's adapter; None for what the run started from.
+        per_token: Whether scores are divided by the completion's length; None for yes if the run's
+            loss did so.
+        max_seq_length: Maximum length of prompt and completion, tokens.
         batch_size: Prompts per batch.
 
     Raises:
         ModelError: Model, run or reference can't be loaded.
         ConfigError: The run has no β and none is given.
     """
-    run = _opened(adapter_path)
+    run = adapter_path if isinstance(adapter_path, TrainedRun) else read_trained_run(adapter_path)
     settings = ImplicitRewardSettings.from_run(
         run, beta=beta, reference_adapter=reference_adapter, per_token=per_token
     )
@@ -211,10 +216,6 @@ def load_logprob_scorer(
         batch_size=batch_size,
         description="log-probs of the completions, nats" + (" per token" if per_token else ""),
     )
-
-
-def _opened(run: str | Path | TrainedRun) -> TrainedRun:
-    return run if isinstance(run, TrainedRun) else read_trained_run(run)
 
 
 def _masked_sums(rows: Rows, masks: Sequence[npt.NDArray[np.bool_]]) -> Floats:

@@ -1,8 +1,8 @@
-"""Best-of-n: sample or take several completions of a prompt and rank them.
+"""Best-of-n: rank several completions of a prompt, sampled or given.
 
 Completions are ranked by the implicit reward of a run or by a reward model. Policy, reference and
-reward model share one base model in memory where they can; a prompt is run once to generate and
-once per role that scores.
+reward model share one base model in memory if possible. A prompt runs once to generate, and once
+for each model that scores.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class RankedCompletion:
         score: Higher is better.
         index: Index among the completions as given or sampled; of equal samples, the first.
         count: How often it was sampled; 1 for a given completion.
-        truncated: Whether it reached the maximal number of tokens, so that it has no end token.
+        truncated: Whether it reached the maximum number of tokens, so that it has no end token.
         tokens: Length including the end token, tokens.
         policy_logp: Log-prob under the policy, nats; None with a reward model.
         reference_logp: Log-prob under the reference, nats; None with a reward model.
@@ -114,7 +114,7 @@ class SamplingOptions(NamedTuple):
 
     Attributes:
         n: Completions per prompt.
-        max_tokens: Maximal length of a completion, tokens.
+        max_tokens: Maximum length of a completion, tokens.
         temperature: 1 samples from the policy itself; 0 is greedy.
         seed: Random seed for sampling.
     """
@@ -133,8 +133,8 @@ class Reranker:
 
     Attributes:
         generator: The policy.
-        scorer: The implicit reward or reward model that ranks.
-        description: What ranks, one line.
+        scorer: The implicit reward or the reward model.
+        description: A line that describes the scorer.
     """
 
     generator: TextGenerator
@@ -154,7 +154,7 @@ class Reranker:
         max_seq_length: int = MAX_SEQ_LENGTH,
         batch_size: int = BATCH_SIZE,
     ) -> Reranker:
-        """Load a policy and what ranks its completions.
+        """Load a policy and a scorer.
 
         Args:
             model: The base model, folder or hub name.
@@ -162,22 +162,23 @@ class Reranker:
             reward_model: A run folder of `mlx-align reward`, or a *ForSequenceClassification
                 model; None to rank by the run's implicit reward.
             beta: Temperature β of the implicit reward; None for the run's own.
-            reference_adapter: Folder of the reference's adapter; None for where the run started.
-            per_token: Whether the implicit reward is divided by the completion's length; None to
-                do so if the run's loss did.
-            max_seq_length: Maximal length of prompt and completion to score, tokens.
+            reference_adapter: Folder of the reference's adapter; None for what the run started
+                from.
+            per_token: Whether the implicit reward is divided by the completion's length; None for
+                yes if the run's loss did so.
+            max_seq_length: Maximum length of prompt and completion to score, tokens.
             batch_size: Prompts to score per batch.
 
         Raises:
             ModelError: A model, run or reference does not exist or does not fit.
-            ConfigError: There is nothing to rank by, or an option has no effect.
+            ConfigError: No scorer is given, or an option has no effect.
         """
         run = None if adapter_path is None else read_trained_run(adapter_path)
         folder = open_model(model)
         if reward_model is None:
             if run is None:
                 raise ConfigError(
-                    "nothing to rank by: give --adapter-path (a run with an implicit reward) or "
+                    "no scorer to rank by: give --adapter-path (a run with an implicit reward) or "
                     "--reward-model"
                 )
             implicit = load_implicit_reward(
@@ -255,7 +256,7 @@ class Reranker:
         Args:
             prompt: Text, or messages ({"role": …, "content": …}).
             n: Completions to sample.
-            max_tokens: Maximal length of a completion, tokens.
+            max_tokens: Maximum length of a completion, tokens.
             temperature: 1 samples from the policy itself; 0 is greedy.
             seed: Random seed for sampling.
             apply_chat_template: Whether text becomes a user message if the model has a chat
@@ -316,7 +317,7 @@ class Reranker:
         Args:
             groups: Groups whose prompts are completed; their completions are ignored.
             n: Completions per prompt.
-            max_tokens: Maximal length of a completion, tokens.
+            max_tokens: Maximum length of a completion, tokens.
             temperature: 1 samples from the policy itself; 0 is greedy.
             seed: Random seed for sampling.
             on_token: Called after every token.
@@ -333,21 +334,21 @@ class Reranker:
             on_token=on_token,
         )
         distinct = [deduplicate(completions) for completions in sampled]
-        texts = [[self.generator.decode(one.completion) for one in some] for some in distinct]
+        texts = [[self.generator.decode(s.completion) for s in samples] for samples in distinct]
         if isinstance(self.scorer, ImplicitReward):
             scores = self._score_sampled_tokens(self.scorer, readable, distinct)
         else:
             pairs = zip(bare, prompts, strict=True)
             answered = [group for group, prompt in pairs if isinstance(prompt, TokenizedGroup)]
             scores = self._score_sampled_texts(answered, texts)
-        found, place = [], 0
+        rankings = []
+        results = iter(zip(scores, texts, distinct, strict=True))
         for group, prompt in zip(bare, prompts, strict=True):
-            if not isinstance(prompt, TokenizedGroup):
-                found.append(Ranking(group, (), prompt.reason))
-                continue
-            found.append(make_ranking(group, scores[place], texts[place], distinct[place]))
-            place += 1
-        return found
+            if isinstance(prompt, TokenizedGroup):
+                rankings.append(make_ranking(group, *next(results)))
+            else:
+                rankings.append(Ranking(group, (), prompt.reason))
+        return rankings
 
     def _score_sampled_tokens(
         self,
@@ -355,14 +356,14 @@ class Reranker:
         prompts: Sequence[TokenizedGroup],
         distinct: Sequence[Sequence[DistinctSample]],
     ) -> list[GroupScores]:
-        """Score the policy's own tokens, which its text may not tokenize back to."""
+        """Score the sampled tokens: tokenizing their text again may give others."""
         return scorer.score_tokens(
             [
                 replace(
                     prompt,
-                    completions=tuple(np.array(one.completion.tokens, np.int32) for one in some),
+                    completions=tuple(np.array(s.completion.tokens, np.int32) for s in samples),
                 )
-                for prompt, some in zip(prompts, distinct, strict=True)
+                for prompt, samples in zip(prompts, distinct, strict=True)
             ]
         )
 
@@ -372,8 +373,8 @@ class Reranker:
         """Score by text: a reward model may have another tokenizer."""
         return self.scorer.score_groups(
             [
-                replace(group, completions=tuple(_as_completion(group, text) for text in some))
-                for group, some in zip(groups, texts, strict=True)
+                replace(group, completions=tuple(_as_completion(group, text) for text in sampled))
+                for group, sampled in zip(groups, texts, strict=True)
             ]
         )
 
@@ -454,12 +455,12 @@ class RerankInput:
 
     Attributes:
         rows: The rows in order, each with its group or the reason why it could not be read.
-        to_answer: Whether the rows have no completions, so that some are to be sampled.
+        needs_sampling: Whether the rows have no completions, so that completions are sampled.
         read_as: The data format, one line.
     """
 
     rows: list[ScorableRow]
-    to_answer: bool
+    needs_sampling: bool
     read_as: str
 
     @property
@@ -472,7 +473,7 @@ class RerankInput:
         for start in range(0, len(self.rows), PROMPTS_AT_ONCE):
             rows = self.rows[start : start + PROMPTS_AT_ONCE]
             groups = [row.group for row in rows if row.group is not None]
-            if self.to_answer:
+            if self.needs_sampling:
                 rankings = reranker.sample_groups(
                     groups,
                     options.n,

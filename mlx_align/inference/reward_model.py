@@ -1,11 +1,11 @@
 """Reward models: finding, loading, and scoring completions with them.
 
 A reward model is the run of `mlx-align reward` (a base model with an adapter and a scalar head), or
-a *ForSequenceClassification model with one label. This is the one place that opens them. Where the
-policy has the same base, the reward model can share its weights in memory.
+a *ForSequenceClassification model with one label. If the policy has the same base model, the reward
+model can share its weights in memory.
 
-A prompt is run once for all its completions. A score depends on its prompt and completion alone,
-not on padding or on the rest of the batch.
+A prompt runs once for all its completions. A score depends only on its prompt and completion, not
+on padding or on the rest of the batch.
 """
 
 from __future__ import annotations
@@ -70,11 +70,11 @@ class RewardModel:
         combine: How the scores of several members become one: mean, min, or mean-variance (mean
             minus `variance_penalty` times the variance).
         variance_penalty: λ of mean-variance.
-        max_seq_length: Maximal length of prompt and completion, tokens.
+        max_seq_length: Maximum length of prompt and completion, tokens.
         batch_size: Prompts per batch.
-        suffix: Ids that the chat template writes after an answer's end token and that the model
-            reads.
-        padding: Id that the model skips at the end of a row; None if it skips none.
+        suffix: Ids that the chat template writes after a completion's end token and that the model
+            expects.
+        padding: Id that the model skips at the end of a row; None if it skips no id.
         weights: Adapter weights to use while scoring; None if `model` holds them already.
     """
 
@@ -107,7 +107,7 @@ class RewardModel:
             adapter_path: The run folder of `mlx-align reward`; None for a classifier.
             combine: mean, min, or mean-variance; for models with several members.
             variance_penalty: λ of mean-variance.
-            max_seq_length: Maximal length of prompt and completion, tokens.
+            max_seq_length: Maximum length of prompt and completion, tokens.
             batch_size: Prompts per batch.
 
         Raises:
@@ -118,7 +118,7 @@ class RewardModel:
         folder = open_model(model)
         if adapter_path is None and not is_classifier(folder.config):
             raise ModelError(
-                f"{model}: no reward model by itself; give a run of mlx-align reward with "
+                f"{model}: not a reward model; give a run of mlx-align reward with "
                 "--adapter-path, or a *ForSequenceClassification model"
             )
         loaded = load_language_model(folder)
@@ -178,7 +178,7 @@ class RewardModel:
         ]
 
     def score_tokens(self, groups: Sequence[TokenizedGroup]) -> list[Scores]:
-        """Per group the scores (K, members) of its completions, each read at its last token."""
+        """The scores (K, members) of each group's completions, read at their last tokens."""
         backbone, shared = self.model.backbone, self.model.shared
         with nullcontext() if self.weights is None else self.model.use_adapter(self.weights):
             return map_groups(
@@ -192,7 +192,7 @@ class RewardModel:
         return GroupScores(combined, members, tokens=group)
 
     def _with_ending(self, text: PromptGroup, group: TokenizedGroup) -> TokenizedGroup:
-        """The group with its completions ended as the model expects; every token counts."""
+        """The group with the endings of completions that the model expects; every token counts."""
         suffix = () if isinstance(text.prompt, str) else self.suffix
         completions = []
         for ids in group.completions:
@@ -298,12 +298,12 @@ def open_reward_model(
     max_seq_length: int = MAX_SEQ_LENGTH,
     batch_size: int = BATCH_SIZE,
 ) -> RewardModel:
-    """Load a reward model by its name alone: a run names its base model itself.
+    """Load a reward model by name; a run names its base model.
 
     Args:
         name: A run folder of `mlx-align reward`, or a classifier's folder or hub name.
         base: A model that is open already, to be used if it is the run's base.
-        max_seq_length: Maximal length of prompt and completion, tokens.
+        max_seq_length: Maximum length of prompt and completion, tokens.
         batch_size: Prompts per batch.
 
     Raises:
@@ -323,13 +323,13 @@ def load_policy_and_reward_model(
     max_seq_length: int = MAX_SEQ_LENGTH,
     batch_size: int = BATCH_SIZE,
 ) -> tuple[LanguageModel, AdapterWeights, RewardModel]:
-    """Load a policy and a reward model, on one base model in memory where they share it.
+    """Load a policy and a reward model, on one base model in memory if they can share it.
 
     Args:
         folder: The policy's base model.
         adapter_path: Folder of the policy's adapter; None for the base model itself.
         source: The reward model.
-        max_seq_length: Maximal length of prompt and completion to score, tokens.
+        max_seq_length: Maximum length of prompt and completion to score, tokens.
         batch_size: Prompts to score per batch.
 
     Returns:
@@ -403,8 +403,8 @@ def combine_members(members: Scores, how: str, variance_penalty: float) -> Score
     and uncertainty-weighted optimisation.
     """
     if how == "min":
-        least: Scores = members.min(axis=1)
-        return least
+        lowest: Scores = members.min(axis=1)
+        return lowest
     mean: Scores = members.mean(axis=1)
     if how == "mean":
         return mean
@@ -418,7 +418,9 @@ def _check_combination(how: str, variance_penalty: float | None, members: int) -
     if how != "mean" and members == 1:
         raise ConfigError(f"--combine {how}: has no effect on a model of one member; leave it out")
     if how == "mean-variance" and variance_penalty is None:
-        raise ConfigError("--combine mean-variance: say with --variance-penalty how much")
+        raise ConfigError(
+            "--combine mean-variance: needs --variance-penalty, the weight of the variance"
+        )
     if how != "mean-variance" and variance_penalty is not None:
         raise ConfigError(
             f"--variance-penalty {variance_penalty:g}: has no effect on --combine {how}; give "

@@ -53,7 +53,7 @@ class GroupScores:
 def make_logprob_scorer(model: LanguageModel) -> Scorer:
     """A compiled function (adapter weights, batch) -> token log-probs (N, C), without dropout.
 
-    One scorer serves all roles of a run: the weights are an argument, so they aren't compiled in.
+    The same scorer works for policy and reference: the weights are an argument, not compiled in.
     """
     return compile_forward(model, token_logprobs)
 
@@ -73,10 +73,10 @@ def compile_forward(
 
     Args:
         model: The base model.
-        forward: (backbone, batch, shared=…) -> arrays, like `batch_token_logps`.
+        forward: (backbone, batch, shared=…) -> arrays, like `forward.token_logprobs`.
 
     Returns:
-        (adapter weights, batch) -> what `forward` returns.
+        (adapter weights, batch) -> the arrays of `forward`.
     """
 
     def run(weights: AdapterWeights, batch: GroupBatch) -> Any:
@@ -120,7 +120,7 @@ def score_groups(
             of its groups are ().
 
     Returns:
-        For each group and completion the log-prob of each token, nats, in the order of `groups`.
+        For each group and completion, the log-prob of each token, nats, in the order of `groups`.
     """
     scores: list[tuple[Logps, ...]] = [()] * len(groups)
     for batch in epoch_order(groups, shapes, seed=None):
@@ -152,7 +152,7 @@ def map_groups(
         batch_size: Prompts per batch.
 
     Returns:
-        For each group the rows (K, …) of its K completions, in the order of `groups`.
+        For each group, the rows (K, …) of its K completions, in the order of `groups`.
     """
     found: list[npt.NDArray[np.float32]] = [np.zeros((0, 0), np.float32)] * len(groups)
 
@@ -202,8 +202,8 @@ def make_group(
 ) -> PromptGroup:
     """A group from a prompt and completions as a Python caller gives them.
 
-    If any of them are messages, text becomes messages too: a prompt the user's, a completion the
-    assistant's.
+    If any of them are messages, text becomes messages too: a prompt becomes the user's message, a
+    completion the assistant's.
 
     Args:
         source: Name for error messages.
@@ -215,9 +215,9 @@ def make_group(
     """
     row = Row(source, {})
     if isinstance(completions, str) or not completions:
-        raise DataError(f"{source}: completions must be a list of at least one")
+        raise DataError(f"{source}: completions must be a list with at least one completion")
     question = make_prompt(source, prompt)
-    answers: list[Text] = [as_text(row, "completions", _plain(text)) for text in completions]
+    answers: list[Text] = [as_text(row, "completions", _to_plain(text)) for text in completions]
     if not isinstance(question, str) or any(not isinstance(text, str) for text in answers):
         question = (Message("user", question),) if isinstance(question, str) else question
         answers = [
@@ -232,8 +232,8 @@ def make_prompt(source: str, prompt: TextOrMessages) -> Text:
     Raises:
         DataError: It is neither text nor messages.
     """
-    return as_text(Row(source, {}), "prompt", _plain(prompt))
+    return as_text(Row(source, {}), "prompt", _to_plain(prompt))
 
 
-def _plain(value: Any) -> Any:
+def _to_plain(value: Any) -> Any:
     return value if isinstance(value, str) else [dict(turn) for turn in value]

@@ -1,7 +1,7 @@
-"""The folder of a training run as inference and evaluation see it: adapter, options, reward.
+"""Reading a run folder for inference and evaluation: its adapter, options and implicit reward.
 
-Adapter folders written by mlx-lm work too; of them only the adapter is known, and its reference is
-the base model.
+Adapter folders written by mlx-lm work too. They have no options, and their reference is the base
+model.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from mlx_align.models.loading import LanguageModel
 
 # Commands whose runs have a KL penalty against the reference, but no β of an implicit reward.
 ON_POLICY = ("ppo", "grpo")
-# File of the hashes of what a run was made of, and the entry of its init adapter.
+# File with the hashes of a run's inputs, and the entry of its init adapter.
 FINGERPRINTS_FILE, INIT_ADAPTER = "fingerprints.json", "init adapter"
 CONFIG, SUMMARY, CHECKPOINTS = "config.yaml", "summary.json", "checkpoints"
 # Losses on log-ratios averaged over tokens: the reward they fit is an average too.
@@ -65,7 +65,7 @@ class TrainedRun:
         """The folder of the adapter the run started from; None for the base model.
 
         Args:
-            remedy: What the error message advises if the folder no longer exists.
+            remedy: The advice in the error message if the folder no longer exists.
 
         Raises:
             ModelError: The folder no longer exists, or holds another adapter than when the run
@@ -76,8 +76,8 @@ class TrainedRun:
         init = Path(self.config.init_adapter).expanduser()
         if not init.is_dir():
             raise ModelError(
-                f"{self.folder}: started from --init-adapter {init}, which is not there (relative "
-                f"to {Path.cwd()}); it is the run's reference: {remedy}"
+                f"{self.folder}: started from --init-adapter {init}, which does not exist "
+                f"(relative to {Path.cwd()}); it is the run's reference: {remedy}"
             )
         recorded = self._recorded_hash(INIT_ADAPTER)
         if recorded not in (None, fingerprint_folder(init, "*adapter*")):
@@ -123,7 +123,7 @@ def read_trained_run(adapter_path: str | Path) -> TrainedRun:
     command = _command(file.parent, values)
     shared = {entry.name for entry in dataclasses.fields(TrainConfig)}
     if command in ON_POLICY:
-        # There it limits the samples; completions in the data are not truncated.
+        # In these commands it limits samples; completions in the data are not truncated.
         shared.remove("max_completion_length")
     return TrainedRun(
         folder,
@@ -152,7 +152,7 @@ def match_adapter_dtype(model: LanguageModel, run: TrainedRun) -> LanguageModel:
 
 @dataclass(frozen=True)
 class ImplicitRewardSettings:
-    """How log-ratios of a run become implicit rewards.
+    """The parameters of a run's implicit reward.
 
     Attributes:
         beta: Temperature β.
@@ -223,7 +223,7 @@ def _read_yaml(file: Path) -> dict[str, Any]:
 
 
 def _command(run: Path, values: dict[str, Any]) -> str:
-    """The command in summary.json; an unfinished run has none, so guess from its options."""
+    """The command in summary.json, or a guess from the options of an unfinished run."""
     try:
         return str(json.loads((run / SUMMARY).read_text(encoding="utf-8"))["command"])
     except (OSError, ValueError, KeyError, TypeError):
@@ -275,7 +275,7 @@ def _implicit_beta(run: TrainedRun, losses: Sequence[str]) -> float:
     """
     if run.command is None:
         raise ConfigError(
-            f"{run.folder}: no {CONFIG} in it, so β and the reference are unknown; give --beta "
+            f"{run.folder}: has no {CONFIG}, so β and the reference are unknown; give --beta "
             "(and --reference-adapter, unless training started from the base model)"
         )
     if run.command == "dpo" and losses:
@@ -288,6 +288,6 @@ def _implicit_beta(run: TrainedRun, losses: Sequence[str]) -> float:
         return run.beta
     what = _dpo_config(run).loss if run.command == "dpo" else run.command
     raise ConfigError(
-        f"{run.folder}: a run of {what} has no β of a reward against a reference; give --beta to "
-        "score by β x log(policy / start) anyway, or use --reward-model"
+        f"{run.folder}: a run of {what} has no β, because it was not trained against a reference; "
+        "give --beta to score by β x log(policy / start) anyway, or use --reward-model"
     )

@@ -19,10 +19,9 @@ RANKS = (8, 4)
 BATCH_DIVISORS = (2, 4, 8, 16)
 LAYER_FRACTIONS = (0.5, 0.25)
 BITS = (8, 4, 3)
-GROUP_SIZE = 64
-# A scale and a bias of 16 bits each per group of weights.
-GROUP_OVERHEAD_BITS = 32 / GROUP_SIZE
-# Changes that save less than this fraction of the peak are left out.
+# Bits per weight for the scale and the bias, of 16 bits each, of a group of 64 quantised weights.
+GROUP_OVERHEAD_BITS = 32 / 64
+# Changes that save less than this fraction of the peak are not suggested.
 MIN_SAVING = 0.01
 # The shortest completions worth sampling, tokens.
 MIN_SAMPLED_LENGTH = 16
@@ -67,14 +66,14 @@ def advise(
 ) -> list[Suggestion]:
     """The cheapest changes that together make a run fit.
 
-    Changes that would save next to nothing are left out. If all of them together are not enough,
-    all are returned and the last one does not fit.
+    Changes that would save almost nothing are left out. If all changes together are not enough,
+    all are returned, and the last one does not fit.
 
     Args:
         model: Sizes of the model.
         workload: What the run computes.
         max_seq_length: The limit on the length of rows, tokens; None if it has no effect (an
-            on-policy run whose prompts have a limit of their own).
+            on-policy run with --max-prompt-length).
         shapes_within: Batch shapes under a smaller limit.
         available_bytes: Memory the run may use.
 
@@ -82,7 +81,7 @@ def advise(
         The suggestions in order; empty if the run fits as it is.
     """
     lengths: dict[str, Any] = {"max_seq_length": max_seq_length, "shapes_within": shapes_within}
-    kinds: list[Callable[[ModelShape, Workload], Iterator[Change]]] = [
+    changes: list[Callable[[ModelShape, Workload], Iterator[Change]]] = [
         _use_lora,
         _use_checkpointing,
         _reduce_batch,
@@ -94,14 +93,14 @@ def advise(
         _quantise,
     ]
     if workload.fine_tune_type == "full":
-        # Where LoRA itself is suggested, its rank stays at the default.
-        kinds.remove(_lower_rank)
+        # If LoRA is suggested, its rank stays at the default.
+        changes.remove(_lower_rank)
     suggestions: list[Suggestion] = []
     before = plan_memory(model, workload)
-    for kind in kinds:
+    for proposals in changes:
         best: tuple[Change, Suggestion] | None = None
         smallest = before
-        for change in kind(model, workload):
+        for change in proposals(model, workload):
             if before.peak_bytes <= available_bytes:
                 return suggestions
             after = plan_memory(change.model, change.workload)
@@ -177,7 +176,7 @@ def _reduce_group_size(model: ModelShape, workload: Workload) -> Iterator[Change
     if workload.sampling is None:
         return
     size = workload.sampling.group_size // 2
-    while size >= workload.sampling.least_group:
+    while size >= workload.sampling.min_group_size:
         sampling = replace(workload.sampling, group_size=size)
         # Updates may use fewer completions than are sampled.
         changed = replace(workload, sampling=sampling, rows=min(workload.rows, size))
@@ -212,7 +211,7 @@ def _shorten_completions(
             continue
         options = f"--max-completion-length {length}"
         if max_seq_length is not None:
-            # Otherwise longer prompts would be let in.
+            # Otherwise longer prompts would be allowed.
             options += f" --max-seq-length {max_seq_length - longest + length}"
         changed = replace(
             workload,

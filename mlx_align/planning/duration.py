@@ -17,8 +17,8 @@ from mlx_align.errors import ConfigError
 from mlx_align.models.adapters import AdapterLayout
 from mlx_align.types import TokenizedGroup
 
-# Share of the forward pass in a training step; the backward pass takes about twice as long.
-FORWARD_SHARE = 1 / 3
+# Fraction of a training step that the forward pass takes; the backward pass takes twice as long.
+FORWARD_FRACTION = 1 / 3
 
 
 @dataclass(frozen=True)
@@ -66,8 +66,10 @@ def expected_duration(
         seen = config.iters * per_update / len(groups)
     else:
         seen = config.epochs or 1.0
-    scored = min(1.0, seen) * reference_tokens if has_reference else 0.0
-    return Duration(rate, source, seen * per_epoch / rate, scored * FORWARD_SHARE / rate)
+    if not has_reference:
+        reference_tokens = 0
+    reference_seconds = min(1.0, seen) * reference_tokens * FORWARD_FRACTION / rate
+    return Duration(rate, source, seen * per_epoch / rate, reference_seconds)
 
 
 def read_run_rate(folder: Path) -> float:
@@ -80,12 +82,13 @@ def read_run_rate(folder: Path) -> float:
         rate = float(json.loads((folder / "summary.json").read_text("utf-8"))["tokens_per_second"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(
-            f"--run {folder}: no summary.json with tokens_per_second found; give the folder of a "
+            f"--run {folder}: has no summary.json with tokens_per_second; give the folder of a "
             "finished run"
         ) from error
     if rate <= 0:
         raise ConfigError(
-            f"--run {folder}: summary.json says {rate} tokens per second; give another run"
+            f"--run {folder}: has {rate} tokens per second in summary.json, expected above 0; "
+            "give another run"
         )
     return rate
 
@@ -123,9 +126,9 @@ def expected_rollout_duration(
     config: OnPolicyConfig, prompts: int, rate: float, source: str
 ) -> RolloutDuration:
     """Expected duration of a run over `prompts` prompts at `rate` completions per second."""
-    each = prompts_per_batch(config) * config.group_size / rate
+    seconds = prompts_per_batch(config) * config.group_size / rate
     batches = rollout_batches(config, prompts)
-    return RolloutDuration(each, source, batches, each * batches)
+    return RolloutDuration(seconds, source, batches, seconds * batches)
 
 
 def read_rollout_rate(folder: Path, command: str) -> float:
@@ -140,14 +143,15 @@ def read_rollout_rate(folder: Path, command: str) -> float:
         seconds = float(summary["seconds"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(
-            f"--run {folder}: no summary.json of a finished run of {command} found; give its folder"
+            f"--run {folder}: has no summary.json of a finished run of {command}; give the folder "
+            "of one"
         ) from error
     if found != command:
-        raise ConfigError(f"--run {folder}: a run of {found}; give a run of {command}")
+        raise ConfigError(f"--run {folder}: is a run of {found}; give a run of {command}")
     if completions <= 0 or seconds <= 0:
         raise ConfigError(
-            f"--run {folder}: summary.json says {completions} completions in {seconds:g} s; give "
-            "another run"
+            f"--run {folder}: has {completions} completions in {seconds:g} s in summary.json, "
+            "expected more than 0; give another run"
         )
     return completions / seconds
 

@@ -17,10 +17,11 @@ from mlx_align.errors import ConfigError
 # The working set that Metal recommends: two thirds of the memory up to 32 GB, three quarters above
 # (newer versions of macOS allow up to four fifths there).
 SMALL_MAC_BYTES = 34e9
-SMALL_SHARE, LARGE_SHARE = 2 / 3, 3 / 4
+SMALL_FRACTION, LARGE_FRACTION = 2 / 3, 3 / 4
 # Earlier versions of mlx apply wrong rope positions to every batch row but the first.
 OLDEST_MLX = (0, 32)
-# From this macOS on memory can be wired (kept resident); before, a large model may be paged out.
+# Since this version of macOS, memory can be wired (kept resident). Earlier versions may page out a
+# large model.
 WIRED_MACOS = (15, 0)
 # The first chip generation with native bf16; M1 and M2 emulate it.
 NATIVE_BF16 = 3
@@ -90,13 +91,13 @@ def parse_machine(text: str) -> Machine:
             '"M3 Max 64GB"'
         )
     total = int(float(memory[1]) * 1e9)
-    share = SMALL_SHARE if total <= SMALL_MAC_BYTES else LARGE_SHARE
+    fraction = SMALL_FRACTION if total <= SMALL_MAC_BYTES else LARGE_FRACTION
     kind = f" {chip[2].title()}" if chip and chip[2] else ""
     named = f"Apple M{chip[1]}{kind}" if chip else "Mac"
     return Machine(
         name=f"{named}, {float(memory[1]):g} GB",
         memory_bytes=total,
-        working_set_bytes=int(total * share),
+        working_set_bytes=int(total * fraction),
         metal=True,
         chip=int(chip[1]) if chip else None,
         here=False,

@@ -3,15 +3,15 @@
 The estimate is of what `mx.get_peak_memory` reports. A step of offline training has two moments
 that can be the peak; on-policy runs add the last two:
 
-*Vocabulary head*: everything the backward pass will need is held, plus one chunk of logits.
-*Backward pass of a block*: the same, plus the temporaries of that block; with checkpointing also
-what the block holds once it is recomputed.
+*Vocabulary head*: everything that the backward pass needs, plus one chunk of logits.
+*Backward pass of a block*: the same, plus the temporaries of that block; with checkpointing, also
+the arrays of the recomputed block.
 *Sampling*: keys and values of the completions decoded together, and their logits.
 *Log-probs of the roles*: the forward pass of one block on all completions of a microbatch.
 
 What a block holds for its backward pass follows from what mlx-lm's blocks compute (see
 `_held_by_block`). The temporaries (`WORK_*`) were measured on mlx's CPU backend without run-ahead.
-How far mlx may run ahead is limited by `system/memory_limit.py` and is a part of its own.
+The memory for running ahead, which `system/memory_limit.py` limits, is a separate part.
 `scripts/verify_plan.py` compares the estimates with real steps on any machine.
 """
 
@@ -63,7 +63,7 @@ class Sampling:
         group_size: Completions per prompt.
         prompt: Length of the longest prompt, tokens.
         completion: Length of the longest completion, tokens.
-        least_group: Smallest group size that the algorithm can learn from.
+        min_group_size: Smallest group size that the algorithm can learn from.
     """
 
     prompts: int
@@ -71,7 +71,7 @@ class Sampling:
     group_size: int
     prompt: int
     completion: int
-    least_group: int = 1
+    min_group_size: int = 1
 
     @property
     def rows(self) -> int:
@@ -81,7 +81,7 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Workload:
-    """What a run computes and trains, as far as memory depends on it.
+    """The computation of a run, as far as memory depends on it.
 
     Attributes:
         shapes: Shapes of the microbatches.
@@ -143,7 +143,7 @@ class MemoryPlan:
 
     @property
     def needed_bytes(self) -> int:
-        """The peak without run-ahead: the least that a step can run in."""
+        """The peak without run-ahead: the minimum that a step needs."""
         return self.peak_bytes - self.parts["running ahead"]
 
 
@@ -155,7 +155,7 @@ def plan_memory(model: ModelShape, workload: Workload) -> MemoryPlan:
 
 def trained_parameters(model: ModelShape, workload: Workload) -> int:
     """Number of trained parameters."""
-    layers = _trained(model.linears, model, workload)
+    layers = _trained_linears(model.linears, model, workload)
     if workload.fine_tune_type == "full":
         return sum(linear.inputs * linear.outputs * linear.experts for linear in layers)
     extra = 1 if workload.fine_tune_type == "dora" else 0  # a magnitude per output
@@ -165,7 +165,9 @@ def trained_parameters(model: ModelShape, workload: Workload) -> int:
     )
 
 
-def _trained(linears: Sequence[Linear], model: ModelShape, workload: Workload) -> list[Linear]:
+def _trained_linears(
+    linears: Sequence[Linear], model: ModelShape, workload: Workload
+) -> list[Linear]:
     first = 0 if workload.num_layers < 0 else model.blocks - workload.num_layers
     keys = None if workload.fine_tune_type == "full" else workload.keys
     return [
@@ -246,9 +248,9 @@ def _plan_shape(model: ModelShape, workload: Workload, shape: AnyShape) -> Memor
     held = _held_checkpointed(model, passes) if workload.grad_checkpoint else block
     held = held * blocks + _dense_copies(model, workload)
     rows = 1 if isinstance(shape, PackedShape) else shape.groups * workload.rows
-    scored = rows * shape.completion if workload.vocabulary else 0
+    head_tokens = rows * shape.completion if workload.vocabulary else 0
     # Per completion token: the gradient with respect to its hidden state, kept until the loss.
-    gradient = _Bytes(head=scored * model.hidden * model.activation_bytes)
+    gradient = _Bytes(head=head_tokens * model.hidden * model.activation_bytes)
     temporary = _temporaries(model, workload, passes) + (
         block if workload.grad_checkpoint else _Bytes()
     )
@@ -257,7 +259,7 @@ def _plan_shape(model: ModelShape, workload: Workload, shape: AnyShape) -> Memor
     updating = _copies_bytes(model, workload, parameters, copies + (workload.accumulation > 1))
     moments = {
         # The gradient in chunks, and concatenated.
-        "vocabulary head": (updating, held + gradient * 2 + _chunk(model, scored)),
+        "vocabulary head": (updating, held + gradient * 2 + _chunk(model, head_tokens)),
         "backward pass of a block": (updating, held + gradient + temporary),
     }
     fixed = model.weights_bytes + workload.reward_model_bytes
@@ -282,7 +284,7 @@ def _plan_shape(model: ModelShape, workload: Workload, shape: AnyShape) -> Memor
 
 
 def _weight_copies(workload: Workload) -> int:
-    """Copies of the trained weights held throughout: reference, policy, and Adam's two moments.
+    """Copies of the trained weights during a run: reference, policy, and Adam's two moments.
 
     A critic adds three: its initial weights are shared with another role.
     """
@@ -290,7 +292,7 @@ def _weight_copies(workload: Workload) -> int:
 
 
 def _copies_bytes(model: ModelShape, workload: Workload, parameters: int, copies: int) -> int:
-    """Bytes of that many copies of the trained weights, accumulated gradients counted as one."""
+    """Bytes of `copies` copies of the trained weights; accumulated gradients count as one."""
     if workload.fine_tune_type == "full":
         if model.activation_bytes == ADAPTER_BYTES:
             # The initial weights are the model's own.
@@ -302,7 +304,7 @@ def _copies_bytes(model: ModelShape, workload: Workload, parameters: int, copies
 
 
 def _sampling(model: ModelShape, workload: Workload, sampling: Sampling) -> _Bytes:
-    """What is held while completions are decoded and a prompt runs at the same time.
+    """Bytes held while completions are decoded and a prompt runs at the same time.
 
     Caches are rounded up to `CACHE_STEP` tokens. Logits exist in the model's dtype, normalised
     twice (this step's and the next one's), and in float32 for the log-probs.
@@ -319,22 +321,22 @@ def _scoring(model: ModelShape, workload: Workload, shape: AnyShape) -> _Bytes:
     """Forward pass of a block, and a chunk of logits, for all completions of a microbatch."""
     assert workload.sampling is not None
     whole = replace(workload, rows=workload.sampling.group_size)
-    scored = shape.groups * whole.rows * shape.completion
+    head_tokens = shape.groups * whole.rows * shape.completion
     # Entropies need one more array per chunk; with several chunks, the next one's logits may be
     # in memory already.
     rows = _chunk_rows(model)
-    entropies = min(scored, rows) * model.vocabulary * LOGIT_BYTES * (1 + (scored > rows))
-    temporary = _temporaries(model, whole, _passes(whole, shape)) + _chunk(model, scored)
+    entropies = min(head_tokens, rows) * model.vocabulary * LOGIT_BYTES * (1 + (head_tokens > rows))
+    temporary = _temporaries(model, whole, _passes(whole, shape)) + _chunk(model, head_tokens)
     return temporary + _Bytes(head=entropies)
 
 
 def _held_by_block(model: ModelShape, workload: Workload, one: _Pass) -> _Bytes:
-    """What the backward pass of one block needs, without checkpointing.
+    """Bytes that the backward pass of one block needs, without checkpointing.
 
     Per token, with hidden width D and MLP width F: the input, the normalised input, queries,
-    attention output, and the residual before and after the second norm (6 D, where queries and
-    attention output have a width of their own); gate, up, sigmoid and product (4 F). Inputs of
-    adapters are held in float32: in addition to the model's own where that is narrower (three of
+    attention output, and the residual before and after the second norm (6 D, but queries and
+    attention output may have another width); gate, up, sigmoid and product (4 F). Inputs of
+    adapters are held in float32: in addition to the model's copy if that is narrower (three of
     width D), or instead of it (the product). Then the low-rank activations of each adapter, keys
     and values, and attention probabilities.
     """
@@ -363,7 +365,7 @@ def _held_by_block(model: ModelShape, workload: Workload, one: _Pass) -> _Bytes:
 
 
 def _held_checkpointed(model: ModelShape, passes: Sequence[_Pass]) -> _Bytes:
-    """What a checkpointed block holds: its inputs, and keys and values of shared prompts."""
+    """Bytes held by a checkpointed block: its inputs, and keys and values of shared prompts."""
     size = model.activation_bytes
     inputs = sum(one.tokens for one in passes) * model.hidden * size
     shared = sum(one.tokens for one in passes[:-1])
@@ -371,15 +373,15 @@ def _held_checkpointed(model: ModelShape, passes: Sequence[_Pass]) -> _Bytes:
 
 
 def _dense_copies(model: ModelShape, workload: Workload) -> _Bytes:
-    """What DoRA on a quantised model holds for all adapted layers at once, checkpointed or not.
+    """Bytes that DoRA on a quantised model holds for all adapted layers, checkpointed or not.
 
-    DoRA needs the norm of the adapted weight: the dequantised weight, and the sum with the adapter
-    in float32. The compiler notices that the backward pass computes them again and keeps them
-    (measured: 6.05 bytes per weight with 2, 4 and 6 blocks).
+    DoRA needs the norm of the adapted weight, and so the dequantised weight and its sum with the
+    adapter in float32. The compiler recognises that the backward pass computes both again, and
+    keeps them (measured: 6.05 bytes per weight with 2, 4 and 6 blocks).
     """
     if workload.fine_tune_type != "dora" or not model.quantised:
         return _Bytes()
-    adapted = _trained(model.linears, model, workload)
+    adapted = _trained_linears(model.linears, model, workload)
     weights = sum(linear.inputs * linear.outputs * linear.experts for linear in adapted)
     return _Bytes(activations=weights * (model.activation_bytes + workload.adapter_bytes))
 
@@ -397,9 +399,9 @@ def _temporaries(model: ModelShape, workload: Workload, passes: Sequence[_Pass])
     )
 
 
-def _chunk(model: ModelShape, scored: int) -> _Bytes:
+def _chunk(model: ModelShape, head_tokens: int) -> _Bytes:
     """One chunk of logits and its exponential."""
-    rows = min(scored, _chunk_rows(model))
+    rows = min(head_tokens, _chunk_rows(model))
     return _Bytes(head=rows * model.vocabulary * (model.activation_bytes + LOGIT_BYTES))
 
 

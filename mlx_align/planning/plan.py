@@ -1,4 +1,4 @@
-"""Plans a run from its options: peak memory, whether it fits, and what to change if it does not."""
+"""Plan a run from its options: peak memory, whether it fits, and what to change if it doesn't."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ from mlx_align.planning.memory import (
 from mlx_align.planning.model_shape import ModelShape, read_header, read_model_shape
 from mlx_align.types import TokenizedGroup
 
-# Runs that need less are never refused: the estimate's error is larger than what there is to save.
+# Runs that need less are never refused: the error of the estimate is larger than the savings.
 ALWAYS_FITS_BYTES = 1_000_000_000
 # Families whose caches can't be shared: prompt and completion run as one row.
 UNSHARED_FAMILIES = (
@@ -71,7 +71,7 @@ UNPACKED_FAMILIES = (
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run needs, whether that fits, and what to change if it does not.
+    """The memory that a run needs, whether it fits, and what to change if it does not.
 
     Attributes:
         machine: The machine it is planned for.
@@ -95,7 +95,7 @@ class RewardModelMemory(NamedTuple):
 
     Attributes:
         adapters: Layouts of those that are adapters on the policy's base.
-        models: Model folders of those with a base of their own.
+        models: Model folders of those with another base.
     """
 
     adapters: tuple[AdapterLayout, ...] = ()
@@ -151,7 +151,7 @@ def make_on_policy_plan(
         config: The run's options.
         layout: What is trained.
         folder: The model; its weights are not loaded.
-        prompts: Training and held-out prompts; None for one of the maximal length.
+        prompts: Training and held-out prompts; None for one prompt of the maximum length.
         rewards: The reward models.
         machine: The machine to plan for.
 
@@ -182,7 +182,7 @@ def make_on_policy_plan(
             group_size=config.group_size,
             prompt=max(len(group.prompt) for group in every_prompt),
             completion=config.max_completion_length,
-            least_group=2 if isinstance(config, GRPOConfig) else 1,
+            min_group_size=2 if isinstance(config, GRPOConfig) else 1,
         ),
         critic=isinstance(config, PPOConfig) and config.critic == "own",
         reward_model_bytes=_reward_model_bytes(model, workload, rewards),
@@ -197,12 +197,12 @@ def check_fits(
     folder: ModelFolder,
     groups: Sequence[TokenizedGroup],
 ) -> str:
-    """Describe what an offline run needs in one line; refuse a run that does not fit here.
+    """Check that an offline run fits this machine; returns a line about the memory it needs.
 
     Raises:
         ConfigError: The run does not fit, and --force was not given.
     """
-    return _describe_or_refuse(
+    return _describe_or_raise(
         lambda: make_plan(config, layout, folder, groups, this_machine()), force=config.force
     )
 
@@ -214,12 +214,12 @@ def check_on_policy_fits(
     prompts: tuple[Sequence[TokenizedGroup], Sequence[TokenizedGroup]],
     rewards: RewardModelMemory,
 ) -> str:
-    """Describe what an on-policy run needs in one line; refuse a run that does not fit here.
+    """Check that an on-policy run fits this machine; returns a line about the memory it needs.
 
     Raises:
         ConfigError: The run does not fit, and --force was not given.
     """
-    return _describe_or_refuse(
+    return _describe_or_raise(
         lambda: make_on_policy_plan(config, layout, folder, prompts, rewards, this_machine()),
         force=config.force,
     )
@@ -253,7 +253,7 @@ def format_bytes(count: float) -> str:
 def _workload(
     config: TrainConfig, layout: AdapterLayout, folder: ModelFolder, model: ModelShape
 ) -> Workload:
-    """The part of a workload that follows from the shared options; it has no shapes yet."""
+    """The part of a workload that follows from the common options; it has no shapes yet."""
     dtypes = [mx.bfloat16] if model.activation_dtype == "BF16" else []
     computed = resolve_adapter_dtype(config.adapter_dtype, dtypes)
     return Workload(
@@ -284,12 +284,12 @@ def _plan(
     return Plan(machine, model, workload, memory, fits, steps)
 
 
-def _describe_or_refuse(make: Callable[[], Plan], *, force: bool) -> str:
+def _describe_or_raise(make: Callable[[], Plan], *, force: bool) -> str:
     try:
         plan = make()
     except ModelError as error:
-        # A model whose sizes have unknown names in config.json may well train; a damaged file is
-        # refused when it is loaded.
+        # A model whose sizes have unknown names in config.json can still be trained. A damaged file
+        # is an error when it is loaded.
         return f"! Memory can't be estimated: {error}."
     if plan.fits or force:
         warning = "" if plan.fits else "; it does not fit, --force starts it anyway"
@@ -301,7 +301,7 @@ def _describe_or_refuse(make: Callable[[], Plan], *, force: bool) -> str:
 
 
 def _can_pack(config: TrainConfig, folder: ModelFolder) -> bool:
-    """Whether the run's groups will be packed, as far as the model's configuration tells."""
+    """Whether the run's groups will be packed, according to the model's configuration."""
     windows = folder.config.get("sliding_window") and folder.config.get("use_sliding_window", True)
     padded = folder.config.get("model_type") in UNSHARED_FAMILIES + UNPACKED_FAMILIES or windows
     return not padded and not isinstance(config, KTOConfig)
@@ -314,10 +314,8 @@ def _shapes_within(
 
     def within(length: int, limit: BatchLimit) -> list[AnyShape]:
         if groups is None:
-            half = -(-length // 16) * 8
-            return [
-                Shape(half, half, limit.groups_per_microbatch(3 * half))
-            ]  # rows of one length need no padding
+            half = -(-length // 16) * 8  # rows of one length need no padding
+            return [Shape(half, half, limit.groups_per_microbatch(3 * half))]
         short = [
             group
             for group in groups

@@ -341,7 +341,7 @@ def test_combining_members(ensemble):
     assert members.std(axis=1).min() > 1e-3
     for how, message in (
         ({"combine": "median"}, "--combine median: unknown"),
-        ({"combine": "mean-variance"}, "say with --variance-penalty how much"),
+        ({"combine": "mean-variance"}, "needs --variance-penalty, the weight of the variance"),
         ({"variance_penalty": 1.0}, "has no effect on --combine mean"),
         ({"combine": "mean-variance", "variance_penalty": -1.0}, "must be above 0"),
     ):
@@ -462,7 +462,7 @@ def test_mistakes(train, models, tmp_path, pairs, capsys):
     assert score("--model", models["float32"], "--data", pairs, *output) == 1
     assert "there is no folder" in capsys.readouterr().err
     assert score("--model", models["float32"], "--data", pairs, "--output", "s.jsonl") == 1
-    assert "no reward model by itself" in capsys.readouterr().err
+    assert "not a reward model" in capsys.readouterr().err
 
 
 def test_plan_covers_reward_models(models, pairs, capsys):

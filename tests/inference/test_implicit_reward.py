@@ -196,7 +196,9 @@ def test_beta_is_the_runs(tmp_path):
         ("sft", SFTConfig(model=str(TINY), data="rows")),
         ("own", config(loss="my_loss")),  # a function passed from Python
     ):
-        with pytest.raises(ConfigError, match="has no β of a reward against a reference; give --b"):
+        with pytest.raises(
+            ConfigError, match="has no β, because it was not trained against a reference; give --b"
+        ):
             settings(name, made)
         assert settings(name, made, beta=1.5).beta == 1.5
     with pytest.raises(ConfigError, match=r"no config\.yaml in it.*give --beta"):
@@ -332,7 +334,7 @@ def test_score_mistakes(score, tmp_path):
         (("--logps", "--variance-penalty", 1), "--variance-penalty: has no effect on --logps"),
         (("--per-token",), "--per-token: has no effect on a reward model's scores"),
         (("--adapter-path", "nowhere"), "--adapter-path nowhere: no such folder"),
-        ((), "no reward model by itself"),
+        ((), "not a reward model"),
     ):
         code, _, error = score(*options)
         assert code == 1

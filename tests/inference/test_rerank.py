@@ -213,7 +213,7 @@ def test_prompts_too_long_are_said(policy):
 
 def test_mistakes_in_loading(policy, judge, tmp_path):
     for arguments, error, message in (
-        ((str(TINY),), ConfigError, "nothing to rank by"),
+        ((str(TINY),), ConfigError, "no scorer to rank by"),
         ((str(TINY), judge), ModelError, "generates no text"),
         ((str(TINY), policy, str(TINY)), ModelError, "neither a run of mlx-align reward nor a"),
         ((str(CLASSIFIER), policy), ModelError, "sequence classifier|is --model"),
@@ -396,7 +396,7 @@ def test_mistakes(rerank, policy, judge):
         assert err.count("\n") == 1
         assert out == ""
     code, _, err = rerank("--prompt", "x", run_folder=None)
-    assert "nothing to rank by" in err
+    assert "no scorer to rank by" in err
     code, out, _ = rerank("--input", "text.jsonl", "-n", 1, "--max-tokens", 2)
     assert code == 0
     assert "! text prompts are used verbatim" in out

@@ -162,5 +162,5 @@ def test_exports_that_are_refused(tmp_path):
         }
     }
     save_adapter(tmp_path / "run", weights, layout, str(BASE))
-    with pytest.raises(ModelError, match=r"has 32 inputs and 64 outputs.*is it its base\?"):
+    with pytest.raises(ModelError, match=r"has 32 inputs and 64 outputs.*check that it is the run"):
         export_peft_adapter(folder, tmp_path / "run", tmp_path / "out")

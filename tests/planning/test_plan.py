@@ -181,7 +181,7 @@ def completions_of(length, limit):
 
 
 def test_advice_on_what_is_sampled():
-    said = replace(SAID, group_size=8, least_group=2)
+    said = replace(SAID, group_size=8, min_group_size=2)
     work = replace(PPO, sampling=said, rows=8)
     steps = advise(seven_b(), work, 1024, completions_of, int(7e9))
     words = [step.options.split()[0] for step in steps]
