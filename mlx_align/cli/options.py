@@ -59,7 +59,7 @@ class SchemaOption(click.Option):
             flag = f"{flag}/{declared.off or flag.replace('--', '--no-', 1)}"
         else:
             settings["type"] = Value(declared)
-            settings["multiple"] = declared.several
+            settings["multiple"] = declared.multiple
         # The name keeps click from calling `input` or `open` something else.
         super().__init__([flag, declared.name], **settings)
 

@@ -1,6 +1,6 @@
-"""The options of every command: names, types, ranges, defaults, help, and reasons for defaults.
+"""The options of every command: names, types, ranges, defaults and help.
 
-`schema.py` says how options are declared and checked; the config classes declare them.
+The config classes declare the options, and give reasons for the defaults; `schema.py` checks them.
 """
 
 from mlx_align.config.evaluation import (

@@ -48,7 +48,8 @@ class EvalConfig(Options):
         metavar="FILE",
         python_type="str | Path",
     )
-    # 64 prompts tell a win rate of 50% from one of about 65%; 4 completions of each steady the KL.
+    # 64 prompts distinguish a win rate of 50% from one of about 65%; 4 completions of each reduce
+    # the noise of the KL.
     samples: int = option(64, "Prompts to complete by both models.", SAMPLING, at_least=1)
     n: int = option(
         4, "Completions per prompt; the best-of-n curve ends there.", SAMPLING, at_least=1
@@ -73,7 +74,7 @@ class EvalConfig(Options):
 
 @dataclass(frozen=True, kw_only=True)
 class ScorerConfig(Options):
-    """What score and rerank share: how completions are scored."""
+    """Options common to score and rerank: how completions are scored."""
 
     beta: float | None = option(
         None, "Beta of the implicit reward.", SCORING, default_text="the run's"
@@ -166,7 +167,7 @@ class RerankConfig(ScorerConfig):
         python_type="str | Path",
     )
     ignore_chat_template: bool = option(False, "Use --prompt verbatim, not as a message.", MODEL)
-    # None, so that an option without effect on given completions is noticed.
+    # None, to detect an option that has no effect on given completions.
     n: int | None = option(None, "Completions per prompt.", SAMPLING, default_text="8", at_least=1)
     # The name is mlx-lm's.
     max_tokens: int | None = option(
@@ -200,7 +201,7 @@ class SampleConfig(Options):
     )
     reward: tuple[str, ...] | None = override(OnPolicyConfig, "reward")
     reward_model: str | None = override(OnPolicyConfig, "reward_model")
-    # None, so that a weight without a reward model is noticed.
+    # None, to detect a weight that is given without a reward model.
     reward_model_weight: float | None = override(
         OnPolicyConfig, "reward_model_weight", None, default_text="1.0"
     )

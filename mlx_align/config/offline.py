@@ -1,4 +1,4 @@
-"""Options that all training commands share, and those of dpo, kto, sft and reward."""
+"""Options common to all training commands, and those of dpo, kto, sft and reward."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from mlx_align.errors import ConfigError
 from mlx_align.losses.registry import PAIRWISE_LOSSES
 
 DEFAULT_BATCH_SIZE = 1
-# What --data takes in Python besides a path or a hub name; keywords.py defines it.
+# Annotation of --data in Python; keywords.py defines it.
 DATA = "Data"
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(Options):
-    """What all training commands share. Defaults are for a 4-bit 7B model on a 16 GB laptop."""
+    """Options common to all training commands. Defaults suit a 4-bit 7B model on a 16 GB laptop."""
 
     # Paths of model, data and init adapter may change on resume; their contents may not.
     model: str | None = option(
@@ -85,8 +85,9 @@ class TrainConfig(Options):
         LORA,
         default_text="lora, or as --init-adapter",
     )
-    # r 16, alpha 32 are TRL's; all linear layers: adapting attention alone learns less (Biderman
-    # et al. 2024, "LoRA learns less and forgets less", find targets to matter more than rank).
+    # r 16 and alpha 32 are TRL's. All linear layers, because adapting attention alone learns less:
+    # the choice of layers matters more than the rank (Biderman et al. 2024, "LoRA learns less and
+    # forgets less").
     lora_rank: int | None = option(
         None,
         "Rank of the adapters.",
@@ -101,7 +102,7 @@ class TrainConfig(Options):
         default_text="2 x rank, or as --init-adapter",
         above=0,
     )
-    # A reference has no dropout; with it on, the policy's log-probs are noisy.
+    # 0, because the reference has no dropout: it would only add noise to the policy's log-probs.
     lora_dropout: float = option(0.0, "Dropout on the adapters' input.", LORA, at_least=0, below=1)
     lora_keys: tuple[str, ...] | None = option(
         None,
@@ -131,8 +132,8 @@ class TrainConfig(Options):
         above=0,
         below=1e6,
     )
-    # One pair at a time is what fits 16 GB; 8 accumulated reduce the gradient's noise. None here,
-    # so that it can be told from a 1 that was given together with --batch-tokens.
+    # One pair at a time fits 16 GB; accumulating 8 reduces the gradient's noise. None, to
+    # distinguish the default from a 1 that was given together with --batch-tokens.
     batch_size: int | None = option(
         None,
         "Prompts (with their completions) per microbatch.",
@@ -154,7 +155,7 @@ class TrainConfig(Options):
     lr_schedule: Literal["constant", "linear", "cosine"] = option(
         "linear", "Learning rate schedule after warm-up.", OPTIMISATION
     )
-    # Adam's second moment is unreliable in its first steps; a tenth of the run is usual.
+    # Adam's second moment is unreliable in the first steps; a tenth of the run is common.
     warmup: float = option(
         0.1,
         "Warm-up: a fraction of the updates if below 1, else updates.",
@@ -222,9 +223,9 @@ class TrainConfig(Options):
 
 @dataclass(frozen=True, kw_only=True)
 class LossConfig(TrainConfig):
-    """What dpo and kto share: a loss with hyperparameters, and a reference."""
+    """Options common to dpo and kto: a loss with hyperparameters, and a reference."""
 
-    # Hyperparameters that have an option of their own.
+    # Hyperparameters that have a separate option.
     shortcuts: ClassVar[tuple[str, ...]] = ("beta",)
 
     loss: str = option("", "The loss.", LOSS, metavar="LOSS")
@@ -233,7 +234,7 @@ class LossConfig(TrainConfig):
         "Hyperparameter of the loss (repeatable), such as gamma=0.5.",
         LOSS,
         metavar="NAME=VALUE",
-        several=True,
+        multiple=True,
     )
     beta: float | None = option(
         None,
@@ -349,7 +350,7 @@ class SFTConfig(TrainConfig):
 class RewardConfig(TrainConfig):
     """Options of `mlx-align reward`."""
 
-    # TRL's; a reward model starts from a random head and has one scalar to learn.
+    # TRL's default: a reward model starts from a random head, and learns only a scalar.
     learning_rate: float = override(TrainConfig, "learning_rate", 1e-4)
     members: int = option(
         1,

@@ -18,13 +18,13 @@ from mlx_align.config.schema import (
 from mlx_align.losses.policy import POLICY_METHODS
 
 ONLINE_DPO = "online_dpo"
-# What --reward takes in Python; keywords.py defines it.
+# Annotation of --reward in Python; keywords.py defines it.
 REWARDS = "Rewards"
 
 
 @dataclass(frozen=True, kw_only=True)
 class OnPolicyConfig(TrainConfig):
-    """What ppo and grpo share: sampling, rewards and the KL penalty.
+    """Options common to ppo and grpo: sampling, rewards and the KL penalty.
 
     A rollout batch is `batch_size` x `grad_accumulation_steps` x `minibatches` prompts with
     `group_size` completions each; --iters and all other counts of updates count rollout batches.
@@ -41,7 +41,7 @@ class OnPolicyConfig(TrainConfig):
         "Built-in reward, module:function or file.py:function, with =WEIGHT if not 1; repeatable.",
         REWARD,
         metavar="REWARD",
-        several=True,
+        multiple=True,
         python_type=REWARDS,
     )
     reward_model: str | None = option(
@@ -60,14 +60,14 @@ class OnPolicyConfig(TrainConfig):
         above=0,
         change_on_resume=True,
     )
-    # A reward the policy isn't trained on can tell real progress from over-optimisation.
+    # A reward that the policy isn't trained on distinguishes progress from over-optimisation.
     eval_reward: tuple[str, ...] | None = option(
         None,
         "Like --reward, but only evaluated on held-out prompts; selects the best checkpoint.",
         REWARD,
         default_text="the training reward",
         metavar="REWARD",
-        several=True,
+        multiple=True,
         python_type=REWARDS,
     )
     eval_reward_model: str | None = override(
@@ -83,8 +83,8 @@ class OnPolicyConfig(TrainConfig):
         1, "Minibatches (updates) per pass over a rollout batch.", ROLLOUT, at_least=1
     )
     update_epochs: int = option(1, "Passes over each rollout batch.", ROLLOUT, at_least=1)
-    # At another temperature policy and reference are both divided by it, so that the ratio and
-    # the KL are those of what was sampled.
+    # The logits of policy and reference are both divided by it, so that ratios and KL are those of
+    # the distribution that was sampled from.
     temperature: float = option(1.0, "Sampling temperature (no top-p or top-k).", ROLLOUT, above=0)
     max_completion_length: int = override(
         TrainConfig,

@@ -1,4 +1,4 @@
-"""How options are declared, read and checked. Each option is declared once, as a dataclass field.
+"""Declare, read and check options. Each option is declared once, as a dataclass field.
 
 A command's config class is a frozen dataclass whose fields are made by `option`; pydantic checks
 its values. From these declarations come the command-line options (`cli/options.py`), the keys of
@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 Source = Literal["python", "command line"]
 
 # Counters and array indices are 32 bits wide.
-LARGEST = 2**31 - 1
-# Two ways to set one thing.
+MAX_INT = 2**31 - 1
+# Pairs of options that set the same thing.
 EXCLUSIVE = (("iters", "epochs"), ("batch_size", "batch_tokens"))
 # The sections of --help and of the reference page, in this order.
 MODEL = "Model and data"
@@ -74,18 +74,18 @@ class Option:
         default: Its default; `REQUIRED` if it must be given.
         help: One sentence.
         group: The section of --help, one of `GROUPS`.
-        default_text: What a default of None means, in words.
+        default_text: The meaning of a default of None, in words.
         choices: All values it takes; empty if it takes others too.
-        names: Names to show and complete where a value may combine them (`sigmoid=1,sft=0.2`).
+        names: Names to show and complete if a value can combine them (`sigmoid=1,sft=0.2`).
         at_least: Inclusive lower bound.
         above: Exclusive lower bound.
         below: Exclusive upper bound.
-        metavar: What --help shows for the value.
+        metavar: Placeholder for the value in --help.
         change_on_resume: Whether a resumed run may change it. Others determine what is trained.
-        several: Whether it may be given more than once, each time with one value.
+        multiple: Whether it may be given more than once, each time with one value.
         off: The flag that turns it off, if that is not --no-NAME.
         positional: Whether the command line takes it without a flag.
-        python_type: Annotation for Python callers where they may pass more than the config holds.
+        python_type: Annotation for Python callers, if they may pass more types than the config has.
     """
 
     name: str
@@ -101,7 +101,7 @@ class Option:
     below: float | None = None
     metavar: str | None = None
     change_on_resume: bool = False
-    several: bool = False
+    multiple: bool = False
     off: str | None = None
     positional: bool = False
     python_type: str | None = None
@@ -128,7 +128,7 @@ class Option:
 
     @property
     def shown_default(self) -> str | None:
-        """The default as --help and the reference show it; None if there is nothing to show."""
+        """The default as text for --help and the reference; None if there is nothing to show."""
         if self.default_text is not None or self.default is None or self.required:
             return self.default_text
         if self.kind is bool:
@@ -148,12 +148,12 @@ def option(
     below: float | None = None,
     metavar: str | None = None,
     change_on_resume: bool = False,
-    several: bool = False,
+    multiple: bool = False,
     off: str | None = None,
     positional: bool = False,
     python_type: str | None = None,
 ) -> Any:
-    """Declare an option: a field of a config class. For the arguments see `Option`.
+    """Declare an option as a field of a config class. The arguments are those of `Option`.
 
     Name, type and choices come from the field's name and annotation (`Literal` for choices).
     """
@@ -171,7 +171,7 @@ def option(
             below=below,
             metavar=metavar,
             change_on_resume=change_on_resume,
-            several=several,
+            multiple=multiple,
             off=off,
             positional=positional,
             python_type=python_type,
@@ -183,7 +183,7 @@ def override(config_class: type[Any], name: str, default: Any = _UNCHANGED, **ch
     """Declare an option of another config class again, with another default, help or group.
 
     Args:
-        config_class: Where the option is declared.
+        config_class: The class that declares the option.
         name: Its name there.
         default: The new default; the declared one if left out.
         **changes: Further arguments of `option` to replace.
@@ -206,13 +206,13 @@ class Options:
     """Base of every config class. Values are converted and checked whenever one is made.
 
     Raises:
-        ConfigError: A value has the wrong type or is out of range; the text names the option, the
-            value and what was expected.
+        ConfigError: A value has the wrong type or is out of range; the message names the option,
+            the value and what was expected.
     """
 
     def __post_init__(self) -> None:
         given = {entry.name: getattr(self, entry.name) for entry in dataclasses.fields(self)}
-        for name, value in _checked(type(self), given, _Where("python")).items():
+        for name, value in _check_values(type(self), given, _Origin("python")).items():
             object.__setattr__(self, name, value)
 
 
@@ -257,24 +257,24 @@ def make_config(
     file: Path | None = None,
     source: Source = "python",
 ) -> Config:
-    """A checked config: `keywords` over the options of a YAML file over the defaults.
+    """Make a checked config. `keywords` take precedence over the YAML file, that over the defaults.
 
     Args:
         config_class: The command's config class.
-        keywords: Only what was given, by option name.
+        keywords: The options that were given, by name.
         file: A YAML file with options.
-        source: Who gave `keywords`: messages say `beta=-1` to a Python caller and `--beta -1` on
-            the command line.
+        source: Where `keywords` come from: messages have `beta=-1` for a Python caller, and
+            `--beta -1` on the command line.
 
     Raises:
         ConfigError: An option is unknown, has the wrong type or is out of range, or two options
             exclude each other; one line that names it.
     """
     values = {} if file is None else read_yaml(file, config_class)
-    values.update(_checked(config_class, keywords, _Where(source)))
+    values.update(_check_values(config_class, keywords, _Origin(source)))
     for name, declared in declared_options(config_class).items():
         if declared.required and values.get(name) is None:
-            raise ConfigError(f"{spelled(name, source)} is missing")
+            raise ConfigError(f"{spell_option(name, source)} is missing")
     for one, other in EXCLUSIVE:
         # The caller's choice between the two replaces the file's.
         if one in keywords and other not in keywords:
@@ -282,13 +282,13 @@ def make_config(
         if other in keywords and one not in keywords:
             values.pop(one, None)
         if values.get(one) is not None and values.get(other) is not None:
-            pair = f"{spelled(one, source)} and {spelled(other, source)}"
+            pair = f"{spell_option(one, source)} and {spell_option(other, source)}"
             raise ConfigError(f"{pair} exclude each other; give one")
     return config_class(**values)
 
 
-def spelled(name: str, source: Source) -> str:
-    """An option's name as its user writes it: --batch-size or batch_size."""
+def spell_option(name: str, source: Source) -> str:
+    """An option's name as the user writes it: --batch-size or batch_size."""
     return flag_of(name) if source == "command line" else name
 
 
@@ -302,7 +302,7 @@ def require(config: Options, *names: str, source: Source = "command line") -> No
         if getattr(config, name) is None:
             expected = {"model": "a model folder or a hub name", "adapter_path": "a run folder"}
             hint = expected.get(name, "a folder, a file or a hub name")
-            raise ConfigError(f"{spelled(name, source)} is missing; give {hint}")
+            raise ConfigError(f"{spell_option(name, source)} is missing; give {hint}")
 
 
 def fixed_options(config: Options) -> dict[str, Any]:
@@ -316,7 +316,7 @@ def fixed_options(config: Options) -> dict[str, Any]:
 
 
 def read_yaml(file: Path, config_class: type[Options]) -> dict[str, Any]:
-    """The checked options of a YAML file.
+    """Read and check the options in a YAML file.
 
     Raises:
         ConfigError: It can't be read or parsed, or has a wrong key or value.
@@ -336,9 +336,11 @@ def read_yaml(file: Path, config_class: type[Options]) -> dict[str, Any]:
     if content is None:
         return {}
     if not isinstance(content, dict):
-        raise ConfigError(f"{file}: expected option: value lines, found {type(content).__name__}")
-    given = {_shown(key, str).replace("-", "_"): value for key, value in content.items()}
-    return _checked(config_class, given, _Where("file", file, lines))
+        raise ConfigError(
+            f"{file}: expected lines of `option: value`, found {type(content).__name__}"
+        )
+    given = {_format_value(key, str).replace("-", "_"): value for key, value in content.items()}
+    return _check_values(config_class, given, _Origin("file", file, lines))
 
 
 def _key_lines(text: str) -> dict[str, int]:
@@ -364,7 +366,7 @@ def to_yaml(config: Options) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class _Where:
+class _Origin:
     """Where values come from, for messages."""
 
     source: Source | Literal["file"]
@@ -378,41 +380,41 @@ class _Where:
         return f"{self.file}: " if line is None else f"{self.file}:{line}: "
 
     def option(self, name: str, value: Any) -> str:
-        """The option with its value, as its user wrote it."""
+        """The option with its value, as the user wrote it."""
         if self.source == "command line":
-            return f"{flag_of(name)} {_shown(value, str)}"
+            return f"{flag_of(name)} {_format_value(value, str)}"
         if self.source == "file":
-            return f"{self.prefix(name)}{name}: {_shown(value, str)}"
-        return f"{name}={_shown(value)}"
+            return f"{self.prefix(name)}{name}: {_format_value(value, str)}"
+        return f"{name}={_format_value(value)}"
 
 
-def _checked(
-    config_class: type[Options], given: Mapping[str, Any], where: _Where
+def _check_values(
+    config_class: type[Options], given: Mapping[str, Any], origin: _Origin
 ) -> dict[str, Any]:
-    """The values of `given`, converted to their types. Options not given are not filled in."""
+    """Check the values of `given` and convert them to their types; other options are not added."""
     from pydantic import ValidationError
 
     declared = declared_options(config_class)
     for name in given:
         if name not in declared:
-            show = flag_of if where.source == "command line" else str
+            show = flag_of if origin.source == "command line" else str
             close = difflib.get_close_matches(name, declared, n=1)
             hint = f"; did you mean {show(close[0])}?" if close else ""
-            raise ConfigError(f"{where.prefix(name)}unknown option {show(name)}{hint}")
+            raise ConfigError(f"{origin.prefix(name)}unknown option {show(name)}{hint}")
     try:
         checked = _validator(config_class).model_validate(dict(given))
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         name = str(first["loc"][0])
-        problem = _problem(declared[name], first)
-        raise ConfigError(f"{where.option(name, given[name])}: {problem}") from None
+        problem = _describe_problem(declared[name], first)
+        raise ConfigError(f"{origin.option(name, given[name])}: {problem}") from None
     return {name: getattr(checked, name) for name in given}
 
 
 def _validator(config_class: type[Options]) -> type[BaseModel]:
-    """The pydantic model that checks a config's values; made when it is first needed.
+    """The pydantic model that checks a config's values, made at its first use.
 
-    pydantic and its models take 0.2 s to import and make, which --help should not wait for.
+    Importing pydantic and making the models takes 0.2 s, which --help should not wait for.
     """
     from pydantic import ConfigDict, Field, ValidationInfo, create_model, field_validator
 
@@ -438,25 +440,28 @@ def _validator(config_class: type[Options]) -> type[BaseModel]:
 
 
 def _convert(value: Any, declared: Option) -> Any:
-    """What pydantic checks: without its conversions (True to 1), with ours (1e3 in YAML, "a,b")."""
+    """Convert a value before pydantic checks it.
+
+    Refuses conversions that pydantic would make (True to 1) and adds others (1e3 in YAML, "a,b").
+    """
     if value is None:
         return None
     if declared.kind is bool and not isinstance(value, bool):
         raise ValueError("expected true or false")
     if declared.kind in (int, float):
-        return _number(value, declared.kind)
+        return _parse_number(value, declared.kind)
     if declared.kind is str:
         if value == "":
             raise ValueError("expected text")
         return os.fspath(value) if isinstance(value, os.PathLike) else value
     if declared.kind is tuple:
-        return _names(value, several=declared.several)
+        return _parse_names(value, multiple=declared.multiple)
     if declared.kind is dict:
-        return _mapping(value)
+        return _parse_mapping(value)
     return value
 
 
-def _problem(declared: Option, error: Any) -> str:
+def _describe_problem(declared: Option, error: Any) -> str:
     kind = error["type"]
     if kind == "value_error":
         return str(error["ctx"]["error"])
@@ -479,22 +484,22 @@ _EXPECTED: dict[type, str] = {
 }
 
 
-def _shown(value: Any, say: Callable[[Any], str] = repr) -> str:
-    """The value for a message: short, and never the contents of a list or mapping.
+def _format_value(value: Any, to_text: Callable[[Any], str] = repr) -> str:
+    """The value for a message: short, and without the contents of a list or mapping.
 
     A few lines of YAML can expand to more items than fit in memory.
     """
     if isinstance(value, list | tuple | dict):
         return f"a {'mapping' if isinstance(value, dict) else 'list'} of {len(value)}"
     try:
-        text = say(value)
-    except ValueError:  # an integer of more digits than Python writes
+        text = to_text(value)
+    except ValueError:  # an integer with more digits than Python converts
         return "a number of thousands of digits"
     return text if len(text) <= 80 else text[:79] + "…"
 
 
-def _number(value: Any, kind: type) -> int | float:
-    """`value` as an int or float. YAML reads 1e-5 as text, so text that spells a number is one."""
+def _parse_number(value: Any, kind: type) -> int | float:
+    """`value` as an int or float. Accepts text that spells a number: YAML reads 1e-5 as text."""
     wrong = ValueError(f"expected {_EXPECTED[kind]}")
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         raise wrong
@@ -509,14 +514,14 @@ def _number(value: Any, kind: type) -> int | float:
     if number != int(number):
         raise wrong
     whole = value if isinstance(value, int) else int(number)
-    if abs(whole) > LARGEST:
-        raise ValueError(f"out of range; must be at most {LARGEST}")
+    if abs(whole) > MAX_INT:
+        raise ValueError(f"out of range; must be at most {MAX_INT}")
     return whole
 
 
-def _names(value: Any, *, several: bool) -> tuple[str, ...]:
+def _parse_names(value: Any, *, multiple: bool) -> tuple[str, ...]:
     if isinstance(value, str):
-        value = [value] if several else value.split(",")
+        value = [value] if multiple else value.split(",")
     if not isinstance(value, list | tuple) or not all(isinstance(item, str) for item in value):
         raise ValueError(f"expected {_EXPECTED[tuple]}")
     found = tuple(item.strip() for item in value if item.strip())
@@ -525,10 +530,12 @@ def _names(value: Any, *, several: bool) -> tuple[str, ...]:
     return found
 
 
-def _mapping(value: Any) -> dict[str, Any]:
+def _parse_mapping(value: Any) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"expected {_EXPECTED[dict]}")
     for name, item in value.items():
         if not isinstance(item, str | int | float):
-            raise ValueError(f"{_shown(name, str)}: {_shown(item)} is not a single value")
+            raise ValueError(
+                f"{_format_value(name, str)}: {_format_value(item)} is not a single value"
+            )
     return {str(name): item for name, item in value.items()}

@@ -33,7 +33,7 @@ class _Annotation(str):
 
 
 def annotation_of(declared: Option) -> str:
-    """What a Python caller may pass for an option, as source text."""
+    """The type annotation of an option for Python callers, as source text."""
     if declared.python_type is not None:
         text = declared.python_type
     elif declared.choices:
@@ -53,8 +53,8 @@ def signature_of(
     """The signature of a function that takes a config's options as keywords.
 
     Args:
-        config_class: Whose options.
-        extra: Parameters the function has besides. Positional ones come first, keyword-only ones
+        config_class: The class that declares the options.
+        extra: Further parameters of the function. Positional ones come first, keyword-only ones
             last.
         leave_out: Options that the function doesn't take, or that `extra` replaces.
         returns: The return annotation, as source text.
@@ -87,11 +87,11 @@ def document(
     """A Google-style docstring for a function that takes a config's options as keywords.
 
     Args:
-        config_class: Whose options.
+        config_class: The class that declares the options.
         summary: First line, and further paragraphs.
-        extra: (name, description) of arguments the function has besides; they come first.
+        extra: (name, description) of further arguments; they come first.
         leave_out: Options that the function doesn't take.
-        returns: What it returns; no section if empty.
+        returns: Description of the return value; no section if empty.
         raises: (exception, description); no section if empty.
     """
     lines = [textwrap.dedent(summary).strip(), ""]

@@ -83,7 +83,7 @@ class ReportConfig(Options):
         "Run folders.",
         OTHER,
         metavar="RUN [RUN ...]",
-        several=True,
+        multiple=True,
         positional=True,
     )
     output: str | None = option(

@@ -54,31 +54,32 @@ def read_held_out_data(
 ) -> HeldOutData:
     """Read the rows that the run held out, or those of other data.
 
-    The run's own rows are found as in training: the valid split of its data, or the fraction that
-    its seed split off. Of other data, the valid split is read, or everything if it has none.
+    The rows held out by the run are found as in training: the valid split of its data, or the
+    fraction that its seed selected. Of other data, the valid split is read if there is one, else
+    all rows.
 
     Args:
         run: The run.
-        data: Other data; None for the run's own.
+        data: Other data; None for the run's data.
         format: Data format; None to detect it.
-        own_data: The run's own data, if it was passed from Python.
+        own_data: The run's data, if it was passed from Python.
 
     Raises:
-        ConfigError: The run's data is unknown and no other is given.
+        ConfigError: The run's data is unknown and no other data is given.
         DataError: The data can't be read, or nothing was held out.
     """
     own: Data | None = own_data
     if own is None and run.config is not None:
         own = run.config.data
     if data is None and own is None:
-        why = "has no config.yaml that names its own"
+        reason = "has no config.yaml that names its data"
         if run.config is not None:
-            why = "was trained on data passed from Python"
+            reason = "was trained on data passed from Python"
         raise ConfigError(
-            f"--data is missing: {run.folder} {why}; give a file or folder of pairs or prompts"
+            f"--data is missing: {run.folder} {reason}; give a file or folder of pairs or prompts"
         )
     if own is not None and (data is None or (data == own and format is None)):
-        return _own_data(run, own)
+        return _read_own_data(run, own)
     assert data is not None
     split = "valid" if has_split(data, "valid") else "train"
     pairs = _pairs(data, split, format)
@@ -86,12 +87,12 @@ def read_held_out_data(
     return HeldOutData(pairs, _unique_prompts(groups), f"{_name(data)}, {split} split")
 
 
-def _own_data(run: TrainedRun, data: Data) -> HeldOutData:
+def _read_own_data(run: TrainedRun, data: Data) -> HeldOutData:
     config = run.config
     assert config is not None
     if config.valid_fraction == 0 and not has_split(data, "valid"):
         raise DataError(
-            f"{run.folder}: the run held nothing out (--valid-fraction 0, and {_name(data)} has "
+            f"{run.folder}: the run held no rows out (--valid-fraction 0, and {_name(data)} has "
             "no valid split); give other data with --data"
         )
     groups = read_splits(config, _reader(run), data).valid
@@ -99,8 +100,8 @@ def _own_data(run: TrainedRun, data: Data) -> HeldOutData:
     held_out = {group.prompt for group in groups}
     # Read again as pairs, because a kto run splits pairs into single completions.
     pairs = [group for group in _pairs(data, split, config.format) if group.prompt in held_out]
-    how = "valid split" if split == "valid" else "the part that the run held out"
-    return HeldOutData(pairs, _unique_prompts(groups), f"{_name(data)}, {how}")
+    part = "valid split" if split == "valid" else "the part that the run held out"
+    return HeldOutData(pairs, _unique_prompts(groups), f"{_name(data)}, {part}")
 
 
 def _name(data: Data) -> str:
@@ -109,7 +110,7 @@ def _name(data: Data) -> str:
 
 
 def _reader(run: TrainedRun) -> GroupReader:
-    """The function with which the run read its data, on which the split depends."""
+    """The function with which the run read its data; the split depends on it."""
     if run.command == "dpo":
         return _read_pairs
     if run.command == "kto":
@@ -210,22 +211,22 @@ def split_into_segments(
     """Split documents into segments of at most `max_length` tokens.
 
     The first token of each segment is its prompt and is not scored. No end token is added, because
-    a document may end anywhere.
+    documents need not end with a sentence.
 
     Returns:
-        The segments, and for each the number of its document.
+        The segments, and the number of each segment's document.
 
     Raises:
         DataError: No document has two tokens or more.
     """
-    groups, of = [], []
+    groups, numbers = [], []
     for number, document in enumerate(documents):
         ids = np.array(style.encode(str(document.completions[0])), np.int32)
         for start in range(0, len(ids), max_length):
             part = ids[start : start + max_length]
             if len(part) > 1:
                 groups.append(TokenizedGroup(part[:1], (part[1:],), document.source))
-                of.append(number)
+                numbers.append(number)
     if not groups:
-        raise DataError(f"{documents[0].source}: no text of two tokens or more")
-    return groups, of
+        raise DataError(f"{documents[0].source}: expected a text of two tokens or more")
+    return groups, numbers

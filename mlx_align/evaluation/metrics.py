@@ -36,11 +36,11 @@ class Preferences:
         pairs: Number of pairs.
         prompts: Number of different prompts.
         beta: β of the implicit reward β·(policy − reference); 1 if the run has none.
-        accuracy: Share of pairs whose chosen completion has the higher log-prob under the policy.
+        accuracy: Fraction of pairs whose chosen completion is more likely under the policy.
         reference_accuracy: The same under the reference.
         margin: Mean log-prob of chosen − rejected under the policy, nats.
         reference_margin: The same under the reference.
-        reward_accuracy: Share of pairs whose chosen completion has the higher implicit reward.
+        reward_accuracy: Fraction of pairs whose chosen completion has the higher implicit reward.
         reward_margin: Mean implicit reward of chosen − rejected.
         chosen_change: Mean log-prob of the chosen completion, policy − reference, nats.
         rejected_change: The same for the rejected completion.
@@ -64,8 +64,8 @@ def preferences(
 ) -> Preferences:
     """Metrics on pairs from reference log-probs (n, 2) and log-ratios (n, 2), chosen first.
 
-    The policy's log-probs are their sum. Log-ratios are an argument, rather than two log-probs,
-    because they are exactly 0 for identical models, however the sums round.
+    The policy's log-probs are the sum of both. Log-ratios are an argument, instead of the policy's
+    log-probs, because they are exactly 0 for identical models; differences of sums are not.
     """
     policy = reference + logratios
     rewards = beta * logratios
@@ -101,7 +101,7 @@ class Divergence:
         per_answer: Mean KL per completion, nats.
         standard_error: Its standard error between prompts; None with one prompt.
         per_token: KL per token, nats.
-        truncated: Share of samples that reached the maximum length; their KL ends there.
+        truncated: Fraction of samples that reached the maximum length; their KL ends there.
     """
 
     prompts: int
@@ -138,10 +138,10 @@ class WinRate:
         prompts: Number of prompts whose completions were all scored.
         answers: Number of completions per role, all prompts together.
         unjudged: Number of prompts left out because a completion could not be scored.
-        rate: Share of comparisons that the policy wins; ties count half.
+        rate: Fraction of comparisons that the policy wins; ties count half.
         length_controlled: The win rate for completions of equal length; None if all lengths differ
             by the same amount.
-        ties: Share of comparisons that are ties.
+        ties: Fraction of comparisons that are ties.
         detectable: The smallest difference of the rate from ½ that this number of prompts can
             detect (80% power, two-sided 5%).
         reward: Mean score of the policy's completions.
@@ -295,31 +295,31 @@ def expected_best(scores: npt.ArrayLike, n: int, values: npt.ArrayLike | None = 
     """Expected score of the best of n samples, from the scores (N,) of N ≥ n samples of a prompt.
 
     The mean of the best score over all C(N, n) subsets of size n: Σ_i x_(i) · C(i − 1, n − 1) /
-    C(N, n), with x_(1) ≤ … ≤ x_(N). It is an unbiased estimate for any N; drawing the n with
-    replacement would be biased low.
+    C(N, n), with x_(1) ≤ … ≤ x_(N). This estimate is unbiased for any N; sampling the n with
+    replacement would bias it downwards.
 
     Source: Nakano et al. 2021, "WebGPT", appendix I.
 
     Args:
         scores: (N,) scores to rank by; higher is better.
         n: Number of samples to choose from, 1 to N.
-        values: (N,) what to average of the best one instead of its score, like whether it is
-            correct. Among equal scores each is equally likely to be the best.
+        values: (N,) numbers to average instead of the best one's score, such as its correctness.
+            Among equal scores, each is equally likely to be the best.
 
     Raises:
         ValueError: n is out of range, or the arrays' shapes are not (N,).
     """
     ranked_by = np.asarray(scores, np.float64)
-    counted = ranked_by if values is None else np.asarray(values, np.float64)
-    if ranked_by.ndim != 1 or counted.shape != ranked_by.shape:
-        raise ValueError(f"scores {ranked_by.shape} and values {counted.shape}: expected (N,)")
+    averaged = ranked_by if values is None else np.asarray(values, np.float64)
+    if ranked_by.ndim != 1 or averaged.shape != ranked_by.shape:
+        raise ValueError(f"scores {ranked_by.shape} and values {averaged.shape}: expected (N,)")
     size = len(ranked_by)
     if not 1 <= n <= size:
         raise ValueError(f"the best of {n} can't be estimated from {size} samples")
     order = np.argsort(ranked_by, kind="stable")
     _, tie, counts = np.unique(ranked_by[order], return_inverse=True, return_counts=True)
     by_tie = np.bincount(tie, weights=best_weights(size, n)) / counts
-    return float((by_tie[tie] * counted[order]).sum())
+    return float((by_tie[tie] * averaged[order]).sum())
 
 
 def best_weights(size: int, n: int) -> Floats:
@@ -330,9 +330,9 @@ def best_weights(size: int, n: int) -> Floats:
     log_factorial = np.concatenate([[0.0], np.cumsum(np.log(np.arange(1, size + 1)))])
     below = np.arange(n - 1, size)  # number of smaller samples, for those that can be the best
     subsets = log_factorial[below] - log_factorial[n - 1] - log_factorial[below - n + 1]
-    every = log_factorial[size] - log_factorial[n] - log_factorial[size - n]
+    total = log_factorial[size] - log_factorial[n] - log_factorial[size - n]
     weights = np.zeros(size)
-    weights[n - 1 :] = np.exp(subsets - every)
+    weights[n - 1 :] = np.exp(subsets - total)
     return weights
 
 

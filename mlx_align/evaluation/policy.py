@@ -1,7 +1,7 @@
 """Evaluation of a trained policy against its reference, on data it was not trained on.
 
-One model is in memory at a time. The reward model is loaded first, so that a wrong one is found
-early; it is released and loaded again when the completions have been sampled.
+One model is in memory at a time. The reward model is loaded first, so that a wrong one is reported
+early; then it is released, and loaded again when the completions have been sampled.
 """
 
 from __future__ import annotations
@@ -66,16 +66,16 @@ class Evaluation:
     Attributes:
         run: The run folder.
         model: Its base model.
-        reference: What the run is compared with, in words.
-        data: Where the held-out rows come from, in words.
-        judge: The reward model; None if there was none.
+        reference: Description of the reference.
+        data: Description of the held-out rows.
+        judge: The reward model; None if none was given.
         seed: Random seed of prompts, samples and intervals.
         preferences: Accuracy and margins on held-out pairs.
         divergence: KL from the reference.
         wins: Win rate against the reference, by the reward model.
         best_of: Best-of-n, by the reward model or else by the implicit reward.
         perplexity: Perplexity of other text.
-        warnings: What a reader should know, one sentence each.
+        warnings: Problems that a reader should know of, one sentence each.
     """
 
     run: str
@@ -119,7 +119,7 @@ class Samples(NamedTuple):
         policy_lengths: (P, K) tokens.
         reference_lengths: (P, K) tokens.
         logratios: (P, K) log-ratios policy − reference of the policy's completions, nats.
-        truncated: Share of the policy's completions that reached the maximum length.
+        truncated: Fraction of the policy's completions that reached the maximum length.
     """
 
     policy: list[list[str]]
@@ -131,7 +131,7 @@ class Samples(NamedTuple):
 
 
 class _PolicyMetrics(NamedTuple):
-    """What needs policy and reference in memory."""
+    """The metrics and samples for which policy and reference are in memory."""
 
     preferences: Preferences | None
     samples: Samples
@@ -159,7 +159,10 @@ def evaluate_policy(
     console = SilentConsole() if console is None else console
     if config.model is None or config.adapter_path is None:
         missing = "--model" if config.model is None else "--adapter-path"
-        raise ConfigError(f"{missing} is missing; give the run with --adapter-path, and its base")
+        raise ConfigError(
+            f"{missing} is missing; give the run with --adapter-path, and its base model with "
+            "--model"
+        )
     run = read_trained_run(config.adapter_path)
     held_out = read_held_out_data(run, data or config.data, config.format, own_data)
     documents = None if config.perplexity_data is None else read_documents(config.perplexity_data)
@@ -183,9 +186,7 @@ def evaluate_policy(
     wins = reference_scores = None
     scored = np.ones(len(prompts), np.bool_)
     if samples.reference is not None:
-        texts = [
-            ours + theirs for ours, theirs in zip(samples.policy, samples.reference, strict=True)
-        ]
+        texts = [a + b for a, b in zip(samples.policy, samples.reference, strict=True)]
         both = score_samples(config, folder, prompts, texts, console)
         scored = np.asarray(np.isfinite(both).all(axis=1))
         if not scored.any():
@@ -287,16 +288,16 @@ class PolicyAndReference:
         for i, group in enumerate(groups):
             for k in range(size[1]):
                 mask = completion_mask(group, k)
-                theirs = reference[i][k][mask].astype(np.float64)
-                logps[i, k] = theirs.sum()
-                logratios[i, k] = (policy[i][k][mask] - theirs).sum()
+                reference_logps = reference[i][k][mask].astype(np.float64)
+                logps[i, k] = reference_logps.sum()
+                logratios[i, k] = (policy[i][k][mask] - reference_logps).sum()
         return logps, logratios
 
     def sample(self, config: EvalConfig, prompts: Sequence[EvalPrompt]) -> Samples:
-        """Sample completions of both roles; of the reference only if a reward model compares them.
+        """Sample the policy's completions and, if a reward model compares them, the reference's.
 
-        Both roles use the same random numbers, except for a single completion each: then there is
-        no other pair to compare.
+        Both use the same random numbers, unless there is one completion per prompt: then this pair
+        itself is compared (see `WinRate`).
         """
         policy = self._generate(config, prompts, self.policy, (config.seed, 0), "policy")
         groups = [
@@ -318,7 +319,7 @@ class PolicyAndReference:
             policy_lengths=_lengths(policy),
             reference_lengths=_lengths(reference or []),
             logratios=logratios,
-            truncated=float(np.mean([not one.finished for some in policy for one in some])),
+            truncated=float(np.mean([not one.finished for group in policy for one in group])),
         )
 
     def _generate(
@@ -353,8 +354,8 @@ class PolicyAndReference:
         self, prompts: Sequence[EvalPrompt], sampled: Sequence[Sequence[Generated]]
     ) -> list[list[str]]:
         return [
-            [completion_text(self.model.folder, prompt, one) for one in some]
-            for prompt, some in zip(prompts, sampled, strict=True)
+            [completion_text(self.model.folder, prompt, one) for one in completions]
+            for prompt, completions in zip(prompts, sampled, strict=True)
         ]
 
 
@@ -371,7 +372,7 @@ def score_samples(
         config: The options; `reward_model` is set.
         folder: The policy's base model.
         prompts: The P prompts.
-        texts: Per prompt the texts of its completions, equally many.
+        texts: The texts of each prompt's completions, the same number for all.
         console: Shows progress.
 
     Returns:
@@ -379,14 +380,14 @@ def score_samples(
     """
     assert config.reward_model is not None
     reward_model = open_reward_model(config.reward_model, folder)
-    distinct = [list(dict.fromkeys(some)) for some in texts]
+    distinct = [list(dict.fromkeys(row)) for row in texts]
     groups = [
         PromptGroup(
             prompt.text.prompt,
-            tuple(_as_completion(prompt, text) for text in some),
+            tuple(_as_completion(prompt, text) for text in row),
             prompt.text.source,
         )
-        for prompt, some in zip(prompts, distinct, strict=True)
+        for prompt, row in zip(prompts, distinct, strict=True)
     ]
     scores = np.full((len(groups), len(texts[0])), np.nan)
     with console.bar("Scoring", len(groups)) as bar:
@@ -401,7 +402,7 @@ def score_samples(
 
 
 def completion_text(folder: ModelFolder, prompt: EvalPrompt, completion: Generated) -> str:
-    """A sampled completion as text that, appended to its prompt, reads as sampled."""
+    """The text of a sampled completion, as it has to be appended to its prompt."""
     decode = folder.tokenizer.decode
     tokens = completion.tokens[: len(completion.tokens) - completion.finished]
     if not isinstance(prompt.text.prompt, str):
@@ -423,21 +424,23 @@ def _measure_policy(
     max_length: int,
     console: Console,
 ) -> _PolicyMetrics:
-    """Everything that needs policy and reference, which are released on return."""
+    """Compute what needs policy and reference in memory; both are released on return."""
     roles = PolicyAndReference.load(folder, run, console)
     preferred = perplexity = None
     if pairs:
         reference, logratios = roles.compare(pairs, "Held-out pairs")
         numbers: dict[bytes, int] = {}
-        of = [numbers.setdefault(pair.prompt.tobytes(), len(numbers)) for pair in pairs]
-        preferred = preferences(reference, logratios, np.array(of), _beta(run), seed=config.seed)
+        prompt = [numbers.setdefault(pair.prompt.tobytes(), len(numbers)) for pair in pairs]
+        preferred = preferences(
+            reference, logratios, np.array(prompt), _beta(run), seed=config.seed
+        )
     samples = roles.sample(config, prompts)
     if documents is not None:
-        segments, of = split_into_segments(documents, style, max_length)
+        segments, document = split_into_segments(documents, style, max_length)
         reference, logratios = roles.compare(segments, "Perplexity")
         tokens = np.array([len(segment.completions[0]) for segment in segments], np.float64)
         perplexity = perplexity_change(
-            reference[:, 0], logratios[:, 0], tokens, np.array(of), seed=config.seed
+            reference[:, 0], logratios[:, 0], tokens, np.array(document), seed=config.seed
         )
     return _PolicyMetrics(preferred, samples, perplexity)
 
@@ -466,7 +469,7 @@ def _free_memory() -> None:
 
 
 def _lengths(sampled: Sequence[Sequence[Generated]]) -> Floats:
-    return np.array([[len(one.tokens) for one in some] for some in sampled], np.float64)
+    return np.array([[len(one.tokens) for one in group] for group in sampled], np.float64)
 
 
 def _as_completion(prompt: EvalPrompt, text: str) -> Text:

@@ -1,4 +1,4 @@
-"""Evaluations formatted for the terminal, each number with an explanation."""
+"""Evaluations as text for the terminal; each number comes with an explanation."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def render_evaluation(found: Evaluation) -> str:
         f"held-out rows: {found.data}; ranges are 95% intervals over prompts",
         _NO_PAIRS if found.preferences is None else _preferences(found.preferences),
         _divergence(found.divergence),
-        _NO_REWARD_MODEL if found.wins is None else _wins(found.wins, str(found.judge)),
+        _NO_REWARD_MODEL if found.wins is None else _win_rate(found.wins, str(found.judge)),
     ]
     if len(found.best_of) > 1:
         by = "the implicit reward" if found.judge is None else found.judge
@@ -39,18 +39,26 @@ def _preferences(one: Preferences) -> str:
         ("", "reference", "policy", "95%"),
         (
             "prefers the chosen (own log-prob)",
-            _share(one.reference_accuracy.value),
-            *_both(one.accuracy, _share),
+            _rate(one.reference_accuracy.value),
+            *_value_and_interval(one.accuracy, _rate),
         ),
         (
             "log-prob margin, nats",
             _signed(one.reference_margin.value),
-            *_both(one.margin, _signed),
+            *_value_and_interval(one.margin, _signed),
         ),
-        ("prefers the chosen (implicit reward)", "", *_both(one.reward_accuracy, _share)),
-        (f"reward margin (β = {one.beta:g})", "", *_both(one.reward_margin, _signed)),
-        ("log-prob of chosen, change, nats", "", *_both(one.chosen_change, _signed)),
-        ("log-prob of rejected, change, nats", "", *_both(one.rejected_change, _signed)),
+        (
+            "prefers the chosen (implicit reward)",
+            "",
+            *_value_and_interval(one.reward_accuracy, _rate),
+        ),
+        (f"reward margin (β = {one.beta:g})", "", *_value_and_interval(one.reward_margin, _signed)),
+        ("log-prob of chosen, change, nats", "", *_value_and_interval(one.chosen_change, _signed)),
+        (
+            "log-prob of rejected, change, nats",
+            "",
+            *_value_and_interval(one.rejected_change, _signed),
+        ),
     ]
     table = _table(f"{one.pairs:,} held-out pairs of {one.prompts:,} prompts", rows)
     return (
@@ -70,37 +78,38 @@ def _divergence(one: Divergence) -> str:
     )
 
 
-def _wins(one: WinRate, judge: str) -> str:
+def _win_rate(one: WinRate, judge: str) -> str:
     controlled = "can't be estimated: all lengths differ by the same amount"
     if one.length_controlled is not None:
-        controlled = f"{_share(one.length_controlled.value)} ({_range(one.length_controlled)})"
-    left_out = f"; {one.unjudged} prompts could not be scored" if one.unjudged else ""
+        equal_length = one.length_controlled
+        controlled = f"{_rate(equal_length.value)} ({_interval(equal_length, _rate)})"
+    unscored = f"; {one.unjudged} prompts could not be scored" if one.unjudged else ""
     return "\n".join(
         [
-            f"Win rate against the reference: {_share(one.rate.value)} ({_range(one.rate)}), "
+            f"Win rate against the reference: {_rate(one.rate.value)} "
+            f"({_interval(one.rate, _rate)}), "
             f"{one.ties:.0%} ties; judge: {judge}",
             f"  at equal length: {controlled}; answers have {one.length:.0f} tokens, the "
             f"reference's {one.reference_length:.0f}",
             f"  score: {one.reward:+.3f}, the reference's {one.reference_reward:+.3f}, gain "
-            f"{one.reward_gain.value:+.3f} ({_range(one.reward_gain, _signed)})",
+            f"{one.reward_gain.value:+.3f} ({_interval(one.reward_gain, _signed)})",
             f"  {one.prompts:,} prompts, {one.answers // one.prompts} answers each: a true rate "
             f"within {100 * one.detectable:.1f} points of 50% may go undetected "
-            f"(80% power, 5%){left_out}",
+            f"(80% power, 5%){unscored}",
         ]
     )
 
 
 def _best_of(curve: Sequence[BestOf], by: str) -> str:
     rows = [("best of", "score", "gain", "95%", "KL at most")]
-    shown = _few(curve)
-    for one in shown:
-        gain = ("", "") if one.n == 1 else _both(one.gain, _signed)
+    for one in _select_rows(curve):
+        gain = ("", "") if one.n == 1 else _value_and_interval(one.gain, _signed)
         rows.append((f"{one.n}", f"{one.score.value:+.3f}", *gain, f"{one.kl_at_most:.2f}"))
     return _table(f"Keeping the best of n answers, by {by}", rows)
 
 
-def _few(curve: Sequence[BestOf]) -> list[BestOf]:
-    """All of up to 8 values of n; of more, the powers of two and the last."""
+def _select_rows(curve: Sequence[BestOf]) -> list[BestOf]:
+    """All rows of a curve of up to 8 values of n; else the powers of two and the last."""
     last = len(curve)
     return [one for one in curve if last <= 8 or one.n & (one.n - 1) == 0 or one.n == last]
 
@@ -109,7 +118,7 @@ def _perplexity(one: Perplexity) -> str:
     return (
         f"Perplexity on the text, over the reference's: × {one.ratio.value:.4f} "
         f"({one.ratio.low:.4f} to {one.ratio.high:.4f})\n"
-        f"  what alignment cost elsewhere: {one.reference_nats_per_token:.4f} → "
+        f"  what alignment cost on other text: {one.reference_nats_per_token:.4f} → "
         f"{one.nats_per_token:.4f} nats per token, {one.tokens:,} tokens of {one.documents:,} "
         "documents"
     )
@@ -124,16 +133,15 @@ def _table(title: str, rows: Sequence[tuple[str, ...]]) -> str:
     return "\n".join(lines)
 
 
-def _both(one: Estimate, say: Format) -> tuple[str, str]:
-    return say(one.value), _range(one, say)
+def _value_and_interval(one: Estimate, format_number: Format) -> tuple[str, str]:
+    return format_number(one.value), _interval(one, format_number)
 
 
-def _range(one: Estimate, say: Format | None = None) -> str:
-    say = say or _share
-    return f"{say(one.low)} to {say(one.high)}"
+def _interval(one: Estimate, format_number: Format) -> str:
+    return f"{format_number(one.low)} to {format_number(one.high)}"
 
 
-def _share(value: float) -> str:
+def _rate(value: float) -> str:
     return f"{value:.1%}"
 
 
@@ -170,8 +178,8 @@ def _format_bins(parts: Sequence[AccuracyBin]) -> str:
     return ", ".join(f"{part.name} {_percent(part.accuracy)}" for part in parts if part.comparisons)
 
 
-def _percent(share: float | None) -> str:
-    return "–" if share is None else f"{share:.1%}"
+def _percent(value: float | None) -> str:
+    return "–" if value is None else _rate(value)
 
 
 def _correlation(value: float | None) -> str:

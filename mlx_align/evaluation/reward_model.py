@@ -1,8 +1,8 @@
 """Evaluation of scores on labelled comparisons: accuracy, calibration, and length bias.
 
-Accuracy alone can't tell a good reward model from one that prefers longer completions or was
-trained on the held-out data. So it is reported next to the accuracy of "pick the longer", split by
-confidence and by length ratio, and the probabilities are compared with the labels.
+Accuracy alone can't distinguish a good reward model from one that prefers longer completions or was
+trained on the held-out data. So it is reported next to the accuracy of "pick the longer", and by
+confidence and length ratio, and the probabilities are compared with the labels.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ Scores = npt.NDArray[np.floating[Any]]
 ECE_BINS = 10
 # Reward models reach 60–75% on human preferences. More suggests a leak, or a shortcut like length.
 SUSPICIOUS_ACCURACY = 0.9
-# Warn if "pick the longer" (or the shorter) alone reaches this share of the gain over chance.
-MAX_LENGTH_SHARE = 0.5
+# Warn if "pick the longer" (or the shorter) alone reaches this fraction of the gain over chance.
+MAX_LENGTH_GAIN = 0.5
 # Edges of the bins of length ratios (better over worse completion).
 RATIO_EDGES = (0.5, 0.8, 1.25, 2.0)
 RATIO_NAMES = ("below 0.5", "0.5 to 0.8", "0.8 to 1.25", "1.25 to 2", "above 2")
-# Temperatures outside of this range are not distinguished from 0 or infinity.
+# Temperatures outside this range count as 0 or infinity.
 MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-3, 1e3
 # Warn if there are fewer comparisons.
 MIN_COMPARISONS = 100
@@ -68,23 +68,23 @@ class CalibrationBin(NamedTuple):
 
 @dataclass(frozen=True)
 class RewardReport:
-    """Evaluation of a reward model on labelled comparisons. Shares are in [0, 1].
+    """Evaluation of a reward model on labelled comparisons. Rates are in [0, 1].
 
     Attributes:
         comparisons: Number of decided comparisons.
-        accuracy: Share of decided comparisons in which the better completion scores higher; ties
+        accuracy: Fraction of decided comparisons in which the better completion scores higher; ties
             count half.
         accuracy_low: Lower end of its 95% interval, by bootstrap over prompts.
         accuracy_high: Upper end of that interval.
         longer_accuracy: Accuracy of "pick the longer"; equal lengths count half.
-        accuracy_shorter_chosen: Accuracy where the better completion is the shorter one.
+        accuracy_shorter_chosen: Accuracy if the better completion is the shorter one.
         shorter_chosen: Number of those comparisons.
         by_difference: Accuracy by quartile of |Δ score|, least confident first.
         by_length_ratio: Accuracy by length ratio (better over worse completion).
         ece: Expected calibration error of σ(Δ) over 10 bins of confidence.
         calibration: The bins that are not empty, least confident first.
         temperature: The T that maximises the likelihood of σ(Δ/T); above 1 the model is
-            overconfident. None if there is none: every comparison right, or at most half.
+            overconfident. None if no T does: every comparison right, or at most half.
         ece_at_temperature: Calibration error after dividing by T.
         length_correlation: Spearman correlation of score and length over all completions.
         length_correlation_within: Spearman correlation of the differences within comparisons.
@@ -135,9 +135,9 @@ def reward_report(
         compared.worse_length[decided],
         compared.prompt[decided],
     )
-    right = _share_right(one.difference)
+    right = _is_right(one.difference)
     low, high = bootstrap_interval(right, one.prompt, seed=seed)
-    longer = _share_right(one.better_length - one.worse_length)
+    longer = _is_right(one.better_length - one.worse_length)
     shorter = one.better_length < one.worse_length
     temperature = fitted_temperature(compared.difference, compared.probability)
     accuracy, longer_accuracy = float(right.mean()), float(longer.mean())
@@ -163,7 +163,7 @@ def reward_report(
     )
 
 
-def _share_right(difference: Floats) -> Floats:
+def _is_right(difference: Floats) -> Floats:
     """1 where positive, 0 where negative, ½ where equal."""
     return 0.5 * (1 + np.sign(difference))
 
@@ -179,8 +179,8 @@ def bootstrap_interval(
 def calibration_error(difference: Floats, probability: Floats) -> float:
     """Expected calibration error of σ(difference) over equal-width bins of confidence in [½, 1].
 
-    Σ over bins of (share of comparisons in the bin) · |accuracy − confidence|. `probability` (n,)
-    is the label's probability that the first completion is better.
+    Σ over bins of (fraction of comparisons in the bin) · |accuracy − confidence|. `probability`
+    (n,) is the label's probability that the first completion is better.
 
     Source: Guo et al. 2017, "On Calibration of Modern Neural Networks", eq. 3.
     """
@@ -204,7 +204,7 @@ def calibration_bins(difference: Floats, probability: Floats) -> tuple[Calibrati
 
 
 def fitted_temperature(difference: Floats, probability: Floats) -> float | None:
-    """The T that maximises the likelihood of σ(difference/T), or None if there is none.
+    """The T that maximises the likelihood of σ(difference/T), or None if no T does.
 
     The derivative of the log-likelihood by 1/T, Σ Δ·(p − σ(Δ/T)), decreases in 1/T; its root is
     found by bisection. There is no root if every comparison is right, or at most half.
@@ -270,10 +270,10 @@ def _warnings(accuracy: float, longer: float, count: int) -> tuple[str, ...]:
             "length or a phrase, that separates chosen from rejected"
         )
     gained, by_length = accuracy - 0.5, abs(longer - 0.5)
-    if gained > 0 and by_length >= MAX_LENGTH_SHARE * gained:
+    if gained > 0 and by_length >= MAX_LENGTH_GAIN * gained:
         which = "longer" if longer > 0.5 else "shorter"
         found.append(
-            f'"pick the {which}" alone gains {by_length:.1%} over a coin, the model {gained:.1%}: '
+            f'"pick the {which}" alone gains {by_length:.1%} over chance, the model {gained:.1%}: '
             "it may have learned little more than length; balance the data, or add pairs whose "
             f"chosen completion is the {'shorter' if which == 'longer' else 'longer'} one"
         )
@@ -286,7 +286,7 @@ class PairReport:
 
     Attributes:
         comparisons: Number of decided comparisons.
-        accuracy: Share in which the better completion scores higher; ties count half.
+        accuracy: Fraction in which the better completion scores higher; ties count half.
         accuracy_low: Lower end of its interval.
         accuracy_high: Upper end of its interval.
         margin: Mean score of the better minus the worse completion, in the scores' unit.
@@ -318,8 +318,8 @@ def pair_report(compared: ScoredComparisons, *, seed: int = 0) -> PairReport:
     """
     decided = compared.probability > 0.5
     margins, prompt = compared.difference[decided], compared.prompt[decided]
-    right = 0.5 * (1 + np.sign(margins))
-    longer = 0.5 * (1 + np.sign(compared.better_length[decided] - compared.worse_length[decided]))
+    right = _is_right(margins)
+    longer = _is_right(compared.better_length[decided] - compared.worse_length[decided])
     accuracy_low, accuracy_high = bootstrap_interval(right, prompt, seed=seed)
     margin_low, margin_high = bootstrap_interval(margins, prompt, seed=seed)
     return PairReport(
@@ -353,8 +353,8 @@ def evaluate_reward_model(
 
     Args:
         groups: The groups as scored, completions best first.
-        compared: The labels of each group, from `compare`.
-        scores: Per group (K, members).
+        compared: The labels of each group, from `compare_completions`.
+        scores: The scores (K, members) of each group.
         seed: Random seed of the bootstrap.
 
     Returns:
@@ -365,7 +365,7 @@ def evaluate_reward_model(
 
 
 def evaluate_reward_scores(scores: Sequence[GroupScores], *, seed: int = 0) -> RewardReport | None:
-    """Evaluate a reward model from what `RewardModel.score_groups` returns for labelled groups.
+    """Evaluate a reward model from the output of `RewardModel.score_groups` for labelled groups.
 
     Args:
         scores: Scores of groups of pairs or ranked completions; those without scores are skipped.
@@ -374,17 +374,17 @@ def evaluate_reward_scores(scores: Sequence[GroupScores], *, seed: int = 0) -> R
     Returns:
         The report; None if no comparison is decided.
     """
-    found = _comparisons_of(scores)
+    found = _collect_scored_groups(scores)
     return None if found is None else reward_report(*found, seed=seed)
 
 
 def evaluate_pair_scores(scores: Sequence[GroupScores], *, seed: int = 0) -> PairReport | None:
-    """Evaluate scores of any kind, like implicit rewards; as in `evaluate_reward_scores`."""
-    found = _comparisons_of(scores)
+    """Evaluate scores of any kind, such as implicit rewards; see `evaluate_reward_scores`."""
+    found = _collect_scored_groups(scores)
     return None if found is None else pair_report(found.compared, seed=seed)
 
 
-def _comparisons_of(scores: Sequence[GroupScores]) -> ComparisonScores | None:
+def _collect_scored_groups(scores: Sequence[GroupScores]) -> ComparisonScores | None:
     groups, values = [], []
     for one in scores:
         if one.tokens is not None and one.scores is not None:
@@ -396,21 +396,21 @@ def _comparisons_of(scores: Sequence[GroupScores]) -> ComparisonScores | None:
 def collect_comparisons(
     groups: Sequence[TokenizedGroup], compared: Sequence[GroupComparisons], scores: Sequence[Scores]
 ) -> ComparisonScores | None:
-    """Pair up the completions of scored groups; arguments as in `evaluate_reward_model`.
+    """Pair the completions of scored groups. Arguments are those of `evaluate_reward_model`.
 
     Returns:
-        The comparisons; None if none is decided.
+        The comparisons; None if all are undecided.
     """
     rows: list[tuple[float, float, int, int, int]] = []
-    every_score: list[float] = []
-    every_length: list[int] = []
+    all_scores: list[float] = []
+    all_lengths: list[int] = []
     prompts: dict[bytes, int] = {}
     for group, pairs, members in zip(groups, compared, scores, strict=True):
         prompt = prompts.setdefault(group.prompt.tobytes(), len(prompts))
         score = members.mean(axis=1, dtype=np.float64)
         length = [len(completion) for completion in group.completions]
-        every_score += [float(s) for s, n in zip(score, length, strict=True) if n]
-        every_length += [n for n in length if n]
+        all_scores += [float(s) for s, n in zip(score, length, strict=True) if n]
+        all_lengths += [n for n in length if n]
         indices = zip(*np.triu_indices(len(length), 1), strict=True)
         for (i, j), p, weight in zip(indices, pairs.probability, pairs.weight, strict=True):
             if weight == 0:
@@ -425,6 +425,6 @@ def collect_comparisons(
         ScoredComparisons(
             columns[0], columns[1], columns[2], columns[3], columns[4].astype(np.int64)
         ),
-        np.array(every_score),
-        np.array(every_length, np.float64),
+        np.array(all_scores),
+        np.array(all_lengths, np.float64),
     )

@@ -27,10 +27,10 @@ POWER = 0.8
 # finite if one model wins everything, or if every longer completion wins. At 64 completions and
 # rates of 20% to 80% it moves the rate by less than .005.
 PRIOR_SD = 3.0
-# Numbers of an array of resamples that are in memory at once, 8 MB.
+# Maximum size of the arrays of resamples, elements (8 MB).
 _BLOCK_SIZE = 1 << 20
 _NEWTON_STEPS = 50
-# A logistic fit that starts at 0 can overshoot, so a step changes no coefficient by more.
+# Maximum change of a coefficient in a step: a logistic fit that starts at 0 can overshoot.
 _MAX_STEP = 2.0
 
 
@@ -39,19 +39,21 @@ def mean_estimate(values: Floats, cluster: Clusters, *, seed: int = 0) -> Estima
     return ratio_estimate(values, np.ones_like(values), cluster, seed=seed)
 
 
-def ratio_estimate(above: Floats, below: Floats, cluster: Clusters, *, seed: int = 0) -> Estimate:
-    """Σ above / Σ below, both (n,), with a percentile bootstrap interval over clusters (n,).
+def ratio_estimate(
+    numerator: Floats, denominator: Floats, cluster: Clusters, *, seed: int = 0
+) -> Estimate:
+    """Σ numerator / Σ denominator, (n,) each, with a percentile bootstrap interval over clusters.
 
     For example nats per token, with documents as clusters.
     """
     _, index = np.unique(cluster, return_inverse=True)
-    sums = np.bincount(index, weights=above)
-    counts = np.bincount(index, weights=below)
+    above = np.bincount(index, weights=numerator)
+    below = np.bincount(index, weights=denominator)
     ratios = np.concatenate(
-        [(drawn @ sums) / (drawn @ counts) for drawn in _resamples(len(sums), len(sums), seed)]
+        [(counts @ above) / (counts @ below) for counts in _resamples(len(above), len(above), seed)]
     )
     low, high = np.quantile(ratios, _TAILS)
-    return Estimate(float(sums.sum() / counts.sum()), float(low), float(high))
+    return Estimate(float(above.sum() / below.sum()), float(low), float(high))
 
 
 def rate_estimate(outcomes: Floats, cluster: Clusters, *, seed: int = 0) -> Estimate:
@@ -72,11 +74,11 @@ def standard_error(values: Floats, cluster: Clusters) -> float | None:
     For clusters of equal size it is s/√m of the m cluster means.
     """
     _, index = np.unique(cluster, return_inverse=True)
-    off = np.bincount(index, weights=values - values.mean())
-    m = len(off)
+    residuals = np.bincount(index, weights=values - values.mean())
+    m = len(residuals)
     if m < 2:
         return None
-    return float(math.sqrt(m / (m - 1) * (off**2).sum()) / len(values))
+    return float(math.sqrt(m / (m - 1) * (residuals**2).sum()) / len(values))
 
 
 def wins(one: Floats, other: Floats) -> Floats:
@@ -100,10 +102,10 @@ def length_controlled(
         seed: Random seed of the bootstrap.
 
     Returns:
-        None if all differences are the same number other than 0: the effect of length can't be
-        separated then.
+        The rate; None if all differences are the same number other than 0, because the effect of
+        length can't be separated then.
 
-    Source: Dubois et al. 2024, "Length-Controlled AlpacaEval", its length term alone.
+    Source: Dubois et al. 2024, "Length-Controlled AlpacaEval", only the length term.
     """
     spread = float(length_difference.std())
     if spread < 1e-12 and abs(length_difference[0]) > 0:
@@ -111,20 +113,20 @@ def length_controlled(
     feature = np.tanh(length_difference / spread) if spread > 0 else np.zeros_like(outcomes)
     _, index = np.unique(cluster, return_inverse=True)
     fit = fit_logistic(outcomes, feature, np.ones((1, len(outcomes))))
-    whole = float(sigmoid(fit[0, 0]))
+    rate = float(sigmoid(fit[0, 0]))
     if np.ptp(cluster_means(outcomes, cluster)) < 1e-12:
         raw = rate_estimate(outcomes, cluster)
-        return Estimate(whole, min(raw.low, whole), max(raw.high, whole))
+        return Estimate(rate, min(raw.low, rate), max(raw.high, rate))
     thetas = np.concatenate(
         [
-            fit_logistic(outcomes, feature, drawn[:, index], start=fit[0])[:, 0]
-            for drawn in _resamples(
+            fit_logistic(outcomes, feature, counts[:, index], start=fit[0])[:, 0]
+            for counts in _resamples(
                 int(index.max()) + 1, len(outcomes), seed, LENGTH_CONTROLLED_RESAMPLES
             )
         ]
     )
     low, high = sigmoid(np.quantile(thetas, _TAILS))
-    return Estimate(whole, float(low), float(high))
+    return Estimate(rate, float(low), float(high))
 
 
 def fit_logistic(
@@ -136,27 +138,28 @@ def fit_logistic(
         outcomes: (n,) in [0, 1].
         feature: (n,).
         weights: (fits, n) weight of each outcome in each fit.
-        start: (2,) a point near the solutions, to save steps.
+        start: (2,) initial coefficients; near the solutions they save steps.
 
     Returns:
         (fits, 2) coefficients that maximise the penalised likelihood.
     """
     ridge = 1 / PRIOR_SD**2
-    found = np.zeros((len(weights), 2)) + (0.0 if start is None else start)
+    fits = np.zeros((len(weights), 2)) + (0.0 if start is None else start)
     for _ in range(_NEWTON_STEPS):
-        p = sigmoid(found[:, :1] + found[:, 1:] * feature)
-        off = weights * (outcomes - p)
-        slope = np.stack([off.sum(axis=1), off @ feature], axis=1) - ridge * found
-        curve = weights * p * (1 - p)
-        a = curve.sum(axis=1) + ridge
-        b = curve @ feature
-        c = curve @ feature**2 + ridge
+        p = sigmoid(fits[:, :1] + fits[:, 1:] * feature)
+        residuals = weights * (outcomes - p)
+        slope = np.stack([residuals.sum(axis=1), residuals @ feature], axis=1) - ridge * fits
+        # The Hessian is [[a, b], [b, c]].
+        curvature = weights * p * (1 - p)
+        a = curvature.sum(axis=1) + ridge
+        b = curvature @ feature
+        c = curvature @ feature**2 + ridge
         step = np.stack([c * slope[:, 0] - b * slope[:, 1], a * slope[:, 1] - b * slope[:, 0]], 1)
         step = np.clip(step / (a * c - b * b)[:, None], -_MAX_STEP, _MAX_STEP)
-        found = found + step
+        fits = fits + step
         if np.abs(step).max() < 1e-8:
             break
-    return found
+    return fits
 
 
 def cluster_means(values: Floats, cluster: Clusters) -> Floats:
@@ -194,15 +197,15 @@ _TAILS = [(1 - LEVEL) / 2, (1 + LEVEL) / 2]
 
 
 def _resamples(clusters: int, width: int, seed: int, count: int = RESAMPLES) -> Iterator[Floats]:
-    """How often each cluster occurs in each resample, in blocks (resamples, clusters).
+    """Yield the number of times that clusters occur in resamples, (resamples, clusters), in blocks.
 
     `width` is the width of the widest array that is made from a block.
     """
     random = np.random.default_rng(seed)
-    left = count
-    while left:
-        block = min(left, max(1, _BLOCK_SIZE // width))
-        left -= block
+    remaining = count
+    while remaining:
+        block = min(remaining, max(1, _BLOCK_SIZE // width))
+        remaining -= block
         drawn = random.integers(0, clusters, (block, clusters))
         drawn += np.arange(block)[:, None] * clusters
         counts = np.bincount(drawn.ravel(), minlength=block * clusters)

@@ -231,7 +231,7 @@ def test_where_the_longer_is_always_chosen_the_report_says_so(train, models, tmp
     assert train(models["float32"], *HOT, "--iters", 10, data=data)[0] == 0
     out = capsys.readouterr().out
     assert '"pick the longer" gets 100.0% of them' in out
-    assert '! "pick the longer" alone gains 50.0% over a coin' in out
+    assert '! "pick the longer" alone gains 50.0% over chance' in out
     report = summary_of(tmp_path / "run")["held_out"]
     assert report["longer_accuracy"] == 1
     assert report["accuracy"] > 0.9

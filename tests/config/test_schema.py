@@ -83,7 +83,7 @@ def test_wrong_options_are_named(given, words):
     ("text", "words"),
     [
         ("batch_size: [1\n", "run.yaml:2: not YAML"),
-        ("- 1\n- 2\n", "expected option: value lines, found list"),
+        ("- 1\n- 2\n", "expected lines of `option: value`, found list"),
         ("lora_parameters:\n  rank: 8\n", "run.yaml:1: unknown option lora_parameters"),
         ("!!python/object:os.system {}\n", "not YAML"),
         ("batch_size: none\n", "run.yaml:1: batch_size: none: expected a whole number"),

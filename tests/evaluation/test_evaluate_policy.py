@@ -258,7 +258,7 @@ def test_the_reference_is_where_the_run_started(tmp_path, data, evaluate, refuse
     (later / "config.yaml").write_text(to_yaml(config))
     shutil.rmtree(init)
     line = refused("--model", TINY, "--adapter-path", later)
-    assert f"started from --init-adapter {init}, which is not there" in line
+    assert f"started from --init-adapter {init}, which does not exist" in line
 
 
 @pytest.mark.parametrize("splits", [True, False])
@@ -331,7 +331,7 @@ def test_a_screen_for_people(runs, text, capsys):
         "at equal length: ",
         "(80% power, 5%)",
         "best of",
-        "what alignment cost elsewhere",
+        "what alignment cost on other text",
         "! 6 prompts are few",
     ):
         assert words in shown
@@ -370,7 +370,7 @@ def test_mistakes_are_one_line(tmp_path, data, runs, refused):
     assert "mlx-align score" in refused(*model, "--adapter-path", runs / "rm")
     assert "-n 0: out of range" in refused(*dpo, "-n", 0)
     bare = adapter(tmp_path / "bare")
-    assert "no config.yaml that names its own" in refused(*model, "--adapter-path", bare)
+    assert "no config.yaml that names its data" in refused(*model, "--adapter-path", bare)
     assert "gone.jsonl" in refused(*dpo, "--data", tmp_path / "gone.jsonl")
     assert "neither a run of mlx-align reward" in refused(*dpo, "--reward-model", TINY)
     nowhere = tmp_path / "nowhere"
@@ -382,7 +382,7 @@ def test_mistakes_are_one_line(tmp_path, data, runs, refused):
     assert "contains no text" in refused(*dpo, "--perplexity-data", empty)
     nothing = DPOConfig(model=str(TINY), data=str(data / "train.jsonl"), valid_fraction=0.0)
     none = adapter(tmp_path / "none", config=nothing)
-    assert "held nothing out" in refused(*model, "--adapter-path", none)
+    assert "held no rows out" in refused(*model, "--adapter-path", none)
     long = (*dpo, "--max-seq-length", 2)
     assert "--max-seq-length 2" in refused(*long)
     broken = write(tmp_path / "broken.jsonl", [pair("a", 0), {"prompt": "b", "chosen": "c"}])

@@ -149,7 +149,7 @@ def test_warnings():
     assert longer.longer_accuracy == 1
     text = " ".join(longer.warnings)
     assert "above 90%" in text
-    assert '"pick the longer" alone gains 50.0% over a coin, the model 50.0%' in text
+    assert '"pick the longer" alone gains 50.0% over chance, the model 50.0%' in text
     shorter = report_of(judged(right, better=[4] * n, worse=[9] * n))
     assert '"pick the shorter"' in " ".join(shorter.warnings)
 
