@@ -1,7 +1,7 @@
 """The commands as functions, from options to results.
 
 The command line (`cli`) and the Python functions (`api`) both call these, so that both check,
-compute and write the same. What they print is theirs.
+compute and write the same. Printing is up to them.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from mlx_align.config.schema import Source, declared_options, flag_of, require, 
 from mlx_align.errors import ConfigError, WriteError
 from mlx_align.system.starter import resolve_starter, shipped_file
 
-# mlx-lm takes seconds to import, and wrong options are found without it. So functions import what
-# they run.
+# mlx-lm takes seconds to import, and errors in options are found without it. So these imports are
+# made in the functions.
 if TYPE_CHECKING:
     from mlx_align.algorithms.base import Algorithm
     from mlx_align.data.readers import DataSource
@@ -53,7 +53,7 @@ PLAN_BASIS = (
 
 @dataclass(frozen=True)
 class PythonObjects:
-    """What a Python caller passes that a configuration file can't hold.
+    """Arguments of a Python caller that a configuration file can't hold.
 
     Attributes:
         data: Opened data; None if the options name it.
@@ -87,13 +87,13 @@ def train(
 
     Args:
         command: dpo, kto, sft, reward, ppo or grpo.
-        options: What was given, by option name.
+        options: The options that were given, by name.
         console: Shows messages and progress.
         file: A YAML file of further options.
         resume: The run folder to continue; "" for the one that the option `output` names; None to
             start a new run.
-        source: Who gave the options, for messages.
-        objects: What only a Python caller can pass.
+        source: Where the options come from, for messages.
+        objects: Arguments that only a Python caller can pass.
 
     Returns:
         The run folder, and the content of summary.json with the `samples`.
@@ -123,7 +123,7 @@ def train(
         assert config.output is not None
         run = Path(config.output)
     again = _resume_command(command, run, source, objects)
-    with _explaining_resume(run, console, again):
+    with _explain_resume(run, console, again):
         summary = training.train(
             algorithm,
             replace(config, output=str(run)),
@@ -189,10 +189,10 @@ def configure_resumed(
         )
     folder = resume or output
     if not folder:
-        raise ConfigError("--resume: say which run, --resume RUN or --output RUN --resume")
+        raise ConfigError("--resume needs a run: --resume RUN, or --output RUN --resume")
     run = Path(folder).expanduser()
     if not (run / CONFIG_FILE).is_file():
-        raise ConfigError(f"--resume {folder}: no {CONFIG_FILE} in it; is it a run folder?")
+        raise ConfigError(f"--resume {folder}: has no {CONFIG_FILE}; expected a run folder")
     began = read_fingerprints(run)
     check_command(run, command, began)
     config_class = TRAINING_CONFIGS[command]
@@ -202,7 +202,7 @@ def configure_resumed(
     if objects.data is not None:
         config = replace(config, data=None)
     elif config.data is None and given.get("data") is None:
-        raise _passed_from_python(folder, command, "data was", "data")
+        raise _missing_object(folder, command, "data was", "data")
     _check_functions(folder, command, config, began, objects)
     wanted = make_config(config_class, given, source=source)
     changed = {}
@@ -227,10 +227,10 @@ def _check_functions(
     began: Mapping[str, Any],
     objects: PythonObjects,
 ) -> None:
-    """Refuse to resume without the functions that the run was started with."""
+    """Raise a ConfigError if functions that the run was started with are missing."""
     loss = getattr(config, "loss", "")
     if loss.endswith("()") and objects.loss is None:
-        raise _passed_from_python(folder, command, f"loss {loss} was", "loss")
+        raise _missing_object(folder, command, f"loss {loss} was", "loss")
     functions = [
         name.removeprefix("reward function ")
         for name in began.get("hashes", {})
@@ -238,10 +238,11 @@ def _check_functions(
     ]
     if functions and not (objects.rewards or objects.eval_rewards):
         what = f"reward {', '.join(functions)} {'was' if len(functions) == 1 else 'were'}"
-        raise _passed_from_python(folder, command, what, "reward")
+        raise _missing_object(folder, command, what, "reward")
 
 
-def _passed_from_python(folder: str, command: str, what: str, keyword: str) -> ConfigError:
+def _missing_object(folder: str, command: str, what: str, keyword: str) -> ConfigError:
+    """The error for a Python object that a resumed run needs again."""
     return ConfigError(
         f"--resume {folder}: the run's {what} passed from Python; resume it with "
         f"mlx_align.{command}(resume={folder!r}, {keyword}=…)"
@@ -249,7 +250,7 @@ def _passed_from_python(folder: str, command: str, what: str, keyword: str) -> C
 
 
 def _with_starter(config: TrainConfig) -> TrainConfig:
-    """The config with the paths of the shipped model and data for the name "starter"."""
+    """The config with the name "starter" replaced by the paths of the shipped model and data."""
     assert config.model is not None
     return replace(
         config,
@@ -259,7 +260,7 @@ def _with_starter(config: TrainConfig) -> TrainConfig:
 
 
 def _resume_command(command: str, run: Path, source: Source, objects: PythonObjects) -> str:
-    """The command, or the call with what has to be passed again, that resumes a run."""
+    """The command or the Python call that resumes a run, with what has to be passed again."""
     if source == "command line":
         return f"mlx-align {command} --resume {shlex.quote(str(run))}"
     again = (("data", objects.data), ("loss", objects.loss), ("reward", objects.rewards))
@@ -268,8 +269,8 @@ def _resume_command(command: str, run: Path, source: Source, objects: PythonObje
 
 
 @contextmanager
-def _explaining_resume(run: Path, console: Console, resume: str) -> Iterator[None]:
-    """If the run is interrupted, say how to resume it: by `resume`."""
+def _explain_resume(run: Path, console: Console, resume: str) -> Iterator[None]:
+    """Within the block, an interruption prints the command `resume`, which resumes the run."""
     from mlx_align.system.interrupts import Interrupted
     from mlx_align.tracking.run_dir import CONFIG_FILE
     from mlx_align.training.checkpoint import has_checkpoint
@@ -282,7 +283,7 @@ def _explaining_resume(run: Path, console: Console, resume: str) -> Iterator[Non
         elif (run / CONFIG_FILE).is_file():
             console.note(f"stopped before the first checkpoint; start again with: {resume}")
         else:
-            console.note("stopped before anything was written; nothing is lost")
+            console.note("stopped before anything was written")
         raise
     except WriteError:
         if (run / CONFIG_FILE).is_file():
@@ -295,12 +296,12 @@ def _explaining_resume(run: Path, console: Console, resume: str) -> Iterator[Non
 
 @dataclass(frozen=True)
 class EvaluationOutcome:
-    """What `evaluate` found.
+    """The result of `evaluate`.
 
     Attributes:
         evaluation: An `evaluation.policy.Evaluation`.
         content: The same as JSON-serialisable values: the content of evaluation.json.
-        folder: Where evaluation.json and answers.jsonl were written; None if nowhere.
+        folder: Folder of evaluation.json and answers.jsonl; None if they were not written.
     """
 
     evaluation: Any
@@ -378,11 +379,11 @@ def fuse(config: FuseConfig) -> FuseReport:
 
 @dataclass(frozen=True)
 class PlanOutcome:
-    """What a run needs.
+    """The memory and time that a run needs.
 
     Attributes:
-        plan: Its memory.
-        duration: Its time; None if the speed is unknown.
+        plan: The memory.
+        duration: The time; None if the speed is unknown.
     """
 
     plan: Plan
@@ -421,8 +422,8 @@ def plan(
     Args:
         options: Those of `PlanConfig` and of the planned command, by name.
         file: A YAML file of further options of the planned command.
-        source: Who gave the options, for messages.
-        objects: What only a Python caller can pass.
+        source: Where the options come from, for messages.
+        objects: Arguments that only a Python caller can pass.
 
     Raises:
         MlxAlignError: An option is wrong, or the model or data can't be read.
@@ -456,6 +457,8 @@ def plan(
 
 @dataclass(frozen=True)
 class _Planner:
+    """Plans one run; the methods do so for offline and for on-policy commands."""
+
     planned: PlanConfig
     config: Any
     folder: ModelFolder

@@ -88,11 +88,11 @@ class Run:
     def __fspath__(self) -> str:
         return str(self.path)
 
-    # --- what the folder holds ---
+    # --- the content of the folder ---
 
     @property
     def record(self) -> RunRecord:
-        """Everything that the folder's files hold, read now."""
+        """The content of the folder's files, read now."""
         return read_run_record(self.path)
 
     @property
@@ -135,7 +135,7 @@ class Run:
             except (OSError, ValueError, AttributeError):
                 named = None
         if not isinstance(named, str):
-            raise ModelError(f"{self.path}: no file in it names the base model")
+            raise ModelError(f"{self.path}: its files don't name the base model")
         return named
 
     @property
@@ -159,7 +159,7 @@ class Run:
 
     @property
     def verdict(self) -> Verdict:
-        """What the held-out data says about the run: a sentence with an interval."""
+        """The result on held-out data: a sentence with an interval."""
         return verdict(self.record)
 
     def report(self) -> Path:
@@ -244,7 +244,7 @@ class Run:
                 the run's implicit reward; or `beta`, `reference_adapter`, `per_token` of that.
 
         Raises:
-            MlxAlignError: There is nothing to rank by, or the prompt is too long.
+            MlxAlignError: The run has no scorer, or the prompt is too long.
         """
         with python_messages():
             return self._reranker(scoring).sample(
@@ -304,8 +304,8 @@ class Run:
 
         if self.command != "reward":
             raise ModelError(
-                f"{self.path}: a run of {self.command} is no reward model; use run.score, or train "
-                "one with mlx_align.reward"
+                f"{self.path}: is a run of {self.command}, not a reward model; use run.score, or "
+                "train one with mlx_align.reward"
             )
         if self._reward_model is None:
             with python_messages():
@@ -474,7 +474,7 @@ def start_run(
 def take_objects(
     keywords: dict[str, Any], callbacks: Sequence[Any] | None = None
 ) -> commands.PythonObjects:
-    """Take what a configuration can't hold out of `keywords`.
+    """Remove from `keywords`, and return, the objects that a configuration can't hold.
 
     Raises:
         MlxAlignError: The data can't be opened, or a callback has the wrong type.
@@ -489,7 +489,7 @@ def take_objects(
     if loss is None or isinstance(loss, str):
         loss = None
     else:
-        # The parentheses tell it from a loss of that name in the registry.
+        # The parentheses distinguish it from a loss of that name in the registry.
         keywords["loss"] = f"{getattr(loss, '__name__', type(loss).__name__)}()"
     for callback in callbacks or ():
         if not isinstance(callback, Callback):
@@ -507,7 +507,7 @@ def take_objects(
 
 
 def _take_functions(keywords: dict[str, Any], name: str) -> tuple[RewardSource, ...]:
-    """Take the reward functions out of the option `name`, which keeps its specs."""
+    """Remove the reward functions from the option `name`, which keeps its specs."""
     given = keywords.get(name)
     if given is None:
         return ()
@@ -533,7 +533,7 @@ def _resumed_folder(resume: str | os.PathLike[str] | bool | None) -> str | None:
 
 
 def evaluate_run(options: Mapping[str, Any], *, own_data: Any = None) -> dict[str, Any]:
-    """What `mlx_align.evaluate` and `Run.evaluate` do. Errors as there."""
+    """Evaluate a run, for `mlx_align.evaluate` and `Run.evaluate`; errors are theirs."""
     from mlx_align.data.readers import open_data
 
     keywords = dict(options)
@@ -558,7 +558,7 @@ def evaluate_run(options: Mapping[str, Any], *, own_data: Any = None) -> dict[st
 
 
 def fuse_run(options: Mapping[str, Any]) -> dict[str, Any]:
-    """What `mlx_align.fuse` and `Run.fuse` do. Errors as there."""
+    """Fuse a run, for `mlx_align.fuse` and `Run.fuse`; errors are theirs."""
     from dataclasses import asdict
 
     with python_messages():
@@ -574,7 +574,7 @@ def as_json(content: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def free_memory() -> None:
-    """Give back the memory of models that nothing refers to any more."""
+    """Free the memory of models that are no longer referenced."""
     import mlx.core as mx
 
     gc.collect()

@@ -203,7 +203,7 @@ def _row(declared: Option) -> str:
     help = declared.help
     if declared.names:
         help += f" Names: {', '.join(f'`{name}`' for name in declared.names)}."
-    if declared.several:
+    if declared.multiple:
         help += " May be given several times." if "epeatable" not in help else ""
     if declared.change_on_resume:
         help += " Can change on resume."

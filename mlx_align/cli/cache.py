@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from mlx_align.cli.options import Command, config_options, given, json_option
+from mlx_align.cli.options import Command, config_options, given_options, json_option
 from mlx_align.config import CacheConfig, make_config
 
 
@@ -19,7 +19,7 @@ def cache(json: bool, **options: Any) -> None:
     """Show the contents of the reference cache, or delete them."""
     from mlx_align.training.reference import default_cache_folder, stored_caches
 
-    config = make_config(CacheConfig, given(options), None, "command line")
+    config = make_config(CacheConfig, given_options(options), None, "command line")
     if config.reference_cache is None:
         folder = default_cache_folder()
     else:

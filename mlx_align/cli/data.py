@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from mlx_align.cli.options import Command, Group, config_options, given, json_option
+from mlx_align.cli.options import Command, Group, config_options, given_options, json_option
 from mlx_align.cli.sample import sample
 from mlx_align.config import CheckDataConfig, TrainConfig, make_config
 from mlx_align.config.schema import require
@@ -41,7 +41,7 @@ def check(json: bool, **options: Any) -> None:
     from mlx_align.models.loading import open_model
     from mlx_align.training.setup import prepare_data
 
-    config = make_config(CheckDataConfig, given(options), None, "command line")
+    config = make_config(CheckDataConfig, given_options(options), None, "command line")
     require(config, "model", "data")
     assert config.model is not None
     assert config.data is not None

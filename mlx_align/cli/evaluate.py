@@ -1,4 +1,4 @@
-"""`mlx-align eval`: what a run changed, measured against its reference."""
+"""`mlx-align eval`: a run measured against its reference."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from mlx_align.cli.options import Command, config_options, given, json_option
+from mlx_align.cli.options import Command, config_options, given_options, json_option
 from mlx_align.config import EvalConfig, make_config
 from mlx_align.config.schema import require
 
@@ -28,7 +28,7 @@ def evaluate(json: bool, **options: Any) -> None:
     from mlx_align.system.console import Console
 
     console = Console(json)
-    config = make_config(EvalConfig, given(options), None, "command line")
+    config = make_config(EvalConfig, given_options(options), None, "command line")
     require(config, "model", "adapter_path")
     found = commands.evaluate(config, console)
     if json:

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from mlx_align.cli.options import Command, config_options, given, json_option
+from mlx_align.cli.options import Command, config_options, given_options, json_option
 from mlx_align.config import AdapterExportConfig, make_config
 from mlx_align.system.starter import resolve_starter
 
@@ -27,7 +27,7 @@ def export(json: bool, **options: Any) -> None:
     from mlx_align.system.console import Console
 
     console = Console(json)
-    config = make_config(AdapterExportConfig, given(options), None, "command line")
+    config = make_config(AdapterExportConfig, given_options(options), None, "command line")
     folder = open_model(resolve_starter(config.model, "model"))
     layers = export_peft_adapter(folder, Path(config.adapter_path), Path(config.output))
     if json:

@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from mlx_align.cli.options import Command, config_options, given, json_option
+from mlx_align.cli.options import Command, config_options, given_options, json_option
 from mlx_align.config import FuseConfig, make_config
 
 
@@ -19,16 +19,16 @@ from mlx_align.config import FuseConfig, make_config
 def fuse(json: bool, **options: Any) -> None:
     """Merge an adapter into its base model, as one model folder.
 
-    The loss of storing each layer as the base does (in 4 bits, or in bfloat16) is measured. A layer
-    that would lose more than a tenth of what training changed is stored in 8 bits, 16 bits or
-    float32, whichever is the first to keep it.
+    Storing a layer like the base model does (in 4 bits, or in bfloat16) loses a part of what
+    training changed. This part is measured, and a layer that would lose more than a tenth is stored
+    in 8 bits, 16 bits or float32 instead, in the first of these forms that loses less.
     """
     from mlx_align import commands
     from mlx_align.models.fuse import MAX_LOST_CHANGE
     from mlx_align.system.console import Console
 
     console = Console(json)
-    config = make_config(FuseConfig, given(options), None, "command line")
+    config = make_config(FuseConfig, given_options(options), None, "command line")
     report = commands.fuse(config)
     if json:
         click.echo(json_module.dumps(dataclasses.asdict(report), indent=2))

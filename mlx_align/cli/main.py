@@ -88,9 +88,9 @@ def run(arguments: Sequence[str] | None = None) -> int:
     except click.exceptions.Exit as exit:
         return exit.exit_code
     except click.ClickException as error:
-        return _fail(error.format_message())
+        return _report_error(error.format_message())
     except MlxAlignError as error:
-        return _fail(str(error))
+        return _report_error(str(error))
     except Interrupted as error:
         print("stopped", file=sys.stderr)
         return 128 + error.signum
@@ -98,17 +98,18 @@ def run(arguments: Sequence[str] | None = None) -> int:
         print("stopped", file=sys.stderr)
         return 128 + signal.SIGINT
     except BrokenPipeError:
-        # The reader (head, less) has exited: writing more, at exit too, would fail again.
+        # The reader (head, less) has exited. Further writes, also those at exit, would fail again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except OSError as error:
-        # Run folders are written by `system/atomic_io.py`; this is anything else (a log, a pipe).
-        where = f"{error.filename}: " if error.filename else ""
-        return _fail(f"{where}{error.strerror or error}")
+        # Not a file that `system/atomic_io.py` writes, whose errors name it, but a log or a pipe.
+        file = f"{error.filename}: " if error.filename else ""
+        return _report_error(f"{file}{error.strerror or error}")
     return 0
 
 
-def _fail(message: str) -> int:
+def _report_error(message: str) -> int:
+    """Print an error on one line; returns the exit code."""
     # Text from a damaged file may be very long.
     line = " ".join(message.split())
     shown = line if len(line) <= LONGEST_LINE else line[: LONGEST_LINE - 1] + "…"

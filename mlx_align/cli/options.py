@@ -17,15 +17,15 @@ from mlx_align.errors import ConfigError
 FLAG_COLUMN = 28
 
 
-class Value(click.ParamType[str]):
-    """A value as it was typed: the schema converts and checks it, for YAML and Python alike."""
+class SchemaValue(click.ParamType[str]):
+    """A parameter type that keeps values as text: the schema converts and checks them."""
 
     def __init__(self, declared: Option) -> None:
         self.name = "value"
         self._declared = declared
 
     def get_metavar(self, param: click.Parameter, ctx: click.Context) -> str:
-        """[lora|dora|full] for choices, else the declared word, else N or X for numbers."""
+        """[lora|dora|full] for choices; else the declared metavar, or N or X for numbers."""
         if self._declared.choices:
             return f"[{'|'.join(self._declared.choices)}]"
         return self._declared.metavar or {int: "N", float: "X"}.get(self._declared.kind, "TEXT")
@@ -33,7 +33,7 @@ class Value(click.ParamType[str]):
     def shell_complete(
         self, ctx: click.Context, param: click.Parameter, incomplete: str
     ) -> list[CompletionItem]:
-        """Choices, names (also the last one of sigmoid=1,sft), or paths."""
+        """Complete choices, names (also the last one in sigmoid=1,sft), or paths."""
         if self._declared.choices:
             return [CompletionItem(c) for c in self._declared.choices if c.startswith(incomplete)]
         if self._declared.names:
@@ -58,9 +58,9 @@ class SchemaOption(click.Option):
         if declared.kind is bool:
             flag = f"{flag}/{declared.off or flag.replace('--', '--no-', 1)}"
         else:
-            settings["type"] = Value(declared)
+            settings["type"] = SchemaValue(declared)
             settings["multiple"] = declared.multiple
-        # The name keeps click from calling `input` or `open` something else.
+        # Named explicitly, because click would rename some, such as `input`.
         super().__init__([flag, declared.name], **settings)
 
     def get_help_record(self, ctx: click.Context) -> tuple[str, str]:
@@ -87,12 +87,16 @@ class SchemaOption(click.Option):
 def schema_options(config_class: type[Options]) -> list[click.Parameter]:
     """One command-line option per option of a config class.
 
-    Options left out have no default here: the config class has the defaults, and what was given
-    must be told from what was not (see `given`).
+    The options have no defaults here. The config class has them, and `given_options` has to
+    distinguish options that were given from others.
     """
     return [
         click.Argument(
-            [declared.name], nargs=-1, required=True, type=Value(declared), metavar=declared.metavar
+            [declared.name],
+            nargs=-1,
+            required=True,
+            type=SchemaValue(declared),
+            metavar=declared.metavar,
         )
         if declared.positional
         else SchemaOption(declared)
@@ -119,7 +123,7 @@ def json_option(help: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]
     return click.option("--json", is_flag=True, help=help)
 
 
-def given(options: Mapping[str, Any]) -> dict[str, Any]:
+def given_options(options: Mapping[str, Any]) -> dict[str, Any]:
     """The options that were on the command line, by name.
 
     Raises:
@@ -142,12 +146,12 @@ class Command(click.Command):
     """A command whose --help shows its options in the groups of the schema."""
 
     def __init__(self, *args: Any, shown: Sequence[str] | None = None, **settings: Any) -> None:
-        """With `shown`, --help lists only these schema options, though all are accepted."""
+        """Make a command. All schema options are accepted; --help lists those in `shown`."""
         super().__init__(*args, **settings)
         self.shown = shown
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write one section per group; options without one are in the last."""
+        """Write one section per group; options without a group come last."""
         write_groups(self, ctx, formatter, self.shown)
 
 
@@ -226,5 +230,7 @@ def new_file(output: str) -> Path:
     if file.exists():
         raise ConfigError(f"--output {output}: exists already; name a new file")
     if not file.absolute().parent.is_dir():
-        raise ConfigError(f"--output {output}: there is no folder {file.absolute().parent}")
+        raise ConfigError(
+            f"--output {output}: there is no folder {file.absolute().parent}; create it first"
+        )
     return file

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mlx_align.cli.options import Command, given, json_option, schema_options
+from mlx_align.cli.options import Command, given_options, json_option, schema_options
 from mlx_align.config import (
     TRAINING_CONFIGS,
     PlanConfig,
@@ -50,7 +50,7 @@ def plan(config_file: str | None, json: bool, **options: Any) -> None:
     from mlx_align import commands
 
     file = None if config_file is None else Path(config_file)
-    found = commands.plan(given(options), file=file, source="command line")
+    found = commands.plan(given_options(options), file=file, source="command line")
     if json:
         click.echo(json_module.dumps(found.as_json(), indent=2))
     else:
@@ -111,8 +111,8 @@ def render(plan: Plan, duration: Duration | RolloutDuration | None) -> str:
     elif machine.here:
         measuring = "" if plan.workload.sampling is not None else "--measure times a few steps, "
         lines.append(
-            f"Time: unknown until such a run was made; {measuring}--run RUN takes the speed of "
-            "another run."
+            f"Time: unknown before the first run like this; {measuring}--run RUN takes the speed "
+            "of another run."
         )
     lines += [f"- {remark}" for remark in platform_warnings(machine, plan.model.activation_dtype)]
     lines.append(f"- {', '.join(f'{name} {what}' for name, what in software_versions().items())}")

@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from mlx_align.cli.options import Command, config_options, given
+from mlx_align.cli.options import Command, config_options, given_options
 from mlx_align.config import ReportConfig, make_config
 from mlx_align.errors import ConfigError
 
@@ -27,7 +27,7 @@ def report(**options: Any) -> None:
     from mlx_align.system.atomic_io import write_text
     from mlx_align.tracking.run_dir import PAGE_FILE, read_run_record
 
-    config = make_config(ReportConfig, given(options), None, "command line")
+    config = make_config(ReportConfig, given_options(options), None, "command line")
     folders = [Path(run).expanduser() for run in config.runs]
     runs = [read_run_record(folder) for folder in folders]
     if len(runs) == 1:

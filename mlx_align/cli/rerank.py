@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mlx_align.cli.options import Command, config_options, given, json_option, new_file
+from mlx_align.cli.options import Command, config_options, given_options, json_option, new_file
 from mlx_align.config import RerankConfig, make_config
 from mlx_align.config.schema import flag_of
 from mlx_align.errors import ConfigError
@@ -45,14 +45,14 @@ def rerank(json: bool, **options: Any) -> None:
     )
     from mlx_align.system.console import Console
 
-    config = make_config(RerankConfig, given(options), None, "command line")
-    _check(config)
+    config = make_config(RerankConfig, given_options(options), None, "command line")
+    _check_config(config)
     console = Console(json)
     target = None if config.output is None else new_file(config.output)
     source = None if config.input is None else read_rerank_input(config.input)
     if source is not None:
         console.note(source.read_as)
-        _check_effect(config, source)
+        _check_sampling_options(config, source)
     reranker = Reranker.load(
         resolve_starter(config.model, "model"),
         config.adapter_path,
@@ -71,11 +71,11 @@ def rerank(json: bool, **options: Any) -> None:
         seed=config.seed or 0,
     )
     if source is not None:
-        rankings = _of_file(reranker, source, sampling, console)
+        rankings = _rank_file(reranker, source, sampling, console)
     else:
         chat = reranker.style.has_template and not config.ignore_chat_template
-        texts = _lines(console) if config.prompt is None else [config.prompt]
-        rankings = _of_texts(reranker, texts, chat, sampling, console)
+        texts = _read_lines(console) if config.prompt is None else [config.prompt]
+        rankings = _rank_texts(reranker, texts, chat, sampling, console)
     count = unranked = 0
     with nullcontext() if target is None else target.open("w", encoding="utf-8") as stream:
         for ranking in rankings:
@@ -87,16 +87,16 @@ def rerank(json: bool, **options: Any) -> None:
             if json and (stream is None or source is None):
                 click.echo(line)
             elif not json and (stream is None or source is None):
-                console.note(_shown(ranking))
+                console.note(_format_ranking(ranking))
     if target is not None:
-        left = f"; {unranked} prompts without one ({NOTE} says why)" if unranked else ""
-        console.note(f"Wrote {count:,} rankings to {target}{left}")
+        missing = f"; {unranked} prompts without one (see {NOTE})" if unranked else ""
+        console.note(f"Wrote {count:,} rankings to {target}{missing}")
         if json and source is not None:
             summary = {"output": str(target), "prompts": count, "unranked": unranked}
             click.echo(json_module.dumps(summary))
 
 
-def _check(config: RerankConfig) -> None:
+def _check_config(config: RerankConfig) -> None:
     if config.prompt is not None and config.input is not None:
         raise ConfigError("--prompt and --input exclude each other; give one")
     if config.prompt is None and config.input is None and not sys.stdin.isatty():
@@ -114,15 +114,16 @@ def _check(config: RerankConfig) -> None:
         )
 
 
-def _check_effect(config: RerankConfig, source: RerankInput) -> None:
+def _check_sampling_options(config: RerankConfig, source: RerankInput) -> None:
     for name in ("n", "max_tokens", "temperature", "seed"):
         if getattr(config, name) is not None and not source.needs_sampling:
             raise ConfigError(
-                f"{flag_of(name)} has no effect: the rows have completions, which are ranked"
+                f"{flag_of(name)} has no effect: the rows have completions, which are ranked as "
+                "given; leave it out"
             )
 
 
-def _of_file(
+def _rank_file(
     reranker: Reranker, source: RerankInput, sampling: SamplingOptions, console: Console
 ) -> Iterator[Ranking]:
     if reranker.style.has_template and any(isinstance(g.prompt, str) for g in source.readable):
@@ -133,14 +134,14 @@ def _of_file(
             bar.advance()
 
 
-def _of_texts(
+def _rank_texts(
     reranker: Reranker,
     texts: Iterable[str],
     chat: bool,
     sampling: SamplingOptions,
     console: Console,
 ) -> Iterator[Ranking]:
-    """Rankings of prompts that come one by one, each sampled with its own seed."""
+    """Rank prompts one by one, each sampled with its own seed."""
     from mlx_align.types import Message, PromptGroup
 
     for turn, text in enumerate(texts):
@@ -157,7 +158,7 @@ def _of_texts(
         yield ranking
 
 
-def _lines(console: Console) -> Iterator[str]:
+def _read_lines(console: Console) -> Iterator[str]:
     """Lines typed on the terminal, until Ctrl-D."""
     console.note("One prompt per line; Ctrl-D ends.")
     while True:
@@ -169,8 +170,8 @@ def _lines(console: Console) -> Iterator[str]:
             yield line
 
 
-def _shown(ranking: Ranking) -> str:
-    """A ranking as text: a line per completion, and the best in full if its line was cut."""
+def _format_ranking(ranking: Ranking) -> str:
+    """A ranking as text: a line per completion, and the best in full if its line is shortened."""
     if ranking.reason:
         return f"not ranked: {ranking.reason}"
     width = max(len(f"{one.score:+.4f}") for one in ranking.ranked)

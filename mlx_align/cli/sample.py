@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from mlx_align.cli.options import Command, config_options, given, json_option, new_file
+from mlx_align.cli.options import Command, config_options, given_options, json_option, new_file
 from mlx_align.config import SampleConfig, make_config
 from mlx_align.errors import ConfigError, DataError
 from mlx_align.system.starter import resolve_starter
@@ -41,10 +41,10 @@ def sample(json: bool, **options: Any) -> None:
     from mlx_align.system.atomic_io import wrap_write_errors
     from mlx_align.system.console import Console
 
-    config = make_config(SampleConfig, given(options), None, "command line")
-    _check(config)
+    config = make_config(SampleConfig, given_options(options), None, "command line")
+    _check_config(config)
     weight = 1.0 if config.reward_model_weight is None else config.reward_model_weight
-    wanted = require_rewards(
+    settings = require_rewards(
         reward_settings(config.reward, config.reward_model, weight, config.reward_timeout)
     )
     console = Console(json)
@@ -71,22 +71,22 @@ def sample(json: bool, **options: Any) -> None:
         config.seed,
     )
     scores: list[float] = []
-    with Rewards(wanted, score) as judge:
-        judge.check([prompt.text for prompt in prompts])
+    with Rewards(settings, score) as rewards:
+        rewards.check([prompt.text for prompt in prompts])
         with (
             console.bar("Sampling", len(prompts)) as bar,
             wrap_write_errors(target, (OSError,)),
             target.open("w", encoding="utf-8") as stream,
         ):
-            for row in sample_rows(loaded, policy, judge, prompts, sampling, bar.advance):
+            for row in sample_rows(loaded, policy, rewards, prompts, sampling, bar.advance):
                 stream.write(json_module.dumps(row, ensure_ascii=False) + "\n")
                 stream.flush()
                 scores.append(row["score_chosen" if config.pairs else "score"])
     if not scores:
         target.unlink()
-        least = "" if config.threshold is None else f" of at least --threshold {config.threshold:g}"
+        above = "" if config.threshold is None else f" of at least --threshold {config.threshold:g}"
         same = ", or all completions of each prompt score the same" if config.pairs else ""
-        raise DataError(f"nothing to write: no completion has a score{least}{same}")
+        raise DataError(f"nothing to write: no completion has a score{above}{same}")
     mean = sum(scores) / len(scores)
     if json:
         summary = {
@@ -107,7 +107,7 @@ def sample(json: bool, **options: Any) -> None:
     )
 
 
-def _check(config: SampleConfig) -> None:
+def _check_config(config: SampleConfig) -> None:
     if config.pairs and config.keep is not None:
         raise ConfigError(f"--keep {config.keep} has no effect with --pairs; drop one")
     if config.pairs and config.n < 2:

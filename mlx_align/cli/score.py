@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mlx_align.cli.options import Command, config_options, given, json_option, new_file
+from mlx_align.cli.options import Command, config_options, given_options, json_option, new_file
 from mlx_align.config import ScoreConfig, make_config
 from mlx_align.config.schema import flag_of
 from mlx_align.errors import ConfigError, DataError
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from mlx_align.inference.reward_model import RewardModel
     from mlx_align.inference.scoring import GroupScores
 
-# Rows in memory at a time. Rows of similar length are batched, which a small window would prevent.
+# Rows in memory at a time. Rows of similar length are batched, which needs a window this large.
 WINDOW = 64
 SCORES, MEMBERS, NOTE = "model_scores", "model_scores_members", "model_scores_note"
 # Summed log-probs in nats, written with implicit rewards.
@@ -48,7 +48,7 @@ def score(json: bool, **options: Any) -> None:
     from mlx_align.system.console import Console
 
     console = Console(json)
-    config = make_config(ScoreConfig, given(options), None, "command line")
+    config = make_config(ScoreConfig, given_options(options), None, "command line")
     file = new_file(config.output)
     source = read_scorable(resolve_starter(config.data, "data"), config.split, config.format)
     if any(name in source.rows[0].fields for name in (SCORES, MEMBERS, NOTE, POLICY, REFERENCE)):
@@ -63,8 +63,9 @@ def score(json: bool, **options: Any) -> None:
     bars = console.bar("Scoring", len(source.rows))
     with open_atomic(file) as stream, bars as bar:
         for rows in _windows(source):
-            for scored, entry in _scored(scorer, rows):
-                stream.write(json_module.dumps(_line(entry, scored), ensure_ascii=False) + "\n")
+            for scored, entry in _score_rows(scorer, rows):
+                row = _output_row(entry, scored)
+                stream.write(json_module.dumps(row, ensure_ascii=False) + "\n")
                 unscored += scored.scores is None
                 completions += 0 if scored.scores is None else len(scored.scores)
                 if source.is_pairs:
@@ -85,8 +86,8 @@ def score(json: bool, **options: Any) -> None:
         return
     if report is not None:
         console.note(rendered)
-    left = f"; {unscored:,} rows without a score ({NOTE} says why)" if unscored else ""
-    console.note(f"Wrote {completions:,} scores to {file}{left}")
+    missing = f"; {unscored:,} rows without a score (see {NOTE})" if unscored else ""
+    console.note(f"Wrote {completions:,} scores to {file}{missing}")
 
 
 def _windows(source: ScorableDataset) -> Iterator[list[ScorableRow]]:
@@ -118,15 +119,15 @@ def _load(config: ScoreConfig) -> tuple[RewardModel | ImplicitReward, str]:
     is_policy = run is not None and not has_reward_head(Path(run).expanduser())
     if not config.logps and not is_policy:
         unused = {**only_implicit, "per_token": config.per_token}
-        _refuse_without_effect(unused, "a reward model's scores")
+        _check_unused(unused, "a reward model's scores")
         return RewardModel.load(model, run, **only_reward, **limits), ""
     if config.combine == "mean":
         only_reward["combine"] = None  # the default
     if config.logps:
-        _refuse_without_effect({**only_implicit, **only_reward}, "--logps")
+        _check_unused({**only_implicit, **only_reward}, "--logps")
         scorer = load_logprob_scorer(model, run, per_token=config.per_token, **limits)
         return scorer, scorer.description
-    _refuse_without_effect(only_reward, "implicit rewards")
+    _check_unused(only_reward, "implicit rewards")
     assert run is not None
     implicit = load_implicit_reward(
         model, run, **only_implicit, per_token=config.per_token, **limits
@@ -134,13 +135,14 @@ def _load(config: ScoreConfig) -> tuple[RewardModel | ImplicitReward, str]:
     return implicit, implicit.description
 
 
-def _refuse_without_effect(options: dict[str, Any], what: str) -> None:
+def _check_unused(options: dict[str, Any], what: str) -> None:
+    """Raise a ConfigError if one of `options`, which have no effect on `what`, was given."""
     for name, value in options.items():
         if value is not None:
             raise ConfigError(f"{flag_of(name)}: has no effect on {what}; leave it out")
 
 
-def _scored(
+def _score_rows(
     model: RewardModel | ImplicitReward, rows: list[ScorableRow]
 ) -> Iterator[tuple[GroupScores, ScorableRow]]:
     from mlx_align.inference.scoring import GroupScores
@@ -150,7 +152,7 @@ def _scored(
         yield (GroupScores(None, reason=row.reason) if row.group is None else next(found)), row
 
 
-def _line(entry: ScorableRow, scored: GroupScores) -> dict[str, Any]:
+def _output_row(entry: ScorableRow, scored: GroupScores) -> dict[str, Any]:
     row = dict(entry.row.fields)
     if scored.scores is None:
         return {**row, SCORES: None, NOTE: scored.reason}
@@ -166,7 +168,7 @@ def _line(entry: ScorableRow, scored: GroupScores) -> dict[str, Any]:
 def _report(
     found: list[GroupScores], *, by_reward_model: bool
 ) -> tuple[RewardReport | PairReport | None, str]:
-    """How well scores agree with labelled pairs, as data and as text; None without labels."""
+    """The agreement of scores with labelled pairs, as data and as text; None without labels."""
     from mlx_align.data.comparisons import compare_completions
     from mlx_align.evaluation.render import render_pair_report, render_reward_report
     from mlx_align.evaluation.reward_model import (
@@ -186,8 +188,8 @@ def _report(
         if report is None:
             return None, ""
         return report, render_reward_report(report).replace("held-out comparisons", "pairs")
-    judged = collect_comparisons(groups, compared, scores)
-    if judged is None:
+    comparisons = collect_comparisons(groups, compared, scores)
+    if comparisons is None:
         return None, ""
-    of_pairs = pair_report(judged.compared)
-    return of_pairs, render_pair_report(of_pairs)
+    pairs = pair_report(comparisons.compared)
+    return pairs, render_pair_report(pairs)

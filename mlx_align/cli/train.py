@@ -14,7 +14,7 @@ from mlx_align.cli.options import (
     Command,
     Group,
     config_options,
-    given,
+    given_options,
     json_option,
     schema_options,
 )
@@ -32,7 +32,7 @@ _ROLLOUTS = (
 
 @dataclass(frozen=True)
 class TrainingCommand:
-    """What one training command has of its own.
+    """The name and the texts of a training command.
 
     Attributes:
         name: The command.
@@ -86,7 +86,7 @@ PPO = TrainingCommand(
     "Train a policy by PPO on prompts and rewards. The run folder loads in mlx-lm.\n\nPolicy, "
     "reference, reward model and critic are adapters of one base model. Rewards come from a reward "
     "model (--reward-model), from functions (--reward), or both. Reward functions run with your "
-    f"user's permissions, in a process of their own.\n\n{_ROLLOUTS}",
+    f"user's permissions, in a separate process.\n\n{_ROLLOUTS}",
 )
 GRPO = TrainingCommand(
     "grpo",
@@ -94,8 +94,8 @@ GRPO = TrainingCommand(
     "Train a policy by GRPO or a related method on prompts and rewards. The run folder loads in "
     "mlx-lm.\n\n--loss selects the method; online_dpo trains on the best and the worst completion "
     "of each prompt as a pair. Rewards come from functions (--reward), from a reward model "
-    "(--reward-model), or both. Reward functions run with your user's permissions, in a process of "
-    f"their own.\n\n{_ROLLOUTS}",
+    "(--reward-model), or both. Reward functions run with your user's permissions, in a separate "
+    f"process.\n\n{_ROLLOUTS}",
 )
 
 
@@ -142,14 +142,14 @@ def _train(
     **options: Any,
 ) -> None:
     """Train, and print the outcome."""
-    # Imported late, because rich and mlx-lm take time and --help should not.
+    # Imported late: rich and mlx-lm take seconds, and --help should be fast.
     from mlx_align import commands
     from mlx_align.system.console import Console
 
     console = Console(json)
     run, summary = commands.train(
         entry.name,
-        given(options),
+        given_options(options),
         console,
         file=None if config_file is None else Path(config_file),
         resume=resume,
@@ -178,11 +178,11 @@ def _train_reward(context: click.Context, /, **options: Any) -> None:
         _train(REWARD, **options)
         return
     options["json"] = options["json"] or None
-    for name in given(options):
+    for name in given_options(options):
         flag = "--config" if name == "config_file" else flag_of(name)
         raise ConfigError(
-            f"{flag} before {context.invoked_subcommand}: an option of training; put the options "
-            f"of {context.invoked_subcommand} after it"
+            f"{flag} before {context.invoked_subcommand}: is an option of training; put the "
+            f"options of {context.invoked_subcommand} after it"
         )
 
 
@@ -211,7 +211,7 @@ def export(json: bool, **options: Any) -> None:
     from mlx_align.system.console import Console
 
     console = Console(json)
-    config = make_config(ExportConfig, given(options), None, "command line")
+    config = make_config(ExportConfig, given_options(options), None, "command line")
     folder = open_model(resolve_starter(config.model, "model"))
     report = export_reward_model(folder, Path(config.adapter_path), Path(config.output))
     if json:

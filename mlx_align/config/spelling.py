@@ -1,7 +1,7 @@
-"""Messages for Python callers: `beta=-1` where the engine writes `--beta -1`.
+"""Rewrite messages for Python callers: `beta=-1` instead of `--beta -1`.
 
-Errors and notes name options as the command line has them. This is the one place that rewrites
-them, for the Python functions and for `mlx_align.trl`.
+Errors and notes name options as on the command line. The Python functions and `mlx_align.trl`
+rewrite them with `python_spelling`.
 """
 
 from __future__ import annotations

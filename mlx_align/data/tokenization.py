@@ -246,11 +246,10 @@ def try_tokenize_group(
         ConfigError: A limit is below 1.
     """
     limit = max_completion_length
-    if max_seq_length < 1 or (limit is not None and limit < 1):
-        raise ConfigError(
-            f"--max-seq-length {max_seq_length} and --max-completion-length {limit}: expected at "
-            "least 1"
-        )
+    if max_seq_length < 1:
+        raise ConfigError(f"--max-seq-length {max_seq_length}: expected at least 1")
+    if limit is not None and limit < 1:
+        raise ConfigError(f"--max-completion-length {limit}: expected at least 1")
     folded = (
         template.folds_system
         and not isinstance(group.prompt, str)

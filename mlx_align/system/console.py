@@ -30,13 +30,13 @@ from mlx_align.system.progress import ProgressBar
 class Console:
     """Shows progress in a terminal or notebook; implements the protocol in `system/progress.py`.
 
-    With `json`, everything goes to standard error, so that standard output has only the result.
-    A run doesn't die with its terminal: if the terminal was closed, or `tee` died of the same
-    Ctrl-C, the console goes silent.
+    With `json`, everything goes to standard error, so that standard output has only the result. A
+    run outlives its terminal: if the terminal was closed, or `tee` ended at the same Ctrl-C, the
+    console becomes silent.
     """
 
     def __init__(self, json: bool = False) -> None:
-        # Text in a notebook is plain: rich would show every line as a separate HTML output.
+        # Plain text in a notebook: rich would show every line as a separate HTML output.
         self.console = _UnbrokenConsole(
             stderr=json, highlight=False, soft_wrap=True, force_jupyter=False
         )
@@ -50,13 +50,13 @@ class Console:
 
     @contextmanager
     def bar(self, label: str, total: int, done: int = 0) -> Iterator[ProgressBar]:
-        """A progress bar with the time left; without terminal or notebook, a line every minute."""
+        """A progress bar with the time left. Without a terminal or notebook, a line per minute."""
         if in_notebook():
             with _NotebookBar(label, total, done) as notebook_bar:
                 yield notebook_bar
             return
         if not self.console.is_terminal:
-            yield _Lines(self.console, label, total, done)
+            yield _LogProgress(self.console, label, total, done)
             return
         columns = (
             TextColumn("{task.description}"),
@@ -98,7 +98,7 @@ class _UnbrokenConsole(RichConsole):
 
 
 def _silence(console: RichConsole) -> None:
-    """Send to the null device what the console, and Python at exit, still write."""
+    """Discard further output of the console, and of Python at exit."""
     console.quiet = True
     with suppress(OSError, ValueError):
         nowhere = os.open(os.devnull, os.O_WRONLY)
@@ -153,8 +153,8 @@ class _NotebookBar:
 
         left = ""
         if self._done > self._first:
-            each = (time.monotonic() - self._started) / (self._done - self._first)
-            left = f", {format_duration(each * (self._total - self._done))} left"
+            seconds = (time.monotonic() - self._started) / (self._done - self._first)
+            left = f", {format_duration(seconds * (self._total - self._done))} left"
         return HTML(
             f"<div>{html.escape(self._label)} "
             f'<progress max="{self._total}" value="{self._done}"></progress> '
@@ -162,7 +162,7 @@ class _NotebookBar:
         )
 
 
-class _Lines:
+class _LogProgress:
     """Progress in a log file: a line per minute instead of a bar."""
 
     EVERY_SECONDS = 60.0
@@ -178,8 +178,8 @@ class _Lines:
         if now - self._printed < self.EVERY_SECONDS or self._done == self._first:
             return
         self._printed = now
-        each = (now - self._started) / (self._done - self._first)
-        left = format_duration(each * (self._total - self._done))
+        seconds = (now - self._started) / (self._done - self._first)
+        left = format_duration(seconds * (self._total - self._done))
         try:
             self._console.print(Text(f"  {self._label}: {self._done}/{self._total}, {left} left"))
         except OSError:

@@ -61,8 +61,8 @@ def test_wrong_paths(fails, write, tmp_path):
     assert "not an adapter folder" in fails(
         "dpo", "--model", TINY, "--data", data, "--init-adapter", tmp_path
     )
-    assert "is it a run folder?" in fails("dpo", "--resume", tmp_path)
-    assert "say which run" in fails("dpo", "--resume")
+    assert "has no config.yaml; expected a run folder" in fails("dpo", "--resume", tmp_path)
+    assert "--resume needs a run" in fails("dpo", "--resume")
 
 
 def test_wrong_rows(fails, write):
