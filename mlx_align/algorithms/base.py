@@ -70,14 +70,14 @@ class Objective(ABC):
         """
 
     def prepare(self, weights: AdapterWeights, batches: Sequence[Any], totals: Any) -> list[Any]:
-        """The batches with everything that depends on the whole update.
+        """The batches, completed by what depends on the whole update.
 
-        Overridden by losses whose value for one pair depends on the update's other pairs.
+        Overridden for losses whose value for one pair depends on the update's other pairs.
         """
         return list(batches)
 
     def size(self, microbatch: Microbatch) -> tuple[int, int]:
-        """How many groups a microbatch has, and how many tokens, without padding."""
+        """The number of groups in a microbatch, and of tokens without padding."""
         return count_tokens(self.groups, microbatch)
 
     def sources(self, microbatch: Microbatch) -> list[str]:
@@ -105,13 +105,13 @@ class Algorithm(ABC):
     Attributes:
         command: Name of its command.
         title: Label of the progress bar.
-        unit: What summary.json calls a group (pairs, rows, groups).
+        unit: The name of groups in summary.json (pairs, rows, groups).
         needs_reference: Whether training needs the reference's log-probs.
         has_reference: Whether held-out data is measured relative to the reference, and the KL from
             it is estimated at the end.
         packs: Whether the completions of a microbatch run together, so that they can be packed.
-        per_token: Whether `make_scorer` gives a number per token (log-probs) or per completion.
-        samples_answers: Whether held-out prompts are answered before and after training.
+        per_token: Whether scorers give a number per token (log-probs), or per completion.
+        samples_answers: Whether held-out prompts are completed before and after training.
     """
 
     command: ClassVar[str]
@@ -160,13 +160,13 @@ class Algorithm(ABC):
         """Held-out metrics, with `loss` among them.
 
         Args:
-            logps: What `make_scorer`'s scorer returned for the policy.
-            reference: The same of the reference; empty if `has_reference` is false.
+            logps: The policy's log-probs, or a reward model's scores, from `make_scorer`.
+            reference: The reference's log-probs; empty if `has_reference` is false.
             groups: The held-out groups.
         """
 
     def check(self, data: TokenizedDataset) -> list[str]:
-        """Check the data before the model is loaded; lines to show.
+        """Check the data before the model is loaded; returns lines to show.
 
         Raises:
             MlxAlignError: The data doesn't fit the options.
@@ -178,7 +178,7 @@ class Algorithm(ABC):
         return list(groups)
 
     def report(self, row: dict[str, float]) -> dict[str, float]:
-        """A row of metrics.jsonl, made from means over the updates of a report."""
+        """A row of metrics.jsonl, from means over the updates of a report."""
         return row
 
     def make_scorer(self, model: LanguageModel) -> Scorer:
@@ -198,12 +198,12 @@ class Algorithm(ABC):
         return None
 
     def next_command(self, folder: ModelFolder, run: Path) -> str:
-        """The command with which a person tries the result."""
+        """The command to try the result with."""
         return chat_command(folder, run)
 
 
 class UpdateResult(NamedTuple):
-    """What the updates on one rollout batch did.
+    """The result of the updates on one rollout batch.
 
     Attributes:
         metrics: Metrics for the report.
@@ -233,16 +233,16 @@ class OnPolicyAlgorithm(Protocol):
     optimizers: dict[str, optim.Optimizer]
 
     def prepare(self) -> str:
-        """Run once before the first rollout batch of a new run; a line to show, or ""."""
+        """Called before the first rollout batch of a new run; returns a line to show, or ""."""
 
     def update(self, batch: RolloutBatch, step: int, learning_rate: float) -> UpdateResult:
         """Make the updates of rollout batch `step` (counted from 0)."""
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint needs besides weights and optimizers, JSON-serialisable."""
+        """The state for a checkpoint besides weights and optimizers, JSON-serialisable."""
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Continue from what `state` returned."""
+        """Restore a state that `state` returned."""
 
 
 # (config, collector) -> algorithm.
@@ -271,7 +271,7 @@ def count_tokens(
 
 
 def chat_command(folder: ModelFolder, run: Path) -> str:
-    """The command that talks to the trained policy with stock mlx-lm."""
+    """The command to chat with the trained policy in stock mlx-lm."""
     where = f"--model {shlex.quote(folder.name)} --adapter-path {shlex.quote(str(run))}"
     if folder.tokenizer.has_chat_template:
         return f"mlx_lm.chat {where}"

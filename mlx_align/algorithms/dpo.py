@@ -41,7 +41,8 @@ from mlx_align.types import PairBatch, PairLogps, PromptGroup, TokenizedGroup
 class DPO(Algorithm):
     """Direct preference optimisation, and every other loss of preference pairs.
 
-    Source: Rafailov et al. 2023, "Direct Preference Optimization"; the losses name their own.
+    Source: Rafailov et al. 2023, "Direct Preference Optimization"; for other losses see
+    `losses/pairwise.py`.
 
     Args:
         config: The options.
@@ -57,7 +58,7 @@ class DPO(Algorithm):
         self._config = config
         named: Any = config.loss if loss is None else loss
         self.loss = combine(parse_losses(named), config.loss_options())
-        _refuse_without_effect(config, self.loss)
+        _check_loss_options(config, self.loss)
         self.title = f"DPO ({config.loss})" if config.loss != "sigmoid" else "DPO"
         self.needs_reference = self.loss.needs_reference
 
@@ -68,14 +69,16 @@ class DPO(Algorithm):
         return read_pairs(data, split, format)
 
     def check(self, data: TokenizedDataset) -> list[str]:
-        """Refuse soft labels that the loss ignores; warn of discopop's start.
+        """Check that the loss uses the data's soft labels; warn about discopop.
 
         Raises:
-            ConfigError: The data has soft labels, and the loss takes none.
+            ConfigError: The data has soft labels, which the loss ignores.
         """
         if not self.loss.soft_labels and any(g.soft_label is not None for g in data.train):
+            known = ", ".join(name for name, loss in PAIRWISE_LOSSES.items() if loss.soft_labels)
             raise ConfigError(
-                f"--loss {self._config.loss}: takes no soft labels, which the data has"
+                f"--loss {self._config.loss}: ignores soft labels, which the data has; remove "
+                f"them, or choose one of {known}"
             )
         return [_DISCOPOP_WARNING] if "discopop" in dict(self.loss.parts) else []
 
@@ -109,7 +112,7 @@ class DPO(Algorithm):
 
 
 class PairTotals(NamedTuple):
-    """Denominators of an update, known from its masks before any forward pass."""
+    """Denominators of an update, computed from its masks before any forward pass."""
 
     pairs: mx.array
     mean_chosen_length: mx.array
@@ -120,8 +123,8 @@ class CoupledBatch(NamedTuple):
 
     Attributes:
         pairs: The microbatch.
-        gradient: Gradient of the update's loss by this microbatch's log-probs; 0 for fillers.
-        contribution: This microbatch's part of the update's loss, scalar.
+        gradient: Gradient of the update's loss with respect to the log-probs; 0 for fillers.
+        contribution: This microbatch's contribution to the update's loss, scalar.
     """
 
     pairs: PairBatch
@@ -136,11 +139,11 @@ class PreferenceObjective(Objective):
         model: The base model, with adapters installed.
         pair_loss: The loss, as `losses.registry.combine` returns it.
         groups: The training pairs.
-        reference: Per pair and completion, the reference's token log-probs; None if the loss
-            needs no reference.
-        scorer: Runs the pairs of losses that couple the pairs of an update.
+        reference: The reference's token log-probs of each pair; None if the loss needs no
+            reference.
+        scorer: Computes log-probs without gradient, for losses that couple the pairs of an update.
         grad_checkpoint: Recompute activations in the backward pass.
-        wpo: Weight each pair by how likely the policy would have sampled it (WPO).
+        wpo: Weight each pair by its probability under the policy (WPO).
         ld_alpha: Weight of tokens beyond the shorter completion's length (LD-DPO); None for 1.
     """
 
@@ -181,7 +184,7 @@ class PreferenceObjective(Objective):
         if not self._pair_loss.couples_batch:
             return list(batches)
         logps = [self._pairs(self._scorer(weights, b.groups), b) for b in batches]
-        return _couple(self._pair_loss, logps, batches, totals)
+        return _couple_batches(self._pair_loss, logps, batches, totals)
 
     def loss(
         self, weights: AdapterWeights, batch: Any, totals: PairTotals
@@ -222,7 +225,7 @@ class PreferenceObjective(Objective):
         logps = self._pairs(token_logps, pairs)
         linear = linear_loss(logps, batch.gradient)
         sums = weighted_metrics(self._metrics(logps), pairs.weight)
-        # The gradient is that of the linear loss, the value that of the true one.
+        # The gradient is that of the linear loss, the value that of the true loss.
         return linear - mx.stop_gradient(linear) + batch.contribution, sums
 
     def _pairs(self, token_logps: mx.array, batch: PairBatch) -> PairLogps:
@@ -296,29 +299,29 @@ def read_pairs(data: Data, split: str, format: str | None) -> tuple[list[PromptG
     return to_pairs(groups), reading
 
 
-def _couple(
+def _couple_batches(
     loss: CombinedLoss,
     logps: Sequence[PairLogps],
     batches: Sequence[PairBatch],
     totals: PairTotals,
 ) -> list[CoupledBatch]:
-    """Compute the loss on all pairs of the update at once and hand it to the microbatches."""
+    """Compute the loss on all pairs of the update at once, and split it among the microbatches."""
     weight = mx.concatenate([batch.weight for batch in batches])
     real = mx.array(np.flatnonzero(np.array(weight)))
     columns = zip(*logps, strict=True)
-    every = PairLogps(*(mx.concatenate(list(column))[real] for column in columns))
-    values, gradient = loss_and_logps_gradient(loss, every, totals.mean_chosen_length)
+    all_pairs = PairLogps(*(mx.concatenate(list(column))[real] for column in columns))
+    values, gradient = loss_and_logps_gradient(loss, all_pairs, totals.mean_chosen_length)
 
-    def spread(column: mx.array) -> mx.array:
-        # Scatter back to all rows: filler rows stay 0.
+    def scatter(column: mx.array) -> mx.array:
+        # Back to all rows; filler rows are 0.
         return mx.zeros(weight.shape).at[real].add(column)
 
-    values, factors = spread(values), [spread(column) for column in gradient]
+    values, gradients = scatter(values), [scatter(column) for column in gradient]
     coupled, start = [], 0
     for batch in batches:
         rows = slice(start, start + len(batch.weight))
         start = rows.stop
-        part = PairLogps(*(column[rows] for column in factors))
+        part = PairLogps(*(column[rows] for column in gradients))
         coupled.append(CoupledBatch(batch, part, values[rows].sum() / totals.pairs))
     mx.eval(coupled)
     return coupled
@@ -332,15 +335,15 @@ def _token_weights(masks: Sequence[np.ndarray], ld_alpha: float | None) -> list[
     return [mask * np.where(mask.cumsum() <= shared, 1.0, ld_alpha) for mask in masks]
 
 
-# Measured: from a fresh start on the starter model it lowered the reward margin.
+# Measured on the starter model: at the start of a run it lowered the reward margin.
 _DISCOPOP_WARNING = (
     "! discopop, as published, is not monotone: while policy and reference still agree, as at the "
     "start of every run, its gradient lowers margins. Watch the reward margin."
 )
 
 
-def _refuse_without_effect(config: DPOConfig, loss: CombinedLoss) -> None:
-    """Refuse WPO and LD-DPO with losses for which their papers don't define them."""
+def _check_loss_options(config: DPOConfig, loss: CombinedLoss) -> None:
+    """Raise a ConfigError for WPO or LD-DPO with losses for which the papers don't define them."""
     for name, _ in loss.parts:
         part = PAIRWISE_LOSSES.get(name)
         if part is None:  # the caller's own function
@@ -352,8 +355,8 @@ def _refuse_without_effect(config: DPOConfig, loss: CombinedLoss) -> None:
             )
         if config.wpo and part.mean_over_tokens:
             raise ConfigError(
-                f"--wpo can't be combined with --loss {name}: WPO weights pairs, {name} takes a "
-                "mean over tokens; leave one out"
+                f"--wpo can't be combined with --loss {name}: WPO weights pairs, {name} is a mean "
+                "over tokens; leave one out"
             )
         if config.ld_alpha is not None and not part.needs_reference:
             raise ConfigError(

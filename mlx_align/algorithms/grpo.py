@@ -37,14 +37,14 @@ from mlx_align.rollout.advantages import (
 from mlx_align.rollout.collector import RolloutBatch, RolloutCollector
 from mlx_align.rollout.reward_functions import RewardSource, parse_rewards
 
-# Values of --kl -> the names of these estimators in a method.
-KL_IN_LOSS = {"k1": "k1_reward", "k2": "k2", "k3": "k3"}
+# Values of --kl -> values of `PolicyMethod.kl`.
+KL_PLACES = {"k1": "k1_reward", "k2": "k2", "k3": "k3"}
 # Methods that use dynamic sampling by default (Yu et al. 2025, DAPO).
 DYNAMIC_SAMPLING = ("dapo",)
 
 
 def resolve_method(config: GRPOConfig) -> PolicyMethod:
-    """The method of --loss, with the parts that other options replace.
+    """The method of --loss, with the changes that other options make.
 
     Raises:
         ConfigError: There is no such method, or an option has no effect on it.
@@ -58,7 +58,7 @@ def resolve_method(config: GRPOConfig) -> PolicyMethod:
     if config.kl is not None:
         if config.kl_coef == 0:
             raise ConfigError(f"--kl {config.kl}: has no effect with --kl-coef 0; give --kl-coef")
-        changes["kl"] = KL_IN_LOSS[config.kl]
+        changes["kl"] = KL_PLACES[config.kl]
     elif config.kl_coef > 0 and method.kl == "none":
         changes["kl"] = "k2"  # as a loss, k3 has a different optimum
     for name, value in (("clip_eps", config.clip_eps), ("clip_eps_high", config.clip_eps_high)):
@@ -81,14 +81,14 @@ def resolve_method(config: GRPOConfig) -> PolicyMethod:
 
 
 def check_grpo_options(config: GRPOConfig, rewards: Sequence[RewardSource] = ()) -> None:
-    """Refuse options that have no effect or can't be combined.
+    """Check that all given options have an effect and can be combined.
 
     Args:
         config: The options.
         rewards: Reward functions in addition to `config.reward`.
 
     Raises:
-        ConfigError: Such an option was given.
+        ConfigError: An option has no effect, or two can't be combined.
     """
     method = resolve_method(config)
     if config.beta is not None:
@@ -132,7 +132,7 @@ class GRPO:
     """Trains on groups of completions by a group-relative policy gradient.
 
     Attributes:
-        title: Shown by the progress bar.
+        title: Label of the progress bar.
         dynamic_sampling: Whether prompts whose completions all have the same reward are replaced.
         weights: The trained weights, by name.
         optimizers: Their optimizers, by name.
@@ -180,10 +180,10 @@ class GRPO:
         """No state to restore."""
 
     def update(self, batch: RolloutBatch, step: int, learning_rate: float) -> UpdateResult:
-        """The updates on one rollout batch."""
+        """Make the updates on one rollout batch."""
         config, completions = self._config, batch.completions
         batch = self.with_advantages(batch)
-        # A prompt whose advantages are all 0 has no gradient, unless from the KL or the entropy.
+        # A prompt whose advantages are all 0 has no gradient, except of the KL or the entropy.
         signal = batch.loss_mask if self._kl_in_loss or self._with_entropy else batch.advantages
         with_signal = prompts_with_signal(signal, config.group_size)
         metrics, first_deviation = UpdateMetrics(), None
@@ -212,7 +212,7 @@ class GRPO:
         return UpdateResult(row, first_deviation, metrics.skipped)
 
     def with_advantages(self, batch: RolloutBatch) -> RolloutBatch:
-        """The batch with its advantages, and truncated completions masked if --overlong says so."""
+        """The batch with advantages; --overlong mask also masks truncated completions."""
         config, rewards = self._config, batch.rewards
         mask = batch.loss_mask
         if config.overlong == "mask":

@@ -45,9 +45,9 @@ from mlx_align.types import LabelledBatch, PromptGroup, TokenizedGroup
 # Recommended total weight of desirable completions, as a multiple of undesirable ones
 # (Ethayarajh et al. 2024).
 BALANCE = (1.0, 4 / 3)
-# How far the balance may be off without a warning: a split and dropped rows shift it this much.
+# Deviation from the balance that is tolerated without a warning: a split and dropped rows cause it.
 BALANCE_TOLERANCE = 0.05
-# With fewer rows per update the reference point is mostly noise.
+# With fewer rows per update, the reference point is mostly noise.
 MIN_ROWS_PER_UPDATE = 8
 
 
@@ -169,9 +169,9 @@ class UnpairedObjective(Objective):
     Args:
         model: The base model, with adapters installed.
         row_loss: The loss and its hyperparameters.
-        groups: The training rows, from `with_mismatched` if the loss has a reference point.
-        reference: Per row and completion, the reference's token log-probs.
-        scorer: Runs the mismatched completions.
+        groups: The training rows, from `add_mismatched` if the loss has a reference point.
+        reference: The reference's token log-probs of each row's completions.
+        scorer: Computes log-probs of the mismatched completions, without gradient.
         grad_checkpoint: Recompute activations in the backward pass.
     """
 
@@ -269,7 +269,7 @@ def means_by_label(row: dict[str, float]) -> dict[str, float]:
     """Turn means over all rows of `row_metrics` into means over the rows of each label.
 
     If all rows since the last report have the same label, the means of the other label, the margin
-    and the accuracy are left out: the accuracy would only say which label it was.
+    and the accuracy are left out: the accuracy would depend on the label alone.
     """
     fraction = {"chosen": row["frac_desirable"], "rejected": 1 - row["frac_desirable"]}
     means = {}
@@ -340,7 +340,7 @@ def check_rows(data: TokenizedDataset, config: KTOConfig, loss: KtoLoss) -> list
     if not good or not bad:
         missing, label = ("good", "true") if not good else ("bad", "false")
         raise DataError(
-            f"the training rows hold no {missing} answers (label {label}); kto needs both kinds"
+            f"the training rows have no {missing} answers (label {label}); kto needs both kinds"
         )
     lines = [f"{good:,} good and {bad:,} bad answers to train on"]
     held_out = {bool(group.label) for group in data.valid}

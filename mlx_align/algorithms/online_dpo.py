@@ -26,10 +26,10 @@ BETA = 0.1
 
 
 def check_online_dpo_options(config: GRPOConfig) -> None:
-    """Refuse options that have no effect on pairs.
+    """Check that all given options have an effect on pairs.
 
     Raises:
-        ConfigError: Such an option was given, or there is only one completion per prompt.
+        ConfigError: An option has no effect, or there is only one completion per prompt.
     """
     defaults = GRPOConfig()
     without_effect = ("clip_eps", "clip_eps_high", "kl", "kl_coef", "entropy_coef", "overlong")
@@ -52,7 +52,7 @@ class OnlineDPO:
     best and the worst of several completions.
 
     Attributes:
-        title: Shown by the progress bar.
+        title: Label of the progress bar.
         dynamic_sampling: Whether prompts whose completions all have the same reward are replaced.
         weights: The trained weights, by name.
         optimizers: Their optimizers, by name.
@@ -98,7 +98,7 @@ class OnlineDPO:
         """No state to restore."""
 
     def update(self, batch: RolloutBatch, step: int, learning_rate: float) -> UpdateResult:
-        """The updates on one rollout batch."""
+        """Make the updates on one rollout batch."""
         rewards = batch.rewards.total.reshape(-1, self._config.group_size)
         pair_of = self._make_pairs(batch, rewards)
         metrics = UpdateMetrics()
@@ -123,21 +123,21 @@ class OnlineDPO:
         return UpdateResult(row, None, metrics.skipped)
 
     def _make_pairs(self, batch: RolloutBatch, rewards: np.ndarray) -> dict[int, int]:
-        """Make the pairs of the batch; prompt index -> pair index, where rewards differ."""
+        """Make the pairs of the batch; returns prompt index -> pair index, if rewards differ."""
         self._pairs.clear()
         self._reference.clear()
         pair_of: dict[int, int] = {}
         groups, size = batch.completions.groups, self._config.group_size
-        for index, (group, earned) in enumerate(zip(groups, rewards, strict=True)):
-            if zero_variance_share(earned[None]) == 1:
+        for index, (group, row) in enumerate(zip(groups, rewards, strict=True)):
+            if zero_variance_share(row[None]) == 1:
                 continue
-            best, worst = int(np.nanargmax(earned)), int(np.nanargmin(earned))
+            best, worst = int(np.nanargmax(row)), int(np.nanargmin(row))
             pair = (group.completions[best], group.completions[worst])
             pair_of[index] = len(self._pairs)
             self._pairs.append(TokenizedGroup(group.prompt, pair, group.source))
-            rows = (batch.reference_logps[index * size + k] for k in (best, worst))
+            reference = (batch.reference_logps[index * size + k] for k in (best, worst))
             self._reference.append(
-                tuple(row[: len(ids)] for row, ids in zip(rows, pair, strict=True))
+                tuple(logps[: len(ids)] for logps, ids in zip(reference, pair, strict=True))
             )
         return pair_of
 

@@ -1,7 +1,7 @@
-"""What the policy-gradient algorithms share: minibatches, microbatches, the loss, and metrics.
+"""Parts common to the policy-gradient algorithms: minibatches, microbatches, loss and metrics.
 
-Advantages, returns and denominators are those of the whole rollout batch or minibatch, however it
-is split into microbatches.
+Advantages, returns and denominators are those of the whole rollout batch or minibatch, so they
+don't depend on the split into microbatches.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ REPORTED = {
 }
 
 
-# ---------------------------------------------------------------- minibatches
+# --- minibatches ---
 
 
 def minibatch_epochs(prompts: int, config: OnPolicyConfig, step: int) -> Iterator[list[list[int]]]:
-    """The minibatches of every epoch over a rollout batch, as lists of prompt indices.
+    """Yield the minibatches of every epoch over a rollout batch, as lists of prompt indices.
 
-    A minibatch is one optimizer update. Which prompts it has depends only on (seed, step, epoch).
+    A minibatch is one optimizer update. Its prompts depend only on (seed, step, epoch).
 
     Args:
         prompts: Prompts in the rollout batch.
@@ -92,11 +92,11 @@ def _sources(completions: Completions, micro: Microbatch) -> list[str]:
     return [completions.groups[index].source for index in micro.indices]
 
 
-# ---------------------------------------------------------------- the loss
+# --- the loss ---
 
 
 class PolicyDenominators(NamedTuple):
-    """What the microbatches of an update share: scalars."""
+    """The denominators and coefficients of an update, scalars."""
 
     policy: PolicyTotals
     kl_coef: mx.array
@@ -130,7 +130,7 @@ class PolicyObjective:
         self._with_entropy = with_entropy
 
     def denominators(self, batch: RolloutBatch, minibatch: Sequence[int]) -> PolicyDenominators:
-        """The denominators of an update on a minibatch, prompts without a signal included."""
+        """The denominators of an update on a minibatch, including prompts without a signal."""
         rows = batch.completions.rows(minibatch)
         totals = policy_totals(
             [mx.array(batch.loss_mask[rows])],
@@ -165,7 +165,7 @@ class PolicyObjective:
         )
 
 
-# ---------------------------------------------------------------- metrics
+# --- metrics ---
 
 
 class UpdateMetrics:
@@ -175,7 +175,7 @@ class UpdateMetrics:
         updates: Updates made.
         loss: The sum of their losses.
         grad_norm: The sum of their gradient norms.
-        skipped: Why other updates were skipped: their loss or gradient was not finite.
+        skipped: One reason per skipped update, whose loss or gradient was not finite.
     """
 
     def __init__(self) -> None:
@@ -205,7 +205,7 @@ class UpdateMetrics:
         return {loss: self.loss / count, grad_norm: self.grad_norm / count}
 
     def last(self, name: str) -> float | None:
-        """A metric of the last update; None if there was none."""
+        """A metric of the last update; None without one."""
         weight = self._last.get("weight", 0.0)
         return self._last[name] / weight if weight and name in self._last else None
 
@@ -227,6 +227,6 @@ class UpdateMetrics:
         }
 
     def exceeds_kl(self) -> bool:
-        """Whether the policy moved too far from the one that sampled for another epoch."""
+        """Whether the policy has moved too far from the one that sampled to train another epoch."""
         kl = self.last("approx_kl")
         return kl is not None and kl > STOP_EPOCHS_ABOVE_KL

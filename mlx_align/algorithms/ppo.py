@@ -58,21 +58,21 @@ DEMONSTRATION_SHAPES = 4
 
 
 def check_ppo_options(config: PPOConfig) -> None:
-    """Refuse options that have no effect or can't be combined.
+    """Check that all given options have an effect and can be combined.
 
     Raises:
-        ConfigError: Such an option was given.
+        ConfigError: An option has no effect, or two can't be combined.
     """
     if config.target_kl is not None and config.kl_coef == 0:
         raise ConfigError(
-            f"--target-kl {config.target_kl:g}: adapts --kl-coef, which is 0; give --kl-coef a "
-            "start above 0"
+            f"--target-kl {config.target_kl:g}: adapts --kl-coef, which is 0; give an initial "
+            "--kl-coef above 0"
         )
     for name in ("gamma", "gae_lambda"):
         if (value := getattr(config, name)) > 1:
             raise ConfigError(f"--{name.replace('_', '-')} {value:g}: must be at most 1")
     shared = config.critic == "shared"
-    for name, has_effect, why in (
+    for name, has_effect, reason in (
         ("value_clip", config.reward_rollouts, "is in units of standardised rewards"),
         ("reward_clip", config.reward_rollouts, "clips standardised rewards"),
         ("kl_horizon", config.target_kl, "adapts --kl-coef to --target-kl, which is not given"),
@@ -80,7 +80,7 @@ def check_ppo_options(config: PPOConfig) -> None:
         ("critic_learning_rate", not shared, "is for --critic own"),
     ):
         if not has_effect and getattr(config, name) != getattr(PPOConfig, name):
-            raise ConfigError(f"--{name.replace('_', '-')}: {why}, so it has no effect here")
+            raise ConfigError(f"--{name.replace('_', '-')}: {reason}, so it has no effect here")
     if config.ptx_coef > 0 and config.ptx_data is None:
         raise ConfigError(
             f"--ptx-coef {config.ptx_coef:g} needs --ptx-data (a file of demonstrations)"
@@ -93,7 +93,7 @@ class PPO:
     """Trains policy and critic on rollout batches.
 
     Attributes:
-        title: Shown by the progress bar.
+        title: Label of the progress bar.
         dynamic_sampling: False: no prompt is replaced.
         weights: The trained weights: `policy` and `critic`.
         optimizers: Their optimizers; only `policy` with --critic shared.
@@ -111,7 +111,7 @@ class PPO:
         )
         self._shared = config.critic == "shared"
         self._kl_coef = config.kl_coef
-        # Rewards are shifted and scaled by these, once `prepare` has measured them.
+        # Rewards are shifted and scaled by these, after `prepare` has measured them.
         self._reward_mean, self._reward_std = 0.0, 1.0
         self._value_scorer = compile_forward(model, token_values)
         self._demonstrations = (
@@ -150,9 +150,9 @@ class PPO:
         return PtxObjective(loss, model, grad_checkpoint=grad_checkpoint).loss
 
     def _initial_critic(self) -> AdapterWeights:
-        """The critic at the start: the reward model, where it is an adapter; else all zeros.
+        """The initial critic: the reward model if that is an adapter, else a head of zeros.
 
-        The value of an unfinished completion is then the reward model's score of it.
+        With the reward model, the value of an unfinished completion is its score.
         """
         collector = self._collector
         width, reward = hidden_width(collector.policy.model.backbone), collector.reward_adapter
@@ -167,7 +167,7 @@ class PPO:
         return {**adapter, VALUE_HEAD: head}
 
     def prepare(self) -> str:
-        """Measure the rewards of the reference, which are standardised from then on.
+        """Measure the reference's rewards; later rewards are standardised by them.
 
         Returns:
             A line to show.
@@ -192,7 +192,7 @@ class PPO:
         )
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint holds besides weights and optimizers."""
+        """The state for a checkpoint besides weights and optimizers."""
         demonstrations = self._demonstrations
         return {
             "kl_coef": self._kl_coef,
@@ -202,7 +202,7 @@ class PPO:
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Restore such a state."""
+        """Restore a state that `state` returned."""
         self._kl_coef = float(state["kl_coef"])
         self._reward_mean = float(state["reward_mean"])
         self._reward_std = float(state["reward_deviation"])
@@ -210,7 +210,7 @@ class PPO:
             self._demonstrations.microbatches_taken = int(state["demonstrations"])
 
     def update(self, batch: RolloutBatch, step: int, learning_rate: float) -> UpdateResult:
-        """The updates on one rollout batch; in the first ones of a run, of the critic only."""
+        """Make the updates on one rollout batch; at the start of a run, of the critic only."""
         config = self._config
         shared_part = self.weights["policy"] if self._shared else {}
         (values,) = evaluate_tokens(
@@ -231,7 +231,7 @@ class PPO:
         if config.whiten_advantages:
             advantages = whiten(advantages, mask)
         targets = ValueTargets(batch.with_advantages(advantages), values, returns)
-        policy, critic, first_deviation = self._update_on(targets, step, learning_rate)
+        policy, critic, first_deviation = self._run_updates(targets, step, learning_rate)
         metrics = {
             **policy.policy(),
             **critic.means("value/loss", "value/grad_norm"),
@@ -245,27 +245,31 @@ class PPO:
             control = AdaptiveKL(config.target_kl, config.kl_horizon)
             count = len(batch.completions.texts)
             self._kl_coef = control.next(self._kl_coef, batch.kl, count)
-        # With a shared critic an update is one of both, and a skipped one counts once.
+        # With a shared critic, an update trains both, so a skipped one counts once.
         skipped = critic.skipped if self._shared else [*critic.skipped, *policy.skipped]
         return UpdateResult(metrics, first_deviation, skipped)
 
     def _scores(self, batch: RolloutBatch) -> Array:
-        """(N,) the rewards of whole completions: standardised, clipped, less the EOS penalty."""
+        """(N,) rewards of completions: standardised, clipped, minus the EOS penalty."""
         config = self._config
         scores = (batch.rewards.total - self._reward_mean) / self._reward_std
         if config.reward_rollouts:
             scores = np.clip(scores, -config.reward_clip, config.reward_clip)
         return np.asarray(scores - config.missing_eos_penalty * ~batch.completions.finished)
 
-    def _update_on(
+    def _run_updates(
         self, targets: ValueTargets, step: int, rate: float
     ) -> tuple[UpdateMetrics, UpdateMetrics, float | None]:
-        """Metrics of the policy and of the critic, and the first update's mean |ratio − 1|."""
+        """Make all updates on a batch.
+
+        Returns:
+            Metrics of the policy and of the critic, and the first update's mean |ratio − 1|.
+        """
         batch = targets.batch
         with_policy = step >= self._config.critic_warmup
         policy, critic, first_deviation = UpdateMetrics(), UpdateMetrics(), None
         with_signal = prompts_with_signal(batch.loss_mask, batch.completions.group_size)
-        update = self._update_jointly if self._shared else self._update_in_turn
+        update = self._update_jointly if self._shared else self._update_separately
         prompts = len(batch.completions.groups)
         for minibatches in minibatch_epochs(prompts, self._config, step):
             for minibatch in minibatches:
@@ -282,7 +286,7 @@ class PPO:
                 break
         return policy, critic, first_deviation
 
-    def _update_in_turn(
+    def _update_separately(
         self, targets: ValueTargets, selected: list[int], rate: float, *, with_policy: bool
     ) -> _Updates:
         """One update of the critic, then one of the policy."""
@@ -337,9 +341,9 @@ class PPO:
         denominators: Any,
         rate: float,
     ) -> OptimizerStep:
-        """An update of the policy, on demonstrations too if there are some."""
+        """One update of the policy, also on demonstrations if there are any."""
         if self._demonstrations is not None:
-            demonstrations, scale = self._demonstrations.take()
+            demonstrations, scale = self._demonstrations.next_microbatches()
             micro = [*micro, *demonstrations]
             denominators = PtxDenominators(denominators, scale)
         return self._policy_updater(weights, micro, denominators, rate)
@@ -350,11 +354,11 @@ class _Updates(NamedTuple):
     policy: OptimizerStep | None  # None while only the critic is trained
 
 
-# ---------------------------------------------------------------- the critic
+# --- the critic ---
 
 
 class ValueDenominators(NamedTuple):
-    """What the critic's microbatches of an update divide by."""
+    """The denominator of an update of the critic."""
 
     tokens: mx.array
 
@@ -367,7 +371,7 @@ class ActorCriticBatch(NamedTuple):
 
 
 class ActorCriticDenominators(NamedTuple):
-    """What the microbatches of a joint update share."""
+    """The denominators of a joint update."""
 
     policy: PolicyDenominators
     value: ValueDenominators
@@ -375,7 +379,7 @@ class ActorCriticDenominators(NamedTuple):
 
 
 class ValueTargets(NamedTuple):
-    """What the critic is trained on.
+    """The training data of the critic.
 
     Attributes:
         batch: The rollout batch, with advantages.
@@ -428,7 +432,7 @@ class ValueObjective:
 class ActorCriticObjective:
     """Policy loss + value_coef · value loss, from one pass through the backbone.
 
-    While only the critic is trained, the policy loss is left out, and only the value head gets a
+    While only the critic is trained, the policy loss is omitted, and only the value head gets a
     gradient.
 
     Source: Schulman et al. 2017 (PPO), eq. 9.
@@ -466,25 +470,25 @@ def value_loss_sum(values: mx.array, batch: ValueBatch, config: PPOConfig) -> mx
     return masked_sum(losses, batch.mask, axis=None)
 
 
-# ---------------------------------------------------------------- demonstrations (PPO-ptx)
+# --- demonstrations (PPO-ptx) ---
 
 
 class PtxDenominators(NamedTuple):
-    """What the microbatches of an update with demonstrations share."""
+    """The denominators of an update with demonstrations."""
 
-    policy: Any  # of the policy's own loss
-    scale: mx.array  # the coefficient, divided by the demonstrations' tokens in the update
+    policy: Any  # denominators of the policy's loss
+    scale: mx.array  # ptx_coef divided by the demonstrations' tokens in the update
 
 
 class PtxObjective:
     """The policy's loss + ptx_coef · the mean log-loss of the demonstrations' tokens.
 
-    Training on demonstrations keeps the policy from unlearning them.
+    It keeps the policy from forgetting the demonstrations.
 
     Source: Ouyang et al. 2022 (InstructGPT), eq. 2.
 
     Args:
-        policy_loss: The policy's own loss.
+        policy_loss: The policy's loss.
         model: The base model.
         grad_checkpoint: Recompute activations in the backward pass.
     """
@@ -515,7 +519,7 @@ def read_demonstrations(config: PPOConfig, tokenizer: Any) -> list[TokenizedGrou
     """The demonstrations of --ptx-data, tokenised.
 
     Raises:
-        DataError: They can't be used; the text names file and line.
+        DataError: They can't be used; the message names file and line.
     """
     assert config.ptx_data is not None
     groups, _ = read_supervised(config.ptx_data, "train")
@@ -525,14 +529,14 @@ def read_demonstrations(config: PPOConfig, tokenizer: Any) -> list[TokenizedGrou
 
 
 class Demonstrations:
-    """The demonstrations of a run; every update takes some.
+    """The demonstrations of a run, in microbatches for its updates.
 
     Args:
         config: The options.
         groups: The demonstrations, from `read_demonstrations`.
 
     Attributes:
-        microbatches_taken: Microbatches taken so far, which is the position in the data.
+        microbatches_taken: Microbatches taken so far: the position in the data.
     """
 
     def __init__(self, config: PPOConfig, groups: Sequence[TokenizedGroup]) -> None:
@@ -541,7 +545,7 @@ class Demonstrations:
         self._shapes = plan_shapes(self._groups, BatchLimit(size), DEMONSTRATION_SHAPES)
         self.microbatches_taken = 0
 
-    def take(self) -> tuple[list[CollatedMicrobatch], mx.array]:
+    def next_microbatches(self) -> tuple[list[CollatedMicrobatch], mx.array]:
         """The next `grad_accumulation_steps` microbatches, and the scale of their log-losses."""
         count = self._config.grad_accumulation_steps
         stream: Iterator[Microbatch] = microbatch_stream(

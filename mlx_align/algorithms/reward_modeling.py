@@ -1,9 +1,9 @@
 """Reward models: the Bradley-Terry loss over all pairs of a prompt's completions.
 
 A preference pair is a ranked list of two, so pairs and lists share one code path. An ensemble has
-several heads on one adapted model; each head leaves one fold of the prompts out, so their
-disagreement shows what the data doesn't determine. The report at the end covers all held-out data
-and uses the mean of the heads.
+several heads on one adapted model. Each head is trained without one fold of the prompts, so their
+disagreement shows where the data doesn't determine the score. The report at the end covers all
+held-out data and uses the mean of the heads.
 """
 
 from __future__ import annotations
@@ -68,8 +68,8 @@ class RewardModeling(Algorithm):
     def __init__(self, config: RewardConfig) -> None:
         if config.max_completion_length is not None:
             raise ConfigError(
-                "--max-completion-length has no use here: a score is read at the end token, which "
-                "a truncated completion has lost; leave it out, and rows longer than "
+                "--max-completion-length can't be used here: a score is read at the end token, "
+                "which a truncated completion has lost; leave it out, and rows longer than "
                 "--max-seq-length are dropped"
             )
         self._config = config
@@ -87,7 +87,7 @@ class RewardModeling(Algorithm):
         return check_comparisons(data, self._config)
 
     def arrange(self, groups: Sequence[TokenizedGroup]) -> list[TokenizedGroup]:
-        """Fill the groups up to equally many completions."""
+        """Pad the groups to the same number of completions."""
         return pad_completion_lists(groups)
 
     def objective(
@@ -135,11 +135,11 @@ class RewardModeling(Algorithm):
             )
         compared = [_compare(group, config) for group in groups]
         scores = [np.stack(rows) for rows in found]
-        judged = evaluate_reward_model(groups, compared, scores, seed=config.seed)
-        if judged is None:
+        report = evaluate_reward_model(groups, compared, scores, seed=config.seed)
+        if report is None:
             return HeldOutReport({}, [], "! no held-out comparison is decided: nothing to report")
-        facts: dict[str, Any] = judged.as_json()
-        text = "\n" + render_reward_report(judged)
+        facts: dict[str, Any] = report.as_json()
+        text = "\n" + render_reward_report(report)
         if config.members > 1:
             facts["members"], line = _compare_members(groups, compared, scores, config)
             text += "\n" + line
@@ -156,7 +156,7 @@ class RewardModeling(Algorithm):
 
 
 class GroupTotals(NamedTuple):
-    """The denominator of an update: its groups, each counted once per head that trains on it."""
+    """The denominator of an update: its groups, counted once per head that trains on them."""
 
     groups: mx.array
 
@@ -166,7 +166,7 @@ class RewardObjective(Objective):
 
     Args:
         model: The base model, with adapters and `config.members` heads.
-        groups: The training groups, filled up to equally many completions.
+        groups: The training groups, padded to the same number of completions.
         config: Hyperparameters of the loss, and the number of heads.
     """
 
@@ -176,7 +176,7 @@ class RewardObjective(Objective):
         super().__init__(groups)
         self._model, self._config = model, config
         self._compared = [_compare(group, config) for group in groups]
-        self._learns = ensemble_mask(groups, config.members, config.seed)
+        self._member_mask = ensemble_mask(groups, config.members, config.seed)
 
     def collate(self, microbatch: Microbatch) -> RewardBatch:
         """Groups as arrays, with their comparisons."""
@@ -184,7 +184,7 @@ class RewardObjective(Objective):
         return collate_rewards(
             [self.groups[i] for i in members],
             [self._compared[i] for i in members],
-            self._learns[members],
+            self._member_mask[members],
             microbatch.shape,
         )
 
@@ -273,14 +273,14 @@ def check_comparisons(data: TokenizedDataset, config: RewardConfig) -> list[str]
     prompts = len({group.prompt.tobytes() for group in groups})
     if config.members > prompts:
         raise ConfigError(
-            f"--members {config.members}: each leaves a fold of prompts out, and there are "
-            f"{prompts}; give at most that"
+            f"--members {config.members}: each member leaves out a fold of the prompts, but there "
+            f"are only {prompts}; give at most {prompts}"
         )
     lines = []
     if lists:
-        most = max(len(group.completions) for group in lists)
+        longest = max(len(group.completions) for group in lists)
         lines.append(
-            f"{len(lists):,} ranked lists of up to {most} completions; all pairs of a list are "
+            f"{len(lists):,} ranked lists of up to {longest} completions; all pairs of a list are "
             "compared, and each prompt counts once"
         )
     soft = sum(group.soft_label is not None for group in groups)
@@ -301,7 +301,7 @@ def _compare_members(
     scores: Sequence[np.ndarray],
     config: RewardConfig,
 ) -> tuple[dict[str, Any], str]:
-    """Each head's accuracy, and how far their score differences spread."""
+    """The accuracy of each head, and the spread of their score differences."""
     single: list[RewardReport | None] = [
         evaluate_reward_model(
             groups, compared, [rows[:, m : m + 1] for rows in scores], seed=config.seed

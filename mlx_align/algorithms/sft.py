@@ -1,4 +1,4 @@
-"""Demonstrations: supervised fine-tuning on the mean loss per scored token."""
+"""Supervised fine-tuning on demonstrations."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from mlx_align.models.policy import Policy
 from mlx_align.models.weights import AdapterWeights
 from mlx_align.types import GroupBatch, PromptGroup, TokenizedGroup
 
-# e to this power is still a float32.
+# Exponents are clamped here, so that the perplexity stays a finite float32.
 MAX_NATS = 80.0
 
 
@@ -48,10 +48,10 @@ class SFT(Algorithm):
     def read(
         self, data: Data, split: str, format: str | None
     ) -> tuple[list[PromptGroup], ReadReport]:
-        """Read demonstrations; by `loss_on`, with the last answer or every answer scored.
+        """Read demonstrations; `loss_on` decides if the last or every assistant turn is trained on.
 
         Raises:
-            ConfigError: `loss_on` is `assistant`, and the data holds no conversations.
+            ConfigError: `loss_on` is `assistant`, and the data has no conversations.
         """
         groups, reading = read_supervised(data, split, format)
         if self._config.loss_on == "completion":
@@ -59,8 +59,8 @@ class SFT(Algorithm):
             return keep_last_completion(groups), replace(reading, title=title)
         if isinstance(groups[0].prompt, str):
             raise ConfigError(
-                f"--loss-on assistant: {data} holds text, not conversations, so there are no turns "
-                "to tell apart; leave it out"
+                f"--loss-on assistant: {data} has text, not conversations with assistant turns; "
+                "leave it out"
             )
         return groups, reading
 
@@ -91,7 +91,7 @@ class SFT(Algorithm):
 
 
 class TokenTotals(NamedTuple):
-    """The denominator of an update: its number of scored tokens."""
+    """The denominator of an update: its number of tokens in the loss."""
 
     tokens: mx.array
 
@@ -123,7 +123,7 @@ class SupervisedObjective(Objective):
         return collate_groups([self.groups[i] for i in microbatch.indices], microbatch.shape)
 
     def totals(self, batches: Sequence[GroupBatch]) -> TokenTotals:
-        """The number of scored tokens."""
+        """The number of tokens in the loss."""
         return TokenTotals(mx.array(sum(batch.completion_mask.sum() for batch in batches)))
 
     def loss(
@@ -142,15 +142,15 @@ class SupervisedObjective(Objective):
 
 def with_perplexity(row: dict[str, float]) -> dict[str, float]:
     """The row with the perplexity e^nll in place of `nll`, the mean negative log-likelihood."""
-    with_it = dict(row)
-    with_it["perplexity"] = math.exp(min(with_it.pop("nll"), MAX_NATS))
-    return with_it
+    result = dict(row)
+    result["perplexity"] = math.exp(min(result.pop("nll"), MAX_NATS))
+    return result
 
 
 def evaluate_demonstrations(
     logps: CompletionLogps, groups: Sequence[TokenizedGroup], loss: str
 ) -> dict[str, float]:
-    """Loss and perplexity, means over scored tokens, from token log-probs."""
+    """Loss and perplexity, means over the tokens in the loss, from token log-probs."""
     rows = [p[0][completion_mask(group, 0)] for p, group in zip(logps, groups, strict=True)]
     tokens = np.concatenate(rows).astype(np.float64)
     values = np.array(TOKEN_LOSSES[loss](mx.array(tokens.astype(np.float32))), np.float64)

@@ -25,7 +25,7 @@ from mlx_align.models.patches import random_key, restore_random_key
 from mlx_align.models.weights import AdapterWeights
 from mlx_align.system.memory_limit import MemoryLimit
 
-# Updates skipped in a row after which the run stops: then the fault is not in single rows.
+# Maximum number of updates skipped in a row. More mean that the cause is not in single rows.
 MAX_SKIPPED_IN_A_ROW = 5
 
 
@@ -37,8 +37,8 @@ class CollatedMicrobatch(NamedTuple):
     """A microbatch as arrays.
 
     Attributes:
-        arrays: What the loss takes.
-        shape: The padded shape; one compiled function per shape.
+        arrays: The argument of the loss.
+        shape: The padded shape; one function is compiled per shape.
         sources: Returns `file:line` of its rows, for error messages.
     """
 
@@ -114,8 +114,8 @@ class Updater:
             learning_rate: The learning rate of this update.
 
         Raises:
-            TrainingError: The loss or gradient is not finite. Nothing was updated, and the random
-                generator is back where it was.
+            TrainingError: The loss or gradient is not finite. Nothing was updated, and the state
+                of the random generator was restored.
         """
         module = self._model.module
         key = random_key()
@@ -141,9 +141,9 @@ class Updater:
         return OptimizerStep(weights, loss, sums, norm)
 
     def _advice(self) -> str:
-        kept = "nothing was updated with it, and the last checkpoint holds the run before it"
+        kept = "nothing was updated with it, and the last checkpoint has the state before it"
         if self._max_skips:
-            kept = f"{self._max_skips} updates before it were skipped for the same; {kept}"
+            kept = f"{self._max_skips} updates before it were skipped for the same reason; {kept}"
         other = "" if self._max_skips else ", or skip such updates with --on-non-finite skip"
         return f"{kept}: check these rows, lower --learning-rate{other}"
 
@@ -184,7 +184,7 @@ def accumulate(
 
 
 def compiled_gradient(loss: Loss) -> Callable[..., Any]:
-    """(weights, arrays, totals) -> ((loss contribution, metric sums), gradient by the weights)."""
+    """(weights, arrays, totals) -> ((loss contribution, metric sums), gradient of the weights)."""
     # Dropout draws from the global generator: its state is an input and an output of the trace.
     state = [mx.random.state]
     return mx.compile(mx.value_and_grad(loss), inputs=state, outputs=state)
@@ -215,8 +215,8 @@ def make_optimizer(weights: AdapterWeights, weight_decay: float) -> optim.Optimi
 def make_schedule(name: str, peak: float, total: int, warmup: float) -> Callable[[int], float]:
     """The learning rate of update 0, 1, … `total` − 1.
 
-    Warm-up rises linearly and reaches `peak` on its last update. Linear and cosine schedules then
-    fall and would reach 0 on the update after the last.
+    The rate rises linearly during warm-up and is `peak` at the first update after it. Linear and
+    cosine schedules then fall, and would reach 0 at the update after the last.
 
     Args:
         name: `constant`, `linear` or `cosine`.

@@ -14,14 +14,14 @@ import numpy.typing as npt
 
 Floats = npt.NDArray[np.float64]
 
-# Rewards that differ by less, relative to the larger of 1 and themselves, are the same: float32
-# scores of equal completions differ so much, and normalising would turn that into a signal.
+# Rewards that differ by less, relative to their size or 1, count as equal: float32 scores of equal
+# completions differ by this much, and normalising would amplify the difference.
 SAME_REWARD = 1e-6
 STD_EPSILON = 1e-4  # added to a deviation, as in GRPO and TRL
 WHITEN_EPSILON = 1e-8  # added to a variance, as in TRL's PPO
 
 
-# ---------------------------------------------------------------- per token, for PPO
+# --- per token, for PPO ---
 
 
 def token_rewards(
@@ -31,7 +31,7 @@ def token_rewards(
     mask: npt.ArrayLike,
     kl_coef: float,
 ) -> Floats:
-    """The reward of every token: −kl_coef·k1, plus the score on a completion's last token.
+    """The reward of every token: −kl_coef·k1, plus the score at a completion's last token.
 
     k1 = log π_old − log π_ref of the sampled tokens. Of the KL estimators, only k1 in the reward
     has the optimum π* ∝ π_ref·e^(r/kl_coef).
@@ -51,16 +51,16 @@ def token_rewards(
 
     Source: Ziegler et al. 2019, eq. 2; Stiennon et al. 2020, section 3.4.
     """
-    real = _real(mask)
-    k1 = _under(logps, real) - _under(reference_logps, real)
+    real = _as_bool(mask)
+    k1 = _zero_outside(logps, real) - _zero_outside(reference_logps, real)
     rewards = -kl_coef * k1
     rows = np.flatnonzero(real.any(axis=1))
-    given = np.asarray(scores, np.float64)[rows]
-    if not np.isfinite(given).all():
-        raise ValueError("a completion without a score: mask it out")
+    row_scores = np.asarray(scores, np.float64)[rows]
+    if not np.isfinite(row_scores).all():
+        raise ValueError("a completion has no finite score; mask it out")
     if len(rows):
         last = real.shape[1] - 1 - real[rows, ::-1].argmax(axis=1)
-        rewards[rows, last] += given
+        rewards[rows, last] += row_scores
     return np.asarray(np.where(real, rewards, 0.0))
 
 
@@ -85,17 +85,17 @@ def gae(
 
     Source: Schulman et al. 2016 ("High-dimensional continuous control using GAE"), eq. 16.
     """
-    real = _real(mask)
-    reward, value = _under(rewards, real), _under(values, real)
+    real = _as_bool(mask)
+    reward, value = _zero_outside(rewards, real), _zero_outside(values, real)
     advantages = np.zeros_like(value)
     next_value = np.zeros(len(value))
     following = np.zeros(len(value))
     for t in reversed(range(value.shape[1])):
-        here = real[:, t]
+        inside = real[:, t]
         delta = reward[:, t] + gamma * next_value - value[:, t]
-        following = np.where(here, delta + gamma * lam * following, following)
-        next_value = np.where(here, value[:, t], next_value)
-        advantages[:, t] = np.where(here, following, 0.0)
+        following = np.where(inside, delta + gamma * lam * following, following)
+        next_value = np.where(inside, value[:, t], next_value)
+        advantages[:, t] = np.where(inside, following, 0.0)
     return advantages, np.where(real, advantages + value, 0.0)
 
 
@@ -114,7 +114,7 @@ def whiten(values: npt.ArrayLike, mask: npt.ArrayLike) -> Floats:
 
     Source: Ziegler et al. 2019, their code; Huang et al. 2024 ("The N+ implementation details").
     """
-    real = _real(mask)
+    real = _as_bool(mask)
     inside = np.asarray(values, np.float64)[real]
     whitened = np.zeros(real.shape)
     if inside.size > 1 and inside.max() > inside.min():
@@ -123,18 +123,18 @@ def whiten(values: npt.ArrayLike, mask: npt.ArrayLike) -> Floats:
     return whitened
 
 
-def _real(mask: npt.ArrayLike) -> npt.NDArray[np.bool_]:
+def _as_bool(mask: npt.ArrayLike) -> npt.NDArray[np.bool_]:
     return np.asarray(mask) != 0
 
 
-def _under(values: npt.ArrayLike, real: npt.NDArray[np.bool_]) -> Floats:
+def _zero_outside(values: npt.ArrayLike, real: npt.NDArray[np.bool_]) -> Floats:
     return np.where(real, np.asarray(values, np.float64), 0.0)
 
 
-# ---------------------------------------------------------------- within groups
+# --- within groups ---
 #
 # Rewards are (B, G): G completions of each of B prompts. A completion without a reward is NaN: its
-# advantage is 0, and it is left out of all means. Groups of equal rewards get exactly 0, free of
+# advantage is 0, and it is left out of all means. Groups of equal rewards get exactly 0, without
 # the rounding error of their mean.
 
 
@@ -164,7 +164,7 @@ def leave_one_out(rewards: npt.ArrayLike) -> Floats:
     Source: Kool et al. 2019; Ahmadian et al. 2024 ("Back to Basics"), RLOO.
     """
     table = np.asarray(rewards, np.float64)
-    count = _given(table).sum(axis=1, keepdims=True)
+    count = _has_reward(table).sum(axis=1, keepdims=True)
     return _centred(table) * count / np.maximum(count - 1, 1)
 
 
@@ -173,13 +173,15 @@ def whitened(rewards: npt.ArrayLike, tokens: npt.ArrayLike | None = None) -> Flo
 
     Args:
         rewards: (B, G).
-        tokens: (B, G) tokens of each completion, whose advantages are all its own; a long
-            completion counts as often as it has tokens. None to count each completion once.
+        tokens: (B, G) number of tokens of each completion, which is its weight in mean and
+            variance. None to count each completion once.
 
     Source: Hu et al. 2025 (REINFORCE++); verl and OpenRLHF whiten over tokens, too.
     """
     table = np.asarray(rewards, np.float64)
-    return _whiten_weighted(table, _given(table) * (1 if tokens is None else np.asarray(tokens)))
+    return _whiten_weighted(
+        table, _has_reward(table) * (1 if tokens is None else np.asarray(tokens))
+    )
 
 
 def centred_whitened(rewards: npt.ArrayLike, tokens: npt.ArrayLike | None = None) -> Floats:
@@ -188,8 +190,8 @@ def centred_whitened(rewards: npt.ArrayLike, tokens: npt.ArrayLike | None = None
     Source: Hu et al. 2025 (REINFORCE++-baseline).
     """
     table = np.asarray(rewards, np.float64)
-    weights = _given(table) * (1 if tokens is None else np.asarray(tokens))
-    return np.where(_equal(table), 0.0, _whiten_weighted(_centred(table), weights))
+    weights = _has_reward(table) * (1 if tokens is None else np.asarray(tokens))
+    return np.where(_is_constant(table), 0.0, _whiten_weighted(_centred(table), weights))
 
 
 # Advantages that are whitened over tokens and take their number as a second argument.
@@ -221,7 +223,7 @@ GROUP_ADVANTAGES: dict[str, Callable[..., Floats]] = {
 def zero_variance_share(rewards: npt.ArrayLike) -> float:
     """The fraction of groups without a signal: all rewards are equal, or missing."""
     table = np.asarray(rewards, np.float64)
-    return float(_equal(table).mean()) if len(table) else 0.0
+    return float(_is_constant(table).mean()) if len(table) else 0.0
 
 
 def normalize_then_sum(rewards: npt.ArrayLike, weights: npt.ArrayLike) -> Floats:
@@ -238,7 +240,7 @@ def normalize_then_sum(rewards: npt.ArrayLike, weights: npt.ArrayLike) -> Floats
         (weight * group_std(one) for weight, one in zip(np.asarray(weights), table, strict=True)),
         np.zeros(table.shape[1:]),
     )
-    given = _given(table).any(axis=0)
+    given = _has_reward(table).any(axis=0)
     known = total[given]
     if known.size < 2 or known.max() == known.min():
         return np.zeros(total.shape)
@@ -246,13 +248,13 @@ def normalize_then_sum(rewards: npt.ArrayLike, weights: npt.ArrayLike) -> Floats
     return np.where(given, scaled, 0.0)
 
 
-def _given(rewards: Floats) -> npt.NDArray[np.bool_]:
+def _has_reward(rewards: Floats) -> npt.NDArray[np.bool_]:
     return ~np.isnan(rewards)
 
 
-def _equal(rewards: Floats) -> npt.NDArray[np.bool_]:
-    """(B, 1) whether a group has no two rewards that differ by more than rounding."""
-    given = _given(rewards)
+def _is_constant(rewards: Floats) -> npt.NDArray[np.bool_]:
+    """(B, 1) whether all rewards of a group are equal up to rounding."""
+    given = _has_reward(rewards)
     low = np.where(given, rewards, np.inf).min(axis=1, keepdims=True, initial=np.inf)
     high = np.where(given, rewards, -np.inf).max(axis=1, keepdims=True, initial=-np.inf)
     largest = np.maximum(np.abs(np.where(np.isfinite(low), low, 0)), np.abs(high))
@@ -260,20 +262,20 @@ def _equal(rewards: Floats) -> npt.NDArray[np.bool_]:
 
 
 def _rounding(values: Floats) -> float:
-    """The difference up to which values are the same."""
+    """The difference up to which values count as equal."""
     return SAME_REWARD * max(1.0, float(np.abs(values).max()))
 
 
 def _centred(rewards: Floats) -> Floats:
-    given = _given(rewards)
+    given = _has_reward(rewards)
     count = np.maximum(given.sum(axis=1, keepdims=True), 1)
     mean = np.where(given, rewards, 0.0).sum(axis=1, keepdims=True) / count
-    return np.where(given & ~_equal(rewards), rewards - mean, 0.0)
+    return np.where(given & ~_is_constant(rewards), rewards - mean, 0.0)
 
 
 def _std(rewards: Floats, axis: int | None) -> Floats:
     """Unbiased deviation of the rewards that are not NaN; 0 if there are fewer than two."""
-    given = _given(rewards)
+    given = _has_reward(rewards)
     kept = np.where(given, rewards, 0.0)
     count = given.sum(axis=axis, keepdims=True)
     mean = kept.sum(axis=axis, keepdims=True) / np.maximum(count, 1)
@@ -281,7 +283,7 @@ def _std(rewards: Floats, axis: int | None) -> Floats:
     return np.asarray(np.sqrt(squares / np.maximum(count - 1, 1)))
 
 
-# ---------------------------------------------------------------- the KL coefficient
+# --- the KL coefficient ---
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-r"""The built-in rewards, and how final answers are found in text and compared.
+r"""The built-in rewards, and the extraction and comparison of final answers.
 
 Each function takes the options of `--reward "length(target=200)"` and returns a reward: a pure
 function of one completion's text, its facts and the other columns of its row. None means that a
@@ -25,8 +25,8 @@ _MARK = "####"
 _BOXED = "\\boxed"
 # No real answer has more digits, and Python refuses to parse thousands of them.
 _MAX_DIGITS = 40
-# A minus is a sign if nothing that it could be subtracted from precedes it, and the number follows
-# directly.
+# A minus is a sign if the number follows directly and nothing precedes it from which the number
+# could be subtracted.
 _NUMBER = re.compile(
     r"(?P<sign>(?<![\w.)}\]])[-−])?\$?(?P<inner>(?<=\$)[-−])?"
     r"(?P<top>\d{1,3}(?:,\d{3}){1,13}(?!,?\d)(?:\.\d+)?|\d+(?:\.\d+)?|\.\d+)"
@@ -46,14 +46,14 @@ _WORDS = re.compile(r"\\(?:text|mathrm|mathbf)\s?\{([^{}]*)\}")
 
 @dataclass(frozen=True, slots=True)
 class CompletionFacts:
-    """Facts about a completion that its text doesn't show.
+    """Facts about a completion that are not in its text.
 
     Attributes:
         tokens: Tokens sampled, end token included.
         finished: Whether the end token was sampled; False if the completion was truncated.
         max_tokens: The longest completion allowed.
         token_ids: The tokens sampled, end token included.
-        opened: What the prompt left open: `<think>` where the chat template writes it, else "".
+        opened: `<think>` if the prompt ends with it, so that the completion doesn't; else "".
     """
 
     tokens: int
@@ -78,7 +78,7 @@ def exact_answer(*, column: str = "answer") -> Reward:
 
     Source: GSM8K (Cobbe et al. 2021), whose solutions end with `#### 72`.
     """
-    _need(isinstance(column, str), "column: expected a name")
+    _check(isinstance(column, str), "column: expected a name")
 
     def reward(text: str, facts: CompletionFacts, columns: Columns) -> float | None:
         gold = columns.get(column)
@@ -86,7 +86,9 @@ def exact_answer(*, column: str = "answer") -> Reward:
             return None
         if not isinstance(gold, str | int | float):
             kind = type(gold).__name__
-            raise ConfigError(f"column {column!r} holds a {kind}; expected text or a number")
+            raise ConfigError(
+                f"column {column!r} has a value of type {kind}; expected text or a number"
+            )
         marked = marked_answer(text)
         expected = _gold(gold)
         if isinstance(expected, str):
@@ -102,7 +104,7 @@ def _gold(gold: str | int | float) -> Fraction | str:
         return Fraction(str(gold))
     marked = marked_answer(str(gold))
     text = str(gold) if marked is None else marked
-    number = whole_number(text)
+    number = parse_number(text)
     return normalize(text) if number is None else number
 
 
@@ -110,16 +112,16 @@ def format(*, pattern: str = THINK_ANSWER) -> Reward:
     r"""1 if the whole completion matches a regular expression, else 0; `.` matches newlines.
 
     The default pattern is `<think>…</think>` followed by `<answer>…</answer>`, once each, and
-    nothing else. Where the chat template's prompt ends with `<think>`, it counts as part of the
-    completion.
+    nothing else. If the prompt ends with `<think>` (some chat templates write it), it counts as
+    part of the completion.
     """
-    compiled = _compiled(pattern, re.DOTALL)
+    compiled = _compile(pattern, re.DOTALL)
     return lambda text, facts, columns: float(compiled.fullmatch(facts.opened + text) is not None)
 
 
 def regex(*, pattern: str) -> Reward:
     """1 if the completion contains a match of a regular expression, else 0."""
-    compiled = _compiled(pattern)
+    compiled = _compile(pattern)
     return lambda text, facts, columns: float(compiled.search(text) is not None)
 
 
@@ -128,9 +130,9 @@ def length(*, target: float | None = None, unit: str = "tokens") -> Reward:
 
     Without a target, shorter is better: 1 − n / (the longest completion allowed).
     """
-    _need(unit in ("tokens", "words"), f"unit {unit!r}: expected 'tokens' or 'words'")
-    _need(target is None or (_is_number(target) and target > 0), "target: expected more than 0")
-    _need(target is not None or unit == "tokens", "unit 'words' needs a target")
+    _check(unit in ("tokens", "words"), f"unit {unit!r}: expected 'tokens' or 'words'")
+    _check(target is None or (_is_number(target) and target > 0), "target: expected more than 0")
+    _check(target is not None or unit == "tokens", "unit 'words' needs a target")
 
     def reward(text: str, facts: CompletionFacts, columns: Columns) -> float:
         count = facts.tokens if unit == "tokens" else len(text.split())
@@ -149,7 +151,7 @@ def repetition(*, n: int = 4) -> Reward:
     Source: the repetition penalty of Yeo et al. 2025, "Demystifying Long Chain-of-Thought
     Reasoning in LLMs", as a fraction of all n-grams.
     """
-    _need(isinstance(n, int) and n >= 1, "n: expected a whole number of at least 1")
+    _check(isinstance(n, int) and n >= 1, "n: expected a whole number of at least 1")
 
     def reward(text: str, facts: CompletionFacts, columns: Columns) -> float:
         words = text.lower().split()
@@ -172,16 +174,16 @@ def overlong(*, max_tokens: int | None = None, buffer: int | None = None) -> Rew
     """
     for name, value in (("max_tokens", max_tokens), ("buffer", buffer)):
         valid = value is None or (isinstance(value, int) and value >= 1)
-        _need(valid, f"{name}: expected a whole number of at least 1")
-    _need(
+        _check(valid, f"{name}: expected a whole number of at least 1")
+    _check(
         max_tokens is None or buffer is None or buffer <= max_tokens,
         "buffer: expected at most max_tokens",
     )
 
     def reward(text: str, facts: CompletionFacts, columns: Columns) -> float:
-        most = max_tokens or facts.max_tokens
-        width = min(buffer, most) if buffer else max(1, round(_BUFFER_FRACTION * most))
-        return min(0.0, max(-1.0, (most - width - facts.tokens) / width))
+        limit = max_tokens or facts.max_tokens
+        width = min(buffer, limit) if buffer else max(1, round(_BUFFER_FRACTION * limit))
+        return min(0.0, max(-1.0, (limit - width - facts.tokens) / width))
 
     return reward
 
@@ -191,7 +193,7 @@ BUILTIN_REWARDS: Mapping[str, Callable[..., Reward]] = {
 }
 
 
-def _need(valid: bool, message: str) -> None:
+def _check(valid: bool, message: str) -> None:
     if not valid:
         raise ConfigError(message)
 
@@ -200,15 +202,15 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _compiled(pattern: str, flags: int = 0) -> re.Pattern[str]:
-    _need(isinstance(pattern, str), "pattern: expected text")
+def _compile(pattern: str, flags: int = 0) -> re.Pattern[str]:
+    _check(isinstance(pattern, str), "pattern: expected text")
     try:
         return re.compile(pattern, flags)
     except re.error as error:
         raise ConfigError(f"pattern: not a regular expression ({error})") from None
 
 
-# ---------------------------------------------------------------- final answers
+# --- final answers ---
 
 
 def marked_answer(text: str) -> str | None:
@@ -247,7 +249,7 @@ def last_number(text: str) -> Fraction | None:
     return _value(last[0]) if last else None
 
 
-def whole_number(text: str) -> Fraction | None:
+def parse_number(text: str) -> Fraction | None:
     """The text as a number, ignoring a trailing dot, $ or %; None if it is not a number."""
     simple = _simplified(text).strip().rstrip(".$%").strip()
     match = _NUMBER.fullmatch(simple)
@@ -263,10 +265,10 @@ def _simplified(text: str) -> str:
     if "\\" not in text and "{" not in text:  # most texts
         return text
     text = _THOUSANDS.sub(",", text.replace("\\$", "$").replace("\\%", "%"))
-    return _FRACTION.sub(_one_fraction, text)
+    return _FRACTION.sub(_rewrite_fraction, text)
 
 
-def _one_fraction(match: re.Match[str]) -> str:
+def _rewrite_fraction(match: re.Match[str]) -> str:
     whole, top, bottom = match["whole"], match["top"], match["bottom"]
     if whole is None:
         return f"{top}/{bottom}"

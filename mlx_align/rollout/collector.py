@@ -37,7 +37,7 @@ from mlx_align.types import PolicyBatch, PolicySample, TokenizedGroup
 # CORRECT_ABOVE, tokens are weighted by their probability ratio. Above REFUSE_ABOVE, the
 # completions are those of a different policy.
 CORRECT_ABOVE, REFUSE_ABOVE = 0.02, 0.5
-# Most rounds of sampling for one batch under dynamic sampling.
+# Maximum rounds of sampling for one batch under dynamic sampling.
 MAX_DYNAMIC_ROUNDS = 4
 
 
@@ -51,11 +51,11 @@ class RolloutBatch:
         old_logps: (N, C) nats, the sampling policy's, by teacher forcing.
         reference_logps: (N, C) nats.
         entropies: (N, C) nats, of the sampling policy at each token.
-        correction: (N, C) importance weights, trainer over sampler; ones as a rule.
+        correction: (N, C) importance weights, trainer over sampler; usually ones.
         advantages: (N, C); zeros until `with_advantages` sets them.
         loss_mask: (N, C) float32, 1 where a token counts in the loss.
         sampler_gap: Mean |trainer − sampler| log-prob, nats per token.
-        prompts_drawn: Prompts taken from the data, those that dynamic sampling dropped included.
+        prompts_drawn: Prompts taken from the data, including those that dynamic sampling dropped.
     """
 
     completions: Completions
@@ -72,12 +72,12 @@ class RolloutBatch:
     def with_advantages(
         self, advantages: npt.NDArray[Any], loss_mask: Floats | None = None
     ) -> RolloutBatch:
-        """The batch with these advantages (N, C), and with another loss mask where one is given."""
+        """The batch with these advantages (N, C), and with another loss mask if one is given."""
         mask = self.loss_mask if loss_mask is None else loss_mask
         return replace(self, advantages=advantages, loss_mask=mask)
 
     def collate(self, micro: Microbatch) -> PolicyBatch:
-        """The arrays of one microbatch, as the policy-gradient loss takes them."""
+        """The arrays of one microbatch, for the policy-gradient loss."""
         completions, shape = self.completions, micro.shape
         assert isinstance(shape, Shape)
         padded = partial(
@@ -148,7 +148,7 @@ class RolloutCollector:
         shapes: Shapes of the microbatches.
         memory: The memory limit.
         rewards: Rewards completions.
-        demonstrations: Demonstrations that PPO-ptx trains on as well; empty as a rule.
+        demonstrations: Demonstrations that PPO-ptx trains on too; else empty.
     """
 
     config: OnPolicyConfig
@@ -180,7 +180,7 @@ class RolloutCollector:
 
         Args:
             weights: The policy.
-            start: Prompts drawn in earlier steps, which is the position in the data.
+            start: Number of prompts drawn in earlier steps: the position in the data.
             step: The index of the batch, from 0; part of the random seed.
             raise_if_interrupted: Called between tokens and stages; may raise to stop early.
             dynamic_sampling: Replace prompts whose completions all have the same reward.
@@ -201,7 +201,7 @@ class RolloutCollector:
         return batch
 
     def stream(self, start: int) -> Iterator[Prompt]:
-        """Prompts without end from position `start`, reshuffled for every epoch."""
+        """Yield prompts forever from position `start`, reshuffled for every epoch."""
         epoch, skip = divmod(start, len(self.prompts))
         while True:
             order = np.random.default_rng((self.config.seed, epoch)).permutation(len(self.prompts))
@@ -278,7 +278,7 @@ class RolloutCollector:
         rewards: RewardTable,
         prompts_drawn: int,
     ) -> RolloutBatch:
-        """Log-probs under policy and reference, by teacher forcing; completes the batch.
+        """Compute the log-probs under policy and reference by teacher forcing, and make the batch.
 
         Completions without a reward are masked out of the loss.
 
@@ -292,9 +292,9 @@ class RolloutCollector:
         gap = float(np.abs(difference).sum() / max(int(mask.sum()), 1))
         if gap > REFUSE_ABOVE:
             raise TrainingError(
-                f"the sampler's log-probs differ from the trainer's by {gap:.2f} nats per token, "
-                "so the completions come from a different policy and this model can't be trained "
-                "on them; please report it, with the model's name"
+                f"the sampler's log-probs differ from the trainer's by {gap:.2f} nats per token "
+                f"(limit {REFUSE_ABOVE}), so this model can't be trained on its own completions; "
+                "please report it, with the model's name"
             )
         correction = np.ones_like(old)
         if gap > CORRECT_ABOVE:

@@ -27,7 +27,7 @@ from mlx_align.rollout.sampler import Prompt, sample_completions
 
 # Prompts whose completions are sampled together.
 PROMPTS_PER_BATCH = 16
-# Columns of the written rows, and columns by which a reader would take them for another format.
+# Columns of the written rows, and columns that would make a reader detect another format.
 _RESERVED = {"prompt", "completion", "chosen", "rejected", "score", "n", "score_chosen"}
 _RESERVED |= {"score_rejected", "messages", "conversations", "text", "output", "label", "kto_tag"}
 _RESERVED |= {"preferred_output", "non_preferred_output"}
@@ -36,12 +36,12 @@ _RESERVED |= {*QUESTION_FIELDS, *COMPLETION_LIST_FIELDS, *RATING_LIST_FIELDS}
 
 @dataclass(frozen=True)
 class RejectionSamplingConfig:
-    """What to sample and what to keep.
+    """Options of rejection sampling.
 
     Attributes:
         n: Completions per prompt.
-        keep: Most completions kept per prompt; with `pairs`, the best and the worst are kept.
-        threshold: The lowest score to keep; None to keep any.
+        keep: Maximum number of completions to keep per prompt; `pairs` keeps the best and worst.
+        threshold: Minimum score of completions to keep; None to keep any.
         pairs: Write preference pairs instead of demonstrations.
         max_tokens: Longest completion, in tokens.
         temperature: Sampling temperature.
@@ -95,7 +95,7 @@ def sample_rows(
         policy: The weights that sample.
         rewards: Rewards the completions.
         prompts: The prompts.
-        config: What to sample and keep.
+        config: The options.
         on_prompts: Called with the number of prompts just finished.
 
     Raises:

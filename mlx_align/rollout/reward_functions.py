@@ -8,12 +8,12 @@ lists have one entry per completion. Arguments are passed by name, and only thos
 accepts. Columns with the names of these arguments are not passed. None means that a completion has
 no reward from this function. `async def` functions are awaited.
 
-A function given by its spec (`module:function`, `file.py:function`) runs in a process of its own:
-a call that hangs is stopped after the timeout, and one that crashes takes nothing else with it. A
+A function given by its spec (`module:function`, `file.py:function`) runs in a separate process: a
+call that hangs is stopped after the timeout, and a crash doesn't affect the training process. A
 Python callable runs in this process, without isolation and without a timeout.
 
 Only functions named on the command line, in the user's own configuration file, or by the calling
-program are run. They run with all the user's rights.
+program are run. They run with the user's permissions.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ from mlx_align.rollout.reward_process import RewardProcess, WorkerFailure
 from mlx_align.rollout.reward_worker import (
     RESERVED,
     InvalidReward,
+    accepted_parameters,
     as_rewards,
     call_function,
     describe_error,
-    expand,
-    parameters,
+    expand_batch,
 )
 from mlx_align.types import PromptGroup, Text
 
@@ -51,7 +51,7 @@ Values = npt.NDArray[np.float64]
 RewardFunction = Callable[..., Any]
 # A spec as on the command line, a function, or a function with its weight.
 RewardSource = str | RewardFunction | tuple[RewardFunction, float]
-# Per prompt and completion, the token ids.
+# The token ids of each prompt's completions.
 TokenIds = Sequence[Sequence[Sequence[int]]]
 
 # Importing a module may load a model, so it may take longer than a call.
@@ -64,7 +64,7 @@ _BUILTIN = re.compile(r"(\w+)\s*(?:\((.*)\))?(?:\s*=([^()]*))?", re.DOTALL)
 _FUNCTION = re.compile(r"([^=]+):\s*([^:=]*?)\s*(?:=(.*))?", re.DOTALL)
 
 
-# ---------------------------------------------------------------- specs
+# --- specs ---
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,8 +73,8 @@ class RewardSpec:
 
     Attributes:
         text: The spec as given; for a callable, its name.
-        name: The name in metrics: the function's name, numbered from the second of that name on
-            (`regex`, `regex_2`).
+        name: The name in metrics: the function's name, with a number if it is not the first
+            function of that name (`regex`, `regex_2`).
         weight: Weight in the total; 0 to log the reward only.
         builtin: A built-in reward, ready to call; else None.
         column: The column that a built-in reward compares with; None if it needs none.
@@ -94,12 +94,12 @@ class RewardSpec:
 
     @property
     def label(self) -> str:
-        """How messages call it."""
+        """The name in messages."""
         return f"--reward {self.text}" if self.callable is None else f"reward function {self.text}"
 
 
 def parse_rewards(sources: Sequence[RewardSource]) -> tuple[RewardSpec, ...]:
-    r"""Read reward functions; none of the user's code is run yet.
+    r"""Parse reward functions, without running the user's code.
 
     Args:
         sources: Specs, callables, or (callable, weight) tuples. A spec is `name`,
@@ -203,7 +203,7 @@ def _parse_function(text: str, module: str, function: str, weight: str | None) -
         )
     if module.endswith(".py"):
         if not Path(module).expanduser().is_file():
-            raise ConfigError(f"--reward {text}: there is no file {module}")
+            raise ConfigError(f"--reward {text}: there is no file {module} in {Path.cwd()}")
     elif not all(part.isidentifier() for part in module.split(".")):
         raise ConfigError(
             f"--reward {text}: {module!r} is not a module name; a file name must end in .py"
@@ -225,7 +225,7 @@ def _parse_weight(text: str, weight: str | None) -> float:
     return value
 
 
-# ---------------------------------------------------------------- results
+# --- results ---
 
 
 @dataclass(frozen=True)
@@ -236,8 +236,8 @@ class RewardTable:
         names: (R,) names of the rewards.
         values: (N, R) float64, NaN where a reward is None.
         weights: (R,) float64.
-        total: (N,) float64, the sum of weight × value over the rewards that are not None; NaN
-            where no reward with a weight other than 0 is.
+        total: (N,) float64, the sum of weight × value over the rewards that are not None; NaN for
+            completions without any reward of nonzero weight.
     """
 
     names: tuple[str, ...]
@@ -253,7 +253,7 @@ class RewardTable:
     def metrics(self) -> dict[str, float]:
         """`rewards/<name>/mean`, `…/std` (n − 1) and `…/none`, the fraction without a value.
 
-        A mean of no values and a deviation of fewer than two are left out.
+        Means without values and deviations of fewer than two are left out.
         """
         found = {}
         for name, column in zip(self.names, self.values.T, strict=True):
@@ -276,14 +276,14 @@ def combine(names: Sequence[str], values: Values, weights: Sequence[float]) -> R
     return RewardTable(tuple(names), values, by_weight, total)
 
 
-# ---------------------------------------------------------------- calls
+# --- calls ---
 
 
 class RewardFunctions:
     """Reward functions ready to call; made by `open_rewards`, and closed by `close`.
 
-    The functions given by specs share one process, which lives until then: what they load or
-    remember is kept between calls.
+    The functions given by specs share one process until then, so they can keep models and other
+    state between calls.
     """
 
     def __init__(self, specs: Sequence[RewardSpec], timeout: float) -> None:
@@ -343,10 +343,10 @@ class RewardFunctions:
         """Check, before training, that the data has the columns that the rewards need.
 
         Raises:
-            ConfigError: A column is missing; the text names it and the reward.
+            ConfigError: A column is missing; the message names it and the reward.
         """
         columns = {name for group in groups for name in group.columns}
-        has = ", ".join(sorted(columns)) or "none except the prompt"
+        known = ", ".join(sorted(columns)) or "only the prompt"
         for place, spec in enumerate(self.specs):
             if spec.builtin is not None:
                 needed = [] if spec.column is None else [spec.column]
@@ -361,7 +361,7 @@ class RewardFunctions:
                 hint = "" if spec.builtin else "; functions get prompts, completions and these"
                 raise ConfigError(
                     f"{spec.label}: needs {missing!r}, a column that the data doesn't have "
-                    f"(its columns: {has}){hint}"
+                    f"(its columns: {known}){hint}"
                 )
 
     def __call__(
@@ -374,16 +374,16 @@ class RewardFunctions:
 
         Args:
             groups: The prompts with their columns; their own completions are ignored.
-            completions: Per prompt, the texts to reward, without the end token.
-            facts: Of each completion.
+            completions: The texts to reward, for each prompt, without the end token.
+            facts: The facts about each completion.
 
         Returns:
             The rewards of all N completions, in the order of the prompts.
 
         Raises:
-            TrainingError: A function raised, returned anything else than a finite number or None
-                per completion, exceeded the timeout, or ended its process. All functions are
-                closed then.
+            TrainingError: A function raised an error, did not return a finite number or None per
+                completion, exceeded the timeout, or ended its process. All functions are closed
+                then.
         """
         texts = [list(of_prompt) for of_prompt in completions]
         count = sum(map(len, texts))
@@ -404,7 +404,7 @@ class RewardFunctions:
                     for text, fact in zip(of_prompt, known, strict=True)
                 ]
             elif spec.callable is not None:
-                given = self._call_here(spec.callable, place, groups, texts, ids)
+                given = self._call_directly(spec.callable, place, groups, texts, ids)
             else:
                 assert self._process is not None
                 given = self._call_in_process(self._process, place, groups, texts)
@@ -413,7 +413,7 @@ class RewardFunctions:
             [spec.name for spec in self.specs], values, [spec.weight for spec in self.specs]
         )
 
-    def _call_here(
+    def _call_directly(
         self,
         function: RewardFunction,
         place: int,
@@ -422,8 +422,8 @@ class RewardFunctions:
         ids: TokenIds | None,
     ) -> list[float | None]:
         label = self.specs[place].label
-        # Built anew for every call: a function may change its arguments.
-        arguments = expand(_as_batch(groups, texts, ids))
+        # Made for every call: a function may change its arguments.
+        arguments = expand_batch(_as_batch(groups, texts, ids))
         try:
             returned = call_function(function, arguments, self._parameters[place])
             return as_rewards(returned, sum(map(len, texts)))
@@ -442,7 +442,7 @@ class RewardFunctions:
         try:
             process.request("batch", batch, max(self._timeout, IMPORT_SECONDS))
         except WorkerFailure as failure:
-            raise TrainingError(f"--reward: between two calls, {failure}") from None
+            raise TrainingError(f"--reward: {failure}, between two calls") from None
 
     def _call_in_process(
         self,
@@ -476,7 +476,7 @@ class RewardFunctions:
 
 
 def open_rewards(specs: Sequence[RewardSpec], timeout: float) -> RewardFunctions:
-    """Make reward functions ready to call; those given by specs are imported in a new process.
+    """Prepare reward functions for calls; those given by specs are imported in a new process.
 
     Args:
         specs: From `parse_rewards`.
@@ -492,7 +492,7 @@ def open_rewards(specs: Sequence[RewardSpec], timeout: float) -> RewardFunctions
 
 def _parameters_of(spec: RewardSpec, function: RewardFunction) -> Mapping[str, Any]:
     try:
-        return parameters(function)
+        return accepted_parameters(function)
     except InvalidReward as error:
         raise ConfigError(f"{spec.label}: {error}") from None
 
@@ -531,7 +531,7 @@ def as_data(prompt: Text) -> str | list[dict[str, str]]:
 def _location(
     groups: Sequence[PromptGroup], texts: Sequence[Sequence[str]], index: int | None
 ) -> str:
-    """The completion `index` and its prompt; if it is unknown, the first of the batch."""
+    """Describe the completion `index` and its prompt; if unknown, the first of the batch."""
     places = [
         (group, place)
         for group, of_prompt in zip(groups, texts, strict=True)

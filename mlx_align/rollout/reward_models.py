@@ -3,8 +3,8 @@
 A reward model trained on the policy's own base is an adapter on it and shares its memory. Any
 other reward model is a second model in memory.
 
-A reward model is read at the end token, where it was trained. A completion that was truncated gets
-an end token appended for it, as `score` and `rerank` append one to text.
+Scores are read at the end token, as in training. A truncated completion gets an end token appended
+for this, as `score` and `rerank` append one to text.
 """
 
 from __future__ import annotations
@@ -45,21 +45,21 @@ class AdapterRewardModel:
         self._weights = weights
         # A truncated completion of the longest length is one token longer with its end token.
         widest = max(shape.completion for shape in shapes)
-        room = [
+        wider = [
             shape._replace(completion=widest + LENGTH_MULTIPLE)
             for shape in shapes
             if isinstance(shape, Shape) and shape.completion == widest
         ]
-        self._shapes = [*shapes, *room]
+        self._shapes = [*shapes, *wider]
         self._style = inspect_chat_template(model.folder.tokenizer)
 
     def __call__(self, completions: Completions) -> Scores:
         """(N,) scores; of an ensemble, the mean of its members."""
-        groups = self._ended(completions)
+        groups = self._append_end_tokens(completions)
         found = score_groups(self._scorer, self._weights, groups, self._shapes, per_token=False)
         return np.array([row.mean() for group in found for row in group], np.float64)
 
-    def _ended(self, completions: Completions) -> list[TokenizedGroup]:
+    def _append_end_tokens(self, completions: Completions) -> list[TokenizedGroup]:
         """The groups, with an end token after every truncated completion."""
         size, groups = completions.group_size, []
         for place, (prompt, group) in enumerate(
@@ -72,16 +72,16 @@ class AdapterRewardModel:
             if finished.all() or end is None:
                 groups.append(group)
                 continue
-            ended = tuple(
+            with_end = tuple(
                 ids if done else np.append(ids, np.int32(end))
                 for ids, done in zip(group.completions, finished, strict=True)
             )
-            groups.append(replace(group, completions=ended))
+            groups.append(replace(group, completions=with_end))
         return groups
 
 
 class SeparateRewardModel:
-    """A reward model that reads completions as text, with a tokenizer and template of its own.
+    """A reward model that reads completions as text, with its own tokenizer and chat template.
 
     Args:
         model: The reward model.

@@ -1,4 +1,4 @@
-"""The process that runs a user's reward functions, as the trainer sees it.
+"""Run a user's reward functions in a separate process.
 
 The functions run outside the training process, so that one that hangs can be stopped, and one that
 ends its process (a segmentation fault, `os._exit`, out of memory) doesn't end the run. The process
@@ -24,8 +24,8 @@ from typing import Any
 from mlx_align.rollout import reward_worker
 from mlx_align.rollout.reward_worker import HEADER_SIZE, frame_size, write_frame
 
-# How often a wait checks that the process is alive: its children may hold the connection open after
-# its death.
+# Interval of checks that the process is alive: its children may keep the connection open after its
+# death.
 _POLL_SECONDS = 0.2
 # Time for the process's own exit handlers once the connection is closed.
 _EXIT_SECONDS = 2.0
@@ -34,11 +34,11 @@ _FRAME = re.compile(r'File "(.+)", line (\d+)')
 
 
 class WorkerFailure(Exception):
-    """The process hung or died; the text says which, and at which line if that is known."""
+    """The process hung or died; the message says which, and at which line if that is known."""
 
 
 class RewardProcess:
-    """A process for reward functions, in a session of its own, so that Ctrl-C does not reach it."""
+    """A process for reward functions, in a separate session, so that Ctrl-C does not reach it."""
 
     def __init__(self) -> None:
         ours, theirs = socket.socketpair()
@@ -46,7 +46,7 @@ class RewardProcess:
         self._trace, trace_end = os.pipe()
         os.set_blocking(self._trace, False)
         passed = (theirs.fileno(), lifeline_end, trace_end)
-        # -P: modules are not searched in the folder of the script, which is this package's.
+        # -P: don't search modules in the folder of the script, which belongs to this package.
         command = [sys.executable, "-P", reward_worker.__file__, *map(str, passed)]
         try:
             self._process = subprocess.Popen(
@@ -74,7 +74,7 @@ class RewardProcess:
         Args:
             method: A method of `reward_worker.Worker`.
             message: Its argument.
-            seconds: The longest wait. After it, or when the process dies, the process is ended.
+            seconds: The timeout. On a timeout, or if it dies, the process is closed.
 
         Raises:
             WorkerFailure: It hung or died.
@@ -88,9 +88,9 @@ class RewardProcess:
             header = self._read(HEADER_SIZE, deadline)
             return dict(json.loads(self._read(frame_size(header), deadline)))
         except TimeoutError:
-            failure = f"no answer within {seconds:g} s{self._where(interrupt=True)}"
+            failure = f"no answer within {seconds:g} s{self._current_line(interrupt=True)}"
         except (EOFError, OSError):
-            failure = f"its process {self._ending()}{self._where()}"
+            failure = f"its process {self._describe_exit()}{self._current_line()}"
         except BaseException:  # after Ctrl-C, the next reply would be the one to this request
             self.close(0)
             raise
@@ -116,7 +116,7 @@ class RewardProcess:
             received += part
         return bytes(received)
 
-    def _ending(self) -> str:
+    def _describe_exit(self) -> str:
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(_EXIT_SECONDS)
         code = self._process.returncode
@@ -127,8 +127,8 @@ class RewardProcess:
         hint = " (out of memory?)" if code == -signal.SIGKILL else ""
         return f"was ended by {signal.Signals(-code).name}{hint}"
 
-    def _where(self, interrupt: bool = False) -> str:
-        """The innermost Python line it was running, from the traceback of its faulthandler."""
+    def _current_line(self, interrupt: bool = False) -> str:
+        """The innermost Python line that it is running, from the traceback of its faulthandler."""
         text = b""
         if interrupt:
             with contextlib.suppress(ProcessLookupError):

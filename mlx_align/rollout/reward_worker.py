@@ -1,11 +1,11 @@
 """The program of the reward process, started by `reward_process`.
 
-It runs as a script in an interpreter of its own and imports only the standard library and the
-user's modules: no mlx, no model. Requests and replies are JSON frames over a socket that nothing
-else writes to. What functions print goes to stderr. The process ends when its parent does.
+It runs as a script in a separate interpreter, and imports only the standard library and the user's
+modules: no mlx, no model. Requests and replies are JSON frames over a socket that nothing else
+writes to. The functions' output goes to stderr. The process ends when its parent does.
 
-`expand`, `parameters`, `call_function` and `as_rewards` also serve the functions that are called
-without a process.
+`expand_batch`, `accepted_parameters`, `call_function` and `as_rewards` are also used for functions
+that are called without a process.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def write_frame(connection: socket.socket, message: Any) -> None:
     Values that JSON can't represent, such as dates in a Parquet file, are sent as their `str()`.
 
     Raises:
-        OSError: The other side is gone, or the connection timed out.
+        OSError: The connection was closed, or timed out.
     """
     body = json.dumps(message, default=str).encode("ascii")
     connection.sendall(_HEADER.pack(len(body)))
@@ -57,7 +57,7 @@ def frame_size(header: bytes) -> int:
 HEADER_SIZE = _HEADER.size
 
 
-def expand(batch: Mapping[str, Any]) -> dict[str, list[Any]]:
+def expand_batch(batch: Mapping[str, Any]) -> dict[str, list[Any]]:
     """The arguments of a reward function, one entry per completion, from a batch by prompts.
 
     Args:
@@ -74,14 +74,12 @@ def expand(batch: Mapping[str, Any]) -> dict[str, list[Any]]:
     arguments["prompts"] = repeated(batch["prompts"])
     arguments["completions"] = [text for texts in batch["completions"] for text in texts]
     if "completion_ids" in batch:
-        arguments["completion_ids"] = [
-            list(ids) for some in batch["completion_ids"] for ids in some
-        ]
+        arguments["completion_ids"] = [list(ids) for row in batch["completion_ids"] for ids in row]
     return arguments
 
 
 class InvalidReward(Exception):
-    """A function or what it returned can't be used.
+    """A function or its return value can't be used.
 
     Attributes:
         index: The completion concerned, if there is one.
@@ -98,11 +96,11 @@ def _one_line(error: BaseException, limit: int = 200) -> str:
 
 
 def describe_error(error: BaseException, file: str | None) -> str:
-    """An exception in one line, with its innermost line in `file`, else its innermost line."""
-    return f"{_one_line(error)}{_place(error, file)}"
+    """An exception on one line, with the innermost line of its traceback, in `file` if possible."""
+    return f"{_one_line(error)}{_error_location(error, file)}"
 
 
-def _place(error: BaseException, file: str | None) -> str:
+def _error_location(error: BaseException, file: str | None) -> str:
     if isinstance(error, SyntaxError) and error.filename:
         return f" ({error.filename}:{error.lineno})"
     lines, trace = [], error.__traceback__
@@ -159,7 +157,7 @@ def load(target: str, name: str) -> tuple[Callable[..., Any], str | None]:
     return function, getattr(module, "__file__", None)
 
 
-def parameters(function: Callable[..., Any]) -> dict[str, Any]:
+def accepted_parameters(function: Callable[..., Any]) -> dict[str, Any]:
     """The arguments that a function accepts.
 
     Returns:
@@ -195,7 +193,7 @@ def call_function(
     Args:
         function: The function.
         arguments: All arguments there are, by name.
-        accepted: From `parameters`.
+        accepted: From `accepted_parameters`.
     """
     if not accepted["any"]:
         arguments = {name: arguments[name] for name in accepted["names"] if name in arguments}
@@ -223,10 +221,12 @@ def _run_awaitable(awaitable: Awaitable[Any]) -> Any:
 
 
 def as_rewards(returned: Any, count: int) -> list[float | None]:
-    """What a function returned, as `count` numbers or None; scalars of NumPy or mlx are numbers.
+    """Convert a function's return value to `count` numbers or None.
+
+    Scalars of NumPy or mlx are numbers.
 
     Raises:
-        InvalidReward: It is something else; the text says what.
+        InvalidReward: It is something else; the message says what.
     """
     kind = type(returned).__name__
     unordered = isinstance(returned, str | bytes | dict | set | frozenset)
@@ -246,7 +246,9 @@ def _as_reward(value: Any, index: int) -> float | None:
     try:
         number = float(value)
     except Exception as error:
-        raise InvalidReward(f"returned no number ({_one_line(error)})", index) from None
+        raise InvalidReward(
+            f"returned a value that is no number ({_one_line(error)})", index
+        ) from None
     if not abs(number) < float("inf"):
         raise InvalidReward(f"returned {number}; expected a finite number, or None", index)
     return number
@@ -262,7 +264,7 @@ class Worker:
     def load(self, request: Mapping[str, Any]) -> dict[str, Any]:
         """Import one more function; replies with its parameters."""
         function, file = load(request["target"], request["name"])
-        accepted = parameters(function)
+        accepted = accepted_parameters(function)
         self._functions.append((function, file, accepted))
         return accepted
 
@@ -275,7 +277,7 @@ class Worker:
     def call(self, request: Mapping[str, Any]) -> dict[str, Any]:
         """Call a function on the whole batch; replies with one value per completion."""
         function, file, accepted = self._functions[request["function"]]
-        arguments = expand(json.loads(self._batch))
+        arguments = expand_batch(json.loads(self._batch))
         count = len(arguments["completions"])
         try:
             return {"values": as_rewards(call_function(function, arguments, accepted), count)}
@@ -291,7 +293,7 @@ class Worker:
     def locate(self, request: Mapping[str, Any]) -> dict[str, Any]:
         """Find the completion at which a function raised, by calling it on one after the other."""
         function, _, accepted = self._functions[request["function"]]
-        arguments = expand(json.loads(self._batch))
+        arguments = expand_batch(json.loads(self._batch))
         for index in range(len(arguments["completions"])):
             one = {name: values[index : index + 1] for name, values in arguments.items()}
             try:

@@ -36,7 +36,7 @@ MODEL_NAME = "reward_model"
 
 @dataclass(frozen=True)
 class RewardSettings:
-    """What completions are rewarded by.
+    """The rewards of a run.
 
     Attributes:
         functions: Reward functions: specs as on the command line, or Python callables.
@@ -54,7 +54,7 @@ class RewardSettings:
 def reward_settings(
     functions: Sequence[RewardSource] | None, model: str | None, weight: float, timeout: float
 ) -> RewardSettings | None:
-    """The rewards that the options name; None if they name none.
+    """The rewards that the options name, or None.
 
     Raises:
         ConfigError: A reward function can't be read.
@@ -69,7 +69,7 @@ def require_rewards(settings: RewardSettings | None) -> RewardSettings:
     """The rewards to train on.
 
     Raises:
-        ConfigError: There are none.
+        ConfigError: The options name no reward.
     """
     if settings is None:
         raise ConfigError(
@@ -152,15 +152,15 @@ def by_prompt(items: Sequence[Any], size: int) -> list[Sequence[Any]]:
 def fingerprint_rewards(
     settings: RewardSettings, model_name: str, folder: ModelFolder
 ) -> dict[str, str]:
-    """Hashes of the rewards, by which a resumed run notices that they changed.
+    """Hashes of the rewards, to detect changes when a run is resumed.
 
-    Covered are the reward model, files of reward functions, and the source of Python callables;
-    what these import is not.
+    They cover the reward model, files of reward functions, and the source of Python callables, but
+    not the modules that these import.
 
     Args:
         settings: The rewards.
         model_name: The name of the reward model in messages.
-        folder: The policy's base, which is not hashed again.
+        folder: The policy's base, which is not part of these hashes.
 
     Raises:
         ModelError: The reward model can't be opened.
@@ -176,7 +176,7 @@ def fingerprint_rewards(
                 content += fingerprint_folder(base.path)
         else:
             content = fingerprint_folder(open_model(settings.model).path)
-        found[model_name] = _digest(content.encode())
+        found[model_name] = _hash(content.encode())
     for spec in parse_rewards(settings.functions):
         if spec.module.endswith(".py"):
             try:
@@ -184,15 +184,15 @@ def fingerprint_rewards(
             except OSError as error:
                 reason = error.strerror or error
                 raise ConfigError(f"{spec.label}: can't be read ({reason})") from error
-            found[f"reward file {spec.module}"] = _digest(source)
+            found[f"reward file {spec.module}"] = _hash(source)
         elif spec.callable is not None:
             try:
                 text = inspect.getsource(spec.callable)
             except (OSError, TypeError):  # an object, or typed into a plain interpreter
                 continue
-            found[spec.label] = _digest(text.encode())
+            found[spec.label] = _hash(text.encode())
     return found
 
 
-def _digest(content: bytes) -> str:
+def _hash(content: bytes) -> str:
     return hashlib.blake2b(content, digest_size=16).hexdigest()

@@ -1,9 +1,8 @@
-"""Sample completions from the policy, and hold them as text, token ids and padded arrays.
+"""Sample completions from the policy: as text, token ids and padded arrays.
 
 A rollout batch has B prompts with G completions each: N = B·G rows in the order of the prompts.
 Arrays are NumPy's, of shape (N, C), where C is the longest completion allowed. They cover the
-whole batch, because advantages are normalised over all of it, however it is split into
-microbatches later.
+whole batch, because advantages are normalised before it is split into microbatches.
 """
 
 from __future__ import annotations
@@ -42,8 +41,8 @@ class Completions:
         prompts: (B,) the prompts.
         groups: (B,) each prompt with its G completions, as token ids.
         texts: (N,) completions, without the end token.
-        finished: (N,) True where the policy sampled the end token; False where the completion was
-            truncated at the longest length allowed.
+        finished: (N,) True if the policy sampled the end token; False if the completion was
+            truncated at the maximum length.
         sampler_logps: (N, C) nats, log-probs of the tokens as reported by the sampler.
         mask: (N, C) bool, True where there is a token.
         opened: (B,) `<think>` for prompts that end with it, else "".
@@ -122,7 +121,7 @@ def sample_completions(
 ) -> Completions:
     """Sample `group_size` completions of each prompt from the full distribution.
 
-    There is no top-p or top-k: importance ratios need the probabilities that were sampled from.
+    Top-p and top-k are not supported: importance ratios need the probabilities of the samples.
     The same seed, prompts and weights give the same completions.
 
     Args:
@@ -139,7 +138,7 @@ def sample_completions(
     ids = [[int(token) for token in prompt.tokens.prompt] for prompt in prompts]
     model.module.eval()
     with model.use_adapter(weights):
-        drawn = generate_groups(
+        sampled = generate_groups(
             model.module,
             ids,
             group_size,
@@ -149,7 +148,7 @@ def sample_completions(
             seed=seed,
             on_token=on_token,
         )
-    flat = [one for group in drawn for one in group]
+    flat = [one for group in sampled for one in group]
     decode = model.folder.tokenizer.decode
     groups = [
         TokenizedGroup(
@@ -157,7 +156,7 @@ def sample_completions(
             tuple(np.array(one.tokens, np.int32) for one in group),
             prompt.tokens.source,
         )
-        for prompt, group in zip(prompts, drawn, strict=True)
+        for prompt, group in zip(prompts, sampled, strict=True)
     ]
     return Completions(
         prompts=prompts,
@@ -166,7 +165,7 @@ def sample_completions(
         finished=np.array([one.finished for one in flat], np.bool_),
         sampler_logps=pad_rows([one.logps for one in flat], max_tokens),
         mask=np.arange(max_tokens)[None] < np.array([len(one.tokens) for one in flat])[:, None],
-        opened=[_opened(decode(prompt[-_TAIL_TOKENS:])) for prompt in ids],
+        opened=[_open_tag(decode(prompt[-_TAIL_TOKENS:])) for prompt in ids],
     )
 
 
@@ -174,11 +173,11 @@ def sample_completions(
 _TAIL_TOKENS = 12
 
 
-def _opened(tail: str) -> str:
+def _open_tag(tail: str) -> str:
     return "<think>" if tail.rstrip().endswith("<think>") else ""
 
 
-# ---------------------------------------------------------------- one completion per prompt
+# --- one completion per prompt ---
 
 
 class Generations(NamedTuple):
@@ -213,7 +212,7 @@ def generate(
 
 
 def as_groups(groups: Sequence[TokenizedGroup], generated: Generations) -> list[TokenizedGroup]:
-    """The prompts with what was generated as their one completion, ready to be scored."""
+    """Groups of the prompts and their generated completions, for scoring; empty ones left out."""
     return [
         TokenizedGroup(group.prompt, (np.array(tokens, np.int32),), group.source)
         for group, tokens in zip(groups, generated.tokens, strict=True)
@@ -221,7 +220,7 @@ def as_groups(groups: Sequence[TokenizedGroup], generated: Generations) -> list[
     ]
 
 
-# ---------------------------------------------------------------- arrays
+# --- arrays ---
 
 
 def pad_rows(rows: Sequence[Sequence[float] | Floats], width: int) -> Floats:
@@ -238,10 +237,10 @@ def evaluate_tokens(
     completions: Completions,
     shapes: Sequence[AnyShape],
 ) -> list[Floats]:
-    """Run a model function on all completions; each of its outputs as (N, C).
+    """Run a model function on all completions; returns each of its outputs as (N, C).
 
     Args:
-        function: (weights, batch) -> one array (n, c), or several; a compiled scorer.
+        function: (weights, batch) -> one or several arrays (n, c); a compiled scorer.
         weights: The adapter to run with.
         completions: N completions.
         shapes: Shapes of the microbatches.
@@ -264,7 +263,7 @@ def evaluate_tokens(
 def microbatch_array(
     values: npt.NDArray[Any], rows: Sequence[int], shape: Shape, group_size: int
 ) -> mx.array:
-    """Some rows of (N, C), padded to the shape of a microbatch: (groups·G, c), fillers 0."""
+    """Select rows of (N, C) and pad them to the shape of a microbatch, (groups·G, c), with 0."""
     out = np.zeros((shape.groups * group_size, shape.completion), np.float32)
     out[: len(rows)] = values[list(rows), : shape.completion]
     return mx.array(out)

@@ -445,7 +445,7 @@ def test_mistakes(train, models, tmp_path, pairs, capsys):
     assert "a score is read at the end token" in fails("--max-completion-length", 5)
     assert "the data has no ratings" in fails("--rating-margin", 1)
     assert "no list with equal ratings" in fails("--ties", "half")
-    assert "there are 40; give at most that" in fails("--members", 99)
+    assert "there are only 40; give at most 40" in fails("--members", 99)
     assert "--label-smoothing 0.7: out of range" in fails("--label-smoothing", 0.7)
     assert "No such option" in fails("--beta", 0.1)
     single = write(tmp_path / "single", train=[{"prompt": "Q", "completion": "A"}])

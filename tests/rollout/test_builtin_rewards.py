@@ -11,7 +11,7 @@ from mlx_align.rollout.builtin_rewards import (
     first_number,
     last_number,
     marked_answer,
-    whole_number,
+    parse_number,
 )
 from mlx_align.rollout.reward_functions import parse_rewards
 
@@ -81,9 +81,9 @@ def test_numbers_are_read_where_they_stand():
     assert last_number("in 2020,300 people") == 300
     assert last_number("1,23") == 23
     assert first_number("1,0000") == first_number("1,000,5") == 1
-    assert whole_number(" $1,200.00 ") == 1200
-    assert whole_number("$72$") == 72
-    assert whole_number("7 apples") is None
+    assert parse_number(" $1,200.00 ") == 1200
+    assert parse_number("$72$") == 72
+    assert parse_number("7 apples") is None
     assert marked_answer("none") is None
 
 
