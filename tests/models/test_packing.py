@@ -98,7 +98,7 @@ def test_no_group_sees_another():
 @pytest.mark.parametrize(
     ("family", "why"),
     [
-        ("gemma2", "masks of their own"),
+        ("gemma2", "its blocks need masks as arrays"),
         ("gemma3_text", "RotatingKVCache"),
         ("qwen3_5", "ArraysCache"),
         ("stablelm", "keys that are not their cache's"),
