@@ -534,7 +534,7 @@ class _Planner:
     def _rate(self, algorithm: Algorithm, groups: list[Any]) -> tuple[float, str] | None:
         """Tokens per second, and their source: a run, a measurement now, or an earlier one."""
         from mlx_align.planning.duration import load_rate, rate_key, read_run_rate, save_rate
-        from mlx_align.training.benchmark import measured_rate
+        from mlx_align.training.benchmark import measure_rate
         from mlx_align.training.setup import resolve_layout
 
         if self.planned.run is not None:
@@ -543,7 +543,7 @@ class _Planner:
         command, path = self.planned.command, self.folder.path
         key = rate_key(command, path, self.config, layout, self.machine.name)
         if self.planned.measure:
-            rate = measured_rate(self.config, algorithm, groups)
+            rate = measure_rate(self.config, algorithm, groups)
             save_rate(key, rate)
             return rate, "measured now"
         earlier = load_rate(key)

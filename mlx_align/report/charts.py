@@ -1,4 +1,4 @@
-"""Charts as data: what the page's script draws with uPlot, as JSON inside the page.
+"""Charts as data: JSON inside the page, which the page's script draws with uPlot.
 
 Long series are thinned before they are embedded, so that a page of a run with 20,000 rows stays
 small. Extremes survive thinning; a second, averaged series carries the smoothed line.
@@ -22,9 +22,9 @@ class Line(NamedTuple):
     """One series of a chart.
 
     Attributes:
-        label: What the legend calls it.
+        label: Its label in the legend.
         x: Horizontal values in ascending order.
-        y: Vertical values, as many.
+        y: Vertical values, the same number.
         colour: Its colour, counting from 0.
         held_out: Whether it is of held-out data, which is drawn without smoothing.
     """
@@ -48,14 +48,14 @@ class LegendEntry:
 
 @dataclass(frozen=True)
 class Chart:
-    """A chart and the words around it.
+    """A chart with its heading and legend.
 
     Attributes:
         title: Heading.
-        about: What it shows, in half a sentence.
+        about: A short description.
         legend: Entries in the order of the series.
-        data: What the script draws, JSON-serialisable.
-        mark: What is marked in it, or "".
+        data: The data that the script draws, JSON-serialisable.
+        mark: A description of what is marked in it, or "".
     """
 
     title: str
@@ -109,7 +109,7 @@ def _series(line: Line, smooth: bool) -> dict[str, Any]:
         "y": _rounded(y),
     }
     if smooth and len(line.x) > MAX_POINTS:
-        # The mean of a stretch, not of its extremes, is what a smoothed line goes through.
+        # A smoothed line has to follow the means, not the extremes that thinning keeps.
         means = bucket_means(line.x, line.y)
         series["means"] = {"x": _rounded(means[0]), "y": _rounded(means[1])}
     return series
@@ -144,20 +144,20 @@ def bucket_means(x: Sequence[float], y: Sequence[float]) -> tuple[list[float], l
 
 
 def bar_chart(
-    names: Sequence[str], shares: Sequence[float | None], counts: Sequence[int]
+    names: Sequence[str], rates: Sequence[float | None], counts: Sequence[int]
 ) -> dict[str, Any]:
-    """The data of a bar chart of shares, each with the number of examples behind it."""
+    """The data of a bar chart of rates, each with its number of examples."""
     labels = [f"{name}\n{count:,}" for name, count in zip(names, counts, strict=True)]
-    return {"kind": "bars", "labels": labels, "y": list(shares), "level": 0.5}
+    return {"kind": "bars", "labels": labels, "y": list(rates), "level": 0.5}
 
 
 def calibration_chart(
     confidence: Sequence[float], right: Sequence[float], counts: Sequence[int]
 ) -> dict[str, Any]:
-    """The data of a calibration chart: how often a model is right against its confidence."""
+    """The data of a calibration chart: the accuracy of a model against its confidence."""
     labels = [
-        f"{count:,} at {sure:.0%}: {share:.0%} right"
-        for sure, share, count in zip(confidence, right, counts, strict=True)
+        f"{count:,} at {sure:.0%}: {rate:.0%} right"
+        for sure, rate, count in zip(confidence, right, counts, strict=True)
     ]
     return {
         "kind": "calibration",

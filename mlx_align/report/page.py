@@ -30,17 +30,17 @@ from mlx_align.tracking.diagnostics import Finding, diagnose
 from mlx_align.tracking.run_dir import RunRecord
 from mlx_align.tracking.verdict import compare_runs, verdict
 
-# How often an open page of a running run reloads itself.
+# Interval at which the page of a running run reloads itself.
 RELOAD_SECONDS = 30
 SHOWN_SAMPLES = 12
-# Of the last rollout batch.
+# Prompts of the last rollout batch that are shown, and completions of each.
 SHOWN_PROMPTS, SHOWN_ROLLOUTS = 6, 4
 
 _ASSETS = Path(__file__).with_name("assets")
 _TEMPLATES = Path(__file__).with_name("templates")
 
-# HTML has no control characters, and a file can't hold half a surrogate pair. Those in the data are
-# shown by visible symbols.
+# Control characters and unpaired surrogates in the data, which HTML files can't have, are shown as
+# visible symbols.
 _VISIBLE = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"}
 _VISIBLE |= {0x7F: 0x2421, **dict.fromkeys(range(0x80, 0xA0), 0xFFFD)}
 _VISIBLE |= dict.fromkeys(range(0xD800, 0xE000), 0xFFFD)
@@ -48,19 +48,19 @@ _VISIBLE |= dict.fromkeys(range(0xD800, 0xE000), 0xFFFD)
 
 @dataclass(frozen=True)
 class Headline:
-    """A metric that is shown as a card, in the order of what people ask first.
+    """A metric that is shown as a card; the most important ones come first.
 
     Attributes:
         key: Name of the metric.
         label: Its label.
         unit: Its unit, as in `format_value`.
-        since: Whether the value before training is shown too.
+        show_start: Whether the value before training is shown too.
     """
 
     key: str
     label: str
     unit: str = ""
-    since: bool = True
+    show_start: bool = True
 
 
 HEADLINES = (
@@ -90,14 +90,14 @@ class Card:
 
 @dataclass(frozen=True)
 class State:
-    """How far a run is.
+    """The state and progress of a run.
 
     Attributes:
         kind: finished, running or stopped; sets the badge's colour.
-        badge: One word for it.
-        text: One sentence.
-        share: Part of the run that is done; None if the run is over.
-        command: How to continue; "" if there is nothing to continue.
+        badge: The state in one or two words.
+        text: The progress in words.
+        share: Fraction of the run that is done; None if the run has ended.
+        command: The command that continues the run; "" if there is nothing to continue.
     """
 
     kind: str
@@ -233,7 +233,7 @@ def _visible(value: Any) -> Any:
 
 
 def _mark_options(text: str) -> Markup:
-    """The text with command-line options set as code."""
+    """The text with command-line options marked as code."""
     return Markup(re.sub(r"--[a-z][a-z-]*", r"<code>\g<0></code>", str(escape(text))))
 
 
@@ -244,16 +244,16 @@ def _short_name(name: object) -> str:
 
 
 def run_state(record: RunRecord) -> State:
-    """How far the run is, from the files it left."""
+    """The state of a run, from its files."""
     seconds, step = record.status.get("seconds"), record.step
     total = record.status.get("total") or record.config.get("iters")
     done = f"{step:,} of {total:,}" if total else f"{step:,}"
     share = min(1.0, step / total) if total else None
     if record.finished:
         took = record.summary.get("seconds_in_all")
-        in_all = "" if took is None else f" in {format_duration(took)}"
+        duration = "" if took is None else f" in {format_duration(took)}"
         steps = record.summary.get("steps", step)
-        return State("finished", "finished", f"{steps:,} updates{in_all}")
+        return State("finished", "finished", f"{steps:,} updates{duration}")
     state, when = record.status.get("state"), format_date(record.status.get("written"))
     if state == "running":
         left = ""
@@ -294,13 +294,13 @@ def _cards(record: RunRecord) -> list[Card]:
         # The held-out loss replaces the training loss.
         if not values or (headline.key == "loss" and record.held_out):
             continue
-        since = headline.since or record.command == "reward"
+        show_start = headline.show_start or record.command == "reward"
         note = f"at first {format_value(values[0], headline.unit)}"
         cards.append(
             Card(
                 headline.label,
                 format_value(values[-1], headline.unit),
-                note if since and len(values) > 1 else "",
+                note if show_start and len(values) > 1 else "",
             )
         )
     kl = record.summary.get("kl")

@@ -1,6 +1,6 @@
-"""The charts of the page, as a table: one line adds a metric. And the charts made from it.
+"""The table of the page's charts, and the charts made from it.
 
-Names are those of metrics.jsonl.
+To add a metric, add a line to `PANELS`. Names are those of metrics.jsonl.
 """
 
 from __future__ import annotations
@@ -58,13 +58,13 @@ class Panel:
         title: Heading.
         curves: The metrics that it shows.
         unit: Unit of the values, as in `format_value`: share, bytes, nats, tokens, or nothing.
-        about: What it shows, in half a sentence.
+        about: A short description.
         level: A value to mark by a line, such as chance or a threshold.
         over: A metric whose square root is the horizontal axis, instead of the update.
         marks_fall: Whether the first curve is marked where it is below its first value.
         bounds: Ends of the vertical axis; None for those of the data.
-        skip_start: Whether the held-out value before training is left out, because it says
-            nothing. Implicit rewards are all 0 then.
+        skip_start: Whether the held-out value before training is left out, because it is
+            meaningless: all implicit rewards are 0.
         exact: Whether the values are without noise, so that smoothing does not apply.
     """
 
@@ -80,7 +80,7 @@ class Panel:
     exact: bool = False
 
 
-def _one(key: str) -> tuple[Curve, ...]:
+def _metric(key: str) -> tuple[Curve, ...]:
     return (Curve(key),)
 
 
@@ -94,70 +94,78 @@ _LENGTHS = tuple(
 )
 
 PANELS = (
-    Panel("Reward", _one("reward"), "", "what is optimised"),
-    Panel("Held-out reward", _one("held_out"), "", "of a reward that is not trained on"),
-    Panel("Single rewards", _one("rewards/*/mean"), "", "means over completions"),
-    Panel("Spread of rewards", _one("reward_std"), "", "standard deviation"),
-    Panel("Reward against √KL", _one("reward"), "", "gain for the distance", over="objective/kl"),
-    Panel("KL from the reference", _one("objective/kl"), "nats", "per completion", WARN_KL),
-    Panel("Loss", _one("loss"), "", "lower is better"),
-    Panel("Perplexity", _one("perplexity"), "", "lower is better"),
+    Panel("Reward", _metric("reward"), "", "what is optimised"),
+    Panel("Held-out reward", _metric("held_out"), "", "of a reward that is not trained on"),
+    Panel("Single rewards", _metric("rewards/*/mean"), "", "means over completions"),
+    Panel("Spread of rewards", _metric("reward_std"), "", "standard deviation"),
+    Panel(
+        "Reward against √KL", _metric("reward"), "", "gain for the distance", over="objective/kl"
+    ),
+    Panel("KL from the reference", _metric("objective/kl"), "nats", "per completion", WARN_KL),
+    Panel("Loss", _metric("loss"), "", "lower is better"),
+    Panel("Perplexity", _metric("perplexity"), "", "lower is better"),
     Panel(
         "Accuracy",
-        _one("rewards/accuracies"),
+        _metric("rewards/accuracies"),
         "share",
         "how often the chosen completion has the higher reward",
         0.5,
         bounds=_SHARE,
         skip_start=True,
     ),
-    Panel("AUC", _one("rewards/auc"), "share", "good completions rank above bad ones", 0.5),
-    Panel("Margin", _one("rewards/margins"), "", "reward of chosen minus rejected", 0),
+    Panel("AUC", _metric("rewards/auc"), "share", "good completions rank above bad ones", 0.5),
+    Panel("Margin", _metric("rewards/margins"), "", "reward of chosen minus rejected", 0),
     Panel("Rewards", _REWARD_SIDES, "", "what the margin is made of", 0),
     Panel("Log-probs", _LOGP_SIDES, "nats", "of a whole completion", marks_fall=True),
     Panel(
         "Chosen more likely",
-        _one("logps/accuracies"),
+        _metric("logps/accuracies"),
         "share",
         "by the policy's own log-prob, without reference",
         0.5,
         bounds=_SHARE,
     ),
-    Panel("KL point", _one("kl"), "nats", "of mismatched completions"),
+    Panel("KL point", _metric("kl"), "nats", "of mismatched completions"),
     Panel(
         "KL of an update",
-        _one("policy/approx_kl"),
+        _metric("policy/approx_kl"),
         "nats",
         "from old to new policy, per token",
         STOP_EPOCHS_ABOVE_KL,
     ),
-    Panel("Ratio", _one("policy/ratio"), "", "new over old probability of a token", 1),
-    Panel("Clipped", _one("policy/clip_ratio"), "share", "tokens without gradient", MAX_CLIP_RATIO),
-    Panel("Entropy", _one("objective/entropy"), "nats", "per token"),
+    Panel("Ratio", _metric("policy/ratio"), "", "new over old probability of a token", 1),
+    Panel(
+        "Clipped", _metric("policy/clip_ratio"), "share", "tokens without gradient", MAX_CLIP_RATIO
+    ),
+    Panel("Entropy", _metric("objective/entropy"), "nats", "per token"),
     Panel("Completion length", _LENGTHS, "tokens"),
     Panel(
         "Finished completions",
-        _one("completions/ended"),
+        _metric("completions/ended"),
         "share",
         "with an end token",
         MIN_FINISHED_SHARE,
     ),
-    Panel("Repetition", _one("text/repeated_4grams"), "share", "of 4-grams that occurred before"),
-    Panel("Variety", _one("text/distinct_2"), "share", "of bigrams that are distinct"),
-    Panel("Sampler gap", _one("sampler/gap"), "nats", "log-prob in sampling against training"),
-    Panel("Explained variance", _one("value/explained_variance"), "", "of returns, by critic", 0),
-    Panel("Value loss", _one("value/loss"), "", "of the critic"),
+    Panel(
+        "Repetition", _metric("text/repeated_4grams"), "share", "of 4-grams that occurred before"
+    ),
+    Panel("Variety", _metric("text/distinct_2"), "share", "of bigrams that are distinct"),
+    Panel("Sampler gap", _metric("sampler/gap"), "nats", "log-prob in sampling against training"),
+    Panel(
+        "Explained variance", _metric("value/explained_variance"), "", "of returns, by critic", 0
+    ),
+    Panel("Value loss", _metric("value/loss"), "", "of the critic"),
     Panel(
         "Groups without contrast",
-        _one("frac_reward_zero_std"),
+        _metric("frac_reward_zero_std"),
         "share",
         "all rewards equal",
     ),
-    Panel("KL coefficient", _one("kl_coef"), exact=True),
-    Panel("Learning rate", _one("learning_rate"), exact=True),
-    Panel("Gradient norm", _one("grad_norm"), "", "before clipping"),
-    Panel("Speed", _one("tokens_per_second"), "tokens/s"),
-    Panel("Peak memory", _one("peak_memory_bytes"), "bytes", exact=True),
+    Panel("KL coefficient", _metric("kl_coef"), exact=True),
+    Panel("Learning rate", _metric("learning_rate"), exact=True),
+    Panel("Gradient norm", _metric("grad_norm"), "", "before clipping"),
+    Panel("Speed", _metric("tokens_per_second"), "tokens/s"),
+    Panel("Peak memory", _metric("peak_memory_bytes"), "bytes", exact=True),
 )
 
 
@@ -178,7 +186,7 @@ def curves_of(panel: Panel, record: RunRecord) -> tuple[Curve, ...]:
 
 
 def run_charts(record: RunRecord) -> list[Chart]:
-    """The charts of one run, those for which it has values."""
+    """The charts of one run for which it has values."""
     charts = [_run_chart(panel, record) for panel in PANELS]
     return [chart for chart in charts if chart is not None]
 
@@ -190,7 +198,8 @@ def _run_chart(panel: Panel, record: RunRecord) -> Chart | None:
     fallen = None
     for curve in curves:
         training, held_out = _lines_of(panel, curve, record, len(lines))
-        # With one metric, held-out data has its own colour; with several, it shares the metric's.
+        # In a panel with one metric, held-out data has another colour; with several, it has the
+        # colour of its metric.
         if len(curves) > 1 and held_out is not None and training is not None:
             held_out = held_out._replace(colour=training.colour)
         added = [line for line in (training, held_out) if line is not None]
@@ -305,7 +314,7 @@ def reward_report_charts(report: Mapping[str, Any]) -> list[Chart]:
         parts = report.get(key) or ()
         if parts:
             data = bar_chart(
-                [_short(part["name"]) for part in parts],
+                [_shorten(part["name"]) for part in parts],
                 [part["accuracy"] for part in parts],
                 [part["comparisons"] for part in parts],
             )
@@ -313,7 +322,7 @@ def reward_report_charts(report: Mapping[str, Any]) -> list[Chart]:
     return charts
 
 
-def _short(name: str) -> str:
+def _shorten(name: str) -> str:
     """The name of a bin, short enough for a label below a bar."""
     for long, short in ((" quarter", ""), ("below ", "< "), ("above ", "> "), (" to ", "–")):
         name = name.replace(long, short)

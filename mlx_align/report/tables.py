@@ -10,7 +10,7 @@ from mlx_align.tracking.run_dir import RunRecord
 
 Pairs = list[tuple[str, str]]
 
-# Statistics of the data by their names in summary.json; those that are 0 are left out.
+# Statistics of the data by their names in summary.json; zeros are not shown.
 _COUNTS = (
     ("rows", "rows read"),
     ("groups", "groups kept"),
@@ -166,7 +166,7 @@ def metric_rows(record: RunRecord) -> list[list[str]]:
 
 
 def option_text(value: Any) -> str:
-    """A value of an option, as one would type it."""
+    """A value of an option as text."""
     if value is None:
         return "–"
     if isinstance(value, bool):

@@ -40,7 +40,7 @@ def _digits(value: float) -> str:
 
 
 def format_duration(seconds: float) -> str:
-    """A duration, as precise as one needs it for planning."""
+    """A duration in seconds, minutes or hours, rounded for planning."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     if seconds < 5400:

@@ -1,11 +1,11 @@
 """Limit how far mlx allocates ahead of what it has computed.
 
-mlx schedules operations long before they run (about 50 operations ahead on the CPU, about ten
-command buffers on a GPU) and allocates their outputs when it schedules them. Scheduling waits while
-more memory is in use than `mx.set_memory_limit` allows. A limit below what a step needs costs time
+mlx schedules operations before they run (about 50 operations ahead on the CPU, about ten command
+buffers on a GPU) and allocates their outputs when it schedules them. Scheduling waits while more
+memory is in use than `mx.set_memory_limit` allows. A limit below the needs of a step costs time
 (the waiting thread spins). No limit costs memory: a step that needs 379 MB took 463 MB. So the
 first step of each batch shape, which is compiled anyway, runs with nothing scheduled ahead and
-measures what it needs. All later steps may use slightly more than that.
+measures its needs. All later steps may use slightly more than that.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from types import TracebackType
 
 import mlx.core as mx
 
-# What steps may use beyond what they need: this fraction, and at least this many bytes. Two pairs
-# of 256 + 2×128 tokens, 34M parameters, 2 cores: at 4% a step took as long as without a limit
-# (1.14 and 1.15 s).
+# Memory that steps may use in addition to their needs: this fraction, and at least this many bytes.
+# With two pairs of 256 + 2×128 tokens, 34M parameters and 2 cores, a step took as long at 4% as
+# without a limit (1.14 and 1.15 s).
 HEADROOM = 0.05
 MIN_HEADROOM_BYTES = 1 << 24
 
@@ -70,5 +70,5 @@ class MemoryLimit:
         yield
         needed = mx.get_peak_memory()
         self._needed.update(dict.fromkeys(new, needed))
-        most = max(self._needed.values())
-        mx.set_memory_limit(most + headroom_bytes(most))
+        largest = max(self._needed.values())
+        mx.set_memory_limit(largest + headroom_bytes(largest))

@@ -11,7 +11,7 @@ from typing import Protocol
 
 
 class Console(Protocol):
-    """Where a run prints messages and shows progress bars."""
+    """Prints the messages and shows the progress bars of a run."""
 
     def note(self, text: str) -> None:
         """Print one or more complete lines."""

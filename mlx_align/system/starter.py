@@ -1,4 +1,4 @@
-"""Files that come with the package: the starter model, its pairs, and a configuration for both."""
+"""The files that come with the package: a starter model, pairs, and a configuration."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Health checks: what the metrics of a run warn about, and what to do.
+"""Health checks: problems that the metrics of a run show, and advice.
 
 `CHECKS` is the one list of checks. The terminal and the guard use it during a run, through
 `HealthMonitor`; the run page uses it through `diagnose`. A check is a pure function of a `History`
@@ -6,7 +6,7 @@ of metrics. Every threshold is a named constant with its reason.
 
 Thresholds of ratios and KLs follow Schulman et al. 2017 ("Proximal Policy Optimization
 Algorithms"), Huang et al. 2024 ("The N+ Implementation Details of RLHF with PPO") and OpenRLHF's
-defaults. Those of text statistics are our choice: the values at which samples read as broken.
+defaults. Those of text statistics are the values at which samples were seen to degrade.
 """
 
 from __future__ import annotations
@@ -50,15 +50,15 @@ STOP_EPOCHS_ABOVE_KL = 0.03
 HALVE_LR_ABOVE_KL = 0.1
 # Rollout batches in a row above one of them.
 LARGE_UPDATES_IN_A_ROW = 3
-# Share of tokens whose ratio is clipped. They give no gradient.
+# Fraction of tokens whose ratio is clipped. They give no gradient.
 MAX_CLIP_RATIO = 0.3
-# Share of completions that end with an end token.
+# Fraction of completions that end with an end token.
 MIN_FINISHED_SHARE = 0.8
-# Share of groups whose completions all have the same reward.
+# Fraction of groups whose completions all have the same reward.
 MAX_ZERO_STD_SHARE = 0.8
 # Rollout batches after which a critic must explain some of the returns' variance.
 CRITIC_WARMUP_STEPS = 30
-# Share of the entropy at the start.
+# Fraction of the entropy at the start.
 STOP_ENTROPY_SHARE = 0.3
 # KL from the reference, in nats per completion of up to this many tokens. A KL is a sum over
 # tokens, so the thresholds grow in proportion for longer completions.
@@ -66,7 +66,7 @@ WARN_KL, STOP_KL = 15.0, 30.0
 KL_TOKENS = 128
 # Mean length as a multiple of the length at the start.
 WARN_LENGTH, STOP_LENGTH = 1.5, 2.5
-# Increase of the share of repeated 4-grams; relative decrease of the share of distinct bigrams.
+# Increase of the fraction of repeated 4-grams, and relative decrease of that of distinct bigrams.
 WARN_REPEATED, STOP_REPEATED = 0.05, 0.15
 WARN_DISTINCT, STOP_DISTINCT = 0.2, 0.4
 # Over-optimisation: the held-out reward falls in this many evaluations in a row, and is this many
@@ -125,7 +125,7 @@ class Finding:
 
 @dataclass
 class History:
-    """What the checks need of a run's metrics: both ends of each, and all evaluations.
+    """The metrics that the checks need: first and last values of each, and all evaluations.
 
     Attributes:
         command: The training command; "run" if unknown, then every check applies.
@@ -215,7 +215,7 @@ class History:
 
 
 def chosen_fall(history: History) -> float | None:
-    """The share of itself by which the chosen completions' log-prob fell, if that is too much."""
+    """The relative fall of the chosen completions' log-prob, if it is too large; else None."""
     change = history.change("logps/chosen")
     if change is None or change[0] == 0:
         return None
@@ -393,7 +393,7 @@ def _unfinished(history: History) -> Finding | None:
     return Finding(
         "warn",
         "completions/ended",
-        f"Only {share:.0%} of the completions end by themselves; the rest are truncated.",
+        f"Only {share:.0%} of the completions are finished; the others are truncated.",
         "Raise --max-completion-length, penalise unfinished completions, or teach the model to end "
         "with mlx-align sft.",
         (1 - share) / (1 - MIN_FINISHED_SHARE),
@@ -428,7 +428,7 @@ def _entropy_collapse(history: History) -> Finding | None:
     )
 
 
-def _longer(history: History) -> Finding | None:
+def _lengthens(history: History) -> Finding | None:
     key = "completions/mean_length"
     start, now = history.first(key), history.last(key)
     if start is None or now is None or start <= 0 or now / start <= WARN_LENGTH:
@@ -476,12 +476,12 @@ def _less_varied(history: History) -> Finding | None:
 
 
 def _over_optimised(history: History) -> Finding | None:
-    """Whether the reward that is trained on rises while the one on held-out prompts falls."""
+    """The reward that is trained on rises, and the reward on held-out prompts falls."""
     if history.deviations:
         falling = [held_out for _, held_out in history.deviations]
         trained, held_out = history.deviations[-1]
         gap = trained - held_out
-        if not _falls(falling) or gap <= STOP_REWARD_GAP:
+        if not _is_falling(falling) or gap <= STOP_REWARD_GAP:
             return None
         return Finding(
             "stop",
@@ -495,7 +495,7 @@ def _over_optimised(history: History) -> Finding | None:
     other = history.held_out.get("held_out")
     falling = other or history.held_out.get("reward", [])
     rising = history.held_out.get("reward", []) if other else history.trained_rewards
-    if not _falls(falling) or len(rising) <= FALLING_EVALUATIONS:
+    if not _is_falling(falling) or len(rising) <= FALLING_EVALUATIONS:
         return None
     if rising[-1] <= rising[-FALLING_EVALUATIONS - 1]:
         return None
@@ -508,7 +508,7 @@ def _over_optimised(history: History) -> Finding | None:
     )
 
 
-def _falls(values: Sequence[float]) -> bool:
+def _is_falling(values: Sequence[float]) -> bool:
     recent = values[-FALLING_EVALUATIONS - 1 :]
     return len(recent) > FALLING_EVALUATIONS and all(b < a for a, b in pairwise(recent))
 
@@ -521,7 +521,7 @@ class Check:
         commands: The training commands that it applies to.
         reads: Training metrics that it reads.
         held_out: Held-out metrics that it reads, without the prefix `eval/`.
-        find: The check itself; None if all is well.
+        find: The check itself; returns None if it finds no problem.
     """
 
     commands: frozenset[str]
@@ -546,7 +546,7 @@ CHECKS: tuple[Check, ...] = (
     Check(_ON_POLICY, ("completions/ended",), (), _unfinished),
     Check(_ON_POLICY, ("value/explained_variance",), (), _critic_explains_nothing),
     Check(_ON_POLICY, ("objective/entropy",), (), _entropy_collapse),
-    Check(_ON_POLICY, ("completions/mean_length",), (), _longer),
+    Check(_ON_POLICY, ("completions/mean_length",), (), _lengthens),
     Check(_ON_POLICY, ("text/repeated_4grams",), (), _repetitive),
     Check(_ON_POLICY, ("text/distinct_2",), (), _less_varied),
     Check(_ON_POLICY, ("reward",), ("reward", "held_out"), _over_optimised),
@@ -569,10 +569,10 @@ def run_checks(history: History) -> list[Finding]:
 
 
 def diagnose(record: RunRecord) -> list[Finding]:
-    """What is wrong with a run, from its folder; the most serious first.
+    """The findings of a run, from its folder; the most serious first.
 
-    Findings that halved the learning rate or stopped the run are taken from status.json if the
-    metrics no longer show them. The warnings of a reward model's own report come last.
+    Findings that halved the learning rate or stopped the run are read from status.json if the
+    metrics no longer show them. The warnings of a reward model's report come last.
     """
     history = history_of(record)
     found = run_checks(history)
@@ -700,14 +700,14 @@ class HealthMonitor:
     def _new(self, step: int) -> list[Finding]:
         found = run_checks(self.history)
         self.stop = next((finding for finding in found if finding.level == "stop"), None)
-        new = [finding for finding in found if self._is_news(finding)]
+        new = [finding for finding in found if self._should_show(finding)]
         for finding in new:
             self._shown[finding.signal] = finding.level, finding.severity
             if finding.level != "warn":
                 self.recorded.append(finding.to_json(step))
         return new
 
-    def _is_news(self, finding: Finding) -> bool:
+    def _should_show(self, finding: Finding) -> bool:
         shown = self._shown.get(finding.signal)
         if shown is None or finding.level == "halve":
             return True
@@ -732,13 +732,13 @@ class HealthMonitor:
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Continue from `state`.
+        """Restore a state that `state` returned.
 
-        Checkpoints of older versions are read too. They hold the values at the start (`start`),
-        the number of large updates in a row (`far_updates`) and the names of signals shown.
+        Also reads checkpoints of older versions, which have the values at the start (`start`), the
+        number of large updates in a row (`far_updates`) and the names of signals shown.
 
         Raises:
-            KeyError, TypeError, ValueError, AttributeError: `state` is not such a state.
+            KeyError, TypeError, ValueError, AttributeError: It is not such a state.
         """
         history = History(self.history.command, self.history.completion_tokens)
         history.step = int(state.get("step", 0))
@@ -773,11 +773,11 @@ def _level(name: Any) -> Level:
 
 
 def text_metrics(completions: Sequence[Sequence[int]]) -> dict[str, float]:
-    """How repetitive completions are, from their token ids.
+    """Metrics of repetition in completions, from their token ids.
 
-    `text/repeated_4grams` is the share of a completion's 4-grams that occurred in it before,
-    `text/distinct_2` the share of distinct bigrams; both are means over completions that are long
-    enough, and are left out if there are none.
+    `text/repeated_4grams` is the fraction of a completion's 4-grams that occurred in it before,
+    `text/distinct_2` the fraction of distinct bigrams. Both are means over completions that are
+    long enough, and are left out if no completion is.
     """
     repeated = [share for ids in completions if (share := _repeated_share(ids, 4)) is not None]
     distinct = [1 - share for ids in completions if (share := _repeated_share(ids, 2)) is not None]

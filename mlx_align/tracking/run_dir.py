@@ -1,4 +1,4 @@
-"""The run folder: names of its files, its lock, and reading and writing its rows.
+"""The run folder: file names, lock, and reading and writing its rows.
 
 A folder can be read while its run is still training, or after the run was killed: an incomplete
 last line is skipped, and a missing file counts as empty.
@@ -32,8 +32,7 @@ SUMMARY_FILE = "summary.json"
 PAGE_FILE = "report.html"
 LOCK_FILE = ".lock"
 
-# A long on-policy run writes many rollouts. The page shows the last batch, which is in the end of
-# the file.
+# A long on-policy run writes many rollouts. The page shows the last batch, at the end of the file.
 SAMPLES_TAIL_BYTES = 1 << 20
 
 Row = Mapping[str, float]
@@ -54,8 +53,8 @@ def new_run_dir(output: str | None, command: str) -> Path:
     folder = Path(output).expanduser()
     if (folder / METRICS_FILE).exists() or (folder / CONFIG_FILE).exists():
         raise ConfigError(
-            f"--output {output}: holds another run; name a new folder, or add --resume to continue "
-            "that run"
+            f"--output {output}: already contains another run; name a new folder, or add --resume "
+            "to continue that run"
         )
     nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK):
@@ -75,7 +74,7 @@ def lock_run_dir(folder: Path) -> Iterator[None]:
     """
     file = folder / LOCK_FILE
     with wrap_write_errors(file):
-        # No O_TRUNC: whoever fails to get the lock reads the holder's process id from the file.
+        # No O_TRUNC: a process that fails to get the lock reads the holder's process id.
         descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         try:
@@ -114,7 +113,7 @@ def append_samples(folder: Path, samples: Sequence[Mapping[str, Any]]) -> None:
 
 
 def write_samples(folder: Path, samples: Sequence[Mapping[str, Any]]) -> None:
-    """Write samples.jsonl, replacing what it held."""
+    """Write samples.jsonl, replacing its content."""
     write_text(folder / SAMPLES_FILE, _sample_lines(samples))
 
 
@@ -203,7 +202,7 @@ def read_training_metrics(folder: Path) -> list[dict[str, Any]]:
 
 @dataclass(frozen=True)
 class RunRecord:
-    """What the files of a run folder hold.
+    """The content of a run folder's files.
 
     Attributes:
         name: Name of the folder.
@@ -237,7 +236,7 @@ class RunRecord:
 
     @property
     def step(self) -> int:
-        """Steps done, as far as the files tell."""
+        """Steps done, according to the files."""
         rows = [int(row["step"]) for row in (*self.training[-1:], *self.held_out[-1:])]
         return max([*rows, int(_finite(self.status.get("step")) or 0)])
 
@@ -280,11 +279,11 @@ def read_run_record(folder: Path) -> RunRecord:
         ConfigError: It is not a run folder.
     """
     if not folder.is_dir():
-        raise ConfigError(f"{folder}: no such folder; name the run folder that --output named")
+        raise ConfigError(f"{folder}: no such folder; give the --output folder of a run")
     if not any((folder / n).is_file() for n in (CONFIG_FILE, METRICS_FILE, STATUS_FILE)):
         raise ConfigError(
-            f"{folder}: found neither {CONFIG_FILE} nor {METRICS_FILE} in it; name a folder that a "
-            "training command wrote"
+            f"{folder}: has neither {CONFIG_FILE} nor {METRICS_FILE}; give the --output folder of "
+            "a run"
         )
     rows = [
         {key: value for key, value in row.items() if _finite(value) is not None}
@@ -292,7 +291,7 @@ def read_run_record(folder: Path) -> RunRecord:
     ]
     samples = _json_lines(folder / SAMPLES_FILE, SAMPLES_TAIL_BYTES)
     status = _json_object(folder / STATUS_FILE)
-    # While a run is resumed or repeated, the summary of its earlier end is out of date.
+    # While a run is resumed or repeated, the summary of its earlier part is out of date.
     over = status.get("state", "finished") == "finished"
     rollouts = [row for row in samples if "completion" in row]
     return RunRecord(

@@ -16,21 +16,21 @@ from mlx_align.tracking.run_dir import RunRecord
 
 Kind = Literal["better", "no difference", "worse", "overfitted", "not trained", "unknown"]
 
-# Findings that are a sign of overfitting, by their signals.
+# Signals of the findings that indicate overfitting.
 _OVERFITTING = frozenset({"rewards/accuracies", "eval/loss"})
-# Relative change of a perplexity that is worth a word. It has no interval: only its mean is known.
+# Smallest relative change of a perplexity that counts. There is no interval: only means are known.
 _PERPLEXITY_CHANGE = 0.01
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What held-out data says about a run.
+    """The result of a run on held-out data.
 
     Attributes:
-        kind: better, no difference (none that can be told), worse, overfitted, not trained, or
+        kind: better, no difference (that is significant), worse, overfitted, not trained, or
             unknown (no held-out data).
         sentence: The verdict in words, for terminal and page.
-        estimate: The number that it rests on, with its 95% interval; None if there is none.
+        estimate: The number behind it, with its 95% interval; None if unknown.
         n: Number of held-out examples; None if unknown.
     """
 
@@ -91,11 +91,11 @@ class _Rate(NamedTuple):
     """A held-out rate that decides a verdict.
 
     Attributes:
-        what: The sentence's middle.
-        unit: What is counted.
+        what: The middle of the sentence.
+        unit: The examples: pairs or completions.
         value: The last value.
-        baseline: Its value without training.
-        baseline_name: What that is.
+        baseline: The value without training.
+        baseline_name: The baseline in words.
     """
 
     what: str
@@ -116,8 +116,8 @@ def _rate(record: RunRecord) -> _Rate | None:
         what, unit = "the reward model ranks the better completion first in", "pairs"
     else:
         what, unit = "the policy's reward prefers the chosen completion in", "pairs"
-    # Implicit rewards are 0 before training, so that 50% is what an untrained policy would have.
-    # Without a reference model they are not: there, training has to raise what was there before.
+    # Implicit rewards are 0 before training, so the baseline is 50%. Rewards without a reference
+    # model are not, so their baseline is the value before training.
     started = len(values) > 1 and bool(margins) and margins[0] != 0 and record.command == "dpo"
     if started and record.held_out[0]["step"] == 0:
         return _Rate(what, unit, values[-1], values[0], f"{values[0]:.0%} before training")
@@ -178,7 +178,7 @@ def _reward_model_verdict(report: Mapping[str, Any]) -> Verdict:
 
 
 def _reward_verdict(record: RunRecord) -> Verdict | None:
-    """Held-out rewards of an on-policy run, at the start and now."""
+    """The verdict by held-out rewards of an on-policy run, at the start and now."""
     name = "held_out" if record.values("eval/held_out") else "reward"
     rows = [row for row in record.held_out if f"eval/{name}" in row]
     if len(rows) < 2:
@@ -233,14 +233,14 @@ def _without_held_out(record: RunRecord) -> Verdict:
             f"The mean reward of sampled completions went from {format_value(reward[0])} to "
             f"{last}; there are no held-out prompts to confirm it.",
         )
-    why = "no held-out evaluation so far" if record.config else "no held-out data"
-    return Verdict("unknown", f"There is no verdict: {why}.")
+    reason = "no held-out evaluation so far" if record.config else "no held-out data"
+    return Verdict("unknown", f"There is no verdict: {reason}.")
 
 
 def compare_runs(records: Sequence[RunRecord], names: Sequence[str]) -> Verdict:
-    """The verdict on several runs: which one is ahead on held-out data, and whether it can be told.
+    """The verdict on several runs: the best one on held-out data, and whether that is significant.
 
-    Of the largest group of runs that measure the same rate, the two best are compared.
+    Compares the two best of the largest group of runs that measure the same rate.
     """
     verdicts = [verdict(record) for record in records]
     groups: dict[tuple[str, str], list[tuple[Verdict, str]]] = {}

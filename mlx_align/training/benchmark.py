@@ -1,4 +1,4 @@
-"""The speed of a run before it starts: a few of its updates, for real."""
+"""Measure the speed of a run by a few of its updates."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from mlx_align.types import TokenizedGroup
 MEASURED_UPDATES = 3
 
 
-def measured_rate(
+def measure_rate(
     config: TrainConfig, algorithm: Algorithm, groups: Sequence[TokenizedGroup]
 ) -> float:
     """Tokens per second of a few real updates of the run; nothing is written."""
     assert config.model is not None
     policy = make_policy(config, open_model(config.model), resolve_layout(config))
-    # The values of the reference's log-probs don't change how long an update takes.
+    # The values of the reference's log-probs don't affect the time.
     zeros = [tuple(np.zeros(len(c), np.float32) for c in group.completions) for group in groups]
     scorer = algorithm.make_scorer(policy.model)
     reference = zeros if algorithm.needs_reference else None
@@ -45,5 +45,5 @@ def measured_rate(
     )
     with trainer.memory:
         results = [trainer.step(Progress(), 0.0) for _ in range(MEASURED_UPDATES)]
-    # A batch of a new shape compiles: the fastest update is one that did not.
+    # An update with a new shape includes compilation; the fastest one doesn't.
     return max(result.tokens / result.seconds for result in results[1:])

@@ -1,7 +1,7 @@
-"""Callbacks of a run: the live page and status, trackers (wandb, swanlab), and those of a caller.
+"""Callbacks of a run: the base class, the run page and status, and trackers (wandb, swanlab).
 
-The page and the trackers never end a run: a failure is shown once, and training continues. An
-exception of a caller's own callback is raised.
+Failures of the page and the trackers never end a run: they are shown once, and training continues.
+Exceptions of a caller's callbacks are raised.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ from mlx_align.tracking.run_dir import (
 from mlx_align.training.metrics import Progress
 
 PAGE_EVERY_SECONDS = 30.0
-# A page with 10 charts takes 0.25 s of a core, with 20 charts 0.5 s (Linux x86-64). On any machine
-# at most 1/50 of a run goes into its page.
+# At most 1/50 of the time of a run is spent on its page. A page with 10 charts takes 0.25 s of a
+# core, one with 20 charts 0.5 s (Linux x86-64).
 PAGE_COST_FACTOR = 50.0
 
 
 class Callback:
-    """Base class of callbacks; every method does nothing unless it is overridden.
+    """Base class of callbacks; the methods do nothing unless they are overridden.
 
     A step is one optimizer update, or one rollout batch of ppo and grpo; steps count from 1.
     `on_step_end` and `on_evaluate` may return True to stop the run after this step.
@@ -50,7 +50,7 @@ class Callback:
         """Training begins, or continues at `progress`, which is updated in place."""
 
     def on_step_end(self, step: int, metrics: Mapping[str, float]) -> bool | None:
-        """A step is done; `metrics` are its own, empty if its update was skipped."""
+        """A step is done; `metrics` are those of the step, empty if its update was skipped."""
 
     def on_log(self, step: int, metrics: Mapping[str, float]) -> None:
         """A row of training metrics was written: means over the steps since the last row."""
@@ -62,7 +62,7 @@ class Callback:
         """A checkpoint was written to `folder`."""
 
     def on_train_end(self, error: BaseException | None) -> None:
-        """Training has ended; `error` is None unless it was cut short."""
+        """Training has ended; `error` is the exception that ended it early, or None."""
 
     def on_run_end(self, summary: Mapping[str, Any]) -> None:
         """The run folder is complete; `summary` is the content of summary.json."""
@@ -76,7 +76,7 @@ class Callbacks:
 
     @contextmanager
     def training(self, progress: Progress, total_steps: int) -> Iterator[None]:
-        """The time of training: `on_train_begin` at its start, `on_train_end` at its end."""
+        """Call `on_train_begin` at the start of the block and `on_train_end` at its end."""
         for one in self._callbacks:
             one.on_train_begin(progress, total_steps)
         try:
@@ -126,7 +126,7 @@ class RunPage(Callback):
         health: HealthMonitor,
         console: Console,
     ) -> None:
-        """Write nothing yet.
+        """Prepare the status; the page is first written when training begins.
 
         Args:
             run: The run folder, which exists.
@@ -134,7 +134,7 @@ class RunPage(Callback):
             facts: Facts of the data, JSON-serialisable.
             eval_examples: Number of held-out examples in an evaluation.
             health: The run's health checks, whose serious findings are written.
-            console: Where a failure is shown.
+            console: Shows failures.
         """
         self._health = health
         self._run, self._failures = run, _Failures(console)
@@ -160,7 +160,7 @@ class RunPage(Callback):
         self._progress = progress
         self._status["total"] = total_steps
         if progress.step:
-            self._status["began"] = self._began_before() or self._status["began"]
+            self._status["began"] = self._read_began() or self._status["began"]
         self._write()
 
     def on_log(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -168,12 +168,12 @@ class RunPage(Callback):
         self._write_if_due(PAGE_EVERY_SECONDS)
 
     def on_evaluate(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Write the page, unless it takes too long to do it that often."""
+        """Write the page, unless that would take too much time."""
         if step:  # the first page shows the start
             self._write_if_due(0.0)
 
     def on_train_end(self, error: BaseException | None) -> None:
-        """Write the page of a run that was cut short."""
+        """Write the page of a run that ended early."""
         if error is None:
             return
         if isinstance(error, Interrupted | KeyboardInterrupt):
@@ -194,7 +194,7 @@ class RunPage(Callback):
         if time.monotonic() - self._written_at >= wait:
             self._write()
 
-    def _began_before(self) -> str | None:
+    def _read_began(self) -> str | None:
         try:
             content = json.loads((self._run / STATUS_FILE).read_text(encoding="utf-8"))
             return str(content["began"])
@@ -222,9 +222,9 @@ class RunPage(Callback):
 
 
 class Trackers(Callback):
-    """Sends every row of metrics.jsonl to wandb or swanlab, through mlx-lm's own callbacks.
+    """Sends every row of metrics.jsonl to wandb or swanlab, through mlx-lm's callbacks.
 
-    Rows are read from the file, so that exactly what was written is sent.
+    Rows are read from the file, so that file and trackers have the same content.
     """
 
     def __init__(self, config: TrainConfig, run: Path, console: Console) -> None:
@@ -294,7 +294,7 @@ class Trackers(Callback):
 
 
 def check_trackers(config: TrainConfig) -> None:
-    """Refuse trackers that can't be used; called before the model is loaded.
+    """Check that the trackers can be used; called before the model is loaded.
 
     Raises:
         ConfigError: A tracker is unknown or not installed, or a project is named without one.
@@ -313,7 +313,7 @@ def check_trackers(config: TrainConfig) -> None:
 
 
 def _mlx_lm_callbacks() -> Any:
-    # Imported late: it imports the trackers, whether they are used or not.
+    # Imported late, because it imports all installed trackers.
     from mlx_lm.tuner import callbacks
 
     return callbacks

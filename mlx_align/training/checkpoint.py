@@ -1,9 +1,9 @@
-"""Checkpoints: everything a run needs to continue as if it had never stopped.
+"""Checkpoints: everything that a run needs to continue as if it had not stopped.
 
 A checkpoint is a folder with named weights, named optimizers, the random generator's key, the
 progress, and further state as JSON. It is written under a temporary name, synced to disk, and
-renamed. A manifest holds the size and checksum of every file, so that a damaged checkpoint is
-noticed and the one before it is used. Checkpoints are written between steps.
+renamed. A manifest has the size and checksum of every file, so that a damaged checkpoint is
+detected and the one before it is used. Checkpoints are written between steps.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ KEPT = 2
 
 
 class State(NamedTuple):
-    """What a checkpoint holds.
+    """The content of a checkpoint.
 
     Attributes:
-        progress: How far the run is.
-        weights: What is trained, by name. The first is the run's adapter, which stock mlx-lm loads
-            from the checkpoint's folder.
+        progress: The progress of the run.
+        weights: The trained weights, by name. The first are the run's adapter, which stock mlx-lm
+            loads from the checkpoint's folder.
         optimizers: The optimizers, by name.
         extra: Further state, JSON-serialisable.
     """
@@ -60,8 +60,8 @@ def save_checkpoint(
 
     Args:
         run: The run folder.
-        state: What to save; the random generator's key is added.
-        layout: Of the first weights.
+        state: The state to save; the random generator's key is added.
+        layout: The layout of the first weights.
         model: Name or path of the base model, which is recorded.
         best: The step of the best checkpoint so far, which is kept too.
 
@@ -76,15 +76,15 @@ def save_checkpoint(
     partial = folder / f".{final.name}.partial"
     with wrap_write_errors(final):
         folder.mkdir(exist_ok=True)
-        # A later checkpoint is a damaged one: its steps are made again.
+        # A later checkpoint was damaged, so its steps are being repeated.
         for other in _checkpoints(run):
             if int(other.name) > step:
                 shutil.rmtree(other)
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
         try:
-            _fill(partial, state, layout, model)
-            # A resumed run doesn't write these rows again: don't lose them in a power cut.
+            _write(partial, state, layout, model)
+            # A resumed run doesn't write these rows again, so they must survive a power cut.
             for rows in (run / METRICS_FILE, run / SAMPLES_FILE):
                 if rows.is_file():
                     flush_to_disk(rows)
@@ -108,7 +108,7 @@ def _check_finite(state: State) -> None:
         )
 
 
-def _fill(folder: Path, state: State, layout: AdapterLayout, model: str) -> None:
+def _write(folder: Path, state: State, layout: AdapterLayout, model: str) -> None:
     main, *others = state.weights
     save_adapter(folder, state.weights[main], layout, model)
     for name in others:
@@ -163,7 +163,7 @@ def load_checkpoint(
 
 
 class _Damaged(Exception):
-    """A checkpoint differs from what was written."""
+    """A file of a checkpoint is missing or was changed."""
 
 
 def _read(
@@ -185,14 +185,16 @@ def _read(
             flat[name] = read_tensors(folder / f"{name}.safetensors")
         states = {name: read_tensors(_optimizer_file(folder, name)) for name in optimizers}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ModelError) as error:
-        # The checksums are right: this was written by another command or version.
+        # The checksums are right, so another command or version wrote it.
         what = f"{type(error).__name__}: {error}".splitlines()[0][:200]
         raise ModelError(f"{folder}: not a checkpoint of this command ({what})") from error
     weights: dict[str, AdapterWeights] = {}
     for name, start in fresh.items():
         flat[name] = _as_masters(flat[name], dict(tree_flatten(start)))
         if _kinds(flat[name]) != _kinds(dict(tree_flatten(start))):
-            raise ModelError(f"{folder}: its adapters don't fit this model; was --model changed?")
+            raise ModelError(
+                f"{folder}: its adapters don't fit this model; give the --model of the run"
+            )
         weights[name] = tree_unflatten(list(flat[name].items()))
     for name, optimizer in optimizers.items():
         states[name] = _as_masters(states[name], dict(tree_flatten(optimizer.state)))
@@ -244,11 +246,11 @@ def _verify(folder: Path) -> None:
         raise _Damaged(f"its {MANIFEST_FILE} can't be read")
     for name, (size, checksum) in expected.items():
         file = folder / name
-        # A name is a file of this folder, whatever the manifest says.
+        # Names from a damaged manifest must not lead out of this folder.
         if file.parent != folder or not file.is_file():
             raise _Damaged(f"{name} is missing")
         if file.stat().st_size != size or _checksum(file) != checksum:
-            raise _Damaged(f"{name} is not what was written")
+            raise _Damaged(f"{name} was changed")
 
 
 def _checksum(file: Path) -> str:

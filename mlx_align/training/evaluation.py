@@ -1,4 +1,4 @@
-"""Held-out data during a run: metrics, sampled answers, and the KL from the reference."""
+"""Evaluation on held-out data during a run: metrics, sampled answers, KL from the reference."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ class EvaluationResult(NamedTuple):
     """Held-out metrics after a step.
 
     Attributes:
-        metrics: By name, without `eval/`.
+        metrics: The metrics by name, without `eval/`.
         is_best: Whether the result is the best so far.
-        deviations: How far the training reward and the held-out reward are from their start, in
-            standard deviations of the first evaluation; None if there are not two rewards.
+        deviations: Changes of the training reward and the held-out reward since the first
+            evaluation, in units of its standard deviation; None if there are not two rewards.
     """
 
     metrics: dict[str, float]
@@ -45,7 +45,7 @@ class Evaluation:
         groups: The held-out groups, the same for every evaluation.
         scorer: Runs them.
         reference: Token log-probs of the reference; empty without a reference.
-        limit: Of their batches.
+        limit: The limit of batches.
 
     Attributes:
         best: `step` and `loss` of the best result; None before the first update.
@@ -90,7 +90,7 @@ class Evaluation:
         """Restore `best` from a checkpoint.
 
         Raises:
-            KeyError, TypeError, ValueError: It is not what `best` was.
+            KeyError, TypeError, ValueError: It is not a value of `best`.
         """
         if best is not None:
             best = {"step": int(best["step"]), "loss": float(best["loss"])}
@@ -101,12 +101,12 @@ class RolloutEvaluation:
     """Held-out rewards of an on-policy run: one completion per held-out prompt.
 
     The random seed is the same in every evaluation. The best result is the highest held-out
-    reward, or the highest training reward if there is no other.
+    reward, or the highest training reward if there is no held-out one.
 
     Args:
         collector: Samples and scores; its shapes must fit the prompts.
         prompts: The held-out prompts.
-        held_out_rewards: Rewards that are not trained on; None if there are none.
+        held_out_rewards: Rewards that are not trained on, or None.
     """
 
     def __init__(
@@ -125,7 +125,7 @@ class RolloutEvaluation:
         self._first: dict[str, list[float]] = {}
 
     def state(self) -> dict[str, Any]:
-        """For a checkpoint."""
+        """The state for a checkpoint."""
         best = None if self.best_step is None else self._best
         return {
             "best_step": self.best_step,
@@ -135,7 +135,7 @@ class RolloutEvaluation:
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Continue from what `state` returned."""
+        """Restore a state that `state` returned."""
         self.best_step, self._first = state["best_step"], dict(state["first"])
         self._best = -math.inf if state["best"] is None else float(state["best"])
         self.last_kl = state["last_kl"]
@@ -189,9 +189,10 @@ class RolloutEvaluation:
         return True
 
     def deviations(self, metrics: Mapping[str, float]) -> tuple[float, float] | None:
-        """How far training and held-out reward are from their start, in its deviations.
+        """Changes of training and held-out reward since the first evaluation.
 
-        None if one of them is missing or did not vary.
+        In units of the first evaluation's standard deviation. None if a reward is missing or did
+        not vary.
         """
         found = []
         for name in ("reward", "held_out"):
@@ -251,7 +252,7 @@ def kl_from_reference(
     """
     if not prompts:
         return None
-    drawn = generate(
+    sampled = generate(
         policy.model,
         weights,
         prompts,
@@ -259,11 +260,11 @@ def kl_from_reference(
         temperature=1.0,
         seed=config.seed + 1,
     )
-    groups = as_groups(prompts, drawn)
+    groups = as_groups(prompts, sampled)
     shapes = plan_shapes(groups, limit)
-    ours = score_groups(scorer, weights, groups, shapes)
-    theirs = score_groups(scorer, policy.start, groups, shapes)
-    k1 = [(o[0] - t[0]).sum(dtype=np.float64) for o, t in zip(ours, theirs, strict=True)]
+    logps = score_groups(scorer, weights, groups, shapes)
+    reference = score_groups(scorer, policy.start, groups, shapes)
+    k1 = [(p[0] - r[0]).sum(dtype=np.float64) for p, r in zip(logps, reference, strict=True)]
     return _mean_and_error(np.array(k1))
 
 

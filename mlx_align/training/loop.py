@@ -1,7 +1,7 @@
 """The training loop shared by all algorithms: step, log, evaluate, checkpoint, stop on signals.
 
-What a step is, the loop leaves to a `Trainer`: an optimizer update on given completions, or a
-rollout batch with its updates. Checkpoints are written between steps.
+A `Trainer` makes the steps: optimizer updates on given completions, or rollout batches with their
+updates. Checkpoints are written between steps.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ from mlx_align.training.metrics import Progress, StepResult
 
 
 class StepAbandoned(Exception):
-    """A step stopped before it changed anything, because a signal came."""
+    """A step was stopped by a signal, before it changed anything."""
 
 
 class Trainer(Protocol):
-    """What the loop runs: the steps of one kind of run, and the state they share.
+    """The steps of one kind of run, and the state they share.
 
     Attributes:
         title: Label of the progress bar.
-        step_name: What a step is called in messages: "update" or "batch".
+        step_name: The name of a step in messages: "update" or "batch".
         on_policy: Whether steps sample completions.
         total_steps: Steps of the whole run.
         memory: Bounds how far mlx runs ahead, and knows the peak.
@@ -54,7 +54,7 @@ class Trainer(Protocol):
 
     @property
     def weights(self) -> Mapping[str, AdapterWeights]:
-        """What is trained, by name; `policy` comes first."""
+        """The trained weights, by name; `policy` comes first."""
 
     @property
     def optimizers(self) -> Mapping[str, optim.Optimizer]:
@@ -65,7 +65,7 @@ class Trainer(Protocol):
         """The step with the best held-out result so far."""
 
     def prepare(self) -> str:
-        """Run once before the first step of a new run; a line to show, or ""."""
+        """Called before the first step of a new run; returns a line to show, or ""."""
 
     def step(
         self, progress: Progress, learning_rate: float, raise_if_interrupted: Callable[[], None]
@@ -73,10 +73,10 @@ class Trainer(Protocol):
         """Make the next step.
 
         Args:
-            progress: Where the run is.
-            learning_rate: Of this step.
-            raise_if_interrupted: To be called wherever the step can still be abandoned: it raises
-                `StepAbandoned` after a signal.
+            progress: The progress of the run.
+            learning_rate: The learning rate of this step.
+            raise_if_interrupted: Raises `StepAbandoned` after a signal. Called as long as the step
+                can still be abandoned.
 
         Raises:
             TrainingError: A loss or gradient is not finite, or a reward failed.
@@ -96,7 +96,7 @@ class Trainer(Protocol):
         """
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint needs besides weights, optimizers and progress; JSON-serialisable."""
+        """State for a checkpoint besides weights, optimizers and progress; JSON-serialisable."""
 
     def restore(self, weights: Mapping[str, AdapterWeights], state: Mapping[str, Any]) -> None:
         """Continue from a checkpoint; the optimizers are restored already.
@@ -110,7 +110,7 @@ class TrainingLoop:
     """Runs a trainer from its first, or last saved, step to its last.
 
     Attributes:
-        progress: How far the run is.
+        progress: The progress of the run.
         stopped: Whether a callback or a failed health check ended the run early.
     """
 
@@ -132,11 +132,11 @@ class TrainingLoop:
         self._guard = isinstance(config, OnPolicyConfig) and config.guard
         self.progress = Progress()
         self.stopped = False
-        # Held-out metrics of the start; callbacks get them once training begins.
+        # Held-out metrics before training; callbacks get them when training begins.
         self._start_metrics: dict[str, float] | None = None
 
     def begin(self, *, resume: bool) -> None:
-        """Evaluate the start of a new run, or restore the last checkpoint.
+        """Evaluate a new run before training, or restore the last checkpoint.
 
         Raises:
             ModelError: The checkpoints are damaged, or not of this run.
@@ -200,7 +200,7 @@ class TrainingLoop:
                     raise Interrupted(pending[0])
 
     def _step(self, raise_if_interrupted: Callable[[], None], pending: list[int]) -> bool:
-        """Make a step and report it; whether the run has to stop."""
+        """Make a step and report it. Returns whether the run has to stop."""
         trainer, progress = self._trainer, self.progress
         rate = self._learning_rate(progress.step) * self._health.lr_scale
         try:
@@ -209,8 +209,8 @@ class TrainingLoop:
             self._save()
             raise Interrupted(pending[0]) from None
         except TrainingError:
-            # Between the updates of a rollout batch there is no state to save, and keeping the
-            # one before them would take the memory of another optimizer.
+            # Between the updates of a rollout batch there is no complete state to save. Keeping the
+            # state before them would take the memory of another optimizer.
             if progress.step and not trainer.mid_step:
                 self._save()
             raise
@@ -224,15 +224,15 @@ class TrainingLoop:
         row = None
         if progress.step in (1, trainer.total_steps) or due:
             row = self._report()
-        # A rollout batch shows what goes wrong by itself, and a policy can be lost within a few.
-        # Single offline updates are noisy: there, the means of a report are checked.
+        # Rollout batches are checked one by one: they are large, and a policy can degrade within a
+        # few. Offline updates are noisy, so the means of a report are checked.
         checked = result.metrics if trainer.on_policy else row
         if checked:
             stop = self._act_on(self._health.observe(checked, progress.step)) or stop
         return stop
 
     def _report(self) -> dict[str, float] | None:
-        """Write and show the metrics since the last report; the row, or None if there are none."""
+        """Write and show the metrics since the last report. Returns the row, or None if empty."""
         row = self._trainer.report(self.progress)
         if row is None:
             return None
@@ -247,7 +247,7 @@ class TrainingLoop:
         return row
 
     def _evaluate(self) -> tuple[bool, bool]:
-        """Measure held-out data: whether the result is the best so far, and whether to stop."""
+        """Evaluate held-out data. Returns whether the result is the best, and whether to stop."""
         step = self.progress.step
         result = self._trainer.evaluate(step)
         if result is None:
@@ -265,7 +265,7 @@ class TrainingLoop:
         return result.is_best, stop
 
     def _act_on(self, findings: list[Finding]) -> bool:
-        """Show new findings; whether the run has to stop."""
+        """Show new findings. Returns whether the run has to stop."""
         for finding in findings:
             self._console.note(f"! {finding.text}")
         return self._guard and self._health.stop is not None

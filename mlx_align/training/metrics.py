@@ -11,16 +11,16 @@ import numpy as np
 
 from mlx_align.data.buckets import AnyShape
 
-# A speed measured on fewer steps is not reported.
+# Minimum number of timed steps to report a speed.
 MIN_TIMED_STEPS = 3
 
 
 class StepResult(NamedTuple):
-    """What a step did.
+    """The result of a step.
 
     Attributes:
-        metrics: Metrics of this step alone; empty if its update was skipped.
-        microbatches: Microbatches consumed, or prompts sampled for.
+        metrics: Metrics of this step; empty if its update was skipped.
+        microbatches: Number of microbatches used, or of prompts drawn.
         groups: Prompts trained on.
         tokens: Tokens trained on, without padding.
         seconds: The time it took.
@@ -37,13 +37,13 @@ class StepResult(NamedTuple):
 
 @dataclass
 class Progress:
-    """How far a run is. Part of every checkpoint.
+    """The progress of a run. Part of every checkpoint.
 
     A step is one optimizer update (dpo, kto, sft, reward) or one rollout batch (ppo, grpo).
 
     Attributes:
         step: Steps done.
-        microbatches: Microbatches consumed, or prompts sampled for: the position in the data.
+        microbatches: Number of microbatches used, or of prompts drawn: the position in the data.
         groups: Prompts (with completions) trained on.
         tokens: Tokens of prompts and completions trained on, without padding.
         seconds: Time spent in steps.
@@ -120,12 +120,12 @@ class MetricsWindow:
         }
 
     def state(self) -> dict[str, Any]:
-        """For a checkpoint."""
+        """The state for a checkpoint."""
         return asdict(self)
 
     @classmethod
     def restored(cls, state: Any) -> MetricsWindow:
-        """The window whose `state` this is.
+        """A window from its `state`.
 
         Raises:
             KeyError, TypeError, ValueError: It is not such a state.
@@ -158,9 +158,9 @@ def mean_row(
 
 
 class Throughput:
-    """Tokens per second of updates in which no new batch shape was compiled.
+    """Tokens per second of updates without new batch shapes.
 
-    A new shape is compiled at its first use, which is most of the time of a short run.
+    A new shape is compiled at its first use, which takes most of the time of a short run.
     """
 
     def __init__(self) -> None:

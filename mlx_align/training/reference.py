@@ -1,9 +1,9 @@
 """Token log-probs of the reference, computed once before step 1 and cached.
 
-A step needs no forward pass of the reference, and full fine-tuning no second copy of the weights.
-The cache is one SQLite file per (base weights, adapter) with rows keyed by their tokens. An
-interrupted pass resumes, data that grew costs only its new rows, and other data, another adapter or
-another model never reads stale numbers.
+So steps need no forward pass of the reference, and full fine-tuning needs no second copy of the
+weights. The cache is one SQLite file per (base weights, adapter), with rows keyed by their tokens.
+An interrupted pass resumes, data with new rows costs only those, and another adapter or model has
+another file.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ from mlx_align.system.progress import Console
 from mlx_align.tracking.run_dir import package_versions, write_json
 from mlx_align.types import Logps, TokenizedGroup
 
-# Part of every key. Raise it when the same inputs give other numbers.
+# Part of every key; to be increased when the same inputs give other numbers.
 VERSION = 1
-# In the run folder: which rows were missing when the run began, and a hash of all log-probs.
+# File in the run folder: the rows that were missing at the start, and a hash of all log-probs.
 REFERENCE_FILE = "reference.json"
 
 
@@ -61,16 +61,16 @@ def default_cache_folder() -> Path:
 def reference_key(
     model_folder: Path, adapter_folder: Path | None, adapter_dtype: str, computed: str = ""
 ) -> str:
-    """A hash of all that the log-probs depend on, besides the tokens.
+    """A hash of everything that the log-probs depend on, except the tokens.
+
+    It includes the versions of mlx and mlx-lm: a family's code, and so its log-probs, may change
+    between them.
 
     Args:
-        model_folder: The base model; its weights and configuration count.
+        model_folder: The base model; its weights and configuration are hashed.
         adapter_folder: The adapter that training starts from.
         adapter_dtype: The dtype in which it computes.
-        computed: How rows are computed, see `describe_computation`.
-
-    The versions of mlx and mlx-lm count too: a family's code, and with it its log-probs, may change
-    between them.
+        computed: The settings of the forward pass, from `describe_computation`.
     """
     parts = [f"v{VERSION}", fingerprint_folder(model_folder)]
     versions = package_versions()
@@ -84,7 +84,7 @@ def reference_key(
 
 
 def describe_computation(model: LanguageModel) -> str:
-    """How a model computes log-probs: with shared prompts or not, packed or not, on what device."""
+    """The settings of a model's forward pass: shared prompts, packing, device and others."""
     backbone = model.backbone
     return (
         f"shared {model.shared}, packed {backbone.packs}, mask axes {backbone.mask_axes}, caches "
@@ -97,19 +97,19 @@ class ReferenceCache:
 
     def __init__(self, folder: Path, key: str) -> None:
         self.file = folder / f"{key}.sqlite"
-        with self._used():
+        with self._convert_errors():
             folder.mkdir(parents=True, exist_ok=True)
             self._db = sqlite3.connect(self.file)
             self._db.execute("CREATE TABLE IF NOT EXISTS logps (row BLOB PRIMARY KEY, nats BLOB)")
 
     @contextmanager
-    def _used(self) -> Iterator[None]:
+    def _convert_errors(self) -> Iterator[None]:
         try:
             yield
         except (OSError, sqlite3.Error) as error:
             raise ConfigError(
-                f"--reference-cache {self.file.parent}: can't be used ({error}); name a folder you "
-                "can write to and that has room, or empty it with mlx-align cache --purge"
+                f"--reference-cache {self.file.parent}: can't be used ({error}); name a writable "
+                "folder with free space, or empty it with mlx-align cache --purge"
             ) from error
 
     def close(self) -> None:
@@ -125,7 +125,7 @@ class ReferenceCache:
         """The log-probs of a group's completions, or None if one is missing."""
         found = []
         for k, completion in enumerate(group.completions):
-            with self._used():
+            with self._convert_errors():
                 row = self._db.execute(
                     "SELECT nats FROM logps WHERE row = ?", (_row_key(group, k),)
                 ).fetchone()
@@ -135,16 +135,16 @@ class ReferenceCache:
         return tuple(found)
 
     def put(self, groups: Sequence[TokenizedGroup], logps: Sequence[tuple[Logps, ...]]) -> None:
-        """Store the log-probs of some groups; all of them or, if interrupted, none.
+        """Store the log-probs of groups in one transaction.
 
-        Existing rows stay: a text that is in several batches keeps the digits of the first one.
+        Existing rows are kept: a text that is in several batches keeps the values of the first.
         """
         rows = [
             (_row_key(group, k), nats.tobytes())
             for group, per_completion in zip(groups, logps, strict=True)
             for k, nats in enumerate(per_completion)
         ]
-        with self._used(), self._db:
+        with self._convert_errors(), self._db:
             self._db.executemany(
                 "INSERT INTO logps VALUES (?, ?) ON CONFLICT (row) DO UPDATE SET "
                 "nats = excluded.nats WHERE length(nats) != length(excluded.nats)",
@@ -153,7 +153,7 @@ class ReferenceCache:
 
 
 def _row_key(group: TokenizedGroup, k: int) -> bytes:
-    """The key of completion `k`: a hash of its prompt, its tokens, and which are scored."""
+    """The key of completion `k`: a hash of its prompt, its tokens and its loss mask."""
     digest = hashlib.blake2b(digest_size=16)
     digest.update(len(group.prompt).to_bytes(4, "little"))
     digest.update(np.ascontiguousarray(group.prompt, np.int32).tobytes())
@@ -177,11 +177,10 @@ def cached_logprobs(
     missing: Sequence[int],
     on_progress: Callable[[int], None] | None = None,
 ) -> list[tuple[Logps, ...]]:
-    """Per group and completion, the reference's log-prob of each token (nats).
+    """The reference's log-prob of each token (nats), for each group and completion.
 
-    The last digits depend on which rows run together. So that an interrupted pass resumes with the
-    same batches, it takes the groups that were missing when it began, and skips batches that are
-    done.
+    The last digits depend on which rows run together. To resume an interrupted pass with the same
+    batches, it runs the groups that were missing when it began, and skips batches that are done.
 
     Args:
         scorer: Runs the reference, in evaluation mode.
@@ -189,25 +188,25 @@ def cached_logprobs(
         groups: Tokenised data.
         shapes: The batch shapes of training, so that both see the same padding.
         cache: Where log-probs are looked up and stored.
-        missing: Positions of the groups to compute, as `missing_groups` returned them when the
-            pass began. Other groups that are missing now are computed after them.
+        missing: Positions of the groups to compute, from `missing_groups` when the pass began.
+            Other groups that are missing now are computed after them.
         on_progress: Called with the number of groups that were completed.
     """
-    tell = on_progress or (lambda _: None)
+    report = on_progress or (lambda _: None)
 
     def compute(wanted: Sequence[int]) -> None:
         def keep(positions: list[int], logps: list[tuple[Logps, ...]]) -> None:
             cache.put([groups[wanted[p]] for p in positions], logps)
-            tell(len(positions))
+            report(len(positions))
 
         def done(positions: list[int]) -> bool:
-            there = all(cache.get(groups[wanted[p]]) is not None for p in positions)
-            tell(len(positions) if there else 0)
-            return there
+            cached = all(cache.get(groups[wanted[p]]) is not None for p in positions)
+            report(len(positions) if cached else 0)
+            return cached
 
         score_groups(scorer, start, [groups[i] for i in wanted], shapes, keep, skip=done)
 
-    tell(len(groups) - len(missing))
+    report(len(groups) - len(missing))
     if missing:
         compute(missing)
     if rest := missing_groups(cache, groups):
@@ -238,8 +237,8 @@ def reference_logprobs(
         run: The run folder.
         train: The training groups and their batch shapes.
         held_out: The held-out groups.
-        limit: Of the batches of held-out groups.
-        microbatches: How many microbatches the run trains on.
+        limit: The limit of batches of held-out groups.
+        microbatches: The number of microbatches that the run trains on.
         console: Shows progress.
 
     Raises:
@@ -262,17 +261,19 @@ def reference_logprobs(
     }
     try:
         known = _read(run)
-        begun = known.get("missing")
-        if begun is None:
-            begun = {name: missing_groups(cache, part) for name, (part, _) in parts.items()}
-            write_json(run / REFERENCE_FILE, {"missing": begun})
+        missing_at_start = known.get("missing")
+        if missing_at_start is None:
+            missing_at_start = {
+                name: missing_groups(cache, part) for name, (part, _) in parts.items()
+            }
+            write_json(run / REFERENCE_FILE, {"missing": missing_at_start})
         found: dict[str, CompletionLogps] = {}
-        for name, (part, of) in parts.items():
-            missing = [i for i in begun.get(name, []) if i < len(part)]
+        for name, (part, part_shapes) in parts.items():
+            missing = [i for i in missing_at_start.get(name, []) if i < len(part)]
             if part:
                 with console.bar(f"Reference, {name}", len(part)) as bar:
                     found[name] = cached_logprobs(
-                        scorer, policy.start, part, of, cache, missing, bar.advance
+                        scorer, policy.start, part, part_shapes, cache, missing, bar.advance
                     )
         console.note(f"Reference log-probs: {cache.nbytes / 1e6:.1f} MB in {cache.file.parent}.")
     finally:
@@ -283,14 +284,14 @@ def reference_logprobs(
             "! The reference's log-probs were computed again and differ in their last digits from "
             "those at the start of the run; the result may differ too."
         )
-    write_json(run / REFERENCE_FILE, {"missing": begun, "checksum": checksum})
-    on_valid = found.get("held-out data", [])
+    write_json(run / REFERENCE_FILE, {"missing": missing_at_start, "checksum": checksum})
+    valid = found.get("held-out data", [])
     if not used:
-        return References(None, on_valid)
+        return References(None, valid)
     reference: list[tuple[Logps, ...]] = [()] * len(groups)
     for index, logps in zip(used, found["training data"], strict=True):
         reference[index] = logps
-    return References(reference, on_valid)
+    return References(reference, valid)
 
 
 def used_groups(
@@ -299,7 +300,7 @@ def used_groups(
     shapes: Sequence[AnyShape],
     microbatches: int,
 ) -> list[int]:
-    """Positions of the groups in the run's microbatches; a short run uses few of many."""
+    """Positions of the groups in the run's microbatches; a short run doesn't use all groups."""
     stream = microbatch_stream(groups, shapes, seed=config.seed)
     used: set[int] = set()
     for batch in islice(stream, microbatches):

@@ -1,6 +1,6 @@
-"""Resuming a run: fingerprints of what it was made of, and access to its folder.
+"""Resuming a run: fingerprints of its inputs, and the lock of its folder.
 
-Paths may change between the parts of a run (a folder was moved). Their content must not.
+Paths may change when a run is resumed (a folder was moved), but their content may not.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from mlx_align.tracking.run_dir import (
 )
 from mlx_align.types import TokenizedGroup
 
-# The option that names a part.
+# The options that name the inputs of a run.
 OPTIONS = {
     "model": " (--model)",
     INIT_ADAPTER: " (--init-adapter)",
@@ -61,11 +61,11 @@ def open_run_folder(
         run: The run folder; created if it doesn't exist.
         config: The resolved options.
         made_of: The `fingerprints` of the run.
-        note: Called with lines on what differs from when the run began.
-        resume: Whether the folder already holds this run.
+        note: Called with lines about changes since the run began.
+        resume: Whether the folder already has this run.
 
     Raises:
-        ConfigError: Another process trains in the folder, it holds another run, or a part of the
+        ConfigError: Another process trains in the folder, it has another run, or an input of the
             run has changed.
         WriteError: The folder can't be written to.
     """
@@ -107,7 +107,7 @@ def fingerprints(
     return {
         "command": command,
         "hashes": hashes,
-        # Through JSON, so that they compare equal to what is read back.
+        # Through JSON, so that they compare equal after reading them back.
         "options": json.loads(json.dumps(options)),
         "versions": {
             **package_versions(),
@@ -149,24 +149,27 @@ def read_fingerprints(run: Path) -> dict[str, Any]:
         return {"command": found["command"], **kept}
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ModelError(
-            f"{file}: damaged, so the run can't be checked to be the same; start a new one"
+            f"{file}: damaged, so the inputs of the run can't be checked; start a new run"
         ) from error
 
 
 def check_same_run(run: Path, now: dict[str, Any]) -> list[str]:
-    """Refuse to resume with another command, model, data or option; lines on other changes.
+    """Check that a resumed run has the same command, model, data and options.
 
     Args:
         run: The run folder.
         now: `fingerprints` of the run to resume.
 
+    Returns:
+        Lines about other changes.
+
     Raises:
-        ConfigError: Something differs; the message says what.
+        ConfigError: One of them changed; the message names it.
         ModelError: The fingerprints in the folder can't be read.
     """
     began = read_fingerprints(run)
     if not began:
-        return [f"! {run}: it has no {FINGERPRINTS_FILE}; assuming that it is the same run."]
+        return [f"! {run}: has no {FINGERPRINTS_FILE}; assuming that its inputs are unchanged."]
     check_command(run, now["command"], began)
     changed = [
         f"the {name}{OPTIONS.get(name, '')}"
@@ -195,13 +198,13 @@ def check_same_run(run: Path, now: dict[str, Any]) -> list[str]:
 
 
 def check_command(run: Path, command: str, began: dict[str, Any]) -> None:
-    """Refuse to resume a run of another command.
+    """Check that a run to resume is of this command.
 
     Raises:
         ConfigError: It is of another command.
     """
     if began and began["command"] != command:
         raise ConfigError(
-            f"--resume {run}: a run of {began['command']}; resume it with mlx-align "
+            f"--resume {run}: is a run of {began['command']}; resume it with mlx-align "
             f"{began['command']} --resume {run}"
         )

@@ -1,4 +1,4 @@
-"""A training run from options to run folder: the one function behind all training commands."""
+"""A training run from options to run folder: the function behind all training commands."""
 
 from __future__ import annotations
 
@@ -94,12 +94,12 @@ def make_algorithm(
     loss: Callable[..., mx.array] | None = None,
     rewards: Sequence[RewardSource] = (),
 ) -> Algorithm | OnPolicyMethod:
-    """The algorithm that a configuration stands for.
+    """Make the algorithm of a configuration.
 
-    Everything that can be checked from the options alone is checked here.
+    Checks everything that can be checked from the options alone.
 
     Args:
-        config: The resolved options; their class says which command it is.
+        config: The resolved options; their class determines the command.
         loss: A loss of preference pairs in place of `config.loss`, for `DPOConfig`.
         rewards: Reward functions in addition to `config.reward`, for `GRPOConfig`.
 
@@ -107,7 +107,7 @@ def make_algorithm(
         ConfigError: An option is wrong or has no effect.
     """
     if loss is not None and not isinstance(config, DPOConfig):
-        raise ConfigError("loss: a function can be given for preference pairs (dpo) only")
+        raise ConfigError("loss: a function can only be given for preference pairs (dpo)")
     match config:
         case DPOConfig():
             return DPO(config, loss=loss)
@@ -148,7 +148,7 @@ def train(
     Errors in options, data and tokenizer are found before the weights are loaded.
 
     Args:
-        algorithm: What `make_algorithm` returned for `config`.
+        algorithm: The algorithm, from `make_algorithm`.
         config: The resolved options; `model` is set, and `data` unless it is given here.
         run: The run folder; created once options and data are checked.
         console: Shows messages and progress.
@@ -241,7 +241,7 @@ def train(
         "versions": package_versions(),
         "seed": config.seed,
     }
-    # The summary is given, because read_run_record ignores it until status.json says "finished".
+    # The summary is passed, because read_run_record ignores it until status.json says "finished".
     found = verdict(replace(read_run_record(run), summary=summary))
     summary["verdict"] = {"kind": found.kind, "sentence": found.sentence}
     write_json(run / SUMMARY_FILE, summary)
@@ -250,7 +250,7 @@ def train(
 
 
 class _OfflineJob:
-    """The parts of `train` that are particular to training on given completions."""
+    """The parts of `train` that are specific to training on given completions."""
 
     def __init__(
         self,
@@ -315,7 +315,11 @@ class _OfflineJob:
     def finish(
         self, weights: AdapterWeights, samples: list[dict[str, Any]]
     ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-        """Report on held-out data and write the samples; them, and entries of the summary."""
+        """Report on held-out data and write the samples.
+
+        Returns:
+            The samples, and entries of the summary.
+        """
         algorithm, config, setup = self._algorithm, self._config, self._setup
         held_out: dict[str, Any] = {}
         if setup.valid:
@@ -354,7 +358,7 @@ class _OfflineJob:
 
 
 class _OnPolicyJob:
-    """The parts of `train` that are particular to training on the policy's own completions."""
+    """The parts of `train` that are specific to training on the policy's own completions."""
 
     def __init__(
         self,
@@ -393,7 +397,11 @@ class _OnPolicyJob:
     def finish(
         self, weights: AdapterWeights, samples: list[dict[str, Any]]
     ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-        """Add the samples to those of training; them, and entries of the summary."""
+        """Add the samples to those of training.
+
+        Returns:
+            The samples, and entries of the summary.
+        """
         append_samples(self._run, samples)
         trainer = self.trainer
         return samples, {

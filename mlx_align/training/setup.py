@@ -1,4 +1,4 @@
-"""From options to everything a run needs before the weights are loaded, and the policy after it."""
+"""Prepare a run: check options, read and tokenise data, load the models of on-policy runs."""
 
 from __future__ import annotations
 
@@ -66,8 +66,8 @@ class OfflineSetup:
         train: Groups to train on.
         valid: Held-out groups.
         held_out: The held-out groups of an evaluation.
-        lines: To show.
-        facts: Of the data, for the summary.
+        lines: Lines to show.
+        facts: Statistics of the data, for the summary.
         made_of: Fingerprints of the run.
     """
 
@@ -93,9 +93,9 @@ class OnPolicySetup:
         rewards: The rewards to train on.
         held_out_rewards: Rewards that are only measured on held-out prompts; None for none.
         shapes: Shapes of microbatches.
-        demonstrations: For PPO-ptx; usually none.
-        lines: To show.
-        facts: Of the prompts, for the summary.
+        demonstrations: Demonstrations for PPO-ptx; else empty.
+        lines: Lines to show.
+        facts: Statistics of the prompts, for the summary.
         made_of: Fingerprints of the run.
     """
 
@@ -175,19 +175,19 @@ def prepare_data(
 
 
 def resolve_layout(config: TrainConfig) -> AdapterLayout:
-    """What is trained: the options, else the init adapter's layout, else the defaults.
+    """The layout to train: from the options, else the init adapter's, else the defaults.
 
     Raises:
-        ConfigError: The options leave no room for the init adapter.
+        ConfigError: The options don't fit the init adapter.
         ModelError: The init adapter can't be read.
     """
     init = None if config.init_adapter is None else read_layout(Path(config.init_adapter))
     layout = init or AdapterLayout()
     if config.fine_tune_type is not None:
         layout = replace(layout, fine_tune_type=config.fine_tune_type)
-    _refuse_without_effect(config, layout)
+    _check_adapter_options(config, layout)
     if config.num_layers == 0:
-        raise ConfigError("--num-layers 0: nothing would be trained; give 1 or more, or -1 for all")
+        raise ConfigError("--num-layers 0: trains no layers; give 1 or more, or -1 for all")
     rank = config.lora_rank or layout.rank
     if init is not None and rank < init.rank:
         raise ConfigError(
@@ -207,12 +207,13 @@ def resolve_layout(config: TrainConfig) -> AdapterLayout:
     )
 
 
-def _refuse_without_effect(config: TrainConfig, layout: AdapterLayout) -> None:
+def _check_adapter_options(config: TrainConfig, layout: AdapterLayout) -> None:
+    """Raise a ConfigError if an option of adapters has no effect."""
     if layout.fine_tune_type != "lora" and config.adapter_dtype != "float32":
-        why = "trains no adapters" if layout.fine_tune_type == "full" else "needs float32 norms"
+        reason = "trains no adapters" if layout.fine_tune_type == "full" else "needs float32 norms"
         raise ConfigError(
             f"--adapter-dtype {config.adapter_dtype}: --fine-tune-type {layout.fine_tune_type} "
-            f"{why}; leave it out"
+            f"{reason}; leave it out"
         )
     if layout.fine_tune_type != "full":
         return
@@ -223,7 +224,7 @@ def _refuse_without_effect(config: TrainConfig, layout: AdapterLayout) -> None:
 
 
 def describe_policy(policy: Policy) -> str:
-    """One line on what is trained."""
+    """A line about the trained weights."""
     layout = policy.layout
     trained = sum(array.size for _, array in tree_flatten(policy.start))
     kind = {"lora": "LoRA", "dora": "DoRA", "full": "full fine-tuning"}[layout.fine_tune_type]
@@ -300,7 +301,7 @@ def prepare_on_policy(
 
 
 def check_on_policy_options(config: OnPolicyConfig) -> None:
-    """Refuse options that have no effect on, or break, training on the policy's own samples.
+    """Check options that have no effect on, or break, training on the policy's own samples.
 
     Raises:
         ConfigError: Such an option was given.
@@ -330,7 +331,12 @@ def check_on_policy_options(config: OnPolicyConfig) -> None:
 def read_prompt_splits(
     config: OnPolicyConfig, folder: ModelFolder, data: Data | None = None
 ) -> tuple[list[Prompt], list[Prompt], PromptReport, str]:
-    """Training and held-out prompts, a report on the former, and how they were read."""
+    """Read training and held-out prompts.
+
+    Returns:
+        Training prompts, held-out prompts, a report on the training prompts, and the description of
+        the data's format.
+    """
     named: Any = config.data if data is None else data
     assert named is not None
     groups, reading = read_prompts(named, "train", config.format)
@@ -357,11 +363,11 @@ def read_prompt_splits(
 def _describe_prompts(
     report: PromptReport, title: str, train: Sequence[Prompt], valid: Sequence[Prompt]
 ) -> tuple[list[str], dict[str, Any]]:
-    """Lines on the prompts, and the same as facts."""
-    at = report.lengths
+    """Statistics of the prompts, as lines to show and as facts for the summary."""
+    lengths = report.lengths
     lines = [
         f"Prompts read as {title}: {len(train):,} to train on, {len(valid):,} held out; tokens: "
-        f"median {at['50']}, longest {at['100']}"
+        f"median {lengths['50']}, longest {lengths['100']}"
     ]
     dropped = sum(report.dropped.values())
     if dropped:
@@ -375,7 +381,7 @@ def _describe_prompts(
         "prompts": len(train),
         "held_out": len(valid),
         "dropped": dict(report.dropped),
-        "prompt_lengths": dict(at),
+        "prompt_lengths": dict(lengths),
     }
     return lines, facts
 
@@ -383,7 +389,7 @@ def _describe_prompts(
 def find_reward_models(
     config: OnPolicyConfig, folder: ModelFolder, layout: AdapterLayout
 ) -> RewardModelMemory:
-    """The run's reward models: on the policy's base, or on a base of their own.
+    """Find the run's reward models: adapters on the policy's base, or models on another base.
 
     Raises:
         ModelError: A reward model doesn't exist, or can't be read.
@@ -420,7 +426,7 @@ def load_collector(
         config: The options.
         setup: The run before its weights are loaded.
         stack: Closes the rewards at the end of the run.
-        console: Shows which model plays which role.
+        console: Shows which models are loaded.
 
     Raises:
         ModelError: A model, adapter or run can't be used.
@@ -446,7 +452,7 @@ def load_collector(
             where = (
                 "an adapter on the same base model"
                 if weights is not None
-                else "a second model in memory, with a base of its own"
+                else "a second model in memory, on another base"
             )
             console.note(f"{option} {wanted.model}: {where}.")
         rewards = stack.enter_context(Rewards(wanted, score))
@@ -484,7 +490,7 @@ def _score_model(
     layout: AdapterLayout,
     setup: OnPolicySetup,
 ) -> tuple[CompletionScorer | None, AdapterWeights | None]:
-    """A function that scores by the reward model, and its weights if it is on the same base."""
+    """The scorer of a reward model, and its weights if it is an adapter on the policy's base."""
     if wanted.model is None:
         return None, None
     run = Path(wanted.model).expanduser()

@@ -1,4 +1,4 @@
-"""What one step of a run is: an update on given completions, or a rollout batch with its updates.
+"""The steps of a run: updates on given completions, or rollout batches with their updates.
 
 Both classes implement `loop.Trainer`.
 """
@@ -35,7 +35,7 @@ from mlx_align.training.metrics import (
     mean_row,
 )
 
-# Largest mean |ratio − 1| in the first update of a rollout batch: the policy has not changed yet.
+# Largest mean |ratio − 1| in the first update of a rollout batch, when the policy is unchanged.
 RATIO_TOLERANCE = 1e-3
 
 
@@ -46,7 +46,7 @@ class OfflineTrainer:
 
     Args:
         model: The base model; it holds the current weights between steps.
-        objective: What to minimise.
+        objective: The objective to minimise.
         microbatches: (position) -> the microbatches from that position of the data on.
         weights: The weights to start from.
         optimizer: Initialised for them.
@@ -55,7 +55,7 @@ class OfflineTrainer:
         skip_non_finite: Skip updates whose loss or gradient is not finite.
         total_steps: Updates of the whole run.
         title: Label of the progress bar.
-        evaluation: Measures held-out data; None for none.
+        evaluation: Measures held-out data; None to measure nothing.
         report: Turns means over the updates of a report into its row.
     """
 
@@ -165,7 +165,7 @@ class OfflineTrainer:
         return self.evaluation.evaluate(step, self.weights["policy"])
 
     def check_trained(self, progress: Progress) -> None:
-        """Refuse a run in which every update was skipped.
+        """Check that at least one update was made.
 
         Raises:
             TrainingError: Every update was skipped.
@@ -252,8 +252,8 @@ class OnPolicyTrainer:
     ) -> StepResult:
         """Collect a rollout batch and make its updates.
 
-        Until the first update, nothing has changed: an abandoned batch is sampled again and comes
-        out the same.
+        Nothing changes before the first update: an abandoned batch is sampled again, with the same
+        result.
 
         Raises:
             TrainingError: A loss is not finite, a reward failed, or the ratios of the first update
@@ -310,7 +310,7 @@ class OnPolicyTrainer:
         return self.evaluation.evaluate(step, self.weights["policy"])
 
     def check_trained(self, progress: Progress) -> None:
-        """Refuse a run in which every update was skipped.
+        """Check that at least one update was made.
 
         Raises:
             TrainingError: No optimizer made an update.
@@ -338,7 +338,7 @@ class OnPolicyTrainer:
         self._rows = [dict(row) for row in state["rows"]]
 
     def rate(self) -> float | None:
-        """Completions per second, the median, because early batches also compile.
+        """Median completions per second: early batches also compile.
 
         None if too few rollout batches were timed.
         """

@@ -271,7 +271,7 @@ def test_resumed_run_ends_with_the_same_bytes(train, models, tmp_path, capsys, m
         assert train(models["float32"], *options, output="parts")[0] == 130
     assert "resume with: mlx-align dpo --resume" in capsys.readouterr().out
     assert train(models["float32"], *options, output="parts")[0] == 1
-    assert "holds another run" in capsys.readouterr().err
+    assert "already contains another run" in capsys.readouterr().err
     parts = str(tmp_path / "parts")
     assert run(["dpo", "--resume", parts, "--beta", "0.7"]) == 1
     assert "--beta 0.7: the run has None" in capsys.readouterr().err

@@ -370,7 +370,7 @@ def test_an_interrupted_run_is_resumed_to_the_same_bytes(tiny, pairs, small, cap
         ({"data": None}, "data is missing"),
         ({"data": 3}, "data is of type int"),
         ({"data": [{"prompt": "q", "chosen": "a"}]}, "data"),
-        ({"output": "taken"}, "output='taken': holds another run"),
+        ({"output": "taken"}, "output='taken': already contains another run"),
         ({"fine_tune_type": "full", "lora_rank": 3}, "lora_rank: has no effect on fine_tune_type"),
     ],
 )

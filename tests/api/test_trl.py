@@ -298,7 +298,7 @@ def test_callbacks_stop_and_a_run_is_resumed(tiny, preferences):
     with pytest.raises(RuntimeError, match="power cut"):
         broken.train()
     resumed = DPOTrainer(tiny, args=DPOConfig("run", **arguments), train_dataset=preferences)
-    with pytest.raises(ma.ConfigError, match=r"output_dir='run': holds another run"):
+    with pytest.raises(ma.ConfigError, match=r"output_dir='run': already contains another run"):
         resumed.train()
     with pytest.raises(ma.ConfigError, match="not in output_dir"):
         resumed.train(resume_from_checkpoint="elsewhere")

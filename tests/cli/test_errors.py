@@ -114,7 +114,7 @@ def test_a_run_folder_is_not_overwritten(fails, write, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "metrics.jsonl").write_text("{}\n")
     message = fails("dpo", "--model", TINY, "--data", data, "--output", "run")
-    assert "holds another run" in message
+    assert "already contains another run" in message
     (tmp_path / "file").write_text("")
     assert "is not a folder that can be written to" in fails(
         "dpo", "--model", TINY, "--data", data, "--output", "file/run"

@@ -329,7 +329,9 @@ def test_head_file(tmp_path):
     with pytest.raises(ModelError, match="damaged"):
         read_reward_head(tmp_path)
     Path(file).unlink()
-    with pytest.raises(ModelError, match=r"not a reward model \(it has no reward_head\.safetensors\)"):
+    with pytest.raises(
+        ModelError, match=r"not a reward model \(it has no reward_head\.safetensors\)"
+    ):
         read_reward_head(tmp_path)
     with pytest.raises(ModelError, match="hidden states are"):
         add_reward_head(backbone, mx.zeros((1, 3)))

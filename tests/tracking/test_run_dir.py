@@ -46,7 +46,7 @@ def test_a_folder_that_holds_a_run_is_refused(tmp_path):
     assert not folder.exists()
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text("{}")
-    with pytest.raises(ConfigError, match="holds another run"):
+    with pytest.raises(ConfigError, match="already contains another run"):
         run_dir.new_run_dir(str(folder), "dpo")
     assert run_dir.new_run_dir(None, "kto").parts[0] == "runs"
 
