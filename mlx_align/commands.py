@@ -92,7 +92,7 @@ def train(
         file: A YAML file of further options.
         resume: The run folder to continue; "" for the one that the option `output` names; None to
             start a new run.
-        source: Where the options come from, for messages.
+        source: The source of the options, for messages.
         objects: Arguments that only a Python caller can pass.
 
     Returns:
@@ -422,7 +422,7 @@ def plan(
     Args:
         options: Those of `PlanConfig` and of the planned command, by name.
         file: A YAML file of further options of the planned command.
-        source: Where the options come from, for messages.
+        source: The source of the options, for messages.
         objects: Arguments that only a Python caller can pass.
 
     Raises:

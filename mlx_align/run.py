@@ -46,7 +46,7 @@ _SHOWN = (
 
 
 class ScoringOptions(TypedDict, total=False):
-    """How completions are scored; as the options of `mlx-align rerank`."""
+    """Options of scoring, as those of `mlx-align rerank`."""
 
     reward_model: str | os.PathLike[str] | None
     beta: float | None

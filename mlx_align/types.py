@@ -51,7 +51,7 @@ class PromptGroup:
         scores: A rating per completion if the data has one; higher is better.
         label: For unpaired data, whether the one completion is desirable.
         soft_label: For pairs, the probability that chosen is better, if known.
-        margin: For pairs, the least difference of the reward model's scores, if the data has one.
+        margin: For pairs, the minimum difference of the reward model's scores, if the data has one.
         columns: The row's other fields, unchanged, for reward functions.
     """
 
@@ -151,7 +151,7 @@ class Comparisons(NamedTuple):
     """
 
     probability: mx.array  # (B, P) probability that the first of the two is better
-    margin: mx.array  # (B, P) least difference that their scores should have
+    margin: mx.array  # (B, P) minimum difference that their scores should have
     weight: mx.array  # (B, P) weight of the pair within its group; 0 where not compared
 
 

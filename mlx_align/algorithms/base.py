@@ -42,7 +42,7 @@ CompletionLogps = Sequence[tuple[Logps, ...]]
 
 
 class Objective(ABC):
-    """The loss of a run, in terms of microbatches of its training groups.
+    """The loss of a run, computed from microbatches of its training groups.
 
     An update calls `collate` for each microbatch, then `totals`, then `prepare`, and then
     differentiates `loss` for one microbatch after the other.
@@ -89,9 +89,9 @@ class HeldOutReport(NamedTuple):
     """A report on all held-out data at the end of a run.
 
     Attributes:
-        facts: For summary.json, under `held_out`.
+        facts: The entry `held_out` of summary.json.
         samples: Rows of samples.jsonl.
-        text: For the terminal.
+        text: Text for the terminal.
     """
 
     facts: dict[str, Any]
@@ -223,7 +223,7 @@ class OnPolicyAlgorithm(Protocol):
     Attributes:
         title: Label of the progress bar.
         dynamic_sampling: Whether prompts whose completions all get the same reward are replaced.
-        weights: What is trained, by name; `policy` comes first.
+        weights: The trained weights, by name; `policy` comes first.
         optimizers: The optimizers, by name.
     """
 

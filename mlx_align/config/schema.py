@@ -367,7 +367,7 @@ def to_yaml(config: Options) -> str:
 
 @dataclass(frozen=True, slots=True)
 class _Origin:
-    """Where values come from, for messages."""
+    """The source of values, for messages."""
 
     source: Source | Literal["file"]
     file: Path | None = None

@@ -31,7 +31,7 @@ class TemplateError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class ChatTemplate:
-    """How a tokenizer renders conversations and strings.
+    """A tokenizer's rendering of conversations and strings.
 
     Attributes:
         tokenizer: The tokenizer, wrapped by mlx-lm.

@@ -38,7 +38,7 @@ class Format:
 
 @dataclass(frozen=True, slots=True)
 class ReadReport:
-    """How a split was read. `str()` of it is the line that commands print.
+    """The format and the dropped rows of a split. Commands print its `str()`.
 
     Attributes:
         format: Name of the format, as `--format` takes it.
@@ -310,7 +310,7 @@ def detect_format(row: Row, kind: str, preferred: Sequence[Sequence[Format]]) ->
 
     Args:
         row: The first row of the data.
-        kind: What the data is read as, for messages: a key of `_EXPECTED`.
+        kind: The kind of data, for messages: a key of `_EXPECTED`.
         preferred: Lists of formats; a list is only tried if no format of an earlier one matches.
 
     Raises:

@@ -475,7 +475,7 @@ def _assistant_mask(
     template: ChatTemplate,
     thinking: bool | None,
 ) -> tuple[npt.NDArray[np.bool_], bool]:
-    """Which of `ids[shared:]` belong to assistant turns, starting with turn `first`.
+    """Mask of the ids in `ids[shared:]` that belong to assistant turns, from turn `first` on.
 
     Returns:
         The mask, and whether every assistant turn starts right after its generation prompt.

@@ -33,7 +33,7 @@ class HeldOutData:
     Attributes:
         pairs: Preference pairs, chosen first; empty if the data has none.
         prompts: Each prompt once, without completions.
-        title: Where the rows come from, for display.
+        title: Source of the rows, for display.
     """
 
     pairs: list[PromptGroup]

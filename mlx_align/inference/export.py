@@ -62,7 +62,7 @@ FAMILIES = {
 
 @dataclass(frozen=True)
 class ExportReport:
-    """What was exported.
+    """Result of exporting a reward model.
 
     Attributes:
         architecture: Class name in transformers.
@@ -71,7 +71,7 @@ class ExportReport:
             random tokens.
         pad_token: The padding token. No row ends with it, because transformers reads the score at
             the last token that is not padding.
-        reads_at: How rows have to end, one sentence.
+        reads_at: A sentence about the required end of rows.
     """
 
     architecture: str

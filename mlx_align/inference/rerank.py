@@ -58,7 +58,7 @@ class RankedCompletion:
         text: The text, without its end token.
         score: Higher is better.
         index: Index among the completions as given or sampled; of equal samples, the first.
-        count: How often it was sampled; 1 for a given completion.
+        count: Number of times it was sampled; 1 for a given completion.
         truncated: Whether it reached the maximum number of tokens, so that it has no end token.
         tokens: Length including the end token, tokens.
         policy_logp: Log-prob under the policy, nats; None with a reward model.
@@ -82,7 +82,7 @@ class Ranking:
     Attributes:
         prompt: The prompt's group.
         ranked: The completions; empty if the prompt could not be answered or scored.
-        reason: Why there are none.
+        reason: Why there are no completions; else empty.
     """
 
     prompt: PromptGroup
@@ -110,7 +110,7 @@ class DistinctSample:
 
 
 class SamplingOptions(NamedTuple):
-    """How completions are sampled.
+    """Options of sampling.
 
     Attributes:
         n: Completions per prompt.

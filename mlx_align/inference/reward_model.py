@@ -67,7 +67,7 @@ class RewardModel:
     Attributes:
         model: Base model with reward head, and the adapter unless `weights` has it.
         style: Chat template of its tokenizer.
-        combine: How the scores of several members become one: mean, min, or mean-variance (mean
+        combine: Combination of the members' scores: mean, min, or mean-variance (mean
             minus `variance_penalty` times the variance).
         variance_penalty: λ of mean-variance.
         max_seq_length: Maximum length of prompt and completion, tokens.
@@ -205,7 +205,7 @@ class RewardModel:
 
 @dataclass(frozen=True)
 class RewardModelSource:
-    """Where a reward model comes from; no weights are loaded.
+    """A reward model that was found by name, without its weights.
 
     Attributes:
         name: Name as given by the user.

@@ -39,7 +39,7 @@ class GroupScores:
         reason: Why the group could not be scored.
         tokens: The group as the model read it; None if it could not be tokenized.
         policy_logps: (K,) summed log-probs under the policy, nats; None for a reward model.
-        reference_logps: (K,) summed log-probs under the reference; None if there is none.
+        reference_logps: (K,) summed log-probs under the reference; None without one.
     """
 
     scores: npt.NDArray[np.floating[Any]] | None

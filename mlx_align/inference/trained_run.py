@@ -46,7 +46,7 @@ class TrainedRun:
     Attributes:
         folder: Folder of the adapter.
         layout: Layout of the adapter.
-        base: Base model named in adapter_config.json; None if there is none.
+        base: Base model named in adapter_config.json, or None.
         command: Command that trained it (dpo, kto, sft, ppo …); None without config.yaml.
         config: Options shared by all training commands; None without config.yaml.
         beta: The loss's β; None if it has none.
@@ -88,7 +88,7 @@ class TrainedRun:
         return init
 
     def _recorded_hash(self, part: str) -> str | None:
-        """The hash of a part of the run, from its fingerprints; None if there is none."""
+        """The hash of a part of the run, from its fingerprints; None if not recorded."""
         file = _config_file(self.folder).with_name(FINGERPRINTS_FILE)
         try:
             found = json.loads(file.read_text(encoding="utf-8"))["hashes"][part]

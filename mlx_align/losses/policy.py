@@ -52,15 +52,15 @@ class PolicyMethod:
     """The parts of a policy-gradient method.
 
     Attributes:
-        advantage: How rewards become advantages: a name in `GROUP_ADVANTAGES`, or "gae" with a
+        advantage: The advantage estimator: a name in `GROUP_ADVANTAGES`, or "gae" with a
             critic.
-        ratio: What the ratio π/π_old is taken of: each token; the geometric mean over a completion
+        ratio: The level of the ratio π/π_old: each token; the geometric mean over a completion
             (sequence); a whole completion (trajectory); or nothing (REINFORCE).
         surrogate: A name in `SURROGATES`.
         clip_low: Ratios are clipped at 1 − clip_low.
         clip_high: Ratios are clipped at 1 + clip_high; for cispo, the upper bound itself.
         delta: Upper bound of the ratios of negative advantages, which `clip` does not limit.
-        aggregation: How losses of tokens are averaged. sequence_mean: over each completion, then
+        aggregation: The average of token losses. sequence_mean: over each completion, then
             over completions. token_mean: over all tokens of the update. local_token_mean: over
             all tokens of a microbatch, then over microbatches (TRL's bnpo; the only one that
             depends on the microbatch size). sequence_sum: summed over each completion, then
@@ -466,7 +466,7 @@ def _token_sum(
 
 
 def _quantile(values: mx.array, real: mx.array, quantile: float) -> mx.array:
-    """Quantile of the real values (n,), linear between neighbours; −inf if there are none."""
+    """Quantile of the real values (n,), linear between neighbours; −inf without any."""
     if values.size == 0:
         return mx.array(-mx.inf)
     count = mx.sum(real)

@@ -247,7 +247,7 @@ def combine(
     """The weighted sum of losses.
 
     Args:
-        parts: What `parse_losses` returned.
+        parts: The losses, from `parse_losses`.
         given: Values of hyperparameters. Each goes to every part that has it.
 
     Raises:

@@ -42,7 +42,7 @@ ADAPTER_CONFIG_FILE = "adapter_config.json"
 
 @dataclass(frozen=True)
 class AdapterLayout:
-    """What is trained, under mlx-lm's names.
+    """The type, rank and layers of an adapter, under mlx-lm's names.
 
     Attributes:
         fine_tune_type: lora, dora or full (all weights of the last `num_layers` blocks).
@@ -137,7 +137,7 @@ def trained_dtypes(model: nn.Module, layout: AdapterLayout) -> dict[str, mx.Dtyp
 
     Args:
         model: The model after `install_adapters`.
-        layout: What is trained.
+        layout: The layout to train.
     """
     if layout.fine_tune_type != "full":
         return {}
@@ -179,7 +179,7 @@ def select_weights(weights: AdapterWeights, layout: AdapterLayout) -> AdapterWei
     """The part of `weights` that belongs to `layout`.
 
     Args:
-        weights: What `install_adapters` returned, for a layout that covers `layout`.
+        weights: The weights from `install_adapters`, for a layout that covers `layout`.
         layout: Which blocks and layers to keep.
     """
     flat = dict(tree_flatten(weights))
@@ -291,7 +291,7 @@ def load_adapter(
 
     Args:
         folder: An adapter folder written by mlx-lm, PEFT or this package.
-        fresh: What `install_adapters` returned: names, shapes, and the values of lora_a in ranks
+        fresh: The weights from `install_adapters`: names, shapes, and the values of lora_a in ranks
             and layers that the adapter does not have. (lora_b is zero there, so they change
             nothing at first and can still learn.)
         layout: The run's layout.

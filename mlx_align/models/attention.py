@@ -208,7 +208,7 @@ def packed_attention(
     prompt: tuple[mx.array, mx.array, mx.array] | None = None,
     longest: int | None = None,
 ) -> mx.array:
-    """Attention of a packed row: each token sees its prompt and the past of its own sequence.
+    """Attention of a packed row: each token sees its prompt and the past of its sequence.
 
     Args:
         queries: (1, G·R, L, E).

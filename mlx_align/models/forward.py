@@ -55,7 +55,7 @@ MIN_CHUNK_ROWS = 32
 # Entropies count p·log p as 0 below e^−100, as float32 does: −∞·0 would be NaN.
 MIN_LOG_RATIO = -100.0
 
-# What to compute besides log-probs in the pass over the vocabulary: log Σ_v p_v², or the entropy
+# Computed with the log-probs in one pass over the vocabulary: log Σ_v p_v², or the entropy
 # with or without its gradient.
 Extra = Literal["none", "log_squares", "entropy", "entropy_value"]
 

@@ -5,7 +5,7 @@ with the adapter weights. On disk the reward head has its own file, because mlx-
 files with tensors that it doesn't know.
 
 Shape letters: N completions, C completion positions, D hidden size. A reward head has one or more
-*members*, each a linear projection of its own (an ensemble on one backbone).
+*members*, which are separate linear projections (an ensemble on one backbone).
 """
 
 from __future__ import annotations
@@ -156,7 +156,7 @@ def read_reward_head(folder: Path) -> mx.array:
     """The weight (members, D) of the reward head in a run folder.
 
     Raises:
-        ModelError: There is none, it is damaged, or its file holds other tensors.
+        ModelError: The folder has no head, or its file is damaged or has other tensors.
     """
     file = folder / REWARD_HEAD_FILE
     if not file.is_file():

@@ -79,7 +79,7 @@ class LanguageModel:
     it in the backward pass. Shape letters: N completions, C completion positions.
 
     Attributes:
-        folder: Where the model was loaded from.
+        folder: The folder of the model.
         backbone: The model, split into backbone and head.
         shared: Whether completions share their prompt's keys and values. Decided by the
             verification at load; False for families that can't.

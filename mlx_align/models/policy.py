@@ -37,7 +37,7 @@ class Policy(NamedTuple):
 
     Attributes:
         model: The base model with adapters installed.
-        layout: What is trained.
+        layout: The layout to train.
         start: The initial weights, which are also those of the reference model.
     """
 
@@ -66,7 +66,7 @@ def make_policy(config: TrainConfig, folder: ModelFolder, layout: AdapterLayout)
     Args:
         config: Options of the run.
         folder: The base model.
-        layout: What to train.
+        layout: The layout to train.
 
     Raises:
         ModelError: The model or the init adapter can't be used.
@@ -86,7 +86,7 @@ def make_roles(
     Args:
         config: Options of the run.
         folder: The base model.
-        layout: What to train.
+        layout: The layout to train.
         others: Layouts of the other roles.
 
     Raises:

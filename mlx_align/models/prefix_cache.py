@@ -248,7 +248,7 @@ def prompt_caches(model: nn.Module, prompt_lengths: mx.array) -> list[PromptKV |
 
 
 class PackedTokens(NamedTuple):
-    """Where the T tokens of a packed row belong."""
+    """The prompt, sequence and position of each of the T tokens of a packed row."""
 
     prompt: mx.array  # (T,) int32, index of the prompt that a token belongs to
     sequence: mx.array  # (T,) int32, within the row: tokens of one sequence see each other
@@ -259,7 +259,7 @@ class PackedKV:
     """Cache of an attention layer for a packed row, of prompts or of completions.
 
     Attributes:
-        tokens: Where the row's tokens belong.
+        tokens: Prompt, sequence and position of the row's tokens.
         longest: Number of tokens of the longest sequence, where known.
         prompt: For completions, the filled cache of the prompts' row.
         keys: The row's own keys (1, H, T, E), once the layer has run.

@@ -37,7 +37,7 @@ class Suggestion:
 
     Attributes:
         options: The options to add.
-        cost: What the change costs.
+        cost: The cost of the change, in words.
         peak_bytes: Peak memory with this and all earlier suggestions.
         fits: Whether that fits.
     """
@@ -71,7 +71,7 @@ def advise(
 
     Args:
         model: Sizes of the model.
-        workload: What the run computes.
+        workload: The computation of the run.
         max_seq_length: The limit on the length of rows, tokens; None if it has no effect (an
             on-policy run with --max-prompt-length).
         shapes_within: Batch shapes under a smaller limit.

@@ -27,7 +27,7 @@ class Duration:
 
     Attributes:
         tokens_per_second: The measured rate, padding not counted.
-        source: Where the rate comes from.
+        source: The source of the rate, in words.
         training_seconds: Time for all updates.
         reference_seconds: Time for the reference log-probs if none are cached.
     """
@@ -53,7 +53,7 @@ def expected_duration(
         config: The run's options.
         groups: Training data.
         rate: Tokens per second.
-        source: Where the rate comes from.
+        source: The source of the rate, in words.
         has_reference: Whether reference log-probs are needed.
         limit: The run's batch limit.
     """
@@ -99,7 +99,7 @@ class RolloutDuration:
 
     Attributes:
         seconds_per_batch: Time for a rollout batch with its updates.
-        source: Where the rate comes from.
+        source: The source of the rate, in words.
         batches: Number of rollout batches.
         training_seconds: Time for all of them.
     """

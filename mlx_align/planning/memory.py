@@ -55,7 +55,7 @@ CACHE_STEP = 256
 
 @dataclass(frozen=True)
 class Sampling:
-    """How an on-policy run samples.
+    """The sampling of an on-policy run.
 
     Attributes:
         prompts: Prompts of a rollout batch.

@@ -165,7 +165,7 @@ def read_model_shape(folder: Path, config: Mapping[str, Any]) -> ModelShape:
 
 
 def _size(config: Mapping[str, Any], *names: str) -> int:
-    """The value of the first of `names` that is a number in `config`; 0 if there is none."""
+    """The value of the first of `names` that is a number in `config`, or 0."""
     for name in names:
         value = config.get(name)
         if isinstance(value, int | float) and not isinstance(value, bool):

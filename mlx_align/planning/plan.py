@@ -76,7 +76,7 @@ class Plan:
     Attributes:
         machine: The machine it is planned for.
         model: Sizes of the model.
-        workload: What the run computes.
+        workload: The computation of the run.
         memory: Peak memory.
         fits: Whether that fits the machine's working set.
         steps: Changes that make it fit, cheapest first; empty if it fits.
@@ -113,7 +113,7 @@ def make_plan(
 
     Args:
         config: The run's options.
-        layout: What is trained.
+        layout: The layout to train.
         folder: The model; its weights are not loaded.
         groups: The training data; None for rows of `max_seq_length` tokens, half of them prompt.
         machine: The machine to plan for.
@@ -149,7 +149,7 @@ def make_on_policy_plan(
 
     Args:
         config: The run's options.
-        layout: What is trained.
+        layout: The layout to train.
         folder: The model; its weights are not loaded.
         prompts: Training and held-out prompts; None for one prompt of the maximum length.
         rewards: The reward models.
@@ -310,7 +310,7 @@ def _can_pack(config: TrainConfig, folder: ModelFolder) -> bool:
 def _shapes_within(
     groups: Sequence[TokenizedGroup] | None,
 ) -> Callable[[int, BatchLimit], list[AnyShape]]:
-    """A function that plans the batch shapes of the rows up to a length; [] if there are none."""
+    """A function that plans the batch shapes of the rows up to a length; [] without rows."""
 
     def within(length: int, limit: BatchLimit) -> list[AnyShape]:
         if groups is None:

@@ -234,7 +234,7 @@ def marked_answer(text: str) -> str | None:
 
 
 def first_number(text: str) -> Fraction | None:
-    r"""The first number in a text; None if there is none or it can't be read.
+    r"""The first number in a text; None without one, or if it can't be read.
 
     Thousands separators, $ and % are ignored; 3/4 and \frac{3}{4} are one number. Divisions by
     zero and numbers of more than 40 digits can't be read.

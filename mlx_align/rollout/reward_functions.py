@@ -336,7 +336,7 @@ class RewardFunctions:
 
     @property
     def pid(self) -> int | None:
-        """The id of the reward process; None if there is none."""
+        """The id of the reward process; None without one."""
         return None if self._process is None else self._process.pid
 
     def check(self, groups: Sequence[PromptGroup]) -> None:

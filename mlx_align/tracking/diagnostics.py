@@ -752,10 +752,12 @@ class HealthMonitor:
             history.head[str(key)] = [float(value)]
         if far := int(state.get("far_updates", 0)):
             history.tail["policy/approx_kl"] = [2 * HALVE_LR_ABOVE_KL] * far
-        said = state["said"]
-        if not isinstance(said, Mapping):
-            said = dict.fromkeys(said, ("warn", 1.0))
-        shown = {str(signal): (_level(level), float(s)) for signal, (level, s) in said.items()}
+        last_shown = state["said"]
+        if not isinstance(last_shown, Mapping):
+            last_shown = dict.fromkeys(last_shown, ("warn", 1.0))
+        shown = {
+            str(signal): (_level(level), float(s)) for signal, (level, s) in last_shown.items()
+        }
         self.lr_scale = float(state["rate_scale"])
         self.recorded = [dict(one) for one in state.get("recorded", ())]
         self.history, self._shown, self.stop = history, shown, None

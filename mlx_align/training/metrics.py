@@ -102,7 +102,7 @@ class MetricsWindow:
         """Means over the window's updates, of which there must be at least one.
 
         Args:
-            progress: Of the run.
+            progress: The progress of the run.
             peak_bytes: Peak memory of the run so far.
         """
         weight = self.sums.get("weight", 1.0) or 1.0
@@ -145,7 +145,7 @@ def mean_row(
 
     Args:
         rows: At least one.
-        progress: Of the run.
+        progress: The progress of the run.
         peak_bytes: Peak memory of the run so far.
     """
     kept = list(rows)

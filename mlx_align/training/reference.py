@@ -187,7 +187,7 @@ def cached_logprobs(
         start: The weights that the policy starts from, which are the reference.
         groups: Tokenised data.
         shapes: The batch shapes of training, so that both see the same padding.
-        cache: Where log-probs are looked up and stored.
+        cache: The cache of log-probs.
         missing: Positions of the groups to compute, from `missing_groups` when the pass began.
             Other groups that are missing now are computed after them.
         on_progress: Called with the number of groups that were completed.

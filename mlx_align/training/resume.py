@@ -133,7 +133,7 @@ def fingerprint_groups(groups: Sequence[TokenizedGroup]) -> str:
 
 
 def read_fingerprints(run: Path) -> dict[str, Any]:
-    """The fingerprints in the run folder; {} if there are none.
+    """The fingerprints in the run folder; {} without them.
 
     Raises:
         ModelError: The file is damaged.

@@ -353,7 +353,7 @@ class _OfflineJob:
         }
 
     def counts(self, groups: int) -> dict[str, int]:
-        """What was trained on, for the summary."""
+        """Counts of the training data, for the summary."""
         return {self._algorithm.unit: groups}
 
 
@@ -413,7 +413,7 @@ class _OnPolicyJob:
         }
 
     def counts(self, groups: int) -> dict[str, int]:
-        """What was trained on, for the summary."""
+        """Counts of the training data, for the summary."""
         return {"prompts": groups, "completions": groups * self._config.group_size}
 
 

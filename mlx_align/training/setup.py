@@ -61,7 +61,7 @@ class OfflineSetup:
     """An offline run before its weights are loaded.
 
     Attributes:
-        layout: What is trained.
+        layout: The layout to train.
         folder: The base model.
         train: Groups to train on.
         valid: Held-out groups.
@@ -86,7 +86,7 @@ class OnPolicySetup:
     """An on-policy run before its weights are loaded.
 
     Attributes:
-        layout: What is trained.
+        layout: The layout to train.
         folder: The base model.
         train: Prompts to train on.
         valid: Held-out prompts.

@@ -10,10 +10,10 @@
     trainer.train()
 
 The classes take TRL's arguments under TRL's names. An argument that has no meaning here is an error
-that names it, unless its value changes nothing. What each does is in docs/reference/trl.md, which
-is made from the declarations in `configs.py`.
+that names it, unless its value has no effect. docs/reference/trl.md, which is generated from the
+declarations in `configs.py`, describes them all.
 
-What is computed differs in three things. LoRA is trained, also without `peft_config`; the default
+There are three differences to TRL: LoRA is trained, also without `peft_config`; the default
 learning rate is one for LoRA; and rows longer than `max_length` are dropped, not truncated.
 """
 

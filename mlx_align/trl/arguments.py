@@ -1,4 +1,4 @@
-"""How TRL's arguments are declared and checked: each is used, ignored with a reason, or fixed."""
+"""Declare and check TRL's arguments: each is used, ignored with a reason, or fixed."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ _REMOVED = {
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """What happens with an argument.
+    """The treatment of an argument.
 
     Attributes:
-        kind: used (it changes what is done), ignored (any value is accepted and changes nothing),
-            or fixed (only some values are accepted).
-        text: What it does; why it changes nothing; or what to do instead of another value.
-        accepted: Accepted values of a fixed argument, besides its default.
+        kind: used (it has an effect), ignored (any value is accepted, without effect), or fixed
+            (only some values are accepted).
+        text: Its effect; the reason why it has none; or what to do instead of another value.
+        accepted: Accepted values of a fixed argument, in addition to its default.
     """
 
     kind: Literal["used", "ignored", "fixed"]
@@ -51,12 +51,12 @@ def used(text: str, *, default: Any) -> Any:
 
 
 def ignored(text: str, *, default: Any) -> Any:
-    """Declare an argument of which every value changes nothing."""
+    """Declare an argument that has no effect."""
     return _field(default, Rule("ignored", text))
 
 
 def fixed(text: str, *, default: Any, accepted: tuple[Any, ...] = ()) -> Any:
-    """Declare an argument of which only the default and the values `accepted` are possible."""
+    """Declare an argument that accepts only its default and the values `accepted`."""
     return _field(default, Rule("fixed", text, accepted))
 
 

@@ -15,7 +15,7 @@ from mlx_align.training.metrics import Progress
 
 @dataclass
 class TrainerState:
-    """What callbacks see of a run, under transformers' names.
+    """The state of a run for callbacks, under transformers' names.
 
     Attributes:
         epoch: Passes over the data.
@@ -44,7 +44,7 @@ class TrainerState:
 
 @dataclass
 class TrainerControl:
-    """What callbacks can ask for; `should_training_stop` ends the run after this step."""
+    """Requests of callbacks; `should_training_stop` ends the run after this step."""
 
     should_training_stop: bool = False
     should_epoch_stop: bool = False

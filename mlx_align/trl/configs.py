@@ -31,7 +31,7 @@ def _learning_rate(command: str) -> float:
 
 @arguments
 class TrainingArguments(Arguments):
-    """What all trainers share: the arguments of transformers' TrainingArguments."""
+    """Arguments common to all trainers: those of transformers' TrainingArguments."""
 
     output_dir: str | None = used(
         "Run folder to create. Default: named after the model.", default=None
@@ -104,7 +104,7 @@ class TrainingArguments(Arguments):
     use_liger_kernel: bool = fixed(_CUDA, default=False)
     liger_kernel_config: Any = fixed(_CUDA, default=None)
     use_cache: bool = ignored("Training uses no key-value cache.", default=False)
-    torch_empty_cache_steps: int | None = ignored("mlx frees memory by itself.", default=None)
+    torch_empty_cache_steps: int | None = ignored("mlx frees memory automatically.", default=None)
     use_cpu: bool = fixed("call mlx.core.set_default_device(mlx.core.cpu) first", default=False)
     # --- logging
     logging_strategy: Any = used(
@@ -341,7 +341,7 @@ class RewardConfig(TrainingArguments):
 
 @arguments
 class _RolloutArguments(TrainingArguments):
-    """What GRPOConfig and RLOOConfig share."""
+    """Arguments common to GRPOConfig and RLOOConfig."""
 
     remove_unused_columns: bool | None = ignored("Reward functions get all columns.", default=False)
     disable_dropout: bool = ignored("Base models have no dropout here.", default=False)

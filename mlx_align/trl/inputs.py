@@ -1,4 +1,4 @@
-"""What people pass to TRL's trainers: models, datasets and reward functions."""
+"""Arguments of TRL's trainers: models, datasets and reward functions."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def as_text(dataset: Any, field: str, formatting_func: Callable[[Any], str] | No
 
 
 def with_messages(function: Callable[..., Any], state: TrainerState) -> Callable[..., Any]:
-    """A reward function that gets what TRL passes: completions are messages if prompts are."""
+    """A reward function with TRL's arguments: completions are messages if prompts are."""
     name = getattr(function, "__name__", type(function).__name__)
     accepted = inspect.signature(function).parameters
     takes_any = any(one.kind is inspect.Parameter.VAR_KEYWORD for one in accepted.values())
@@ -132,11 +132,11 @@ def with_messages(function: Callable[..., Any], state: TrainerState) -> Callable
 
 
 def _log_nothing(name: str, value: Any) -> None:
-    """What reward functions log: metrics have each reward's mean, samples.jsonl its values."""
+    """Ignore values logged by reward functions: metrics.jsonl has means, samples.jsonl values."""
 
 
 def _signature(accepted: Mapping[str, inspect.Parameter]) -> inspect.Signature:
-    """What the wrapper takes by name: what every function gets, and the columns it needs."""
+    """The wrapper's signature: the standard arguments, and the columns that it needs."""
     keyword = inspect.Parameter.KEYWORD_ONLY
     always = ("prompts", "completions", "completion_ids")
     passed = (*always, "trainer_state", "log_extra", "log_metric")

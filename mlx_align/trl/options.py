@@ -1,4 +1,4 @@
-"""From TRL's arguments to the options of the commands."""
+"""Convert TRL's arguments to the options of the commands."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from mlx_align.trl.configs import (
     TrainingArguments,
 )
 
-# Options and what messages call them: TRL's names.
+# Options -> their names in messages, which are TRL's.
 NAMES = {
     "model": "model",
     "data": "train_dataset",
@@ -304,7 +304,7 @@ class RolloutSizes:
 
 
 def rollout_sizes(args: GRPOConfig | RLOOConfig) -> RolloutSizes:
-    """How TRL's batch sizes, which count completions, are sizes in prompts.
+    """Convert TRL's batch sizes, which count completions, to numbers of prompts.
 
     Raises:
         ConfigError: The completions of a prompt would not be in one update.
@@ -342,7 +342,7 @@ def rollout_sizes(args: GRPOConfig | RLOOConfig) -> RolloutSizes:
 
 
 def rollout_options(args: GRPOConfig | RLOOConfig, sizes: RolloutSizes) -> dict[str, Any]:
-    """The options of grpo that GRPOConfig and RLOOConfig share."""
+    """The options of grpo that are common to GRPOConfig and RLOOConfig."""
     return {
         "batch_size": sizes.batch_size,
         "grad_accumulation_steps": sizes.accumulation,

@@ -53,7 +53,7 @@ _NO_QUANTIZATION = "pass a quantised model, such as mlx-community/Qwen2.5-7B-Ins
 
 
 class TrainOutput(NamedTuple):
-    """What `train()` returns, as in transformers."""
+    """The return value of `train()`, as in transformers."""
 
     global_step: int
     training_loss: float
@@ -61,13 +61,13 @@ class TrainOutput(NamedTuple):
 
 
 class Trainer:
-    """What the trainers share.
+    """Base class of the trainers.
 
     Attributes:
         args: The config.
         model: The model as it was given.
         train_dataset: The training data.
-        eval_dataset: The held-out data; None for none.
+        eval_dataset: The held-out data, or None.
         processing_class: The tokenizer as it was given.
         state: Steps, epochs and `log_history`.
         run: The finished `mlx_align.Run`; None before `train()`.
@@ -121,7 +121,7 @@ class Trainer:
         # Arguments that can't be used are refused before the data is read.
         self._options()
 
-    # --- what a trainer has of its own
+    # --- specific to this trainer
 
     def _own_options(self) -> dict[str, Any]:
         """The options of its loss or method."""
@@ -132,7 +132,7 @@ class Trainer:
         return 1
 
     def _notes(self) -> list[str]:
-        """What differs from TRL in this run, a line each."""
+        """Differences to TRL in this run, one line each."""
         return []
 
     # --- TRL's methods
@@ -509,7 +509,7 @@ class RewardTrainer(Trainer):
 
 
 class _RolloutTrainer(Trainer):
-    """What GRPO and RLOO share."""
+    """Base class of GRPO and RLOO."""
 
     command = "grpo"
 

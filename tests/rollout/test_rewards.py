@@ -440,9 +440,7 @@ def test_missing_columns_are_found_before_training():
         ConfigError, match=r"mine.py:needs_gold: needs 'gold', .*answer, n, prompts"
     ):
         check("mine.py:needs_gold")
-    with pytest.raises(
-        ConfigError, match=r"exact_answer: needs 'answer', .*none except the prompt"
-    ):
+    with pytest.raises(ConfigError, match=r"exact_answer: needs 'answer', .*only the prompt"):
         check("exact_answer", groups=[PromptGroup("Hi", (), "train.jsonl:1")])
     listed = PromptGroup("Hi", (), "train.jsonl:3", columns={"answer": ["4"]})
     with pytest.raises(
