@@ -10,6 +10,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
+from helpers.paths import TINY_MODEL
 from mlx.utils import tree_flatten
 from mlx_lm import generate as mlx_lm_generate
 from mlx_lm import load as mlx_lm_load
@@ -21,7 +22,6 @@ from mlx_align.models.loading import load_module
 from mlx_align.training import reference
 from mlx_align.training.callbacks import Callbacks
 
-TINY = Path(__file__).parent.parent / "oracle" / "models" / "policy"
 LN2 = 0.6931471805599453
 
 
@@ -29,9 +29,9 @@ LN2 = 0.6931471805599453
 def models(tmp_path_factory):
     """The tiny model in float32, bfloat16 and 4 bits."""
     folder = tmp_path_factory.mktemp("models")
-    convert(str(TINY), str(folder / "bfloat16"), dtype="bfloat16")
-    convert(str(TINY), str(folder / "4-bit"), quantize=True, q_bits=4, q_group_size=32)
-    return {"float32": TINY, "bfloat16": folder / "bfloat16", "4-bit": folder / "4-bit"}
+    convert(str(TINY_MODEL), str(folder / "bfloat16"), dtype="bfloat16")
+    convert(str(TINY_MODEL), str(folder / "4-bit"), quantize=True, q_bits=4, q_group_size=32)
+    return {"float32": TINY_MODEL, "bfloat16": folder / "bfloat16", "4-bit": folder / "4-bit"}
 
 
 @pytest.fixture(scope="session")
@@ -296,7 +296,7 @@ def test_token_budget_from_options_to_summary_and_resumed(pairs, tmp_path, monke
     monkeypatch.chdir(tmp_path)
 
     def train(output, *options):
-        command = ["dpo", "--model", str(TINY), "--data", str(pairs), "--output", output]
+        command = ["dpo", "--model", str(TINY_MODEL), "--data", str(pairs), "--output", output]
         command += ["--batch-tokens", "300", "--grad-accumulation-steps", "2", "--samples", "0"]
         command += ["--reference-cache", "cache", "--epochs", "2", "--steps-per-report", "1"]
         return run([*command, *map(str, (*HOT, *options))])

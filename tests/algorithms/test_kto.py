@@ -8,17 +8,17 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
-from mlx_lm import load as mlx_lm_load
-from oracle_helpers import (
+from helpers.oracle import (
     SMALL,
     assert_accumulation_is_exact,
     microbatches,
-    near,
     random_groups,
-    tiny,  # noqa: F401
-    tree_of,
+    reference_near,
+    trainable_weights,
     update,
 )
+from helpers.paths import TINY_MODEL
+from mlx_lm import load as mlx_lm_load
 
 from mlx_align.algorithms.kto import (
     KtoLoss,
@@ -35,8 +35,6 @@ from mlx_align.inference.scoring import make_logprob_scorer
 from mlx_align.losses.registry import UNPAIRED_LOSSES, resolve_options
 from mlx_align.training import reference
 from mlx_align.types import TokenizedGroup
-
-TINY = Path(__file__).parent.parent / "oracle" / "models" / "policy"
 
 
 def kto_loss(name="kto", **options):
@@ -89,43 +87,53 @@ def test_one_prompt_gives_no_point():
 
 
 @pytest.mark.parametrize("name", UNPAIRED_LOSSES)
-def test_rows_accumulate_exactly(name, tiny):  # noqa: F811
+def test_rows_accumulate_exactly(name, tiny_policy):
     groups = add_mismatched(random_groups(7, 1), seed=0)
     groups = groups if UNPAIRED_LOSSES[name].needs_kl else random_groups(7, 1)
-    log_probs = near(tiny, groups)
+    log_probs = reference_near(tiny_policy, groups)
     for rows in log_probs:
         rows[-1][...] -= 0.2  # a KL above 0 is one that a wrong mean would change
     loss = kto_loss(name, undesirable_weight=1.3)
     assert_accumulation_is_exact(
-        tiny,
+        tiny_policy,
         UnpairedObjective(
-            tiny, loss, groups, log_probs, make_logprob_scorer(tiny), grad_checkpoint=False
+            tiny_policy,
+            loss,
+            groups,
+            log_probs,
+            make_logprob_scorer(tiny_policy),
+            grad_checkpoint=False,
         ),
     )
 
 
-def test_no_gradient_goes_through_the_point(tiny):  # noqa: F811
+def test_no_gradient_goes_through_the_point(tiny_policy):
     """The gradient is that of the own completions alone, at a point that is a number."""
     groups = add_mismatched(random_groups(4, 1), seed=0)
-    log_probs = near(tiny, groups)
+    log_probs = reference_near(tiny_policy, groups)
     for rows in log_probs:
         rows[1][...] -= 0.5
     made = [
         UnpairedObjective(
-            tiny, loss, groups, log_probs, make_logprob_scorer(tiny), grad_checkpoint=False
+            tiny_policy,
+            loss,
+            groups,
+            log_probs,
+            make_logprob_scorer(tiny_policy),
+            grad_checkpoint=False,
         )
         for loss in (kto_loss(), kto_loss("apo_zero_unpaired"))
     ]
-    tree, micro = tree_of(tiny), microbatches((4,), SMALL)
-    value, gradient, sums = update(tiny, made[0], tree, micro)
+    tree, micro = trainable_weights(tiny_policy), microbatches((4,), SMALL)
+    value, gradient, sums = update(tiny_policy, made[0], tree, micro)
     kl = sums["kl"] / 4
     assert kl > 0.5
     # apo_zero is KTO at the point 0: with references shifted by the point it is the same loss.
     shifted = [(own + kl / len(own), other) for own, other in log_probs]
     again = UnpairedObjective(
-        tiny, kto_loss("apo_zero_unpaired"), groups, shifted, None, grad_checkpoint=False
+        tiny_policy, kto_loss("apo_zero_unpaired"), groups, shifted, None, grad_checkpoint=False
     )
-    same_value, same, _ = update(tiny, again, tree, micro)
+    same_value, same, _ = update(tiny_policy, again, tree, micro)
     assert same_value == pytest.approx(value, rel=1e-5)
     for name, part in gradient.items():
         assert mx.abs(part - same[name]).max().item() < 1e-5
@@ -196,7 +204,7 @@ def kto(tmp_path, monkeypatch):
             for i in range(48)
         ]
         Path("rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in made))
-        command = ["kto", "--model", str(TINY), "--data", "rows.jsonl", "--output", output]
+        command = ["kto", "--model", str(TINY_MODEL), "--data", "rows.jsonl", "--output", output]
         command += ["--reference-cache", "cache", "--samples", "1", "--sample-tokens", "4"]
         command += ["--valid-fraction", "0.25", "--warmup", "0", *map(str, options)]
         return run(command), tmp_path / output
@@ -225,7 +233,7 @@ def test_a_run_starts_at_one_half_learns_and_loads_in_stock_mlx_lm(kto, loss, ca
     assert held_out[-1]["eval/rewards/auc"] > 0.9
     assert held_out[-1]["eval/rewards/margins"] > 0.02
     assert (max(row["kl"] for row in training) > 0) == (loss == "kto")
-    model, _ = mlx_lm_load(str(TINY), adapter_path=str(folder))
+    model, _ = mlx_lm_load(str(TINY_MODEL), adapter_path=str(folder))
     assert mx.abs(model.layers[0].self_attn.q_proj.lora_b).max().item() > 0
 
 

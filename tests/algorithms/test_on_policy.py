@@ -3,11 +3,11 @@
 import json
 import signal
 from dataclasses import replace
-from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 import pytest
+from helpers.paths import TINY_MODEL
 from mlx.utils import tree_flatten
 from mlx_lm import load as mlx_lm_load
 from mlx_lm.convert import convert
@@ -23,7 +23,6 @@ from mlx_align.training import run as training_run
 from mlx_align.training.evaluation import RolloutEvaluation
 from mlx_align.types import Message, PromptGroup
 
-TINY = Path(__file__).parents[1] / "oracle" / "models" / "policy"
 SMALL = {
     "--batch-size": 2,
     "--grad-accumulation-steps": 2,
@@ -40,9 +39,9 @@ PPO = {"--reward-rollouts": 16, "--critic-warmup": 1}
 @pytest.fixture(scope="session")
 def models(tmp_path_factory):
     folder = tmp_path_factory.mktemp("on-policy-models")
-    convert(str(TINY), str(folder / "bfloat16"), dtype="bfloat16")
-    convert(str(TINY), str(folder / "4-bit"), quantize=True, q_bits=4, q_group_size=32)
-    return {"float32": TINY, "bfloat16": folder / "bfloat16", "4-bit": folder / "4-bit"}
+    convert(str(TINY_MODEL), str(folder / "bfloat16"), dtype="bfloat16")
+    convert(str(TINY_MODEL), str(folder / "4-bit"), quantize=True, q_bits=4, q_group_size=32)
+    return {"float32": TINY_MODEL, "bfloat16": folder / "bfloat16", "4-bit": folder / "4-bit"}
 
 
 @pytest.fixture(scope="session")
@@ -82,7 +81,7 @@ def reward_run(tmp_path_factory, data):
     options = ["--lora-rank", "3", "--lora-alpha", "5", "--num-layers", "1"]
     options += ["--iters", "4", "--grad-accumulation-steps", "1", "--batch-size", "4"]
     options += ["--learning-rate", "1e-2", "--samples", "0"]
-    where = ["--model", str(TINY), "--data", str(data), "--output", str(folder)]
+    where = ["--model", str(TINY_MODEL), "--data", str(data), "--output", str(folder)]
     assert run(["reward", *where, *options]) == 0
     return folder
 
@@ -92,7 +91,9 @@ def train(tmp_path, data, monkeypatch):
     """Run a command in this process; returns the exit code and the run folder."""
     monkeypatch.chdir(tmp_path)
 
-    def call(command, options=None, *, model=TINY, reward="letters", output="run", resume=False):
+    def call(
+        command, options=None, *, model=TINY_MODEL, reward="letters", output="run", resume=False
+    ):
         chosen = {**SMALL, **(PPO if command == "ppo" else {}), **(options or {})}
         chosen.setdefault("--iters", 2)
         arguments = [command, "--model", str(model), "--data", str(data), "--output", output]
@@ -180,7 +181,7 @@ def test_only_policy_and_critic_are_trained(train, collectors, reward_run, comma
     for name, weight in stored.items():
         fold = 5 / 3 / 2 if name.endswith("lora_b") else 1.0  # scales of both
         np.testing.assert_allclose(np.array(reward[name]), fold * np.array(weight), rtol=1e-6)
-    base = mx.load(str(TINY / "model.safetensors"))
+    base = mx.load(str(TINY_MODEL / "model.safetensors"))
     now = dict(tree_flatten(collector.policy.model.module.parameters()))
     for name, weight in base.items():
         own = now.get(name, now.get(name.replace(".weight", ".linear.weight")))
@@ -196,7 +197,7 @@ def test_reward_adapter_scores_like_the_standalone_reward_model(train, collector
     (collector,) = collectors
     rollouts = collector.sample(collector.policy.start, collector.prompts[:4], (9,))
     ours = collector.rewards(rollouts).total
-    alone = RewardModel.load(str(TINY), reward_run)
+    alone = RewardModel.load(str(TINY_MODEL), reward_run)
     # A reward model is read at the end token; truncated completions get one, as text does.
     assert not rollouts.finished.all()
     (end,) = alone.style.ending[:1] or (alone.style.eos,)
@@ -337,7 +338,7 @@ def test_shared_critic(train):
     # During the warm-up the policy does not change, although the critic on its backbone learns.
     assert rows[1]["objective/kl"] == pytest.approx(0, abs=1e-6)
     assert rows[0]["value/loss"] > 0
-    mlx_lm_load(str(TINY), adapter_path=str(folder))
+    mlx_lm_load(str(TINY_MODEL), adapter_path=str(folder))
 
 
 @pytest.mark.parametrize("command", ["ppo", "grpo"])

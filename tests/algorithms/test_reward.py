@@ -9,6 +9,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
+from helpers.paths import TINY_MODEL
 from mlx_lm import generate as mlx_lm_generate
 from mlx_lm import load as mlx_lm_load
 from mlx_lm.convert import convert
@@ -19,7 +20,6 @@ from mlx_align.errors import ConfigError, DataError, ModelError
 from mlx_align.system.starter import shipped_file
 from mlx_align.training.callbacks import Callbacks
 
-TINY = Path(__file__).parent.parent / "oracle" / "models" / "policy"
 SMALL = ("--batch-size", 4, "--grad-accumulation-steps", 2, "--samples", 2)
 HOT = ("--learning-rate", "3e-3", "--warmup", 0)
 HEAD, ADAPTER = "reward_head.safetensors", "adapters.safetensors"
@@ -28,9 +28,9 @@ HEAD, ADAPTER = "reward_head.safetensors", "adapters.safetensors"
 @pytest.fixture(scope="session")
 def models(tmp_path_factory):
     folder = tmp_path_factory.mktemp("reward-models")
-    convert(str(TINY), str(folder / "bfloat16"), dtype="bfloat16")
-    convert(str(TINY), str(folder / "4-bit"), quantize=True, q_bits=4, q_group_size=32)
-    return {"float32": TINY, "bfloat16": folder / "bfloat16", "4-bit": folder / "4-bit"}
+    convert(str(TINY_MODEL), str(folder / "bfloat16"), dtype="bfloat16")
+    convert(str(TINY_MODEL), str(folder / "4-bit"), quantize=True, q_bits=4, q_group_size=32)
+    return {"float32": TINY_MODEL, "bfloat16": folder / "bfloat16", "4-bit": folder / "4-bit"}
 
 
 def write(folder, **splits):
@@ -348,7 +348,7 @@ def test_combining_members(ensemble):
         with pytest.raises(ConfigError, match=message):
             load(**how)
     with pytest.raises(ConfigError, match="has no effect on a model of one member"):
-        RewardModel.load(str(TINY.parent / "reward"), combine="min")
+        RewardModel.load(str(TINY_MODEL.parent / "reward"), combine="min")
 
 
 def _group(prompt, completions):

@@ -6,12 +6,12 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
-from mlx_lm import load as mlx_lm_load
-from oracle_helpers import (
+from helpers.oracle import (
     assert_accumulation_is_exact,
     random_groups,
-    tiny,  # noqa: F401
 )
+from helpers.paths import TINY_MODEL
+from mlx_lm import load as mlx_lm_load
 
 from mlx_align.algorithms.sft import SupervisedObjective, evaluate_demonstrations
 from mlx_align.cli.main import run
@@ -19,21 +19,19 @@ from mlx_align.data.transforms import keep_last_completion
 from mlx_align.losses.registry import TOKEN_LOSSES
 from mlx_align.types import Message, PromptGroup, TokenizedGroup
 
-TINY = Path(__file__).parent.parent / "oracle" / "models" / "policy"
-
 
 def conversation(*roles):
     return tuple(Message(role, f"{role} {i}") for i, role in enumerate(roles))
 
 
 @pytest.mark.parametrize("loss", TOKEN_LOSSES)
-def test_rows_accumulate_exactly(loss, tiny):  # noqa: F811
+def test_rows_accumulate_exactly(loss, tiny_policy):
     """A mean per token of the update: rows are of unequal length, and one is masked in part."""
     groups = random_groups(7, 1)
     mask = np.arange(len(groups[2].completions[0])) % 2 == 0
     groups[2] = TokenizedGroup(groups[2].prompt, groups[2].completions, "", loss_masks=(mask,))
     assert_accumulation_is_exact(
-        tiny, SupervisedObjective(tiny, loss, groups, grad_checkpoint=False)
+        tiny_policy, SupervisedObjective(tiny_policy, loss, groups, grad_checkpoint=False)
     )
 
 
@@ -81,7 +79,7 @@ def sft(tmp_path, monkeypatch):
             {"prompt": f"{i}: is it so?", "completion": f" yes {'a' * (i % 5)}"} for i in range(24)
         ]
         Path("rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in made))
-        command = ["sft", "--model", str(TINY), "--data", "rows.jsonl", "--output", output]
+        command = ["sft", "--model", str(TINY_MODEL), "--data", "rows.jsonl", "--output", output]
         command += ["--samples", "1", "--sample-tokens", "4", "--valid-fraction", "0.25"]
         return run([*command, "--warmup", "0", *map(str, options)]), tmp_path / output
 
@@ -126,14 +124,14 @@ def test_a_run_learns_loads_in_stock_mlx_lm_and_starts_dpo(sft, loss, capsys):
         assert training[0]["loss"] < 0.1  # weighed by the tokens' own probability
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["kl"] is None
-    model, _ = mlx_lm_load(str(TINY), adapter_path=str(folder))
+    model, _ = mlx_lm_load(str(TINY_MODEL), adapter_path=str(folder))
     assert mx.abs(model.layers[0].self_attn.q_proj.lora_b).max().item() > 0
 
     pairs = [
         {"prompt": f"{i}: is it so?", "chosen": f" no {i}", "rejected": " yes"} for i in range(16)
     ]
     Path("pairs.jsonl").write_text("".join(json.dumps(p) + "\n" for p in pairs))
-    command = ["dpo", "--model", str(TINY), "--data", "pairs.jsonl", "--output", "dpo"]
+    command = ["dpo", "--model", str(TINY_MODEL), "--data", "pairs.jsonl", "--output", "dpo"]
     command += ["--init-adapter", str(folder), "--iters", "1", "--samples", "0"]
     assert run(command) == 0
     first = next(row for row in metrics_of(Path("dpo")) if "loss" in row)

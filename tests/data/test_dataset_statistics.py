@@ -5,7 +5,7 @@ import json
 
 import numpy as np
 import pytest
-from tiny_tokenizers import CHATML, tiny_tokenizer
+from helpers.tokenizers import CHATML, tiny_tokenizer
 
 from mlx_align.data.formats import ReadReport
 from mlx_align.data.statistics import compute_statistics, render_statistics, token_overlap, visible

@@ -2,11 +2,11 @@
 
 import json
 import shutil
-from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 import pytest
+from helpers.paths import TINY_MODEL
 from mlx_lm import load as mlx_lm_load
 
 from mlx_align.algorithms.dpo import DPO, read_pairs
@@ -25,7 +25,6 @@ from mlx_align.models.loading import load_module, open_model
 from mlx_align.training.setup import prepare_data
 from mlx_align.types import Message, PromptGroup, TokenizedGroup
 
-TINY = Path(__file__).parents[1] / "oracle" / "models" / "policy"
 HOT = ("--learning-rate", "3e-3", "--warmup", 0, "--iters", 12)
 SMALL = ("--batch-size", 4, "--grad-accumulation-steps", 2, "--samples", 2, "--sample-tokens", 6)
 QUICK = ("--samples", 6, "-n", 3, "--sample-tokens", 6)
@@ -61,7 +60,7 @@ def data(tmp_path_factory):
 def runs(tmp_path_factory, data):
     """A DPO run and a reward model's, both away from where they started."""
     folder = tmp_path_factory.mktemp("runs")
-    shared = ("--model", TINY, "--data", data, *SMALL, *HOT)
+    shared = ("--model", TINY_MODEL, "--data", data, *SMALL, *HOT)
     cache = ("--reference-cache", folder / "cache")
     assert command("dpo", *shared, "--output", folder / "dpo", "--beta", 0.3, *cache) == 0
     assert command("reward", *shared, "--output", folder / "rm") == 0
@@ -78,13 +77,13 @@ def text(tmp_path_factory):
 def adapter(folder, layout=None, change=None, config=None):
     """An adapter of the tiny model that `change`s nothing, or each tensor so."""
     layout = layout or AdapterLayout()
-    model = load_module(TINY)
+    model = load_module(TINY_MODEL)
     tree = install_adapters(model, layout)
     if change is not None:
         model.apply_to_modules(lambda _, module: change(module))
         tree = model.trainable_parameters()
     folder.mkdir()
-    save_adapter(folder, tree, layout, str(TINY))
+    save_adapter(folder, tree, layout, str(TINY_MODEL))
     if config is not None:
         (folder / "config.yaml").write_text(to_yaml(config))
     return folder
@@ -101,7 +100,7 @@ def evaluate(capsys):
 
     def call(adapter_path, *options):
         capsys.readouterr()
-        where = ("--model", TINY, "--adapter-path", adapter_path)
+        where = ("--model", TINY_MODEL, "--adapter-path", adapter_path)
         code = command("eval", *where, *QUICK, *options, "--json")
         streams = capsys.readouterr()
         assert code == 0, streams.err
@@ -198,8 +197,8 @@ def sequence_logp(model, tokens, start):
 
 def test_numbers_are_those_of_two_models(runs, data, text, evaluate):
     found = evaluate(runs / "dpo", "--perplexity-data", text)
-    policy, tokenizer = mlx_lm_load(str(TINY), adapter_path=str(runs / "dpo"))
-    reference, _ = mlx_lm_load(str(TINY))
+    policy, tokenizer = mlx_lm_load(str(TINY_MODEL), adapter_path=str(runs / "dpo"))
+    reference, _ = mlx_lm_load(str(TINY_MODEL))
     sums = {"policy": [], "reference": []}
     pairs, _ = read_pairs(str(data), "valid", None)
     groups, _ = tokenize_groups(pairs, tokenizer, max_seq_length=99)
@@ -239,14 +238,14 @@ def test_kl_is_the_mean_log_ratio_of_own_answers(runs, evaluate):
 
 def test_the_reference_is_where_the_run_started(tmp_path, data, evaluate, refused):
     init = adapter(tmp_path / "init", change=away)
-    config = DPOConfig(model=str(TINY), data=str(data), init_adapter=str(init))
+    config = DPOConfig(model=str(TINY_MODEL), data=str(data), init_adapter=str(init))
     layout = AdapterLayout(rank=24, scale=1.0)
     later = tmp_path / "later"
     later.mkdir()
     # The init adapter as a run of another rank and scale holds it, untrained.
-    model = load_module(TINY)
+    model = load_module(TINY_MODEL)
     fresh = install_adapters(model, layout)
-    save_adapter(later, load_adapter(init, fresh, layout), layout, str(TINY))
+    save_adapter(later, load_adapter(init, fresh, layout), layout, str(TINY_MODEL))
     (later / "config.yaml").write_text(to_yaml(config))
     found = evaluate(later)
     assert_unmoved(found)
@@ -257,7 +256,7 @@ def test_the_reference_is_where_the_run_started(tmp_path, data, evaluate, refuse
     assert abs(moved["preferences"]["chosen_change"]["value"]) > 0.01
     (later / "config.yaml").write_text(to_yaml(config))
     shutil.rmtree(init)
-    line = refused("--model", TINY, "--adapter-path", later)
+    line = refused("--model", TINY_MODEL, "--adapter-path", later)
     assert f"started from --init-adapter {init}, which is not there" in line
 
 
@@ -265,7 +264,7 @@ def test_the_reference_is_where_the_run_started(tmp_path, data, evaluate, refuse
 @pytest.mark.parametrize("kind", ["dpo", "kto", "sft"])
 def test_what_is_held_out_is_what_the_run_held_out(tmp_path, data, kind, splits):
     where = data if splits else data / "train.jsonl"
-    more = {"model": str(TINY), "data": str(where), "valid_fraction": 0.2, "seed": 3}
+    more = {"model": str(TINY_MODEL), "data": str(where), "valid_fraction": 0.2, "seed": 3}
     config, task = {
         "dpo": (DPOConfig(**more), DPO),
         "kto": (KTOConfig(**more, loss="kto"), KTO),
@@ -274,7 +273,7 @@ def test_what_is_held_out_is_what_the_run_held_out(tmp_path, data, kind, splits)
     finished = read_trained_run(adapter(tmp_path / "run", config=config))
     assert finished.command == kind
     found = read_held_out_data(finished, None, None)
-    folder = open_model(str(TINY))
+    folder = open_model(str(TINY_MODEL))
     own = prepare_data(config, folder, task(config).read).valid
     decode = folder.tokenizer.decode
     questions = {group.prompt[0].content for group in found.prompts}
@@ -294,7 +293,7 @@ def test_other_data_and_prompts_alone(tmp_path, runs, evaluate, capsys):
     found = evaluate(runs / "dpo", "--data", file, "--reward-model", runs / "rm", "-n", 1)
     assert found["preferences"]["pairs"] == found["wins"]["prompts"] == 2
     assert any("2 prompts are few" in warning for warning in found["warnings"])
-    where = ("--model", TINY, "--adapter-path", runs / "dpo", *QUICK)
+    where = ("--model", TINY_MODEL, "--adapter-path", runs / "dpo", *QUICK)
     assert command("eval", *where, "--data", tmp_path / "prompts.jsonl") == 0
     shown = capsys.readouterr().out
     assert "Held-out pairs: none in the data" in shown
@@ -302,7 +301,7 @@ def test_other_data_and_prompts_alone(tmp_path, runs, evaluate, capsys):
 
 
 def test_an_answer_as_text_goes_on_where_its_prompt_ends():
-    folder = open_model(str(TINY))
+    folder = open_model(str(TINY_MODEL))
     encode, end = folder.tokenizer.encode, min(folder.tokenizer.eos_token_ids)
     for prompt, answer in (("Is the sun good?", " yes, it is"), ("ab", "cd e"), ("Say:\n", "\nno")):
         asked, whole = encode(prompt), encode(prompt + answer)
@@ -318,7 +317,7 @@ def test_an_answer_as_text_goes_on_where_its_prompt_ends():
 
 
 def test_a_screen_for_people(runs, text, capsys):
-    where = ("--model", TINY, "--adapter-path", runs / "dpo", *QUICK)
+    where = ("--model", TINY_MODEL, "--adapter-path", runs / "dpo", *QUICK)
     more = ("--reward-model", runs / "rm", "--perplexity-data", text)
     assert command("eval", *where, *more) == 0
     shown = capsys.readouterr().out
@@ -361,7 +360,7 @@ def test_the_model_is_let_go_of_before_the_judge_comes(runs, evaluate, monkeypat
 
 
 def test_mistakes_are_one_line(tmp_path, data, runs, refused):
-    model = ("--model", TINY)
+    model = ("--model", TINY_MODEL)
     dpo = (*model, "--adapter-path", runs / "dpo")
     assert "--model is missing" in refused("--adapter-path", runs / "dpo")
     assert "--adapter-path is missing" in refused(*model)
@@ -372,7 +371,7 @@ def test_mistakes_are_one_line(tmp_path, data, runs, refused):
     bare = adapter(tmp_path / "bare")
     assert "no config.yaml that names its own" in refused(*model, "--adapter-path", bare)
     assert "gone.jsonl" in refused(*dpo, "--data", tmp_path / "gone.jsonl")
-    assert "neither a run of mlx-align reward" in refused(*dpo, "--reward-model", TINY)
+    assert "neither a run of mlx-align reward" in refused(*dpo, "--reward-model", TINY_MODEL)
     nowhere = tmp_path / "nowhere"
     line = refused(*dpo, "--reward-model", nowhere)
     assert line.startswith(f"error: --reward-model {nowhere}: no such folder")
@@ -380,7 +379,7 @@ def test_mistakes_are_one_line(tmp_path, data, runs, refused):
     empty = tmp_path / "empty.txt"
     empty.write_text(" \n\n ")
     assert "contains no text" in refused(*dpo, "--perplexity-data", empty)
-    nothing = DPOConfig(model=str(TINY), data=str(data / "train.jsonl"), valid_fraction=0.0)
+    nothing = DPOConfig(model=str(TINY_MODEL), data=str(data / "train.jsonl"), valid_fraction=0.0)
     none = adapter(tmp_path / "none", config=nothing)
     assert "held nothing out" in refused(*model, "--adapter-path", none)
     long = (*dpo, "--max-seq-length", 2)
@@ -399,9 +398,9 @@ def test_a_run_of_another_base(tmp_path, refused):
     del weights[name]
     mx.save_safetensors(str(other / "adapters.safetensors"), weights)
     write(tmp_path / "data.jsonl", [pair("a", i) for i in range(3)])
-    where = ("--model", TINY, "--adapter-path", other, "--data", tmp_path / "data.jsonl")
+    where = ("--model", TINY_MODEL, "--adapter-path", other, "--data", tmp_path / "data.jsonl")
     line = refused(*where)
-    assert f"is --model {TINY} its base?" in line
+    assert f"is --model {TINY_MODEL} its base?" in line
     assert f"{name} is missing" in line
     weights[name] = mx.zeros((3, 3))
     mx.save_safetensors(str(other / "adapters.safetensors"), weights)

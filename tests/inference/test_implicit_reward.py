@@ -9,7 +9,8 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
-from forward_helpers import scramble
+from helpers.forward import scramble
+from helpers.paths import TINY_MODEL
 from mlx_lm import load as mlx_lm_load
 from mlx_lm.convert import convert
 
@@ -35,13 +36,12 @@ from mlx_align.models.adapters import (
 from mlx_align.models.loading import load_module
 from mlx_align.types import Message, TokenizedGroup
 
-TINY = Path(__file__).parents[1] / "oracle" / "models" / "policy"
 PROMPT = [{"role": "user", "content": "Is the sun good, or is rain?"}]
 ANSWERS = ["yes", "no, never", "the sun is good and the rain is not", "", "yes and no and yes"]
 GIVEN = [text for text in ANSWERS if text]
 
 
-def adapter(folder, layout, config=None, *, base=TINY, seed=1, size=0.2):
+def adapter(folder, layout, config=None, *, base=TINY_MODEL, seed=1, size=0.2):
     """A trained-looking adapter on disk, with the config.yaml of a run."""
     model = load_module(base)
     mx.random.seed(seed)
@@ -55,10 +55,10 @@ def adapter(folder, layout, config=None, *, base=TINY, seed=1, size=0.2):
 
 
 def config(**options):
-    return DPOConfig(model=str(TINY), data="pairs", **options)
+    return DPOConfig(model=str(TINY_MODEL), data="pairs", **options)
 
 
-def whole_row_logps(group, adapter_path, base=TINY):
+def whole_row_logps(group, adapter_path, base=TINY_MODEL):
     """Per completion the log-probs of its tokens, by stock mlx-lm on one whole row at a time."""
     where = None if adapter_path is None else str(adapter_path)
     model, _ = mlx_lm_load(str(base), adapter_path=where)
@@ -73,7 +73,7 @@ def whole_row_logps(group, adapter_path, base=TINY):
     return rows
 
 
-def explicit(group, policy, reference, beta, base=TINY):
+def explicit(group, policy, reference, beta, base=TINY_MODEL):
     pairs = zip(
         whole_row_logps(group, policy, base), whole_row_logps(group, reference, base), strict=True
     )
@@ -95,7 +95,7 @@ def test_it_is_an_explicit_two_model_computation(tmp_path, start):
         init = adapter(tmp_path / "init", STARTS[start], seed=2)
     options = {} if init is None else {"init_adapter": str(init)}
     folder = adapter(tmp_path / "run", AdapterLayout(rank=4, scale=2.0), config(**options))
-    implicit = load_implicit_reward(str(TINY), folder)
+    implicit = load_implicit_reward(str(TINY_MODEL), folder)
     (scored,) = implicit.score_groups([make_group("row", PROMPT, ANSWERS)])
     wanted = explicit(scored.tokens, folder, init, beta=0.1)
     assert np.abs(wanted).max() > 0.05  # so that a wrong one would show
@@ -104,7 +104,7 @@ def test_it_is_an_explicit_two_model_computation(tmp_path, start):
     for found, where in ((scored.policy_logps, folder), (scored.reference_logps, init)):
         totals = [row.sum() for row in whole_row_logps(scored.tokens, where)]
         np.testing.assert_allclose(found, totals, atol=2e-5)
-    per_token = load_implicit_reward(str(TINY), folder, per_token=True, beta=3.0)
+    per_token = load_implicit_reward(str(TINY_MODEL), folder, per_token=True, beta=3.0)
     (again,) = per_token.score_groups([make_group("row", PROMPT, ANSWERS)])
     lengths = [len(ids) for ids in scored.tokens.completions]
     np.testing.assert_allclose(again.scores, 30 * wanted / lengths, atol=1e-4)
@@ -113,7 +113,7 @@ def test_it_is_an_explicit_two_model_computation(tmp_path, start):
 @pytest.mark.parametrize("kind", ["dora", "full"])
 def test_other_kinds_of_fine_tuning(tmp_path, kind):
     folder = adapter(tmp_path / "run", AdapterLayout(kind, rank=4), config(beta=0.5), size=0.02)
-    implicit = load_implicit_reward(str(TINY), folder)
+    implicit = load_implicit_reward(str(TINY_MODEL), folder)
     (scored,) = implicit.score_groups([make_group("row", PROMPT, ANSWERS)])
     wanted = explicit(scored.tokens, folder, None, beta=0.5)
     assert np.abs(wanted).max() > 0.01
@@ -121,7 +121,7 @@ def test_other_kinds_of_fine_tuning(tmp_path, kind):
 
 
 def test_a_quantised_base(tmp_path):
-    convert(str(TINY), str(tmp_path / "base"), quantize=True, q_bits=4, q_group_size=32)
+    convert(str(TINY_MODEL), str(tmp_path / "base"), quantize=True, q_bits=4, q_group_size=32)
     base = tmp_path / "base"
     folder = adapter(tmp_path / "run", AdapterLayout(rank=4), config(), base=base)
     implicit = load_implicit_reward(str(base), folder)
@@ -133,7 +133,7 @@ def test_a_quantised_base(tmp_path):
 def test_logps_are_the_models(tmp_path):
     folder = adapter(tmp_path / "run", AdapterLayout(rank=4), config())
     for where in (None, folder):
-        scorer = load_logprob_scorer(str(TINY), where)
+        scorer = load_logprob_scorer(str(TINY_MODEL), where)
         (scored,) = scorer.score_groups([make_group("row", PROMPT, ANSWERS)])
         totals = [row.sum() for row in whole_row_logps(scored.tokens, where)]
         np.testing.assert_allclose(scored.scores, totals, atol=2e-5)
@@ -189,11 +189,11 @@ def test_beta_is_the_runs(tmp_path):
     assert settings("mixed", config(loss="simpo=1,sigmoid=1")).beta == 0.1
     assert settings("ipo", config(loss="ipo")).per_token
     assert not settings("ipo", config(loss="ipo"), per_token=False).per_token
-    kto = KTOConfig(model=str(TINY), data="rows", beta=0.25)
+    kto = KTOConfig(model=str(TINY_MODEL), data="rows", beta=0.25)
     assert settings("kto", kto).beta == 0.25
     for name, made in (
         ("simpo", config(loss="simpo")),
-        ("sft", SFTConfig(model=str(TINY), data="rows")),
+        ("sft", SFTConfig(model=str(TINY_MODEL), data="rows")),
         ("own", config(loss="my_loss")),  # a function passed from Python
     ):
         with pytest.raises(ConfigError, match="has no β of a reward against a reference; give --b"):
@@ -211,13 +211,13 @@ def test_a_reference_that_was_trained_again(tmp_path):
     folder = adapter(tmp_path / "run", AdapterLayout(rank=2), config(init_adapter=str(first)))
     hashes = {"hashes": {"init adapter": fingerprint_folder(first, "*adapter*")}}
     (folder / "fingerprints.json").write_text(json.dumps(hashes))
-    load_implicit_reward(str(TINY), folder)
+    load_implicit_reward(str(TINY_MODEL), folder)
     shutil.rmtree(first)
     adapter(first, AdapterLayout(rank=2), seed=9)
     with pytest.raises(ModelError, match="which has changed since the run began"):
-        load_implicit_reward(str(TINY), folder)
+        load_implicit_reward(str(TINY_MODEL), folder)
     # The one it started from, kept elsewhere, can be named.
-    load_implicit_reward(str(TINY), folder, reference_adapter=first)
+    load_implicit_reward(str(TINY_MODEL), folder, reference_adapter=first)
 
 
 def test_a_reference_that_is_gone(tmp_path):
@@ -226,11 +226,11 @@ def test_a_reference_that_is_gone(tmp_path):
     with pytest.raises(
         ModelError, match="pass the adapter it started from with --reference-adapter"
     ):
-        load_implicit_reward(str(TINY), folder)
+        load_implicit_reward(str(TINY_MODEL), folder)
     with pytest.raises(ModelError, match="--reference-adapter nowhere: no such folder"):
-        load_implicit_reward(str(TINY), folder, reference_adapter="nowhere")
+        load_implicit_reward(str(TINY_MODEL), folder, reference_adapter="nowhere")
     moved = adapter(tmp_path / "moved", AdapterLayout(rank=4, scale=5.0), seed=3)
-    implicit = load_implicit_reward(str(TINY), folder, reference_adapter=moved)
+    implicit = load_implicit_reward(str(TINY_MODEL), folder, reference_adapter=moved)
     (scored,) = implicit.score_groups([make_group("row", PROMPT, ANSWERS)])
     wanted = explicit(scored.tokens, folder, moved, 0.1)
     np.testing.assert_allclose(scored.scores, wanted, atol=1e-5)
@@ -249,7 +249,7 @@ def test_layouts_in_common():
 def test_only_answers_count(tmp_path):
     """Of a completion of several turns, the user's are there and do not count."""
     folder = adapter(tmp_path / "run", AdapterLayout(rank=4), config(beta=1.0))
-    implicit = load_implicit_reward(str(TINY), folder)
+    implicit = load_implicit_reward(str(TINY_MODEL), folder)
     turns = [Message("assistant", "yes"), Message("user", "and rain?"), Message("assistant", "no")]
     turns = [{"role": turn.role, "content": turn.content} for turn in turns]
     (scored,) = implicit.score_groups([make_group("row", PROMPT, [turns])])
@@ -281,7 +281,7 @@ def score(tmp_path, monkeypatch, capsys):
 
     def call(*options):
         Path("out.jsonl").unlink(missing_ok=True)
-        where = ["--model", str(TINY), "--data", "pairs.jsonl", "--output", "out.jsonl"]
+        where = ["--model", str(TINY_MODEL), "--data", "pairs.jsonl", "--output", "out.jsonl"]
         code = run(["score", *where, *(str(option) for option in options)])
         captured = capsys.readouterr()
         if code:
@@ -301,7 +301,7 @@ def test_score_by_implicit_reward_and_log_probs(score, tmp_path):
     before = digest(folder)
     code, rows, out = score("--adapter-path", folder, "--json")
     assert code == 0
-    implicit = load_implicit_reward(str(TINY), folder)
+    implicit = load_implicit_reward(str(TINY_MODEL), folder)
     (scored,) = implicit.score_groups([make_group("row", PROMPT, GIVEN)])
     for i, row in enumerate(rows):
         assert row["id"] == i

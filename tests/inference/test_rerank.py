@@ -7,8 +7,8 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
-from forward_helpers import scramble
-from test_implicit_reward import ANSWERS, PROMPT, TINY, adapter, config, digest, explicit
+from helpers.forward import scramble
+from test_implicit_reward import ANSWERS, PROMPT, TINY_MODEL, adapter, config, digest, explicit
 
 from mlx_align import Reranker, RewardModel
 from mlx_align.cli.main import run
@@ -39,7 +39,7 @@ def policy(tmp_path_factory):
 def judge(tmp_path_factory):
     """A run of reward on the same base, of another rank, scale and choice of layers."""
     folder = tmp_path_factory.mktemp("rerank") / "judge"
-    model = load_module(TINY)
+    model = load_module(TINY_MODEL)
     mx.random.seed(5)
     layout = AdapterLayout(rank=6, scale=0.7, num_layers=1, keys=("self_attn.q_proj",))
     tree = install_adapters(model, layout)
@@ -47,13 +47,13 @@ def judge(tmp_path_factory):
     head = add_reward_head(split_backbone(model)).parameters()
     folder.mkdir()
     tree = {**model.trainable_parameters(), HEAD_NAME: head}
-    save_adapter(folder, tree, layout, str(TINY))
+    save_adapter(folder, tree, layout, str(TINY_MODEL))
     return folder
 
 
 @pytest.fixture(scope="module")
 def reranker(policy):
-    return Reranker.load(str(TINY), policy)
+    return Reranker.load(str(TINY_MODEL), policy)
 
 
 # ---------------------------------------------------------------- ranking what is given
@@ -75,25 +75,25 @@ def test_given_completions_are_ranked_and_all_kept(reranker, policy):
 
 def test_by_a_reward_model_on_the_same_weights(policy, judge):
     """It swaps with the policy, and says what it says alone."""
-    both = Reranker.load(str(TINY), policy, judge)
+    both = Reranker.load(str(TINY_MODEL), policy, judge)
     assert "an adapter on the same weights" in both.description
     assert both.scorer.model is both.model or both.scorer.model.module is both.model.module
-    alone = RewardModel.load(str(TINY), judge).score(PROMPT, ANSWERS)
+    alone = RewardModel.load(str(TINY_MODEL), judge).score(PROMPT, ANSWERS)
     ranked = both.rank(PROMPT, ANSWERS)
     by_index = [one.score for one in sorted(ranked, key=lambda one: one.index)]
     np.testing.assert_allclose(by_index, alone, atol=1e-5)
     assert ranked[0].policy_logp is None
     # What it samples is the policy's, as without it.
-    without = Reranker.load(str(TINY), policy)
+    without = Reranker.load(str(TINY_MODEL), policy)
     drawn = [r.sample(PROMPT, 6, max_tokens=8, seed=2) for r in (both, without)]
     assert {one.text for one in drawn[0]} == {one.text for one in drawn[1]}
     texts = [one.text for one in drawn[0]]
-    alone = RewardModel.load(str(TINY), judge).score(PROMPT, texts)
+    alone = RewardModel.load(str(TINY_MODEL), judge).score(PROMPT, texts)
     np.testing.assert_allclose([one.score for one in drawn[0]], alone, atol=1e-5)
 
 
 def test_by_a_second_model(policy):
-    second = Reranker.load(str(TINY), policy, str(CLASSIFIER))
+    second = Reranker.load(str(TINY_MODEL), policy, str(CLASSIFIER))
     assert "a second model in memory" in second.description
     alone = RewardModel.load(str(CLASSIFIER)).score("Say", [" yes", " no"])
     ranked = second.rank("Say", [" yes", " no"])
@@ -102,14 +102,14 @@ def test_by_a_second_model(policy):
 
 
 def test_best_of_n_of_the_base_itself(judge):
-    reranker = Reranker.load(str(TINY), reward_model=judge)
+    reranker = Reranker.load(str(TINY_MODEL), reward_model=judge)
     ranked = reranker.sample(PROMPT, 5, max_tokens=6, seed=1)
     assert sum(one.count for one in ranked) == 5
-    alone = RewardModel.load(str(TINY), judge).score(PROMPT, [one.text for one in ranked])
+    alone = RewardModel.load(str(TINY_MODEL), judge).score(PROMPT, [one.text for one in ranked])
     np.testing.assert_allclose([one.score for one in ranked], alone, atol=1e-5)
     bare = adapter(judge.parent / "zero", AdapterLayout(rank=2), config(), size=0.0)
     # An adapter that changes nothing samples the same.
-    same = Reranker.load(str(TINY), bare, judge).sample(PROMPT, 5, max_tokens=6, seed=1)
+    same = Reranker.load(str(TINY_MODEL), bare, judge).sample(PROMPT, 5, max_tokens=6, seed=1)
     assert [one.text for one in same] == [one.text for one in ranked]
 
 
@@ -137,7 +137,7 @@ def test_samples_are_scored_by_their_own_tokens(reranker, policy, monkeypatch):
         assert (one.index, one.count) == (same[0], len(same))
     assert ranked == sorted(ranked, key=lambda one: (-one.score, one.index))
 
-    tokenizer = open_model(str(TINY)).tokenizer
+    tokenizer = open_model(str(TINY_MODEL)).tokenizer
     prompt = np.array(tokenizer.apply_chat_template(PROMPT, add_generation_prompt=True), np.int32)
     rows = tuple(np.array(drawn[one.index].tokens, np.int32) for one in ranked)
     wanted = explicit(TokenizedGroup(prompt, rows, "x"), policy, None, 0.5)
@@ -148,7 +148,7 @@ def test_one_sample_greedy_and_empty(reranker, monkeypatch):
     (only,) = reranker.sample(PROMPT, 1, max_tokens=5, temperature=0)
     assert (only.count, only.index) == (1, 0)
     assert only == reranker.best_of(PROMPT, 1, max_tokens=5, temperature=0)
-    end = open_model(str(TINY)).tokenizer.eos_token_id
+    end = open_model(str(TINY_MODEL)).tokenizer.eos_token_id
 
     def ends(model, prompts, n, *_, **__):
         ended = generation.Generated([end], [-1.0], True)
@@ -180,7 +180,7 @@ def test_text_becomes_a_user_message_where_there_is_a_chat_template(reranker):
 
 def test_generated_text_is_that_of_the_policy(reranker, policy):
     """Greedy text equals the one sample at temperature 0; the base model answers by itself."""
-    generator = TextGenerator.load(str(TINY), policy)
+    generator = TextGenerator.load(str(TINY_MODEL), policy)
     (only,) = reranker.sample(PROMPT, 1, max_tokens=6, temperature=0)
     assert generator.generate(QUESTION, max_tokens=6) == only.text
     assert generator.generate(PROMPT, max_tokens=6) == only.text
@@ -189,7 +189,7 @@ def test_generated_text_is_that_of_the_policy(reranker, policy):
     )
     found = generator.generate(QUESTION, max_tokens=6, apply_chat_template=False)
     assert found == verbatim.text
-    assert isinstance(TextGenerator.load(str(TINY)).generate(QUESTION, max_tokens=3), str)
+    assert isinstance(TextGenerator.load(str(TINY_MODEL)).generate(QUESTION, max_tokens=3), str)
     with pytest.raises(DataError, match="too long"):
         generator.generate("x " * 5000)
 
@@ -201,7 +201,7 @@ def test_an_implicit_reward_scores_like_it_ranks(reranker):
 
 
 def test_prompts_too_long_are_said(policy):
-    reranker = Reranker.load(str(TINY), policy, max_seq_length=40)
+    reranker = Reranker.load(str(TINY_MODEL), policy, max_seq_length=40)
     with pytest.raises(DataError, match=r"too long \(\d+ tokens, at most 40\)"):
         reranker.sample("x " * 200, 2)
     groups = [PromptGroup("x " * 200, (), "a"), PromptGroup("Say", (), "b")]
@@ -213,15 +213,19 @@ def test_prompts_too_long_are_said(policy):
 
 def test_mistakes_in_loading(policy, judge, tmp_path):
     for arguments, error, message in (
-        ((str(TINY),), ConfigError, "nothing to rank by"),
-        ((str(TINY), judge), ModelError, "generates no text"),
-        ((str(TINY), policy, str(TINY)), ModelError, "neither a run of mlx-align reward nor a"),
+        ((str(TINY_MODEL),), ConfigError, "nothing to rank by"),
+        ((str(TINY_MODEL), judge), ModelError, "generates no text"),
+        (
+            (str(TINY_MODEL), policy, str(TINY_MODEL)),
+            ModelError,
+            "neither a run of mlx-align reward nor a",
+        ),
         ((str(CLASSIFIER), policy), ModelError, "sequence classifier|is --model"),
     ):
         with pytest.raises(error, match=message):
             Reranker.load(*arguments)
     with pytest.raises(ConfigError, match="--beta: has no effect on --reward-model"):
-        Reranker.load(str(TINY), policy, judge, beta=1.0)
+        Reranker.load(str(TINY_MODEL), policy, judge, beta=1.0)
     moved = tmp_path / "moved"
     moved.mkdir()
     for file in judge.iterdir():
@@ -230,7 +234,7 @@ def test_mistakes_in_loading(policy, judge, tmp_path):
     content["model"] = str(tmp_path / "gone")
     (moved / "adapter_config.json").write_text(json.dumps(content))
     with pytest.raises(ModelError, match=r'correct "model" in .*adapter_config\.json'):
-        Reranker.load(str(TINY), policy, moved)
+        Reranker.load(str(TINY_MODEL), policy, moved)
 
 
 # ---------------------------------------------------------------- cost
@@ -265,7 +269,9 @@ def rerank(tmp_path, monkeypatch, capsys, policy):
 
     def call(*options, run_folder=policy):
         where = [] if run_folder is None else ["--adapter-path", str(run_folder)]
-        code = run(["rerank", "--model", str(TINY), *where, *(str(option) for option in options)])
+        code = run(
+            ["rerank", "--model", str(TINY_MODEL), *where, *(str(option) for option in options)]
+        )
         captured = capsys.readouterr()
         return code, captured.out, captured.err
 

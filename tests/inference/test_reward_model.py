@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from test_implicit_reward import PROMPT, TINY, adapter, config
+from test_implicit_reward import PROMPT, TINY_MODEL, adapter, config
 from test_rerank import CLASSIFIER, judge  # noqa: F401
 
 from mlx_align import RewardModel
@@ -23,8 +23,8 @@ ANSWERS = ["yes", "no, never"]
 def test_a_run_is_found_with_the_base_it_names(judge):  # noqa: F811
     source = find_reward_model(judge)
     assert source.run == judge
-    assert source.base.path == TINY
-    folder = open_model(str(TINY))
+    assert source.base.path == TINY_MODEL
+    folder = open_model(str(TINY_MODEL))
     assert find_reward_model(judge, folder).base is folder
     assert source.shares_base(folder)
     assert source.shares_base(folder, AdapterLayout("lora", rank=3))
@@ -45,7 +45,7 @@ def test_a_policy_and_a_reward_model_score_as_they_do_alone(tmp_path, judge, kin
     policy = None
     if kind is not None:
         policy = adapter(tmp_path / "policy", AdapterLayout(kind, rank=4), config(), size=0.05)
-    folder = open_model(str(TINY))
+    folder = open_model(str(TINY_MODEL))
     _, _, reward = load_policy_and_reward_model(folder, policy, find_reward_model(judge, folder))
     # An adapter of another kind can't take turns with LoRA on one model.
     assert (reward.weights is None) == (kind == "dora")
@@ -55,7 +55,7 @@ def test_a_policy_and_a_reward_model_score_as_they_do_alone(tmp_path, judge, kin
 
 def test_names_that_are_no_reward_model(tmp_path, judge):  # noqa: F811
     with pytest.raises(ModelError, match=r"--reward-model .*policy: neither a run of mlx-align"):
-        find_reward_model(str(TINY))
+        find_reward_model(str(TINY_MODEL))
     with pytest.raises(ModelError, match=r"^--eval-reward-model nowhere"):
         find_reward_model("nowhere", option="--eval-reward-model")
     moved = tmp_path / "moved"
@@ -68,5 +68,5 @@ def test_names_that_are_no_reward_model(tmp_path, judge):  # noqa: F811
     assert read_layout(moved) == read_layout(judge)
     with pytest.raises(ModelError, match='"model" is missing'):
         find_reward_model(moved)
-    folder = open_model(str(TINY))
+    folder = open_model(str(TINY_MODEL))
     assert find_reward_model(moved, folder).base is folder

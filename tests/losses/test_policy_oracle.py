@@ -19,8 +19,7 @@ import mlx.nn as nn
 import mlx_lm
 import numpy as np
 import pytest
-from mlx.utils import tree_flatten, tree_map
-from oracle_helpers import (
+from helpers.oracle import (
     BATCHES,
     ONE_BY_ONE,
     ORACLE,
@@ -33,6 +32,7 @@ from oracle_helpers import (
     load,
     microbatches,
 )
+from mlx.utils import tree_flatten, tree_map
 
 from mlx_align.data.batching import collate_groups
 from mlx_align.losses.masking import masked_mean, masked_sum

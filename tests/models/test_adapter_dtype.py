@@ -7,11 +7,12 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
+from helpers.oracle import language_model, microbatches
+from helpers.paths import TINY_MODEL
 from mlx.utils import tree_flatten, tree_map
 from mlx_lm import load as mlx_lm_load
 from mlx_lm.convert import convert
 from mlx_lm.models.llama import Model, ModelArgs
-from oracle_helpers import language_model, microbatches
 
 from mlx_align.algorithms.dpo import PreferenceObjective
 from mlx_align.algorithms.update import accumulate, collate_microbatches, compiled_gradient
@@ -25,7 +26,6 @@ from mlx_align.training import reference
 from mlx_align.training.reference import reference_key
 from mlx_align.types import TokenizedGroup
 
-TINY = Path(__file__).parent.parent / "oracle" / "models" / "policy"
 LN2 = 0.6931471805599453
 VOCABULARY = 64
 
@@ -34,7 +34,7 @@ VOCABULARY = 64
 def bf16(tmp_path_factory):
     """The tiny model in bfloat16."""
     folder = tmp_path_factory.mktemp("models") / "bfloat16"
-    convert(str(TINY), str(folder), dtype="bfloat16")
+    convert(str(TINY_MODEL), str(folder), dtype="bfloat16")
     return folder
 
 
@@ -94,14 +94,14 @@ def test_refusals(dpo, capsys):
     for options, model, said in (
         (("--fine-tune-type", "full"), None, "--fine-tune-type full trains no adapters"),
         (("--fine-tune-type", "dora"), None, "--fine-tune-type dora needs float32 norms"),
-        ((), TINY, "the model does not compute in it"),
+        ((), TINY_MODEL, "the model does not compute in it"),
     ):
         assert dpo(*narrow, *options, **({"model": model} if model else {})) == 1
         error = capsys.readouterr().err.splitlines()[-1]
         assert error.startswith("error: --adapter-dtype bfloat16: ")
         assert said in error
         assert not Path("run").exists()
-    assert run(["plan", "--model", str(TINY), *narrow]) == 1
+    assert run(["plan", "--model", str(TINY_MODEL), *narrow]) == 1
     assert "the model does not compute in it" in capsys.readouterr().err
 
 

@@ -6,8 +6,8 @@ from functools import partial
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
-from families import make_model
-from forward_helpers import difference, gradient, plain_logps, ragged_batch, scramble
+from helpers.families import make_model
+from helpers.forward import difference, gradient, plain_logps, ragged_batch, scramble
 from mlx.utils import tree_flatten
 from mlx_lm.tuner.utils import load_adapters
 

@@ -3,7 +3,7 @@
 import mlx.core as mx
 import numpy as np
 import pytest
-from families import make_model
+from helpers.families import make_model
 from mlx_lm.models import activations, llama
 
 from mlx_align.models import attention, patches

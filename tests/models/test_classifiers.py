@@ -9,9 +9,9 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
+from helpers.tokenizers import CHATML, hf_tokenizer
 from mlx.utils import tree_map
 from mlx_lm.convert import convert
-from tiny_tokenizers import CHATML, hf_tokenizer
 
 from mlx_align import RewardModel
 from mlx_align.cli.main import run

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import mlx.core as mx
 import pytest
-from families import FAMILIES, FLAT_FAMILIES, REFUSED_FAMILIES, VOCAB, make_model
-from forward_helpers import difference, gradient, plain_logps, ragged_batch, scramble
+from helpers.families import FAMILIES, FLAT_FAMILIES, REFUSED_FAMILIES, VOCAB, make_model
+from helpers.forward import difference, gradient, plain_logps, ragged_batch, scramble
 
 from mlx_align.errors import ModelError
 from mlx_align.models import attention

@@ -3,7 +3,7 @@
 import mlx.core as mx
 import numpy as np
 import pytest
-from families import make_model
+from helpers.families import make_model
 from mlx_lm.generate import generate_step
 from mlx_lm.models.cache import make_prompt_cache
 

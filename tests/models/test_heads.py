@@ -8,7 +8,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from families import VOCAB, make_model
+from helpers.families import VOCAB, make_model
 from mlx.utils import tree_flatten, tree_map
 
 from mlx_align.algorithms.reward_modeling import RewardObjective

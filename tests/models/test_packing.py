@@ -5,8 +5,8 @@ from functools import partial
 import mlx.core as mx
 import numpy as np
 import pytest
-from families import VOCAB, make_model
-from forward_helpers import difference, gradient, plain_logps, ragged_batch, scramble
+from helpers.families import VOCAB, make_model
+from helpers.forward import difference, gradient, plain_logps, ragged_batch, scramble
 
 from mlx_align.algorithms.dpo import PreferenceObjective
 from mlx_align.algorithms.update import accumulate, collate_microbatches

@@ -5,8 +5,8 @@ from functools import partial
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
-from families import make_model
-from forward_helpers import difference, gradient, plain_logps, ragged_batch, scramble
+from helpers.families import make_model
+from helpers.forward import difference, gradient, plain_logps, ragged_batch, scramble
 from mlx.utils import tree_flatten, tree_map
 
 from mlx_align.models import forward as logps_module

@@ -2,10 +2,10 @@
 
 import json
 from dataclasses import replace
-from pathlib import Path
 
 import mlx.core as mx
 import pytest
+from helpers.paths import TINY_MODEL
 
 from mlx_align.cli.main import run
 from mlx_align.data.buckets import BatchLimit, Shape
@@ -19,7 +19,6 @@ from mlx_align.planning.machine import Machine, parse_machine, platform_warnings
 from mlx_align.planning.memory import PARTS, Sampling, Workload, plan_memory, trained_parameters
 from mlx_align.planning.model_shape import Linear, ModelShape, read_header, read_model_shape
 
-TINY = Path(__file__).parents[1] / "oracle" / "models" / "policy"
 GIB = 2**30
 
 
@@ -94,10 +93,10 @@ def test_shape_and_trained_parameters_are_the_loaded_models(tmp_path, kind, quan
     from mlx.utils import tree_flatten
     from mlx_lm.convert import convert
 
-    folder = TINY
+    folder = TINY_MODEL
     if quantised:
         folder = tmp_path / "4-bit"
-        convert(str(TINY), str(folder), quantize=True, q_bits=4, q_group_size=32)
+        convert(str(TINY_MODEL), str(folder), quantize=True, q_bits=4, q_group_size=32)
     config = read_model_config(folder)
     shape = read_model_shape(folder, config)
     model = load_module(folder)
@@ -315,7 +314,7 @@ def test_json(tmp_path, capsys, monkeypatch):
 
     monkeypatch.setattr(loading, "load_module", no_weights)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    options = ["--model", str(TINY), "--data", str(pairs_file(tmp_path)), "--json"]
+    options = ["--model", str(TINY_MODEL), "--data", str(pairs_file(tmp_path)), "--json"]
     assert run(["plan", *options]) == 0
     plan = json.loads(capsys.readouterr().out)
     assert set(plan) == SCHEMA
@@ -328,7 +327,7 @@ def test_json(tmp_path, capsys, monkeypatch):
 
 def test_token_budget_on_the_page(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    options = ["--model", str(TINY), "--data", str(pairs_file(tmp_path)), "--json"]
+    options = ["--model", str(TINY_MODEL), "--data", str(pairs_file(tmp_path)), "--json"]
     shapes = []
     for batch in (["--batch-tokens", "100"], ["--batch-size", "3"]):
         assert run(["plan", *options, *batch]) == 0
@@ -343,7 +342,7 @@ def test_token_budget_on_the_page(tmp_path, capsys, monkeypatch):
 
 
 def test_page_without_data(capsys):
-    arguments = ["--model", str(TINY), "--machine", "16 GB M2", "--max-seq-length", "262144"]
+    arguments = ["--model", str(TINY_MODEL), "--machine", "16 GB M2", "--max-seq-length", "262144"]
     assert run(["plan", *arguments, "--batch-size", "64"]) == 0
     page = capsys.readouterr().out
     assert "It does not fit: Apple M2, 16 GB" in page
@@ -363,7 +362,7 @@ def test_page_without_data(capsys):
     ],
 )
 def test_mistakes_are_one_line(arguments, said, capsys):
-    assert run(["plan", "--model", str(TINY), *arguments]) == 1
+    assert run(["plan", "--model", str(TINY_MODEL), *arguments]) == 1
     error = capsys.readouterr().err
     assert error.startswith("error: ")
     assert error.count("\n") == 1
@@ -376,7 +375,15 @@ def test_time_of_a_run_and_of_a_measurement(tmp_path, capsys, monkeypatch):
     earlier = tmp_path / "run"
     earlier.mkdir()
     (earlier / "summary.json").write_text(json.dumps({"tokens_per_second": 100.0}))
-    options = ["--model", str(TINY), "--data", str(pairs_file(tmp_path)), "--epochs", "2", "--json"]
+    options = [
+        "--model",
+        str(TINY_MODEL),
+        "--data",
+        str(pairs_file(tmp_path)),
+        "--epochs",
+        "2",
+        "--json",
+    ]
     assert run(["plan", *options, "--run", str(earlier)]) == 0
     time = json.loads(capsys.readouterr().out)["time"]
     assert time["tokens_per_second"] == 100
@@ -399,7 +406,7 @@ def test_dpo_refuses_what_does_not_fit_and_force_overrides(tmp_path, capsys, mon
     loads = []
     real = loading.load_module
     monkeypatch.setattr(loading, "load_module", lambda path: loads.append(path) or real(path))
-    command = ["dpo", "--model", str(TINY), "--data", str(pairs_file(tmp_path))]
+    command = ["dpo", "--model", str(TINY_MODEL), "--data", str(pairs_file(tmp_path))]
     command += ["--output", "out", "--iters", "1", "--samples", "0", "--batch-size", "2"]
     command += ["--reference-cache", str(tmp_path / "cache"), "--grad-accumulation-steps", "1"]
     assert run(command) == 1
@@ -417,8 +424,8 @@ def test_dpo_refuses_what_does_not_fit_and_force_overrides(tmp_path, capsys, mon
 def test_tiny_models_are_never_refused(monkeypatch):
     machine = Machine("toy", 1000, 1000, metal=False)
     monkeypatch.setattr(plan_module, "this_machine", lambda: machine)
-    config = read_model_config(TINY)
-    folder = loading.ModelFolder(str(TINY), TINY, config, None)
+    config = read_model_config(TINY_MODEL)
+    folder = loading.ModelFolder(str(TINY_MODEL), TINY_MODEL, config, None)
     from mlx_align.config import DPOConfig
 
     assert plan_module.make_plan(DPOConfig(), AdapterLayout(), folder, None, machine).fits
@@ -438,12 +445,12 @@ def test_on_policy_runs_are_planned(command, tmp_path, capsys, monkeypatch):
         raise AssertionError("the plan loaded the weights")
 
     monkeypatch.setattr(loading, "load_module", no_weights)
-    options = ["plan", "--command", command, "--model", str(TINY), "--json"]
+    options = ["plan", "--command", command, "--model", str(TINY_MODEL), "--json"]
     plans = {}
     for name, more in {
         "alone": [],
         "with data": ["--data", str(prompts_file(tmp_path))],
-        "another base": ["--reward-model", str(TINY)],
+        "another base": ["--reward-model", str(TINY_MODEL)],
     }.items():
         assert run([*options, *more]) == 0
         plans[name] = json.loads(capsys.readouterr().out)
@@ -461,7 +468,7 @@ def test_time_of_rollout_batches(tmp_path, capsys):
     # 8 completions a second.
     summary = {"command": "grpo", "completions": 320, "seconds": 40.0}
     (earlier / "summary.json").write_text(json.dumps(summary))
-    options = ["plan", "--command", "grpo", "--model", str(TINY), "--iters", "6", "--json"]
+    options = ["plan", "--command", "grpo", "--model", str(TINY_MODEL), "--iters", "6", "--json"]
     options += ["--data", str(prompts_file(tmp_path)), "--group-size", "4"]
     options += ["--batch-size", "2", "--grad-accumulation-steps", "2"]
     assert run([*options, "--run", str(earlier)]) == 0
@@ -486,7 +493,14 @@ def test_on_policy_training_refuses_what_does_not_fit(command, tmp_path, capsys,
     tiny = Machine("toy, 0.001 GB", 1_000_000, 1_000_000, metal=False)
     monkeypatch.setattr(plan_module, "this_machine", lambda: tiny)
     monkeypatch.setattr(plan_module, "ALWAYS_FITS_BYTES", 0)
-    options = ["--model", str(TINY), "--data", str(prompts_file(tmp_path)), "--reward", "length"]
+    options = [
+        "--model",
+        str(TINY_MODEL),
+        "--data",
+        str(prompts_file(tmp_path)),
+        "--reward",
+        "length",
+    ]
     options += ["--iters", "3", "--samples", "0", "--batch-size", "1", "--output", "out"]
     options += ["--grad-accumulation-steps", "2", "--group-size", "2", "--valid-fraction", "0"]
     options += ["--max-completion-length", "4"]

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers.paths import TINY_MODEL
 
 from mlx_align.cli.main import run
 from mlx_align.data.formats import read_preferences, read_supervised
@@ -15,7 +16,6 @@ from mlx_align.rollout.rejection_sampling import RejectionSamplingConfig, select
 from mlx_align.rollout.sampler import Prompt
 from mlx_align.types import Message, PromptGroup, TokenizedGroup
 
-TINY = Path(__file__).parents[1] / "oracle" / "models" / "policy"
 CONFIG = RejectionSamplingConfig(
     n=4, keep=1, threshold=None, pairs=False, max_tokens=8, temperature=1.0, seed=0
 )
@@ -39,7 +39,7 @@ def sample(tmp_path, monkeypatch):
             prompt = [{"role": "user", "content": text}] if chat else text
             rows.append({"prompt": prompt, "number": i, "text": "clashes"})
         Path("prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        options = ["--model", str(TINY), "--data", "prompts.jsonl", "--output", output]
+        options = ["--model", str(TINY_MODEL), "--data", "prompts.jsonl", "--output", output]
         options += ["-n", "4", "--max-tokens", "6"]
         if reward is not None:
             options += ["--reward", reward]
@@ -116,7 +116,7 @@ def test_with_an_adapter_and_a_reward_model(sample, tmp_path, capsys):
         for name in ("chosen", "rejected"):
             pair[name] = [{"role": "assistant", "content": pair[name]}]
     Path("pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
-    short = ["--model", str(TINY), "--data", "pairs.jsonl", "--iters", "3", "--samples", "0"]
+    short = ["--model", str(TINY_MODEL), "--data", "pairs.jsonl", "--iters", "3", "--samples", "0"]
     short += ["--grad-accumulation-steps", "1", "--learning-rate", "0.05", "--lora-rank", "2"]
     assert run(["sft", *short, "--output", "sft"]) == 0
     assert run(["reward", *short, "--output", "rm"]) == 0
@@ -135,7 +135,7 @@ def test_with_an_adapter_and_a_reward_model(sample, tmp_path, capsys):
     from mlx_align.inference.reward_model import RewardModel
 
     answer = rows[3]["completion"]
-    (alone,) = RewardModel.load(str(TINY), "rm").score(rows[3]["prompt"], [answer])
+    (alone,) = RewardModel.load(str(TINY_MODEL), "rm").score(rows[3]["prompt"], [answer])
     assert rows[3]["score"] == pytest.approx(float(alone), abs=1e-4)
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
+from helpers.paths import TINY_MODEL
 
 from mlx_align.config import DPOConfig
 from mlx_align.data.batching import padding_fraction
@@ -14,7 +15,6 @@ from mlx_align.data.buckets import Shape
 from mlx_align.types import TokenizedGroup
 
 ROOT = Path(__file__).resolve().parents[2]
-TINY = ROOT / "tests" / "oracle" / "models" / "policy"
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +43,7 @@ def groups():
 
 @pytest.mark.parametrize("batch", [{"batch_size": 2}, {"batch_tokens": 160}])
 def test_memory_is_constant_once_every_shape_has_occurred(script, groups, batch):
-    config = DPOConfig(model=str(TINY), grad_accumulation_steps=1, lora_rank=2, **batch)
+    config = DPOConfig(model=str(TINY_MODEL), grad_accumulation_steps=1, lora_rank=2, **batch)
     found = script.measure(config, groups, steps=60, every=20)
     assert found.used > (2 if "batch_size" in batch else 0)
     # Peaks of 3 MB vary by tens of kilobytes, depending on when mlx frees memory.
@@ -65,7 +65,7 @@ def test_growth_is_reported(script, groups, monkeypatch):
         "padding_fraction",
         lambda *a: kept.append(_held(mx.get_active_memory() // 5)) or original(*a),
     )
-    config = DPOConfig(model=str(TINY), grad_accumulation_steps=1, lora_rank=2, batch_size=2)
+    config = DPOConfig(model=str(TINY_MODEL), grad_accumulation_steps=1, lora_rank=2, batch_size=2)
     found = script.measure(config, groups, steps=60, every=20)
     assert any(
         text.startswith("active memory grew") for text in script.violations(found, 1.0, 0.05)

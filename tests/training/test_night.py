@@ -12,6 +12,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
+from helpers.paths import TINY_MODEL
 
 from mlx_align.algorithms import update
 from mlx_align.cli.main import run
@@ -24,7 +25,6 @@ from mlx_align.training import setup
 from mlx_align.training.callbacks import Callbacks
 
 ROOT = Path(__file__).parent.parent.parent
-TINY = Path(__file__).parent.parent / "oracle" / "models" / "policy"
 SMALL = (
     *("--batch-size", 2, "--grad-accumulation-steps", 2, "--lora-rank", 2, "--samples", 1),
     *("--sample-tokens", 3, "--reference-cache", "cache", "--iters", 6, "--save-every", 2),
@@ -36,7 +36,7 @@ SMALL = (
 def pairs(tmp_path, monkeypatch):
     """A folder of pairs, and a copy of the model beside it; both may be changed."""
     monkeypatch.chdir(tmp_path)
-    shutil.copytree(TINY, "model")
+    shutil.copytree(TINY_MODEL, "model")
     Path("pairs").mkdir()
     for split, n in (("train", 16), ("valid", 3)):
         rows = [
@@ -139,7 +139,7 @@ def test_what_changed_is_named(pairs, capsys, monkeypatch):
     mx.save_safetensors(str(weights), changed, metadata={"format": "mlx"})
     assert "the model (--model) changed" in refused()
     shutil.rmtree("model")
-    shutil.copytree(TINY, "model")
+    shutil.copytree(TINY_MODEL, "model")
 
     config = Path("run", "config.yaml")
     text = config.read_text()

@@ -6,11 +6,11 @@ import shutil
 from pathlib import Path
 
 import pytest
+from helpers.paths import TINY_MODEL
 
 from mlx_align.cli.main import run
 
 ROOT = Path(__file__).parent.parent.parent
-TINY = Path(__file__).parent.parent / "oracle" / "models" / "policy"
 FORBIDDEN_MODULES = {"pickle", "cPickle", "dill", "joblib", "shelve", "marshal", "runpy", "code"}
 FORBIDDEN_CALLS = {"eval", "exec", "compile", "__import__"}
 # Called with arguments that make them safe, or not at all.
@@ -50,7 +50,7 @@ def _check_call(node, file):
 def test_a_model_that_brings_code_is_refused_or_read_without_it(tmp_path, capsys, kind):
     """Code in a model folder would leave a file; none is left."""
     model, trace = tmp_path / "model", tmp_path / "executed"
-    shutil.copytree(TINY, model)
+    shutil.copytree(TINY_MODEL, model)
     (model / "own.py").write_text(
         f"open({str(trace)!r}, 'w').write('yes')\n"
         "class Own: pass\nclass Model: pass\nclass ModelArgs: pass\n"
@@ -81,7 +81,7 @@ def test_a_model_that_brings_code_is_refused_or_read_without_it(tmp_path, capsys
 def test_names_in_archives_lead_nowhere(tmp_path, capsys):
     """A manifest or index that names files elsewhere: they are not read, nor written."""
     model = tmp_path / "model"
-    shutil.copytree(TINY, model)
+    shutil.copytree(TINY_MODEL, model)
     weights = next(model.glob("*.safetensors"))
     outside = tmp_path / "outside.safetensors"
     shutil.move(weights, outside)

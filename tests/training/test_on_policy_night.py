@@ -9,6 +9,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
+from helpers.paths import TINY_MODEL
 
 from mlx_align.algorithms import dpo, ppo, update
 from mlx_align.cli.main import run
@@ -17,7 +18,6 @@ from mlx_align.rollout.reward_functions import RewardFunctions
 from mlx_align.training import run as run_module
 from mlx_align.training.evaluation import RolloutEvaluation
 
-TINY = Path(__file__).parent.parent / "oracle" / "models" / "policy"
 SMALL = (
     *("--batch-size", 2, "--grad-accumulation-steps", 1, "--minibatches", 2, "--group-size", 2),
     *("--max-completion-length", 5, "--max-seq-length", 64, "--lora-rank", 2, "--samples", 1),
@@ -46,7 +46,7 @@ def prompts(tmp_path, monkeypatch):
 
 def train(command, *options, output="run"):
     own = PPO if command == "ppo" else ()
-    where = ("--model", TINY, "--data", "data", "--output", output)
+    where = ("--model", TINY_MODEL, "--data", "data", "--output", output)
     return run([command, *map(str, (*where, *SMALL, *own, *options))])
 
 
@@ -220,8 +220,8 @@ def test_a_rollout_batch_that_is_half_learned_is_no_state(prompts, monkeypatch, 
 
 def test_what_changed_is_named(prompts, monkeypatch, capsys):
     small = ("--iters", 1, "--grad-accumulation-steps", 1, "--lora-rank", 2, "--samples", 0)
-    shutil.copytree(TINY, "other")
-    for folder, base in (("rm", TINY), ("rm-2", "other")):
+    shutil.copytree(TINY_MODEL, "other")
+    for folder, base in (("rm", TINY_MODEL), ("rm-2", "other")):
         where = ("--model", base, "--data", "data", "--output", folder)
         assert run(["reward", *map(str, (*where, *small))]) == 0
     Path("shown.jsonl").write_text('{"prompt": "a", "completion": " b"}\n' * 4)

@@ -1,16 +1,15 @@
 """A finished ppo or grpo run, read again by `mlx-align eval` and `mlx-align rerank`."""
 
 import json
-from pathlib import Path
 
 import pytest
+from helpers.paths import TINY_MODEL
 
 from mlx_align.cli.main import run
 from mlx_align.evaluation.data import read_held_out_data
 from mlx_align.inference.trained_run import read_trained_run
 from mlx_align.training import setup
 
-TINY = Path(__file__).parent.parent / "oracle" / "models" / "policy"
 SMALL = (
     *("--batch-size", 2, "--grad-accumulation-steps", 1, "--group-size", 2, "--lora-rank", 2),
     *("--max-completion-length", 4, "--max-seq-length", 96, "--samples", 0, "--iters", 1),
@@ -51,7 +50,7 @@ def runs(tmp_path_factory):
                 return found
 
             patched.setattr(setup, "read_prompt_splits", read)
-            where = ("--model", TINY, "--data", folder / data, "--output", folder / name)
+            where = ("--model", TINY_MODEL, "--data", folder / data, "--output", folder / name)
             own = ("--valid-fraction", 0.3, "--seed", 3)
             assert command(name, *where, *SMALL, *own, *options) == 0
     return folder, held_out
@@ -70,7 +69,7 @@ def test_what_is_held_out_is_what_the_run_held_out(runs, name):
 def test_a_run_is_measured_against_its_start(runs, name, capsys):
     folder, _ = runs
     capsys.readouterr()
-    where = ("--model", TINY, "--adapter-path", folder / name)
+    where = ("--model", TINY_MODEL, "--adapter-path", folder / name)
     assert command("eval", *where, *QUICK, "--json") == 0
     found = json.loads(capsys.readouterr().out)
     assert found["divergence"]["per_answer"] != 0
@@ -103,7 +102,7 @@ def test_an_unfinished_run_is_known_by_its_options(runs):
 @pytest.mark.parametrize("name", ["grpo", "ppo"])
 def test_ranking_takes_a_beta_or_a_reward_model(runs, name, capsys):
     folder, _ = runs
-    where = ("--model", TINY, "--adapter-path", folder / name)
+    where = ("--model", TINY_MODEL, "--adapter-path", folder / name)
     ask = (*where, "--prompt", "is it?", "-n", 2, "--max-tokens", 3)
     assert command("rerank", *ask) == 1
     error = capsys.readouterr().err

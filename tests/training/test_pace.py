@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers.paths import TINY_MODEL
 
 from mlx_align.cli.main import run
 from mlx_align.config import KTOConfig
@@ -13,7 +14,6 @@ from mlx_align.planning import duration
 from mlx_align.training.metrics import Throughput
 from mlx_align.types import TokenizedGroup
 
-TINY = Path(__file__).parent.parent / "oracle" / "models" / "policy"
 SMALL, LARGE = Shape(8, 8, 2), Shape(16, 16, 1)
 
 
@@ -36,7 +36,7 @@ def test_updates_that_compile_are_left_out():
 
 def plan(command, *options):
     """The time that `mlx-align plan` tells."""
-    where = ["--model", str(TINY), "--data", "pairs.jsonl", "--json", "--command", command]
+    where = ["--model", str(TINY_MODEL), "--data", "pairs.jsonl", "--json", "--command", command]
     assert run(["plan", *where, *options]) == 0
 
 
@@ -48,7 +48,7 @@ def test_plan_knows_the_time_after_a_run(tmp_path, monkeypatch, capsys):
     chosen = ["--batch-tokens", "64", "--grad-accumulation-steps", "2"]
 
     def train(output, iters):
-        command = ["dpo", "--model", str(TINY), "--data", "pairs.jsonl", "--output", output]
+        command = ["dpo", "--model", str(TINY_MODEL), "--data", "pairs.jsonl", "--output", output]
         command += ["--reference-cache", "cache", "--samples", "0", "--iters", iters]
         assert run([*command, *chosen]) == 0
         capsys.readouterr()
