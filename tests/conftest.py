@@ -58,7 +58,7 @@ def tiny_policy():
 
 @pytest.fixture(scope="session")
 def pairs(tmp_path_factory):
-    """40 pairs to train on and 8 held out, of many lengths: the chosen say yes, the others no."""
+    """40 pairs to train on and 12 held out, of many lengths: the chosen say yes, the others no."""
     draw = random.Random(0)
 
     def pair(split, i):
@@ -67,22 +67,25 @@ def pairs(tmp_path_factory):
         return {
             "prompt": user(f"{split} {i}: is {words} good?"),
             "chosen": assistant(f"yes {tails[0]}"),
-            "rejected": assistant(f"no {tails[1]} never"),
+            "rejected": assistant(f"no {tails[1]}"),
         }
 
-    rows = {split: [pair(split, i) for i in range(n)] for split, n in (("train", 40), ("valid", 8))}
-    return write_splits(tmp_path_factory.mktemp("pairs"), **rows)
+    return write_splits(
+        tmp_path_factory.mktemp("pairs"),
+        train=[pair("train", i) for i in range(40)],
+        valid=[pair("valid", i) for i in range(12)],
+    )
 
 
 @pytest.fixture
 def train(tmp_path, monkeypatch):
     """Train in this process, in an empty folder; the exit code and the run folder."""
-    from helpers.runs import command
+    from helpers.runs import mlx_align
 
     monkeypatch.chdir(tmp_path)
 
     def call(name, *options, data, model=TINY_MODEL, output="run"):
         where = ("--model", model, "--data", data, "--output", output)
-        return command(name, *where, *options), tmp_path / output
+        return mlx_align(name, *where, *options), tmp_path / output
 
     return call

@@ -16,8 +16,8 @@ from helpers.runs import (
     LN2,
     adapter_of,
     change_results,
-    command,
     metric_rows,
+    mlx_align,
     stop_after,
     summary_of,
     with_nan,
@@ -156,13 +156,13 @@ def test_reference_log_probs_are_computed_once(
     def passes(output, *options, **named):
         scored.clear()
         model = named.pop("model", "float32")
-        # One evaluation, after the last update: 8 held-out pairs.
+        # One evaluation, after the last update: 12 held-out pairs.
         options = ("--samples", 0, "--steps-per-eval", 0, *options)
         assert train_dpo(*options, output=output, **named, model=tiny_models[model])[0] == 0
         assert scored.count(0) == 0
-        return sum(scored) - 16
+        return sum(scored) - 24
 
-    every = 2 * (40 + 8)
+    every = 2 * (40 + 12)
     assert passes("a", "--epochs", 3) == every
     assert passes("b", "--epochs", 3) == 0
     assert passes("c", "--epochs", 1, "--loss", "ipo") == 0
@@ -181,7 +181,7 @@ def test_reference_log_probs_are_computed_once(
     assert passes("i", data=changed) == 4
     # A run that sees a part of the data computes that part.
     other = ("--reference-cache", tmp_path / "other")
-    assert passes("j", "--iters", 1, *other) == 2 * (8 + 8)
+    assert passes("j", "--iters", 1, *other) == 2 * (8 + 12)
 
 
 @pytest.mark.parametrize("kind", [("--fine-tune-type", "dora"), ("--fine-tune-type", "full")])
@@ -198,7 +198,7 @@ def test_dora_and_full_fine_tuning(train_dpo, kind):
 
     fused = folder.parent / "fused"
     where = ["--adapter-path", str(folder), "--output", str(fused)]
-    assert command("fuse", "--model", TINY_MODEL, *where) == 0
+    assert mlx_align("fuse", "--model", TINY_MODEL, *where) == 0
     merged, _ = mlx_lm_load(str(fused))
     tokens = mx.array([tokenizer.encode("is the sun good?")])
     assert mx.allclose(merged(tokens), model(tokens), atol=1e-4)
@@ -215,9 +215,9 @@ def test_resumed_run_ends_with_the_same_bytes(train_dpo, tmp_path, capsys, monke
     assert "resume with: mlx-align dpo --resume" in capsys.readouterr().out
     assert train_dpo(*options, output="parts")[0] == 1
     assert "holds another run" in capsys.readouterr().err
-    assert command("dpo", "--resume", "parts", "--beta", "0.7") == 1
+    assert mlx_align("dpo", "--resume", "parts", "--beta", "0.7") == 1
     assert "--beta 0.7: the run has None" in capsys.readouterr().err
-    assert command("dpo", "--resume", "parts") == 0
+    assert mlx_align("dpo", "--resume", "parts") == 0
     whole, both = ((tmp_path / n / "adapters.safetensors").read_bytes() for n in ("whole", "parts"))
     assert whole == both
     for name in ("whole", "parts"):
@@ -225,7 +225,7 @@ def test_resumed_run_ends_with_the_same_bytes(train_dpo, tmp_path, capsys, monke
         assert steps == [1, 2, 4, 6, 8]
     # Nothing is left to do: the same adapter, and a summary as full as before.
     before = summary_of("parts")
-    assert command("dpo", "--resume", "parts") == 0
+    assert mlx_align("dpo", "--resume", "parts") == 0
     after = summary_of("parts")
     assert (tmp_path / "parts" / "adapters.safetensors").read_bytes() == whole
     assert after["train"] == before["train"]
@@ -249,7 +249,7 @@ def test_token_budget_from_options_to_summary_and_resumed(train, pairs, monkeypa
     with monkeypatch.context() as patched:
         stop_after(patched, 3)
         assert train("dpo", *options, data=pairs, output="parts")[0] == 130
-    assert command("dpo", "--resume", "parts") == 0
+    assert mlx_align("dpo", "--resume", "parts") == 0
     adapters = [Path(name, "adapters.safetensors").read_bytes() for name in ("whole", "parts")]
     assert adapters[0] == adapters[1]
 
@@ -294,7 +294,7 @@ def test_fuse_keeps_what_was_learned(train_dpo, tiny_models, tmp_path, capsys):
         capsys.readouterr()
         fused = tmp_path / f"fused-{dtype}"
         options = ["--adapter-path", str(folder), "--output", str(fused), "--json"]
-        assert command("fuse", "--model", tiny_models[dtype], *options) == 0
+        assert mlx_align("fuse", "--model", tiny_models[dtype], *options) == 0
         report = json.loads(capsys.readouterr().out)
         assert report["logps_change"] > 0.01
         assert report["logps_gap"] < 0.1 * report["logps_change"]
@@ -303,7 +303,7 @@ def test_fuse_keeps_what_was_learned(train_dpo, tiny_models, tmp_path, capsys):
         tokens = mx.array([tokenizer.encode("is the sun good?")])
         assert mx.allclose(merged(tokens), adapted(tokens), atol=0.1 * report["logps_change"])
         # Not empty, so not overwritten.
-        assert command("fuse", "--model", tiny_models[dtype], *options) == 1
+        assert mlx_align("fuse", "--model", tiny_models[dtype], *options) == 1
         assert "is not empty" in capsys.readouterr().err
 
 
@@ -311,16 +311,16 @@ def test_cache_command_shows_and_purges(train_dpo, tmp_path, capsys):
     assert train_dpo("--iters", 1)[0] == 0
     capsys.readouterr()
     where = ["--reference-cache", str(tmp_path / "cache")]
-    assert command("cache", "--json", *where) == 0
+    assert mlx_align("cache", "--json", *where) == 0
     shown = json.loads(capsys.readouterr().out)
     assert len(shown["stores"]) == 1
     assert shown["bytes"] > 0
-    assert command("cache", "--purge", *where) == 0
+    assert mlx_align("cache", "--purge", *where) == 0
     assert not list((tmp_path / "cache").glob("*.sqlite"))
 
 
 def test_data_check_prints_the_screen(pairs, capsys):
-    assert command("data", "check", "--model", TINY_MODEL, "--data", pairs) == 0
+    assert mlx_align("data", "check", "--model", TINY_MODEL, "--data", pairs) == 0
     out = capsys.readouterr().out
     assert "40 pairs kept of 40" in out
     assert "prompt" in out

@@ -16,7 +16,7 @@ from mlx_align.training.callbacks import Callbacks
 LN2 = 0.6931471805599453
 
 
-def command(*arguments: Any) -> int:
+def mlx_align(*arguments: Any) -> int:
     """Run `mlx-align ARGUMENTS` in this process; the exit code."""
     return run([str(argument) for argument in arguments])
 
