@@ -230,10 +230,8 @@ def ensemble(train_reward):
 def test_score_writes_every_row_again(ensemble, pairs, tmp_path, capsys):
     base, folder = ensemble
     where = ("--model", base, "--adapter-path", folder)
-    assert (
-        mlx_align("score", *where, "--data", pairs, "--split", "valid", "--output", "out.jsonl")
-        == 0
-    )
+    held_out = ("--data", pairs, "--split", "valid")
+    assert mlx_align("score", *where, *held_out, "--output", "out.jsonl") == 0
     out = capsys.readouterr().out
     assert "accuracy" in out
     assert "Wrote 24 scores to out.jsonl" in out
@@ -248,8 +246,7 @@ def test_score_writes_every_row_again(ensemble, pairs, tmp_path, capsys):
         assert members.shape == (2, 3)
         assert members.mean(axis=1).tolist() == pytest.approx(wanted, abs=1e-5)
     # The run's own report is of the same held-out pairs.
-    json_options = ("--split", "valid", "--output", "other.jsonl", "--json")
-    assert mlx_align("score", *where, "--data", pairs, *json_options) == 0
+    assert mlx_align("score", *where, *held_out, "--output", "other.jsonl", "--json") == 0
     found = json.loads(capsys.readouterr().out)["pairs"]
     report = summary_of(folder)["held_out"]
     assert found["accuracy"] == report["accuracy"]

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 import pytest
 
 from helpers.data import read_rows
@@ -32,9 +33,10 @@ def summary_of(folder: Path | str) -> dict[str, Any]:
     return json.loads((Path(folder) / "summary.json").read_text())
 
 
-def adapter_of(folder: Path | str) -> dict[str, mx.array]:
-    """The tensors of a run's adapter."""
-    return mx.load(str(Path(folder) / "adapters.safetensors"))
+def adapter_of(folder: Path | str) -> dict[str, np.ndarray]:
+    """The tensors of the adapter in a run folder or checkpoint."""
+    tensors = mx.load(str(Path(folder) / "adapters.safetensors"))
+    return {name: np.array(tensor) for name, tensor in tensors.items()}
 
 
 def outcome(folder: Path | str) -> dict[str, Any]:
@@ -97,7 +99,7 @@ def change_results(
     owner: Any,
     name: str,
     change: Callable[[Any], Any],
-    which: Callable[[int], bool],
+    which: Callable[[int], bool] = lambda _: True,
 ) -> None:
     """Change what `owner.name` returns in the calls, counted from 1, that `which` selects."""
     original, calls = getattr(owner, name), 0
