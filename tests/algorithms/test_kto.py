@@ -1,6 +1,5 @@
 """`mlx-align kto`: the reference point, the partners it is made from, and whole runs."""
 
-import json
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -8,6 +7,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
+from helpers.data import write_rows
 from helpers.oracle import (
     SMALL,
     assert_accumulation_is_exact,
@@ -18,6 +18,7 @@ from helpers.oracle import (
     update,
 )
 from helpers.paths import TINY_MODEL
+from helpers.runs import metric_rows, mlx_align, outcome
 from mlx_lm import load as mlx_lm_load
 
 from mlx_align.algorithms.kto import (
@@ -27,7 +28,6 @@ from mlx_align.algorithms.kto import (
     means_by_label,
     row_metrics,
 )
-from mlx_align.cli.main import run
 from mlx_align.data.buckets import LENGTH_MULTIPLE
 from mlx_align.data.transforms import add_mismatched
 from mlx_align.errors import DataError
@@ -188,26 +188,25 @@ _HELD_OUT = [(3.0, 0.5), (1.0, 1.0), (-2.0, 0.0), (1.0, 0.5)]
 # ---------------------------------------------------------------- runs
 
 
-@pytest.fixture
-def kto(tmp_path, monkeypatch):
-    """Runs `mlx-align kto` on rows whose good answers say yes and whose bad ones say no."""
-    monkeypatch.chdir(tmp_path)
+ANSWERS = [
+    {
+        "prompt": f"{i}: {'sun ' * (i % 3)}{'rain ' * (i % 4)}?",
+        "completion": f"{' yes' if i % 2 else ' no, never'} {'a' * (i % 7)}",
+        "label": bool(i % 2),
+    }
+    for i in range(48)
+]
 
-    def call(*options, rows=None, output="run"):
-        random = np.random.default_rng(0)
-        made = rows or [
-            {
-                "prompt": f"{i}: {' '.join(random.choice(['sun', 'rain'], 3))}?",
-                "completion": f"{' yes' if i % 2 else ' no, never'} {'a' * (i % 7)}",
-                "label": bool(i % 2),
-            }
-            for i in range(48)
-        ]
-        Path("rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in made))
-        command = ["kto", "--model", str(TINY_MODEL), "--data", "rows.jsonl", "--output", output]
-        command += ["--reference-cache", "cache", "--samples", "1", "--sample-tokens", "4"]
-        command += ["--valid-fraction", "0.25", "--warmup", "0", *map(str, options)]
-        return run(command), tmp_path / output
+
+@pytest.fixture
+def kto(train):
+    """Runs `mlx-align kto` on rows whose good answers say yes and whose bad ones say no."""
+
+    def call(*options, rows=ANSWERS, output="run"):
+        data = write_rows("rows.jsonl", rows)
+        small = ("--samples", 1, "--sample-tokens", 4, "--valid-fraction", 0.25, "--warmup", 0)
+        cache = ("--reference-cache", "cache")
+        return train("kto", *cache, *small, *options, data=data, output=output)
 
     return call
 
@@ -215,17 +214,12 @@ def kto(tmp_path, monkeypatch):
 HOT = ("--learning-rate", "3e-3", "--batch-size", 4, "--grad-accumulation-steps", 2)
 
 
-def metrics_of(folder):
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [r for r in rows if "loss" in r], [r for r in rows if "eval/loss" in r]
-
-
 @pytest.mark.parametrize("loss", ["kto", "apo_zero_unpaired"])
 def test_a_run_starts_at_one_half_learns_and_loads_in_stock_mlx_lm(kto, loss, capsys):
     code, folder = kto(*HOT, "--iters", 12, "--steps-per-report", 1, "--loss", loss)
     assert code == 0
     assert " good and " in capsys.readouterr().out
-    training, held_out = metrics_of(folder)
+    training, held_out = metric_rows(folder, "loss"), metric_rows(folder, "eval/loss")
     assert training[0]["loss"] == pytest.approx(0.5, abs=1e-6)
     assert held_out[0]["eval/loss"] == pytest.approx(0.5, abs=1e-6)
     assert held_out[0]["eval/rewards/auc"] == 0.5
@@ -251,8 +245,7 @@ def test_mismatched_log_probs_are_cached_and_runs_repeat(kto, monkeypatch):
     code, again = kto(*whole, output="again")
     assert code == 0
     assert sum(computed) == 0
-    rows = [r["loss"] for r in metrics_of(again)[0]]
-    assert rows == [r["loss"] for r in metrics_of(again.parent / "whole")[0]]
+    assert outcome(again) == outcome("whole")
 
 
 def test_pairs_are_taken_apart(kto, capsys):
@@ -303,14 +296,12 @@ def test_unbalanced_weights_and_tiny_updates_are_warned_of(kto, capsys):
     assert "an update has" not in out
 
 
-def test_an_interrupted_run_goes_on_as_if_it_had_not_been(kto, tmp_path):
+def test_an_interrupted_run_goes_on_as_if_it_had_not_been(kto):
     """The same partners, the same points: the last rows are bit for bit those of a whole run."""
     options = (*HOT, "--iters", 6, "--save-every", 3, "--steps-per-report", 1)
     assert kto(*options, output="whole")[0] == 0
-    shutil.copytree(tmp_path / "whole", tmp_path / "half")
-    for later in sorted((tmp_path / "half" / "checkpoints").iterdir())[1:]:
+    shutil.copytree("whole", "half")
+    for later in sorted(Path("half", "checkpoints").iterdir())[1:]:
         shutil.rmtree(later)
-    assert run(["kto", "--resume", str(tmp_path / "half")]) == 0
-    whole, half = (metrics_of(tmp_path / name)[0] for name in ("whole", "half"))
-    assert [r["loss"] for r in half] == [r["loss"] for r in whole]
-    assert [r["kl"] for r in half] == [r["kl"] for r in whole]
+    assert mlx_align("kto", "--resume", "half") == 0
+    assert outcome("half") == outcome("whole")
