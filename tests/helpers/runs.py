@@ -12,6 +12,7 @@ import pytest
 
 from helpers.data import read_rows
 from mlx_align.cli.main import run
+from mlx_align.system import atomic_io
 from mlx_align.training.callbacks import Callbacks
 
 LN2 = 0.6931471805599453
@@ -116,3 +117,17 @@ def change_results(
 def with_nan(field: str) -> Callable[[Any], Any]:
     """A function that returns a batch with every value of this field NaN."""
     return lambda batch: batch._replace(**{field: getattr(batch, field) * mx.nan})
+
+
+def disk_full_after(monkeypatch: pytest.MonkeyPatch, count: int, error: OSError) -> None:
+    """Raise `error` for every file that is flushed to the disk after the first `count`."""
+    original, left = atomic_io.flush_to_disk, count
+
+    def full(path: Path) -> None:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise error
+        original(path)
+
+    monkeypatch.setattr(atomic_io, "flush_to_disk", full)
