@@ -76,10 +76,13 @@ def test_a_lock_dies_with_its_process(tmp_path):
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT)
     try:
         assert process.stdout.readline() == "held\n"
-        with pytest.raises(ConfigError, match=rf"pid {process.pid}\)"), lock_run_dir(tmp_path):
+        with (
+            pytest.raises(ConfigError, match=rf"pid {process.pid}\)"),
+            run_dir.lock_run_dir(tmp_path),
+        ):
             pass
     finally:
         process.kill()
         process.communicate()
-    with lock_run_dir(tmp_path):
+    with run_dir.lock_run_dir(tmp_path):
         assert (tmp_path / ".lock").read_text() == f"{os.getpid()}\n"
