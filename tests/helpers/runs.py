@@ -1,5 +1,6 @@
 """Commands in this process, what their run folders contain, and ways to disturb a run."""
 
+import hashlib
 import json
 import signal
 from collections.abc import Callable
@@ -51,6 +52,14 @@ def outcome(folder: Path | str) -> dict[str, Any]:
     files = [*folder.glob("*.safetensors"), *folder.glob("samples.jsonl")]
     files += last.glob("*.safetensors")
     return {"metrics": rows, **{str(f.relative_to(folder)): f.read_bytes() for f in files}}
+
+
+def fingerprint(folder: Path) -> dict[str, tuple[str, int]]:
+    """Hash and time of change of every file, to check that a command leaves a folder alone."""
+    return {
+        file.name: (hashlib.sha256(file.read_bytes()).hexdigest(), file.stat().st_mtime_ns)
+        for file in sorted(folder.rglob("*"))
+    }
 
 
 def interrupt() -> None:

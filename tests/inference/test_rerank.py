@@ -4,51 +4,33 @@ import json
 import sys
 from pathlib import Path
 
-import mlx.core as mx
 import numpy as np
 import pytest
-from helpers.forward import scramble
-from test_implicit_reward import ANSWERS, PROMPT, TINY_MODEL, adapter, config, digest, explicit
+from helpers.data import write_rows
+from helpers.inference import ANSWERS, PROMPT, dpo_config, two_model_rewards, write_adapter
+from helpers.paths import CLASSIFIERS, TINY_MODEL
+from helpers.runs import fingerprint, mlx_align
 
 from mlx_align import Reranker, RewardModel
-from mlx_align.cli.main import run
 from mlx_align.data.formats import read_preferences
 from mlx_align.errors import ConfigError, DataError, ModelError
 from mlx_align.evaluation.metrics import expected_best
 from mlx_align.inference.generate import TextGenerator
 from mlx_align.models import generation
-from mlx_align.models.adapters import AdapterLayout, install_adapters, save_adapter
-from mlx_align.models.backbone import split_backbone
-from mlx_align.models.heads import HEAD_NAME, add_reward_head
-from mlx_align.models.loading import load_module, open_model
+from mlx_align.models.adapters import AdapterLayout
+from mlx_align.models.loading import open_model
 from mlx_align.system.starter import shipped_file
 from mlx_align.types import Message, PromptGroup, TokenizedGroup
 
 QUESTION = PROMPT[0]["content"]
-CLASSIFIER = Path(__file__).parents[1] / "oracle" / "classifiers" / "qwen2"
+CLASSIFIER = CLASSIFIERS / "qwen2"
 
 
 @pytest.fixture(scope="module")
 def policy(tmp_path_factory):
     """A run of dpo."""
     where = tmp_path_factory.mktemp("rerank") / "policy"
-    return adapter(where, AdapterLayout(rank=4), config(beta=0.5), size=0.1)
-
-
-@pytest.fixture(scope="module")
-def judge(tmp_path_factory):
-    """A run of reward on the same base, of another rank, scale and choice of layers."""
-    folder = tmp_path_factory.mktemp("rerank") / "judge"
-    model = load_module(TINY_MODEL)
-    mx.random.seed(5)
-    layout = AdapterLayout(rank=6, scale=0.7, num_layers=1, keys=("self_attn.q_proj",))
-    tree = install_adapters(model, layout)
-    scramble(model, 0.3)
-    head = add_reward_head(split_backbone(model)).parameters()
-    folder.mkdir()
-    tree = {**model.trainable_parameters(), HEAD_NAME: head}
-    save_adapter(folder, tree, layout, str(TINY_MODEL))
-    return folder
+    return write_adapter(where, AdapterLayout(rank=4), dpo_config(beta=0.5), size=0.1)
 
 
 @pytest.fixture(scope="module")
@@ -73,12 +55,12 @@ def test_given_completions_are_ranked_and_all_kept(reranker, policy):
     assert not any(one.truncated for one in ranked)
 
 
-def test_by_a_reward_model_on_the_same_weights(policy, judge):
+def test_by_a_reward_model_on_the_same_weights(policy, reward_run):
     """It swaps with the policy, and says what it says alone."""
-    both = Reranker.load(str(TINY_MODEL), policy, judge)
+    both = Reranker.load(str(TINY_MODEL), policy, reward_run)
     assert "an adapter on the same weights" in both.description
     assert both.scorer.model is both.model or both.scorer.model.module is both.model.module
-    alone = RewardModel.load(str(TINY_MODEL), judge).score(PROMPT, ANSWERS)
+    alone = RewardModel.load(str(TINY_MODEL), reward_run).score(PROMPT, ANSWERS)
     ranked = both.rank(PROMPT, ANSWERS)
     by_index = [one.score for one in sorted(ranked, key=lambda one: one.index)]
     np.testing.assert_allclose(by_index, alone, atol=1e-5)
@@ -88,7 +70,7 @@ def test_by_a_reward_model_on_the_same_weights(policy, judge):
     drawn = [r.sample(PROMPT, 6, max_tokens=8, seed=2) for r in (both, without)]
     assert {one.text for one in drawn[0]} == {one.text for one in drawn[1]}
     texts = [one.text for one in drawn[0]]
-    alone = RewardModel.load(str(TINY_MODEL), judge).score(PROMPT, texts)
+    alone = RewardModel.load(str(TINY_MODEL), reward_run).score(PROMPT, texts)
     np.testing.assert_allclose([one.score for one in drawn[0]], alone, atol=1e-5)
 
 
@@ -101,15 +83,17 @@ def test_by_a_second_model(policy):
     np.testing.assert_allclose(by_index, alone, atol=1e-6)
 
 
-def test_best_of_n_of_the_base_itself(judge):
-    reranker = Reranker.load(str(TINY_MODEL), reward_model=judge)
+def test_best_of_n_of_the_base_itself(reward_run):
+    reranker = Reranker.load(str(TINY_MODEL), reward_model=reward_run)
     ranked = reranker.sample(PROMPT, 5, max_tokens=6, seed=1)
     assert sum(one.count for one in ranked) == 5
-    alone = RewardModel.load(str(TINY_MODEL), judge).score(PROMPT, [one.text for one in ranked])
+    alone = RewardModel.load(str(TINY_MODEL), reward_run).score(
+        PROMPT, [one.text for one in ranked]
+    )
     np.testing.assert_allclose([one.score for one in ranked], alone, atol=1e-5)
-    bare = adapter(judge.parent / "zero", AdapterLayout(rank=2), config(), size=0.0)
+    bare = write_adapter(reward_run.parent / "zero", AdapterLayout(rank=2), dpo_config(), size=0.0)
     # An adapter that changes nothing samples the same.
-    same = Reranker.load(str(TINY_MODEL), bare, judge).sample(PROMPT, 5, max_tokens=6, seed=1)
+    same = Reranker.load(str(TINY_MODEL), bare, reward_run).sample(PROMPT, 5, max_tokens=6, seed=1)
     assert [one.text for one in same] == [one.text for one in ranked]
 
 
@@ -140,7 +124,7 @@ def test_samples_are_scored_by_their_own_tokens(reranker, policy, monkeypatch):
     tokenizer = open_model(str(TINY_MODEL)).tokenizer
     prompt = np.array(tokenizer.apply_chat_template(PROMPT, add_generation_prompt=True), np.int32)
     rows = tuple(np.array(drawn[one.index].tokens, np.int32) for one in ranked)
-    wanted = explicit(TokenizedGroup(prompt, rows, "x"), policy, None, 0.5)
+    wanted = two_model_rewards(TokenizedGroup(prompt, rows, "x"), policy, None, 0.5)
     np.testing.assert_allclose([one.score for one in ranked], wanted, atol=1e-5)
 
 
@@ -211,10 +195,10 @@ def test_prompts_too_long_are_said(policy):
     assert short.ranked
 
 
-def test_mistakes_in_loading(policy, judge, tmp_path):
+def test_mistakes_in_loading(policy, reward_run, tmp_path):
     for arguments, error, message in (
         ((str(TINY_MODEL),), ConfigError, "nothing to rank by"),
-        ((str(TINY_MODEL), judge), ModelError, "generates no text"),
+        ((str(TINY_MODEL), reward_run), ModelError, "generates no text"),
         (
             (str(TINY_MODEL), policy, str(TINY_MODEL)),
             ModelError,
@@ -225,10 +209,10 @@ def test_mistakes_in_loading(policy, judge, tmp_path):
         with pytest.raises(error, match=message):
             Reranker.load(*arguments)
     with pytest.raises(ConfigError, match="--beta: has no effect on --reward-model"):
-        Reranker.load(str(TINY_MODEL), policy, judge, beta=1.0)
+        Reranker.load(str(TINY_MODEL), policy, reward_run, beta=1.0)
     moved = tmp_path / "moved"
     moved.mkdir()
-    for file in judge.iterdir():
+    for file in reward_run.iterdir():
         (moved / file.name).write_bytes(file.read_bytes())
     content = json.loads((moved / "adapter_config.json").read_text())
     content["model"] = str(tmp_path / "gone")
@@ -268,23 +252,16 @@ def rerank(tmp_path, monkeypatch, capsys, policy):
     monkeypatch.chdir(tmp_path)
 
     def call(*options, run_folder=policy):
-        where = [] if run_folder is None else ["--adapter-path", str(run_folder)]
-        code = run(
-            ["rerank", "--model", str(TINY_MODEL), *where, *(str(option) for option in options)]
-        )
+        where = () if run_folder is None else ("--adapter-path", run_folder)
+        code = mlx_align("rerank", "--model", TINY_MODEL, *where, *options)
         captured = capsys.readouterr()
         return code, captured.out, captured.err
 
     return call
 
 
-def write(name, *rows):
-    Path(name).write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return name
-
-
 def test_a_prompt(rerank, reranker, policy):
-    before = digest(policy)
+    before = fingerprint(policy)
     options = ("--prompt", QUESTION, "-n", 4, "--max-tokens", 6, "--seed", 2)
     code, out, _ = rerank(*options, "--json")
     assert code == 0
@@ -302,12 +279,12 @@ def test_a_prompt(rerank, reranker, policy):
     assert "(truncated)" in out
     code, out, _ = rerank(*options, "--ignore-chat-template", "--json")
     assert json.loads(out)["prompt"] == QUESTION
-    assert digest(policy) == before
+    assert fingerprint(policy) == before
 
 
 def test_a_file_of_prompts(rerank, reranker):
     rows = [{"prompt": PROMPT, "id": i} for i in range(3)] + [{"prompt": [{**PROMPT[0]}], "id": 3}]
-    write("prompts.jsonl", *rows)
+    write_rows("prompts.jsonl", rows)
     options = ("--input", "prompts.jsonl", "-n", 4, "--max-tokens", 5, "--output", "out.jsonl")
     code, out, _ = rerank(*options)
     assert code == 0
@@ -336,7 +313,7 @@ def test_given_completions_in_a_file(rerank, reranker):
         {"prompt": PROMPT, "completions": []},
         {"prompt": PROMPT, "completions": [texts[1], texts[1]]},
     ]
-    write("given.jsonl", *rows)
+    write_rows("given.jsonl", rows)
     code, out, _ = rerank("--input", "given.jsonl", "--json", "--output", "out.jsonl")
     assert code == 0
     assert json.loads(out) == {"output": "out.jsonl", "prompts": 3, "unranked": 1}
@@ -378,9 +355,9 @@ def test_on_a_terminal(rerank, monkeypatch):
     assert rerank("-n", 1)[0] == 130
 
 
-def test_mistakes(rerank, policy, judge):
-    write("text.jsonl", {"prompt": "Say"})
-    write("odd.jsonl", {"question?": "Say"})
+def test_mistakes(rerank, policy, reward_run):
+    write_rows("text.jsonl", [{"prompt": "Say"}])
+    write_rows("odd.jsonl", [{"question?": "Say"}])
     for options, message in (
         ((), "no terminal to read prompts from; give --prompt or --input"),
         (("--prompt", "x", "--input", "y"), "exclude each other"),
@@ -389,7 +366,7 @@ def test_mistakes(rerank, policy, judge):
         (("--prompt", "x", "-n", 0), "-n"),
         (("--prompt", "x", "--temperature", -1), "--temperature"),
         (("--prompt", "x", "--beta", 0), "--beta 0: must be above 0"),
-        (("--prompt", "x", "--reward-model", judge, "--sum"), "--per-token: has no effect"),
+        (("--prompt", "x", "--reward-model", reward_run, "--sum"), "--per-token: has no effect"),
         (("--prompt", "x", "--output", "nowhere/o.jsonl"), "there is no folder"),
         (("--input", "nowhere.jsonl"), "--input nowhere.jsonl: no such file"),
         (("--input", "odd.jsonl"), "odd.jsonl:1: not recognised as prompts data"),
@@ -406,7 +383,7 @@ def test_mistakes(rerank, policy, judge):
     code, out, _ = rerank("--input", "text.jsonl", "-n", 1, "--max-tokens", 2)
     assert code == 0
     assert "! text prompts are used verbatim" in out
-    assert run(["rerank", "--help"]) == 0
+    assert mlx_align("rerank", "--help") == 0
 
 
 # ---------------------------------------------------------------- the starter
@@ -418,7 +395,7 @@ def test_best_of_n_finds_right_answers_on_the_starter(tmp_path, monkeypatch, cap
     options = ["--iters", "12", "--batch-size", "4", "--warmup", "0", "--learning-rate", "1e-3"]
     options += ["--samples", "0", "--val-batches", "1", "--output", "run"]
     options += ["--reference-cache", str(tmp_path / "cache")]
-    assert run(["dpo", "-c", str(shipped_file("starter.yaml")), *options]) == 0
+    assert mlx_align("dpo", "-c", shipped_file("starter.yaml"), *options) == 0
     capsys.readouterr()
     world = json.loads((shipped_file("starter") / "world.json").read_text())
     some = world["countries"][::3]

@@ -74,7 +74,7 @@ def processes(monkeypatch):
     return seen
 
 
-# Where, the how-manieth call of it, what comes, and the checkpoints that are there then.
+# A function, the number of its call, what happens before that call, and the last checkpoint then.
 MOMENTS = {
     "the reference's rewards": (RolloutCollector, "reference_rewards", 1, signal.SIGTERM, None),
     "answers before": (run_module, "answers", 1, signal.SIGHUP, None),
