@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 from functools import partial
-from pathlib import Path
 
 import mlx.core as mx
 import pytest
 from helpers.families import FAMILIES, FLAT_FAMILIES, REFUSED_FAMILIES, VOCAB, make_model
 from helpers.forward import difference, gradient, plain_logps, ragged_batch, scramble
+from helpers.scripts import load_script
 
 from mlx_align.errors import ModelError
 from mlx_align.models import attention
@@ -88,11 +87,7 @@ def test_most_families_leave_the_mask_to_attention():
 
 @pytest.fixture(scope="module")
 def script():
-    file = Path(__file__).resolve().parent.parent.parent / "scripts" / "verify_families.py"
-    spec = importlib.util.spec_from_file_location("verify_families", file)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("verify_families")
 
 
 # Why a family's rows are run whole: a part of what the check at load says.

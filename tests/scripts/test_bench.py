@@ -1,29 +1,20 @@
 """scripts/bench.py: its arguments and table, and this package's own runner on a tiny model."""
 
-import importlib.util
 import json
 import math
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from helpers.paths import SCRIPTS
+from helpers.scripts import load_script
 
-ROOT = Path(__file__).resolve().parent.parent.parent
-BENCH = ROOT / "scripts" / "bench"
+BENCH = SCRIPTS / "bench"
 
 
 @pytest.fixture(scope="module")
 def bench():
-    path = list(sys.path)
-    spec = importlib.util.spec_from_file_location("bench_script", ROOT / "scripts" / "bench.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # its dataclasses look there for their own module
-    spec.loader.exec_module(module)
-    yield module
-    sys.path[:] = path
-    for name in ("bench_script", "common", "environments"):
-        del sys.modules[name]
+    return load_script("bench")
 
 
 def test_cases_are_read(bench):

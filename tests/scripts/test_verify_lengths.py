@@ -1,32 +1,20 @@
 """`scripts/verify_lengths.py` on small data: memory is constant once every shape has occurred."""
 
-import importlib.util
-import sys
-from pathlib import Path
-
 import mlx.core as mx
 import numpy as np
 import pytest
 from helpers.paths import TINY_MODEL
+from helpers.scripts import load_script
 
 from mlx_align.config import DPOConfig
 from mlx_align.data.batching import padding_fraction
 from mlx_align.data.buckets import Shape
 from mlx_align.types import TokenizedGroup
 
-ROOT = Path(__file__).resolve().parents[2]
-
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location(
-        "verify_lengths", ROOT / "scripts" / "verify_lengths.py"
-    )
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # needed by its dataclasses
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules[spec.name]
+    return load_script("verify_lengths")
 
 
 @pytest.fixture(scope="module")
