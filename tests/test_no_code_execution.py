@@ -3,14 +3,12 @@
 import ast
 import json
 import shutil
-from pathlib import Path
 
 import pytest
-from helpers.paths import TINY_MODEL
+from helpers.data import write_rows
+from helpers.paths import ROOT, TINY_MODEL
+from helpers.runs import mlx_align
 
-from mlx_align.cli.main import run
-
-ROOT = Path(__file__).parent.parent.parent
 FORBIDDEN_MODULES = {"pickle", "cPickle", "dill", "joblib", "shelve", "marshal", "runpy", "code"}
 FORBIDDEN_CALLS = {"eval", "exec", "compile", "__import__"}
 # Called with arguments that make them safe, or not at all.
@@ -68,11 +66,9 @@ def test_a_model_that_brings_code_is_refused_or_read_without_it(tmp_path, capsys
     config_file.write_text(json.dumps(config))
     tokenizer_file.write_text(json.dumps(tokenizer))
     rows = [{"prompt": f"{i}?", "chosen": " yes", "rejected": " no"} for i in range(4)]
-    data = tmp_path / "pairs.jsonl"
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    command = ["dpo", "--model", str(model), "--data", str(data), "--iters", "1", "--samples", "0"]
-    command += ["--output", str(tmp_path / "run"), "--reference-cache", str(tmp_path / "cache")]
-    assert run(command) in (0, 1)
+    data = write_rows(tmp_path / "pairs.jsonl", rows)
+    where = ("--model", model, "--data", data, "--output", tmp_path / "run")
+    assert mlx_align("dpo", *where, "--iters", 1, "--samples", 0) in (0, 1)
     error = capsys.readouterr().err
     assert error.count("\n") <= 1
     assert not trace.exists()
@@ -87,10 +83,9 @@ def test_names_in_archives_lead_nowhere(tmp_path, capsys):
     shutil.move(weights, outside)
     index = {"metadata": {}, "weight_map": {"lm_head.weight": "../outside.safetensors"}}
     (model / "model.safetensors.index.json").write_text(json.dumps(index))
-    data = tmp_path / "pairs.jsonl"
-    data.write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n' * 4)
-    command = ["dpo", "--model", str(model), "--data", str(data), "--output", str(tmp_path / "r")]
-    assert run([*command, "--reference-cache", str(tmp_path / "cache")]) == 1
+    rows = [{"prompt": "a", "chosen": "b", "rejected": "c"}] * 4
+    data = write_rows(tmp_path / "pairs.jsonl", rows)
+    assert mlx_align("dpo", "--model", model, "--data", data, "--output", tmp_path / "run") == 1
     error = capsys.readouterr().err
     assert error.startswith("error: ")
     assert error.count("\n") == 1

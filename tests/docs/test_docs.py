@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 import click
 import pytest
+from helpers.paths import ROOT, STARTER
 from helpers.scripts import load_script
 
 from mlx_align.cli.main import cli
@@ -33,9 +34,7 @@ from mlx_align.losses.registry import PAIRWISE_LOSSES, TOKEN_LOSSES, UNPAIRED_LO
 from mlx_align.rollout.builtin_rewards import BUILTIN_REWARDS
 from mlx_align.tracking.diagnostics import HELD_OUT_METRICS, TRAINING_METRICS
 
-ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-STARTER = ROOT / "data" / "starter"
 MODELS = ("mlx-community/Qwen2.5-7B-Instruct-4bit", "mlx-community/Qwen2.5-7B-4bit")
 OFFLINE = "--iters 1 --samples 0 --grad-accumulation-steps 2 --val-batches 1"
 ON_POLICY = f"{OFFLINE} --max-completion-length 8 --group-size 2"

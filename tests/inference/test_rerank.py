@@ -2,11 +2,10 @@
 
 import json
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers.data import write_rows
+from helpers.data import read_rows, write_rows
 from helpers.inference import ANSWERS, PROMPT, dpo_config, two_model_rewards, write_adapter
 from helpers.paths import CLASSIFIERS, TINY_MODEL
 from helpers.runs import fingerprint, mlx_align
@@ -289,7 +288,7 @@ def test_a_file_of_prompts(rerank, reranker):
     code, out, _ = rerank(*options)
     assert code == 0
     assert "Wrote 4 rankings to out.jsonl" in out
-    found = [json.loads(line) for line in Path("out.jsonl").read_text().splitlines()]
+    found = read_rows("out.jsonl")
     assert [row["id"] for row in found] == [0, 1, 2, 3]
     for row in found:
         scores = [one["score"] for one in row["completions"]]
@@ -317,7 +316,7 @@ def test_given_completions_in_a_file(rerank, reranker):
     code, out, _ = rerank("--input", "given.jsonl", "--json", "--output", "out.jsonl")
     assert code == 0
     assert json.loads(out) == {"output": "out.jsonl", "prompts": 3, "unranked": 1}
-    found = [json.loads(line) for line in Path("out.jsonl").read_text().splitlines()]
+    found = read_rows("out.jsonl")
     wanted = reranker.rank(PROMPT, texts)
     assert [one["index"] for one in found[0]["completions"]] == [one.index for one in wanted]
     assert "scores" not in found[0]  # they were of another order

@@ -1,22 +1,21 @@
 """`--adapter-dtype bfloat16`: the same run in less memory, trained and saved in float32."""
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 import pytest
+from helpers.data import write_rows
 from helpers.oracle import language_model, microbatches
 from helpers.paths import TINY_MODEL
+from helpers.runs import LN2, metric_rows, mlx_align
 from mlx.utils import tree_flatten, tree_map
 from mlx_lm import load as mlx_lm_load
-from mlx_lm.convert import convert
 from mlx_lm.models.llama import Model, ModelArgs
 
 from mlx_align.algorithms.dpo import PreferenceObjective
 from mlx_align.algorithms.update import accumulate, collate_microbatches, compiled_gradient
-from mlx_align.cli.main import run
 from mlx_align.data.buckets import Shape
 from mlx_align.inference.scoring import make_logprob_scorer, score_groups
 from mlx_align.losses.registry import combine, parse_losses
@@ -26,16 +25,13 @@ from mlx_align.training import reference
 from mlx_align.training.reference import reference_key
 from mlx_align.types import TokenizedGroup
 
-LN2 = 0.6931471805599453
 VOCABULARY = 64
 
 
-@pytest.fixture(scope="module")
-def bf16(tmp_path_factory):
+@pytest.fixture(scope="session")
+def bf16(tiny_models):
     """The tiny model in bfloat16."""
-    folder = tmp_path_factory.mktemp("models") / "bfloat16"
-    convert(str(TINY_MODEL), str(folder), dtype="bfloat16")
-    return folder
+    return tiny_models["bfloat16"]
 
 
 @pytest.fixture(scope="module")
@@ -52,21 +48,19 @@ def start(tmp_path_factory, bf16):
 
 
 @pytest.fixture
-def dpo(tmp_path, monkeypatch, bf16):
+def dpo(train, bf16):
     """Runs `mlx-align dpo` on pairs of yes and no; the exit code."""
-    monkeypatch.chdir(tmp_path)
     rows = [
         {"prompt": f"{i} {'sun ' * (i % 5)}?", "chosen": " yes" + "a" * (i % 4), "rejected": " no"}
         for i in range(24)
     ]
-    Path("pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = write_rows("pairs.jsonl", rows)
 
     def call(*options, model=bf16):
-        command = ["dpo", "--model", str(model), "--data", "pairs.jsonl", "--output", "run"]
-        command += ["--reference-cache", "cache", "--samples", "2", "--sample-tokens", "4"]
-        command += ["--batch-size", "2", "--grad-accumulation-steps", "3", "--warmup", "0"]
-        command += ["--learning-rate", "3e-3", "--steps-per-report", "1", "--iters", "8"]
-        return run([*command, *map(str, options)])
+        small = ("--reference-cache", "cache", "--samples", 2, "--sample-tokens", 4)
+        small += ("--batch-size", 2, "--grad-accumulation-steps", 3, "--warmup", 0)
+        small += ("--learning-rate", "3e-3", "--steps-per-report", 1, "--iters", 8)
+        return train("dpo", *small, *options, data=data, model=model)[0]
 
     return call
 
@@ -74,8 +68,7 @@ def dpo(tmp_path, monkeypatch, bf16):
 @pytest.mark.parametrize("checkpoint", ["--grad-checkpoint", "--no-grad-checkpoint"])
 def test_a_run_starts_at_ln2_learns_and_saves_float32(dpo, bf16, start, checkpoint):
     assert dpo("--adapter-dtype", "bfloat16", "--init-adapter", start, checkpoint) == 0
-    rows = [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]
-    losses = [row["loss"] for row in rows if "loss" in row]
+    losses = [row["loss"] for row in metric_rows("run", "loss")]
     assert losses[0] == pytest.approx(LN2, abs=1e-3)
     assert losses[-1] < 0.5
     for file in (
@@ -101,7 +94,7 @@ def test_refusals(dpo, capsys):
         assert error.startswith("error: --adapter-dtype bfloat16: ")
         assert said in error
         assert not Path("run").exists()
-    assert run(["plan", "--model", str(TINY_MODEL), *narrow]) == 1
+    assert mlx_align("plan", "--model", TINY_MODEL, *narrow) == 1
     assert "the model does not compute in it" in capsys.readouterr().err
 
 

@@ -9,6 +9,7 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 from helpers.families import VOCAB, make_model
+from helpers.paths import ORACLE
 from mlx.utils import tree_flatten, tree_map
 
 from mlx_align.algorithms.reward_modeling import RewardObjective
@@ -33,7 +34,6 @@ from mlx_align.models.loading import load_language_model, open_model
 from mlx_align.models.verification import verify_forward
 from mlx_align.types import TokenizedGroup
 
-ORACLE = Path(__file__).parent.parent / "oracle"
 KINDS = ("llama", "qwen2", "gemma2", "qwen3", "mamba2", "gpt2")
 FLAT_KINDS = ("mamba", "internlm2-dynamic")
 

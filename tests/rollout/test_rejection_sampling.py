@@ -7,7 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers.data import read_rows, write_rows
 from helpers.paths import TINY_MODEL
+from helpers.runs import mlx_align
 
 from mlx_align.cli.main import run
 from mlx_align.data.formats import read_preferences, read_supervised
@@ -38,15 +40,14 @@ def sample(tmp_path, monkeypatch):
             text = f"Say yes {i}." + " Please." * (i % 3)
             prompt = [{"role": "user", "content": text}] if chat else text
             rows.append({"prompt": prompt, "number": i, "text": "clashes"})
-        Path("prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        options = ["--model", str(TINY_MODEL), "--data", "prompts.jsonl", "--output", output]
-        options += ["-n", "4", "--max-tokens", "6"]
+        write_rows("prompts.jsonl", rows)
+        options = ("--model", TINY_MODEL, "--data", "prompts.jsonl", "--output", output)
+        options += ("-n", 4, "--max-tokens", 6)
         if reward is not None:
-            options += ["--reward", reward]
-        code = run(["data", "sample", *options, *map(str, more)])
+            options += ("--reward", reward)
+        code = mlx_align("data", "sample", *options, *more)
         file = Path(output)
-        lines = file.read_text().splitlines() if file.exists() else []
-        return code, [json.loads(line) for line in lines]
+        return code, read_rows(file) if file.exists() else []
 
     return call
 

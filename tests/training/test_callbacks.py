@@ -9,9 +9,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from helpers.runs import mlx_align
 from mlx_lm.tuner import callbacks as mlx_lm_callbacks
 
-from mlx_align.cli.main import run as mlx_align
 from mlx_align.config import DPOConfig
 from mlx_align.errors import ConfigError, TrainingError
 from mlx_align.system.interrupts import Interrupted
@@ -257,7 +257,7 @@ def test_trackers_that_can_not_be(wandb, monkeypatch, options, says):
 def test_a_tracker_is_refused_before_anything_is_read(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(mlx_lm_callbacks, "wandb", None)
     options = ["--model", str(tmp_path / "none"), "--data", "none", "--report-to", "wandb"]
-    assert mlx_align(["dpo", *options, "--output", str(tmp_path / "run")]) == 1
+    assert mlx_align("dpo", *options, "--output", tmp_path / "run") == 1
     assert capsys.readouterr().err == (
         "error: --report-to: wandb is not installed; pip install wandb\n"
     )
@@ -291,13 +291,13 @@ def test_training_leaves_a_page(tmp_path, monkeypatch, wandb):
     options += ["--grad-accumulation-steps", "1", "--val-batches", "2", "--samples", "2"]
     options += ["--steps-per-report", "1", "--steps-per-eval", "2", "--sample-tokens", "4"]
     options += ["--reference-cache", "cache", "--report-to", "wandb", "--output", "run"]
-    assert mlx_align(["dpo", *options]) == 130
+    assert mlx_align("dpo", *options) == 130
     text = (tmp_path / "run" / "report.html").read_text()
     assert "interrupted" in text
     assert "after update 2 of 4" in text
     assert "mlx-align dpo --resume run" in text
     assert "792" in text  # the data's facts, though there is no summary
-    assert mlx_align(["dpo", "--resume", "run"]) == 0
+    assert mlx_align("dpo", "--resume", "run") == 0
     text = (tmp_path / "run" / "report.html").read_text()
     assert "4 updates in" in text
     [charts] = re.findall(r'<script[^>]*id="chart-data"[^>]*>(.*?)</script>', text, re.DOTALL)
