@@ -18,7 +18,7 @@ YAML_LOADERS = {"load", "load_all", "full_load", "unsafe_load", "unsafe_load_all
 @pytest.mark.parametrize(
     "file", sorted((ROOT / "mlx_align").rglob("*.py")), ids=lambda p: f"{p.parent.name}/{p.stem}"
 )
-def test_no_call_that_executes_what_it_loads(file):
+def test_the_package_calls_nothing_that_executes_data(file):
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             assert not {a.name.split(".")[0] for a in node.names} & FORBIDDEN_MODULES, file
@@ -45,7 +45,7 @@ def _check_call(node, file):
 
 
 @pytest.mark.parametrize("kind", ["tokenizer", "model", "template"])
-def test_a_model_that_brings_code_is_refused_or_read_without_it(tmp_path, capsys, kind):
+def test_code_in_a_model_folder_is_not_executed(tmp_path, capsys, kind):
     """Code in a model folder would leave a file; none is left."""
     model, trace = tmp_path / "model", tmp_path / "executed"
     shutil.copytree(TINY_MODEL, model)
@@ -74,7 +74,7 @@ def test_a_model_that_brings_code_is_refused_or_read_without_it(tmp_path, capsys
     assert not trace.exists()
 
 
-def test_names_in_archives_lead_nowhere(tmp_path, capsys):
+def test_files_outside_of_the_model_folder_are_not_read(tmp_path, capsys):
     """A manifest or index that names files elsewhere: they are not read, nor written."""
     model = tmp_path / "model"
     shutil.copytree(TINY_MODEL, model)

@@ -319,7 +319,7 @@ def test_cache_command_shows_and_purges(train_dpo, tmp_path, capsys):
     assert not list((tmp_path / "cache").glob("*.sqlite"))
 
 
-def test_data_check_prints_the_screen(pairs, capsys):
+def test_data_check_shows_a_rendered_pair(pairs, capsys):
     assert mlx_align("data", "check", "--model", TINY_MODEL, "--data", pairs) == 0
     out = capsys.readouterr().out
     assert "40 pairs kept of 40" in out
@@ -327,7 +327,7 @@ def test_data_check_prints_the_screen(pairs, capsys):
     assert "⟧" in out
 
 
-def test_a_loss_that_is_not_finite_stops_names_rows_and_keeps_what_was_good(
+def test_a_non_finite_loss_names_its_rows_and_keeps_the_last_good_checkpoint(
     train_dpo, monkeypatch, capsys
 ):
     from mlx_align.algorithms import dpo

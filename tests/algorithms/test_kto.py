@@ -49,7 +49,7 @@ def row(prompt, answer, label=True):
     return TokenizedGroup(ids[0], (ids[1],), "row", label=label)
 
 
-def test_partners_are_other_prompts_answers_and_repeat():
+def test_mismatched_completions_belong_to_other_prompts():
     groups = random_groups(60, 1)
     # Pairs taken apart: the other answer to the same prompt is no mismatched one.
     groups += [row(group.prompt, [1, 2, 3 + i]) for i, group in enumerate(groups)]
@@ -69,7 +69,7 @@ def test_partners_are_other_prompts_answers_and_repeat():
     assert sum(abs(a - b) > 1 for a, b in classes) <= 2
 
 
-def test_an_answer_that_many_prompts_share_is_avoided_where_it_can_be():
+def test_an_answer_of_many_prompts_is_avoided_if_possible():
     groups = [row([i], [7, 7]) for i in range(5)] + [row([9], [8, 8])]
     paired = add_mismatched(groups, seed=0)
     assert all(g.completions[1].tolist() == [8, 8] for g in paired[:5])
@@ -77,7 +77,7 @@ def test_an_answer_that_many_prompts_share_is_avoided_where_it_can_be():
     assert all(g.completions[1].tolist() == [7, 7] for g in same)
 
 
-def test_one_prompt_gives_no_point():
+def test_a_single_prompt_has_no_reference_point():
     with pytest.raises(DataError, match="the same prompt"):
         add_mismatched([row([1], [i]) for i in range(4)], seed=0)
     assert add_mismatched([], seed=0) == []
@@ -107,7 +107,7 @@ def test_rows_accumulate_exactly(name, tiny_policy):
     )
 
 
-def test_no_gradient_goes_through_the_point(tiny_policy):
+def test_the_reference_point_has_no_gradient(tiny_policy):
     """The gradient is that of the own completions alone, at a point that is a number."""
     groups = add_mismatched(random_groups(4, 1), seed=0)
     log_probs = reference_near(tiny_policy, groups)
@@ -139,7 +139,7 @@ def test_no_gradient_goes_through_the_point(tiny_policy):
         assert mx.abs(part - same[name]).max().item() < 1e-5
 
 
-def test_means_of_each_kind_in_training_rows():
+def test_training_rows_have_means_of_both_kinds():
     logps, ratio = mx.array([-1.0, -2.0, -3.0, -4.0]), mx.array([1.0, 3.0, -1.0, 2.0])
     good = mx.array([True, True, True, False])
     metrics = row_metrics(logps, ratio, good, mx.array(0.5), 0.1)
@@ -248,7 +248,7 @@ def test_mismatched_log_probs_are_cached_and_runs_repeat(kto, monkeypatch):
     assert outcome(again) == outcome("whole")
 
 
-def test_pairs_are_taken_apart(kto, capsys):
+def test_pairs_are_split_into_desirable_and_undesirable(kto, capsys):
     pairs = [
         {"prompt": f"{i} ok?", "chosen": f" yes {i}", "rejected": f" no {i}"} for i in range(12)
     ]
@@ -265,7 +265,7 @@ def labelled(labels):
     ]
 
 
-def test_what_is_wrong_is_said_in_one_line(kto, capsys):
+def test_errors_are_one_line(kto, capsys):
     def error(*options, **named):
         code, _ = kto("--iters", 1, *options, **named)
         assert code == 1
@@ -282,7 +282,7 @@ def test_what_is_wrong_is_said_in_one_line(kto, capsys):
     assert "prompt" in error("--valid-fraction", 0, rows=one_prompt)
 
 
-def test_unbalanced_weights_and_tiny_updates_are_warned_of(kto, capsys):
+def test_warnings_about_unbalanced_weights_and_small_updates(kto, capsys):
     few = ("--iters", 1, "--valid-fraction", 0, "--samples", 0)
     rows = labelled([True] * 8 + [False] * 16)
     assert kto(*few, "--batch-size", 2, "--grad-accumulation-steps", 1, rows=rows)[0] == 0
@@ -296,7 +296,7 @@ def test_unbalanced_weights_and_tiny_updates_are_warned_of(kto, capsys):
     assert "an update has" not in out
 
 
-def test_an_interrupted_run_goes_on_as_if_it_had_not_been(kto):
+def test_a_resumed_run_equals_an_uninterrupted_one(kto):
     """The same partners, the same points: the last rows are bit for bit those of a whole run."""
     options = (*HOT, "--iters", 6, "--save-every", 3, "--steps-per-report", 1)
     assert kto(*options, output="whole")[0] == 0

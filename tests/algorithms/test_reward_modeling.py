@@ -146,7 +146,7 @@ def test_ranked_lists_with_ties_and_margins(train_reward, tmp_path, ties, capsys
     assert len(sample["completions"]) == 3  # no filler among them
 
 
-def test_soft_labels_and_margins_are_said(train_reward, tmp_path, pairs, capsys):
+def test_soft_labels_and_margins_are_reported(train_reward, tmp_path, pairs, capsys):
     rows = read_rows(pairs / "train.jsonl")
     for row in rows[:7]:
         row.update(votes_chosen=3, votes_rejected=1)
@@ -159,7 +159,7 @@ def test_soft_labels_and_margins_are_said(train_reward, tmp_path, pairs, capsys)
     assert "5 pairs name their margin (0.5 on average)" in out
 
 
-def test_where_the_longer_is_always_chosen_the_report_says_so(train_reward, tmp_path, capsys):
+def test_a_length_bias_is_reported(train_reward, tmp_path, capsys):
     rows = [
         {"prompt": f"Go {i}", "chosen": " on" * (6 + i % 5), "rejected": " on" * (1 + i % 4)}
         for i in range(160)
@@ -227,7 +227,7 @@ def ensemble(train_reward):
     return TINY_MODEL, Path("three").absolute()
 
 
-def test_score_writes_every_row_again(ensemble, pairs, tmp_path, capsys):
+def test_score_adds_scores_to_every_row(ensemble, pairs, tmp_path, capsys):
     base, folder = ensemble
     where = ("--model", base, "--adapter-path", folder)
     held_out = ("--data", pairs, "--split", "valid")
@@ -284,7 +284,7 @@ def test_combining_members(ensemble):
         RewardModel.load(str(ORACLE / "models" / "reward"), combine="min")
 
 
-def test_company_does_not_change_a_score(ensemble, monkeypatch):
+def test_scores_do_not_depend_on_batch_mates(ensemble, monkeypatch):
     base, folder = ensemble
     model = RewardModel.load(str(base), folder, batch_size=5)
     rows = [(user(f"is {'very ' * i}good?"), ["yes", "no" * (i + 1)]) for i in range(7)]
@@ -295,7 +295,7 @@ def test_company_does_not_change_a_score(ensemble, monkeypatch):
         assert scored.scores.tolist() == pytest.approx(alone, abs=1e-5)
 
 
-def test_rows_that_can_not_be_scored_keep_their_place(ensemble, tmp_path):
+def test_rows_that_cannot_be_scored_keep_their_place(ensemble, tmp_path):
     base, folder = ensemble
     rows = [
         {"prompt": "Say", "completions": [" yes", " yes"]},
@@ -316,7 +316,7 @@ def test_rows_that_can_not_be_scored_keep_their_place(ensemble, tmp_path):
     assert three["id"] == 7
 
 
-def test_a_run_has_to_fit_tensor_by_tensor(ensemble, tmp_path):
+def test_adapters_with_missing_or_extra_tensors_are_refused(ensemble, tmp_path):
     base, folder = ensemble
     weights = dict(mx.load(str(folder / ADAPTER)))
     first = sorted(weights)[0]
@@ -335,7 +335,7 @@ def test_a_run_has_to_fit_tensor_by_tensor(ensemble, tmp_path):
         RewardModel.load(str(base), folder).score("Say", "yes")
 
 
-def test_a_reward_model_is_no_policy(ensemble, pairs, capsys):
+def test_a_reward_model_is_refused_as_a_policy(ensemble, pairs, capsys):
     base, folder = ensemble
     where = ("--model", str(base), "--adapter-path", str(folder), "--output", "fused")
     assert mlx_align("fuse", *where) == 1
@@ -348,7 +348,7 @@ def test_a_reward_model_is_no_policy(ensemble, pairs, capsys):
 # ---------------------------------------------------------------- mistakes, plan
 
 
-def test_nothing_held_out(train_reward, capsys):
+def test_a_run_without_held_out_data(train_reward, capsys):
     rows = [{"prompt": f"Say {i}", "chosen": " yes", "rejected": " no"} for i in range(8)]
     single = write_rows("one.jsonl", rows)
     options = ("--iters", 1, "--valid-fraction", 0)
@@ -359,7 +359,7 @@ def test_nothing_held_out(train_reward, capsys):
     assert (folder / "samples.jsonl").read_text() == ""
 
 
-def test_mistakes(train_reward, tmp_path, pairs, capsys):
+def test_errors_are_one_line(train_reward, tmp_path, pairs, capsys):
     def fails(*options, data=pairs):
         assert train_reward(*options, data=data)[0] == 1
         error = capsys.readouterr().err

@@ -48,7 +48,7 @@ def test_held_out_means_are_over_scored_tokens():
     assert got == pytest.approx({"loss": dft, "perplexity": np.exp(nll)})
 
 
-def test_the_last_answer_is_what_follows_the_last_question():
+def test_keep_last_completion():
     group = PromptGroup(
         conversation("system", "user"),
         (conversation("assistant", "user", "assistant", "tool", "assistant"),),
@@ -119,7 +119,7 @@ def test_a_run_learns_loads_in_stock_mlx_lm_and_starts_dpo(sft, train, loss, cap
     assert first["loss"] == pytest.approx(np.log(2), abs=1e-6)
 
 
-def test_what_counts_of_a_conversation(sft, capsys):
+def test_loss_on_selects_the_turns_that_are_trained_on(sft, capsys):
     scored = {}
     for choice in ("completion", "assistant"):
         options = ("--iters", 1, "--batch-size", 4, "--loss-on", choice)
@@ -133,7 +133,7 @@ def test_what_counts_of_a_conversation(sft, capsys):
     assert scored["assistant"] > scored["completion"] + 1
 
 
-def test_what_is_wrong_is_said_in_one_line(sft, capsys):
+def test_errors_are_one_line(sft, capsys):
     def error(*options, **named):
         code, _ = sft("--iters", 1, *options, **named)
         assert code == 1

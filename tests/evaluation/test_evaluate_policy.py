@@ -189,7 +189,7 @@ def sequence_logp(model, tokens, start):
     return float(picked[start - 1 :].sum())
 
 
-def test_numbers_are_those_of_two_models(runs, data, text, evaluate):
+def test_numbers_agree_with_two_separate_models(runs, data, text, evaluate):
     found = evaluate(runs / "dpo", "--perplexity-data", text)
     policy, tokenizer = mlx_lm_load(str(TINY_MODEL), adapter_path=str(runs / "dpo"))
     reference, _ = mlx_lm_load(str(TINY_MODEL))
@@ -256,7 +256,7 @@ def test_the_reference_is_where_the_run_started(tmp_path, data, evaluate, refuse
 
 @pytest.mark.parametrize("splits", [True, False])
 @pytest.mark.parametrize("kind", ["dpo", "kto", "sft"])
-def test_what_is_held_out_is_what_the_run_held_out(tmp_path, data, kind, splits):
+def test_held_out_rows_are_those_of_the_run(tmp_path, data, kind, splits):
     where = data if splits else data / "train.jsonl"
     more = {"model": str(TINY_MODEL), "data": str(where), "valid_fraction": 0.2, "seed": 3}
     config, task = {
@@ -294,7 +294,7 @@ def test_other_data_and_prompts_alone(tmp_path, runs, evaluate, capsys):
     assert "Win rate: not measured; it needs a judge, --reward-model." in shown
 
 
-def test_an_answer_as_text_goes_on_where_its_prompt_ends():
+def test_a_text_completion_continues_its_prompt():
     folder = open_model(str(TINY_MODEL))
     encode, end = folder.tokenizer.encode, min(folder.tokenizer.eos_token_ids)
     for prompt, answer in (("Is the sun good?", " yes, it is"), ("ab", "cd e"), ("Say:\n", "\nno")):
@@ -310,7 +310,7 @@ def test_an_answer_as_text_goes_on_where_its_prompt_ends():
         assert completion_text(folder, chat, Generated(rest, [], False)) == answer.strip()
 
 
-def test_a_screen_for_people(runs, text, capsys):
+def test_printed_scorecard(runs, text, capsys):
     where = ("--model", TINY_MODEL, "--adapter-path", runs / "dpo", *QUICK)
     more = ("--reward-model", runs / "rm", "--perplexity-data", text)
     assert mlx_align("eval", *where, *more) == 0
@@ -331,13 +331,13 @@ def test_a_screen_for_people(runs, text, capsys):
     assert max(map(len, shown.splitlines())) < 140
 
 
-def test_a_checkpoint_is_a_run_too(runs):
+def test_a_checkpoint_can_be_evaluated(runs):
     (checkpoint,) = (runs / "dpo" / "checkpoints").iterdir()
     found = read_trained_run(checkpoint)
     assert (found.command, found.beta, found.folder) == ("dpo", 0.3, checkpoint)
 
 
-def test_the_model_is_let_go_of_before_the_judge_comes(runs, evaluate, monkeypatch):
+def test_the_policy_is_freed_before_the_reward_model_is_loaded(runs, evaluate, monkeypatch):
     from mlx_align.evaluation import policy as policy_module
 
     before, sizes = mx.get_active_memory(), []
@@ -353,7 +353,7 @@ def test_the_model_is_let_go_of_before_the_judge_comes(runs, evaluate, monkeypat
     assert max(sizes) < 20_000  # the model has 200 kB
 
 
-def test_mistakes_are_one_line(tmp_path, data, runs, refused):
+def test_errors_are_one_line(tmp_path, data, runs, refused):
     model = ("--model", TINY_MODEL)
     dpo = (*model, "--adapter-path", runs / "dpo")
     assert "--model is missing" in refused("--adapter-path", runs / "dpo")
@@ -385,7 +385,7 @@ def test_mistakes_are_one_line(tmp_path, data, runs, refused):
     assert "already" in refused(*dpo, "--output", tmp_path / "out")
 
 
-def test_a_run_of_another_base(tmp_path, refused):
+def test_a_run_on_another_base_is_refused(tmp_path, refused):
     other = saved_adapter(tmp_path / "other", AdapterLayout(keys=("self_attn.q_proj",)))
     weights = mx.load(str(other / "adapters.safetensors"))
     name = next(iter(weights))

@@ -48,7 +48,7 @@ def runs(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", ["grpo", "ppo"])
-def test_what_is_held_out_is_what_the_run_held_out(runs, name):
+def test_held_out_rows_are_those_of_an_on_policy_run(runs, name):
     folder, held_out = runs
     found = read_held_out_data(read_trained_run(folder / name), None, None)
     assert len(held_out[name]) == 4
@@ -74,13 +74,13 @@ def test_a_run_is_measured_against_its_start(runs, name, capsys):
     assert "KL from the reference" in capsys.readouterr().out
 
 
-def test_of_pairs_nothing_is_cut(runs):
+def test_pairs_are_not_truncated_to_the_sampling_length(runs):
     """--max-completion-length of such a run is how long its samples may get."""
     folder, _ = runs
     assert read_trained_run(folder / "ppo").config.max_completion_length is None
 
 
-def test_an_unfinished_run_is_known_by_its_options(runs):
+def test_the_command_of_an_unfinished_run_is_found(runs):
     folder, _ = runs
     for name in ("grpo", "ppo"):
         (folder / name / "summary.json").rename(folder / name / "kept.json")
@@ -91,7 +91,7 @@ def test_an_unfinished_run_is_known_by_its_options(runs):
 
 
 @pytest.mark.parametrize("name", ["grpo", "ppo"])
-def test_ranking_takes_a_beta_or_a_reward_model(runs, name, capsys):
+def test_reranking_needs_beta_or_a_reward_model(runs, name, capsys):
     folder, _ = runs
     where = ("--model", TINY_MODEL, "--adapter-path", folder / name)
     ask = (*where, "--prompt", "is it?", "-n", 2, "--max-tokens", 3)

@@ -47,7 +47,7 @@ STARTS = {
 
 
 @pytest.mark.parametrize("start", STARTS)
-def test_it_is_an_explicit_two_model_computation(tmp_path, start):
+def test_implicit_rewards_equal_a_two_model_computation(tmp_path, start):
     init = None
     if STARTS[start] is not None:
         init = write_adapter(tmp_path / "init", STARTS[start], seed=2)
@@ -71,7 +71,7 @@ def test_it_is_an_explicit_two_model_computation(tmp_path, start):
 
 
 @pytest.mark.parametrize("kind", ["dora", "full"])
-def test_other_kinds_of_fine_tuning(tmp_path, kind):
+def test_dora_and_full_fine_tuning_equal_a_two_model_computation(tmp_path, kind):
     folder = write_adapter(
         tmp_path / "run", AdapterLayout(kind, rank=4), dpo_config(beta=0.5), size=0.02
     )
@@ -82,7 +82,7 @@ def test_other_kinds_of_fine_tuning(tmp_path, kind):
     np.testing.assert_allclose(scored.scores, wanted, atol=1e-5)
 
 
-def test_a_quantised_base(tmp_path):
+def test_a_quantised_base_equals_a_two_model_computation(tmp_path):
     convert(str(TINY_MODEL), str(tmp_path / "base"), quantize=True, q_bits=4, q_group_size=32)
     base = tmp_path / "base"
     folder = write_adapter(tmp_path / "run", AdapterLayout(rank=4), dpo_config(), base=base)
@@ -92,7 +92,7 @@ def test_a_quantised_base(tmp_path):
     np.testing.assert_allclose(scored.scores, wanted, atol=1e-4)
 
 
-def test_logps_are_the_models(tmp_path):
+def test_log_probs_are_those_of_the_model(tmp_path):
     folder = write_adapter(tmp_path / "run", AdapterLayout(rank=4), dpo_config())
     for where in (None, folder):
         scorer = load_logprob_scorer(str(TINY_MODEL), where)
@@ -129,14 +129,14 @@ def test_ranking_by_the_optimal_policy_is_ranking_by_the_reward():
     assert orders[0] != list(np.argsort(-optimum))
 
 
-def test_long_sums_keep_their_difference():
+def test_long_completions_keep_small_differences():
     policy = [np.full(4000, -0.25, np.float32) + np.float32(1e-5)]
     reference = [np.full(4000, -0.25, np.float32)]
     (found,) = implicit_rewards(policy, reference, [np.ones(4000, bool)], 1.0)
     assert found == pytest.approx(4000 * float(policy[0][0] - reference[0][0]), rel=1e-6)
 
 
-def test_beta_is_the_runs(tmp_path):
+def test_beta_is_read_from_the_run(tmp_path):
     def settings(name, config, **given):
         folder = tmp_path / name
         if not folder.exists():
@@ -168,7 +168,7 @@ def test_beta_is_the_runs(tmp_path):
         settings("default", dpo_config(), beta=-1)
 
 
-def test_a_reference_that_was_trained_again(tmp_path):
+def test_a_changed_reference_is_refused(tmp_path):
     first = write_adapter(tmp_path / "first", AdapterLayout(rank=2))
     folder = write_adapter(
         tmp_path / "run", AdapterLayout(rank=2), dpo_config(init_adapter=str(first))
@@ -184,7 +184,7 @@ def test_a_reference_that_was_trained_again(tmp_path):
     load_implicit_reward(str(TINY_MODEL), folder, reference_adapter=first)
 
 
-def test_a_reference_that_is_gone(tmp_path):
+def test_a_missing_reference_can_be_given(tmp_path):
     start = dpo_config(init_adapter=str(tmp_path / "gone"))
     folder = write_adapter(tmp_path / "run", AdapterLayout(rank=2), start)
     with pytest.raises(
@@ -201,7 +201,7 @@ def test_a_reference_that_is_gone(tmp_path):
     assert str(moved) in implicit.description
 
 
-def test_layouts_in_common():
+def test_common_layout():
     named = AdapterLayout(rank=4, num_layers=2, keys=("a", "b"))
     both = common_layout([named, AdapterLayout(rank=9, num_layers=3, keys=("b", "c"), scale=8.0)])
     assert both == AdapterLayout(rank=9, num_layers=3, keys=("a", "b", "c"), scale=named.scale)
@@ -210,7 +210,7 @@ def test_layouts_in_common():
     assert common_layout([named, AdapterLayout("dora")]) is None
 
 
-def test_only_answers_count(tmp_path):
+def test_only_assistant_turns_count(tmp_path):
     """Of a completion of several turns, the user's are there and do not count."""
     folder = write_adapter(tmp_path / "run", AdapterLayout(rank=4), dpo_config(beta=1.0))
     implicit = load_implicit_reward(str(TINY_MODEL), folder)
@@ -276,7 +276,7 @@ def test_score_by_implicit_reward_and_log_probs(score, tmp_path):
     assert fingerprint(folder) == before
 
 
-def test_score_mistakes(score, tmp_path):
+def test_score_errors(score, tmp_path):
     folder = write_adapter(tmp_path / "run", AdapterLayout(rank=2), dpo_config())
     for options, message in (
         (("--adapter-path", folder, "--combine", "min"), "--combine: has no effect on implicit"),

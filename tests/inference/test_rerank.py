@@ -54,7 +54,7 @@ def test_given_completions_are_ranked_and_all_kept(reranker, policy):
     assert not any(one.truncated for one in ranked)
 
 
-def test_by_a_reward_model_on_the_same_weights(policy, reward_run):
+def test_ranking_by_a_reward_model_on_the_same_base(policy, reward_run):
     """It swaps with the policy, and says what it says alone."""
     both = Reranker.load(str(TINY_MODEL), policy, reward_run)
     assert "an adapter on the same weights" in both.description
@@ -73,7 +73,7 @@ def test_by_a_reward_model_on_the_same_weights(policy, reward_run):
     np.testing.assert_allclose([one.score for one in drawn[0]], alone, atol=1e-5)
 
 
-def test_by_a_second_model(policy):
+def test_ranking_by_a_second_model(policy):
     second = Reranker.load(str(TINY_MODEL), policy, str(CLASSIFIER))
     assert "a second model in memory" in second.description
     alone = RewardModel.load(str(CLASSIFIER)).score("Say", [" yes", " no"])
@@ -82,7 +82,7 @@ def test_by_a_second_model(policy):
     np.testing.assert_allclose(by_index, alone, atol=1e-6)
 
 
-def test_best_of_n_of_the_base_itself(reward_run):
+def test_best_of_n_of_the_base_model(reward_run):
     reranker = Reranker.load(str(TINY_MODEL), reward_model=reward_run)
     ranked = reranker.sample(PROMPT, 5, max_tokens=6, seed=1)
     assert sum(one.count for one in ranked) == 5
@@ -183,7 +183,7 @@ def test_an_implicit_reward_scores_like_it_ranks(reranker):
     assert [scores[one.index] for one in ranked] == [one.score for one in ranked]
 
 
-def test_prompts_too_long_are_said(policy):
+def test_long_prompts_are_reported(policy):
     reranker = Reranker.load(str(TINY_MODEL), policy, max_seq_length=40)
     with pytest.raises(DataError, match=r"too long \(\d+ tokens, at most 40\)"):
         reranker.sample("x " * 200, 2)
@@ -194,7 +194,7 @@ def test_prompts_too_long_are_said(policy):
     assert short.ranked
 
 
-def test_mistakes_in_loading(policy, reward_run, tmp_path):
+def test_errors_of_loading(policy, reward_run, tmp_path):
     for arguments, error, message in (
         ((str(TINY_MODEL),), ConfigError, "nothing to rank by"),
         ((str(TINY_MODEL), reward_run), ModelError, "generates no text"),
@@ -223,7 +223,7 @@ def test_mistakes_in_loading(policy, reward_run, tmp_path):
 # ---------------------------------------------------------------- cost
 
 
-def test_the_prompt_is_run_once_a_role(reranker, monkeypatch):
+def test_the_prompt_is_computed_once_per_role(reranker, monkeypatch):
     """K = 8, a prompt of 256 tokens, completions of 64: tokens through the trunk, two roles."""
     random = np.random.default_rng(0)
     lengths = []
@@ -259,7 +259,7 @@ def rerank(tmp_path, monkeypatch, capsys, policy):
     return call
 
 
-def test_a_prompt(rerank, reranker, policy):
+def test_prompt_option(rerank, reranker, policy):
     before = fingerprint(policy)
     options = ("--prompt", QUESTION, "-n", 4, "--max-tokens", 6, "--seed", 2)
     code, out, _ = rerank(*options, "--json")
@@ -281,7 +281,7 @@ def test_a_prompt(rerank, reranker, policy):
     assert fingerprint(policy) == before
 
 
-def test_a_file_of_prompts(rerank, reranker):
+def test_input_file_of_prompts(rerank, reranker):
     rows = [{"prompt": PROMPT, "id": i} for i in range(3)] + [{"prompt": [{**PROMPT[0]}], "id": 3}]
     write_rows("prompts.jsonl", rows)
     options = ("--input", "prompts.jsonl", "-n", 4, "--max-tokens", 5, "--output", "out.jsonl")
@@ -305,7 +305,7 @@ def test_a_file_of_prompts(rerank, reranker):
     assert [json.loads(line)["id"] for line in out.splitlines()] == [0, 1, 2, 3]
 
 
-def test_given_completions_in_a_file(rerank, reranker):
+def test_input_file_of_completions(rerank, reranker):
     texts = [text for text in ANSWERS if text]
     rows = [
         {"prompt": PROMPT, "completions": texts, "scores": [1, 2, 3, 4]},
@@ -328,7 +328,7 @@ def test_given_completions_in_a_file(rerank, reranker):
     assert "-n has no effect: the rows have completions" in err
 
 
-def test_on_a_terminal(rerank, monkeypatch):
+def test_interactive_prompts(rerank, monkeypatch):
     typed = iter(["is sun good?", "", "is sun good?"])
 
     def answer(*_):
@@ -354,7 +354,7 @@ def test_on_a_terminal(rerank, monkeypatch):
     assert rerank("-n", 1)[0] == 130
 
 
-def test_mistakes(rerank, policy, reward_run):
+def test_errors_of_the_command(rerank, policy, reward_run):
     write_rows("text.jsonl", [{"prompt": "Say"}])
     write_rows("odd.jsonl", [{"question?": "Say"}])
     for options, message in (

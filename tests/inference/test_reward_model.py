@@ -58,7 +58,7 @@ def test_a_policy_and_a_reward_model_score_as_they_do_alone(tmp_path, reward_run
     np.testing.assert_allclose(reward.score(PROMPT, ANSWERS), alone, atol=1e-5)
 
 
-def test_names_that_are_no_reward_model(tmp_path, reward_run):
+def test_folders_that_are_no_reward_model_are_refused(tmp_path, reward_run):
     with pytest.raises(ModelError, match=r"--reward-model .*policy: neither a run of mlx-align"):
         find_reward_model(str(TINY_MODEL))
     with pytest.raises(ModelError, match=r"^--eval-reward-model nowhere"):

@@ -181,7 +181,7 @@ def test_k2_as_a_loss_reaches_the_optimum_and_k3_another(bandit):
     assert distance(other, bandit.optimum(0.5)) > 0.1
 
 
-def test_goodhart():
+def test_a_proxy_reward_over_optimises_as_predicted():
     """A proxy that overrates one bad answer: what is really wanted rises and then falls."""
     gold, proxy = np.array([0, 0.5, 1, 2, -2]), np.array([0, 0.5, 1, 2, 4])
     reference = np.array([*(0.9999 * np.array([0.5, 0.3, 0.15, 0.05])), 1e-4])
@@ -253,7 +253,7 @@ def test_aggregation(aggregation, expected):
 
 
 @PRESETS
-def test_where_the_policy_is_the_old_one_all_are_the_policy_gradient(name):
+def test_gradients_of_the_first_update_are_the_policy_gradient(name):
     """∂loss/∂log π = −A by the aggregation's weight, whatever clips, gates or ratios there are."""
     method = POLICY_METHODS[name]
     sample = make_sample()
@@ -276,7 +276,7 @@ def test_where_the_policy_is_the_old_one_all_are_the_policy_gradient(name):
     assert sums["ratio/deviation"] == 0
 
 
-def test_registry_names_what_exists():
+def test_components_of_every_method():
     names = {method.advantage for method in POLICY_METHODS.values()}
     assert names - {"gae"} <= GROUP_ADVANTAGES.keys()
     expected = {
@@ -361,7 +361,7 @@ def test_only_log_probs_and_entropies_have_a_gradient(monkeypatch):
 
 
 @PRESETS
-def test_garbage_off_the_mask_is_ignored(name):
+def test_values_outside_of_the_mask_are_ignored(name):
     method, clean = replace(POLICY_METHODS[name], kl="k3_corrected"), make_sample()
     totals = policy_totals([clean.mask], method, 6)
     expected = loss_and_gradients(method, clean, totals)
@@ -382,7 +382,7 @@ def test_garbage_off_the_mask_is_ignored(name):
 
 @PRESETS
 @pytest.mark.parametrize("width", [0, 1, 4])
-def test_nothing_to_learn_is_zero_and_no_nan(name, width):
+def test_an_empty_mask_gives_a_loss_of_zero(name, width):
     """An update whose completions are all skipped or empty, and one of zero advantages."""
     method = replace(POLICY_METHODS[name], kl="k2", entropy_quantile=0.2)
     for masked in (0.0, 1.0):
@@ -410,7 +410,7 @@ def test_far_from_the_old_policy_and_the_reference_is_finite(name):
         assert all(math.isfinite(value) for value in sums.values())
 
 
-def test_k2_pulls_back_from_anywhere():
+def test_k2_has_a_gradient_far_from_the_reference():
     method = replace(PLAIN, kl="k2")
     sample = make_sample()._replace(advantages=mx.zeros((8, 6)), correction=mx.ones((8, 6)))
     sample = sample._replace(logps=sample.reference_logps + 50.0)
@@ -420,7 +420,7 @@ def test_k2_pulls_back_from_anywhere():
     assert mx.where(sample.mask, grad, expected).tolist() == [pytest.approx([expected] * 6)] * 8
 
 
-def test_compiled_with_coefficients_that_change():
+def test_coefficients_can_change_after_compilation():
     """One trace, whatever they become."""
     sample, method = make_sample(), POLICY_METHODS["grpo"]
     totals = policy_totals([sample.mask], method, 6)
@@ -438,7 +438,7 @@ def test_compiled_with_coefficients_that_change():
     assert len(traces) == 3
 
 
-def test_what_has_no_effect_is_refused():
+def test_options_without_effect_are_refused():
     sample = make_sample()._replace(entropies=None)
     method = POLICY_METHODS["dapo"]
     totals = policy_totals([sample.mask], method, 6)

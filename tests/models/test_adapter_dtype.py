@@ -82,7 +82,7 @@ def test_a_run_starts_at_ln2_learns_and_saves_float32(dpo, bf16, start, checkpoi
     assert model.layers[0].self_attn.q_proj.lora_b.dtype == mx.float32
 
 
-def test_refusals(dpo, capsys):
+def test_models_and_options_without_bfloat16_adapters_are_refused(dpo, capsys):
     narrow = ("--adapter-dtype", "bfloat16")
     for options, model, said in (
         (("--fine-tune-type", "full"), None, "--fine-tune-type full trains no adapters"),
@@ -98,7 +98,7 @@ def test_refusals(dpo, capsys):
     assert "the model does not compute in it" in capsys.readouterr().err
 
 
-def test_the_reference_is_another_one(bf16, start):
+def test_the_reference_cache_depends_on_the_adapter_dtype(bf16, start):
     keys = [reference_key(bf16, start, name) for name in ("float32", "bfloat16")]
     assert keys[0] != keys[1]
 
@@ -218,7 +218,7 @@ def test_reference_and_policy_are_the_same_function(checkpoint):
     assert max(np.abs(a - b).max() for a, b in pairs) > 1e-3
 
 
-def test_a_plain_step_holds_less():
+def test_a_step_without_checkpointing_needs_less_memory():
     """Peak bytes of a step without checkpointing: bf16 adapters leave activations at 2 bytes."""
     groups, shape = random_pairs(1, 128, 128), Shape(128, 128, 1)
     peaks = []

@@ -56,7 +56,7 @@ def test_score_takes_a_classifier(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_where_pad_is_the_end_token(family, tmp_path):
+def test_padding_with_the_end_token(family, tmp_path):
     """transformers then reads the token before the end, as rows are scored by text here too."""
     folder = tmp_path / family
     shutil.copytree(CLASSIFIERS / family, folder)
@@ -76,7 +76,7 @@ def test_where_pad_is_the_end_token(family, tmp_path):
     assert other.score("Say yes", [". Now"])[0] != pytest.approx(wanted[0, 0], abs=1e-3)
 
 
-def test_a_chat_is_read_to_the_end_of_its_rendering(tmp_path):
+def test_a_chat_is_scored_at_the_end_of_its_rendered_text(tmp_path):
     """Of the hub's classifiers; what was trained or exported here is read at the end token."""
     folder = tmp_path / "chat"
     shutil.copytree(CLASSIFIERS / "llama", folder)
@@ -106,7 +106,7 @@ def changed(folder, tmp_path, config=None, **weights):
     return str(copy)
 
 
-def test_what_does_not_fit_is_refused(tmp_path):
+def test_incompatible_weights_are_refused(tmp_path):
     folder = CLASSIFIERS / "llama"
     two = {"id2label": {"0": "bad", "1": "good"}}
     with pytest.raises(ModelError, match="a classifier with 2 labels"):
@@ -202,7 +202,7 @@ def test_transformers_scores_an_exported_model_the_same(trained, tmp_path, base)
     assert np.abs(np.concatenate(found)[:, 0] - theirs).max() < 1e-4
 
 
-def test_what_can_not_be_exported(trained, tmp_path, capsys):
+def test_models_that_cannot_be_exported_are_refused(trained, tmp_path, capsys):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").write_text("")
     run_folder = trained(TINY_MODEL)
@@ -219,7 +219,7 @@ def test_what_can_not_be_exported(trained, tmp_path, capsys):
     assert "no reward_head.safetensors" in capsys.readouterr().err
 
 
-def test_a_classifier_is_no_policy(tmp_path, capsys):
+def test_a_classifier_is_refused_as_a_policy(tmp_path, capsys):
     data = tmp_path / "pairs.jsonl"
     rows = [{"prompt": f"Say {i}", "chosen": " yes", "rejected": " no"} for i in range(8)]
     write_rows(data, rows)

@@ -76,7 +76,7 @@ def test_many_completions_of_a_prompt():
         assert difference(got, grads) < 1e-5
 
 
-def test_most_families_leave_the_mask_to_attention():
+def test_only_gemma2_needs_an_array_as_mask():
     # Where it is an array, prompts' keys are copied for every completion: right, but for nothing.
     axes = {}
     for family in KINDS:
@@ -134,7 +134,7 @@ def test_dpo_gradient_in_low_precision(script, family, precision):
     assert result.allowed < (0.2 if precision == "bf16" else 1.1e-5)
 
 
-def test_a_batch_that_is_not_full_has_the_same_gradient(script):
+def test_filler_groups_do_not_change_the_gradient(script):
     model = script.prepare("qwen3_5", "float32")
     pairs = script.make_pairs()
     tree = model.module.trainable_parameters()

@@ -81,7 +81,7 @@ def with_head(family, dtype=mx.float32, members=2):
 
 
 @pytest.mark.parametrize("family", KINDS)
-def test_padding_company_and_sharing_do_not_change_a_score(family):
+def test_scores_do_not_depend_on_padding_batch_mates_and_shared_prompts(family):
     backbone, shared = with_head(family)
     assert shared
     groups = groups_of()
@@ -221,7 +221,7 @@ def every_gradient(model, groups, config, micros):
 )
 @pytest.mark.parametrize("size", [1, 4])
 @pytest.mark.parametrize("checkpoint", [False, True])
-def test_trl_through_the_whole_objective(name, center, margins, size, checkpoint):
+def test_objective_equals_trls_loss_and_gradient(name, center, margins, size, checkpoint):
     """Loss to 1e-5 and every gradient's norm to 1e-4 (reward_bt: every entry), all weights free."""
     wanted = json.loads((ORACLE / "cases" / f"{name}.json").read_text())
     groups = trl_groups()
@@ -247,7 +247,7 @@ def test_trl_through_the_whole_objective(name, center, margins, size, checkpoint
         assert apart({k: grads[k] for k in whole}, whole) < 1e-4
 
 
-def test_trl_scores():
+def test_scores_equal_trls():
     wanted = json.loads((ORACLE / "cases" / "reward_bt.json").read_text())["rewards"]
     model = RewardModel.load(str(ORACLE / "models" / "reward"))
     found = np.concatenate(model.score_tokens(trl_groups()))[:, 0].reshape(4, 2)

@@ -55,14 +55,14 @@ def test_header_is_read_without_the_weights(tmp_path):
 @pytest.mark.parametrize(
     "content", [b"", b"\xff" * 16, (4).to_bytes(8, "little") + b"[1]]", b"\x02" + b"\0" * 7 + b"{]"]
 )
-def test_damaged_header(tmp_path, content):
+def test_a_damaged_header_is_refused(tmp_path, content):
     file = tmp_path / "model.safetensors"
     file.write_bytes(content)
     with pytest.raises(ModelError, match="not a complete safetensors file"):
         read_header(file)
 
 
-def test_cut_file(tmp_path):
+def test_a_truncated_file_is_refused(tmp_path):
     file = tmp_path / "model.safetensors"
     mx.save_safetensors(str(file), {"a": mx.zeros((300, 5))})
     file.write_bytes(file.read_bytes()[:-9])
@@ -70,7 +70,7 @@ def test_cut_file(tmp_path):
         read_header(file)
 
 
-def test_a_reward_model_meets_no_vocabulary():
+def test_reward_models_need_no_memory_for_the_vocabulary_head():
     """Its last completion tokens run too; in return no logits are made."""
     reward, policy = (
         plan_memory(seven_b(), replace(PAIR, vocabulary=vocabulary)) for vocabulary in (False, True)
@@ -80,7 +80,7 @@ def test_a_reward_model_meets_no_vocabulary():
     assert policy.parts["vocabulary head"] > 0
 
 
-def test_no_weights(tmp_path):
+def test_a_folder_without_weights_is_refused(tmp_path):
     with pytest.raises(ModelError, match="no model"):
         read_model_shape(tmp_path, {"hidden_size": 8})
 
@@ -112,7 +112,7 @@ def test_shape_and_trained_parameters_are_the_loaded_models(tmp_path, kind, quan
     assert trained_parameters(shape, work) == sum(array.size for _, array in tree)
 
 
-def test_parts_add_up():
+def test_the_parts_add_up_to_the_peak():
     plan = plan_memory(seven_b(), PAIR)
     assert tuple(plan.parts) == PARTS
     assert plan.peak_bytes == sum(plan.parts.values())
@@ -121,7 +121,7 @@ def test_parts_add_up():
     assert plan.trained_parameters == 40_370_176
 
 
-def test_what_should_cost_costs():
+def test_options_that_need_memory_raise_the_peak():
     base = plan_memory(seven_b(), PAIR).peak_bytes
     for change in (
         {"grad_checkpoint": False},
@@ -138,7 +138,7 @@ def test_what_should_cost_costs():
     assert plan_memory(seven_b(16), PAIR).peak_bytes > base + 5e9
 
 
-def test_the_costliest_shape_counts():
+def test_the_peak_is_that_of_the_largest_shape():
     small, large = Shape(64, 64, 1), Shape(512, 512, 1)
     both = plan_memory(seven_b(), replace(PAIR, shapes=(small, large)))
     assert both.shape == large
@@ -179,7 +179,7 @@ def completions_of(length, limit):
     return [Shape(512, length, limit.groups_of(1))]
 
 
-def test_advice_on_what_is_sampled():
+def test_advice_for_sampling():
     said = replace(SAID, group_size=8, least_group=2)
     work = replace(PPO, sampling=said, rows=8)
     steps = advise(seven_b(), work, 1024, completions_of, int(7e9))
@@ -210,7 +210,7 @@ def test_a_7b_pair_fits_16_gb_with_checkpointing_only():
     assert steps[0].peak_bytes == plan_memory(seven_b(), PAIR).peak_bytes
 
 
-def test_advice_is_cheapest_first_and_goes_on_until_it_fits():
+def test_advice_is_cheapest_first_and_ends_when_the_run_fits():
     four = {"shapes": (Shape(512, 512, 4),), "limit": BatchLimit(4)}
     work = replace(PAIR, grad_checkpoint=False, **four, accumulation=2, rank=64)
     steps = advise(seven_b(16), work, 1024, halves, int(10.7e9))
@@ -228,7 +228,7 @@ def test_advice_is_cheapest_first_and_goes_on_until_it_fits():
     assert peaks == sorted(peaks, reverse=True)
 
 
-def test_advice_on_token_budgets_speaks_of_them():
+def test_advice_lowers_a_token_budget():
     within = replace(PAIR, shapes=(Shape(256, 256, 10), Shape(512, 512, 5)))
     work = replace(within, limit=BatchLimit(tokens=8000), accumulation=2)
     half = replace(work, shapes=(Shape(256, 256, 5), Shape(512, 512, 2)), accumulation=4)
@@ -261,7 +261,7 @@ def test_advice_admits_when_nothing_helps():
         ("MacBook Pro M1 32 GB", 32e9, 32e9 * 2 / 3, 1),
     ],
 )
-def test_machines(text, memory, working_set, chip):
+def test_machines_are_parsed(text, memory, working_set, chip):
     machine = parse_machine(text)
     assert machine.memory_bytes == memory
     assert machine.working_set_bytes == int(working_set)
@@ -273,7 +273,7 @@ def test_machines(text, memory, working_set, chip):
 @pytest.mark.parametrize(
     "text", ["", "toaster", "M2", "16", "16 GB Pentium", "0 GB M1", "M2 9999 GB"]
 )
-def test_nonsense_machines(text):
+def test_unknown_machines_are_refused(text):
     with pytest.raises(ConfigError, match="--machine"):
         parse_machine(text)
 
@@ -284,7 +284,7 @@ def test_this_machine_has_memory():
     assert 0 < machine.working_set_bytes <= machine.memory_bytes
 
 
-def test_remarks():
+def test_warnings_about_the_platform():
     m2 = " ".join(platform_warnings(parse_machine("16 GB M2"), "BF16"))
     assert "bf16" in m2
     assert "caffeinate" in m2
@@ -308,7 +308,7 @@ SCHEMA = {
 }
 
 
-def test_json(tmp_path, capsys, monkeypatch):
+def test_json_output(tmp_path, capsys, monkeypatch):
     def no_weights(*_):
         raise AssertionError("the plan loaded the weights")
 
@@ -325,7 +325,7 @@ def test_json(tmp_path, capsys, monkeypatch):
     assert run(["plan", *options, "--machine", "8 GB M1", "--command", "sft"]) in (0, 1)
 
 
-def test_token_budget_on_the_page(tmp_path, capsys, monkeypatch):
+def test_printed_plan_with_a_token_budget(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     options = ["--model", str(TINY_MODEL), "--data", str(pairs_file(tmp_path)), "--json"]
     shapes = []
@@ -341,7 +341,7 @@ def test_token_budget_on_the_page(tmp_path, capsys, monkeypatch):
     assert "--batch-size and --batch-tokens exclude each other" in capsys.readouterr().err
 
 
-def test_page_without_data(capsys):
+def test_printed_plan_without_data(capsys):
     arguments = ["--model", str(TINY_MODEL), "--machine", "16 GB M2", "--max-seq-length", "262144"]
     assert run(["plan", *arguments, "--batch-size", "64"]) == 0
     page = capsys.readouterr().out
@@ -361,7 +361,7 @@ def test_page_without_data(capsys):
         (["--desirable-weight", "2"], "--desirable-weight is not an option of dpo"),
     ],
 )
-def test_mistakes_are_one_line(arguments, said, capsys):
+def test_errors_are_one_line(arguments, said, capsys):
     assert run(["plan", "--model", str(TINY_MODEL), *arguments]) == 1
     error = capsys.readouterr().err
     assert error.startswith("error: ")

@@ -62,7 +62,7 @@ def selected(**config):
     )
 
 
-def test_the_best_are_kept_once_each():
+def test_the_best_distinct_completions_are_kept():
     row = {"id": 7, "prompt": "Q", "n": 6}
     assert selected() == [{**row, "completion": "b", "score": 3.0}]
     assert [r["completion"] for r in selected(keep=6)] == ["b", "d", "a"]
@@ -85,7 +85,7 @@ def test_equal_scores_make_no_pair():
 
 
 @pytest.mark.parametrize("chat", [True, False])
-def test_rows_are_what_sft_and_dpo_read(sample, chat, capsys):
+def test_rows_are_read_by_sft_and_dpo(sample, chat, capsys):
     code, rows = sample("--keep", 2, chat=chat)
     assert code == 0
     numbers = [row["number"] for row in rows]
@@ -175,7 +175,7 @@ def test_interrupted_output_has_only_whole_lines(sample, monkeypatch):
         (["--data", "nowhere.jsonl"], "nowhere.jsonl"),
     ],
 )
-def test_mistakes_are_one_line(sample, capsys, more, said):
+def test_errors_are_one_line(sample, capsys, more, said):
     assert sample(*more)[0] == 1
     error = capsys.readouterr().err
     assert error.startswith("error: ")

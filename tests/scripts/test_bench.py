@@ -28,7 +28,7 @@ def test_cases_are_read(bench):
     "wrong",
     [["--cases", "1,2"], ["--cases", "1,0,4"], ["--cases", "1,2,3,x"], ["--steps", "3"]],
 )
-def test_what_can_not_be_run_is_refused(bench, wrong):
+def test_wrong_arguments_are_refused(bench, wrong):
     with pytest.raises(SystemExit) as stop:
         bench.parse(wrong)
     assert stop.value.code == 2
@@ -77,7 +77,7 @@ def model(tmp_path_factory):
 
 
 @pytest.mark.parametrize("checkpoint", [False, True])
-def test_our_runner(bench, model, tmp_path, checkpoint):
+def test_runner_of_this_package(bench, model, tmp_path, checkpoint):
     case = bench.Case(2, 12, 6, grad_checkpoint=checkpoint)
     args = bench.parse(["--steps", "4", "--warmup", "2", "--model", str(model)])
     environment, _ = bench.runner_environment()

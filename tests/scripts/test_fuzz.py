@@ -25,7 +25,7 @@ def test_mutated_files(script, bench, monkeypatch, target, examples):
     assert script.fuzz(bench, target, examples, number=1, shrink=False) >= examples // 2
 
 
-def test_an_example_that_breaks_is_told(script, bench, monkeypatch):
+def test_a_failing_example_is_reported(script, bench, monkeypatch):
     """The harness itself sees a traceback, a second line, and a command without end."""
     from mlx_align.cli import data
 
@@ -41,7 +41,7 @@ def test_an_example_that_breaks_is_told(script, bench, monkeypatch):
         bench.try_data("x.jsonl", "{}", "data check")
 
 
-def test_a_configuration_that_doubles_without_end(script, bench, capsys):
+def test_yaml_aliases_that_grow_exponentially_are_refused(script, bench, capsys):
     """Forty lines of YAML that stand for 2 to the 40 items."""
     file = bench.write("laughs.yaml", script.LAUGHS + "beta: *x39\n")
     assert script.command_line.run(["dpo", "-c", str(file)]) == 1

@@ -67,7 +67,7 @@ def _held(nbytes):
     return array
 
 
-def test_limits(script):
+def test_violated_limits_are_reported(script):
     lines = [script.Line(s, 2, 0.3, 1000, 5000) for s in (50, 100, 150)]
     found = script.Measurements(lines, [Shape(8, 8, 1)] * 2, 2, 0.1)
     assert script.violations(found, 0.3) == []

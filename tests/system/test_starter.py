@@ -154,7 +154,7 @@ def test_the_model_prefers_the_rejected_answers(loaded, valid):
     assert np.mean(chosen > rejected) < 0.4
 
 
-def test_the_model_is_fluent_and_wrong_and_knows_better(loaded, script):
+def test_the_model_names_the_biggest_city_but_knows_the_capital(loaded, script):
     def ask(*messages):
         turns = [dict(zip(("role", "content"), message, strict=True)) for message in messages]
         prompt = loaded[1].apply_chat_template(turns, add_generation_prompt=True)

@@ -68,7 +68,7 @@ def test_another_folder_is_named(tmp_path):
         run_dir.read_run_record(tmp_path)
 
 
-def test_a_lock_dies_with_its_process(tmp_path):
+def test_a_lock_ends_with_its_process(tmp_path):
     code = "import sys, time; from pathlib import Path\n"
     code += "from mlx_align.tracking.run_dir import lock_run_dir\n"
     code += "with lock_run_dir(Path(sys.argv[1])):\n print('held', flush=True); time.sleep(60)"

@@ -59,7 +59,7 @@ def dpo(*options, output="run"):
     return mlx_align("dpo", *where, *SMALL, *options)
 
 
-def test_two_runs_on_one_folder(own_pairs, capsys, monkeypatch):
+def test_a_run_folder_is_locked_while_it_is_used(own_pairs, capsys, monkeypatch):
     with monkeypatch.context() as patched:
         stop_after(patched, 2)
         assert dpo() == 130
@@ -77,7 +77,7 @@ def test_two_runs_on_one_folder(own_pairs, capsys, monkeypatch):
         assert not Path("empty", "config.yaml").exists()
 
 
-def test_what_changed_is_named(own_pairs, capsys, monkeypatch):
+def test_changed_inputs_are_named_on_resume(own_pairs, capsys, monkeypatch):
     with monkeypatch.context() as patched:
         stop_after(patched, 2)
         assert dpo() == 130
@@ -133,7 +133,7 @@ def test_what_changed_is_named(own_pairs, capsys, monkeypatch):
     assert outcome("run") == outcome("whole")
 
 
-def test_a_report_after_a_stop_off_its_beat_is_the_same(own_pairs, monkeypatch):
+def test_stopping_between_reports_does_not_change_them(own_pairs, monkeypatch):
     options = ("--steps-per-report", 4, "--steps-per-eval", 3, "--lora-dropout", 0.1)
     assert dpo(*options, output="whole") == 0
     with monkeypatch.context() as patched:
@@ -148,7 +148,7 @@ def test_a_report_after_a_stop_off_its_beat_is_the_same(own_pairs, monkeypatch):
     assert (kept / "adapters.safetensors").is_file()
 
 
-def test_an_interrupted_reference_pass_goes_on_in_its_batches(own_pairs, monkeypatch):
+def test_an_interrupted_reference_pass_continues_with_the_same_batches(own_pairs, monkeypatch):
     """The last digits of log-probs depend on which rows run together."""
     assert dpo("--reference-cache", "one", output="whole") == 0
     from mlx_align.training import reference
@@ -242,7 +242,7 @@ def test_signals_outside_of_updates(own_pairs, capsys, monkeypatch):
     assert outcome("run-1") == outcome("run-2")
 
 
-def test_a_second_signal_stops_at_once_and_tears_nothing(own_pairs, capfd, monkeypatch):
+def test_a_second_signal_stops_at_once_and_leaves_no_partial_files(own_pairs, capfd, monkeypatch):
     with monkeypatch.context() as patched:
         stop_after(patched, 3, interrupt_twice)
         assert dpo() == 130
@@ -255,7 +255,7 @@ def test_a_second_signal_stops_at_once_and_tears_nothing(own_pairs, capfd, monke
     assert outcome("run") == outcome("whole")
 
 
-def test_a_run_outlives_its_reader(own_pairs):
+def test_a_run_continues_after_its_output_pipe_is_closed(own_pairs):
     """`mlx-align … | tee log`: the Ctrl-C that stops the run ends tee before it."""
     command = [sys.executable, "-m", "mlx_align.cli.main", "dpo", "--model", "model"]
     command += ["--data", "pairs", "--output", "run", *map(str, SMALL)]
@@ -270,7 +270,7 @@ def test_a_run_outlives_its_reader(own_pairs):
     assert Path("run", "summary.json").exists()
 
 
-def test_no_quota_is_one_line_and_the_last_checkpoint_stays(own_pairs, capsys, monkeypatch):
+def test_an_exceeded_quota_keeps_the_last_checkpoint(own_pairs, capsys, monkeypatch):
     number = errno.EDQUOT
     with monkeypatch.context() as patched:
         disk_full_after(patched, 24, OSError(number, os.strerror(number)))
@@ -286,7 +286,7 @@ def test_no_quota_is_one_line_and_the_last_checkpoint_stays(own_pairs, capsys, m
 
 
 @pytest.mark.skipif(sys.platform != "linux" or os.geteuid() != 0, reason="mounts a tmpfs")
-def test_a_disk_that_is_really_full(own_pairs, capsys):
+def test_a_run_on_a_full_disk_can_be_resumed(own_pairs, capsys):
     disk = Path("disk").absolute()
     disk.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", str(disk)]
@@ -312,7 +312,7 @@ def test_a_disk_that_is_really_full(own_pairs, capsys):
         subprocess.run(["umount", str(disk)], capture_output=True)
 
 
-def test_a_folder_that_can_not_be_written_to(own_pairs, capsys, monkeypatch):
+def test_a_read_only_folder_is_refused(own_pairs, capsys, monkeypatch):
     def refuse(*_, **__):
         raise PermissionError(13, "Permission denied")
 

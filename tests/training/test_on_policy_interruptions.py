@@ -87,7 +87,7 @@ MOMENTS = {
 }
 
 
-def test_signals_at_any_time(inputs, capfd, monkeypatch, processes):
+def test_signals_at_every_moment_of_a_step(inputs, capfd, monkeypatch, processes):
     assert train("ppo", output="whole") == 0
     expected = outcome("whole")
     for number, (moment, (owner, name, n, what, last)) in enumerate(MOMENTS.items()):
@@ -140,7 +140,7 @@ SPOILED = {
 
 
 @pytest.mark.parametrize("which", SPOILED)
-def test_updates_that_are_not_finite_are_skipped_and_counted(inputs, monkeypatch, capsys, which):
+def test_non_finite_on_policy_updates_are_skipped_and_counted(inputs, monkeypatch, capsys, which):
     command, options, owner, name, spoil = SPOILED[which]
     # All of the second rollout batch, whose updates have a microbatch each.
     change_results(monkeypatch, owner, name, spoil, lambda n: n in (3, 4))
@@ -160,7 +160,7 @@ def test_updates_that_are_not_finite_are_skipped_and_counted(inputs, monkeypatch
     assert Path("run/report.html").exists()
 
 
-def test_a_run_of_which_nothing_is_finite_ends(inputs, monkeypatch, capsys):
+def test_a_run_without_a_finite_update_is_an_error(inputs, monkeypatch, capsys):
     change_results(monkeypatch, RolloutBatch, "collate", no_advantages)
     assert train("grpo", "--on-non-finite", "skip", output="hopeless") == 1
     error = capsys.readouterr().err
@@ -171,7 +171,7 @@ def test_a_run_of_which_nothing_is_finite_ends(inputs, monkeypatch, capsys):
     assert error.count("\n") == 1
 
 
-def test_a_rollout_batch_that_is_half_learned_is_no_state(inputs, monkeypatch, capsys):
+def test_a_partly_trained_rollout_batch_is_not_saved(inputs, monkeypatch, capsys):
     """Its first update was made, the second is not finite: what is kept is from before both."""
     with monkeypatch.context() as patched:
         change_results(patched, RolloutBatch, "collate", no_advantages, lambda n: n == 6)
@@ -182,7 +182,7 @@ def test_a_rollout_batch_that_is_half_learned_is_no_state(inputs, monkeypatch, c
     assert outcome("run") == outcome("whole")
 
 
-def test_what_changed_is_named(inputs, monkeypatch, capsys):
+def test_changed_inputs_of_ppo_are_named_on_resume(inputs, monkeypatch, capsys):
     small = ("--iters", 1, "--grad-accumulation-steps", 1, "--lora-rank", 2, "--samples", 0)
     shutil.copytree(TINY_MODEL, "other")
     for folder, base in (("rm", TINY_MODEL), ("rm-2", "other")):

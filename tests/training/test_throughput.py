@@ -25,7 +25,7 @@ def timed(updates):
     return throughput.rate()
 
 
-def test_updates_that_compile_are_left_out():
+def test_updates_that_compile_are_not_timed():
     both = (SMALL, LARGE)
     steady = [(both, 10, 1.0), (both, 20, 1.0), ((SMALL,), 30, 2.0)]
     assert timed([((SMALL,), 10, 9.0), (both, 10, 9.0), *steady]) == pytest.approx(15.0)
@@ -73,7 +73,7 @@ def test_plan_knows_the_time_after_a_run(tmp_path, monkeypatch, capsys):
     assert json.loads(capsys.readouterr().out)["time"] is None
 
 
-def test_a_rate_of_kto_is_of_its_own_answers():
+def test_speed_of_kto_does_not_count_mismatched_completions():
     """A run counts a row's answer, not the mismatched one: so does the time."""
     ids = np.ones(10, np.int32)
     groups = [TokenizedGroup(ids, (ids, ids), "")] * 12
