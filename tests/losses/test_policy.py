@@ -9,6 +9,9 @@ from itertools import pairwise
 import mlx.core as mx
 import numpy as np
 import pytest
+from helpers.strategies import PROPERTY, orders, splits
+from hypothesis import given
+from hypothesis import strategies as st
 
 from mlx_align.losses.policy import POLICY_METHODS, PolicyMethod, policy_loss, policy_totals
 from mlx_align.losses.value import explained_variance, value_loss
@@ -324,6 +327,34 @@ def test_accumulation_is_exact(name, changes):
         assert other_sums == pytest.approx(sums, rel=1e-5, abs=1e-5)
         for other, grad in zip(other_grads, grads, strict=True):
             assert mx.abs(other - grad).max().item() < 1e-6
+
+
+@PRESETS
+@PROPERTY
+@given(st.data())
+def test_padding_order_and_microbatches_do_not_change_the_update(name, data):
+    method, sample = POLICY_METHODS[name], make_sample(seed=data.draw(st.integers(0, 2**32 - 1)))
+    order, padding = data.draw(orders(8)), data.draw(st.integers(0, 4))
+    parts = [mx.array(part) for part in data.draw(splits(order))]
+
+    def padded(part):
+        return PolicySample(*(mx.pad(array[part], ((0, 0), (0, padding))) for array in sample))
+
+    def update(samples):
+        masks = [one.mask for one in samples]
+        totals = policy_totals(masks, method, 6, [one.entropies for one in samples])
+        found = [loss_and_gradients(method, one, totals) for one in samples]
+        sums = {key: sum(one[2][key] for one in found) for key in found[0][2]}
+        grads = [mx.concatenate([one[1][i] for one in found]) for i in (0, 1)]
+        return sum(one[0] for one in found), grads, sums
+
+    loss, grads, sums = update([sample])
+    other_loss, other_grads, other_sums = update([padded(part) for part in parts])
+    assert other_loss == pytest.approx(loss, abs=1e-6)
+    assert other_sums == pytest.approx(sums, rel=1e-5, abs=1e-5)
+    for other, grad in zip(other_grads, grads, strict=True):
+        assert mx.abs(other[:, :6] - grad[mx.array(order)]).max().item() < 1e-6
+        assert not other[:, 6:].any().item()
 
 
 def test_local_token_mean_depends_on_the_split():
