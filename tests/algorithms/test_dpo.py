@@ -140,18 +140,15 @@ def test_reference_log_probs_are_computed_once(
     from mlx_align.inference import scoring
 
     scored = []
-    original = scoring.compile_forward
 
-    def counting(model, run):
-        scorer = original(model, run)
-
-        def counted(tree, batch):
+    def counting(scorer):
+        def counted(weights, batch):
             scored.append(int(batch.completion_mask.any(axis=1).sum().item()))
-            return scorer(tree, batch)
+            return scorer(weights, batch)
 
         return counted
 
-    monkeypatch.setattr(scoring, "compile_forward", counting)
+    change_results(monkeypatch, scoring, "compile_forward", counting)
 
     def passes(output, *options, **named):
         scored.clear()

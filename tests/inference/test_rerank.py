@@ -133,13 +133,10 @@ def test_one_sample_greedy_and_empty(reranker, monkeypatch):
     assert only == reranker.best_of(PROMPT, 1, max_tokens=5, temperature=0)
     end = open_model(str(TINY_MODEL)).tokenizer.eos_token_id
 
-    def ends(model, prompts, n, *_, **__):
-        ended = generation.Generated([end], [-1.0], True)
-        return [[ended] * (n - 1) + [generation.Generated([5, 6], [-1.0] * 2, False)]] * len(
-            prompts
-        )
-
-    monkeypatch.setattr("mlx_align.inference.generate.generate_groups", ends)
+    ended = generation.Generated([end], [-1.0], True)
+    truncated = generation.Generated([5, 6], [-1.0] * 2, False)
+    samples = [[ended, ended, ended, truncated]]
+    monkeypatch.setattr("mlx_align.inference.generate.generate_groups", lambda *_, **__: samples)
     ranked = reranker.sample(PROMPT, 4)
     empty = next(one for one in ranked if one.text == "")
     assert (empty.count, empty.truncated, empty.tokens) == (3, False, 1)
