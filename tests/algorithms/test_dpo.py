@@ -136,7 +136,7 @@ def _sequence_logp(model, ids, start):
 def test_reference_log_probs_are_computed_once(
     train_dpo, tiny_models, pairs, tmp_path, monkeypatch
 ):
-    """Counted where they run: each pair's once, whatever the epochs; none on the same again."""
+    """Each pair once, independent of the number of epochs; not again for the same pairs."""
     from mlx_align.inference import scoring
 
     scored = []
@@ -205,7 +205,7 @@ def test_resumed_run_ends_with_the_same_bytes(train_dpo, tmp_path, capsys, monke
     options = (*HOT, "--iters", 8, "--lora-dropout", 0.1, "--steps-per-report", 2)
     assert train_dpo(*options, output="whole")[0] == 0
 
-    # Stop after update 4, as a signal would, and go on.
+    # Interrupt after update 4, and resume.
     with monkeypatch.context() as patched:
         stop_after(patched, 4)
         assert train_dpo(*options, output="parts")[0] == 130

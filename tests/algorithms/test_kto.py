@@ -51,7 +51,7 @@ def row(prompt, answer, label=True):
 
 def test_mismatched_completions_belong_to_other_prompts():
     groups = random_groups(60, 1)
-    # Pairs taken apart: the other answer to the same prompt is no mismatched one.
+    # Split pairs: the other answer to the same prompt is no mismatched one.
     groups += [row(group.prompt, [1, 2, 3 + i]) for i, group in enumerate(groups)]
     paired = add_mismatched(groups, seed=3)
     own = {(g.prompt.tobytes(), g.completions[0].tobytes()) for g in groups}

@@ -431,7 +431,7 @@ def test_gamed_reward_stops_the_run_and_the_best_policy_is_kept(train, monkeypat
     assert (summary["stopped_early"], summary["best_step"], summary["steps"]) == (True, 1, 4)
     best = adapter_of(folder / "checkpoints" / "0000001")
     assert all(np.array_equal(w, best[name]) for name, w in adapter_of(folder).items())
-    # It has ended: there is nothing to go on with (and nothing more planted to look at).
+    # The run has ended: there is nothing to resume, and no value left to measure.
     assert mlx_align("grpo", "--resume", folder) == 0
     again = summary_of(folder)
     assert (again["stopped_early"], again["best_step"], again["steps"]) == (True, 1, 4)

@@ -199,7 +199,7 @@ def polite_pairs(countries, count, draw):
 
 
 def test_a_planted_rule_is_learned(train_reward, tmp_path):
-    """On the starter: politeness wins, whatever the length; held-out countries."""
+    """On the starter: polite answers win, independent of length; on held-out countries."""
     countries = json.loads(shipped_file("starter/world.json").read_text())["countries"]
     draw = random.Random(0)
     data = write_splits(
@@ -259,17 +259,17 @@ def test_score_adds_scores_to_every_row(ensemble, pairs, tmp_path, capsys):
 
 def test_combining_members(ensemble):
     base, folder = ensemble
-    asked = user("valid 3: is rain good?"), ["yes aaa", "no", "yes"]
+    conversation = user("valid 3: is rain good?"), ["yes aaa", "no", "yes"]
 
     def load(**how):
         return RewardModel.load(str(base), folder, **how)
 
-    (scored,) = load().score_groups([make_group("score()", *asked)])
+    (scored,) = load().score_groups([make_group("score()", *conversation)])
     members = scored.members.astype(np.float64)
-    assert load().score(*asked) == pytest.approx(members.mean(axis=1).tolist(), abs=1e-6)
-    assert load(combine="min").score(*asked) == pytest.approx(members.min(axis=1).tolist())
+    assert load().score(*conversation) == pytest.approx(members.mean(axis=1).tolist(), abs=1e-6)
+    assert load(combine="min").score(*conversation) == pytest.approx(members.min(axis=1).tolist())
     penalised = members.mean(axis=1) - 0.5 * members.var(axis=1)
-    found = load(combine="mean-variance", variance_penalty=0.5).score(*asked)
+    found = load(combine="mean-variance", variance_penalty=0.5).score(*conversation)
     assert found == pytest.approx(penalised.tolist(), abs=1e-5)
     assert members.std(axis=1).min() > 1e-3
     for how, message in (

@@ -129,7 +129,7 @@ def test_loss_on_selects_the_turns_that_are_trained_on(sft, capsys):
         assert f"trained on {turns[choice]}" in capsys.readouterr().out
         facts = summary_of(folder)["data_facts"]
         scored[choice] = facts["scored_tokens"] / facts["groups"]
-    # "yes" with its end token counts besides.
+    # Also "yes" and its end token.
     assert scored["assistant"] > scored["completion"] + 1
 
 

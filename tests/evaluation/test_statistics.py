@@ -35,7 +35,7 @@ def covered(truth, estimates):
 
 
 def longer_wins(random, n, quality=0.0, pull=2.0):
-    """Outcomes that length decides, beside a quality of the first in logits; differences."""
+    """Outcomes that depend on length and on a quality of the first, in logits; differences."""
     longer = random.normal(60, 60, n)
     won = random.uniform(size=n) < sigmoid(quality + pull * np.tanh(longer / 60))
     return won.astype(float), longer

@@ -148,14 +148,14 @@ def test_text_becomes_a_user_message_where_there_is_a_chat_template(reranker):
     """`sample` and `best_of` treat text as `rerank --prompt` does."""
     options = {"max_tokens": 6, "seed": 4}
     assert reranker.style.has_template
-    asked = reranker.sample(QUESTION, 4, **options)
-    assert asked == reranker.sample(PROMPT, 4, **options)
+    sampled = reranker.sample(QUESTION, 4, **options)
+    assert sampled == reranker.sample(PROMPT, 4, **options)
     best = reranker.best_of(QUESTION, 4, **options)
-    assert best == reranker.best_of(PROMPT, 4, **options) == asked[0]
+    assert best == reranker.best_of(PROMPT, 4, **options) == sampled[0]
     verbatim = reranker.sample(QUESTION, 4, **options, apply_chat_template=False)
     (group,) = reranker.sample_groups([PromptGroup(QUESTION, (), "x")], 4, **options)
     assert verbatim == group.completions()
-    assert [one.score for one in verbatim] != [one.score for one in asked]
+    assert [one.score for one in verbatim] != [one.score for one in sampled]
 
 
 def test_generated_text_is_that_of_the_policy(reranker, policy):
@@ -221,17 +221,17 @@ def test_errors_of_loading(policy, reward_run, tmp_path):
 
 
 def test_the_prompt_is_computed_once_per_role(reranker, monkeypatch):
-    """K = 8, a prompt of 256 tokens, completions of 64: tokens through the trunk, two roles."""
+    """K = 8, a prompt of 256 tokens, completions of 64: tokens through the backbone, two roles."""
     random = np.random.default_rng(0)
     lengths = []
-    anatomy = type(reranker.model.backbone)
-    original = anatomy.hidden
+    backbone = type(reranker.model.backbone)
+    original = backbone.hidden
 
     def counting(self, tokens, cache=None):
         lengths.append(tokens.size)
         return original(self, tokens, cache)
 
-    monkeypatch.setattr(anatomy, "hidden", counting)
+    monkeypatch.setattr(backbone, "hidden", counting)
 
     draw = [random.integers(3, 90, n).astype(np.int32) for n in [256] + [64] * 8]
     reranker.scorer.score_tokens([TokenizedGroup(draw[0], tuple(draw[1:]), "x")])
@@ -395,12 +395,12 @@ def test_best_of_n_finds_right_answers_on_the_starter(tmp_path, monkeypatch, cap
     capsys.readouterr()
     world = json.loads((shipped_file("starter") / "world.json").read_text())
     some = world["countries"][::3]
-    asked = [
+    sampled = [
         PromptGroup(_user(f"What is the capital of {country['name']}?"), (), country["name"])
         for country in some
     ]
     reranker = Reranker.load(str(shipped_file("starter/model")), "run")
-    rankings = reranker.sample_groups(asked, 16, max_tokens=40)
+    rankings = reranker.sample_groups(sampled, 16, max_tokens=40)
     curve = np.zeros(3)
     for country, ranking in zip(some, rankings, strict=True):
         scores, right = [], []

@@ -204,7 +204,7 @@ def test_soft_labels():
         loss = readers[name].function
         mixed = 0.8 * loss(seen) + 0.2 * loss(turned)
         assert loss(soft).item() == pytest.approx(mixed.item(), rel=1e-6)
-    # ln 2 whatever the label where the margin is 0; smoothing 0.1 on p = 1 is p = 0.9.
+    # ln 2 for every label if the margin is 0; smoothing 0.1 on p = 1 is p = 0.9.
     assert pairwise.sigmoid_loss(pairs([0.0], [0.0], soft_label=0.3)).item() == pytest.approx(
         0.693147
     )

@@ -93,7 +93,7 @@ class Bandit:
         reward_of=token_rewards,
         old_is_reference=False,
     ):
-        """The policy after so many rollouts; the critic is the exact expectation."""
+        """The policy after these rollouts; the critic is the exact expectation."""
         mask = mx.array(self.mask)
         totals = policy_totals([mask], method, 1)
         reference = mx.array(self.reference.astype(np.float32))[:, None]
@@ -257,7 +257,7 @@ def test_aggregation(aggregation, expected):
 
 @PRESETS
 def test_gradients_of_the_first_update_are_the_policy_gradient(name):
-    """∂loss/∂log π = −A by the aggregation's weight, whatever clips, gates or ratios there are."""
+    """∂loss/∂log π = −A times the aggregation's weight, for every kind of clip, gate and ratio."""
     method = POLICY_METHODS[name]
     sample = make_sample()
     ones = mx.ones(sample.mask.shape)
@@ -452,7 +452,7 @@ def test_k2_has_a_gradient_far_from_the_reference():
 
 
 def test_coefficients_can_change_after_compilation():
-    """One trace, whatever they become."""
+    """Coefficients are arguments of one compiled function."""
     sample, method = make_sample(), POLICY_METHODS["grpo"]
     totals = policy_totals([sample.mask], method, 6)
     traces = []
@@ -510,7 +510,7 @@ def test_value_loss():
         return value_loss(values, old, returns, mask, clip=0.2).sum()
 
     by_value, by_old, by_return = mx.grad(total, argnums=(0, 1, 2))(values, old, returns)
-    # Outside the clip where that is the worse error there is none: the value has moved enough.
+    # No gradient if the clipped error is the larger one: the value has moved enough.
     assert by_value[0].tolist() == pytest.approx([0.0, -0.9, 1.5, 0.0])
     assert not mx.any(by_old).item()
     assert not mx.any(by_return).item()

@@ -343,7 +343,7 @@ def test_advantages_of_several_rewards(name):
 def test_ppo(name):
     """Rewards, advantages, returns, both losses and their gradients.
 
-    There the score of a completion shorter than the batch stands one position *behind* its last
+    There the score of a completion shorter than the batch is one position *behind* its last
     token, where the critic has a value too; k3 in the reward is there to be compared with.
     """
     record = case(name)

@@ -7,6 +7,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from helpers.data import write_rows
+from helpers.forward import difference
 from helpers.oracle import language_model, microbatches
 from helpers.paths import TINY_MODEL
 from helpers.runs import LN2, metric_rows, mlx_align
@@ -169,14 +170,6 @@ def gradient(model, tree, groups, reference, shape, *, checkpoint):
     return loss, dict(tree_flatten(grads))
 
 
-def apart(ours, theirs):
-    """‖ours − theirs‖ / ‖theirs‖ over all weights."""
-    off = sum(mx.square(ours[name] - theirs[name]).sum().item() for name in theirs)
-    norm = sum(mx.square(grad).sum().item() for grad in theirs.values())
-    assert norm > 0
-    return (off / norm) ** 0.5
-
-
 @pytest.mark.parametrize("checkpoint", [True, False])
 def test_gradients_are_float32_and_within_bf16_error(checkpoint):
     groups, shape = random_pairs(4, 12, 16), Shape(16, 16, 1)
@@ -191,10 +184,10 @@ def test_gradients_are_float32_and_within_bf16_error(checkpoint):
     ]
     (exact_loss, exact), (wide_loss, by_wide), (narrow_loss, by_narrow) = found
     assert {grad.dtype for grad in by_narrow.values()} == {mx.float32}
-    own_error = apart(by_wide, exact)
+    own_error = difference(by_wide, exact)
     assert 1e-3 < own_error < 0.2
-    assert 0 < apart(by_narrow, by_wide) < 2 * own_error
-    assert apart(by_narrow, exact) < 2 * own_error
+    assert 0 < difference(by_narrow, by_wide) < 2 * own_error
+    assert difference(by_narrow, exact) < 2 * own_error
     assert narrow_loss == pytest.approx(exact_loss, abs=0.02)
     assert wide_loss == pytest.approx(exact_loss, abs=0.02)
     assert {weight.dtype for _, weight in tree_flatten(tree)} == {mx.float32}

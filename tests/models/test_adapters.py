@@ -76,7 +76,7 @@ def test_any_adapter_maps_into_the_runs_layout(tmp_path, family, theirs, ours):
     with use_adapter(model, tree):
         got = token_logprobs(backbone, ragged_batch())
     assert mx.allclose(got, expected, rtol=1e-5, atol=2e-5)
-    # Rank that the adapter has not can still learn: its lora_a is not zero.
+    # The additional rank can learn: its lora_a is not zero.
     if "rank" in theirs and theirs["rank"] < layout.rank:
         for name, array in tree_flatten(tree):
             if name.endswith("lora_a"):

@@ -83,7 +83,7 @@ def test_completions_of_ragged_prompts(each, heads, groups):
         return mx.fast.scaled_dot_product_attention(q, keys, values, scale=SCALE, mask=mask)
 
     compare(ours, theirs, arrays)
-    # What stands behind a prompt is never seen, whatever it is.
+    # The padding of a prompt is never seen, even if it is not zero.
     arrays[3][0, :, 3:] = arrays[4][0, :, 3:] = 1e4
     compare(ours, theirs, arrays)
 

@@ -9,6 +9,7 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 from helpers.families import VOCAB, make_model
+from helpers.forward import difference
 from helpers.paths import ORACLE
 from mlx.utils import tree_flatten, tree_map
 
@@ -112,14 +113,6 @@ def gradient_of(function, tree, *, compiled=False):
     return value.item(), dict(tree_flatten(grads))
 
 
-def apart(found, wanted):
-    assert set(found) == set(wanted)
-    parts = [((found[k] - wanted[k]).astype(mx.float32) ** 2).sum().item() for k in wanted]
-    size = sum((w.astype(mx.float32) ** 2).sum().item() for w in wanted.values())
-    assert size > 0
-    return (sum(parts) / size) ** 0.5
-
-
 @pytest.mark.parametrize("family", ["llama", "gemma2", "qwen3"])
 @pytest.mark.parametrize("checkpoint", [False, True])
 @pytest.mark.parametrize("compiled", [False, True])
@@ -142,7 +135,7 @@ def test_gradients(family, checkpoint, compiled):
     value, found = gradient_of(ours, tree, compiled=compiled)
     expected, wanted = gradient_of(plain, tree)
     assert value == pytest.approx(expected, abs=1e-4)
-    assert apart(found, wanted) < 1e-5
+    assert difference(found, wanted) < 1e-5
     assert f"{HEAD_NAME}.weight" in found
 
 
@@ -174,9 +167,9 @@ def test_gradients_of_narrow_models(dtype):
         results[kind] = gradient_of(ours, tree, compiled=True)[1], gradient_of(plain, tree)[1]
     ours, plain = results[dtype]
     if dtype == "4-bit":
-        assert apart(ours, plain) < 1e-5
+        assert difference(ours, plain) < 1e-5
     else:
-        assert apart(ours, plain) < 3 * apart(plain, results["float32"][1])
+        assert difference(ours, plain) < 3 * difference(plain, results["float32"][1])
 
 
 def _plain_linear(name, module):
@@ -244,7 +237,7 @@ def test_objective_equals_trls_loss_and_gradient(name, center, margins, size, ch
         assert mx.linalg.norm(grads[weight]).item() == pytest.approx(norm, rel=1e-4), weight
     if name == "reward_bt":
         whole = mx.load(str(ORACLE / "grads" / "reward_bt.safetensors"))
-        assert apart({k: grads[k] for k in whole}, whole) < 1e-4
+        assert difference({k: grads[k] for k in whole}, whole) < 1e-4
 
 
 def test_scores_equal_trls():
@@ -275,7 +268,7 @@ def test_accumulating_is_one_batch():
         micros = [Microbatch(tuple(range(i, min(i + size, 7))), shape) for i in range(0, 7, size)]
         found[size] = every_gradient(model, groups, config, micros)
     assert found[1][0] == pytest.approx(found[8][0], rel=1e-5)
-    assert apart(found[1][2], found[8][2]) < 1e-5
+    assert difference(found[1][2], found[8][2]) < 1e-5
     assert found[1][1]["weight"] == 7
 
 

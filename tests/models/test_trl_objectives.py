@@ -237,7 +237,7 @@ def test_pairs_accumulate_exactly(loss, tiny_policy):
 
 @pytest.mark.parametrize("loss", ["sigmoid", "aot", "kto", "nll"])
 def test_microbatches_of_different_shapes_equal_one_large_batch(loss, tiny_policy):
-    """As many groups as fit so many tokens: the update is that of all of them at once."""
+    """Microbatches with a token budget: the update is that of all groups at once."""
     groups = random_groups(13, 1 if loss == "nll" else 2)
     log_probs = reference_near(tiny_policy, groups)
     checkpoint = {"grad_checkpoint": False}

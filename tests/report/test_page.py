@@ -41,7 +41,7 @@ def write(folder, rows=(), config=None, torn="", samples=(), **files):
 
 
 def dpo_rows(n=20, chosen=0.0, rejected=-1.0, training=0.9, held_out=0.85, margin=1.0):
-    """Reports every 5 updates and an evaluation every 25; log-probs move by so many nats in all."""
+    """Reports every 5 updates, evaluations every 25; log-probs change by these nats in all."""
     rows = [held_out_row(0, -30, -30, 0.0, 0.0)]
     for i in range(1, n + 1):
         share = i / n

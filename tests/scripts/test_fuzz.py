@@ -21,7 +21,7 @@ def bench(script, tmp_path_factory):
     ("target", "examples"), [("data", 150), ("config", 80), ("adapter", 10), ("run", 12)]
 )
 def test_mutated_files(script, bench, monkeypatch, target, examples):
-    monkeypatch.chdir(bench.folder)  # whatever a configuration names as its output is made here
+    monkeypatch.chdir(bench.folder)  # outputs that a configuration names are made here
     assert script.fuzz(bench, target, examples, number=1, shrink=False) >= examples // 2
 
 

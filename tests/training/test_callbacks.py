@@ -274,7 +274,7 @@ def test_an_error_at_the_start_of_a_tracker_is_one_line(tmp_path, wandb, monkeyp
 
 
 def test_page_and_tracker_of_an_interrupted_and_resumed_run(tmp_path, monkeypatch, wandb):
-    """A real run on the starter: interrupted, then gone on with, with a tracker watching."""
+    """A real run on the starter: interrupted, then resumed, with a tracker."""
     monkeypatch.chdir(tmp_path)
     seen = []
     evaluate = evaluation.Evaluation.evaluate

@@ -129,7 +129,7 @@ def test_a_damaged_checkpoint_is_skipped_with_a_warning(tmp_path, how):
     damage(tmp_path / "checkpoints" / "0000001", how)
     with pytest.raises(ModelError, match="damaged, all 2 of them"):
         load(tmp_path)
-    # A run that goes on from the first forgets the damaged second.
+    # A run that continues from the first one removes the damaged second one.
     shutil.rmtree(tmp_path / "checkpoints")
     save(tmp_path, 1)
     save(tmp_path, 3)

@@ -203,7 +203,7 @@ def test_non_finite_updates_are_skipped_and_counted(own_pairs, capsys, monkeypat
         spoil(patched, lambda n: n > 2)
         assert dpo(output="stopped") == 1
     assert "--on-non-finite skip" in capsys.readouterr().err
-    # With good numbers again it goes on, and ends as if nothing had been.
+    # With finite numbers it can be resumed, and equals an undisturbed run.
     assert mlx_align("dpo", "--resume", "stopped") == 0
     assert dpo(output="whole") == 0
     assert outcome("stopped") == outcome("whole")

@@ -40,7 +40,7 @@ PPO = ("--reward-rollouts", 8, "--critic-warmup", 0)
 
 @pytest.fixture
 def inputs(tmp_path, monkeypatch):
-    """A folder with pairs, of which the prompts are taken, and a reward function beside it."""
+    """A folder of pairs, whose prompts are used, and a file with a reward function."""
     monkeypatch.chdir(tmp_path)
     for split, n in (("train", 9), ("valid", 2)):
         rows = [
