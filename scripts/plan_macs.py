@@ -10,6 +10,8 @@ check on a Mac:
     python scripts/verify_plan.py --large                         # planned and measured peaks
 """
 
+import argparse
+
 from mlx_align.data.buckets import Shape
 from mlx_align.planning.machine import parse_machine
 from mlx_align.planning.memory import Workload, plan_memory
@@ -84,6 +86,7 @@ def peak(model: ModelShape, length: int) -> int:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
     machines = [parse_machine(f"{memory} GB") for memory in MACS]
     print(f"| 4-bit model | at 1,024 | {' | '.join(f'{memory} GB' for memory in MACS)} |")
     print("|---|---:|" + "---:|" * len(MACS))

@@ -1,10 +1,10 @@
 """Compare the package's DPO gradient with a plain one, family by family, and print the table.
 
-For every family of tests/families.py (tiny, random, adapters far from the identity), in float32,
-bf16 and 4-bit, the gradient of one DPO update is computed in eight ways: {plain, checkpointed} x
-{eager, compiled} x {one batch of 8 pairs, 8 batches of 1 pair accumulated}, through
-`preference_objective` and the training loop's own accumulation. Each is compared with the
-gradient of the textbook formula: every row by itself, whole, the model's own full logits as
+For every family of tests/helpers/families.py (tiny, random, adapters far from the identity), in
+float32, bf16 and 4-bit, the gradient of one DPO update is computed in eight ways: {plain,
+checkpointed} x {eager, compiled} x {one batch of 8 pairs, 8 batches of 1 pair accumulated}, through
+`PreferenceObjective` and the training loop's own accumulation. Each is compared with the gradient
+of the textbook formula: every row by itself, whole, the model's own full logits as
 mlx-lm generates with them, log-softmax in float32, eager. The number is
 ‖ours − plain‖ / ‖plain‖ over all adapter weights; the table shows the largest of the eight.
 
@@ -48,7 +48,7 @@ from mlx_lm.utils import quantize_model
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from families import (
+from helpers.families import (
     FAMILIES,
     FLAT_FAMILIES,
     LORA_KEYS,

@@ -1,6 +1,5 @@
 """`mlx-align kto`: the reference point, the partners it is made from, and whole runs."""
 
-import json
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -8,17 +7,19 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
-from mlx_lm import load as mlx_lm_load
-from oracle_helpers import (
+from helpers.data import write_rows
+from helpers.oracle import (
     SMALL,
     assert_accumulation_is_exact,
     microbatches,
-    near,
     random_groups,
-    tiny,  # noqa: F401
-    tree_of,
+    reference_near,
+    trainable_weights,
     update,
 )
+from helpers.paths import TINY_MODEL
+from helpers.runs import change_results, metric_rows, mlx_align, outcome
+from mlx_lm import load as mlx_lm_load
 
 from mlx_align.algorithms.kto import (
     KtoLoss,
@@ -27,7 +28,6 @@ from mlx_align.algorithms.kto import (
     means_by_label,
     row_metrics,
 )
-from mlx_align.cli.main import run
 from mlx_align.data.buckets import LENGTH_MULTIPLE
 from mlx_align.data.transforms import add_mismatched
 from mlx_align.errors import DataError
@@ -35,8 +35,6 @@ from mlx_align.inference.scoring import make_logprob_scorer
 from mlx_align.losses.registry import UNPAIRED_LOSSES, resolve_options
 from mlx_align.training import reference
 from mlx_align.types import TokenizedGroup
-
-TINY = Path(__file__).parent.parent / "oracle" / "models" / "policy"
 
 
 def kto_loss(name="kto", **options):
@@ -51,9 +49,9 @@ def row(prompt, answer, label=True):
     return TokenizedGroup(ids[0], (ids[1],), "row", label=label)
 
 
-def test_partners_are_other_prompts_answers_and_repeat():
+def test_mismatched_completions_belong_to_other_prompts():
     groups = random_groups(60, 1)
-    # Pairs taken apart: the other answer to the same prompt is no mismatched one.
+    # Split pairs: the other answer to the same prompt is no mismatched one.
     groups += [row(group.prompt, [1, 2, 3 + i]) for i, group in enumerate(groups)]
     paired = add_mismatched(groups, seed=3)
     own = {(g.prompt.tobytes(), g.completions[0].tobytes()) for g in groups}
@@ -71,7 +69,7 @@ def test_partners_are_other_prompts_answers_and_repeat():
     assert sum(abs(a - b) > 1 for a, b in classes) <= 2
 
 
-def test_an_answer_that_many_prompts_share_is_avoided_where_it_can_be():
+def test_an_answer_of_many_prompts_is_avoided_if_possible():
     groups = [row([i], [7, 7]) for i in range(5)] + [row([9], [8, 8])]
     paired = add_mismatched(groups, seed=0)
     assert all(g.completions[1].tolist() == [8, 8] for g in paired[:5])
@@ -79,7 +77,7 @@ def test_an_answer_that_many_prompts_share_is_avoided_where_it_can_be():
     assert all(g.completions[1].tolist() == [7, 7] for g in same)
 
 
-def test_one_prompt_gives_no_point():
+def test_a_single_prompt_has_no_reference_point():
     with pytest.raises(DataError, match="the same prompt"):
         add_mismatched([row([1], [i]) for i in range(4)], seed=0)
     assert add_mismatched([], seed=0) == []
@@ -89,49 +87,59 @@ def test_one_prompt_gives_no_point():
 
 
 @pytest.mark.parametrize("name", UNPAIRED_LOSSES)
-def test_rows_accumulate_exactly(name, tiny):  # noqa: F811
+def test_rows_accumulate_exactly(name, tiny_policy):
     groups = add_mismatched(random_groups(7, 1), seed=0)
     groups = groups if UNPAIRED_LOSSES[name].needs_kl else random_groups(7, 1)
-    log_probs = near(tiny, groups)
+    log_probs = reference_near(tiny_policy, groups)
     for rows in log_probs:
         rows[-1][...] -= 0.2  # a KL above 0 is one that a wrong mean would change
     loss = kto_loss(name, undesirable_weight=1.3)
     assert_accumulation_is_exact(
-        tiny,
+        tiny_policy,
         UnpairedObjective(
-            tiny, loss, groups, log_probs, make_logprob_scorer(tiny), grad_checkpoint=False
+            tiny_policy,
+            loss,
+            groups,
+            log_probs,
+            make_logprob_scorer(tiny_policy),
+            grad_checkpoint=False,
         ),
     )
 
 
-def test_no_gradient_goes_through_the_point(tiny):  # noqa: F811
+def test_the_reference_point_has_no_gradient(tiny_policy):
     """The gradient is that of the own completions alone, at a point that is a number."""
     groups = add_mismatched(random_groups(4, 1), seed=0)
-    log_probs = near(tiny, groups)
+    log_probs = reference_near(tiny_policy, groups)
     for rows in log_probs:
         rows[1][...] -= 0.5
     made = [
         UnpairedObjective(
-            tiny, loss, groups, log_probs, make_logprob_scorer(tiny), grad_checkpoint=False
+            tiny_policy,
+            loss,
+            groups,
+            log_probs,
+            make_logprob_scorer(tiny_policy),
+            grad_checkpoint=False,
         )
         for loss in (kto_loss(), kto_loss("apo_zero_unpaired"))
     ]
-    tree, micro = tree_of(tiny), microbatches((4,), SMALL)
-    value, gradient, sums = update(tiny, made[0], tree, micro)
+    tree, micro = trainable_weights(tiny_policy), microbatches((4,), SMALL)
+    value, gradient, sums = update(tiny_policy, made[0], tree, micro)
     kl = sums["kl"] / 4
     assert kl > 0.5
     # apo_zero is KTO at the point 0: with references shifted by the point it is the same loss.
     shifted = [(own + kl / len(own), other) for own, other in log_probs]
     again = UnpairedObjective(
-        tiny, kto_loss("apo_zero_unpaired"), groups, shifted, None, grad_checkpoint=False
+        tiny_policy, kto_loss("apo_zero_unpaired"), groups, shifted, None, grad_checkpoint=False
     )
-    same_value, same, _ = update(tiny, again, tree, micro)
+    same_value, same, _ = update(tiny_policy, again, tree, micro)
     assert same_value == pytest.approx(value, rel=1e-5)
     for name, part in gradient.items():
         assert mx.abs(part - same[name]).max().item() < 1e-5
 
 
-def test_means_of_each_kind_in_training_rows():
+def test_training_rows_have_means_of_both_kinds():
     logps, ratio = mx.array([-1.0, -2.0, -3.0, -4.0]), mx.array([1.0, 3.0, -1.0, 2.0])
     good = mx.array([True, True, True, False])
     metrics = row_metrics(logps, ratio, good, mx.array(0.5), 0.1)
@@ -180,26 +188,25 @@ _HELD_OUT = [(3.0, 0.5), (1.0, 1.0), (-2.0, 0.0), (1.0, 0.5)]
 # ---------------------------------------------------------------- runs
 
 
-@pytest.fixture
-def kto(tmp_path, monkeypatch):
-    """Runs `mlx-align kto` on rows whose good answers say yes and whose bad ones say no."""
-    monkeypatch.chdir(tmp_path)
+ANSWERS = [
+    {
+        "prompt": f"{i}: {'sun ' * (i % 3)}{'rain ' * (i % 4)}?",
+        "completion": f"{' yes' if i % 2 else ' no, never'} {'a' * (i % 7)}",
+        "label": bool(i % 2),
+    }
+    for i in range(48)
+]
 
-    def call(*options, rows=None, output="run"):
-        random = np.random.default_rng(0)
-        made = rows or [
-            {
-                "prompt": f"{i}: {' '.join(random.choice(['sun', 'rain'], 3))}?",
-                "completion": f"{' yes' if i % 2 else ' no, never'} {'a' * (i % 7)}",
-                "label": bool(i % 2),
-            }
-            for i in range(48)
-        ]
-        Path("rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in made))
-        command = ["kto", "--model", str(TINY), "--data", "rows.jsonl", "--output", output]
-        command += ["--reference-cache", "cache", "--samples", "1", "--sample-tokens", "4"]
-        command += ["--valid-fraction", "0.25", "--warmup", "0", *map(str, options)]
-        return run(command), tmp_path / output
+
+@pytest.fixture
+def kto(train):
+    """Runs `mlx-align kto` on rows whose good answers say yes and whose bad ones say no."""
+
+    def call(*options, rows=ANSWERS, output="run"):
+        data = write_rows("rows.jsonl", rows)
+        small = ("--samples", 1, "--sample-tokens", 4, "--valid-fraction", 0.25, "--warmup", 0)
+        cache = ("--reference-cache", "cache")
+        return train("kto", *cache, *small, *options, data=data, output=output)
 
     return call
 
@@ -207,17 +214,12 @@ def kto(tmp_path, monkeypatch):
 HOT = ("--learning-rate", "3e-3", "--batch-size", 4, "--grad-accumulation-steps", 2)
 
 
-def metrics_of(folder):
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [r for r in rows if "loss" in r], [r for r in rows if "eval/loss" in r]
-
-
 @pytest.mark.parametrize("loss", ["kto", "apo_zero_unpaired"])
 def test_a_run_starts_at_one_half_learns_and_loads_in_stock_mlx_lm(kto, loss, capsys):
     code, folder = kto(*HOT, "--iters", 12, "--steps-per-report", 1, "--loss", loss)
     assert code == 0
     assert " good and " in capsys.readouterr().out
-    training, held_out = metrics_of(folder)
+    training, held_out = metric_rows(folder, "loss"), metric_rows(folder, "eval/loss")
     assert training[0]["loss"] == pytest.approx(0.5, abs=1e-6)
     assert held_out[0]["eval/loss"] == pytest.approx(0.5, abs=1e-6)
     assert held_out[0]["eval/rewards/auc"] == 0.5
@@ -225,7 +227,7 @@ def test_a_run_starts_at_one_half_learns_and_loads_in_stock_mlx_lm(kto, loss, ca
     assert held_out[-1]["eval/rewards/auc"] > 0.9
     assert held_out[-1]["eval/rewards/margins"] > 0.02
     assert (max(row["kl"] for row in training) > 0) == (loss == "kto")
-    model, _ = mlx_lm_load(str(TINY), adapter_path=str(folder))
+    model, _ = mlx_lm_load(str(TINY_MODEL), adapter_path=str(folder))
     assert mx.abs(model.layers[0].self_attn.q_proj.lora_b).max().item() > 0
 
 
@@ -233,21 +235,19 @@ def test_mismatched_log_probs_are_cached_and_runs_repeat(kto, monkeypatch):
     whole = (*HOT, "--iters", 3, "--steps-per-report", 1)
     assert kto(*whole, output="whole")[0] == 0
     computed = []
-    original = reference.score_groups
 
-    def counting(scorer, tree, groups, *rest, **named):
-        computed.append(len(groups))
-        return original(scorer, tree, groups, *rest, **named)
+    def count(logprobs):
+        computed.append(len(logprobs))
+        return logprobs
 
-    monkeypatch.setattr(reference, "score_groups", counting)
+    change_results(monkeypatch, reference, "score_groups", count)
     code, again = kto(*whole, output="again")
     assert code == 0
     assert sum(computed) == 0
-    rows = [r["loss"] for r in metrics_of(again)[0]]
-    assert rows == [r["loss"] for r in metrics_of(again.parent / "whole")[0]]
+    assert outcome(again) == outcome("whole")
 
 
-def test_pairs_are_taken_apart(kto, capsys):
+def test_pairs_are_split_into_desirable_and_undesirable(kto, capsys):
     pairs = [
         {"prompt": f"{i} ok?", "chosen": f" yes {i}", "rejected": f" no {i}"} for i in range(12)
     ]
@@ -264,7 +264,7 @@ def labelled(labels):
     ]
 
 
-def test_what_is_wrong_is_said_in_one_line(kto, capsys):
+def test_errors_are_one_line(kto, capsys):
     def error(*options, **named):
         code, _ = kto("--iters", 1, *options, **named)
         assert code == 1
@@ -281,7 +281,7 @@ def test_what_is_wrong_is_said_in_one_line(kto, capsys):
     assert "prompt" in error("--valid-fraction", 0, rows=one_prompt)
 
 
-def test_unbalanced_weights_and_tiny_updates_are_warned_of(kto, capsys):
+def test_warnings_about_unbalanced_weights_and_small_updates(kto, capsys):
     few = ("--iters", 1, "--valid-fraction", 0, "--samples", 0)
     rows = labelled([True] * 8 + [False] * 16)
     assert kto(*few, "--batch-size", 2, "--grad-accumulation-steps", 1, rows=rows)[0] == 0
@@ -295,14 +295,12 @@ def test_unbalanced_weights_and_tiny_updates_are_warned_of(kto, capsys):
     assert "an update has" not in out
 
 
-def test_an_interrupted_run_goes_on_as_if_it_had_not_been(kto, tmp_path):
+def test_a_resumed_run_equals_an_uninterrupted_one(kto):
     """The same partners, the same points: the last rows are bit for bit those of a whole run."""
     options = (*HOT, "--iters", 6, "--save-every", 3, "--steps-per-report", 1)
     assert kto(*options, output="whole")[0] == 0
-    shutil.copytree(tmp_path / "whole", tmp_path / "half")
-    for later in sorted((tmp_path / "half" / "checkpoints").iterdir())[1:]:
+    shutil.copytree("whole", "half")
+    for later in sorted(Path("half", "checkpoints").iterdir())[1:]:
         shutil.rmtree(later)
-    assert run(["kto", "--resume", str(tmp_path / "half")]) == 0
-    whole, half = (metrics_of(tmp_path / name)[0] for name in ("whole", "half"))
-    assert [r["loss"] for r in half] == [r["loss"] for r in whole]
-    assert [r["kl"] for r in half] == [r["kl"] for r in whole]
+    assert mlx_align("kto", "--resume", "half") == 0
+    assert outcome("half") == outcome("whole")

@@ -1,19 +1,27 @@
 """`mlx-align ppo` and `mlx-align grpo` from options to run folder, on a tiny chat model."""
 
-import json
-import signal
 from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 import pytest
+from helpers.data import assistant, read_rows, user, write_rows
+from helpers.paths import TINY_MODEL
+from helpers.runs import (
+    adapter_of,
+    before_call,
+    change_results,
+    interrupt,
+    metric_rows,
+    mlx_align,
+    outcome,
+    summary_of,
+)
 from mlx.utils import tree_flatten
 from mlx_lm import load as mlx_lm_load
-from mlx_lm.convert import convert
 
 from mlx_align.algorithms.update import Updater
-from mlx_align.cli.main import run
 from mlx_align.errors import TrainingError
 from mlx_align.inference.reward_model import RewardModel
 from mlx_align.models.adapters import ADAPTER_FILE
@@ -23,7 +31,6 @@ from mlx_align.training import run as training_run
 from mlx_align.training.evaluation import RolloutEvaluation
 from mlx_align.types import Message, PromptGroup
 
-TINY = Path(__file__).parents[1] / "oracle" / "models" / "policy"
 SMALL = {
     "--batch-size": 2,
     "--grad-accumulation-steps": 2,
@@ -38,30 +45,21 @@ PPO = {"--reward-rollouts": 16, "--critic-warmup": 1}
 
 
 @pytest.fixture(scope="session")
-def models(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("on-policy-models")
-    convert(str(TINY), str(folder / "bfloat16"), dtype="bfloat16")
-    convert(str(TINY), str(folder / "4-bit"), quantize=True, q_bits=4, q_group_size=32)
-    return {"float32": TINY, "bfloat16": folder / "bfloat16", "4-bit": folder / "4-bit"}
-
-
-@pytest.fixture(scope="session")
 def data(tmp_path_factory):
     """Preference pairs, whose prompts are used, and reward functions."""
     folder = tmp_path_factory.mktemp("on-policy-data")
     random = np.random.default_rng(0)
-    for name, n in (("train", 12), ("valid", 4)):
+    for split, n in (("train", 12), ("valid", 4)):
         rows = [
             {
-                "prompt": [{"role": "user", "content": f"{name} {i}: " + "is it? " * (i % 4)}],
-                "chosen": [{"role": "assistant", "content": "yes " * int(random.integers(1, 4))}],
-                "rejected": [{"role": "assistant", "content": "no " * int(random.integers(1, 4))}],
+                "prompt": user(f"{split} {i}: " + "is it? " * (i % 4)),
+                "chosen": assistant("yes " * int(random.integers(1, 4))),
+                "rejected": assistant("no " * int(random.integers(1, 4))),
                 "number": i,
             }
             for i in range(n)
         ]
-        lines = "".join(json.dumps(row) + "\n" for row in rows)
-        (folder / f"{name}.jsonl").write_text(lines)
+        write_rows(folder / f"{split}.jsonl", rows)
     (folder / "rewards.py").write_text(
         "def letters(completions, **columns):\n"
         "    return [sum(c.isalpha() for c in text) / 8 for text in completions]\n"
@@ -79,88 +77,70 @@ def data(tmp_path_factory):
 def reward_run(tmp_path_factory, data):
     """A reward model with other layers and another rank than the policy's."""
     folder = tmp_path_factory.mktemp("reward") / "run"
-    options = ["--lora-rank", "3", "--lora-alpha", "5", "--num-layers", "1"]
-    options += ["--iters", "4", "--grad-accumulation-steps", "1", "--batch-size", "4"]
-    options += ["--learning-rate", "1e-2", "--samples", "0"]
-    where = ["--model", str(TINY), "--data", str(data), "--output", str(folder)]
-    assert run(["reward", *where, *options]) == 0
+    where = ("--model", TINY_MODEL, "--data", data, "--output", folder)
+    options = ("--lora-rank", 3, "--lora-alpha", 5, "--num-layers", 1, "--learning-rate", "1e-2")
+    options += ("--iters", 4, "--grad-accumulation-steps", 1, "--batch-size", 4, "--samples", 0)
+    assert mlx_align("reward", *where, *options) == 0
     return folder
 
 
 @pytest.fixture
-def train(tmp_path, data, monkeypatch):
-    """Run a command in this process; returns the exit code and the run folder."""
-    monkeypatch.chdir(tmp_path)
+def train(train, data):
+    """Runs `mlx-align ppo` or `grpo` on the data; the exit code and the run folder."""
 
-    def call(command, options=None, *, model=TINY, reward="letters", output="run", resume=False):
-        chosen = {**SMALL, **(PPO if command == "ppo" else {}), **(options or {})}
-        chosen.setdefault("--iters", 2)
-        arguments = [command, "--model", str(model), "--data", str(data), "--output", output]
+    def call(command, options=None, *, reward="letters", **where):
+        given = {**SMALL, "--iters": 2, **(PPO if command == "ppo" else {}), **(options or {})}
+        arguments = []
         for name in [] if reward is None else reward.split(","):
             arguments += ["--reward", f"{data / 'rewards.py'}:{name}"]
-        for name, value in chosen.items():
+        for name, value in given.items():
             if value is not False:
-                arguments += [name] if value is None else [name, str(value)]
-        if resume:
-            arguments = [command, "--resume", output]
-        return run(arguments), tmp_path / output
+                arguments += [name] if value is None else [name, value]
+        return train(command, *arguments, **{"data": data, **where})
 
     return call
 
 
-def rows_of(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def training_rows(folder):
-    return [row for row in rows_of(folder) if "loss" in row]
-
-
-def samples_of(folder):
-    return [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
-
-
-def weights_of(folder):
-    return {name: np.array(w) for name, w in mx.load(str(folder / ADAPTER_FILE)).items()}
+def changed(folder):
+    """Whether the run's adapter has left its start."""
+    return any(np.any(w) for name, w in adapter_of(folder).items() if name.endswith("lora_b"))
 
 
 @pytest.fixture
 def collectors(monkeypatch):
     """The collectors of the runs that follow."""
     seen = []
-    original = training_run.load_collector
 
-    def watched(*arguments):
-        collector, held_out = original(*arguments)
-        seen.append(collector)
-        return collector, held_out
+    def keep(loaded):
+        seen.append(loaded[0])
+        return loaded
 
-    monkeypatch.setattr(training_run, "load_collector", watched)
+    change_results(monkeypatch, training_run, "load_collector", keep)
     return seen
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "4-bit"])
 @pytest.mark.parametrize("command", ["ppo", "grpo"])
-def test_run_folder_loads_in_mlx_lm(train, models, command, dtype):
+def test_run_folder_loads_in_mlx_lm(train, tiny_models, command, dtype):
     options = {"--temperature": 0.8, "--learning-rate": 1e-3}
-    code, folder = train(command, options, model=models[dtype])
+    code, folder = train(command, options, model=tiny_models[dtype])
     assert code == 0
-    rows = training_rows(folder)
+    rows = metric_rows(folder, "loss")
     assert [row["step"] for row in rows] == [1, 2]
     # The policy that samples is the one that learns, at its temperature.
     assert rows[0]["sampler/gap"] < (1e-4 if dtype == "float32" else 0.02)
     assert abs(rows[0]["objective/kl"]) < 1e-6
     assert {"reward", "completions/ended", "objective/entropy"} <= rows[0].keys()
-    held_out = [row for row in rows_of(folder) if "eval/reward" in row]
+    held_out = metric_rows(folder, "eval/reward")
     assert [row["step"] for row in held_out] == [0, 2]
-    sampled = [row for row in samples_of(folder) if "reward" in row]
+    sampled = [row for row in read_rows(folder / "samples.jsonl") if "reward" in row]
     assert len(sampled) == 2 * 4 * 4
     assert {"prompt", "completion", "rewards", "ended", "kl", "step"} <= sampled[0].keys()
-    assert sum("before" in row for row in samples_of(folder)) == 2
-    summary = json.loads((folder / "summary.json").read_text())
+    assert sum("before" in row for row in read_rows(folder / "samples.jsonl")) == 2
+    summary = summary_of(folder)
     assert (summary["steps"], summary["command"]) == (2, command)
-    mlx_lm_load(str(models[dtype]), adapter_path=str(folder))
-    assert any(np.any(w) for name, w in weights_of(folder).items() if name.endswith("lora_b"))
+    mlx_lm_load(str(tiny_models[dtype]), adapter_path=str(folder))
+    assert changed(folder)
 
 
 @pytest.mark.parametrize("command", ["ppo", "grpo"])
@@ -180,12 +160,12 @@ def test_only_policy_and_critic_are_trained(train, collectors, reward_run, comma
     for name, weight in stored.items():
         fold = 5 / 3 / 2 if name.endswith("lora_b") else 1.0  # scales of both
         np.testing.assert_allclose(np.array(reward[name]), fold * np.array(weight), rtol=1e-6)
-    base = mx.load(str(TINY / "model.safetensors"))
+    base = mx.load(str(TINY_MODEL / "model.safetensors"))
     now = dict(tree_flatten(collector.policy.model.module.parameters()))
     for name, weight in base.items():
         own = now.get(name, now.get(name.replace(".weight", ".linear.weight")))
         assert np.array_equal(np.array(own), np.array(weight)), name
-    trained = weights_of(folder)
+    trained = adapter_of(folder)
     assert trained.keys() == start.keys()
     checkpoint = folder / "checkpoints" / "0000002"
     assert (checkpoint / "critic.safetensors").exists() == (command == "ppo")
@@ -196,7 +176,7 @@ def test_reward_adapter_scores_like_the_standalone_reward_model(train, collector
     (collector,) = collectors
     rollouts = collector.sample(collector.policy.start, collector.prompts[:4], (9,))
     ours = collector.rewards(rollouts).total
-    alone = RewardModel.load(str(TINY), reward_run)
+    alone = RewardModel.load(str(TINY_MODEL), reward_run)
     # A reward model is read at the end token; truncated completions get one, as text does.
     assert not rollouts.finished.all()
     (end,) = alone.style.ending[:1] or (alone.style.eos,)
@@ -231,20 +211,22 @@ def test_reward_adapter_scores_like_the_standalone_reward_model(train, collector
     assert same
 
 
-def test_reward_model_on_another_base_is_a_second_model(train, models, reward_run, capsys):
+def test_reward_model_on_another_base_is_a_second_model(train, tiny_models, reward_run, capsys):
     code, folder = train(
-        "grpo", {"--reward-model": reward_run}, model=models["bfloat16"], reward="letters=0.5"
+        "grpo", {"--reward-model": reward_run}, model=tiny_models["bfloat16"], reward="letters=0.5"
     )
     assert code == 0
     assert "a second model in memory" in capsys.readouterr().out
-    assert {"rewards/letters/mean", "rewards/reward_model/mean"} <= training_rows(folder)[0].keys()
+    assert {"rewards/letters/mean", "rewards/reward_model/mean"} <= metric_rows(folder, "loss")[
+        0
+    ].keys()
 
 
-def test_reference_is_the_initial_policy(train, tmp_path):
+def test_reference_is_the_initial_policy(train):
     assert train("grpo", {"--learning-rate": 1e-2}, output="first")[0] == 0
     code, folder = train("grpo", {"--init-adapter": "first", "--kl-coef": 0.1}, output="second")
     assert code == 0
-    first = training_rows(folder)[0]
+    first = metric_rows(folder, "loss")[0]
     assert abs(first["objective/kl"]) < 1e-6
     assert abs(first["policy/ratio"] - 1) < 1e-5
 
@@ -267,7 +249,7 @@ def test_reference_is_the_initial_policy(train, tmp_path):
 def test_every_method_runs(train, options):
     code, folder = train("grpo", {"--learning-rate": 1e-3, "--iters": 1, **options})
     assert code == 0
-    assert any(np.any(w) for name, w in weights_of(folder).items() if name.endswith("lora_b"))
+    assert changed(folder)
 
 
 @pytest.mark.parametrize(
@@ -291,7 +273,7 @@ def test_normalize_then_sum(train, collectors):
     given = {"--multi-objective-aggregation": "normalize_then_sum", "--learning-rate": 1e-3}
     code, folder = train("grpo", given, reward="letters=3,some,same=0")
     assert code == 0
-    assert any(np.any(w) for name, w in weights_of(folder).items() if name.endswith("lora_b"))
+    assert changed(folder)
 
     from mlx_align.algorithms.grpo import GRPO
 
@@ -317,8 +299,8 @@ def test_normalize_then_sum(train, collectors):
 def test_equal_or_missing_rewards_change_nothing(train, reward):
     code, folder = train("grpo", reward=reward)
     assert code == 0
-    assert not any(np.any(w) for name, w in weights_of(folder).items() if name.endswith("lora_b"))
-    assert training_rows(folder)[0]["frac_reward_zero_std"] == 1
+    assert not changed(folder)
+    assert metric_rows(folder, "loss")[0]["frac_reward_zero_std"] == 1
 
 
 @pytest.mark.parametrize("command", ["ppo", "grpo"])
@@ -326,18 +308,18 @@ def test_completions_of_one_token_some_without_reward(train, command):
     options = {"--max-completion-length": 1, "--learning-rate": 1e-3}
     code, folder = train(command, options, reward="some")
     assert code == 0
-    assert all(np.isfinite(w).all() for w in weights_of(folder).values())
-    assert training_rows(folder)[0]["completions/max_length"] == 1
+    assert all(np.isfinite(w).all() for w in adapter_of(folder).values())
+    assert metric_rows(folder, "loss")[0]["completions/max_length"] == 1
 
 
 def test_shared_critic(train):
     code, folder = train("ppo", {"--critic": "shared", "--iters": 3, "--learning-rate": 1e-3})
     assert code == 0
-    rows = training_rows(folder)
+    rows = metric_rows(folder, "loss")
     # During the warm-up the policy does not change, although the critic on its backbone learns.
     assert rows[1]["objective/kl"] == pytest.approx(0, abs=1e-6)
     assert rows[0]["value/loss"] > 0
-    mlx_lm_load(str(TINY), adapter_path=str(folder))
+    mlx_lm_load(str(TINY_MODEL), adapter_path=str(folder))
 
 
 @pytest.mark.parametrize("command", ["ppo", "grpo"])
@@ -348,31 +330,14 @@ def test_resumed_run_ends_with_the_same_bytes(train, monkeypatch, command, momen
         options |= {"--target-kl": 1.0}
     assert train(command, options, output="whole")[0] == 0
     name = "sample" if moment == "sampling" else "add_logprobs"
-    original, calls = getattr(RolloutCollector, name), []
-
-    def stopping(self, *arguments, **named):
-        calls.append(1)
-        # The third batch; evaluations and reference rollouts sample too.
-        if len(calls) == (6 if moment == "sampling" and command == "ppo" else 4):
-            signal.raise_signal(signal.SIGINT)
-        return original(self, *arguments, **named)
-
-    monkeypatch.setattr(RolloutCollector, name, stopping)
-    code, folder = train(command, options, output="stopped")
-    assert code == 130
-    assert f"--resume {'stopped'}" in capsys.readouterr().out
-    monkeypatch.undo()
-    monkeypatch.chdir(folder.parent)
-    assert run([command, "--resume", "stopped"]) == 0
-    whole = folder.parent / "whole"
-    assert (folder / ADAPTER_FILE).read_bytes() == (whole / ADAPTER_FILE).read_bytes()
-    timeless = {"tokens_per_second", "peak_memory_bytes"}
-    ours, theirs = (
-        [{k: v for k, v in row.items() if k not in timeless} for row in rows_of(where)]
-        for where in (folder, whole)
-    )
-    assert ours == theirs
-    assert samples_of(folder) == samples_of(whole)
+    # In the third batch; evaluations and reference rollouts sample too.
+    n = 6 if moment == "sampling" and command == "ppo" else 4
+    with monkeypatch.context() as patched:
+        before_call(patched, RolloutCollector, name, n, interrupt)
+        assert train(command, options, output="stopped")[0] == 130
+    assert "--resume stopped" in capsys.readouterr().out
+    assert mlx_align(command, "--resume", "stopped") == 0
+    assert outcome("stopped") == outcome("whole")
 
 
 def test_logprobs_are_at_the_sampling_temperature(train, collectors):
@@ -462,13 +427,13 @@ def test_gamed_reward_stops_the_run_and_the_best_policy_is_kept(train, monkeypat
     code, folder = train("grpo", options)
     assert code == 0
     assert "the policy exploits the reward" in capsys.readouterr().out
-    summary = json.loads((folder / "summary.json").read_text())
+    summary = summary_of(folder)
     assert (summary["stopped_early"], summary["best_step"], summary["steps"]) == (True, 1, 4)
-    best = weights_of(folder / "checkpoints" / "0000001")
-    assert all(np.array_equal(w, best[name]) for name, w in weights_of(folder).items())
-    # It has ended: there is nothing to go on with (and nothing more planted to look at).
-    assert train("grpo", resume=True)[0] == 0
-    again = json.loads((folder / "summary.json").read_text())
+    best = adapter_of(folder / "checkpoints" / "0000001")
+    assert all(np.array_equal(w, best[name]) for name, w in adapter_of(folder).items())
+    # The run has ended: there is nothing to resume, and no value left to measure.
+    assert mlx_align("grpo", "--resume", folder) == 0
+    again = summary_of(folder)
     assert (again["stopped_early"], again["best_step"], again["steps"]) == (True, 1, 4)
 
 
@@ -476,19 +441,19 @@ def test_truncated_completions_can_be_masked(train):
     # The tiny model never ends within eight tokens: nothing is left to learn from.
     code, folder = train("grpo", {"--overlong": "mask", "--learning-rate": 1e-2})
     assert code == 0
-    assert training_rows(folder)[0]["completions/ended"] == 0
-    assert not any(np.any(w) for name, w in weights_of(folder).items() if name.endswith("lora_b"))
+    assert metric_rows(folder, "loss")[0]["completions/ended"] == 0
+    assert not changed(folder)
 
 
-def test_ptx_learns_the_demonstrations(train, tmp_path):
+def test_ptx_learns_the_demonstrations(train):
     rows = [
         {
-            "prompt": [{"role": "user", "content": f"show {i}"}],
-            "completion": [{"role": "assistant", "content": "seven seven"}],
+            "prompt": user(f"show {i}"),
+            "completion": assistant("seven seven"),
         }
         for i in range(8)
     ]
-    (tmp_path / "shown.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows("shown.jsonl", rows)
     options = {
         "--ptx-coef": 4.0,
         "--ptx-data": "shown.jsonl",
@@ -498,11 +463,11 @@ def test_ptx_learns_the_demonstrations(train, tmp_path):
     }
     code, folder = train("ppo", options)
     assert code == 0
-    nll = [row["ptx/nll"] for row in training_rows(folder)]
+    nll = [row["ptx/nll"] for row in metric_rows(folder, "loss")]
     assert nll[-1] < nll[0] - 0.5
 
 
-def test_ptx_loss_is_the_coefficient_times_the_mean_log_loss(train, collectors, tmp_path):
+def test_ptx_loss_is_the_coefficient_times_the_mean_log_loss(train, collectors):
     """However the demonstrations are split into microbatches."""
     from mlx_align.algorithms.ppo import (
         Demonstrations,
@@ -516,18 +481,18 @@ def test_ptx_loss_is_the_coefficient_times_the_mean_log_loss(train, collectors, 
     (collector,) = collectors
     rows = [
         {
-            "prompt": [{"role": "user", "content": "a" * (i + 1)}],
-            "completion": [{"role": "assistant", "content": "no " * (i + 1)}],
+            "prompt": user("a" * (i + 1)),
+            "completion": assistant("no " * (i + 1)),
         }
         for i in range(6)
     ]
-    (tmp_path / "shown.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows("shown.jsonl", rows)
     model, weights = collector.policy.model, collector.policy.start
     plain = None
     for size, count in ((2, 3), (1, 6)):
         config = PPOConfig(
             ptx_coef=3.0,
-            ptx_data=str(tmp_path / "shown.jsonl"),
+            ptx_data="shown.jsonl",
             batch_size=size,
             grad_accumulation_steps=count,
         )
@@ -550,24 +515,17 @@ def test_failed_batch_leaves_the_last_checkpoint_whole(train, monkeypatch):
     """Resuming from it gives the same bytes as a run that did not fail."""
     options = {"--iters": 3, "--learning-rate": 1e-2, "--save-every": 1}
     assert train("ppo", options, output="whole")[0] == 0
-    original, calls = Updater.__call__, []
 
-    def failing(self, *arguments):
-        calls.append(1)
+    def fail():
+        raise TrainingError("the loss is not finite on rows train.jsonl:1")
+
+    with monkeypatch.context() as patched:
         # The critic's second pass over the second batch, after updates of both.
-        if len(calls) == 5:
-            raise TrainingError("the loss is not finite on rows train.jsonl:1")
-        return original(self, *arguments)
-
-    monkeypatch.setattr(Updater, "__call__", failing)
-    code, folder = train("ppo", options, output="stopped")
-    assert code == 1
-    assert [one.name for one in (folder / "checkpoints").iterdir()] == ["0000001"]
-    monkeypatch.undo()
-    monkeypatch.chdir(folder.parent)
-    assert run(["ppo", "--resume", "stopped"]) == 0
-    whole = folder.parent / "whole"
-    assert (folder / ADAPTER_FILE).read_bytes() == (whole / ADAPTER_FILE).read_bytes()
+        before_call(patched, Updater, "__call__", 5, fail)
+        assert train("ppo", options, output="stopped")[0] == 1
+    assert [one.name for one in Path("stopped", "checkpoints").iterdir()] == ["0000001"]
+    assert mlx_align("ppo", "--resume", "stopped") == 0
+    assert outcome("stopped") == outcome("whole")
 
 
 @pytest.mark.parametrize("command", ["ppo", "grpo"])
@@ -588,7 +546,7 @@ def test_the_reward_rises(train, command):
         options |= {"--critic-learning-rate": 2e-2, "--kl-coef": 0.01}
     code, folder = train(command, options)
     assert code == 0
-    rows = training_rows(folder)
+    rows = metric_rows(folder, "loss")
     assert rows[-1]["reward"] > rows[0]["reward"] + 0.9 * rows[0]["reward_std"]
 
 

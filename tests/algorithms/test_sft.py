@@ -1,25 +1,21 @@
 """`mlx-align sft`: what counts, the mean per token, and an adapter that dpo starts from."""
 
-import json
-from pathlib import Path
-
 import mlx.core as mx
 import numpy as np
 import pytest
-from mlx_lm import load as mlx_lm_load
-from oracle_helpers import (
+from helpers.data import assistant, user, write_rows
+from helpers.oracle import (
     assert_accumulation_is_exact,
     random_groups,
-    tiny,  # noqa: F401
 )
+from helpers.paths import TINY_MODEL
+from helpers.runs import metric_rows, summary_of
+from mlx_lm import load as mlx_lm_load
 
 from mlx_align.algorithms.sft import SupervisedObjective, evaluate_demonstrations
-from mlx_align.cli.main import run
 from mlx_align.data.transforms import keep_last_completion
 from mlx_align.losses.registry import TOKEN_LOSSES
 from mlx_align.types import Message, PromptGroup, TokenizedGroup
-
-TINY = Path(__file__).parent.parent / "oracle" / "models" / "policy"
 
 
 def conversation(*roles):
@@ -27,13 +23,13 @@ def conversation(*roles):
 
 
 @pytest.mark.parametrize("loss", TOKEN_LOSSES)
-def test_rows_accumulate_exactly(loss, tiny):  # noqa: F811
+def test_rows_accumulate_exactly(loss, tiny_policy):
     """A mean per token of the update: rows are of unequal length, and one is masked in part."""
     groups = random_groups(7, 1)
     mask = np.arange(len(groups[2].completions[0])) % 2 == 0
     groups[2] = TokenizedGroup(groups[2].prompt, groups[2].completions, "", loss_masks=(mask,))
     assert_accumulation_is_exact(
-        tiny, SupervisedObjective(tiny, loss, groups, grad_checkpoint=False)
+        tiny_policy, SupervisedObjective(tiny_policy, loss, groups, grad_checkpoint=False)
     )
 
 
@@ -52,7 +48,7 @@ def test_held_out_means_are_over_scored_tokens():
     assert got == pytest.approx({"loss": dft, "perplexity": np.exp(nll)})
 
 
-def test_the_last_answer_is_what_follows_the_last_question():
+def test_keep_last_completion():
     group = PromptGroup(
         conversation("system", "user"),
         (conversation("assistant", "user", "assistant", "tool", "assistant"),),
@@ -70,20 +66,17 @@ def test_the_last_answer_is_what_follows_the_last_question():
 # ---------------------------------------------------------------- runs
 
 
-@pytest.fixture
-def sft(tmp_path, monkeypatch):
-    """Runs `mlx-align sft`, by default on prompts with completions."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+ANSWERS = [{"prompt": f"{i}: is it so?", "completion": f" yes {'a' * (i % 5)}"} for i in range(24)]
 
-    def call(*options, rows=None, output="run"):
-        made = rows or [
-            {"prompt": f"{i}: is it so?", "completion": f" yes {'a' * (i % 5)}"} for i in range(24)
-        ]
-        Path("rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in made))
-        command = ["sft", "--model", str(TINY), "--data", "rows.jsonl", "--output", output]
-        command += ["--samples", "1", "--sample-tokens", "4", "--valid-fraction", "0.25"]
-        return run([*command, "--warmup", "0", *map(str, options)]), tmp_path / output
+
+@pytest.fixture
+def sft(train):
+    """Runs `mlx-align sft`, by default on prompts with completions."""
+
+    def call(*options, rows=ANSWERS, output="run"):
+        data = write_rows("rows.jsonl", rows)
+        small = ("--samples", 1, "--sample-tokens", 4, "--valid-fraction", 0.25, "--warmup", 0)
+        return train("sft", *small, *options, data=data, output=output)
 
     return call
 
@@ -91,56 +84,42 @@ def sft(tmp_path, monkeypatch):
 HOT = ("--learning-rate", "3e-3", "--batch-size", 4, "--grad-accumulation-steps", 2)
 
 
-def metrics_of(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
 CHATS = [
-    {
-        "messages": [
-            {"role": "user", "content": f"{i}?"},
-            {"role": "assistant", "content": "yes"},
-            {"role": "user", "content": "sure?"},
-            {"role": "assistant", "content": "very sure"},
-        ]
-    }
+    {"messages": user(f"{i}?") + assistant("yes") + user("sure?") + assistant("very sure")}
     for i in range(24)
 ]
 
 
 @pytest.mark.parametrize("loss", TOKEN_LOSSES)
-def test_a_run_learns_loads_in_stock_mlx_lm_and_starts_dpo(sft, loss, capsys):
+def test_a_run_learns_loads_in_stock_mlx_lm_and_starts_dpo(sft, train, loss, capsys):
     code, folder = sft(*HOT, "--iters", 12, "--steps-per-report", 1, "--loss", loss)
     assert code == 0
     out = capsys.readouterr().out
     assert "Reference" not in out
     assert "KL" not in out
-    rows = metrics_of(folder)
-    held_out = [row for row in rows if "eval/loss" in row]
+    held_out = metric_rows(folder, "eval/loss")
     assert [row["step"] for row in held_out] == [0, 12]
     assert held_out[-1]["eval/perplexity"] < 0.7 * held_out[0]["eval/perplexity"]
-    training = [row for row in rows if "loss" in row]
+    training = metric_rows(folder, "loss")
     if loss == "nll":
         assert training[0]["perplexity"] == pytest.approx(np.exp(training[0]["loss"]))
     else:
         assert training[0]["loss"] < 0.1  # weighed by the tokens' own probability
-    summary = json.loads((folder / "summary.json").read_text())
+    summary = summary_of(folder)
     assert summary["kl"] is None
-    model, _ = mlx_lm_load(str(TINY), adapter_path=str(folder))
+    model, _ = mlx_lm_load(str(TINY_MODEL), adapter_path=str(folder))
     assert mx.abs(model.layers[0].self_attn.q_proj.lora_b).max().item() > 0
 
     pairs = [
         {"prompt": f"{i}: is it so?", "chosen": f" no {i}", "rejected": " yes"} for i in range(16)
     ]
-    Path("pairs.jsonl").write_text("".join(json.dumps(p) + "\n" for p in pairs))
-    command = ["dpo", "--model", str(TINY), "--data", "pairs.jsonl", "--output", "dpo"]
-    command += ["--init-adapter", str(folder), "--iters", "1", "--samples", "0"]
-    assert run(command) == 0
-    first = next(row for row in metrics_of(Path("dpo")) if "loss" in row)
+    start = ("--init-adapter", folder, "--iters", 1, "--samples", 0)
+    assert train("dpo", *start, data=write_rows("pairs.jsonl", pairs), output="dpo")[0] == 0
+    first = metric_rows("dpo", "loss")[0]
     assert first["loss"] == pytest.approx(np.log(2), abs=1e-6)
 
 
-def test_what_counts_of_a_conversation(sft, capsys):
+def test_loss_on_selects_the_turns_that_are_trained_on(sft, capsys):
     scored = {}
     for choice in ("completion", "assistant"):
         options = ("--iters", 1, "--batch-size", 4, "--loss-on", choice)
@@ -148,13 +127,13 @@ def test_what_counts_of_a_conversation(sft, capsys):
         assert code == 0
         turns = {"completion": "the last assistant turn", "assistant": "every assistant turn"}
         assert f"trained on {turns[choice]}" in capsys.readouterr().out
-        facts = json.loads((folder / "summary.json").read_text())["data_facts"]
+        facts = summary_of(folder)["data_facts"]
         scored[choice] = facts["scored_tokens"] / facts["groups"]
-    # "yes" with its end token counts besides.
+    # Also "yes" and its end token.
     assert scored["assistant"] > scored["completion"] + 1
 
 
-def test_what_is_wrong_is_said_in_one_line(sft, capsys):
+def test_errors_are_one_line(sft, capsys):
     def error(*options, **named):
         code, _ = sft("--iters", 1, *options, **named)
         assert code == 1

@@ -1,10 +1,7 @@
 """A tiny model and small data for tests of the Python functions."""
 
-from pathlib import Path
-
 import pytest
-
-TINY = Path(__file__).parent.parent / "oracle" / "models" / "policy"
+from helpers.paths import TINY_MODEL
 
 
 def message(role, content):
@@ -20,7 +17,7 @@ def in_a_folder(tmp_path, monkeypatch):
 @pytest.fixture
 def tiny():
     """The path of the tiny model."""
-    return str(TINY)
+    return str(TINY_MODEL)
 
 
 @pytest.fixture

@@ -4,11 +4,11 @@ import json
 from pathlib import Path
 
 import pytest
+from helpers.paths import TINY_MODEL
 
 from mlx_align.cli.main import run
 from mlx_align.models import loading
 
-TINY = Path(__file__).parent.parent / "oracle" / "models" / "policy"
 GOOD = {"prompt": "Say yes.", "chosen": " yes", "rejected": " no"}
 
 
@@ -55,11 +55,11 @@ def test_wrong_paths(fails, write, tmp_path):
         "dpo", "--model", "./nowhere", "--data", data
     )
     assert "no config.json" in fails("dpo", "--model", tmp_path, "--data", data)
-    assert "nowhere.jsonl" in fails("dpo", "--model", TINY, "--data", "./nowhere.jsonl")
-    assert "--data is missing" in fails("dpo", "--model", TINY)
+    assert "nowhere.jsonl" in fails("dpo", "--model", TINY_MODEL, "--data", "./nowhere.jsonl")
+    assert "--data is missing" in fails("dpo", "--model", TINY_MODEL)
     assert "--model is missing" in fails("dpo", "--data", data)
     assert "not an adapter folder" in fails(
-        "dpo", "--model", TINY, "--data", data, "--init-adapter", tmp_path
+        "dpo", "--model", TINY_MODEL, "--data", data, "--init-adapter", tmp_path
     )
     assert "has no config.yaml; expected a run folder" in fails("dpo", "--resume", tmp_path)
     assert "--resume needs a run" in fails("dpo", "--resume")
@@ -67,7 +67,7 @@ def test_wrong_paths(fails, write, tmp_path):
 
 def test_wrong_rows(fails, write):
     def dpo(file):
-        return fails("dpo", "--model", TINY, "--data", file)
+        return fails("dpo", "--model", TINY_MODEL, "--data", file)
 
     broken = many()
     broken[16] = '{"prompt": "Say yes.", "chosen": '
@@ -86,7 +86,7 @@ def test_wrong_rows(fails, write):
 
 def test_wrong_options(fails, write, tmp_path):
     data = write(*many())
-    given = ("dpo", "--model", TINY, "--data", data)
+    given = ("dpo", "--model", TINY_MODEL, "--data", data)
     config = tmp_path / "c.yaml"
     config.write_text("learning_rte: 1\n")
     message = fails(*given, "-c", config)
@@ -113,9 +113,9 @@ def test_a_run_folder_is_not_overwritten(fails, write, tmp_path):
     data = write(*many())
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "metrics.jsonl").write_text("{}\n")
-    message = fails("dpo", "--model", TINY, "--data", data, "--output", "run")
+    message = fails("dpo", "--model", TINY_MODEL, "--data", data, "--output", "run")
     assert "already contains another run" in message
     (tmp_path / "file").write_text("")
     assert "is not a folder that can be written to" in fails(
-        "dpo", "--model", TINY, "--data", data, "--output", "file/run"
+        "dpo", "--model", TINY_MODEL, "--data", data, "--output", "file/run"
     )

@@ -78,7 +78,7 @@ def test_help_imports_no_slow_package():
     assert done.stdout.splitlines()[-1] == "[]"
 
 
-def test_the_package_is_a_command():
+def test_the_package_can_be_run_as_a_module():
     command = [sys.executable, "-m", "mlx_align", "--version"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout.startswith("mlx-align, version ")

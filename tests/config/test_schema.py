@@ -1,12 +1,12 @@
 """Options: precedence, types and ranges, messages, signatures and the generated files."""
 
 import dataclasses
-import importlib.util
 import inspect
 import typing
 from pathlib import Path
 
 import pytest
+from helpers.scripts import load_script
 
 from mlx_align import config as configs
 from mlx_align.config import DPOConfig, GRPOConfig, ScoreConfig, keywords
@@ -171,10 +171,7 @@ def test_a_docstring_describes_every_option():
 
 
 def test_generated_files_are_up_to_date():
-    root = Path(__file__).parent.parent.parent
-    spec = importlib.util.spec_from_file_location("make", root / "scripts" / "make_reference.py")
-    make = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(make)
+    make = load_script("make_reference")
     said = "is out of date; run scripts/make_reference.py"
     assert make.KEYWORDS.read_text() == make.keywords_module(), f"{make.KEYWORDS} {said}"
     assert make.PAGE.read_text() == make.options_page(), f"{make.PAGE} {said}"

@@ -23,7 +23,7 @@ def group(*completions, prompt=(7, 8), **more):
     return TokenizedGroup(np.array(prompt, np.int32), ids, "x:1", **more)
 
 
-def test_a_pair():
+def test_pairs_as_comparisons():
     assert compare_completions(group([1], [2])) == ([1], [0], [1])
     assert compare_completions(group([1], [2], soft_label=0.25)).probability == [0.25]
     rated = group([1], [2], scores=(4.0, 1.5))
@@ -34,7 +34,7 @@ def test_a_pair():
     assert compare_completions(group([1], [2], scores=(1.0, 2.0))).probability == [1.0]
 
 
-def test_a_list_with_ties_padding_and_identical_completions():
+def test_ranked_lists_with_ties_padding_and_identical_completions():
     ranked = group([1], [2], [3], [3], scores=(3.0, 2.0, 2.0, 1.0))
     found = compare_completions(ranked, rating_margin=0.1)
     # (0,1) (0,2) (0,3) (1,2) tied (1,3) (2,3) equal

@@ -5,7 +5,7 @@ import json
 
 import numpy as np
 import pytest
-from tiny_tokenizers import CHATML, tiny_tokenizer
+from helpers.tokenizers import CHATML, tiny_tokenizer
 
 from mlx_align.data.formats import ReadReport
 from mlx_align.data.statistics import (
@@ -109,7 +109,7 @@ def test_completions_that_repeat_the_prompt(tokenizer):
     assert statistics_of([doubled, plain], tokenizer).prompt_repeated == 1
 
 
-def test_facts_go_into_json(tokenizer):
+def test_statistics_are_json(tokenizer):
     statistics = statistics_of([group(*pair) for pair in PAIRS], tokenizer)
     assert json.loads(json.dumps(dataclasses.asdict(statistics)))["pairs"] == 4
 

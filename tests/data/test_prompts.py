@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from tiny_tokenizers import (
+from helpers.tokenizers import (
     CHATML,
     DOUBLE_BOS,
     LLAMA2,

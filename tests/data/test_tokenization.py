@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from tiny_tokenizers import (
+from helpers.tokenizers import (
     ALWAYS_OPEN,
     CHATML,
     DOUBLE_BOS,

@@ -8,7 +8,6 @@ the starter. Training and sampling are cut short by extra options, added to what
 from __future__ import annotations
 
 import ast
-import importlib.util
 import json
 import re
 import shlex
@@ -19,6 +18,8 @@ from typing import NamedTuple
 
 import click
 import pytest
+from helpers.paths import ROOT, STARTER
+from helpers.scripts import load_script
 
 from mlx_align.cli.main import cli
 from mlx_align.cli.main import run as run_command
@@ -33,9 +34,7 @@ from mlx_align.losses.registry import PAIRWISE_LOSSES, TOKEN_LOSSES, UNPAIRED_LO
 from mlx_align.rollout.builtin_rewards import BUILTIN_REWARDS
 from mlx_align.tracking.diagnostics import HELD_OUT_METRICS, TRAINING_METRICS
 
-ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-STARTER = ROOT / "data" / "starter"
 MODELS = ("mlx-community/Qwen2.5-7B-Instruct-4bit", "mlx-community/Qwen2.5-7B-4bit")
 OFFLINE = "--iters 1 --samples 0 --grad-accumulation-steps 2 --val-batches 1"
 ON_POLICY = f"{OFFLINE} --max-completion-length 8 --group-size 2"
@@ -105,14 +104,6 @@ def name_of(page: Path) -> str:
     return str(page.relative_to(ROOT))
 
 
-def script(name: str):
-    """A module of scripts/."""
-    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 # Links, names and lists
 
 
@@ -178,7 +169,7 @@ def test_readme_maps_every_file():
 
 
 def test_list_of_files_is_up_to_date():
-    make = script("make_map")
+    make = load_script("make_map")
     assert make.PAGE.read_text(encoding="utf-8") == make.files_page(), "run scripts/make_map.py"
 
 

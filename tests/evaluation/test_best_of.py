@@ -9,7 +9,7 @@ import pytest
 from mlx_align.evaluation.metrics import best_of_kl, best_weights, expected_best
 
 
-def test_the_known_answer():
+def test_known_values():
     scores = np.random.default_rng(0).permutation(np.arange(1.0, 11.0))
     assert expected_best(scores, 4) == pytest.approx(8.8, abs=1e-12)
     # Drawing with replacement is another number.
@@ -20,7 +20,7 @@ def test_the_known_answer():
 
 
 @pytest.mark.parametrize("n", [1, 2, 5, 7])
-def test_it_is_the_mean_over_all_subsets(n):
+def test_expected_best_is_the_mean_over_all_subsets(n):
     random = np.random.default_rng(n)
     scores = np.round(random.normal(size=7), 1)
     scores[3] = scores[0] = scores.max()
@@ -34,7 +34,7 @@ def test_it_is_the_mean_over_all_subsets(n):
     assert expected_best(scores, n, values) == pytest.approx(np.mean(gold), abs=1e-12)
 
 
-def test_it_has_no_bias():
+def test_expected_best_is_unbiased():
     random = np.random.default_rng(3)
     found = [expected_best(random.uniform(size=6), 3) for _ in range(4000)]
     error = np.std(found) / np.sqrt(len(found))
@@ -53,7 +53,7 @@ def test_large_numbers_do_not_overflow():
     assert not weights[:1499].any()
 
 
-def test_the_curve_rises_and_a_constant_moves_it_by_itself():
+def test_the_curve_rises_and_shifts_with_the_scores():
     scores = np.random.default_rng(1).normal(size=16)
     curve = [expected_best(scores, n) for n in range(1, 17)]
     assert curve[0] == pytest.approx(scores.mean())
@@ -62,7 +62,7 @@ def test_the_curve_rises_and_a_constant_moves_it_by_itself():
     assert expected_best(scores + 5, 4) == pytest.approx(expected_best(scores, 4) + 5)
 
 
-def test_what_can_not_be_told_is_refused():
+def test_numbers_beyond_the_samples_are_refused():
     with pytest.raises(ValueError, match="best of 4 can't be estimated from 3"):
         expected_best([1, 2, 3], 4)
     with pytest.raises(ValueError, match="best of 0"):

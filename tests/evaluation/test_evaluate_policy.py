@@ -2,17 +2,18 @@
 
 import json
 import shutil
-from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 import pytest
+from helpers.data import assistant, read_rows, user, write_rows
+from helpers.paths import TINY_MODEL
+from helpers.runs import mlx_align
 from mlx_lm import load as mlx_lm_load
 
 from mlx_align.algorithms.dpo import DPO, read_pairs
 from mlx_align.algorithms.kto import KTO
 from mlx_align.algorithms.sft import SFT
-from mlx_align.cli.main import run
 from mlx_align.config import DPOConfig, KTOConfig, SFTConfig
 from mlx_align.config.schema import to_yaml
 from mlx_align.data.tokenization import tokenize_groups
@@ -25,7 +26,6 @@ from mlx_align.models.loading import load_module, open_model
 from mlx_align.training.setup import prepare_data
 from mlx_align.types import Message, PromptGroup, TokenizedGroup
 
-TINY = Path(__file__).parents[1] / "oracle" / "models" / "policy"
 HOT = ("--learning-rate", "3e-3", "--warmup", 0, "--iters", 12)
 SMALL = ("--batch-size", 4, "--grad-accumulation-steps", 2, "--samples", 2, "--sample-tokens", 6)
 QUICK = ("--samples", 6, "-n", 3, "--sample-tokens", 6)
@@ -34,26 +34,17 @@ QUICK = ("--samples", 6, "-n", 3, "--sample-tokens", 6)
 def pair(name, i):
     words = " ".join(["sun", "rain", "wind"][i % 3 :])
     return {
-        "prompt": [{"role": "user", "content": f"{name} {i}: is {words} good?"}],
-        "chosen": [{"role": "assistant", "content": "yes " + "a" * (i % 7)}],
-        "rejected": [{"role": "assistant", "content": "no " + "a" * (i % 5) + " never"}],
+        "prompt": user(f"{name} {i}: is {words} good?"),
+        "chosen": assistant("yes " + "a" * (i % 7)),
+        "rejected": assistant("no " + "a" * (i % 5) + " never"),
     }
-
-
-def write(file, rows):
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return file
-
-
-def command(*arguments):
-    return run([str(argument) for argument in arguments])
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pairs")
-    write(folder / "train.jsonl", [pair("train", i) for i in range(40)])
-    write(folder / "valid.jsonl", [pair("valid", i) for i in range(16)])
+    write_rows(folder / "train.jsonl", [pair("train", i) for i in range(40)])
+    write_rows(folder / "valid.jsonl", [pair("valid", i) for i in range(16)])
     return folder
 
 
@@ -61,10 +52,10 @@ def data(tmp_path_factory):
 def runs(tmp_path_factory, data):
     """A DPO run and a reward model's, both away from where they started."""
     folder = tmp_path_factory.mktemp("runs")
-    shared = ("--model", TINY, "--data", data, *SMALL, *HOT)
+    shared = ("--model", TINY_MODEL, "--data", data, *SMALL, *HOT)
     cache = ("--reference-cache", folder / "cache")
-    assert command("dpo", *shared, "--output", folder / "dpo", "--beta", 0.3, *cache) == 0
-    assert command("reward", *shared, "--output", folder / "rm") == 0
+    assert mlx_align("dpo", *shared, "--output", folder / "dpo", "--beta", 0.3, *cache) == 0
+    assert mlx_align("reward", *shared, "--output", folder / "rm") == 0
     return folder
 
 
@@ -75,16 +66,16 @@ def text(tmp_path_factory):
     return file
 
 
-def adapter(folder, layout=None, change=None, config=None):
+def saved_adapter(folder, layout=None, change=None, config=None):
     """An adapter of the tiny model that `change`s nothing, or each tensor so."""
     layout = layout or AdapterLayout()
-    model = load_module(TINY)
+    model = load_module(TINY_MODEL)
     tree = install_adapters(model, layout)
     if change is not None:
         model.apply_to_modules(lambda _, module: change(module))
         tree = model.trainable_parameters()
     folder.mkdir()
-    save_adapter(folder, tree, layout, str(TINY))
+    save_adapter(folder, tree, layout, str(TINY_MODEL))
     if config is not None:
         (folder / "config.yaml").write_text(to_yaml(config))
     return folder
@@ -101,8 +92,8 @@ def evaluate(capsys):
 
     def call(adapter_path, *options):
         capsys.readouterr()
-        where = ("--model", TINY, "--adapter-path", adapter_path)
-        code = command("eval", *where, *QUICK, *options, "--json")
+        where = ("--model", TINY_MODEL, "--adapter-path", adapter_path)
+        code = mlx_align("eval", *where, *QUICK, *options, "--json")
         streams = capsys.readouterr()
         assert code == 0, streams.err
         return json.loads(streams.out)
@@ -116,7 +107,7 @@ def refused(capsys):
 
     def call(*options):
         capsys.readouterr()
-        assert command("eval", *options) == 1
+        assert mlx_align("eval", *options) == 1
         (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error: ")]
         return line
 
@@ -134,7 +125,9 @@ def assert_unmoved(found):
 
 @pytest.mark.parametrize("kind", ["lora", "dora", "full"])
 def test_two_identical_models(tmp_path, data, runs, text, evaluate, kind):
-    same = adapter(tmp_path / "same", AdapterLayout(kind, num_layers=1 if kind == "full" else -1))
+    same = saved_adapter(
+        tmp_path / "same", AdapterLayout(kind, num_layers=1 if kind == "full" else -1)
+    )
     judged = ("--reward-model", runs / "rm", "--perplexity-data", text)
     found = evaluate(same, "--data", data, *judged)
     assert_unmoved(found)
@@ -176,7 +169,7 @@ def test_a_trained_run_is_better_and_says_by_how_much(tmp_path, runs, text, eval
     assert found["perplexity"]["documents"] == 3
 
     # The answers that are written are those that the numbers are of.
-    rows = [json.loads(line) for line in (output / "answers.jsonl").read_text().splitlines()]
+    rows = read_rows(output / "answers.jsonl")
     assert len(rows) == 16
     outcomes = [
         0.5 * (1 + np.sign(ours["score"] - theirs["score"]))
@@ -196,10 +189,10 @@ def sequence_logp(model, tokens, start):
     return float(picked[start - 1 :].sum())
 
 
-def test_numbers_are_those_of_two_models(runs, data, text, evaluate):
+def test_numbers_agree_with_two_separate_models(runs, data, text, evaluate):
     found = evaluate(runs / "dpo", "--perplexity-data", text)
-    policy, tokenizer = mlx_lm_load(str(TINY), adapter_path=str(runs / "dpo"))
-    reference, _ = mlx_lm_load(str(TINY))
+    policy, tokenizer = mlx_lm_load(str(TINY_MODEL), adapter_path=str(runs / "dpo"))
+    reference, _ = mlx_lm_load(str(TINY_MODEL))
     sums = {"policy": [], "reference": []}
     pairs, _ = read_pairs(str(data), "valid", None)
     groups, _ = tokenize_groups(pairs, tokenizer, max_seq_length=99)
@@ -238,15 +231,15 @@ def test_kl_is_the_mean_log_ratio_of_own_answers(runs, evaluate):
 
 
 def test_the_reference_is_where_the_run_started(tmp_path, data, evaluate, refused):
-    init = adapter(tmp_path / "init", change=away)
-    config = DPOConfig(model=str(TINY), data=str(data), init_adapter=str(init))
+    init = saved_adapter(tmp_path / "init", change=away)
+    config = DPOConfig(model=str(TINY_MODEL), data=str(data), init_adapter=str(init))
     layout = AdapterLayout(rank=24, scale=1.0)
     later = tmp_path / "later"
     later.mkdir()
     # The init adapter as a run of another rank and scale holds it, untrained.
-    model = load_module(TINY)
+    model = load_module(TINY_MODEL)
     fresh = install_adapters(model, layout)
-    save_adapter(later, load_adapter(init, fresh, layout), layout, str(TINY))
+    save_adapter(later, load_adapter(init, fresh, layout), layout, str(TINY_MODEL))
     (later / "config.yaml").write_text(to_yaml(config))
     found = evaluate(later)
     assert_unmoved(found)
@@ -257,24 +250,24 @@ def test_the_reference_is_where_the_run_started(tmp_path, data, evaluate, refuse
     assert abs(moved["preferences"]["chosen_change"]["value"]) > 0.01
     (later / "config.yaml").write_text(to_yaml(config))
     shutil.rmtree(init)
-    line = refused("--model", TINY, "--adapter-path", later)
+    line = refused("--model", TINY_MODEL, "--adapter-path", later)
     assert f"started from --init-adapter {init}, which does not exist" in line
 
 
 @pytest.mark.parametrize("splits", [True, False])
 @pytest.mark.parametrize("kind", ["dpo", "kto", "sft"])
-def test_what_is_held_out_is_what_the_run_held_out(tmp_path, data, kind, splits):
+def test_held_out_rows_are_those_of_the_run(tmp_path, data, kind, splits):
     where = data if splits else data / "train.jsonl"
-    more = {"model": str(TINY), "data": str(where), "valid_fraction": 0.2, "seed": 3}
+    more = {"model": str(TINY_MODEL), "data": str(where), "valid_fraction": 0.2, "seed": 3}
     config, task = {
         "dpo": (DPOConfig(**more), DPO),
         "kto": (KTOConfig(**more, loss="kto"), KTO),
         "sft": (SFTConfig(**more), SFT),
     }[kind]
-    finished = read_trained_run(adapter(tmp_path / "run", config=config))
+    finished = read_trained_run(saved_adapter(tmp_path / "run", config=config))
     assert finished.command == kind
     found = read_held_out_data(finished, None, None)
-    folder = open_model(str(TINY))
+    folder = open_model(str(TINY_MODEL))
     own = prepare_data(config, folder, task(config).read).valid
     decode = folder.tokenizer.decode
     questions = {group.prompt[0].content for group in found.prompts}
@@ -286,23 +279,23 @@ def test_what_is_held_out_is_what_the_run_held_out(tmp_path, data, kind, splits)
 
 def test_other_data_and_prompts_alone(tmp_path, runs, evaluate, capsys):
     prompts = [{"prompt": pair("other", i)["prompt"]} for i in range(9)]
-    found = evaluate(runs / "dpo", "--data", write(tmp_path / "prompts.jsonl", prompts))
+    found = evaluate(runs / "dpo", "--data", write_rows(tmp_path / "prompts.jsonl", prompts))
     assert found["preferences"] is None
     assert found["divergence"]["prompts"] == 6
     strings = [{"prompt": f"Is sun {i} good?", "chosen": " yes", "rejected": " no"} for i in (1, 2)]
-    file = write(tmp_path / "strings.jsonl", strings)
+    file = write_rows(tmp_path / "strings.jsonl", strings)
     found = evaluate(runs / "dpo", "--data", file, "--reward-model", runs / "rm", "-n", 1)
     assert found["preferences"]["pairs"] == found["wins"]["prompts"] == 2
     assert any("2 prompts are few" in warning for warning in found["warnings"])
-    where = ("--model", TINY, "--adapter-path", runs / "dpo", *QUICK)
-    assert command("eval", *where, "--data", tmp_path / "prompts.jsonl") == 0
+    where = ("--model", TINY_MODEL, "--adapter-path", runs / "dpo", *QUICK)
+    assert mlx_align("eval", *where, "--data", tmp_path / "prompts.jsonl") == 0
     shown = capsys.readouterr().out
     assert "Held-out pairs: none in the data" in shown
     assert "Win rate: not measured; it needs a judge, --reward-model." in shown
 
 
-def test_an_answer_as_text_goes_on_where_its_prompt_ends():
-    folder = open_model(str(TINY))
+def test_a_text_completion_continues_its_prompt():
+    folder = open_model(str(TINY_MODEL))
     encode, end = folder.tokenizer.encode, min(folder.tokenizer.eos_token_ids)
     for prompt, answer in (("Is the sun good?", " yes, it is"), ("ab", "cd e"), ("Say:\n", "\nno")):
         asked, whole = encode(prompt), encode(prompt + answer)
@@ -317,10 +310,10 @@ def test_an_answer_as_text_goes_on_where_its_prompt_ends():
         assert completion_text(folder, chat, Generated(rest, [], False)) == answer.strip()
 
 
-def test_a_screen_for_people(runs, text, capsys):
-    where = ("--model", TINY, "--adapter-path", runs / "dpo", *QUICK)
+def test_printed_scorecard(runs, text, capsys):
+    where = ("--model", TINY_MODEL, "--adapter-path", runs / "dpo", *QUICK)
     more = ("--reward-model", runs / "rm", "--perplexity-data", text)
-    assert command("eval", *where, *more) == 0
+    assert mlx_align("eval", *where, *more) == 0
     shown = capsys.readouterr().out
     for words in (
         "against the base model",
@@ -338,13 +331,13 @@ def test_a_screen_for_people(runs, text, capsys):
     assert max(map(len, shown.splitlines())) < 140
 
 
-def test_a_checkpoint_is_a_run_too(runs):
+def test_a_checkpoint_can_be_evaluated(runs):
     (checkpoint,) = (runs / "dpo" / "checkpoints").iterdir()
     found = read_trained_run(checkpoint)
     assert (found.command, found.beta, found.folder) == ("dpo", 0.3, checkpoint)
 
 
-def test_the_model_is_let_go_of_before_the_judge_comes(runs, evaluate, monkeypatch):
+def test_the_policy_is_freed_before_the_reward_model_is_loaded(runs, evaluate, monkeypatch):
     from mlx_align.evaluation import policy as policy_module
 
     before, sizes = mx.get_active_memory(), []
@@ -360,8 +353,8 @@ def test_the_model_is_let_go_of_before_the_judge_comes(runs, evaluate, monkeypat
     assert max(sizes) < 20_000  # the model has 200 kB
 
 
-def test_mistakes_are_one_line(tmp_path, data, runs, refused):
-    model = ("--model", TINY)
+def test_errors_are_one_line(tmp_path, data, runs, refused):
+    model = ("--model", TINY_MODEL)
     dpo = (*model, "--adapter-path", runs / "dpo")
     assert "--model is missing" in refused("--adapter-path", runs / "dpo")
     assert "--adapter-path is missing" in refused(*model)
@@ -369,10 +362,10 @@ def test_mistakes_are_one_line(tmp_path, data, runs, refused):
     assert "not an adapter folder" in refused(*model, "--adapter-path", data)
     assert "mlx-align score" in refused(*model, "--adapter-path", runs / "rm")
     assert "-n 0: out of range" in refused(*dpo, "-n", 0)
-    bare = adapter(tmp_path / "bare")
+    bare = saved_adapter(tmp_path / "bare")
     assert "no config.yaml that names its data" in refused(*model, "--adapter-path", bare)
     assert "gone.jsonl" in refused(*dpo, "--data", tmp_path / "gone.jsonl")
-    assert "neither a run of mlx-align reward" in refused(*dpo, "--reward-model", TINY)
+    assert "neither a run of mlx-align reward" in refused(*dpo, "--reward-model", TINY_MODEL)
     nowhere = tmp_path / "nowhere"
     line = refused(*dpo, "--reward-model", nowhere)
     assert line.startswith(f"error: --reward-model {nowhere}: no such folder")
@@ -380,28 +373,28 @@ def test_mistakes_are_one_line(tmp_path, data, runs, refused):
     empty = tmp_path / "empty.txt"
     empty.write_text(" \n\n ")
     assert "contains no text" in refused(*dpo, "--perplexity-data", empty)
-    nothing = DPOConfig(model=str(TINY), data=str(data / "train.jsonl"), valid_fraction=0.0)
-    none = adapter(tmp_path / "none", config=nothing)
+    nothing = DPOConfig(model=str(TINY_MODEL), data=str(data / "train.jsonl"), valid_fraction=0.0)
+    none = saved_adapter(tmp_path / "none", config=nothing)
     assert "held no rows out" in refused(*model, "--adapter-path", none)
     long = (*dpo, "--max-seq-length", 2)
     assert "--max-seq-length 2" in refused(*long)
-    broken = write(tmp_path / "broken.jsonl", [pair("a", 0), {"prompt": "b", "chosen": "c"}])
+    broken = write_rows(tmp_path / "broken.jsonl", [pair("a", 0), {"prompt": "b", "chosen": "c"}])
     assert "broken.jsonl:2" in refused(*dpo, "--data", broken)
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "evaluation.json").write_text("{}")
     assert "already" in refused(*dpo, "--output", tmp_path / "out")
 
 
-def test_a_run_of_another_base(tmp_path, refused):
-    other = adapter(tmp_path / "other", AdapterLayout(keys=("self_attn.q_proj",)))
+def test_a_run_on_another_base_is_refused(tmp_path, refused):
+    other = saved_adapter(tmp_path / "other", AdapterLayout(keys=("self_attn.q_proj",)))
     weights = mx.load(str(other / "adapters.safetensors"))
     name = next(iter(weights))
     del weights[name]
     mx.save_safetensors(str(other / "adapters.safetensors"), weights)
-    write(tmp_path / "data.jsonl", [pair("a", i) for i in range(3)])
-    where = ("--model", TINY, "--adapter-path", other, "--data", tmp_path / "data.jsonl")
+    write_rows(tmp_path / "data.jsonl", [pair("a", i) for i in range(3)])
+    where = ("--model", TINY_MODEL, "--adapter-path", other, "--data", tmp_path / "data.jsonl")
     line = refused(*where)
-    assert f"can't be used with --model {TINY}; is that its base model?" in line
+    assert f"can't be used with --model {TINY_MODEL}; is that its base model?" in line
     assert f"{name} is missing" in line
     weights[name] = mx.zeros((3, 3))
     mx.save_safetensors(str(other / "adapters.safetensors"), weights)

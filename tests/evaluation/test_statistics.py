@@ -35,13 +35,13 @@ def covered(truth, estimates):
 
 
 def longer_wins(random, n, quality=0.0, pull=2.0):
-    """Outcomes that length decides, beside a quality of the first in logits; differences."""
+    """Outcomes that depend on length and on a quality of the first, in logits; differences."""
     longer = random.normal(60, 60, n)
     won = random.uniform(size=n) < sigmoid(quality + pull * np.tanh(longer / 60))
     return won.astype(float), longer
 
 
-def test_an_interval_of_a_mean_is_the_normal_one_where_there_is_much_data():
+def test_interval_of_a_mean_is_normal_for_large_samples():
     values = np.random.default_rng(0).normal(3, 2, 4000)
     found = mean_estimate(values, np.arange(4000))
     half = Z * values.std() / math.sqrt(4000)
@@ -50,7 +50,7 @@ def test_an_interval_of_a_mean_is_the_normal_one_where_there_is_much_data():
     assert found.high == pytest.approx(values.mean() + half, abs=0.1 * half)
 
 
-def test_intervals_hold_the_truth_as_often_as_they_say():
+def test_intervals_cover_the_truth_as_often_as_stated():
     random = np.random.default_rng(0)
     prompt = np.repeat(np.arange(60), 4)
     means, naive, rates, ratios = [], [], [], []
@@ -70,7 +70,7 @@ def test_intervals_hold_the_truth_as_often_as_they_say():
     assert 0.9 <= covered(2, ratios) <= 0.98
 
 
-def test_length_controlled_rates_hold_the_truth_as_often_as_they_say():
+def test_length_controlled_intervals_cover_the_truth_as_often_as_stated():
     random = np.random.default_rng(1)
     raw, found = [], []
     for seed in range(SIMULATED):
@@ -82,7 +82,7 @@ def test_length_controlled_rates_hold_the_truth_as_often_as_they_say():
     assert 0.9 <= covered(0.5, found) <= 0.98
 
 
-def test_length_controlled_finds_a_quality_behind_length():
+def test_length_controlled_rate_separates_quality_from_length():
     random = np.random.default_rng(2)
     won, longer = longer_wins(random, 4000, quality=0.3)
     found = length_controlled(won, longer, np.arange(4000))
@@ -92,7 +92,7 @@ def test_length_controlled_finds_a_quality_behind_length():
     assert found.value == pytest.approx(truth, abs=0.03)
 
 
-def test_length_controlled_is_the_raw_rate_where_length_tells_nothing():
+def test_length_controlled_rate_is_the_raw_rate_if_length_has_no_effect():
     won = np.array([1.0, 0, 1, 1, 0.5] * 40)
     same = length_controlled(won, np.zeros(200), np.arange(200))
     theta = math.log(same.value / (1 - same.value))
@@ -106,7 +106,7 @@ def test_length_controlled_is_the_raw_rate_where_length_tells_nothing():
     assert length_controlled(won, np.full(200, 7.0), np.arange(200)) is None
 
 
-def test_length_controlled_turns_round_with_the_roles():
+def test_swapping_the_roles_complements_the_length_controlled_rate():
     random = np.random.default_rng(3)
     won, longer = longer_wins(random, 100)
     one = length_controlled(won, longer, np.arange(100))
@@ -144,7 +144,7 @@ def test_the_fit_is_the_best_of_the_penalised_likelihood():
 
 
 @pytest.mark.parametrize("rate", [1.0, 0.0, 0.5])
-def test_prompts_that_are_all_alike_get_wilsons_interval(rate):
+def test_equal_outcomes_have_wilsons_interval(rate):
     found = rate_estimate(np.full(16, rate), np.repeat(np.arange(8), 2))
     # Wilson's ends solve (p − rate)² = z²·p(1 − p)/n.
     assert found.value == rate
@@ -163,7 +163,7 @@ def test_standard_errors():
     assert standard_error(values, np.zeros(24, int)) is None
 
 
-def test_what_could_be_detected_is_detected_four_times_in_five():
+def test_detectable_differences_are_detected_in_80_percent_of_samples():
     assert detectable_difference(0.5, 64) == pytest.approx((Z + 0.8416212) * 0.5 / 8)
     random = np.random.default_rng(6)
     for n in (30, 200):
@@ -207,7 +207,7 @@ def test_equal_answers_win_exactly_half(count):
     assert (found.ties == 1) == (count == 1)
 
 
-def test_a_win_rate_is_that_of_answers_drawn_apart():
+def test_win_rate_compares_answers_that_were_drawn_independently():
     # What one role says is what the other would have said with these draws, and a hair better.
     reference = np.random.default_rng(9).normal(size=(400, 4))
     found = compared(reference + 1e-6, reference)

@@ -1,21 +1,26 @@
 """Implicit rewards against two separately loaded models, whole rows and full logits."""
 
-import hashlib
 import json
 import shutil
 from itertools import pairwise
 from pathlib import Path
 
-import mlx.core as mx
 import numpy as np
 import pytest
-from forward_helpers import scramble
-from mlx_lm import load as mlx_lm_load
+from helpers.data import assistant, read_rows, write_rows
+from helpers.inference import (
+    ANSWERS,
+    PROMPT,
+    dpo_config,
+    two_model_rewards,
+    whole_row_logps,
+    write_adapter,
+)
+from helpers.paths import TINY_MODEL
+from helpers.runs import fingerprint, mlx_align
 from mlx_lm.convert import convert
 
-from mlx_align.cli.main import run
-from mlx_align.config import DPOConfig, KTOConfig, SFTConfig
-from mlx_align.config.schema import to_yaml
+from mlx_align.config import KTOConfig, SFTConfig
 from mlx_align.errors import ConfigError, ModelError
 from mlx_align.inference.implicit_reward import (
     implicit_rewards,
@@ -29,57 +34,10 @@ from mlx_align.models.adapters import (
     AdapterLayout,
     common_layout,
     fingerprint_folder,
-    install_adapters,
-    save_adapter,
 )
-from mlx_align.models.loading import load_module
 from mlx_align.types import Message, TokenizedGroup
 
-TINY = Path(__file__).parents[1] / "oracle" / "models" / "policy"
-PROMPT = [{"role": "user", "content": "Is the sun good, or is rain?"}]
-ANSWERS = ["yes", "no, never", "the sun is good and the rain is not", "", "yes and no and yes"]
 GIVEN = [text for text in ANSWERS if text]
-
-
-def adapter(folder, layout, config=None, *, base=TINY, seed=1, size=0.2):
-    """A trained-looking adapter on disk, with the config.yaml of a run."""
-    model = load_module(base)
-    mx.random.seed(seed)
-    install_adapters(model, layout)
-    scramble(model, size)
-    folder.mkdir()
-    save_adapter(folder, model.trainable_parameters(), layout, str(base))
-    if config is not None:
-        (folder / "config.yaml").write_text(to_yaml(config))
-    return folder
-
-
-def config(**options):
-    return DPOConfig(model=str(TINY), data="pairs", **options)
-
-
-def whole_row_logps(group, adapter_path, base=TINY):
-    """Per completion the log-probs of its tokens, by stock mlx-lm on one whole row at a time."""
-    where = None if adapter_path is None else str(adapter_path)
-    model, _ = mlx_lm_load(str(base), adapter_path=where)
-    rows = []
-    for completion in group.completions:
-        tokens = np.concatenate([group.prompt, completion])
-        logits = np.array(model(mx.array(tokens[None, :-1]))[0].astype(mx.float32), np.float64)
-        logits = logits[len(group.prompt) - 1 :]
-        peak = logits.max(-1, keepdims=True)
-        logps = logits - peak - np.log(np.exp(logits - peak).sum(-1, keepdims=True))
-        rows.append(logps[np.arange(len(completion)), completion])
-    return rows
-
-
-def explicit(group, policy, reference, beta, base=TINY):
-    pairs = zip(
-        whole_row_logps(group, policy, base), whole_row_logps(group, reference, base), strict=True
-    )
-    return np.array([beta * (p - r).sum() for p, r in pairs])
-
-
 STARTS = {
     "bare base": None,
     "other rank and scale": AdapterLayout(rank=2, scale=7.0),
@@ -89,51 +47,55 @@ STARTS = {
 
 
 @pytest.mark.parametrize("start", STARTS)
-def test_it_is_an_explicit_two_model_computation(tmp_path, start):
+def test_implicit_rewards_equal_a_two_model_computation(tmp_path, start):
     init = None
     if STARTS[start] is not None:
-        init = adapter(tmp_path / "init", STARTS[start], seed=2)
+        init = write_adapter(tmp_path / "init", STARTS[start], seed=2)
     options = {} if init is None else {"init_adapter": str(init)}
-    folder = adapter(tmp_path / "run", AdapterLayout(rank=4, scale=2.0), config(**options))
-    implicit = load_implicit_reward(str(TINY), folder)
+    folder = write_adapter(
+        tmp_path / "run", AdapterLayout(rank=4, scale=2.0), dpo_config(**options)
+    )
+    implicit = load_implicit_reward(str(TINY_MODEL), folder)
     (scored,) = implicit.score_groups([make_group("row", PROMPT, ANSWERS)])
-    wanted = explicit(scored.tokens, folder, init, beta=0.1)
+    wanted = two_model_rewards(scored.tokens, folder, init, beta=0.1)
     assert np.abs(wanted).max() > 0.05  # so that a wrong one would show
     np.testing.assert_allclose(scored.scores, wanted, atol=1e-5)
     assert ("reference: the base model" in implicit.description) == (init is None)
     for found, where in ((scored.policy_logps, folder), (scored.reference_logps, init)):
         totals = [row.sum() for row in whole_row_logps(scored.tokens, where)]
         np.testing.assert_allclose(found, totals, atol=2e-5)
-    per_token = load_implicit_reward(str(TINY), folder, per_token=True, beta=3.0)
+    per_token = load_implicit_reward(str(TINY_MODEL), folder, per_token=True, beta=3.0)
     (again,) = per_token.score_groups([make_group("row", PROMPT, ANSWERS)])
     lengths = [len(ids) for ids in scored.tokens.completions]
     np.testing.assert_allclose(again.scores, 30 * wanted / lengths, atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["dora", "full"])
-def test_other_kinds_of_fine_tuning(tmp_path, kind):
-    folder = adapter(tmp_path / "run", AdapterLayout(kind, rank=4), config(beta=0.5), size=0.02)
-    implicit = load_implicit_reward(str(TINY), folder)
+def test_dora_and_full_fine_tuning_equal_a_two_model_computation(tmp_path, kind):
+    folder = write_adapter(
+        tmp_path / "run", AdapterLayout(kind, rank=4), dpo_config(beta=0.5), size=0.02
+    )
+    implicit = load_implicit_reward(str(TINY_MODEL), folder)
     (scored,) = implicit.score_groups([make_group("row", PROMPT, ANSWERS)])
-    wanted = explicit(scored.tokens, folder, None, beta=0.5)
+    wanted = two_model_rewards(scored.tokens, folder, None, beta=0.5)
     assert np.abs(wanted).max() > 0.01
     np.testing.assert_allclose(scored.scores, wanted, atol=1e-5)
 
 
-def test_a_quantised_base(tmp_path):
-    convert(str(TINY), str(tmp_path / "base"), quantize=True, q_bits=4, q_group_size=32)
+def test_a_quantised_base_equals_a_two_model_computation(tmp_path):
+    convert(str(TINY_MODEL), str(tmp_path / "base"), quantize=True, q_bits=4, q_group_size=32)
     base = tmp_path / "base"
-    folder = adapter(tmp_path / "run", AdapterLayout(rank=4), config(), base=base)
+    folder = write_adapter(tmp_path / "run", AdapterLayout(rank=4), dpo_config(), base=base)
     implicit = load_implicit_reward(str(base), folder)
     (scored,) = implicit.score_groups([make_group("row", PROMPT, ANSWERS)])
-    wanted = explicit(scored.tokens, folder, None, 0.1, base)
+    wanted = two_model_rewards(scored.tokens, folder, None, 0.1, base)
     np.testing.assert_allclose(scored.scores, wanted, atol=1e-4)
 
 
-def test_logps_are_the_models(tmp_path):
-    folder = adapter(tmp_path / "run", AdapterLayout(rank=4), config())
+def test_log_probs_are_those_of_the_model(tmp_path):
+    folder = write_adapter(tmp_path / "run", AdapterLayout(rank=4), dpo_config())
     for where in (None, folder):
-        scorer = load_logprob_scorer(str(TINY), where)
+        scorer = load_logprob_scorer(str(TINY_MODEL), where)
         (scored,) = scorer.score_groups([make_group("row", PROMPT, ANSWERS)])
         totals = [row.sum() for row in whole_row_logps(scored.tokens, where)]
         np.testing.assert_allclose(scored.scores, totals, atol=2e-5)
@@ -167,34 +129,34 @@ def test_ranking_by_the_optimal_policy_is_ranking_by_the_reward():
     assert orders[0] != list(np.argsort(-optimum))
 
 
-def test_long_sums_keep_their_difference():
+def test_long_completions_keep_small_differences():
     policy = [np.full(4000, -0.25, np.float32) + np.float32(1e-5)]
     reference = [np.full(4000, -0.25, np.float32)]
     (found,) = implicit_rewards(policy, reference, [np.ones(4000, bool)], 1.0)
     assert found == pytest.approx(4000 * float(policy[0][0] - reference[0][0]), rel=1e-6)
 
 
-def test_beta_is_the_runs(tmp_path):
+def test_beta_is_read_from_the_run(tmp_path):
     def settings(name, config, **given):
         folder = tmp_path / name
         if not folder.exists():
-            adapter(folder, AdapterLayout(rank=2), config)
+            write_adapter(folder, AdapterLayout(rank=2), config)
         return ImplicitRewardSettings.from_run(read_trained_run(folder), **given)
 
-    assert settings("default", config()).beta == 0.1
-    assert settings("given", config(beta=0.3)).beta == 0.3
-    assert settings("option", config(loss_option={"beta": 0.4})).beta == 0.4
-    assert settings("sum", config(loss="sft=0.5,sigmoid=1", beta=0.2)).beta == 0.2
+    assert settings("default", dpo_config()).beta == 0.1
+    assert settings("given", dpo_config(beta=0.3)).beta == 0.3
+    assert settings("option", dpo_config(loss_option={"beta": 0.4})).beta == 0.4
+    assert settings("sum", dpo_config(loss="sft=0.5,sigmoid=1", beta=0.2)).beta == 0.2
     # Of a sum, that of the loss which is held to a reference: simpo's own default is 2.
-    assert settings("mixed", config(loss="simpo=1,sigmoid=1")).beta == 0.1
-    assert settings("ipo", config(loss="ipo")).per_token
-    assert not settings("ipo", config(loss="ipo"), per_token=False).per_token
-    kto = KTOConfig(model=str(TINY), data="rows", beta=0.25)
+    assert settings("mixed", dpo_config(loss="simpo=1,sigmoid=1")).beta == 0.1
+    assert settings("ipo", dpo_config(loss="ipo")).per_token
+    assert not settings("ipo", dpo_config(loss="ipo"), per_token=False).per_token
+    kto = KTOConfig(model=str(TINY_MODEL), data="rows", beta=0.25)
     assert settings("kto", kto).beta == 0.25
     for name, made in (
-        ("simpo", config(loss="simpo")),
-        ("sft", SFTConfig(model=str(TINY), data="rows")),
-        ("own", config(loss="my_loss")),  # a function passed from Python
+        ("simpo", dpo_config(loss="simpo")),
+        ("sft", SFTConfig(model=str(TINY_MODEL), data="rows")),
+        ("own", dpo_config(loss="my_loss")),  # a function passed from Python
     ):
         with pytest.raises(
             ConfigError, match="has no β, because it was not trained against a reference; give --b"
@@ -205,41 +167,43 @@ def test_beta_is_the_runs(tmp_path):
         settings("foreign", None)
     assert settings("foreign", None, beta=0.7).beta == 0.7
     with pytest.raises(ConfigError, match="--beta -1: must be above 0"):
-        settings("default", config(), beta=-1)
+        settings("default", dpo_config(), beta=-1)
 
 
-def test_a_reference_that_was_trained_again(tmp_path):
-    first = adapter(tmp_path / "first", AdapterLayout(rank=2))
-    folder = adapter(tmp_path / "run", AdapterLayout(rank=2), config(init_adapter=str(first)))
+def test_a_changed_reference_is_refused(tmp_path):
+    first = write_adapter(tmp_path / "first", AdapterLayout(rank=2))
+    folder = write_adapter(
+        tmp_path / "run", AdapterLayout(rank=2), dpo_config(init_adapter=str(first))
+    )
     hashes = {"hashes": {"init adapter": fingerprint_folder(first, "*adapter*")}}
     (folder / "fingerprints.json").write_text(json.dumps(hashes))
-    load_implicit_reward(str(TINY), folder)
+    load_implicit_reward(str(TINY_MODEL), folder)
     shutil.rmtree(first)
-    adapter(first, AdapterLayout(rank=2), seed=9)
+    write_adapter(first, AdapterLayout(rank=2), seed=9)
     with pytest.raises(ModelError, match="which has changed since the run began"):
-        load_implicit_reward(str(TINY), folder)
+        load_implicit_reward(str(TINY_MODEL), folder)
     # The one it started from, kept elsewhere, can be named.
-    load_implicit_reward(str(TINY), folder, reference_adapter=first)
+    load_implicit_reward(str(TINY_MODEL), folder, reference_adapter=first)
 
 
-def test_a_reference_that_is_gone(tmp_path):
-    start = config(init_adapter=str(tmp_path / "gone"))
-    folder = adapter(tmp_path / "run", AdapterLayout(rank=2), start)
+def test_a_missing_reference_can_be_given(tmp_path):
+    start = dpo_config(init_adapter=str(tmp_path / "gone"))
+    folder = write_adapter(tmp_path / "run", AdapterLayout(rank=2), start)
     with pytest.raises(
         ModelError, match="pass the adapter it started from with --reference-adapter"
     ):
-        load_implicit_reward(str(TINY), folder)
+        load_implicit_reward(str(TINY_MODEL), folder)
     with pytest.raises(ModelError, match="--reference-adapter nowhere: no such folder"):
-        load_implicit_reward(str(TINY), folder, reference_adapter="nowhere")
-    moved = adapter(tmp_path / "moved", AdapterLayout(rank=4, scale=5.0), seed=3)
-    implicit = load_implicit_reward(str(TINY), folder, reference_adapter=moved)
+        load_implicit_reward(str(TINY_MODEL), folder, reference_adapter="nowhere")
+    moved = write_adapter(tmp_path / "moved", AdapterLayout(rank=4, scale=5.0), seed=3)
+    implicit = load_implicit_reward(str(TINY_MODEL), folder, reference_adapter=moved)
     (scored,) = implicit.score_groups([make_group("row", PROMPT, ANSWERS)])
-    wanted = explicit(scored.tokens, folder, moved, 0.1)
+    wanted = two_model_rewards(scored.tokens, folder, moved, 0.1)
     np.testing.assert_allclose(scored.scores, wanted, atol=1e-5)
     assert str(moved) in implicit.description
 
 
-def test_layouts_in_common():
+def test_common_layout():
     named = AdapterLayout(rank=4, num_layers=2, keys=("a", "b"))
     both = common_layout([named, AdapterLayout(rank=9, num_layers=3, keys=("b", "c"), scale=8.0)])
     assert both == AdapterLayout(rank=9, num_layers=3, keys=("a", "b", "c"), scale=named.scale)
@@ -248,10 +212,10 @@ def test_layouts_in_common():
     assert common_layout([named, AdapterLayout("dora")]) is None
 
 
-def test_only_answers_count(tmp_path):
+def test_only_assistant_turns_count(tmp_path):
     """Of a completion of several turns, the user's are there and do not count."""
-    folder = adapter(tmp_path / "run", AdapterLayout(rank=4), config(beta=1.0))
-    implicit = load_implicit_reward(str(TINY), folder)
+    folder = write_adapter(tmp_path / "run", AdapterLayout(rank=4), dpo_config(beta=1.0))
+    implicit = load_implicit_reward(str(TINY_MODEL), folder)
     turns = [Message("assistant", "yes"), Message("user", "and rain?"), Message("assistant", "no")]
     turns = [{"role": turn.role, "content": turn.content} for turn in turns]
     (scored,) = implicit.score_groups([make_group("row", PROMPT, [turns])])
@@ -264,13 +228,6 @@ def test_only_answers_count(tmp_path):
 # ---------------------------------------------------------------- mlx-align score
 
 
-def digest(folder):
-    return {
-        file.name: (hashlib.sha256(file.read_bytes()).hexdigest(), file.stat().st_mtime_ns)
-        for file in sorted(folder.rglob("*"))
-    }
-
-
 @pytest.fixture
 def score(tmp_path, monkeypatch, capsys):
     """Runs `mlx-align score` on a few pairs; exit code, output rows, what was printed."""
@@ -279,31 +236,26 @@ def score(tmp_path, monkeypatch, capsys):
         {"prompt": PROMPT, "chosen": assistant(chosen), "rejected": assistant(rejected), "id": i}
         for i, (chosen, rejected) in enumerate(pairwise(GIVEN))
     ]
-    Path("pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows("pairs.jsonl", rows)
 
     def call(*options):
         Path("out.jsonl").unlink(missing_ok=True)
-        where = ["--model", str(TINY), "--data", "pairs.jsonl", "--output", "out.jsonl"]
-        code = run(["score", *where, *(str(option) for option in options)])
+        where = ("--model", TINY_MODEL, "--data", "pairs.jsonl", "--output", "out.jsonl")
+        code = mlx_align("score", *where, *options)
         captured = capsys.readouterr()
         if code:
             return code, [], captured.err
-        lines = Path("out.jsonl").read_text().splitlines()
-        return code, [json.loads(line) for line in lines], captured.out
+        return code, read_rows("out.jsonl"), captured.out
 
     return call
 
 
-def assistant(text):
-    return [{"role": "assistant", "content": text}]
-
-
 def test_score_by_implicit_reward_and_log_probs(score, tmp_path):
-    folder = adapter(tmp_path / "run", AdapterLayout(rank=4), config(beta=0.5))
-    before = digest(folder)
+    folder = write_adapter(tmp_path / "run", AdapterLayout(rank=4), dpo_config(beta=0.5))
+    before = fingerprint(folder)
     code, rows, out = score("--adapter-path", folder, "--json")
     assert code == 0
-    implicit = load_implicit_reward(str(TINY), folder)
+    implicit = load_implicit_reward(str(TINY_MODEL), folder)
     (scored,) = implicit.score_groups([make_group("row", PROMPT, GIVEN)])
     for i, row in enumerate(rows):
         assert row["id"] == i
@@ -323,11 +275,11 @@ def test_score_by_implicit_reward_and_log_probs(score, tmp_path):
     for i, row in enumerate(rows):
         assert row["model_scores"] == pytest.approx(totals[i : i + 2], abs=1e-5)
         assert "reference_logps" not in row
-    assert digest(folder) == before
+    assert fingerprint(folder) == before
 
 
-def test_score_mistakes(score, tmp_path):
-    folder = adapter(tmp_path / "run", AdapterLayout(rank=2), config())
+def test_score_errors(score, tmp_path):
+    folder = write_adapter(tmp_path / "run", AdapterLayout(rank=2), dpo_config())
     for options, message in (
         (("--adapter-path", folder, "--combine", "min"), "--combine: has no effect on implicit"),
         (("--logps", "--beta", 0.2), "--beta: has no effect on --logps"),

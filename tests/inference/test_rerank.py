@@ -2,58 +2,39 @@
 
 import json
 import sys
-from pathlib import Path
 
-import mlx.core as mx
 import numpy as np
 import pytest
-from forward_helpers import scramble
-from test_implicit_reward import ANSWERS, PROMPT, TINY, adapter, config, digest, explicit
+from helpers.data import read_rows, write_rows
+from helpers.inference import ANSWERS, PROMPT, dpo_config, two_model_rewards, write_adapter
+from helpers.paths import CLASSIFIERS, TINY_MODEL
+from helpers.runs import fingerprint, mlx_align
 
 from mlx_align import Reranker, RewardModel
-from mlx_align.cli.main import run
 from mlx_align.data.formats import read_preferences
 from mlx_align.errors import ConfigError, DataError, ModelError
 from mlx_align.evaluation.metrics import expected_best
 from mlx_align.inference.generate import TextGenerator
 from mlx_align.models import generation
-from mlx_align.models.adapters import AdapterLayout, install_adapters, save_adapter
-from mlx_align.models.backbone import split_backbone
-from mlx_align.models.heads import REWARD_HEAD, add_reward_head
-from mlx_align.models.loading import load_module, open_model
+from mlx_align.models.adapters import AdapterLayout
+from mlx_align.models.loading import open_model
 from mlx_align.system.starter import shipped_file
 from mlx_align.types import Message, PromptGroup, TokenizedGroup
 
 QUESTION = PROMPT[0]["content"]
-CLASSIFIER = Path(__file__).parents[1] / "oracle" / "classifiers" / "qwen2"
+CLASSIFIER = CLASSIFIERS / "qwen2"
 
 
 @pytest.fixture(scope="module")
 def policy(tmp_path_factory):
     """A run of dpo."""
     where = tmp_path_factory.mktemp("rerank") / "policy"
-    return adapter(where, AdapterLayout(rank=4), config(beta=0.5), size=0.1)
-
-
-@pytest.fixture(scope="module")
-def judge(tmp_path_factory):
-    """A run of reward on the same base, of another rank, scale and choice of layers."""
-    folder = tmp_path_factory.mktemp("rerank") / "judge"
-    model = load_module(TINY)
-    mx.random.seed(5)
-    layout = AdapterLayout(rank=6, scale=0.7, num_layers=1, keys=("self_attn.q_proj",))
-    tree = install_adapters(model, layout)
-    scramble(model, 0.3)
-    head = add_reward_head(split_backbone(model)).parameters()
-    folder.mkdir()
-    tree = {**model.trainable_parameters(), REWARD_HEAD: head}
-    save_adapter(folder, tree, layout, str(TINY))
-    return folder
+    return write_adapter(where, AdapterLayout(rank=4), dpo_config(beta=0.5), size=0.1)
 
 
 @pytest.fixture(scope="module")
 def reranker(policy):
-    return Reranker.load(str(TINY), policy)
+    return Reranker.load(str(TINY_MODEL), policy)
 
 
 # ---------------------------------------------------------------- ranking what is given
@@ -73,27 +54,27 @@ def test_given_completions_are_ranked_and_all_kept(reranker, policy):
     assert not any(one.truncated for one in ranked)
 
 
-def test_by_a_reward_model_on_the_same_weights(policy, judge):
+def test_ranking_by_a_reward_model_on_the_same_base(policy, reward_run):
     """It swaps with the policy, and says what it says alone."""
-    both = Reranker.load(str(TINY), policy, judge)
+    both = Reranker.load(str(TINY_MODEL), policy, reward_run)
     assert "an adapter on the same weights" in both.description
     assert both.scorer.model is both.model or both.scorer.model.module is both.model.module
-    alone = RewardModel.load(str(TINY), judge).score(PROMPT, ANSWERS)
+    alone = RewardModel.load(str(TINY_MODEL), reward_run).score(PROMPT, ANSWERS)
     ranked = both.rank(PROMPT, ANSWERS)
     by_index = [one.score for one in sorted(ranked, key=lambda one: one.index)]
     np.testing.assert_allclose(by_index, alone, atol=1e-5)
     assert ranked[0].policy_logp is None
     # What it samples is the policy's, as without it.
-    without = Reranker.load(str(TINY), policy)
+    without = Reranker.load(str(TINY_MODEL), policy)
     drawn = [r.sample(PROMPT, 6, max_tokens=8, seed=2) for r in (both, without)]
     assert {one.text for one in drawn[0]} == {one.text for one in drawn[1]}
     texts = [one.text for one in drawn[0]]
-    alone = RewardModel.load(str(TINY), judge).score(PROMPT, texts)
+    alone = RewardModel.load(str(TINY_MODEL), reward_run).score(PROMPT, texts)
     np.testing.assert_allclose([one.score for one in drawn[0]], alone, atol=1e-5)
 
 
-def test_by_a_second_model(policy):
-    second = Reranker.load(str(TINY), policy, str(CLASSIFIER))
+def test_ranking_by_a_second_model(policy):
+    second = Reranker.load(str(TINY_MODEL), policy, str(CLASSIFIER))
     assert "a second model in memory" in second.description
     alone = RewardModel.load(str(CLASSIFIER)).score("Say", [" yes", " no"])
     ranked = second.rank("Say", [" yes", " no"])
@@ -101,15 +82,17 @@ def test_by_a_second_model(policy):
     np.testing.assert_allclose(by_index, alone, atol=1e-6)
 
 
-def test_best_of_n_of_the_base_itself(judge):
-    reranker = Reranker.load(str(TINY), reward_model=judge)
+def test_best_of_n_of_the_base_model(reward_run):
+    reranker = Reranker.load(str(TINY_MODEL), reward_model=reward_run)
     ranked = reranker.sample(PROMPT, 5, max_tokens=6, seed=1)
     assert sum(one.count for one in ranked) == 5
-    alone = RewardModel.load(str(TINY), judge).score(PROMPT, [one.text for one in ranked])
+    alone = RewardModel.load(str(TINY_MODEL), reward_run).score(
+        PROMPT, [one.text for one in ranked]
+    )
     np.testing.assert_allclose([one.score for one in ranked], alone, atol=1e-5)
-    bare = adapter(judge.parent / "zero", AdapterLayout(rank=2), config(), size=0.0)
+    bare = write_adapter(reward_run.parent / "zero", AdapterLayout(rank=2), dpo_config(), size=0.0)
     # An adapter that changes nothing samples the same.
-    same = Reranker.load(str(TINY), bare, judge).sample(PROMPT, 5, max_tokens=6, seed=1)
+    same = Reranker.load(str(TINY_MODEL), bare, reward_run).sample(PROMPT, 5, max_tokens=6, seed=1)
     assert [one.text for one in same] == [one.text for one in ranked]
 
 
@@ -137,10 +120,10 @@ def test_samples_are_scored_by_their_own_tokens(reranker, policy, monkeypatch):
         assert (one.index, one.count) == (same[0], len(same))
     assert ranked == sorted(ranked, key=lambda one: (-one.score, one.index))
 
-    tokenizer = open_model(str(TINY)).tokenizer
+    tokenizer = open_model(str(TINY_MODEL)).tokenizer
     prompt = np.array(tokenizer.apply_chat_template(PROMPT, add_generation_prompt=True), np.int32)
     rows = tuple(np.array(drawn[one.index].tokens, np.int32) for one in ranked)
-    wanted = explicit(TokenizedGroup(prompt, rows, "x"), policy, None, 0.5)
+    wanted = two_model_rewards(TokenizedGroup(prompt, rows, "x"), policy, None, 0.5)
     np.testing.assert_allclose([one.score for one in ranked], wanted, atol=1e-5)
 
 
@@ -148,15 +131,12 @@ def test_one_sample_greedy_and_empty(reranker, monkeypatch):
     (only,) = reranker.sample(PROMPT, 1, max_tokens=5, temperature=0)
     assert (only.count, only.index) == (1, 0)
     assert only == reranker.best_of(PROMPT, 1, max_tokens=5, temperature=0)
-    end = open_model(str(TINY)).tokenizer.eos_token_id
+    end = open_model(str(TINY_MODEL)).tokenizer.eos_token_id
 
-    def ends(model, prompts, n, *_, **__):
-        ended = generation.Generated([end], [-1.0], True)
-        return [[ended] * (n - 1) + [generation.Generated([5, 6], [-1.0] * 2, False)]] * len(
-            prompts
-        )
-
-    monkeypatch.setattr("mlx_align.inference.generate.generate_groups", ends)
+    ended = generation.Generated([end], [-1.0], True)
+    truncated = generation.Generated([5, 6], [-1.0] * 2, False)
+    samples = [[ended, ended, ended, truncated]]
+    monkeypatch.setattr("mlx_align.inference.generate.generate_groups", lambda *_, **__: samples)
     ranked = reranker.sample(PROMPT, 4)
     empty = next(one for one in ranked if one.text == "")
     assert (empty.count, empty.truncated, empty.tokens) == (3, False, 1)
@@ -168,19 +148,19 @@ def test_text_becomes_a_user_message_where_there_is_a_chat_template(reranker):
     """`sample` and `best_of` treat text as `rerank --prompt` does."""
     options = {"max_tokens": 6, "seed": 4}
     assert reranker.style.has_template
-    asked = reranker.sample(QUESTION, 4, **options)
-    assert asked == reranker.sample(PROMPT, 4, **options)
+    sampled = reranker.sample(QUESTION, 4, **options)
+    assert sampled == reranker.sample(PROMPT, 4, **options)
     best = reranker.best_of(QUESTION, 4, **options)
-    assert best == reranker.best_of(PROMPT, 4, **options) == asked[0]
+    assert best == reranker.best_of(PROMPT, 4, **options) == sampled[0]
     verbatim = reranker.sample(QUESTION, 4, **options, apply_chat_template=False)
     (group,) = reranker.sample_groups([PromptGroup(QUESTION, (), "x")], 4, **options)
     assert verbatim == group.completions()
-    assert [one.score for one in verbatim] != [one.score for one in asked]
+    assert [one.score for one in verbatim] != [one.score for one in sampled]
 
 
 def test_generated_text_is_that_of_the_policy(reranker, policy):
     """Greedy text equals the one sample at temperature 0; the base model answers by itself."""
-    generator = TextGenerator.load(str(TINY), policy)
+    generator = TextGenerator.load(str(TINY_MODEL), policy)
     (only,) = reranker.sample(PROMPT, 1, max_tokens=6, temperature=0)
     assert generator.generate(QUESTION, max_tokens=6) == only.text
     assert generator.generate(PROMPT, max_tokens=6) == only.text
@@ -189,7 +169,7 @@ def test_generated_text_is_that_of_the_policy(reranker, policy):
     )
     found = generator.generate(QUESTION, max_tokens=6, apply_chat_template=False)
     assert found == verbatim.text
-    assert isinstance(TextGenerator.load(str(TINY)).generate(QUESTION, max_tokens=3), str)
+    assert isinstance(TextGenerator.load(str(TINY_MODEL)).generate(QUESTION, max_tokens=3), str)
     with pytest.raises(DataError, match="too long"):
         generator.generate("x " * 5000)
 
@@ -200,8 +180,8 @@ def test_an_implicit_reward_scores_like_it_ranks(reranker):
     assert [scores[one.index] for one in ranked] == [one.score for one in ranked]
 
 
-def test_prompts_too_long_are_said(policy):
-    reranker = Reranker.load(str(TINY), policy, max_seq_length=40)
+def test_long_prompts_are_reported(policy):
+    reranker = Reranker.load(str(TINY_MODEL), policy, max_seq_length=40)
     with pytest.raises(DataError, match=r"too long \(\d+ tokens, at most 40\)"):
         reranker.sample("x " * 200, 2)
     groups = [PromptGroup("x " * 200, (), "a"), PromptGroup("Say", (), "b")]
@@ -211,43 +191,47 @@ def test_prompts_too_long_are_said(policy):
     assert short.ranked
 
 
-def test_mistakes_in_loading(policy, judge, tmp_path):
+def test_errors_of_loading(policy, reward_run, tmp_path):
     for arguments, error, message in (
-        ((str(TINY),), ConfigError, "no scorer to rank by"),
-        ((str(TINY), judge), ModelError, "generates no text"),
-        ((str(TINY), policy, str(TINY)), ModelError, "neither a run of mlx-align reward nor a"),
+        ((str(TINY_MODEL),), ConfigError, "no scorer to rank by"),
+        ((str(TINY_MODEL), reward_run), ModelError, "generates no text"),
+        (
+            (str(TINY_MODEL), policy, str(TINY_MODEL)),
+            ModelError,
+            "neither a run of mlx-align reward nor a",
+        ),
         ((str(CLASSIFIER), policy), ModelError, "sequence classifier|is --model"),
     ):
         with pytest.raises(error, match=message):
             Reranker.load(*arguments)
     with pytest.raises(ConfigError, match="--beta: has no effect on --reward-model"):
-        Reranker.load(str(TINY), policy, judge, beta=1.0)
+        Reranker.load(str(TINY_MODEL), policy, reward_run, beta=1.0)
     moved = tmp_path / "moved"
     moved.mkdir()
-    for file in judge.iterdir():
+    for file in reward_run.iterdir():
         (moved / file.name).write_bytes(file.read_bytes())
     content = json.loads((moved / "adapter_config.json").read_text())
     content["model"] = str(tmp_path / "gone")
     (moved / "adapter_config.json").write_text(json.dumps(content))
     with pytest.raises(ModelError, match=r'correct "model" in .*adapter_config\.json'):
-        Reranker.load(str(TINY), policy, moved)
+        Reranker.load(str(TINY_MODEL), policy, moved)
 
 
 # ---------------------------------------------------------------- cost
 
 
-def test_the_prompt_is_run_once_a_role(reranker, monkeypatch):
-    """K = 8, a prompt of 256 tokens, completions of 64: tokens through the trunk, two roles."""
+def test_the_prompt_is_computed_once_per_role(reranker, monkeypatch):
+    """K = 8, a prompt of 256 tokens, completions of 64: tokens through the backbone, two roles."""
     random = np.random.default_rng(0)
     lengths = []
-    anatomy = type(reranker.model.backbone)
-    original = anatomy.hidden
+    backbone = type(reranker.model.backbone)
+    original = backbone.hidden
 
     def counting(self, tokens, cache=None):
         lengths.append(tokens.size)
         return original(self, tokens, cache)
 
-    monkeypatch.setattr(anatomy, "hidden", counting)
+    monkeypatch.setattr(backbone, "hidden", counting)
 
     draw = [random.integers(3, 90, n).astype(np.int32) for n in [256] + [64] * 8]
     reranker.scorer.score_tokens([TokenizedGroup(draw[0], tuple(draw[1:]), "x")])
@@ -264,21 +248,16 @@ def rerank(tmp_path, monkeypatch, capsys, policy):
     monkeypatch.chdir(tmp_path)
 
     def call(*options, run_folder=policy):
-        where = [] if run_folder is None else ["--adapter-path", str(run_folder)]
-        code = run(["rerank", "--model", str(TINY), *where, *(str(option) for option in options)])
+        where = () if run_folder is None else ("--adapter-path", run_folder)
+        code = mlx_align("rerank", "--model", TINY_MODEL, *where, *options)
         captured = capsys.readouterr()
         return code, captured.out, captured.err
 
     return call
 
 
-def write(name, *rows):
-    Path(name).write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return name
-
-
-def test_a_prompt(rerank, reranker, policy):
-    before = digest(policy)
+def test_prompt_option(rerank, reranker, policy):
+    before = fingerprint(policy)
     options = ("--prompt", QUESTION, "-n", 4, "--max-tokens", 6, "--seed", 2)
     code, out, _ = rerank(*options, "--json")
     assert code == 0
@@ -296,17 +275,17 @@ def test_a_prompt(rerank, reranker, policy):
     assert "(truncated)" in out
     code, out, _ = rerank(*options, "--ignore-chat-template", "--json")
     assert json.loads(out)["prompt"] == QUESTION
-    assert digest(policy) == before
+    assert fingerprint(policy) == before
 
 
-def test_a_file_of_prompts(rerank, reranker):
+def test_input_file_of_prompts(rerank, reranker):
     rows = [{"prompt": PROMPT, "id": i} for i in range(3)] + [{"prompt": [{**PROMPT[0]}], "id": 3}]
-    write("prompts.jsonl", *rows)
+    write_rows("prompts.jsonl", rows)
     options = ("--input", "prompts.jsonl", "-n", 4, "--max-tokens", 5, "--output", "out.jsonl")
     code, out, _ = rerank(*options)
     assert code == 0
     assert "Wrote 4 rankings to out.jsonl" in out
-    found = [json.loads(line) for line in Path("out.jsonl").read_text().splitlines()]
+    found = read_rows("out.jsonl")
     assert [row["id"] for row in found] == [0, 1, 2, 3]
     for row in found:
         scores = [one["score"] for one in row["completions"]]
@@ -323,18 +302,18 @@ def test_a_file_of_prompts(rerank, reranker):
     assert [json.loads(line)["id"] for line in out.splitlines()] == [0, 1, 2, 3]
 
 
-def test_given_completions_in_a_file(rerank, reranker):
+def test_input_file_of_completions(rerank, reranker):
     texts = [text for text in ANSWERS if text]
     rows = [
         {"prompt": PROMPT, "completions": texts, "scores": [1, 2, 3, 4]},
         {"prompt": PROMPT, "completions": []},
         {"prompt": PROMPT, "completions": [texts[1], texts[1]]},
     ]
-    write("given.jsonl", *rows)
+    write_rows("given.jsonl", rows)
     code, out, _ = rerank("--input", "given.jsonl", "--json", "--output", "out.jsonl")
     assert code == 0
     assert json.loads(out) == {"output": "out.jsonl", "prompts": 3, "unranked": 1}
-    found = [json.loads(line) for line in Path("out.jsonl").read_text().splitlines()]
+    found = read_rows("out.jsonl")
     wanted = reranker.rank(PROMPT, texts)
     assert [one["index"] for one in found[0]["completions"]] == [one.index for one in wanted]
     assert "scores" not in found[0]  # they were of another order
@@ -346,7 +325,7 @@ def test_given_completions_in_a_file(rerank, reranker):
     assert "-n has no effect: the rows have completions" in err
 
 
-def test_on_a_terminal(rerank, monkeypatch):
+def test_interactive_prompts(rerank, monkeypatch):
     typed = iter(["is sun good?", "", "is sun good?"])
 
     def answer(*_):
@@ -372,9 +351,9 @@ def test_on_a_terminal(rerank, monkeypatch):
     assert rerank("-n", 1)[0] == 130
 
 
-def test_mistakes(rerank, policy, judge):
-    write("text.jsonl", {"prompt": "Say"})
-    write("odd.jsonl", {"question?": "Say"})
+def test_errors_of_the_command(rerank, policy, reward_run):
+    write_rows("text.jsonl", [{"prompt": "Say"}])
+    write_rows("odd.jsonl", [{"question?": "Say"}])
     for options, message in (
         ((), "no terminal to read prompts from; give --prompt or --input"),
         (("--prompt", "x", "--input", "y"), "exclude each other"),
@@ -383,7 +362,7 @@ def test_mistakes(rerank, policy, judge):
         (("--prompt", "x", "-n", 0), "-n"),
         (("--prompt", "x", "--temperature", -1), "--temperature"),
         (("--prompt", "x", "--beta", 0), "--beta 0: must be above 0"),
-        (("--prompt", "x", "--reward-model", judge, "--sum"), "--per-token: has no effect"),
+        (("--prompt", "x", "--reward-model", reward_run, "--sum"), "--per-token: has no effect"),
         (("--prompt", "x", "--output", "nowhere/o.jsonl"), "there is no folder"),
         (("--input", "nowhere.jsonl"), "--input nowhere.jsonl: no such file"),
         (("--input", "odd.jsonl"), "odd.jsonl:1: not recognised as prompts data"),
@@ -400,7 +379,7 @@ def test_mistakes(rerank, policy, judge):
     code, out, _ = rerank("--input", "text.jsonl", "-n", 1, "--max-tokens", 2)
     assert code == 0
     assert "! text prompts are used verbatim" in out
-    assert run(["rerank", "--help"]) == 0
+    assert mlx_align("rerank", "--help") == 0
 
 
 # ---------------------------------------------------------------- the starter
@@ -412,16 +391,16 @@ def test_best_of_n_finds_right_answers_on_the_starter(tmp_path, monkeypatch, cap
     options = ["--iters", "12", "--batch-size", "4", "--warmup", "0", "--learning-rate", "1e-3"]
     options += ["--samples", "0", "--val-batches", "1", "--output", "run"]
     options += ["--reference-cache", str(tmp_path / "cache")]
-    assert run(["dpo", "-c", str(shipped_file("starter.yaml")), *options]) == 0
+    assert mlx_align("dpo", "-c", shipped_file("starter.yaml"), *options) == 0
     capsys.readouterr()
     world = json.loads((shipped_file("starter") / "world.json").read_text())
     some = world["countries"][::3]
-    asked = [
+    sampled = [
         PromptGroup(_user(f"What is the capital of {country['name']}?"), (), country["name"])
         for country in some
     ]
     reranker = Reranker.load(str(shipped_file("starter/model")), "run")
-    rankings = reranker.sample_groups(asked, 16, max_tokens=40)
+    rankings = reranker.sample_groups(sampled, 16, max_tokens=40)
     curve = np.zeros(3)
     for country, ranking in zip(some, rankings, strict=True):
         scores, right = [], []

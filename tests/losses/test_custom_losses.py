@@ -53,7 +53,7 @@ def test_annotations_limit_the_values():
         combine(parse_losses(loss), {"kind": "c"})
 
 
-def test_a_pairwise_loss_says_what_it_needs():
+def test_a_pairwise_loss_declares_what_it_needs():
     def lengths(logps, mean_chosen_length, *, alpha=1):
         return alpha * logps.chosen / mean_chosen_length
 
@@ -64,7 +64,7 @@ def test_a_pairwise_loss_says_what_it_needs():
     assert mx.array_equal(loss(LOGPS, 3.0), LOGPS.chosen / 3.0)
 
 
-def test_it_adds_up_with_others():
+def test_a_function_can_be_combined_with_named_losses():
     loss = combine(((PairwiseLoss(my_hinge), 2.0), ("hinge", 1.0)), {"beta": 0.3})
     assert mx.allclose(loss(LOGPS, 3.0), 3 * hinge_loss(LOGPS, beta=0.3))
 

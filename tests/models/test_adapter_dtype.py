@@ -1,21 +1,22 @@
 """`--adapter-dtype bfloat16`: the same run in less memory, trained and saved in float32."""
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 import pytest
+from helpers.data import write_rows
+from helpers.forward import difference
+from helpers.oracle import language_model, microbatches
+from helpers.paths import TINY_MODEL
+from helpers.runs import LN2, metric_rows, mlx_align
 from mlx.utils import tree_flatten, tree_map
 from mlx_lm import load as mlx_lm_load
-from mlx_lm.convert import convert
 from mlx_lm.models.llama import Model, ModelArgs
-from oracle_helpers import language_model, microbatches
 
 from mlx_align.algorithms.dpo import PreferenceObjective
 from mlx_align.algorithms.update import accumulate, collate_microbatches, compiled_gradient
-from mlx_align.cli.main import run
 from mlx_align.data.buckets import Shape
 from mlx_align.inference.scoring import make_logprob_scorer, score_groups
 from mlx_align.losses.registry import combine, parse_losses
@@ -25,17 +26,13 @@ from mlx_align.training import reference
 from mlx_align.training.reference import reference_key
 from mlx_align.types import TokenizedGroup
 
-TINY = Path(__file__).parent.parent / "oracle" / "models" / "policy"
-LN2 = 0.6931471805599453
 VOCABULARY = 64
 
 
-@pytest.fixture(scope="module")
-def bf16(tmp_path_factory):
+@pytest.fixture(scope="session")
+def bf16(tiny_models):
     """The tiny model in bfloat16."""
-    folder = tmp_path_factory.mktemp("models") / "bfloat16"
-    convert(str(TINY), str(folder), dtype="bfloat16")
-    return folder
+    return tiny_models["bfloat16"]
 
 
 @pytest.fixture(scope="module")
@@ -52,21 +49,19 @@ def start(tmp_path_factory, bf16):
 
 
 @pytest.fixture
-def dpo(tmp_path, monkeypatch, bf16):
+def dpo(train, bf16):
     """Runs `mlx-align dpo` on pairs of yes and no; the exit code."""
-    monkeypatch.chdir(tmp_path)
     rows = [
         {"prompt": f"{i} {'sun ' * (i % 5)}?", "chosen": " yes" + "a" * (i % 4), "rejected": " no"}
         for i in range(24)
     ]
-    Path("pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = write_rows("pairs.jsonl", rows)
 
     def call(*options, model=bf16):
-        command = ["dpo", "--model", str(model), "--data", "pairs.jsonl", "--output", "run"]
-        command += ["--reference-cache", "cache", "--samples", "2", "--sample-tokens", "4"]
-        command += ["--batch-size", "2", "--grad-accumulation-steps", "3", "--warmup", "0"]
-        command += ["--learning-rate", "3e-3", "--steps-per-report", "1", "--iters", "8"]
-        return run([*command, *map(str, options)])
+        small = ("--reference-cache", "cache", "--samples", 2, "--sample-tokens", 4)
+        small += ("--batch-size", 2, "--grad-accumulation-steps", 3, "--warmup", 0)
+        small += ("--learning-rate", "3e-3", "--steps-per-report", 1, "--iters", 8)
+        return train("dpo", *small, *options, data=data, model=model)[0]
 
     return call
 
@@ -74,8 +69,7 @@ def dpo(tmp_path, monkeypatch, bf16):
 @pytest.mark.parametrize("checkpoint", ["--grad-checkpoint", "--no-grad-checkpoint"])
 def test_a_run_starts_at_ln2_learns_and_saves_float32(dpo, bf16, start, checkpoint):
     assert dpo("--adapter-dtype", "bfloat16", "--init-adapter", start, checkpoint) == 0
-    rows = [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]
-    losses = [row["loss"] for row in rows if "loss" in row]
+    losses = [row["loss"] for row in metric_rows("run", "loss")]
     assert losses[0] == pytest.approx(LN2, abs=1e-3)
     assert losses[-1] < 0.5
     for file in (
@@ -89,23 +83,23 @@ def test_a_run_starts_at_ln2_learns_and_saves_float32(dpo, bf16, start, checkpoi
     assert model.layers[0].self_attn.q_proj.lora_b.dtype == mx.float32
 
 
-def test_refusals(dpo, capsys):
+def test_models_and_options_without_bfloat16_adapters_are_refused(dpo, capsys):
     narrow = ("--adapter-dtype", "bfloat16")
     for options, model, said in (
         (("--fine-tune-type", "full"), None, "--fine-tune-type full trains no adapters"),
         (("--fine-tune-type", "dora"), None, "--fine-tune-type dora needs float32 norms"),
-        ((), TINY, "the model does not compute in it"),
+        ((), TINY_MODEL, "the model does not compute in it"),
     ):
         assert dpo(*narrow, *options, **({"model": model} if model else {})) == 1
         error = capsys.readouterr().err.splitlines()[-1]
         assert error.startswith("error: --adapter-dtype bfloat16: ")
         assert said in error
         assert not Path("run").exists()
-    assert run(["plan", "--model", str(TINY), *narrow]) == 1
+    assert mlx_align("plan", "--model", TINY_MODEL, *narrow) == 1
     assert "the model does not compute in it" in capsys.readouterr().err
 
 
-def test_the_reference_is_another_one(bf16, start):
+def test_the_reference_cache_depends_on_the_adapter_dtype(bf16, start):
     keys = [reference_key(bf16, start, name) for name in ("float32", "bfloat16")]
     assert keys[0] != keys[1]
 
@@ -176,14 +170,6 @@ def gradient(model, tree, groups, reference, shape, *, checkpoint):
     return loss, dict(tree_flatten(grads))
 
 
-def apart(ours, theirs):
-    """‖ours − theirs‖ / ‖theirs‖ over all weights."""
-    off = sum(mx.square(ours[name] - theirs[name]).sum().item() for name in theirs)
-    norm = sum(mx.square(grad).sum().item() for grad in theirs.values())
-    assert norm > 0
-    return (off / norm) ** 0.5
-
-
 @pytest.mark.parametrize("checkpoint", [True, False])
 def test_gradients_are_float32_and_within_bf16_error(checkpoint):
     groups, shape = random_pairs(4, 12, 16), Shape(16, 16, 1)
@@ -198,10 +184,10 @@ def test_gradients_are_float32_and_within_bf16_error(checkpoint):
     ]
     (exact_loss, exact), (wide_loss, by_wide), (narrow_loss, by_narrow) = found
     assert {grad.dtype for grad in by_narrow.values()} == {mx.float32}
-    own_error = apart(by_wide, exact)
+    own_error = difference(by_wide, exact)
     assert 1e-3 < own_error < 0.2
-    assert 0 < apart(by_narrow, by_wide) < 2 * own_error
-    assert apart(by_narrow, exact) < 2 * own_error
+    assert 0 < difference(by_narrow, by_wide) < 2 * own_error
+    assert difference(by_narrow, exact) < 2 * own_error
     assert narrow_loss == pytest.approx(exact_loss, abs=0.02)
     assert wide_loss == pytest.approx(exact_loss, abs=0.02)
     assert {weight.dtype for _, weight in tree_flatten(tree)} == {mx.float32}
@@ -225,7 +211,7 @@ def test_reference_and_policy_are_the_same_function(checkpoint):
     assert max(np.abs(a - b).max() for a, b in pairs) > 1e-3
 
 
-def test_a_plain_step_holds_less():
+def test_a_step_without_checkpointing_needs_less_memory():
     """Peak bytes of a step without checkpointing: bf16 adapters leave activations at 2 bytes."""
     groups, shape = random_pairs(1, 128, 128), Shape(128, 128, 1)
     peaks = []

@@ -6,8 +6,8 @@ from functools import partial
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
-from families import make_model
-from forward_helpers import difference, gradient, plain_logps, ragged_batch, scramble
+from helpers.families import make_model
+from helpers.forward import difference, gradient, plain_logps, ragged_batch, scramble
 from mlx.utils import tree_flatten
 from mlx_lm.tuner.utils import load_adapters
 
@@ -76,7 +76,7 @@ def test_any_adapter_maps_into_the_runs_layout(tmp_path, family, theirs, ours):
     with use_adapter(model, tree):
         got = token_logprobs(backbone, ragged_batch())
     assert mx.allclose(got, expected, rtol=1e-5, atol=2e-5)
-    # Rank that the adapter has not can still learn: its lora_a is not zero.
+    # The additional rank can learn: its lora_a is not zero.
     if "rank" in theirs and theirs["rank"] < layout.rank:
         for name, array in tree_flatten(tree):
             if name.endswith("lora_a"):

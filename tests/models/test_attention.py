@@ -3,7 +3,7 @@
 import mlx.core as mx
 import numpy as np
 import pytest
-from families import make_model
+from helpers.families import make_model
 from mlx_lm.models import activations, llama
 
 from mlx_align.models import attention, patches
@@ -38,7 +38,7 @@ def compare(ours, theirs, arrays, rtol=2e-5):
 
 @pytest.mark.parametrize("length", [1, 5, 8, 21, 64])
 @pytest.mark.parametrize(("heads", "groups", "value_size"), [(4, 4, 8), (6, 2, 8), (4, 1, 5)])
-def test_rows_within_themselves(monkeypatch, length, heads, groups, value_size):
+def test_causal_self_attention(monkeypatch, length, heads, groups, value_size):
     monkeypatch.setattr(attention, "MIN_BLOCK_LENGTH", 5)
     arrays = [
         random(2, heads, length, 8, seed=1),
@@ -83,12 +83,12 @@ def test_completions_of_ragged_prompts(each, heads, groups):
         return mx.fast.scaled_dot_product_attention(q, keys, values, scale=SCALE, mask=mask)
 
     compare(ours, theirs, arrays)
-    # What stands behind a prompt is never seen, whatever it is.
+    # The padding of a prompt is never seen, even if it is not zero.
     arrays[3][0, :, 3:] = arrays[4][0, :, 3:] = 1e4
     compare(ours, theirs, arrays)
 
 
-def test_scores_far_apart_neither_overflow_nor_vanish():
+def test_large_score_differences_neither_overflow_nor_vanish():
     arrays = [random(1, 2, 6, 8, seed=s) * 60 for s in (1, 2)] + [random(1, 2, 6, 8, seed=3)]
 
     def theirs(q, k, v):
@@ -97,7 +97,7 @@ def test_scores_far_apart_neither_overflow_nor_vanish():
     compare(lambda q, k, v: blockwise_causal_attention(q, k, v, SCALE), theirs, arrays, rtol=1e-4)
 
 
-def test_bf16_is_as_near_to_float32_as_mlx_is():
+def test_bf16_is_as_close_to_float32_as_mlxs():
     arrays = [random(1, 4, 40, 16, seed=s, dtype=mx.bfloat16) for s in (1, 2, 3)]
     cotangent = random(1, 4, 40, 16, seed=4)
 
@@ -116,7 +116,7 @@ def test_bf16_is_as_near_to_float32_as_mlx_is():
     assert np.linalg.norm(ours - exact) <= 1.2 * np.linalg.norm(grads(theirs, arrays) - exact)
 
 
-def test_only_causal_calls_are_ours():
+def test_only_causal_calls_are_replaced():
     q = random(1, 2, 6, 8)
     seen = []
 
@@ -136,12 +136,12 @@ def test_only_causal_calls_are_ours():
     assert mx.fast.scaled_dot_product_attention is before
 
 
-def test_the_lean_gate_is_mlx_lms():
+def test_memory_saving_swiglu_equals_mlx_lms():
     arrays = [random(3, 5, seed=1) * 20, random(3, 5, seed=2)]
     compare(patches.swiglu, activations.swiglu, arrays, rtol=1e-5)
 
 
-def test_the_lean_gate_is_there_for_a_while():
+def test_memory_saving_swiglu_is_removed_after_the_block():
     theirs = llama.swiglu
     with replace_swiglu(make_model("llama")):
         assert llama.swiglu is patches.swiglu

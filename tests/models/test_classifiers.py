@@ -4,14 +4,15 @@ import json
 import shutil
 import warnings
 from dataclasses import replace
-from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 import pytest
+from helpers.data import read_rows, write_rows
+from helpers.paths import CLASSIFIERS, TINY_MODEL
+from helpers.tokenizers import CHATML, hf_tokenizer
 from mlx.utils import tree_map
 from mlx_lm.convert import convert
-from tiny_tokenizers import CHATML, hf_tokenizer
 
 from mlx_align import RewardModel
 from mlx_align.cli.main import run
@@ -21,9 +22,7 @@ from mlx_align.models.heads import REWARD_HEAD, add_reward_head
 from mlx_align.models.loading import load_language_model, open_model
 from mlx_align.types import TokenizedGroup
 
-FOLDER = Path(__file__).parent.parent / "oracle" / "classifiers"
-POLICY = Path(__file__).parent.parent / "oracle" / "models" / "policy"
-SCORES = json.loads((FOLDER / "scores.json").read_text())
+SCORES = json.loads((CLASSIFIERS / "scores.json").read_text())
 FAMILIES = ("llama", "qwen2")
 EOS = 2
 
@@ -38,7 +37,7 @@ def groups_of(content, unread=None):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_scores_are_those_of_transformers(family):
     content = SCORES[family]
-    model = RewardModel.load(str(FOLDER / family))
+    model = RewardModel.load(str(CLASSIFIERS / family))
     found = np.concatenate(model.score_tokens(groups_of(content)))[:, 0]
     assert np.abs(found - content["scores"]).max() < 1e-5
     assert np.std(content["scores"]) > 0.1  # so that a wrong one would show
@@ -47,23 +46,23 @@ def test_scores_are_those_of_transformers(family):
 def test_score_takes_a_classifier(tmp_path, capsys):
     rows = [{"prompt": "Say", "chosen": " yes, please", "rejected": " no"}] * 2
     data, output = tmp_path / "pairs.jsonl", tmp_path / "scores.jsonl"
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    where = ["--model", str(FOLDER / "qwen2"), "--data", str(data), "--output", str(output)]
+    write_rows(data, rows)
+    where = ["--model", str(CLASSIFIERS / "qwen2"), "--data", str(data), "--output", str(output)]
     assert run(["score", *where]) == 0
     assert "Wrote 4 scores to" in capsys.readouterr().out
-    wanted = RewardModel.load(str(FOLDER / "qwen2")).score("Say", [" yes, please", " no"])
-    for line in output.read_text().splitlines():
-        assert json.loads(line)["model_scores"] == pytest.approx(wanted, abs=1e-6)
+    wanted = RewardModel.load(str(CLASSIFIERS / "qwen2")).score("Say", [" yes, please", " no"])
+    for row in read_rows(output):
+        assert row["model_scores"] == pytest.approx(wanted, abs=1e-6)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_where_pad_is_the_end_token(family, tmp_path):
+def test_padding_with_the_end_token(family, tmp_path):
     """transformers then reads the token before the end, as rows are scored by text here too."""
     folder = tmp_path / family
-    shutil.copytree(FOLDER / family, folder)
+    shutil.copytree(CLASSIFIERS / family, folder)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "pad_token_id": EOS}))
-    model, other = RewardModel.load(str(folder)), RewardModel.load(str(FOLDER / family))
+    model, other = RewardModel.load(str(folder)), RewardModel.load(str(CLASSIFIERS / family))
     assert (model.padding, other.padding) == (EOS, 0)
     content = SCORES[family]
     found = np.concatenate(model.score_tokens(groups_of(content, EOS)))[:, 0]
@@ -77,10 +76,10 @@ def test_where_pad_is_the_end_token(family, tmp_path):
     assert other.score("Say yes", [". Now"])[0] != pytest.approx(wanted[0, 0], abs=1e-3)
 
 
-def test_a_chat_is_read_to_the_end_of_its_rendering(tmp_path):
+def test_a_chat_is_scored_at_the_end_of_its_rendered_text(tmp_path):
     """Of the hub's classifiers; what was trained or exported here is read at the end token."""
     folder = tmp_path / "chat"
-    shutil.copytree(FOLDER / "llama", folder)
+    shutil.copytree(CLASSIFIERS / "llama", folder)
     hf_tokenizer(CHATML, eos="<|im_end|>").save_pretrained(folder)
     model = RewardModel.load(str(folder))
     turns = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "there"}]
@@ -107,8 +106,8 @@ def changed(folder, tmp_path, config=None, **weights):
     return str(copy)
 
 
-def test_what_does_not_fit_is_refused(tmp_path):
-    folder = FOLDER / "llama"
+def test_incompatible_weights_are_refused(tmp_path):
+    folder = CLASSIFIERS / "llama"
     two = {"id2label": {"0": "bad", "1": "good"}}
     with pytest.raises(ModelError, match="a classifier with 2 labels"):
         RewardModel.load(changed(folder, tmp_path, two))
@@ -121,7 +120,7 @@ def test_what_does_not_fit_is_refused(tmp_path):
     with pytest.raises(ModelError, match="not in model"):
         RewardModel.load(changed(folder, tmp_path, score__bias=mx.zeros(1)))
     with pytest.raises(ModelError, match="not a reward model"):
-        RewardModel.load(str(POLICY))
+        RewardModel.load(str(TINY_MODEL))
 
 
 @pytest.fixture
@@ -154,10 +153,10 @@ ANSWERS = ["yes, very", "no", "the quick brown fox jumps over it all"]
 
 @pytest.mark.parametrize("quantised", [False, True])
 def test_an_exported_model_scores_the_same(trained, tmp_path, quantised, capsys):
-    base = POLICY
+    base = TINY_MODEL
     if quantised:
         base = tmp_path / "4-bit"
-        convert(str(POLICY), str(base), quantize=True, q_bits=4, q_group_size=32)
+        convert(str(TINY_MODEL), str(base), quantize=True, q_bits=4, q_group_size=32)
     run_folder = trained(base, members=3)
     assert export(base, run_folder, tmp_path / "hf") == 0
     assert "Wrote LlamaForSequenceClassification to" in capsys.readouterr().out
@@ -172,7 +171,7 @@ def test_an_exported_model_scores_the_same(trained, tmp_path, quantised, capsys)
     assert not any("lm_head" in name or "reward_head" in name for name in names)
 
 
-@pytest.mark.parametrize("base", [POLICY, FOLDER / "qwen2"])
+@pytest.mark.parametrize("base", [TINY_MODEL, CLASSIFIERS / "qwen2"])
 def test_transformers_scores_an_exported_model_the_same(trained, tmp_path, base):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -203,27 +202,27 @@ def test_transformers_scores_an_exported_model_the_same(trained, tmp_path, base)
     assert np.abs(np.concatenate(found)[:, 0] - theirs).max() < 1e-4
 
 
-def test_what_can_not_be_exported(trained, tmp_path, capsys):
+def test_models_that_cannot_be_exported_are_refused(trained, tmp_path, capsys):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").write_text("")
-    run_folder = trained(POLICY)
-    assert export(POLICY, run_folder, tmp_path / "full") == 1
+    run_folder = trained(TINY_MODEL)
+    assert export(TINY_MODEL, run_folder, tmp_path / "full") == 1
     assert "is not empty" in capsys.readouterr().err
     other = tmp_path / "other"
-    shutil.copytree(POLICY, other)
+    shutil.copytree(TINY_MODEL, other)
     config = json.loads((other / "config.json").read_text())
     (other / "config.json").write_text(json.dumps({**config, "model_type": "gemma"}))
     assert export(other, run_folder, tmp_path / "out") == 1
     assert "gemma models can't be exported (supported: llama" in capsys.readouterr().err
     (run_folder / "reward_head.safetensors").unlink()
-    assert export(POLICY, run_folder, tmp_path / "out") == 1
+    assert export(TINY_MODEL, run_folder, tmp_path / "out") == 1
     assert "no reward_head.safetensors" in capsys.readouterr().err
 
 
-def test_a_classifier_is_no_policy(tmp_path, capsys):
+def test_a_classifier_is_refused_as_a_policy(tmp_path, capsys):
     data = tmp_path / "pairs.jsonl"
     rows = [{"prompt": f"Say {i}", "chosen": " yes", "rejected": " no"} for i in range(8)]
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    arguments = ["--model", str(FOLDER / "llama"), "--data", str(data), "--iters", "1"]
+    write_rows(data, rows)
+    arguments = ["--model", str(CLASSIFIERS / "llama"), "--data", str(data), "--iters", "1"]
     assert run(["sft", *arguments, "--output", str(tmp_path / "run")]) == 1
     assert "is a sequence classifier, which generates no text" in capsys.readouterr().err

@@ -6,8 +6,8 @@ from functools import partial
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
-from families import VOCAB, make_model
-from forward_helpers import difference, ragged_batch, scramble, weights_of
+from helpers.families import VOCAB, make_model
+from helpers.forward import difference, ragged_batch, scramble, token_weights
 
 from mlx_align.models import forward as logps_module
 from mlx_align.models.adapters import AdapterLayout, install_adapters
@@ -47,7 +47,7 @@ def plain(model, temperature, batch):
 
 def weighted_gradient(model, values_of, batch, weight):
     """Of Σ a·logp + weight·Σ b·entropy, with other factors a, b for every token."""
-    a, b = weights_of(batch), mx.random.normal(batch.completion_mask.shape, key=mx.random.key(4))
+    a, b = token_weights(batch), mx.random.normal(batch.completion_mask.shape, key=mx.random.key(4))
 
     def scalar(tree):
         with use_adapter(model, tree):

@@ -17,7 +17,7 @@ def way(by_power: bool, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @WAYS
 @pytest.mark.usefixtures("way")
-def test_exp_is_exact_to_what_it_promises(by_power: bool) -> None:
+def test_exp_is_within_its_stated_error(by_power: bool) -> None:
     x = np.concatenate([np.linspace(-85, 85, 20_001), np.linspace(-1, 1, 2_001)]).astype(np.float32)
     want = np.exp(x.astype(np.float64))
     off = np.abs(np.array(exp(mx.array(x))) / want - 1)
@@ -27,7 +27,7 @@ def test_exp_is_exact_to_what_it_promises(by_power: bool) -> None:
 
 @WAYS
 @pytest.mark.usefixtures("way")
-def test_limits() -> None:
+def test_infinities_and_nan() -> None:
     x = mx.array([-float("inf"), -200.0, 0.0, 200.0, float("inf"), float("nan")])
     np.testing.assert_array_equal(np.array(exp(x)), [0, 0, 1, np.inf, np.inf, np.nan])
     np.testing.assert_array_equal(np.array(sigmoid(x)), [0, 0, 0.5, 1, 1, np.nan])

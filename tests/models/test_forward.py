@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 from functools import partial
-from pathlib import Path
 
 import mlx.core as mx
 import pytest
-from families import FAMILIES, FLAT_FAMILIES, REFUSED_FAMILIES, VOCAB, make_model
-from forward_helpers import difference, gradient, plain_logps, ragged_batch, scramble
+from helpers.families import FAMILIES, FLAT_FAMILIES, REFUSED_FAMILIES, VOCAB, make_model
+from helpers.forward import difference, gradient, plain_logps, ragged_batch, scramble
+from helpers.scripts import load_script
 
 from mlx_align.errors import ModelError
 from mlx_align.models import attention
@@ -77,7 +76,7 @@ def test_many_completions_of_a_prompt():
         assert difference(got, grads) < 1e-5
 
 
-def test_most_families_leave_the_mask_to_attention():
+def test_only_gemma2_needs_an_array_as_mask():
     # Where it is an array, prompts' keys are copied for every completion: right, but for nothing.
     axes = {}
     for family in KINDS:
@@ -88,11 +87,7 @@ def test_most_families_leave_the_mask_to_attention():
 
 @pytest.fixture(scope="module")
 def script():
-    file = Path(__file__).resolve().parent.parent.parent / "scripts" / "verify_families.py"
-    spec = importlib.util.spec_from_file_location("verify_families", file)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("verify_families")
 
 
 # Why a family's rows are run whole: a part of what the check at load says.
@@ -139,7 +134,7 @@ def test_dpo_gradient_in_low_precision(script, family, precision):
     assert result.allowed < (0.2 if precision == "bf16" else 1.1e-5)
 
 
-def test_a_batch_that_is_not_full_has_the_same_gradient(script):
+def test_filler_groups_do_not_change_the_gradient(script):
     model = script.prepare("qwen3_5", "float32")
     pairs = script.make_pairs()
     tree = model.module.trainable_parameters()

@@ -3,17 +3,15 @@
 import hashlib
 import json
 import shutil
-from pathlib import Path
 
 import mlx.core as mx
 import pytest
+from helpers.paths import STARTER_MODEL
 from mlx.utils import tree_flatten
 from mlx_lm import convert
 
 from mlx_align.cli.main import run as run_cli
 from mlx_align.models.loading import load_language_model, open_model
-
-STARTER = Path(__file__).parents[2] / "data" / "starter" / "model"
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +20,7 @@ def data(tmp_path_factory):
     rows = [{"prompt": f"{n}?", "chosen": "yes", "rejected": "no no"} for n in range(12)]
     (folder / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
     for dtype in ("bfloat16", "float16"):
-        convert(str(STARTER), str(folder / dtype), dtype=dtype)
+        convert(str(STARTER_MODEL), str(folder / dtype), dtype=dtype)
     return folder
 
 

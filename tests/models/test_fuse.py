@@ -1,11 +1,11 @@
 """Fusing: the change is kept for every way in which a base model stores its weights."""
 
 import json
-from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 import pytest
+from helpers.paths import STARTER_MODEL
 from mlx.utils import tree_flatten
 from mlx_lm import convert, load
 
@@ -14,7 +14,6 @@ from mlx_align.models.adapters import AdapterLayout, install_adapters, load_adap
 from mlx_align.models.fuse import MAX_LOST_CHANGE, fuse_adapter
 from mlx_align.models.loading import load_language_model, open_model
 
-STARTER = Path(__file__).parents[2] / "data" / "starter" / "model"
 WAYS = {
     "float32": {},
     "bfloat16": {"dtype": "bfloat16"},
@@ -33,7 +32,7 @@ def bases(tmp_path_factory):
     def base(name):
         if name not in made:
             made[name] = folder / name
-            convert(str(STARTER), str(made[name]), **WAYS[name])
+            convert(str(STARTER_MODEL), str(made[name]), **WAYS[name])
         return made[name]
 
     return base

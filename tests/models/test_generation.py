@@ -3,7 +3,7 @@
 import mlx.core as mx
 import numpy as np
 import pytest
-from families import make_model
+from helpers.families import make_model
 from mlx_lm.generate import generate_step
 from mlx_lm.models.cache import make_prompt_cache
 
@@ -47,7 +47,7 @@ def stock_greedy(model, prompt, max_tokens):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_groups_are_what_whole_prompts_give(family):
+def test_grouped_sampling_equals_sampling_each_prompt(family):
     model = make_model(family)
     greedy = generate_groups(model, PROMPTS, 2, [END], max_tokens=9, temperature=0, seed=0)
     for prompt, group in zip(PROMPTS, greedy, strict=True):
@@ -65,7 +65,7 @@ def test_groups_are_what_whole_prompts_give(family):
             np.testing.assert_allclose(one.logps, logps, atol=1e-4)
 
 
-def test_a_prompt_runs_once_and_groups_beyond_the_batch_all_come():
+def test_a_prompt_is_computed_once_and_large_groups_are_complete():
     model = make_model("llama")
     lengths = []
 
@@ -99,7 +99,7 @@ def test_a_prompt_runs_once_and_groups_beyond_the_batch_all_come():
         assert len(one.tokens) == 4 or one.finished
 
 
-def test_long_prompts_run_in_pieces(monkeypatch):
+def test_long_prompts_are_computed_in_chunks(monkeypatch):
     model = make_model("gemma3_text")
     whole = generate_groups(model, PROMPTS, 2, [END], max_tokens=6, temperature=0, seed=0)
     monkeypatch.setattr(generation, "TOKENS_AT_ONCE", 4)
@@ -107,7 +107,7 @@ def test_long_prompts_run_in_pieces(monkeypatch):
 
 
 @pytest.mark.parametrize("family", ["llama", "llama4"])
-def test_the_draws_are_the_distribution_and_their_own(family):
+def test_samples_follow_the_distribution_and_are_independent(family):
     model = make_model(family)
     prompt, many, temperature = PROMPTS[0], 1500 if family == "llama" else 300, 1.7
     before = random_key()
@@ -131,7 +131,7 @@ def test_the_draws_are_the_distribution_and_their_own(family):
     assert abs(statistic - freedom) < 4 * np.sqrt(2 * freedom)
 
 
-def test_what_goes_wrong_later_is_said():
+def test_sampling_works_after_an_error_in_a_callback():
     model = make_model("llama")
     with pytest.raises(RuntimeError, match="stop"):
         generate_batch(model, PROMPTS, [END], max_tokens=4, temperature=1, seed=0, on_token=_fail)

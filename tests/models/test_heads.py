@@ -8,7 +8,9 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from families import VOCAB, make_model
+from helpers.families import VOCAB, make_model
+from helpers.forward import difference
+from helpers.paths import ORACLE
 from mlx.utils import tree_flatten, tree_map
 
 from mlx_align.algorithms.reward_modeling import RewardObjective
@@ -33,7 +35,6 @@ from mlx_align.models.loading import load_language_model, open_model
 from mlx_align.models.verification import verify_forward
 from mlx_align.types import TokenizedGroup
 
-ORACLE = Path(__file__).parent.parent / "oracle"
 KINDS = ("llama", "qwen2", "gemma2", "qwen3", "mamba2", "gpt2")
 FLAT_KINDS = ("mamba", "internlm2-dynamic")
 
@@ -81,7 +82,7 @@ def with_head(family, dtype=mx.float32, members=2):
 
 
 @pytest.mark.parametrize("family", KINDS)
-def test_padding_company_and_sharing_do_not_change_a_score(family):
+def test_scores_do_not_depend_on_padding_batch_mates_and_shared_prompts(family):
     backbone, shared = with_head(family)
     assert shared
     groups = groups_of()
@@ -112,14 +113,6 @@ def gradient_of(function, tree, *, compiled=False):
     return value.item(), dict(tree_flatten(grads))
 
 
-def apart(found, wanted):
-    assert set(found) == set(wanted)
-    parts = [((found[k] - wanted[k]).astype(mx.float32) ** 2).sum().item() for k in wanted]
-    size = sum((w.astype(mx.float32) ** 2).sum().item() for w in wanted.values())
-    assert size > 0
-    return (sum(parts) / size) ** 0.5
-
-
 @pytest.mark.parametrize("family", ["llama", "gemma2", "qwen3"])
 @pytest.mark.parametrize("checkpoint", [False, True])
 @pytest.mark.parametrize("compiled", [False, True])
@@ -142,7 +135,7 @@ def test_gradients(family, checkpoint, compiled):
     value, found = gradient_of(ours, tree, compiled=compiled)
     expected, wanted = gradient_of(plain, tree)
     assert value == pytest.approx(expected, abs=1e-4)
-    assert apart(found, wanted) < 1e-5
+    assert difference(found, wanted) < 1e-5
     assert f"{REWARD_HEAD}.weight" in found
 
 
@@ -174,9 +167,9 @@ def test_gradients_of_narrow_models(dtype):
         results[kind] = gradient_of(ours, tree, compiled=True)[1], gradient_of(plain, tree)[1]
     ours, plain = results[dtype]
     if dtype == "4-bit":
-        assert apart(ours, plain) < 1e-5
+        assert difference(ours, plain) < 1e-5
     else:
-        assert apart(ours, plain) < 3 * apart(plain, results["float32"][1])
+        assert difference(ours, plain) < 3 * difference(plain, results["float32"][1])
 
 
 def _plain_linear(name, module):
@@ -221,7 +214,7 @@ def every_gradient(model, groups, config, micros):
 )
 @pytest.mark.parametrize("size", [1, 4])
 @pytest.mark.parametrize("checkpoint", [False, True])
-def test_trl_through_the_whole_objective(name, center, margins, size, checkpoint):
+def test_objective_equals_trls_loss_and_gradient(name, center, margins, size, checkpoint):
     """Loss to 1e-5 and every gradient's norm to 1e-4 (reward_bt: every entry), all weights free."""
     wanted = json.loads((ORACLE / "cases" / f"{name}.json").read_text())
     groups = trl_groups()
@@ -244,10 +237,10 @@ def test_trl_through_the_whole_objective(name, center, margins, size, checkpoint
         assert mx.linalg.norm(grads[weight]).item() == pytest.approx(norm, rel=1e-4), weight
     if name == "reward_bt":
         whole = mx.load(str(ORACLE / "grads" / "reward_bt.safetensors"))
-        assert apart({k: grads[k] for k in whole}, whole) < 1e-4
+        assert difference({k: grads[k] for k in whole}, whole) < 1e-4
 
 
-def test_trl_scores():
+def test_scores_equal_trls():
     wanted = json.loads((ORACLE / "cases" / "reward_bt.json").read_text())["rewards"]
     model = RewardModel.load(str(ORACLE / "models" / "reward"))
     found = np.concatenate(model.score_tokens(trl_groups()))[:, 0].reshape(4, 2)
@@ -275,7 +268,7 @@ def test_accumulating_is_one_batch():
         micros = [Microbatch(tuple(range(i, min(i + size, 7))), shape) for i in range(0, 7, size)]
         found[size] = every_gradient(model, groups, config, micros)
     assert found[1][0] == pytest.approx(found[8][0], rel=1e-5)
-    assert apart(found[1][2], found[8][2]) < 1e-5
+    assert difference(found[1][2], found[8][2]) < 1e-5
     assert found[1][1]["weight"] == 7
 
 

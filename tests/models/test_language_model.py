@@ -5,8 +5,8 @@ from __future__ import annotations
 import mlx.core as mx
 import numpy as np
 import pytest
-from families import VOCAB, make_model
-from forward_helpers import ragged_batch, scramble
+from helpers.families import VOCAB, make_model
+from helpers.forward import ragged_batch, scramble
 from mlx.utils import tree_flatten, tree_map
 from mlx_lm.models import activations, llama
 

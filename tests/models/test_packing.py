@@ -5,8 +5,8 @@ from functools import partial
 import mlx.core as mx
 import numpy as np
 import pytest
-from families import VOCAB, make_model
-from forward_helpers import difference, gradient, plain_logps, ragged_batch, scramble
+from helpers.families import VOCAB, make_model
+from helpers.forward import difference, gradient, plain_logps, ragged_batch, scramble
 
 from mlx_align.algorithms.dpo import PreferenceObjective
 from mlx_align.algorithms.update import accumulate, collate_microbatches
@@ -105,7 +105,7 @@ def test_no_group_sees_another():
         ("gpt2", "can't run them in one row"),
     ],
 )
-def test_families_that_keep_padding_say_so(family, why):
+def test_families_that_cannot_be_packed_say_so(family, why):
     backbone, shared, note = verify_forward(split_backbone(make_model(family)), VOCAB)
     assert shared
     assert not backbone.packs
@@ -126,7 +126,7 @@ def test_a_model_that_leaks_is_not_packed(monkeypatch):
     assert "packing changes log-probs" in note
 
 
-def test_statistics_of_packed_rows():
+def test_square_sums_of_packed_rows():
     _, backbone = adapted("qwen2")
     batch = ragged_batch()
     for got, wanted in zip(
@@ -216,7 +216,7 @@ def test_little_padding_on_ragged_data(tokens):
         assert padding_fraction(epoch_order(groups, shapes, seed=0, epoch=epoch), groups) < 0.15
 
 
-def test_order_repeats_and_can_be_entered_anywhere():
+def test_order_is_reproducible_from_any_position():
     groups = make_groups(100)
     shapes = plan_shapes(groups, BatchLimit(tokens=1024, packed=True))
     epochs = [epoch_order(groups, shapes, seed=5, epoch=epoch) for epoch in range(3)]
@@ -227,7 +227,7 @@ def test_order_repeats_and_can_be_entered_anywhere():
         assert next(microbatch_stream(groups, shapes, seed=5, start=start)) == batches[start]
 
 
-def test_collated_rows_lead_back_to_their_completions():
+def test_packed_rows_map_back_to_their_completions():
     groups = make_groups(4, longest=12)
     mask = np.arange(len(groups[1].completions[0])) > 0
     ones = np.ones(len(groups[1].completions[1]), np.bool_)

@@ -2,11 +2,11 @@
 
 import json
 import shutil
-from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 import pytest
+from helpers.paths import ORACLE
 
 from mlx_align.cli.main import run
 from mlx_align.errors import ConfigError, ModelError
@@ -21,7 +21,6 @@ from mlx_align.models.adapters import (
 )
 from mlx_align.models.loading import load_adapters, open_model
 
-ORACLE = Path(__file__).parents[1] / "oracle"
 BASE, PEFT = ORACLE / "models" / "policy", ORACLE / "peft"
 NUMBERS = json.loads((PEFT / "logps.json").read_text())
 CASES = ("plain", "rslora", "patterns", "dora", "one-block", "head")

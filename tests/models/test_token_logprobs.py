@@ -5,8 +5,8 @@ from functools import partial
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
-from families import make_model
-from forward_helpers import difference, gradient, plain_logps, ragged_batch, scramble
+from helpers.families import make_model
+from helpers.forward import difference, gradient, plain_logps, ragged_batch, scramble
 from mlx.utils import tree_flatten, tree_map
 
 from mlx_align.models import forward as logps_module
@@ -72,7 +72,7 @@ def test_quantised_model_with_quantised_head(bits):
         assert difference(got, grads) < 1e-5
 
 
-def test_padding_and_company_change_no_log_prob():
+def test_log_probs_do_not_depend_on_padding_and_batch_mates():
     _, backbone = prepared()
     alone = ragged_batch(prompts=(4,), completions=((9, 5),))
     padded = alone._replace(
@@ -86,7 +86,7 @@ def test_padding_and_company_change_no_log_prob():
     assert mx.all(got[:, 9:] == 0)
 
 
-def test_dropout_repeats_itself_in_recomputed_blocks():
+def test_recomputed_blocks_use_the_same_dropout():
     # The derivative along a direction, by differences with the same draws, knows no checkpoint.
     model, backbone = prepared(dropout=0.4)
     model.train()
@@ -141,7 +141,7 @@ def test_a_family_that_cannot_share_falls_back_and_says_so(monkeypatch):
     assert "sharing changes log-probs" in note
 
 
-def test_a_layer_that_can_not_be_adapted_is_one_line():
+def test_a_layer_that_cannot_be_adapted_is_a_one_line_error():
     from families import make_model as make
 
     from mlx_align.errors import ModelError

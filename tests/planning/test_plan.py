@@ -2,10 +2,10 @@
 
 import json
 from dataclasses import replace
-from pathlib import Path
 
 import mlx.core as mx
 import pytest
+from helpers.paths import TINY_MODEL
 
 from mlx_align.cli.main import run
 from mlx_align.data.buckets import BatchLimit, Shape
@@ -19,7 +19,6 @@ from mlx_align.planning.machine import Machine, parse_machine, platform_warnings
 from mlx_align.planning.memory import PARTS, Sampling, Workload, plan_memory, trained_parameters
 from mlx_align.planning.model_shape import Linear, ModelShape, read_header, read_model_shape
 
-TINY = Path(__file__).parents[1] / "oracle" / "models" / "policy"
 GIB = 2**30
 
 
@@ -56,14 +55,14 @@ def test_header_is_read_without_the_weights(tmp_path):
 @pytest.mark.parametrize(
     "content", [b"", b"\xff" * 16, (4).to_bytes(8, "little") + b"[1]]", b"\x02" + b"\0" * 7 + b"{]"]
 )
-def test_damaged_header(tmp_path, content):
+def test_a_damaged_header_is_refused(tmp_path, content):
     file = tmp_path / "model.safetensors"
     file.write_bytes(content)
     with pytest.raises(ModelError, match="not a complete safetensors file"):
         read_header(file)
 
 
-def test_cut_file(tmp_path):
+def test_a_truncated_file_is_refused(tmp_path):
     file = tmp_path / "model.safetensors"
     mx.save_safetensors(str(file), {"a": mx.zeros((300, 5))})
     file.write_bytes(file.read_bytes()[:-9])
@@ -71,7 +70,7 @@ def test_cut_file(tmp_path):
         read_header(file)
 
 
-def test_a_reward_model_meets_no_vocabulary():
+def test_reward_models_need_no_memory_for_the_vocabulary_head():
     """Its last completion tokens run too; in return no logits are made."""
     reward, policy = (
         plan_memory(seven_b(), replace(PAIR, vocabulary=vocabulary)) for vocabulary in (False, True)
@@ -81,7 +80,7 @@ def test_a_reward_model_meets_no_vocabulary():
     assert policy.parts["vocabulary head"] > 0
 
 
-def test_no_weights(tmp_path):
+def test_a_folder_without_weights_is_refused(tmp_path):
     with pytest.raises(ModelError, match="no model"):
         read_model_shape(tmp_path, {"hidden_size": 8})
 
@@ -94,10 +93,10 @@ def test_shape_and_trained_parameters_are_the_loaded_models(tmp_path, kind, quan
     from mlx.utils import tree_flatten
     from mlx_lm.convert import convert
 
-    folder = TINY
+    folder = TINY_MODEL
     if quantised:
         folder = tmp_path / "4-bit"
-        convert(str(TINY), str(folder), quantize=True, q_bits=4, q_group_size=32)
+        convert(str(TINY_MODEL), str(folder), quantize=True, q_bits=4, q_group_size=32)
     config = read_model_config(folder)
     shape = read_model_shape(folder, config)
     model = load_module(folder)
@@ -113,7 +112,7 @@ def test_shape_and_trained_parameters_are_the_loaded_models(tmp_path, kind, quan
     assert trained_parameters(shape, work) == sum(array.size for _, array in tree)
 
 
-def test_parts_add_up():
+def test_the_parts_add_up_to_the_peak():
     plan = plan_memory(seven_b(), PAIR)
     assert tuple(plan.parts) == PARTS
     assert plan.peak_bytes == sum(plan.parts.values())
@@ -122,7 +121,7 @@ def test_parts_add_up():
     assert plan.trained_parameters == 40_370_176
 
 
-def test_what_should_cost_costs():
+def test_options_that_need_memory_raise_the_peak():
     base = plan_memory(seven_b(), PAIR).peak_bytes
     for change in (
         {"grad_checkpoint": False},
@@ -139,7 +138,7 @@ def test_what_should_cost_costs():
     assert plan_memory(seven_b(16), PAIR).peak_bytes > base + 5e9
 
 
-def test_the_costliest_shape_counts():
+def test_the_peak_is_that_of_the_largest_shape():
     small, large = Shape(64, 64, 1), Shape(512, 512, 1)
     both = plan_memory(seven_b(), replace(PAIR, shapes=(small, large)))
     assert both.shape == large
@@ -180,7 +179,7 @@ def completions_of(length, limit):
     return [Shape(512, length, limit.groups_per_microbatch(1))]
 
 
-def test_advice_on_what_is_sampled():
+def test_advice_for_sampling():
     said = replace(SAID, group_size=8, min_group_size=2)
     work = replace(PPO, sampling=said, rows=8)
     steps = advise(seven_b(), work, 1024, completions_of, int(7e9))
@@ -211,7 +210,7 @@ def test_a_7b_pair_fits_16_gb_with_checkpointing_only():
     assert steps[0].peak_bytes == plan_memory(seven_b(), PAIR).peak_bytes
 
 
-def test_advice_is_cheapest_first_and_goes_on_until_it_fits():
+def test_advice_is_cheapest_first_and_ends_when_the_run_fits():
     four = {"shapes": (Shape(512, 512, 4),), "limit": BatchLimit(4)}
     work = replace(PAIR, grad_checkpoint=False, **four, accumulation=2, rank=64)
     steps = advise(seven_b(16), work, 1024, halves, int(10.7e9))
@@ -229,7 +228,7 @@ def test_advice_is_cheapest_first_and_goes_on_until_it_fits():
     assert peaks == sorted(peaks, reverse=True)
 
 
-def test_advice_on_token_budgets_speaks_of_them():
+def test_advice_lowers_a_token_budget():
     within = replace(PAIR, shapes=(Shape(256, 256, 10), Shape(512, 512, 5)))
     work = replace(within, limit=BatchLimit(tokens=8000), accumulation=2)
     half = replace(work, shapes=(Shape(256, 256, 5), Shape(512, 512, 2)), accumulation=4)
@@ -262,7 +261,7 @@ def test_advice_admits_when_nothing_helps():
         ("MacBook Pro M1 32 GB", 32e9, 32e9 * 2 / 3, 1),
     ],
 )
-def test_machines(text, memory, working_set, chip):
+def test_machines_are_parsed(text, memory, working_set, chip):
     machine = parse_machine(text)
     assert machine.memory_bytes == memory
     assert machine.working_set_bytes == int(working_set)
@@ -274,7 +273,7 @@ def test_machines(text, memory, working_set, chip):
 @pytest.mark.parametrize(
     "text", ["", "toaster", "M2", "16", "16 GB Pentium", "0 GB M1", "M2 9999 GB"]
 )
-def test_nonsense_machines(text):
+def test_unknown_machines_are_refused(text):
     with pytest.raises(ConfigError, match="--machine"):
         parse_machine(text)
 
@@ -285,7 +284,7 @@ def test_this_machine_has_memory():
     assert 0 < machine.working_set_bytes <= machine.memory_bytes
 
 
-def test_remarks():
+def test_warnings_about_the_platform():
     m2 = " ".join(platform_warnings(parse_machine("16 GB M2"), "BF16"))
     assert "bf16" in m2
     assert "caffeinate" in m2
@@ -309,13 +308,13 @@ SCHEMA = {
 }
 
 
-def test_json(tmp_path, capsys, monkeypatch):
+def test_json_output(tmp_path, capsys, monkeypatch):
     def no_weights(*_):
         raise AssertionError("the plan loaded the weights")
 
     monkeypatch.setattr(loading, "load_module", no_weights)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    options = ["--model", str(TINY), "--data", str(pairs_file(tmp_path)), "--json"]
+    options = ["--model", str(TINY_MODEL), "--data", str(pairs_file(tmp_path)), "--json"]
     assert run(["plan", *options]) == 0
     plan = json.loads(capsys.readouterr().out)
     assert set(plan) == SCHEMA
@@ -326,9 +325,9 @@ def test_json(tmp_path, capsys, monkeypatch):
     assert run(["plan", *options, "--machine", "8 GB M1", "--command", "sft"]) in (0, 1)
 
 
-def test_token_budget_on_the_page(tmp_path, capsys, monkeypatch):
+def test_printed_plan_with_a_token_budget(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    options = ["--model", str(TINY), "--data", str(pairs_file(tmp_path)), "--json"]
+    options = ["--model", str(TINY_MODEL), "--data", str(pairs_file(tmp_path)), "--json"]
     shapes = []
     for batch in (["--batch-tokens", "100"], ["--batch-size", "3"]):
         assert run(["plan", *options, *batch]) == 0
@@ -342,8 +341,8 @@ def test_token_budget_on_the_page(tmp_path, capsys, monkeypatch):
     assert "--batch-size and --batch-tokens exclude each other" in capsys.readouterr().err
 
 
-def test_page_without_data(capsys):
-    arguments = ["--model", str(TINY), "--machine", "16 GB M2", "--max-seq-length", "262144"]
+def test_printed_plan_without_data(capsys):
+    arguments = ["--model", str(TINY_MODEL), "--machine", "16 GB M2", "--max-seq-length", "262144"]
     assert run(["plan", *arguments, "--batch-size", "64"]) == 0
     page = capsys.readouterr().out
     assert "It does not fit: Apple M2, 16 GB" in page
@@ -362,8 +361,8 @@ def test_page_without_data(capsys):
         (["--desirable-weight", "2"], "--desirable-weight is not an option of dpo"),
     ],
 )
-def test_mistakes_are_one_line(arguments, said, capsys):
-    assert run(["plan", "--model", str(TINY), *arguments]) == 1
+def test_errors_are_one_line(arguments, said, capsys):
+    assert run(["plan", "--model", str(TINY_MODEL), *arguments]) == 1
     error = capsys.readouterr().err
     assert error.startswith("error: ")
     assert error.count("\n") == 1
@@ -376,7 +375,15 @@ def test_time_of_a_run_and_of_a_measurement(tmp_path, capsys, monkeypatch):
     earlier = tmp_path / "run"
     earlier.mkdir()
     (earlier / "summary.json").write_text(json.dumps({"tokens_per_second": 100.0}))
-    options = ["--model", str(TINY), "--data", str(pairs_file(tmp_path)), "--epochs", "2", "--json"]
+    options = [
+        "--model",
+        str(TINY_MODEL),
+        "--data",
+        str(pairs_file(tmp_path)),
+        "--epochs",
+        "2",
+        "--json",
+    ]
     assert run(["plan", *options, "--run", str(earlier)]) == 0
     time = json.loads(capsys.readouterr().out)["time"]
     assert time["tokens_per_second"] == 100
@@ -399,7 +406,7 @@ def test_dpo_refuses_what_does_not_fit_and_force_overrides(tmp_path, capsys, mon
     loads = []
     real = loading.load_module
     monkeypatch.setattr(loading, "load_module", lambda path: loads.append(path) or real(path))
-    command = ["dpo", "--model", str(TINY), "--data", str(pairs_file(tmp_path))]
+    command = ["dpo", "--model", str(TINY_MODEL), "--data", str(pairs_file(tmp_path))]
     command += ["--output", "out", "--iters", "1", "--samples", "0", "--batch-size", "2"]
     command += ["--reference-cache", str(tmp_path / "cache"), "--grad-accumulation-steps", "1"]
     assert run(command) == 1
@@ -417,8 +424,8 @@ def test_dpo_refuses_what_does_not_fit_and_force_overrides(tmp_path, capsys, mon
 def test_tiny_models_are_never_refused(monkeypatch):
     machine = Machine("toy", 1000, 1000, metal=False)
     monkeypatch.setattr(plan_module, "this_machine", lambda: machine)
-    config = read_model_config(TINY)
-    folder = loading.ModelFolder(str(TINY), TINY, config, None)
+    config = read_model_config(TINY_MODEL)
+    folder = loading.ModelFolder(str(TINY_MODEL), TINY_MODEL, config, None)
     from mlx_align.config import DPOConfig
 
     assert plan_module.make_plan(DPOConfig(), AdapterLayout(), folder, None, machine).fits
@@ -438,12 +445,12 @@ def test_on_policy_runs_are_planned(command, tmp_path, capsys, monkeypatch):
         raise AssertionError("the plan loaded the weights")
 
     monkeypatch.setattr(loading, "load_module", no_weights)
-    options = ["plan", "--command", command, "--model", str(TINY), "--json"]
+    options = ["plan", "--command", command, "--model", str(TINY_MODEL), "--json"]
     plans = {}
     for name, more in {
         "alone": [],
         "with data": ["--data", str(prompts_file(tmp_path))],
-        "another base": ["--reward-model", str(TINY)],
+        "another base": ["--reward-model", str(TINY_MODEL)],
     }.items():
         assert run([*options, *more]) == 0
         plans[name] = json.loads(capsys.readouterr().out)
@@ -461,7 +468,7 @@ def test_time_of_rollout_batches(tmp_path, capsys):
     # 8 completions a second.
     summary = {"command": "grpo", "completions": 320, "seconds": 40.0}
     (earlier / "summary.json").write_text(json.dumps(summary))
-    options = ["plan", "--command", "grpo", "--model", str(TINY), "--iters", "6", "--json"]
+    options = ["plan", "--command", "grpo", "--model", str(TINY_MODEL), "--iters", "6", "--json"]
     options += ["--data", str(prompts_file(tmp_path)), "--group-size", "4"]
     options += ["--batch-size", "2", "--grad-accumulation-steps", "2"]
     assert run([*options, "--run", str(earlier)]) == 0
@@ -486,7 +493,14 @@ def test_on_policy_training_refuses_what_does_not_fit(command, tmp_path, capsys,
     tiny = Machine("toy, 0.001 GB", 1_000_000, 1_000_000, metal=False)
     monkeypatch.setattr(plan_module, "this_machine", lambda: tiny)
     monkeypatch.setattr(plan_module, "ALWAYS_FITS_BYTES", 0)
-    options = ["--model", str(TINY), "--data", str(prompts_file(tmp_path)), "--reward", "length"]
+    options = [
+        "--model",
+        str(TINY_MODEL),
+        "--data",
+        str(prompts_file(tmp_path)),
+        "--reward",
+        "length",
+    ]
     options += ["--iters", "3", "--samples", "0", "--batch-size", "1", "--output", "out"]
     options += ["--grad-accumulation-steps", "2", "--group-size", "2", "--valid-fraction", "0"]
     options += ["--max-completion-length", "4"]

@@ -41,7 +41,7 @@ def write(folder, rows=(), config=None, torn="", samples=(), **files):
 
 
 def dpo_rows(n=20, chosen=0.0, rejected=-1.0, training=0.9, held_out=0.85, margin=1.0):
-    """Reports every 5 updates and an evaluation every 25; log-probs move by so many nats in all."""
+    """Reports every 5 updates, evaluations every 25; log-probs change by these nats in all."""
     rows = [held_out_row(0, -30, -30, 0.0, 0.0)]
     for i in range(1, n + 1):
         share = i / n
@@ -319,7 +319,7 @@ def test_a_page_without_charts_has_no_scripts(tmp_path):
     assert "script" not in tags.names
 
 
-def test_a_run_that_goes_on(tmp_path):
+def test_a_running_run(tmp_path):
     status = {
         "command": "dpo",
         "state": "running",
@@ -353,7 +353,7 @@ def test_a_run_that_goes_on(tmp_path):
 
 
 @pytest.mark.parametrize("rows", [[], dpo_rows(1), dpo_rows(2)[:2], [{"step": 1, "loss": None}]])
-def test_little_is_enough(tmp_path, rows):
+def test_run_folders_with_few_files(tmp_path, rows):
     folder = write(tmp_path / "run", rows, torn="\n\n[1]\nnull\n{")
     Tags(render_run(read_run_record(folder)))
     for file in ("config.yaml", "metrics.jsonl"):
@@ -362,7 +362,7 @@ def test_little_is_enough(tmp_path, rows):
             Tags(render_run(read_run_record(folder)))
 
 
-def test_no_run_is_one_line(tmp_path, capsys):
+def test_a_folder_without_a_run_is_a_one_line_error(tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     for name in ("empty", "missing"):
         assert mlx_align(["report", str(tmp_path / name)]) == 1
@@ -372,7 +372,7 @@ def test_no_run_is_one_line(tmp_path, capsys):
         assert name in found
 
 
-def test_report_writes_where_it_is_told(tmp_path, capsys, monkeypatch):
+def test_output_option(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     one = write(tmp_path / "one", dpo_rows())
     two = write(tmp_path / "other" / "one", dpo_rows(), {"iters": 5})
@@ -422,7 +422,7 @@ def test_every_panel_is_shown_if_its_metric_is_there(tmp_path):
     assert titles == [panel.title for panel in PANELS]
 
 
-def test_a_policys_kl_is_not_ktos(tmp_path):
+def test_kl_of_a_policy_and_of_kto_are_different_metrics(tmp_path):
     rows = [*ppo_rows(2), {"step": 2, "eval/objective/kl": 3.0, "eval/reward": 1.0}]
     run = read_run_record(write(tmp_path / "run", rows))
     shown = {panel.title: curves_of(panel, run) for panel in PANELS}
@@ -492,7 +492,7 @@ def test_a_reward_models_report(tmp_path):
         ({"training": 0.95, "held_out": 0.81}, None, None),
     ],
 )
-def test_what_pairs_warn_of(tmp_path, change, begins, stop):
+def test_warnings_for_preference_runs(tmp_path, change, begins, stop):
     facts = {"data_facts": {"scored_tokens": 100, "completions": 10}}  # ten tokens a completion
     found = warned(tmp_path / "run", dpo_rows(**change), "dpo", **facts)
     assert [w.problem.startswith(begins or "?") for w in found] == (
@@ -530,7 +530,7 @@ def test_a_wide_margin_is_no_warning_while_accuracy_rises(tmp_path):
         ("text__distinct_2", 0.41, 0.29, "29% of the token pairs", True),
     ],
 )
-def test_what_policies_warn_of(tmp_path, metric, well, ill, says, stop):
+def test_warnings_for_on_policy_runs(tmp_path, metric, well, ill, says, stop):
     assert warned(tmp_path / "run", ppo_rows(**{metric: well})) == []
     found = warned(tmp_path / "run", ppo_rows(**{metric: ill}))
     assert len(found) == 1
@@ -539,7 +539,7 @@ def test_what_policies_warn_of(tmp_path, metric, well, ill, says, stop):
     assert found[0].advice
 
 
-def test_a_critic_has_thirty_updates(tmp_path):
+def test_a_critic_is_not_checked_before_30_updates(tmp_path):
     # As for the guard: the warning comes after the 31st.
     assert warned(tmp_path / "run", ppo_rows(30, value__explained_variance=-1.0)) == []
     assert len(warned(tmp_path / "run", ppo_rows(31, value__explained_variance=-1.0))) == 1
@@ -557,7 +557,7 @@ def test_over_optimisation(tmp_path):
     assert found[0].level == "warn"
 
 
-def test_over_optimisation_by_another_judge(tmp_path):
+def test_over_optimisation_of_a_held_out_reward(tmp_path):
     rows = ppo_rows(5)
     for step in range(1, 6):
         rows.append({"step": step, "eval/reward": step / 10, "eval/held_out": 1 - step / 10})

@@ -115,7 +115,7 @@ def test_one_success_in_four(name, expected):
     assert GROUP_ADVANTAGES[name]([[1, 0, 0, 0]])[0] == pytest.approx(expected, abs=5e-5)
 
 
-def test_every_name_has_a_known_answer():
+def test_known_values_of_every_estimator():
     names = {"leave_one_out", "centred", "group_std", "batch_std", "whitened", "centred_whitened"}
     assert names == GROUP_ADVANTAGES.keys()
 
@@ -175,7 +175,7 @@ def test_reinforce_pp_whitens_over_tokens(name):
     assert inside.std(ddof=1) == pytest.approx(1)
 
 
-def test_leave_one_out_is_what_its_name_says():
+def test_leave_one_out():
     rewards = np.random.default_rng(1).normal(size=(3, 5))
     for row, got in zip(rewards, leave_one_out(rewards), strict=True):
         expected = [row[i] - np.delete(row, i).mean() for i in range(5)]

@@ -75,7 +75,7 @@ def test_exact_answer_of_another_column_and_of_none():
     assert reward("exact_answer", "5", answer="") is None
 
 
-def test_numbers_are_read_where_they_stand():
+def test_numbers_are_found_in_text():
     assert first_number("from 3/4 to 1,234") == Fraction(3, 4)
     assert last_number("from 3/4 to 1,234") == 1234
     assert last_number("in 2020,300 people") == 300
@@ -87,7 +87,7 @@ def test_numbers_are_read_where_they_stand():
     assert marked_answer("none") is None
 
 
-def test_no_text_takes_long_to_read():
+def test_long_texts_are_read_quickly():
     size = 50_000
     hard = ["1", "1,", "111,", r"\frac{", "$ ", r"\boxed{", r"\text{", " ", "-", "1/", "=", "1{,}"]
     start = time.process_time()
@@ -112,7 +112,7 @@ def test_no_text_takes_long_to_read():
         ("5", 0),
     ],
 )
-def test_format_as_it_is_by_default(text, fits):
+def test_default_format(text, fits):
     assert reward("format", text) == fits
 
 

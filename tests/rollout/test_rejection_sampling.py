@@ -7,6 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers.data import read_rows, write_rows
+from helpers.paths import TINY_MODEL
+from helpers.runs import mlx_align
 
 from mlx_align.cli.main import run
 from mlx_align.data.formats import read_preferences, read_supervised
@@ -15,7 +18,6 @@ from mlx_align.rollout.rejection_sampling import RejectionSamplingConfig, select
 from mlx_align.rollout.sampler import Prompt
 from mlx_align.types import Message, PromptGroup, TokenizedGroup
 
-TINY = Path(__file__).parents[1] / "oracle" / "models" / "policy"
 CONFIG = RejectionSamplingConfig(
     n=4, keep=1, threshold=None, pairs=False, max_tokens=8, temperature=1.0, seed=0
 )
@@ -38,15 +40,14 @@ def sample(tmp_path, monkeypatch):
             text = f"Say yes {i}." + " Please." * (i % 3)
             prompt = [{"role": "user", "content": text}] if chat else text
             rows.append({"prompt": prompt, "number": i, "text": "clashes"})
-        Path("prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        options = ["--model", str(TINY), "--data", "prompts.jsonl", "--output", output]
-        options += ["-n", "4", "--max-tokens", "6"]
+        write_rows("prompts.jsonl", rows)
+        options = ("--model", TINY_MODEL, "--data", "prompts.jsonl", "--output", output)
+        options += ("-n", 4, "--max-tokens", 6)
         if reward is not None:
-            options += ["--reward", reward]
-        code = run(["data", "sample", *options, *map(str, more)])
+            options += ("--reward", reward)
+        code = mlx_align("data", "sample", *options, *more)
         file = Path(output)
-        lines = file.read_text().splitlines() if file.exists() else []
-        return code, [json.loads(line) for line in lines]
+        return code, read_rows(file) if file.exists() else []
 
     return call
 
@@ -61,7 +62,7 @@ def selected(**config):
     )
 
 
-def test_the_best_are_kept_once_each():
+def test_the_best_distinct_completions_are_kept():
     row = {"id": 7, "prompt": "Q", "n": 6}
     assert selected() == [{**row, "completion": "b", "score": 3.0}]
     assert [r["completion"] for r in selected(keep=6)] == ["b", "d", "a"]
@@ -84,7 +85,7 @@ def test_equal_scores_make_no_pair():
 
 
 @pytest.mark.parametrize("chat", [True, False])
-def test_rows_are_what_sft_and_dpo_read(sample, chat, capsys):
+def test_rows_are_read_by_sft_and_dpo(sample, chat, capsys):
     code, rows = sample("--keep", 2, chat=chat)
     assert code == 0
     numbers = [row["number"] for row in rows]
@@ -116,7 +117,7 @@ def test_with_an_adapter_and_a_reward_model(sample, tmp_path, capsys):
         for name in ("chosen", "rejected"):
             pair[name] = [{"role": "assistant", "content": pair[name]}]
     Path("pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
-    short = ["--model", str(TINY), "--data", "pairs.jsonl", "--iters", "3", "--samples", "0"]
+    short = ["--model", str(TINY_MODEL), "--data", "pairs.jsonl", "--iters", "3", "--samples", "0"]
     short += ["--grad-accumulation-steps", "1", "--learning-rate", "0.05", "--lora-rank", "2"]
     assert run(["sft", *short, "--output", "sft"]) == 0
     assert run(["reward", *short, "--output", "rm"]) == 0
@@ -135,7 +136,7 @@ def test_with_an_adapter_and_a_reward_model(sample, tmp_path, capsys):
     from mlx_align.inference.reward_model import RewardModel
 
     answer = rows[3]["completion"]
-    (alone,) = RewardModel.load(str(TINY), "rm").score(rows[3]["prompt"], [answer])
+    (alone,) = RewardModel.load(str(TINY_MODEL), "rm").score(rows[3]["prompt"], [answer])
     assert rows[3]["score"] == pytest.approx(float(alone), abs=1e-4)
 
 
@@ -174,7 +175,7 @@ def test_interrupted_output_has_only_whole_lines(sample, monkeypatch):
         (["--data", "nowhere.jsonl"], "nowhere.jsonl"),
     ],
 )
-def test_mistakes_are_one_line(sample, capsys, more, said):
+def test_errors_are_one_line(sample, capsys, more, said):
     assert sample(*more)[0] == 1
     error = capsys.readouterr().err
     assert error.startswith("error: ")

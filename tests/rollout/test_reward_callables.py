@@ -169,7 +169,7 @@ def test_ctrl_c_is_not_an_error_of_the_function():
         (["a"] * 4, "returned str; expected a number or None, at completion 1"),
     ],
 )
-def test_what_is_returned_is_checked(returned, message):
+def test_returned_values_are_checked(returned, message):
     def wrong(completions):
         return returned
 
@@ -188,7 +188,7 @@ def test_what_is_returned_is_checked(returned, message):
         ((lengths, 0.0), "reward function lengths: all weights are 0"),
     ],
 )
-def test_what_is_not_a_reward_is_named(source, message):
+def test_objects_that_are_no_rewards_are_named(source, message):
     with pytest.raises(ConfigError, match=message):
         parse_rewards([source])
 

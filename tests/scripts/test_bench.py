@@ -1,29 +1,20 @@
 """scripts/bench.py: its arguments and table, and this package's own runner on a tiny model."""
 
-import importlib.util
 import json
 import math
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from helpers.paths import SCRIPTS
+from helpers.scripts import load_script
 
-ROOT = Path(__file__).resolve().parent.parent.parent
-BENCH = ROOT / "scripts" / "bench"
+BENCH = SCRIPTS / "bench"
 
 
 @pytest.fixture(scope="module")
 def bench():
-    path = list(sys.path)
-    spec = importlib.util.spec_from_file_location("bench_script", ROOT / "scripts" / "bench.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # its dataclasses look there for their own module
-    spec.loader.exec_module(module)
-    yield module
-    sys.path[:] = path
-    for name in ("bench_script", "common", "environments"):
-        del sys.modules[name]
+    return load_script("bench")
 
 
 def test_cases_are_read(bench):
@@ -37,7 +28,7 @@ def test_cases_are_read(bench):
     "wrong",
     [["--cases", "1,2"], ["--cases", "1,0,4"], ["--cases", "1,2,3,x"], ["--steps", "3"]],
 )
-def test_what_can_not_be_run_is_refused(bench, wrong):
+def test_wrong_arguments_are_refused(bench, wrong):
     with pytest.raises(SystemExit) as stop:
         bench.parse(wrong)
     assert stop.value.code == 2
@@ -86,7 +77,7 @@ def model(tmp_path_factory):
 
 
 @pytest.mark.parametrize("checkpoint", [False, True])
-def test_our_runner(bench, model, tmp_path, checkpoint):
+def test_runner_of_this_package(bench, model, tmp_path, checkpoint):
     case = bench.Case(2, 12, 6, grad_checkpoint=checkpoint)
     args = bench.parse(["--steps", "4", "--warmup", "2", "--model", str(model)])
     environment, _ = bench.runner_environment()

@@ -1,19 +1,12 @@
 """Odd files of every kind: a command says in one line what is wrong, or works."""
 
-import importlib.util
-from pathlib import Path
-
 import pytest
-
-ROOT = Path(__file__).parent.parent.parent
+from helpers.scripts import load_script
 
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("fuzz", ROOT / "scripts" / "fuzz.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("fuzz")
 
 
 @pytest.fixture(scope="module")
@@ -28,11 +21,11 @@ def bench(script, tmp_path_factory):
     ("target", "examples"), [("data", 150), ("config", 80), ("adapter", 10), ("run", 12)]
 )
 def test_mutated_files(script, bench, monkeypatch, target, examples):
-    monkeypatch.chdir(bench.folder)  # whatever a configuration names as its output is made here
+    monkeypatch.chdir(bench.folder)  # outputs that a configuration names are made here
     assert script.fuzz(bench, target, examples, number=1, shrink=False) >= examples // 2
 
 
-def test_an_example_that_breaks_is_told(script, bench, monkeypatch):
+def test_a_failing_example_is_reported(script, bench, monkeypatch):
     """The harness itself sees a traceback, a second line, and a command without end."""
     from mlx_align.cli import data
 
@@ -48,7 +41,7 @@ def test_an_example_that_breaks_is_told(script, bench, monkeypatch):
         bench.try_data("x.jsonl", "{}", "data check")
 
 
-def test_a_configuration_that_doubles_without_end(script, bench, capsys):
+def test_yaml_aliases_that_grow_exponentially_are_refused(script, bench, capsys):
     """Forty lines of YAML that stand for 2 to the 40 items."""
     file = bench.write("laughs.yaml", script.LAUGHS + "beta: *x39\n")
     assert script.command_line.run(["dpo", "-c", str(file)]) == 1

@@ -1,32 +1,20 @@
 """`scripts/verify_lengths.py` on small data: memory is constant once every shape has occurred."""
 
-import importlib.util
-import sys
-from pathlib import Path
-
 import mlx.core as mx
 import numpy as np
 import pytest
+from helpers.paths import TINY_MODEL
+from helpers.scripts import load_script
 
 from mlx_align.config import DPOConfig
 from mlx_align.data.batching import padding_fraction
 from mlx_align.data.buckets import Shape
 from mlx_align.types import TokenizedGroup
 
-ROOT = Path(__file__).resolve().parents[2]
-TINY = ROOT / "tests" / "oracle" / "models" / "policy"
-
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location(
-        "verify_lengths", ROOT / "scripts" / "verify_lengths.py"
-    )
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # needed by its dataclasses
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules[spec.name]
+    return load_script("verify_lengths")
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +31,7 @@ def groups():
 
 @pytest.mark.parametrize("batch", [{"batch_size": 2}, {"batch_tokens": 160}])
 def test_memory_is_constant_once_every_shape_has_occurred(script, groups, batch):
-    config = DPOConfig(model=str(TINY), grad_accumulation_steps=1, lora_rank=2, **batch)
+    config = DPOConfig(model=str(TINY_MODEL), grad_accumulation_steps=1, lora_rank=2, **batch)
     found = script.measure(config, groups, steps=60, every=20)
     assert found.used > (2 if "batch_size" in batch else 0)
     # Peaks of 3 MB vary by tens of kilobytes, depending on when mlx frees memory.
@@ -65,7 +53,7 @@ def test_growth_is_reported(script, groups, monkeypatch):
         "padding_fraction",
         lambda *a: kept.append(_held(mx.get_active_memory() // 5)) or original(*a),
     )
-    config = DPOConfig(model=str(TINY), grad_accumulation_steps=1, lora_rank=2, batch_size=2)
+    config = DPOConfig(model=str(TINY_MODEL), grad_accumulation_steps=1, lora_rank=2, batch_size=2)
     found = script.measure(config, groups, steps=60, every=20)
     assert any(
         text.startswith("active memory grew") for text in script.violations(found, 1.0, 0.05)
@@ -79,7 +67,7 @@ def _held(nbytes):
     return array
 
 
-def test_limits(script):
+def test_violated_limits_are_reported(script):
     lines = [script.Line(s, 2, 0.3, 1000, 5000) for s in (50, 100, 150)]
     found = script.Measurements(lines, [Shape(8, 8, 1)] * 2, 2, 0.1)
     assert script.violations(found, 0.3) == []

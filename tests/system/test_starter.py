@@ -1,21 +1,15 @@
 """The shipped starter: its properties, and that its script reproduces it."""
 
-import importlib.util
 import json
-from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+from helpers.data import read_rows
+from helpers.paths import STARTER
+from helpers.scripts import load_script
 from mlx_lm import generate, load
-
-ROOT = Path(__file__).resolve().parent.parent.parent
-STARTER = ROOT / "data" / "starter"
-
-
-def read(name):
-    return [json.loads(line) for line in (STARTER / name).read_text().splitlines()]
 
 
 def text(messages):
@@ -24,22 +18,17 @@ def text(messages):
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location(
-        "make_starter", ROOT / "scripts" / "make_starter.py"
-    )
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("make_starter")
 
 
 @pytest.fixture(scope="module")
 def train():
-    return read("train.jsonl")
+    return read_rows(STARTER / "train.jsonl")
 
 
 @pytest.fixture(scope="module")
 def valid():
-    return read("valid.jsonl")
+    return read_rows(STARTER / "valid.jsonl")
 
 
 @pytest.fixture(scope="module")
@@ -165,7 +154,7 @@ def test_the_model_prefers_the_rejected_answers(loaded, valid):
     assert np.mean(chosen > rejected) < 0.4
 
 
-def test_the_model_is_fluent_and_wrong_and_knows_better(loaded, script):
+def test_the_model_names_the_biggest_city_but_knows_the_capital(loaded, script):
     def ask(*messages):
         turns = [dict(zip(("role", "content"), message, strict=True)) for message in messages]
         prompt = loaded[1].apply_chat_template(turns, add_generation_prompt=True)

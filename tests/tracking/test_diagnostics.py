@@ -55,7 +55,7 @@ def test_longer_completions_may_be_further_from_the_reference():
     assert observed({"objective/kl": 16.0, "completions/mean_length": 120.0})
 
 
-def test_a_critic_has_thirty_batches():
+def test_a_critic_is_checked_after_30_batches():
     assert observed({"value/explained_variance": -0.1}, step=30) == []
     (finding,) = observed({"value/explained_variance": -0.1}, step=31)
     assert finding.level == "warn"

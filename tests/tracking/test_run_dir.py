@@ -1,9 +1,13 @@
-"""Reading and writing of run folders: incomplete lines, odd rows, and removal of later steps."""
+"""Run folders: reading, writing, odd rows, removal of later steps, and the lock."""
 
 import json
 import math
+import os
+import subprocess
+import sys
 
 import pytest
+from helpers.paths import ROOT
 
 from mlx_align.errors import ConfigError
 from mlx_align.tracking import run_dir
@@ -62,3 +66,23 @@ def test_another_folder_is_named(tmp_path):
         run_dir.read_run_record(tmp_path / "missing")
     with pytest.raises(ConfigError, match="neither config"):
         run_dir.read_run_record(tmp_path)
+
+
+def test_a_lock_ends_with_its_process(tmp_path):
+    code = "import sys, time; from pathlib import Path\n"
+    code += "from mlx_align.tracking.run_dir import lock_run_dir\n"
+    code += "with lock_run_dir(Path(sys.argv[1])):\n print('held', flush=True); time.sleep(60)"
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    try:
+        assert process.stdout.readline() == "held\n"
+        with (
+            pytest.raises(ConfigError, match=rf"pid {process.pid}\)"),
+            run_dir.lock_run_dir(tmp_path),
+        ):
+            pass
+    finally:
+        process.kill()
+        process.communicate()
+    with run_dir.lock_run_dir(tmp_path):
+        assert (tmp_path / ".lock").read_text() == f"{os.getpid()}\n"

@@ -57,7 +57,7 @@ def steps_in(run):
     return sorted(int(path.name) for path in (run / "checkpoints").iterdir())
 
 
-def test_what_was_saved_comes_back(tmp_path):
+def test_a_checkpoint_is_restored_exactly(tmp_path):
     assert load(tmp_path) is None
     assert not has_checkpoint(tmp_path)
     mx.random.seed(3)
@@ -115,7 +115,7 @@ def damage(folder, how):
         '{"files": {"../../../x": {"bytes": 0, "blake2b": ""}}}',
     ],
 )
-def test_a_damaged_one_is_passed_over_with_a_word(tmp_path, how):
+def test_a_damaged_checkpoint_is_skipped_with_a_warning(tmp_path, how):
     save(tmp_path, 1)
     save(tmp_path, 2)
     damage(tmp_path / "checkpoints" / "0000002", how)
@@ -129,7 +129,7 @@ def test_a_damaged_one_is_passed_over_with_a_word(tmp_path, how):
     damage(tmp_path / "checkpoints" / "0000001", how)
     with pytest.raises(ModelError, match="damaged, all 2 of them"):
         load(tmp_path)
-    # A run that goes on from the first forgets the damaged second.
+    # A run that continues from the first one removes the damaged second one.
     shutil.rmtree(tmp_path / "checkpoints")
     save(tmp_path, 1)
     save(tmp_path, 3)
@@ -138,7 +138,7 @@ def test_a_damaged_one_is_passed_over_with_a_word(tmp_path, how):
     assert steps_in(tmp_path) == [1, 2]
 
 
-def test_one_of_another_model_is_refused(tmp_path):
+def test_a_checkpoint_of_another_model_is_refused(tmp_path):
     save(tmp_path, 1)
     wider = {"layer": {"lora_a": mx.zeros((8, 2)), "lora_b": mx.zeros((2, 4))}}
     with pytest.raises(ModelError, match="don't fit this model"):
@@ -151,7 +151,7 @@ def test_one_of_another_model_is_refused(tmp_path):
         load_checkpoint(tmp_path, {"policy": tree(0.0)}, {"policy": other}, print)
 
 
-def test_a_full_disk_leaves_the_one_before(tmp_path, monkeypatch):
+def test_a_full_disk_keeps_the_previous_checkpoint(tmp_path, monkeypatch):
     save(tmp_path, 1)
 
     def full(path, *_, **__):

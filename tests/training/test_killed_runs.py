@@ -6,21 +6,19 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from helpers.paths import SCRIPTS, TINY_MODEL
 
-ROOT = Path(__file__).parent.parent.parent
 COMMANDS = ("dpo", "kto", "sft", "reward", "ppo", "grpo")
 
 
 @pytest.fixture(scope="module")
 def killed():
     """What the script says of all commands; one process for all, as imports take seconds."""
-    script = ROOT / "scripts" / "verify_resume.py"
-    model = ROOT / "tests" / "oracle" / "models" / "policy"
+    script = SCRIPTS / "verify_resume.py"
     command = [sys.executable, str(script), "--json", "--commands", ",".join(COMMANDS)]
-    command += ["--model", str(model), "--moments", "update:3,checkpoint:5,write:14"]
+    command += ["--model", str(TINY_MODEL), "--moments", "update:3,checkpoint:5,write:14"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.stdout, done.stderr
     return json.loads(done.stdout)

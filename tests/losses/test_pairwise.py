@@ -190,7 +190,7 @@ def test_optimal_gap(loss, p, gap):
     ],
     ids=["1/beta", "ipo without 1/(2beta)", "cdpo is not robust", "robust is not cdpo"],
 )
-def test_wrong_gap(mutant, p, gap):
+def test_wrong_losses_have_another_gap(mutant, p, gap):
     assert abs(optimal_gap(mutant, p) - gap) > 0.1
 
 
@@ -204,7 +204,7 @@ def test_soft_labels():
         loss = readers[name].function
         mixed = 0.8 * loss(seen) + 0.2 * loss(turned)
         assert loss(soft).item() == pytest.approx(mixed.item(), rel=1e-6)
-    # ln 2 whatever the label where the margin is 0; smoothing 0.1 on p = 1 is p = 0.9.
+    # ln 2 for every label if the margin is 0; smoothing 0.1 on p = 1 is p = 0.9.
     assert pairwise.sigmoid_loss(pairs([0.0], [0.0], soft_label=0.3)).item() == pytest.approx(
         0.693147
     )
@@ -241,12 +241,12 @@ LITERALS = {
 }
 
 
-def test_every_loss_has_a_literal():
+def test_every_loss_has_a_literal_value():
     assert LITERALS.keys() == PAIRWISE_LOSSES.keys()
 
 
 @pytest.mark.parametrize("name", LITERALS)
-def test_literal(name):
+def test_literal_values(name):
     options, expected = LITERALS[name]
     loss = combine(((name, 1.0),), options)
     value = loss(pairs(**PAIR), PAIR["n_c"])
@@ -254,7 +254,7 @@ def test_literal(name):
     assert value.item() == pytest.approx(expected, rel=2e-5, abs=1e-6)
 
 
-def test_dpop_penalty_stands_inside_the_log_sigmoid():
+def test_dpop_penalty_is_inside_the_log_sigmoid():
     # a = −0.2, d = −0.5: β(0.3 − 50·0.2) = −0.97; outside it would be log(1 + e^−.03) + 10.
     loss = pairwise.dpop_loss(pairs(-0.2, -0.5), beta=0.1, penalty=50.0)
     assert loss.item() == pytest.approx(1.291419, rel=1e-5)

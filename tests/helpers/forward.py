@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import mlx.core as mx
 import mlx.nn as nn
-from families import VOCAB
 from mlx.utils import tree_flatten, tree_map
 
+from helpers.families import VOCAB
 from mlx_align.models.weights import use_adapter
 from mlx_align.types import GroupBatch
 
@@ -70,14 +70,14 @@ def difference(a, b) -> float:
     return (square / norm) ** 0.5
 
 
-def weights_of(batch: GroupBatch) -> mx.array:
+def token_weights(batch: GroupBatch) -> mx.array:
     """A different cotangent for every token, so that no mistake cancels."""
     return mx.random.normal(batch.completion_tokens.shape, key=mx.random.key(11))
 
 
 def gradient(model, logps_of, batch, *, compiled: bool = False):
     """Value and gradient of a weighted sum of log-probs by the trainable parameters."""
-    weights = weights_of(batch)
+    weights = token_weights(batch)
 
     def scalar(tree, batch):
         with use_adapter(model, tree):

@@ -160,7 +160,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
             "type": "default",
             "rope_type": "default",
             "rope_theta": 10000.0,
-            # Queries are scaled anew every so many positions: within these rows too.
+            # The scale of queries changes with the position, within these rows too.
             "llama_4_scaling_beta": 0.3,
             "original_max_position_embeddings": 5,
         },

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers.paths import TINY_MODEL
 
 from mlx_align.cli.main import run
 from mlx_align.config import KTOConfig
@@ -13,7 +14,6 @@ from mlx_align.planning import duration
 from mlx_align.training.metrics import Throughput
 from mlx_align.types import TokenizedGroup
 
-TINY = Path(__file__).parent.parent / "oracle" / "models" / "policy"
 SMALL, LARGE = Shape(8, 8, 2), Shape(16, 16, 1)
 
 
@@ -25,7 +25,7 @@ def timed(updates):
     return throughput.rate()
 
 
-def test_updates_that_compile_are_left_out():
+def test_updates_that_compile_are_not_timed():
     both = (SMALL, LARGE)
     steady = [(both, 10, 1.0), (both, 20, 1.0), ((SMALL,), 30, 2.0)]
     assert timed([((SMALL,), 10, 9.0), (both, 10, 9.0), *steady]) == pytest.approx(15.0)
@@ -36,7 +36,7 @@ def test_updates_that_compile_are_left_out():
 
 def plan(command, *options):
     """The time that `mlx-align plan` tells."""
-    where = ["--model", str(TINY), "--data", "pairs.jsonl", "--json", "--command", command]
+    where = ["--model", str(TINY_MODEL), "--data", "pairs.jsonl", "--json", "--command", command]
     assert run(["plan", *where, *options]) == 0
 
 
@@ -48,7 +48,7 @@ def test_plan_knows_the_time_after_a_run(tmp_path, monkeypatch, capsys):
     chosen = ["--batch-tokens", "64", "--grad-accumulation-steps", "2"]
 
     def train(output, iters):
-        command = ["dpo", "--model", str(TINY), "--data", "pairs.jsonl", "--output", output]
+        command = ["dpo", "--model", str(TINY_MODEL), "--data", "pairs.jsonl", "--output", output]
         command += ["--reference-cache", "cache", "--samples", "0", "--iters", iters]
         assert run([*command, *chosen]) == 0
         capsys.readouterr()
@@ -73,7 +73,7 @@ def test_plan_knows_the_time_after_a_run(tmp_path, monkeypatch, capsys):
     assert json.loads(capsys.readouterr().out)["time"] is None
 
 
-def test_a_rate_of_kto_is_of_its_own_answers():
+def test_speed_of_kto_does_not_count_mismatched_completions():
     """A run counts a row's answer, not the mismatched one: so does the time."""
     ids = np.ones(10, np.int32)
     groups = [TokenizedGroup(ids, (ids, ids), "")] * 12

@@ -9,9 +9,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from helpers.runs import mlx_align
 from mlx_lm.tuner import callbacks as mlx_lm_callbacks
 
-from mlx_align.cli.main import run as mlx_align
 from mlx_align.config import DPOConfig
 from mlx_align.errors import ConfigError, TrainingError
 from mlx_align.system.interrupts import Interrupted
@@ -100,7 +100,7 @@ def status_of(folder):
     return json.loads((folder / "status.json").read_text())
 
 
-def test_a_page_is_written_now_and_then(tmp_path, clock):
+def test_the_page_is_written_at_most_every_30_seconds(tmp_path, clock):
     publication = start(tmp_path)
     with publication.training(0, 100):
         for step in range(1, 31):
@@ -112,7 +112,7 @@ def test_a_page_is_written_now_and_then(tmp_path, clock):
     assert status_of(tmp_path)["state"] == "finished"
 
 
-def test_an_evaluation_shows_at_once_unless_that_costs_too_much(tmp_path, clock):
+def test_evaluations_update_the_page_at_once_unless_that_is_slow(tmp_path, clock):
     publication = start(tmp_path)
     with publication.training(0, 100):
         clock.now = 1
@@ -135,7 +135,7 @@ def test_an_evaluation_shows_at_once_unless_that_costs_too_much(tmp_path, clock)
         (ZeroDivisionError("oh"), "failed", "ZeroDivisionError: oh"),
     ],
 )
-def test_a_run_cut_short_says_so(tmp_path, error, state, says):
+def test_status_and_page_of_interrupted_and_failed_runs(tmp_path, error, state, says):
     publication = start(tmp_path)
     (tmp_path / "config.yaml").write_text("output: runs/x\n")
 
@@ -154,7 +154,7 @@ def test_a_run_cut_short_says_so(tmp_path, error, state, says):
     assert (says or "mlx-align dpo --resume runs/x") in text
 
 
-def test_a_resumed_run_keeps_its_beginning(tmp_path):
+def test_a_resumed_run_keeps_its_start_time(tmp_path):
     with start(tmp_path).training(0, 10):
         pass
     file = tmp_path / "status.json"
@@ -167,7 +167,7 @@ def test_a_resumed_run_keeps_its_beginning(tmp_path):
     assert status_of(tmp_path)["began"] != "2026-01-02T03:04:05+00:00"
 
 
-def test_a_page_that_fails_never_ends_a_run(tmp_path, monkeypatch):
+def test_an_error_of_the_page_does_not_end_the_run(tmp_path, monkeypatch):
     def render(_run):
         raise RuntimeError("no\ntemplate")
 
@@ -208,7 +208,7 @@ def test_every_row_reaches_the_tracker(tmp_path, wandb):
     assert wandb.logs[3:] == [(2, {"iteration": 2, "loss": 0.4})]
 
 
-def test_training_and_held_out_rows_take_their_own_way(tmp_path, monkeypatch):
+def test_training_and_held_out_rows_reach_different_callbacks(tmp_path, monkeypatch):
     heard = []
     callback = SimpleNamespace(
         on_train_loss_report=lambda info: heard.append(("train", info["iteration"])),
@@ -223,7 +223,7 @@ def test_training_and_held_out_rows_take_their_own_way(tmp_path, monkeypatch):
     assert heard == [("train", 1), ("val", 1)]
 
 
-def test_a_tracker_that_fails_never_ends_a_run(tmp_path, wandb, monkeypatch):
+def test_an_error_of_a_tracker_does_not_end_the_run(tmp_path, wandb, monkeypatch):
     def log(_info, step):
         raise OSError("no network")
 
@@ -248,23 +248,23 @@ def test_a_tracker_that_fails_never_ends_a_run(tmp_path, wandb, monkeypatch):
         ({"project_name": "p"}, "--project-name needs --report-to"),
     ],
 )
-def test_trackers_that_can_not_be(wandb, monkeypatch, options, says):
+def test_trackers_that_are_unknown_or_missing_are_refused(wandb, monkeypatch, options, says):
     monkeypatch.setattr(mlx_lm_callbacks, "swanlab", None)
     with pytest.raises(ConfigError, match=says):
         check_trackers(DPOConfig(**options))
 
 
-def test_a_tracker_is_refused_before_anything_is_read(tmp_path, monkeypatch, capsys):
+def test_a_missing_tracker_is_refused_before_the_model_is_read(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(mlx_lm_callbacks, "wandb", None)
     options = ["--model", str(tmp_path / "none"), "--data", "none", "--report-to", "wandb"]
-    assert mlx_align(["dpo", *options, "--output", str(tmp_path / "run")]) == 1
+    assert mlx_align("dpo", *options, "--output", tmp_path / "run") == 1
     assert capsys.readouterr().err == (
         "error: --report-to: wandb is not installed; pip install wandb\n"
     )
     assert not (tmp_path / "run").exists()
 
 
-def test_a_tracker_that_can_not_start_is_one_line(tmp_path, wandb, monkeypatch):
+def test_an_error_at_the_start_of_a_tracker_is_one_line(tmp_path, wandb, monkeypatch):
     def init(**_options):
         raise RuntimeError("no API key\nconfigured")
 
@@ -273,8 +273,8 @@ def test_a_tracker_that_can_not_start_is_one_line(tmp_path, wandb, monkeypatch):
         start(tmp_path, report_to=("wandb",))
 
 
-def test_training_leaves_a_page(tmp_path, monkeypatch, wandb):
-    """A real run on the starter: interrupted, then gone on with, with a tracker watching."""
+def test_page_and_tracker_of_an_interrupted_and_resumed_run(tmp_path, monkeypatch, wandb):
+    """A real run on the starter: interrupted, then resumed, with a tracker."""
     monkeypatch.chdir(tmp_path)
     seen = []
     evaluate = evaluation.Evaluation.evaluate
@@ -291,13 +291,13 @@ def test_training_leaves_a_page(tmp_path, monkeypatch, wandb):
     options += ["--grad-accumulation-steps", "1", "--val-batches", "2", "--samples", "2"]
     options += ["--steps-per-report", "1", "--steps-per-eval", "2", "--sample-tokens", "4"]
     options += ["--reference-cache", "cache", "--report-to", "wandb", "--output", "run"]
-    assert mlx_align(["dpo", *options]) == 130
+    assert mlx_align("dpo", *options) == 130
     text = (tmp_path / "run" / "report.html").read_text()
     assert "interrupted" in text
     assert "after update 2 of 4" in text
     assert "mlx-align dpo --resume run" in text
     assert "792" in text  # the data's facts, though there is no summary
-    assert mlx_align(["dpo", "--resume", "run"]) == 0
+    assert mlx_align("dpo", "--resume", "run") == 0
     text = (tmp_path / "run" / "report.html").read_text()
     assert "4 updates in" in text
     [charts] = re.findall(r'<script[^>]*id="chart-data"[^>]*>(.*?)</script>', text, re.DOTALL)
@@ -358,7 +358,7 @@ def run_with(recorder, **options):
     return train(make_algorithm(config), config, Path("run"), console, callbacks=[recorder])
 
 
-def test_a_callers_callback_hears_of_everything(tmp_path, monkeypatch):
+def test_a_callback_gets_every_event(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     recorder = Recorder()
     summary = run_with(recorder)
@@ -379,7 +379,7 @@ def test_a_callers_callback_hears_of_everything(tmp_path, monkeypatch):
     assert summary["train"]["loss"] == logged[4]
 
 
-def test_a_callers_callback_may_stop_the_run(tmp_path, monkeypatch):
+def test_a_callback_can_stop_the_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     recorder = Recorder(stop_after=2)
     summary = run_with(recorder)

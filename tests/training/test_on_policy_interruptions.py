@@ -1,4 +1,4 @@
-"""What a long ppo or grpo run meets at night: signals, changes, losses that are not finite."""
+"""Runs of ppo and grpo that are disturbed: signals, changed inputs, losses that are not finite."""
 
 import json
 import os
@@ -9,15 +9,26 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
+from helpers.data import write_rows
+from helpers.paths import TINY_MODEL
+from helpers.runs import (
+    before_call,
+    change_results,
+    interrupt,
+    interrupt_twice,
+    metric_rows,
+    mlx_align,
+    outcome,
+    summary_of,
+    with_nan,
+)
 
 from mlx_align.algorithms import dpo, ppo, update
-from mlx_align.cli.main import run
 from mlx_align.rollout.collector import RolloutBatch, RolloutCollector
 from mlx_align.rollout.reward_functions import RewardFunctions
 from mlx_align.training import run as run_module
 from mlx_align.training.evaluation import RolloutEvaluation
 
-TINY = Path(__file__).parent.parent / "oracle" / "models" / "policy"
 SMALL = (
     *("--batch-size", 2, "--grad-accumulation-steps", 1, "--minibatches", 2, "--group-size", 2),
     *("--max-completion-length", 5, "--max-seq-length", 64, "--lora-rank", 2, "--samples", 1),
@@ -28,16 +39,15 @@ PPO = ("--reward-rollouts", 8, "--critic-warmup", 0)
 
 
 @pytest.fixture
-def prompts(tmp_path, monkeypatch):
-    """A folder with pairs, of which the prompts are taken, and a reward function beside it."""
+def inputs(tmp_path, monkeypatch):
+    """A folder of pairs, whose prompts are used, and a file with a reward function."""
     monkeypatch.chdir(tmp_path)
-    Path("data").mkdir()
     for split, n in (("train", 9), ("valid", 2)):
         rows = [
             {"prompt": f"{split} {i}?", "chosen": " yes" + "a" * (i % 4), "rejected": " no"}
             for i in range(n)
         ]
-        Path("data", f"{split}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+        write_rows(f"data/{split}.jsonl", rows)
     Path("rewards.py").write_text(
         "def letters(completions):\n"
         "    return [sum(c.isalpha() for c in text) / 8 for text in completions]\n"
@@ -46,42 +56,8 @@ def prompts(tmp_path, monkeypatch):
 
 def train(command, *options, output="run"):
     own = PPO if command == "ppo" else ()
-    where = ("--model", TINY, "--data", "data", "--output", output)
-    return run([command, *map(str, (*where, *SMALL, *own, *options))])
-
-
-def rows_of(folder, file="metrics.jsonl"):
-    return [json.loads(line) for line in Path(folder, file).read_text().splitlines()]
-
-
-def result(folder):
-    """What two runs that are the same have in common: weights, rows, samples, the last state."""
-    rows = rows_of(folder)
-    for row in rows:
-        row.pop("tokens_per_second", None)
-        row.pop("peak_memory_bytes", None)
-    last = max(Path(folder, "checkpoints").iterdir())
-    weights = {file.name: file.read_bytes() for file in last.glob("*.safetensors")}
-    final = Path(folder, "adapters.safetensors").read_bytes()
-    return final, rows, Path(folder, "samples.jsonl").read_bytes(), weights
-
-
-def nth(monkeypatch, owner, name, n, what):
-    """At its n-th call, the function does `what` first."""
-    original, calls = getattr(owner, name), []
-
-    def counted(*arguments, **named):
-        calls.append(1)
-        if len(calls) == n:
-            what()
-        return original(*arguments, **named)
-
-    monkeypatch.setattr(owner, name, counted)
-
-
-def twice():
-    signal.raise_signal(signal.SIGINT)
-    signal.raise_signal(signal.SIGINT)
+    where = ("--model", TINY_MODEL, "--data", "data", "--output", output)
+    return mlx_align(command, *where, *SMALL, *own, *options)
 
 
 @pytest.fixture
@@ -98,27 +74,27 @@ def processes(monkeypatch):
     return seen
 
 
-# Where, the how-manieth call of it, what comes, and the checkpoints that are there then.
+# A function, the number of its call, what happens before that call, and the last checkpoint then.
 MOMENTS = {
     "the reference's rewards": (RolloutCollector, "reference_rewards", 1, signal.SIGTERM, None),
     "answers before": (run_module, "answers", 1, signal.SIGHUP, None),
     "an evaluation": (RolloutEvaluation, "evaluate", 2, signal.SIGTERM, "0000002"),
-    "twice in an evaluation": (RolloutEvaluation, "evaluate", 2, twice, "0000001"),
-    "twice in an update": (update, "accumulate", 10, twice, "0000001"),
-    "twice in a reward": (RewardFunctions, "__call__", 4, twice, "0000001"),
+    "twice in an evaluation": (RolloutEvaluation, "evaluate", 2, interrupt_twice, "0000001"),
+    "twice in an update": (update, "accumulate", 10, interrupt_twice, "0000001"),
+    "twice in a reward": (RewardFunctions, "__call__", 4, interrupt_twice, "0000001"),
     "the last evaluation": (RolloutEvaluation, "evaluate", 3, signal.SIGINT, "0000003"),
     "answers after": (run_module, "answers", 2, signal.SIGTERM, "0000003"),
 }
 
 
-def test_signals_at_any_time(prompts, capfd, monkeypatch, processes):
+def test_signals_at_every_moment_of_a_step(inputs, capfd, monkeypatch, processes):
     assert train("ppo", output="whole") == 0
-    expected = result("whole")
+    expected = outcome("whole")
     for number, (moment, (owner, name, n, what, last)) in enumerate(MOMENTS.items()):
         folder = f"run-{number}"
         send = what if callable(what) else lambda signum=what: signal.raise_signal(signum)
         with monkeypatch.context() as patched:
-            nth(patched, owner, name, n, send)
+            before_call(patched, owner, name, n, send)
             code = train("ppo", output=folder)
         assert code == 128 + (signal.SIGINT if callable(what) else what), moment
         captured = capfd.readouterr()
@@ -130,23 +106,11 @@ def test_signals_at_any_time(prompts, capfd, monkeypatch, processes):
         # What was said after the last checkpoint is forgotten, and so is half a line.
         with Path(folder, "samples.jsonl").open("a") as stream:
             stream.write('{"step": 3, "torn')
-        assert run(["ppo", "--resume", folder]) == 0, moment
-        assert result(folder) == expected, moment
+        assert mlx_align("ppo", "--resume", folder) == 0, moment
+        assert outcome(folder) == expected, moment
         for pid in processes:
             with pytest.raises(ProcessLookupError):
                 os.kill(pid, 0)
-
-
-def poison(monkeypatch, owner, name, is_bad, spoil):
-    """From now on, batches of which `is_bad` says so are spoiled; they are counted from 1 on."""
-    original, calls = getattr(owner, name), []
-
-    def spoiled(*arguments):
-        calls.append(1)
-        batch = original(*arguments)
-        return spoil(batch) if is_bad(len(calls)) else batch
-
-    monkeypatch.setattr(owner, name, spoiled)
 
 
 def no_advantages(batch):
@@ -162,7 +126,7 @@ SPOILED = {
         ONCE,
         ppo.ValueTargets,
         "collate",
-        lambda b: b._replace(returns=b.returns * mx.nan),
+        with_nan("returns"),
     ),
     "shared": ("ppo", (*ONCE, "--critic", "shared"), RolloutBatch, "collate", no_advantages),
     "pairs": (
@@ -170,34 +134,34 @@ SPOILED = {
         ("--loss", "online_dpo"),
         dpo,
         "collate_pairs",
-        lambda b: b._replace(weight=b.weight * mx.nan),
+        with_nan("weight"),
     ),
 }
 
 
 @pytest.mark.parametrize("which", SPOILED)
-def test_updates_that_are_not_finite_are_skipped_and_counted(prompts, monkeypatch, capsys, which):
+def test_non_finite_on_policy_updates_are_skipped_and_counted(inputs, monkeypatch, capsys, which):
     command, options, owner, name, spoil = SPOILED[which]
     # All of the second rollout batch, whose updates have a microbatch each.
-    poison(monkeypatch, owner, name, lambda n: n in (3, 4), spoil)
+    change_results(monkeypatch, owner, name, spoil, lambda n: n in (3, 4))
     assert train(command, *options, "--on-non-finite", "skip") == 0
     out = capsys.readouterr().out
     assert "! an update of rollout batch 2 skipped: the loss is not finite on rows train" in out
-    rows = [row for row in rows_of("run") if "loss" in row]
+    rows = metric_rows("run", "loss")
     assert [row["step"] for row in rows] == [1, 2, 3]
     assert [row.get("skipped", 0) for row in rows] == [0, 2, 2]
     if which == "critic":
         assert "value/loss" not in rows[1]
     else:
         assert rows[1]["loss"] is None
-    assert json.loads(Path("run/summary.json").read_text())["skipped"] == 2
+    assert summary_of("run")["skipped"] == 2
     for file in Path("run").rglob("*.safetensors"):
         assert all(np.isfinite(np.array(w)).all() for w in mx.load(str(file)).values()), file
     assert Path("run/report.html").exists()
 
 
-def test_a_run_of_which_nothing_is_finite_ends(prompts, monkeypatch, capsys):
-    poison(monkeypatch, RolloutBatch, "collate", lambda _: True, no_advantages)
+def test_a_run_without_a_finite_update_is_an_error(inputs, monkeypatch, capsys):
+    change_results(monkeypatch, RolloutBatch, "collate", no_advantages)
     assert train("grpo", "--on-non-finite", "skip", output="hopeless") == 1
     error = capsys.readouterr().err
     assert "5 updates before it were skipped for the same" in error
@@ -207,33 +171,33 @@ def test_a_run_of_which_nothing_is_finite_ends(prompts, monkeypatch, capsys):
     assert error.count("\n") == 1
 
 
-def test_a_rollout_batch_that_is_half_learned_is_no_state(prompts, monkeypatch, capsys):
+def test_a_partly_trained_rollout_batch_is_not_saved(inputs, monkeypatch, capsys):
     """Its first update was made, the second is not finite: what is kept is from before both."""
     with monkeypatch.context() as patched:
-        poison(patched, RolloutBatch, "collate", lambda n: n == 6, no_advantages)
+        change_results(patched, RolloutBatch, "collate", no_advantages, lambda n: n == 6)
         assert train("grpo") == 1
     assert "--on-non-finite skip" in capsys.readouterr().err
-    assert run(["grpo", "--resume", "run"]) == 0
+    assert mlx_align("grpo", "--resume", "run") == 0
     assert train("grpo", output="whole") == 0
-    assert result("run") == result("whole")
+    assert outcome("run") == outcome("whole")
 
 
-def test_what_changed_is_named(prompts, monkeypatch, capsys):
+def test_changed_inputs_of_ppo_are_named_on_resume(inputs, monkeypatch, capsys):
     small = ("--iters", 1, "--grad-accumulation-steps", 1, "--lora-rank", 2, "--samples", 0)
-    shutil.copytree(TINY, "other")
-    for folder, base in (("rm", TINY), ("rm-2", "other")):
+    shutil.copytree(TINY_MODEL, "other")
+    for folder, base in (("rm", TINY_MODEL), ("rm-2", "other")):
         where = ("--model", base, "--data", "data", "--output", folder)
-        assert run(["reward", *map(str, (*where, *small))]) == 0
-    Path("shown.jsonl").write_text('{"prompt": "a", "completion": " b"}\n' * 4)
+        assert mlx_align("reward", *where, *small) == 0
+    write_rows("shown.jsonl", [{"prompt": "a", "completion": " b"}] * 4)
     judges = ("--reward-model", "rm", "--eval-reward-model", "rm-2")
     shown = ("--ptx-data", "shown.jsonl", "--ptx-coef", 0.1)
     with monkeypatch.context() as patched:
-        nth(patched, RolloutEvaluation, "evaluate", 1, lambda: signal.raise_signal(signal.SIGINT))
+        before_call(patched, RolloutEvaluation, "evaluate", 1, interrupt)
         assert train("ppo", *judges, *shown) == 130
 
     def refused():
         capsys.readouterr()
-        assert run(["ppo", "--resume", "run"]) == 1
+        assert mlx_align("ppo", "--resume", "run") == 1
         error = capsys.readouterr().err
         assert error.count("\n") == 1
         return error
@@ -264,4 +228,4 @@ def test_what_changed_is_named(prompts, monkeypatch, capsys):
     # What is the same elsewhere is the same, and a function may get more time.
     shutil.move("rm", "moved")
     more = ("--reward-model", "moved", "--reward-timeout", "99")
-    assert run(["ppo", "--resume", "run", *more]) == 0
+    assert mlx_align("ppo", "--resume", "run", *more) == 0

@@ -3,14 +3,12 @@
 import ast
 import json
 import shutil
-from pathlib import Path
 
 import pytest
+from helpers.data import write_rows
+from helpers.paths import ROOT, TINY_MODEL
+from helpers.runs import mlx_align
 
-from mlx_align.cli.main import run
-
-ROOT = Path(__file__).parent.parent.parent
-TINY = Path(__file__).parent.parent / "oracle" / "models" / "policy"
 FORBIDDEN_MODULES = {"pickle", "cPickle", "dill", "joblib", "shelve", "marshal", "runpy", "code"}
 FORBIDDEN_CALLS = {"eval", "exec", "compile", "__import__"}
 # Called with arguments that make them safe, or not at all.
@@ -20,7 +18,7 @@ YAML_LOADERS = {"load", "load_all", "full_load", "unsafe_load", "unsafe_load_all
 @pytest.mark.parametrize(
     "file", sorted((ROOT / "mlx_align").rglob("*.py")), ids=lambda p: f"{p.parent.name}/{p.stem}"
 )
-def test_no_call_that_executes_what_it_loads(file):
+def test_the_package_calls_nothing_that_executes_data(file):
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             assert not {a.name.split(".")[0] for a in node.names} & FORBIDDEN_MODULES, file
@@ -47,10 +45,10 @@ def _check_call(node, file):
 
 
 @pytest.mark.parametrize("kind", ["tokenizer", "model", "template"])
-def test_a_model_that_brings_code_is_refused_or_read_without_it(tmp_path, capsys, kind):
+def test_code_in_a_model_folder_is_not_executed(tmp_path, capsys, kind):
     """Code in a model folder would leave a file; none is left."""
     model, trace = tmp_path / "model", tmp_path / "executed"
-    shutil.copytree(TINY, model)
+    shutil.copytree(TINY_MODEL, model)
     (model / "own.py").write_text(
         f"open({str(trace)!r}, 'w').write('yes')\n"
         "class Own: pass\nclass Model: pass\nclass ModelArgs: pass\n"
@@ -68,29 +66,26 @@ def test_a_model_that_brings_code_is_refused_or_read_without_it(tmp_path, capsys
     config_file.write_text(json.dumps(config))
     tokenizer_file.write_text(json.dumps(tokenizer))
     rows = [{"prompt": f"{i}?", "chosen": " yes", "rejected": " no"} for i in range(4)]
-    data = tmp_path / "pairs.jsonl"
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    command = ["dpo", "--model", str(model), "--data", str(data), "--iters", "1", "--samples", "0"]
-    command += ["--output", str(tmp_path / "run"), "--reference-cache", str(tmp_path / "cache")]
-    assert run(command) in (0, 1)
+    data = write_rows(tmp_path / "pairs.jsonl", rows)
+    where = ("--model", model, "--data", data, "--output", tmp_path / "run")
+    assert mlx_align("dpo", *where, "--iters", 1, "--samples", 0) in (0, 1)
     error = capsys.readouterr().err
     assert error.count("\n") <= 1
     assert not trace.exists()
 
 
-def test_names_in_archives_lead_nowhere(tmp_path, capsys):
+def test_files_outside_of_the_model_folder_are_not_read(tmp_path, capsys):
     """A manifest or index that names files elsewhere: they are not read, nor written."""
     model = tmp_path / "model"
-    shutil.copytree(TINY, model)
+    shutil.copytree(TINY_MODEL, model)
     weights = next(model.glob("*.safetensors"))
     outside = tmp_path / "outside.safetensors"
     shutil.move(weights, outside)
     index = {"metadata": {}, "weight_map": {"lm_head.weight": "../outside.safetensors"}}
     (model / "model.safetensors.index.json").write_text(json.dumps(index))
-    data = tmp_path / "pairs.jsonl"
-    data.write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n' * 4)
-    command = ["dpo", "--model", str(model), "--data", str(data), "--output", str(tmp_path / "r")]
-    assert run([*command, "--reference-cache", str(tmp_path / "cache")]) == 1
+    rows = [{"prompt": "a", "chosen": "b", "rejected": "c"}] * 4
+    data = write_rows(tmp_path / "pairs.jsonl", rows)
+    assert mlx_align("dpo", "--model", model, "--data", data, "--output", tmp_path / "run") == 1
     error = capsys.readouterr().err
     assert error.startswith("error: ")
     assert error.count("\n") == 1

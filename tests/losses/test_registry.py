@@ -191,7 +191,7 @@ def test_combined_options_reach_every_part_and_must_reach_one():
         ("orpo", False, False, False),
     ],
 )
-def test_what_a_combination_asks_of_the_run(text, reference, soft, coupled):
+def test_requirements_of_a_combination(text, reference, soft, coupled):
     loss = combine(parse_losses(text), {})
     assert (loss.needs_reference, loss.soft_labels, loss.couples_batch) == (
         reference,
@@ -201,7 +201,7 @@ def test_what_a_combination_asks_of_the_run(text, reference, soft, coupled):
 
 
 @pytest.mark.parametrize("name", PAIRWISE_LOSSES)
-def test_flags_are_true_of_the_functions(name):
+def test_flags_agree_with_the_functions(name):
     """A field that a loss says it does not read does not move it."""
     loss, entry = combine(((name, 1.0),), {}), PAIRWISE_LOSSES[name]
     logps = PairLogps(*(mx.broadcast_to(field, (2,)) for field in LOGPS))

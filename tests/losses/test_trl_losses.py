@@ -24,10 +24,7 @@ from pathlib import Path
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
-from mlx.utils import tree_flatten
-from mlx_lm.models import llama
-from mlx_lm.tuner.lora import LoRALinear
-from oracle_helpers import (
+from helpers.oracle import (
     BATCHES,
     DPO_CASES,
     ORACLE,
@@ -44,6 +41,9 @@ from oracle_helpers import (
     mask_of,
     pair_rows,
 )
+from mlx.utils import tree_flatten
+from mlx_lm.models import llama
+from mlx_lm.tuner.lora import LoRALinear
 
 from mlx_align.losses import masking
 from mlx_align.losses.pairwise import linear_loss, loss_and_logps_gradient, odds_ratio_loss

@@ -19,8 +19,7 @@ import mlx.nn as nn
 import mlx_lm
 import numpy as np
 import pytest
-from mlx.utils import tree_flatten, tree_map
-from oracle_helpers import (
+from helpers.oracle import (
     BATCHES,
     ONE_BY_ONE,
     ORACLE,
@@ -33,6 +32,7 @@ from oracle_helpers import (
     load,
     microbatches,
 )
+from mlx.utils import tree_flatten, tree_map
 
 from mlx_align.data.batching import collate_groups
 from mlx_align.losses.masking import masked_mean, masked_sum
@@ -180,7 +180,7 @@ def check_policy(name, model, sample_and_values, sizes, loss_tol=1e-5):
 GRPO_CASES = sorted(path.stem for path in (ORACLE / "cases").glob("grpo_*.json"))
 
 
-def test_all_cases_are_here():
+def test_all_recorded_cases_are_tested():
     counts = {
         kind: len(list((ORACLE / "cases").glob(f"{kind}_*.json")))
         for kind in ("grpo", "rloo", "adv", "ppo")
@@ -189,13 +189,13 @@ def test_all_cases_are_here():
 
 
 @pytest.mark.parametrize("name", GRPO_CASES)
-def test_grpo_family_plainly(name, policy):
+def test_grpo_family_computed_directly(name, policy):
     check_policy(name, policy, lambda model, temperature, _: plain_values(model, temperature), (4,))
 
 
 @pytest.mark.parametrize("name", GRPO_CASES)
 @pytest.mark.parametrize("sizes", [TOGETHER, ONE_BY_ONE], ids=["batch", "accumulated"])
-def test_grpo_family_the_packages_way(name, sizes, policy):
+def test_grpo_family_through_the_package(name, sizes, policy):
     if name == "grpo_bnpo" and sizes == ONE_BY_ONE:
         pytest.skip("bnpo is the mean of a microbatch's tokens: another loss when it is split")
     policy.train()
@@ -343,7 +343,7 @@ def test_advantages_of_several_rewards(name):
 def test_ppo(name):
     """Rewards, advantages, returns, both losses and their gradients.
 
-    There the score of a completion shorter than the batch stands one position *behind* its last
+    There the score of a completion shorter than the batch is one position *behind* its last
     token, where the critic has a value too; k3 in the reward is there to be compared with.
     """
     record = case(name)

@@ -31,7 +31,7 @@ def test_ld_mask():
 
 
 def test_wpo_weight():
-    """A uniform distribution gives 1 whatever its size; no gradient reaches the weight."""
+    """A uniform distribution of any size gives 1; no gradient reaches the weight."""
     logps = mx.full((1, 3), -math.log(50))
     mask = mx.array([[True, True, False]])
     assert masking.wpo_weight(logps, logps, mask).item() == pytest.approx(1.0)

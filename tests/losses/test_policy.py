@@ -9,6 +9,9 @@ from itertools import pairwise
 import mlx.core as mx
 import numpy as np
 import pytest
+from helpers.strategies import PROPERTY, orders, splits
+from hypothesis import given
+from hypothesis import strategies as st
 
 from mlx_align.losses.policy import POLICY_METHODS, PolicyMethod, policy_loss, policy_totals
 from mlx_align.losses.value import explained_variance, value_loss
@@ -90,7 +93,7 @@ class Bandit:
         reward_of=token_rewards,
         old_is_reference=False,
     ):
-        """The policy after so many rollouts; the critic is the exact expectation."""
+        """The policy after these rollouts; the critic is the exact expectation."""
         mask = mx.array(self.mask)
         totals = policy_totals([mask], method, 1)
         reference = mx.array(self.reference.astype(np.float32))[:, None]
@@ -181,7 +184,7 @@ def test_k2_as_a_loss_reaches_the_optimum_and_k3_another(bandit):
     assert distance(other, bandit.optimum(0.5)) > 0.1
 
 
-def test_goodhart():
+def test_a_proxy_reward_over_optimises_as_predicted():
     """A proxy that overrates one bad answer: what is really wanted rises and then falls."""
     gold, proxy = np.array([0, 0.5, 1, 2, -2]), np.array([0, 0.5, 1, 2, 4])
     reference = np.array([*(0.9999 * np.array([0.5, 0.3, 0.15, 0.05])), 1e-4])
@@ -253,8 +256,8 @@ def test_aggregation(aggregation, expected):
 
 
 @PRESETS
-def test_where_the_policy_is_the_old_one_all_are_the_policy_gradient(name):
-    """∂loss/∂log π = −A by the aggregation's weight, whatever clips, gates or ratios there are."""
+def test_gradients_of_the_first_update_are_the_policy_gradient(name):
+    """∂loss/∂log π = −A times the aggregation's weight, for every kind of clip, gate and ratio."""
     method = POLICY_METHODS[name]
     sample = make_sample()
     ones = mx.ones(sample.mask.shape)
@@ -276,7 +279,7 @@ def test_where_the_policy_is_the_old_one_all_are_the_policy_gradient(name):
     assert sums["ratio/deviation"] == 0
 
 
-def test_registry_names_what_exists():
+def test_components_of_every_method():
     names = {method.advantage for method in POLICY_METHODS.values()}
     assert names - {"gae"} <= GROUP_ADVANTAGES.keys()
     expected = {
@@ -326,6 +329,34 @@ def test_accumulation_is_exact(name, changes):
             assert mx.abs(other - grad).max().item() < 1e-6
 
 
+@PRESETS
+@PROPERTY
+@given(st.data())
+def test_padding_order_and_microbatches_do_not_change_the_update(name, data):
+    method, sample = POLICY_METHODS[name], make_sample(seed=data.draw(st.integers(0, 2**32 - 1)))
+    order, padding = data.draw(orders(8)), data.draw(st.integers(0, 4))
+    parts = [mx.array(part) for part in data.draw(splits(order))]
+
+    def padded(part):
+        return PolicySample(*(mx.pad(array[part], ((0, 0), (0, padding))) for array in sample))
+
+    def update(samples):
+        masks = [one.mask for one in samples]
+        totals = policy_totals(masks, method, 6, [one.entropies for one in samples])
+        found = [loss_and_gradients(method, one, totals) for one in samples]
+        sums = {key: sum(one[2][key] for one in found) for key in found[0][2]}
+        grads = [mx.concatenate([one[1][i] for one in found]) for i in (0, 1)]
+        return sum(one[0] for one in found), grads, sums
+
+    loss, grads, sums = update([sample])
+    other_loss, other_grads, other_sums = update([padded(part) for part in parts])
+    assert other_loss == pytest.approx(loss, abs=1e-6)
+    assert other_sums == pytest.approx(sums, rel=1e-5, abs=1e-5)
+    for other, grad in zip(other_grads, grads, strict=True):
+        assert mx.abs(other[:, :6] - grad[mx.array(order)]).max().item() < 1e-6
+        assert not other[:, 6:].any().item()
+
+
 def test_local_token_mean_depends_on_the_split():
     """As its name says: TRL's bnpo, and the defect that the others are without."""
     method, sample = replace(PLAIN, aggregation="local_token_mean"), make_sample()
@@ -361,7 +392,7 @@ def test_only_log_probs_and_entropies_have_a_gradient(monkeypatch):
 
 
 @PRESETS
-def test_garbage_off_the_mask_is_ignored(name):
+def test_values_outside_of_the_mask_are_ignored(name):
     method, clean = replace(POLICY_METHODS[name], kl="k3_corrected"), make_sample()
     totals = policy_totals([clean.mask], method, 6)
     expected = loss_and_gradients(method, clean, totals)
@@ -382,7 +413,7 @@ def test_garbage_off_the_mask_is_ignored(name):
 
 @PRESETS
 @pytest.mark.parametrize("width", [0, 1, 4])
-def test_nothing_to_learn_is_zero_and_no_nan(name, width):
+def test_an_empty_mask_gives_a_loss_of_zero(name, width):
     """An update whose completions are all skipped or empty, and one of zero advantages."""
     method = replace(POLICY_METHODS[name], kl="k2", entropy_quantile=0.2)
     for masked in (0.0, 1.0):
@@ -410,7 +441,7 @@ def test_far_from_the_old_policy_and_the_reference_is_finite(name):
         assert all(math.isfinite(value) for value in sums.values())
 
 
-def test_k2_pulls_back_from_anywhere():
+def test_k2_has_a_gradient_far_from_the_reference():
     method = replace(PLAIN, kl="k2")
     sample = make_sample()._replace(advantages=mx.zeros((8, 6)), correction=mx.ones((8, 6)))
     sample = sample._replace(logps=sample.reference_logps + 50.0)
@@ -420,8 +451,8 @@ def test_k2_pulls_back_from_anywhere():
     assert mx.where(sample.mask, grad, expected).tolist() == [pytest.approx([expected] * 6)] * 8
 
 
-def test_compiled_with_coefficients_that_change():
-    """One trace, whatever they become."""
+def test_coefficients_can_change_after_compilation():
+    """Coefficients are arguments of one compiled function."""
     sample, method = make_sample(), POLICY_METHODS["grpo"]
     totals = policy_totals([sample.mask], method, 6)
     traces = []
@@ -438,7 +469,7 @@ def test_compiled_with_coefficients_that_change():
     assert len(traces) == 3
 
 
-def test_what_has_no_effect_is_refused():
+def test_options_without_effect_are_refused():
     sample = make_sample()._replace(entropies=None)
     method = POLICY_METHODS["dapo"]
     totals = policy_totals([sample.mask], method, 6)
@@ -479,7 +510,7 @@ def test_value_loss():
         return value_loss(values, old, returns, mask, clip=0.2).sum()
 
     by_value, by_old, by_return = mx.grad(total, argnums=(0, 1, 2))(values, old, returns)
-    # Outside the clip where that is the worse error there is none: the value has moved enough.
+    # No gradient if the clipped error is the larger one: the value has moved enough.
     assert by_value[0].tolist() == pytest.approx([0.0, -0.9, 1.5, 0.0])
     assert not mx.any(by_old).item()
     assert not mx.any(by_return).item()

@@ -3,101 +3,50 @@
 import json
 import random
 import shutil
-import signal
 from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 import pytest
+from helpers.data import assistant, read_rows, user, write_rows, write_splits
+from helpers.paths import ORACLE, TINY_MODEL
+from helpers.runs import metric_rows, mlx_align, stop_after, summary_of
 from mlx_lm import generate as mlx_lm_generate
 from mlx_lm import load as mlx_lm_load
-from mlx_lm.convert import convert
 
 from mlx_align import RewardModel
-from mlx_align.cli.main import run
 from mlx_align.errors import ConfigError, DataError, ModelError
+from mlx_align.inference.scoring import make_group
 from mlx_align.system.starter import shipped_file
-from mlx_align.training.callbacks import Callbacks
 
-TINY = Path(__file__).parent.parent / "oracle" / "models" / "policy"
 SMALL = ("--batch-size", 4, "--grad-accumulation-steps", 2, "--samples", 2)
 HOT = ("--learning-rate", "3e-3", "--warmup", 0)
 HEAD, ADAPTER = "reward_head.safetensors", "adapters.safetensors"
 
 
-@pytest.fixture(scope="session")
-def models(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("reward-models")
-    convert(str(TINY), str(folder / "bfloat16"), dtype="bfloat16")
-    convert(str(TINY), str(folder / "4-bit"), quantize=True, q_bits=4, q_group_size=32)
-    return {"float32": TINY, "bfloat16": folder / "bfloat16", "4-bit": folder / "4-bit"}
-
-
-def write(folder, **splits):
-    folder.mkdir(exist_ok=True)
-    for name, rows in splits.items():
-        lines = "".join(json.dumps(row) + "\n" for row in rows)
-        (folder / f"{name}.jsonl").write_text(lines)
-    return folder
-
-
-def user(text):
-    return [{"role": "user", "content": text}]
-
-
-def assistant(text):
-    return [{"role": "assistant", "content": text}]
-
-
-@pytest.fixture(scope="session")
-def pairs(tmp_path_factory):
-    """Pairs whose chosen answers say yes and whose rejected ones say no, of any length."""
-    draw = random.Random(0)
-
-    def row(name, i):
-        tails = ["a" * draw.randint(0, 8) for _ in range(2)]
-        return {
-            "prompt": user(f"{name} {i}: is {draw.choice(['sun', 'rain', 'wind'])} good?"),
-            "chosen": assistant(f"yes {tails[0]}"),
-            "rejected": assistant(f"no {tails[1]}"),
-        }
-
-    train, valid = ([row(name, i) for i in range(n)] for name, n in (("train", 40), ("valid", 12)))
-    return write(tmp_path_factory.mktemp("reward-pairs"), train=train, valid=valid)
-
-
 @pytest.fixture
-def train(tmp_path, pairs, monkeypatch):
-    """Runs `mlx-align reward` in this process; the exit code and the run folder."""
-    monkeypatch.chdir(tmp_path)
+def train_reward(train, pairs):
+    """Runs `mlx-align reward` on the pairs; the exit code and the run folder."""
 
-    def call(model, *options, output="run", data=pairs):
-        where = ["--model", str(model), "--data", str(data), "--output", output]
-        code = run(["reward", *where, *(str(option) for option in (*SMALL, *options))])
-        return code, tmp_path / output
+    def call(*options, **where):
+        return train("reward", *SMALL, *options, **{"data": pairs, **where})
 
     return call
 
 
-def rows_of(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def summary_of(folder):
-    return json.loads((folder / "summary.json").read_text())
-
-
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "4-bit"])
-def test_a_run_learns_reports_and_loads_in_stock_mlx_lm(train, models, dtype, capsys):
-    code, folder = train(models[dtype], *HOT, "--iters", 12, "--steps-per-report", 1)
+def test_a_run_learns_reports_and_loads_in_stock_mlx_lm(train_reward, tiny_models, dtype, capsys):
+    code, folder = train_reward(
+        *HOT, "--iters", 12, "--steps-per-report", 1, model=tiny_models[dtype]
+    )
     assert code == 0
     out = capsys.readouterr().out
     assert "on 12 held-out comparisons" in out
-    assert f"mlx-align score --model {models[dtype]} --adapter-path run" in out
-    rows = [row for row in rows_of(folder) if "loss" in row]
+    assert f"mlx-align score --model {tiny_models[dtype]} --adapter-path run" in out
+    rows = metric_rows(folder, "loss")
     assert [row["step"] for row in rows] == list(range(1, 13))
     assert rows[-1]["loss"] < 0.5 < rows[0]["loss"]
-    held_out = [row for row in rows_of(folder) if "eval/loss" in row]
+    held_out = metric_rows(folder, "eval/loss")
     assert [row["step"] for row in held_out] == [0, 12]
     assert held_out[-1]["eval/rewards/accuracies"] == 1
     summary = summary_of(folder)
@@ -111,7 +60,7 @@ def test_a_run_learns_reports_and_loads_in_stock_mlx_lm(train, models, dtype, ca
     assert said in out
     assert said in (folder / "report.html").read_text()
     assert any("above 90%" in warning for warning in report["warnings"])
-    samples = [json.loads(row) for row in (folder / "samples.jsonl").read_text().splitlines()]
+    samples = read_rows(folder / "samples.jsonl")
     assert len(samples) == 2
     texts = [answer["text"] for answer in samples[0]["completions"]]
     assert texts[0].startswith("yes")
@@ -121,62 +70,50 @@ def test_a_run_learns_reports_and_loads_in_stock_mlx_lm(train, models, dtype, ca
     head = mx.load(str(folder / HEAD))
     assert list(head) == ["reward_head.weight"]
     assert head["reward_head.weight"].dtype == mx.float32
-    model, tokenizer = mlx_lm_load(str(models[dtype]), adapter_path=str(folder))
+    model, tokenizer = mlx_lm_load(str(tiny_models[dtype]), adapter_path=str(folder))
     assert mlx_lm_generate(model, tokenizer, "is sun good?", max_tokens=4)
 
 
-def stop_after(monkeypatch, step, stop=lambda: signal.raise_signal(signal.SIGINT)):
-    """Call `stop` as soon as this step is done."""
-    original = Callbacks.on_step_end
-
-    def on_step_end(self, at, metrics):
-        result = original(self, at, metrics)
-        if at == step:
-            stop()
-        return result
-
-    monkeypatch.setattr(Callbacks, "on_step_end", on_step_end)
-
-
-def test_a_resumed_run_ends_with_the_same_bytes(train, models, tmp_path, capsys, monkeypatch):
+def test_a_resumed_run_ends_with_the_same_bytes(train_reward, tmp_path, capsys, monkeypatch):
     options = (*HOT, "--iters", 6, "--lora-dropout", 0.1, "--members", 2)
-    assert train(models["float32"], *options, output="whole")[0] == 0
+    assert train_reward(*options, output="whole")[0] == 0
     with monkeypatch.context() as patched:
         stop_after(patched, 3)
-        assert train(models["float32"], *options, output="parts")[0] == 130
+        assert train_reward(*options, output="parts")[0] == 130
     assert "resume with: mlx-align reward --resume parts" in capsys.readouterr().out
     parts = tmp_path / "parts"
     checkpoint = parts / "checkpoints" / "0000003"
     head = (checkpoint / HEAD).read_bytes()
     (checkpoint / HEAD).unlink()
-    assert run(["reward", "--resume", str(parts)]) == 1
+    assert mlx_align("reward", "--resume", parts) == 1
     assert "damaged, and the only checkpoint" in capsys.readouterr().err
     (checkpoint / HEAD).write_bytes(head)
-    assert run(["reward", "--resume", str(parts)]) == 0
+    assert mlx_align("reward", "--resume", parts) == 0
     for name in (HEAD, ADAPTER):
         assert (parts / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     assert summary_of(parts)["held_out"] == summary_of(tmp_path / "whole")["held_out"]
 
 
-def test_full_fine_tuning_and_a_start_from_a_reward_model(train, models, tmp_path, capsys):
+def test_full_fine_tuning_and_a_start_from_a_reward_model(train_reward, tmp_path, capsys):
     options = ("--fine-tune-type", "full", "--learning-rate", "3e-4", "--iters", 6)
-    code, folder = train(models["float32"], *options, "--steps-per-report", 1, output="full")
+    code, folder = train_reward(*options, "--steps-per-report", 1, output="full")
     assert code == 0
-    rows = [row["loss"] for row in rows_of(folder) if "loss" in row]
+    rows = [row["loss"] for row in metric_rows(folder, "loss")]
     assert rows[-1] < rows[0]
-    scores = RewardModel.load(str(models["float32"]), folder).score(user("is sun good?"), ["yes"])
+    scores = RewardModel.load(str(TINY_MODEL), folder).score(user("is sun good?"), ["yes"])
     start = ("--init-adapter", folder, "--iters", 1, "--learning-rate", "1e-9")
-    assert train(models["float32"], *start, output="again")[0] == 0
-    again = RewardModel.load(str(models["float32"]), tmp_path / "again")
+    assert train_reward(*start, output="again")[0] == 0
+    again = RewardModel.load(str(TINY_MODEL), tmp_path / "again")
     assert again.score(user("is sun good?"), ["yes"]) == pytest.approx(scores, abs=1e-5)
     capsys.readouterr()
-    assert train(models["float32"], *start, "--members", 2, output="more")[0] == 1
+    assert train_reward(*start, "--members", 2, output="more")[0] == 1
     assert "--members 2: --init-adapter" in capsys.readouterr().err
 
 
-def test_a_start_from_a_classifier(train, tmp_path):
-    base = Path(__file__).parent.parent / "oracle" / "models" / "reward"
-    assert train(base, "--iters", 1, "--learning-rate", "1e-9", "--batch-size", 2)[0] == 0
+def test_a_start_from_a_classifier(train_reward, tmp_path):
+    base = ORACLE / "models" / "reward"
+    options = ("--iters", 1, "--learning-rate", "1e-9", "--batch-size", 2)
+    assert train_reward(*options, model=base)[0] == 0
     start = RewardModel.load(str(base), tmp_path / "run")
     # The same head on the same weights, but read at the end token, not behind it.
     same = RewardModel.load(str(base))
@@ -195,40 +132,40 @@ RANKED = [
 
 
 @pytest.mark.parametrize("ties", ["skip", "half"])
-def test_ranked_lists_with_ties_and_margins(train, models, tmp_path, ties, capsys):
-    data = write(tmp_path / "ranked", train=RANKED[:18], valid=RANKED[18:])
+def test_ranked_lists_with_ties_and_margins(train_reward, tmp_path, ties, capsys):
+    data = write_splits(tmp_path / "ranked", train=RANKED[:18], valid=RANKED[18:])
     options = (*HOT, "--iters", 10, "--rating-margin", 0.5, "--ties", ties)
-    code, folder = train(models["float32"], *options, data=data)
+    code, folder = train_reward(*options, data=data)
     assert code == 0
     assert "18 ranked lists of up to 4 completions" in capsys.readouterr().out
     report = summary_of(folder)["held_out"]
     # Of 4: six pairs without the tie; of 3: three without it.
     assert report["comparisons"] == 3 * 5 + 3 * 2
     assert report["accuracy"] > 0.9
-    sample = json.loads((folder / "samples.jsonl").read_text().splitlines()[1])
+    sample = read_rows(folder / "samples.jsonl")[1]
     assert len(sample["completions"]) == 3  # no filler among them
 
 
-def test_soft_labels_and_margins_are_said(train, models, tmp_path, pairs, capsys):
-    rows = [json.loads(line) for line in (pairs / "train.jsonl").read_text().splitlines()]
+def test_soft_labels_and_margins_are_reported(train_reward, tmp_path, pairs, capsys):
+    rows = read_rows(pairs / "train.jsonl")
     for row in rows[:7]:
         row.update(votes_chosen=3, votes_rejected=1)
     for row in rows[:5]:
         row["margin"] = 0.5
-    data = write(tmp_path / "voted", train=rows[:20], valid=rows[20:26])
-    assert train(models["float32"], "--iters", 1, data=data)[0] == 0
+    data = write_splits(tmp_path / "voted", train=rows[:20], valid=rows[20:26])
+    assert train_reward("--iters", 1, data=data)[0] == 0
     out = capsys.readouterr().out
     assert "7 pairs have a soft label" in out
     assert "5 pairs name their margin (0.5 on average)" in out
 
 
-def test_where_the_longer_is_always_chosen_the_report_says_so(train, models, tmp_path, capsys):
+def test_a_length_bias_is_reported(train_reward, tmp_path, capsys):
     rows = [
         {"prompt": f"Go {i}", "chosen": " on" * (6 + i % 5), "rejected": " on" * (1 + i % 4)}
         for i in range(160)
     ]
-    data = write(tmp_path / "longer", train=rows[:40], valid=rows[40:])
-    assert train(models["float32"], *HOT, "--iters", 10, data=data)[0] == 0
+    data = write_splits(tmp_path / "longer", train=rows[:40], valid=rows[40:])
+    assert train_reward(*HOT, "--iters", 10, data=data)[0] == 0
     out = capsys.readouterr().out
     assert '"pick the longer" gets 100.0% of them' in out
     assert '! "pick the longer" alone gains 50.0% over chance' in out
@@ -261,18 +198,18 @@ def polite_pairs(countries, count, draw):
     ]
 
 
-def test_a_planted_rule_is_learned(train, tmp_path):
-    """On the starter: politeness wins, whatever the length; held-out countries."""
+def test_a_planted_rule_is_learned(train_reward, tmp_path):
+    """On the starter: polite answers win, independent of length; on held-out countries."""
     countries = json.loads(shipped_file("starter/world.json").read_text())["countries"]
     draw = random.Random(0)
-    data = write(
+    data = write_splits(
         tmp_path / "polite",
         train=polite_pairs(countries[:16], 160, draw),
         valid=polite_pairs(countries[16:], 100, draw),
     )
     options = ("--batch-size", 8, "--grad-accumulation-steps", 1, "--no-grad-checkpoint")
     fast = ("--learning-rate", "1e-3", "--epochs", 1, "--val-batches", 1)
-    code, folder = train(shipped_file("starter/model"), *options, *fast, data=data)
+    code, folder = train_reward(*options, *fast, model=shipped_file("starter/model"), data=data)
     assert code == 0
     report = summary_of(folder)["held_out"]
     assert report["accuracy"] > 0.95
@@ -285,24 +222,21 @@ def test_a_planted_rule_is_learned(train, tmp_path):
 
 
 @pytest.fixture
-def ensemble(train, models):
-    assert train(models["float32"], *HOT, "--iters", 4, "--members", 3, output="three")[0] == 0
-    return models["float32"], Path("three").absolute()
+def ensemble(train_reward):
+    assert train_reward(*HOT, "--iters", 4, "--members", 3, output="three")[0] == 0
+    return TINY_MODEL, Path("three").absolute()
 
 
-def score(*arguments):
-    return run(["score", *(str(argument) for argument in arguments)])
-
-
-def test_score_writes_every_row_again(ensemble, pairs, tmp_path, capsys):
+def test_score_adds_scores_to_every_row(ensemble, pairs, tmp_path, capsys):
     base, folder = ensemble
     where = ("--model", base, "--adapter-path", folder)
-    assert score(*where, "--data", pairs, "--split", "valid", "--output", "out.jsonl") == 0
+    held_out = ("--data", pairs, "--split", "valid")
+    assert mlx_align("score", *where, *held_out, "--output", "out.jsonl") == 0
     out = capsys.readouterr().out
     assert "accuracy" in out
     assert "Wrote 24 scores to out.jsonl" in out
-    lines = [json.loads(line) for line in Path("out.jsonl").read_text().splitlines()]
-    rows = [json.loads(line) for line in (pairs / "valid.jsonl").read_text().splitlines()]
+    lines = read_rows("out.jsonl")
+    rows = read_rows(pairs / "valid.jsonl")
     assert [{k: line[k] for k in row} for line, row in zip(lines, rows, strict=True)] == rows
     model = RewardModel.load(str(base), folder)
     for line in lines[:4]:
@@ -312,31 +246,30 @@ def test_score_writes_every_row_again(ensemble, pairs, tmp_path, capsys):
         assert members.shape == (2, 3)
         assert members.mean(axis=1).tolist() == pytest.approx(wanted, abs=1e-5)
     # The run's own report is of the same held-out pairs.
-    json_options = ("--split", "valid", "--output", "other.jsonl", "--json")
-    assert score(*where, "--data", pairs, *json_options) == 0
+    assert mlx_align("score", *where, *held_out, "--output", "other.jsonl", "--json") == 0
     found = json.loads(capsys.readouterr().out)["pairs"]
     report = summary_of(folder)["held_out"]
     assert found["accuracy"] == report["accuracy"]
     assert found["ece"] == pytest.approx(report["ece"], abs=1e-5)
-    assert score(*where, "--data", "out.jsonl", "--output", "x.jsonl") == 1
+    assert mlx_align("score", *where, "--data", "out.jsonl", "--output", "x.jsonl") == 1
     assert "has scores already" in capsys.readouterr().err
-    assert score(*where, "--data", pairs, "--output", "out.jsonl") == 1
+    assert mlx_align("score", *where, "--data", pairs, "--output", "out.jsonl") == 1
     assert "exists already" in capsys.readouterr().err
 
 
 def test_combining_members(ensemble):
     base, folder = ensemble
-    asked = user("valid 3: is rain good?"), ["yes aaa", "no", "yes"]
+    conversation = user("valid 3: is rain good?"), ["yes aaa", "no", "yes"]
 
     def load(**how):
         return RewardModel.load(str(base), folder, **how)
 
-    (scored,) = load().score_groups([_group(*asked)])
+    (scored,) = load().score_groups([make_group("score()", *conversation)])
     members = scored.members.astype(np.float64)
-    assert load().score(*asked) == pytest.approx(members.mean(axis=1).tolist(), abs=1e-6)
-    assert load(combine="min").score(*asked) == pytest.approx(members.min(axis=1).tolist())
+    assert load().score(*conversation) == pytest.approx(members.mean(axis=1).tolist(), abs=1e-6)
+    assert load(combine="min").score(*conversation) == pytest.approx(members.min(axis=1).tolist())
     penalised = members.mean(axis=1) - 0.5 * members.var(axis=1)
-    found = load(combine="mean-variance", variance_penalty=0.5).score(*asked)
+    found = load(combine="mean-variance", variance_penalty=0.5).score(*conversation)
     assert found == pytest.approx(penalised.tolist(), abs=1e-5)
     assert members.std(axis=1).min() > 1e-3
     for how, message in (
@@ -348,27 +281,21 @@ def test_combining_members(ensemble):
         with pytest.raises(ConfigError, match=message):
             load(**how)
     with pytest.raises(ConfigError, match="has no effect on a model of one member"):
-        RewardModel.load(str(TINY.parent / "reward"), combine="min")
+        RewardModel.load(str(ORACLE / "models" / "reward"), combine="min")
 
 
-def _group(prompt, completions):
-    from mlx_align.inference.scoring import make_group
-
-    return make_group("score()", prompt, completions)
-
-
-def test_company_does_not_change_a_score(ensemble, monkeypatch):
+def test_scores_do_not_depend_on_batch_mates(ensemble, monkeypatch):
     base, folder = ensemble
     model = RewardModel.load(str(base), folder, batch_size=5)
     rows = [(user(f"is {'very ' * i}good?"), ["yes", "no" * (i + 1)]) for i in range(7)]
     rows.append((user("one?"), ["only this", "this", "or that one"]))
-    together = model.score_groups([_group(*row) for row in rows])
+    together = model.score_groups([make_group("score()", *row) for row in rows])
     for row, scored in zip(rows, together, strict=True):
         alone = [model.score(row[0], [completion])[0] for completion in row[1]]
         assert scored.scores.tolist() == pytest.approx(alone, abs=1e-5)
 
 
-def test_rows_that_can_not_be_scored_keep_their_place(ensemble, tmp_path):
+def test_rows_that_cannot_be_scored_keep_their_place(ensemble, tmp_path):
     base, folder = ensemble
     rows = [
         {"prompt": "Say", "completions": [" yes", " yes"]},
@@ -376,10 +303,10 @@ def test_rows_that_can_not_be_scored_keep_their_place(ensemble, tmp_path):
         {"prompt": "Say", "completions": []},
         {"prompt": "Say", "completions": [" no", " yes", " well"], "id": 7},
     ]
-    data = write(tmp_path / "lists", train=rows) / "train.jsonl"
+    data = write_splits(tmp_path / "lists", train=rows) / "train.jsonl"
     options = ("--data", data, "--output", "out.jsonl", "--max-seq-length", 64)
-    assert score("--model", base, "--adapter-path", folder, *options) == 0
-    lines = [json.loads(line) for line in Path("out.jsonl").read_text().splitlines()]
+    assert mlx_align("score", "--model", base, "--adapter-path", folder, *options) == 0
+    lines = read_rows("out.jsonl")
     same, long, none, three = lines
     assert same["model_scores"][0] == pytest.approx(same["model_scores"][1], abs=1e-6)
     assert long["model_scores"] is None
@@ -389,7 +316,7 @@ def test_rows_that_can_not_be_scored_keep_their_place(ensemble, tmp_path):
     assert three["id"] == 7
 
 
-def test_a_run_has_to_fit_tensor_by_tensor(ensemble, tmp_path, models):
+def test_adapters_with_missing_or_extra_tensors_are_refused(ensemble, tmp_path):
     base, folder = ensemble
     weights = dict(mx.load(str(folder / ADAPTER)))
     first = sorted(weights)[0]
@@ -408,34 +335,33 @@ def test_a_run_has_to_fit_tensor_by_tensor(ensemble, tmp_path, models):
         RewardModel.load(str(base), folder).score("Say", "yes")
 
 
-def test_a_reward_model_is_no_policy(ensemble, pairs, capsys):
+def test_a_reward_model_is_refused_as_a_policy(ensemble, pairs, capsys):
     base, folder = ensemble
     where = ("--model", str(base), "--adapter-path", str(folder), "--output", "fused")
-    assert run(["fuse", *where]) == 1
+    assert mlx_align("fuse", *where) == 1
     assert "use mlx-align reward export" in capsys.readouterr().err
     start = ("--model", str(base), "--data", str(pairs), "--init-adapter", str(folder))
-    assert run(["dpo", *start, "--output", "dpo"]) == 1
+    assert mlx_align("dpo", *start, "--output", "dpo") == 1
     assert "is a reward model, which generates no text" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------- mistakes, plan
 
 
-def test_nothing_held_out(train, models, capsys):
-    single = Path("one.jsonl")
+def test_a_run_without_held_out_data(train_reward, capsys):
     rows = [{"prompt": f"Say {i}", "chosen": " yes", "rejected": " no"} for i in range(8)]
-    single.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    single = write_rows("one.jsonl", rows)
     options = ("--iters", 1, "--valid-fraction", 0)
-    code, folder = train(models["float32"], *options, data=single)
+    code, folder = train_reward(*options, data=single)
     assert code == 0
     assert "! nothing is held out" in capsys.readouterr().out
     assert "held_out" not in summary_of(folder)
     assert (folder / "samples.jsonl").read_text() == ""
 
 
-def test_mistakes(train, models, tmp_path, pairs, capsys):
+def test_errors_are_one_line(train_reward, tmp_path, pairs, capsys):
     def fails(*options, data=pairs):
-        assert train(models["float32"], *options, data=data)[0] == 1
+        assert train_reward(*options, data=data)[0] == 1
         error = capsys.readouterr().err
         assert error.startswith("error: ")
         assert error.count("\n") == 1
@@ -448,27 +374,27 @@ def test_mistakes(train, models, tmp_path, pairs, capsys):
     assert "there are only 40; give at most 40" in fails("--members", 99)
     assert "--label-smoothing 0.7: out of range" in fails("--label-smoothing", 0.7)
     assert "No such option" in fails("--beta", 0.1)
-    single = write(tmp_path / "single", train=[{"prompt": "Q", "completion": "A"}])
+    single = write_splits(tmp_path / "single", train=[{"prompt": "Q", "completion": "A"}])
     assert "prompt and completion, but no pair" in fails(data=single)
-    assert run(["reward", "--members", "2", "export", "--model", "x"]) == 1
+    assert mlx_align("reward", "--members", "2", "export", "--model", "x") == 1
     assert "--members before export: an option of training" in capsys.readouterr().err
-    assert run(["reward", "--help"]) == 0
+    assert mlx_align("reward", "--help") == 0
     text = capsys.readouterr().out
     assert "--center-rewards-coefficient" in text
     assert "export" in text
-    assert run(["reward", "export", "--help"]) == 0
+    assert mlx_align("reward", "export", "--help") == 0
     assert "ForSequenceClassification" in capsys.readouterr().out
     output = ("--output", tmp_path / "nowhere" / "s.jsonl")
-    assert score("--model", models["float32"], "--data", pairs, *output) == 1
+    assert mlx_align("score", "--model", TINY_MODEL, "--data", pairs, *output) == 1
     assert "there is no folder" in capsys.readouterr().err
-    assert score("--model", models["float32"], "--data", pairs, "--output", "s.jsonl") == 1
+    assert mlx_align("score", "--model", TINY_MODEL, "--data", pairs, "--output", "s.jsonl") == 1
     assert "not a reward model" in capsys.readouterr().err
 
 
-def test_plan_covers_reward_models(models, pairs, capsys):
+def test_plan_covers_reward_models(pairs, capsys):
     def plan(command):
-        arguments = ["--model", str(models["float32"]), "--command", command, "--json"]
-        assert run(["plan", *arguments, "--data", str(pairs), "--batch-size", "8"]) == 0
+        arguments = ["--model", str(TINY_MODEL), "--command", command, "--json"]
+        assert mlx_align("plan", *arguments, "--data", pairs, "--batch-size", "8") == 0
         return json.loads(capsys.readouterr().out)
 
     reward, dpo = plan("reward"), plan("dpo")

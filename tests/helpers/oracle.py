@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -16,19 +15,18 @@ import mlx.nn as nn
 import mlx_lm
 import numpy as np
 import pytest
-from families import VOCAB, make_model
 from mlx.utils import tree_flatten, tree_map
 
+from helpers.families import VOCAB
+from helpers.paths import ORACLE
 from mlx_align.data.batching import Microbatch
 from mlx_align.data.buckets import Shape
 from mlx_align.inference.scoring import make_logprob_scorer, score_groups
 from mlx_align.losses.registry import combine
-from mlx_align.models.adapters import AdapterLayout, install_adapters
 from mlx_align.models.backbone import split_backbone
 from mlx_align.models.loading import LanguageModel
 from mlx_align.types import TokenizedGroup
 
-ORACLE = Path(__file__).parent / "oracle"
 BATCHES = json.loads((ORACLE / "batches.json").read_text())
 DIVERGENCES = {"forward_kl": "forward_kl", "js_divergence": "js", "alpha_divergence": "alpha"}
 
@@ -194,7 +192,7 @@ def scores(model, tree, groups):
     return score_groups(make_logprob_scorer(model), tree, groups, [SHAPE])
 
 
-def tree_of(model) -> dict[str, Any]:
+def trainable_weights(model) -> dict[str, Any]:
     return model.module.trainable_parameters()
 
 
@@ -234,16 +232,6 @@ def random_groups(count: int, completions: int, seed: int = 0) -> list[Tokenized
     ]
 
 
-@pytest.fixture(scope="module")
-def tiny() -> LanguageModel:
-    """A tiny random model whose adapters are no longer at their start."""
-    module = make_model("llama")
-    start = install_adapters(module, AdapterLayout(rank=4))
-    mx.random.seed(1)
-    module.update(tree_map(lambda p: p + 0.1 * mx.random.normal(p.shape), start))
-    return language_model(module)
-
-
 SMALL = Shape(16, 16, 8)
 # Seven groups: one batch of 8 with a filler, two of 4 with one, and seven of 1.
 SPLITS = ((8, (7,)), (4, (4, 3)), (1, (1,) * 7))
@@ -252,7 +240,7 @@ SPLITS = ((8, (7,)), (4, (4, 3)), (1, (1,) * 7))
 def assert_accumulation_is_exact(model, objective):
     """The update is the same however its groups are split into microbatches."""
     results = [
-        update(model, objective, tree_of(model), microbatches(sizes, SMALL, room))
+        update(model, objective, trainable_weights(model), microbatches(sizes, SMALL, room))
         for room, sizes in SPLITS
     ]
     for result in results[1:]:
@@ -270,9 +258,9 @@ def assert_same_update(result, expected):
     assert sums == pytest.approx(whole_sums, rel=1e-4, abs=1e-4)
 
 
-def near(model, groups):
+def reference_near(model, groups):
     """Reference log-probs a little off the model's own."""
-    own = score_groups(make_logprob_scorer(model), tree_of(model), groups, [SMALL])
+    own = score_groups(make_logprob_scorer(model), trainable_weights(model), groups, [SMALL])
     noise = np.random.default_rng(5)
     return [
         tuple(row + noise.normal(0, 0.1, row.shape).astype(np.float32) for row in rows)

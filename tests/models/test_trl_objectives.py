@@ -11,9 +11,8 @@ from __future__ import annotations
 import mlx.core as mx
 import numpy as np
 import pytest
-from families import make_model
-from mlx_lm.tuner.lora import LoRALinear
-from oracle_helpers import (
+from helpers.families import make_model
+from helpers.oracle import (
     BATCHES,
     DPO_CASES,
     ORACLE,
@@ -29,14 +28,15 @@ from oracle_helpers import (
     language_model,
     load,
     microbatches,
-    near,
     pair_groups,
     random_groups,
+    reference_near,
     scores,
-    tree_of,
+    trainable_weights,
     update,
     zeros_like,
 )
+from mlx_lm.tuner.lora import LoRALinear
 
 from mlx_align.algorithms.dpo import PreferenceObjective
 from mlx_align.algorithms.kto import KtoLoss, UnpairedObjective
@@ -79,13 +79,13 @@ def test_dpo_family(name, sizes, models):
         policy,
         dpo_loss_of(config),
         groups,
-        scores(models["reference"], tree_of(models["reference"]), groups),
+        scores(models["reference"], trainable_weights(models["reference"]), groups),
         make_logprob_scorer(policy),
         grad_checkpoint=False,
         wpo=config.get("use_weighting", False),
         ld_alpha=config.get("ld_alpha"),
     )
-    loss, gradient, _ = update(policy, objective, tree_of(policy), microbatches(sizes))
+    loss, gradient, _ = update(policy, objective, trainable_weights(policy), microbatches(sizes))
     # As in test_losses_oracle.py: e^(−a) is near 70 there, and TRL's own number 1.2e-5 off.
     check_numbers(case(name), name, loss, gradient, 2e-5 if "forward_kl" in name else 1e-5)
 
@@ -109,11 +109,11 @@ def test_dpo_with_lora(sizes, models):
         policy,
         combine(parse_losses("sigmoid"), {}),
         groups,
-        scores(base, tree_of(base), groups),
+        scores(base, trainable_weights(base), groups),
         make_logprob_scorer(policy),
         grad_checkpoint=True,
     )
-    loss, gradient, _ = update(policy, objective, tree_of(policy), microbatches(sizes))
+    loss, gradient, _ = update(policy, objective, trainable_weights(policy), microbatches(sizes))
     gradient = {names[key]: part.T for key, part in gradient.items()}
     check_numbers(case("dpo_lora_r4_a8"), "dpo_lora_r4_a8", loss, gradient)
 
@@ -139,7 +139,9 @@ def test_reference_free(name, losses, options, sizes, models):
         policy, loss, groups, reference, make_logprob_scorer(policy), grad_checkpoint=False
     )
     check_numbers(
-        case(name), name, *update(policy, objective, tree_of(policy), microbatches(sizes))[:2]
+        case(name),
+        name,
+        *update(policy, objective, trainable_weights(policy), microbatches(sizes))[:2],
     )
 
 
@@ -159,7 +161,7 @@ def test_orpo(sizes, models):
     )
     total, gradient = 0.0, {}
     for objective, sign in parts:
-        value, part, _ = update(policy, objective, tree_of(policy), microbatches(sizes))
+        value, part, _ = update(policy, objective, trainable_weights(policy), microbatches(sizes))
         total += sign * value
         gradient = {key: gradient.get(key, 0) + sign * g for key, g in part.items()}
     check_numbers(case("orpo"), "orpo", total, gradient)
@@ -177,11 +179,13 @@ def test_kto(name, sizes, models):
         policy,
         KtoLoss(loss, UNPAIRED_LOSSES[loss], resolve_options(loss, config)),
         groups,
-        scores(reference, tree_of(reference), groups),
+        scores(reference, trainable_weights(reference), groups),
         make_logprob_scorer(policy),
         grad_checkpoint=False,
     )
-    value, gradient, sums = update(policy, objective, tree_of(policy), microbatches(sizes))
+    value, gradient, sums = update(
+        policy, objective, trainable_weights(policy), microbatches(sizes)
+    )
     check_numbers(case(name), name, value, gradient)
     metrics = case(name)["metrics"]
     if loss == "kto":
@@ -202,7 +206,9 @@ def test_sft(name, sizes, models):
         policy, "dft" if name == "sft_dft" else "nll", groups, grad_checkpoint=False
     )
     check_numbers(
-        case(name), name, *update(policy, objective, tree_of(policy), microbatches(sizes))[:2]
+        case(name),
+        name,
+        *update(policy, objective, trainable_weights(policy), microbatches(sizes))[:2],
     )
 
 
@@ -210,19 +216,19 @@ def test_sft(name, sizes, models):
 
 
 @pytest.mark.parametrize("loss", [*PAIRWISE_LOSSES, "sigmoid=1,sft=0.2", "wpo", "ld"])
-def test_pairs_accumulate_exactly(loss, tiny):
+def test_pairs_accumulate_exactly(loss, tiny_policy):
     groups = random_groups(7, 2)
     extra = {"wpo": {"wpo": True}, "ld": {"ld_alpha": 0.3}}.get(loss, {})
     combined = combine(parse_losses("sigmoid" if extra else loss), {})
-    reference = near(tiny, groups)
+    reference = reference_near(tiny_policy, groups)
     assert_accumulation_is_exact(
-        tiny,
+        tiny_policy,
         PreferenceObjective(
-            tiny,
+            tiny_policy,
             combined,
             groups,
             reference if combined.needs_reference else None,
-            make_logprob_scorer(tiny),
+            make_logprob_scorer(tiny_policy),
             grad_checkpoint=False,
             **extra,
         ),
@@ -230,21 +236,21 @@ def test_pairs_accumulate_exactly(loss, tiny):
 
 
 @pytest.mark.parametrize("loss", ["sigmoid", "aot", "kto", "nll"])
-def test_batches_of_different_sizes_and_shapes_are_one_big_batch(loss, tiny):
-    """As many groups as fit so many tokens: the update is that of all of them at once."""
+def test_microbatches_of_different_shapes_equal_one_large_batch(loss, tiny_policy):
+    """Microbatches with a token budget: the update is that of all groups at once."""
     groups = random_groups(13, 1 if loss == "nll" else 2)
-    log_probs = near(tiny, groups)
+    log_probs = reference_near(tiny_policy, groups)
     checkpoint = {"grad_checkpoint": False}
     if loss == "nll":
-        objective = SupervisedObjective(tiny, loss, groups, **checkpoint)
+        objective = SupervisedObjective(tiny_policy, loss, groups, **checkpoint)
     elif loss == "kto":
         kto = KtoLoss(loss, UNPAIRED_LOSSES[loss], resolve_options(loss, {}))
-        scorer = make_logprob_scorer(tiny)
-        objective = UnpairedObjective(tiny, kto, groups, log_probs, scorer, **checkpoint)
+        scorer = make_logprob_scorer(tiny_policy)
+        objective = UnpairedObjective(tiny_policy, kto, groups, log_probs, scorer, **checkpoint)
     else:
         made = combine(parse_losses(loss), {})
-        scorer = make_logprob_scorer(tiny)
-        objective = PreferenceObjective(tiny, made, groups, log_probs, scorer, **checkpoint)
+        scorer = make_logprob_scorer(tiny_policy)
+        objective = PreferenceObjective(tiny_policy, made, groups, log_probs, scorer, **checkpoint)
     more = loss == "nll"  # so that a batch is not full there either
     shapes = [Shape(8, 8, 3 + more), Shape(8, 16, 2 + more)]
     several = epoch_order(groups, shapes, seed=0)
@@ -252,16 +258,19 @@ def test_batches_of_different_sizes_and_shapes_are_one_big_batch(loss, tiny):
     assert sorted(i for batch in several for i in batch.indices) == list(range(13))
     assert any(len(batch.indices) < batch.shape.groups for batch in several)
     whole = [Microbatch(tuple(range(13)), Shape(16, 16, 13))]
-    results = [update(tiny, objective, tree_of(tiny), micro) for micro in (several, whole)]
+    results = [
+        update(tiny_policy, objective, trainable_weights(tiny_policy), micro)
+        for micro in (several, whole)
+    ]
     assert_same_update(*results)
 
 
-def test_square_sums_come_from_the_same_pass(tiny, monkeypatch):
+def test_square_sums_come_from_the_same_pass(tiny_policy, monkeypatch):
     """log Σ p² under both heads, equal to the full distribution's, without a pass of its own."""
     groups = random_groups(3, 2)
     batch = collate_groups(groups, SMALL._replace(groups=3))
     full = language_model(make_model("llama", seed=3))
-    for model in (tiny, full):
+    for model in (tiny_policy, full):
         hidden = completion_hidden_states(model.backbone, batch)
         logits = model.backbone.logits(hidden)
         logps = logits - mx.logsumexp(logits, axis=-1, keepdims=True)

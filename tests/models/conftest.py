@@ -1,5 +1,0 @@
-"""Fixtures of the tests of models."""
-
-from oracle_helpers import tiny
-
-__all__ = ["tiny"]
