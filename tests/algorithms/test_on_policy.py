@@ -19,8 +19,8 @@ from mlx_align.inference.reward_model import RewardModel
 from mlx_align.models.adapters import ADAPTER_WEIGHTS
 from mlx_align.rollout.collector import RolloutCollector
 from mlx_align.rollout.reward_functions import combine
-from mlx_align.training import run as training_run
-from mlx_align.training.evaluation import RolloutEvaluation
+from mlx_align.training import on_policy
+from mlx_align.training.on_policy_trainer import RolloutEvaluation
 from mlx_align.types import Message, PromptGroup
 
 TINY = Path(__file__).parents[1] / "oracle" / "models" / "policy"
@@ -128,14 +128,14 @@ def weights_of(folder):
 def collectors(monkeypatch):
     """The collectors of the runs that follow."""
     seen = []
-    original = training_run.load_collector
+    original = on_policy.load_collector
 
     def watched(*arguments):
         collector, held_out = original(*arguments)
         seen.append(collector)
         return collector, held_out
 
-    monkeypatch.setattr(training_run, "load_collector", watched)
+    monkeypatch.setattr(on_policy, "load_collector", watched)
     return seen
 
 

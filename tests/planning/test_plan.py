@@ -1,6 +1,7 @@
 """The plan of a run: headers, memory by part, advice, machines, the refusal, and the page."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -438,12 +439,16 @@ def test_on_policy_runs_are_planned(command, tmp_path, capsys, monkeypatch):
         raise AssertionError("the plan loaded the weights")
 
     monkeypatch.setattr(loading, "load_module", no_weights)
+    classifier = shutil.copytree(TINY, tmp_path / "classifier")
+    config = json.loads((TINY / "config.json").read_text())
+    config["architectures"] = ["LlamaForSequenceClassification"]
+    (classifier / "config.json").write_text(json.dumps(config))
     options = ["plan", "--command", command, "--model", str(TINY), "--json"]
     plans = {}
     for name, more in {
         "alone": [],
         "with data": ["--data", str(prompts_file(tmp_path))],
-        "another base": ["--reward-model", str(TINY)],
+        "another base": ["--reward-model", str(classifier)],
     }.items():
         assert run([*options, *more]) == 0
         plans[name] = json.loads(capsys.readouterr().out)

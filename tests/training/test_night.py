@@ -19,8 +19,7 @@ from mlx_align.errors import ConfigError, WriteError
 from mlx_align.models import policy
 from mlx_align.system import atomic_io
 from mlx_align.tracking.run_dir import lock_run_dir
-from mlx_align.training import run as run_module
-from mlx_align.training import setup
+from mlx_align.training import offline
 from mlx_align.training.callbacks import Callbacks
 
 ROOT = Path(__file__).parent.parent.parent
@@ -255,7 +254,7 @@ def test_signals_outside_of_updates(pairs, capsys, monkeypatch):
     """While data is read, the model is loaded, answers are sampled at the end."""
     for number, (module, name, signum, said) in enumerate(
         (
-            (setup, "prepare_data", signal.SIGTERM, "stopped before anything was written"),
+            (offline, "prepare_data", signal.SIGTERM, "stopped before anything was written"),
             (
                 policy,
                 "load_language_model",
@@ -263,7 +262,7 @@ def test_signals_outside_of_updates(pairs, capsys, monkeypatch):
                 "again with: mlx-align dpo --resume run-1",
             ),
             (
-                run_module,
+                offline,
                 "kl_from_reference",
                 signal.SIGHUP,
                 "resume with: mlx-align dpo --resume run-2",

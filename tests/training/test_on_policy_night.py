@@ -15,7 +15,7 @@ from mlx_align.cli.main import run
 from mlx_align.rollout.collector import RolloutBatch, RolloutCollector
 from mlx_align.rollout.reward_functions import RewardFunctions
 from mlx_align.training import run as run_module
-from mlx_align.training.evaluation import RolloutEvaluation
+from mlx_align.training.on_policy_trainer import RolloutEvaluation
 
 TINY = Path(__file__).parent.parent / "oracle" / "models" / "policy"
 SMALL = (

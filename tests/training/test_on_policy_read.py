@@ -8,7 +8,7 @@ import pytest
 from mlx_align.cli.main import run
 from mlx_align.evaluation.data import read_held_out_data
 from mlx_align.inference.trained_run import read_trained_run
-from mlx_align.training import setup
+from mlx_align.training import on_policy
 
 TINY = Path(__file__).parent.parent / "oracle" / "models" / "policy"
 SMALL = (
@@ -32,7 +32,7 @@ def runs(tmp_path_factory):
     """A grpo run on prompts, and a ppo run on pairs that started from it; what both held out."""
     folder = tmp_path_factory.mktemp("runs")
     held_out = {}
-    original = setup.read_prompt_splits
+    original = on_policy.read_prompt_splits
     questions = [turns("user", f"{i}: is it good?") for i in range(12)]
     prompts = [{"prompt": one, "number": i} for i, one in enumerate(questions)]
     answers = {"chosen": turns("assistant", "yes " * 9), "rejected": turns("assistant", "no")}
@@ -50,7 +50,7 @@ def runs(tmp_path_factory):
                 held_out[name] = [prompt.text.prompt for prompt in found[1]]
                 return found
 
-            patched.setattr(setup, "read_prompt_splits", read)
+            patched.setattr(on_policy, "read_prompt_splits", read)
             where = ("--model", TINY, "--data", folder / data, "--output", folder / name)
             own = ("--valid-fraction", 0.3, "--seed", 3)
             assert command(name, *where, *SMALL, *own, *options) == 0
