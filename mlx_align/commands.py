@@ -501,8 +501,13 @@ class _Planner:
             read_rollout_rate,
         )
         from mlx_align.planning.plan import make_on_policy_plan
+        from mlx_align.training.on_policy import (
+            find_reward_models,
+            read_prompt_splits,
+            reward_model_memory,
+        )
         from mlx_align.training.run import make_algorithm
-        from mlx_align.training.setup import find_reward_models, read_prompt_splits, resolve_layout
+        from mlx_align.training.setup import resolve_layout
 
         config, folder, command = self.config, self.folder, self.planned.command
         if self.planned.measure:
@@ -516,7 +521,8 @@ class _Planner:
         if config.data is not None or self.objects.data is not None:
             train, held_out, *_ = read_prompt_splits(config, folder, self.objects.data)
             prompts = [one.tokens for one in train], [one.tokens for one in held_out]
-        rewards = find_reward_models(config, folder, layout)
+        models = find_reward_models(config, folder)
+        rewards = reward_model_memory(models.values(), folder, layout)
         made = make_on_policy_plan(config, layout, folder, prompts, rewards, self.machine)
         if prompts is None or not self.machine.here:
             return PlanOutcome(made, None)

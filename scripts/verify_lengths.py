@@ -59,8 +59,8 @@ from mlx_align.models.loading import ModelFolder, open_model
 from mlx_align.models.policy import make_policy
 from mlx_align.system.memory_limit import headroom_bytes
 from mlx_align.training.metrics import Progress
+from mlx_align.training.offline import OfflineTrainer
 from mlx_align.training.setup import resolve_layout
-from mlx_align.training.trainers import OfflineTrainer
 from mlx_align.types import TokenizedGroup
 
 # Allowed growth of memory after all shapes have occurred: allocators round, and free late.

@@ -296,7 +296,7 @@ def measure(case: Case) -> dict[str, Any]:
     from mlx_align.planning.memory import ADAPTER_BYTES, Workload, plan_memory, trained_parameters
     from mlx_align.planning.model_shape import read_model_shape
     from mlx_align.training.metrics import Progress
-    from mlx_align.training.trainers import OfflineTrainer
+    from mlx_align.training.offline import OfflineTrainer
     from mlx_align.types import TokenizedGroup
 
     shape = Shape(case.prompt, case.completion, case.batch_size)

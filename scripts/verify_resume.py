@@ -35,11 +35,19 @@ import mlx.core as mx
 import numpy as np
 
 # Imported here, not by each process.
-from mlx_align.algorithms import update
+from mlx_align.algorithms import (  # noqa: F401
+    dpo,
+    grpo,
+    kto,
+    online_dpo,
+    ppo,
+    reward_modeling,
+    sft,
+    update,
+)
 from mlx_align.system import console  # noqa: F401
 from mlx_align.tracking import run_dir
-from mlx_align.training import loop, trainers
-from mlx_align.training import run as training_run
+from mlx_align.training import loop, offline, on_policy, on_policy_trainer  # noqa: F401
 
 # A run that makes a checkpoint every other update, and reports and evaluates between them.
 COMMON = (
@@ -190,8 +198,8 @@ def die_at(moment: Moment) -> None:
         written, mx.save_safetensors = mx.save_safetensors, half
         os.fsync, os.rename, os.replace = map(dying, (os.fsync, os.rename, os.replace))
         loop.append_metrics = tearing(loop.append_metrics, run_dir.METRICS_FILE)
-        samples = tearing(trainers.append_samples, run_dir.SAMPLES_FILE)
-        trainers.append_samples = training_run.append_samples = samples
+        samples = tearing(on_policy_trainer.append_samples, run_dir.SAMPLES_FILE)
+        on_policy_trainer.append_samples = on_policy.append_samples = samples
         if moment.kind == "checkpoint":
             saved = loop.save_checkpoint
             loop.save_checkpoint = flagged

@@ -11,8 +11,9 @@ from __future__ import annotations
 import shlex
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 
 import mlx.core as mx
 import mlx.optimizers as optim
@@ -27,9 +28,12 @@ from mlx_align.losses.masking import weighted_sum
 from mlx_align.models.loading import LanguageModel, ModelFolder
 from mlx_align.models.policy import Policy
 from mlx_align.models.weights import AdapterWeights
-from mlx_align.rollout.collector import RolloutBatch, RolloutCollector
 from mlx_align.system.progress import Console
 from mlx_align.types import Logps, PromptGroup, TokenizedGroup
+
+# Training on given completions runs without this part of the package.
+if TYPE_CHECKING:
+    from mlx_align.rollout.collector import RolloutBatch, RolloutCollector
 
 # Sums of metrics over the rows of a microbatch. `weight` is the sum of the rows' weights; the other
 # entries divided by it are means.
@@ -245,8 +249,17 @@ class OnPolicyAlgorithm(Protocol):
         """Restore a state that `state` returned."""
 
 
-# (config, collector) -> algorithm.
-MakeOnPolicyAlgorithm = Callable[[Any, RolloutCollector], OnPolicyAlgorithm]
+@dataclass(frozen=True)
+class OnPolicyMethod:
+    """An on-policy method before its policy is loaded.
+
+    Attributes:
+        command: Name of its command.
+        make: (config, collector) -> algorithm.
+    """
+
+    command: str
+    make: Callable[[Any, RolloutCollector], OnPolicyAlgorithm]
 
 
 def weighted_metrics(metrics: Mapping[str, mx.array], weight: mx.array) -> MetricSums:

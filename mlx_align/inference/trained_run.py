@@ -29,12 +29,16 @@ from mlx_align.models.adapters import (
 )
 from mlx_align.models.heads import has_reward_head
 from mlx_align.models.loading import LanguageModel
+from mlx_align.tracking.run_dir import (
+    CHECKPOINTS,
+    CONFIG_FILE,
+    FINGERPRINTS_FILE,
+    INIT_ADAPTER,
+    SUMMARY_FILE,
+)
 
 # Commands whose runs have a KL penalty against the reference, but no β of an implicit reward.
 ON_POLICY = ("ppo", "grpo")
-# File with the hashes of a run's inputs, and the entry of its init adapter.
-FINGERPRINTS_FILE, INIT_ADAPTER = "fingerprints.json", "init adapter"
-CONFIG, SUMMARY, CHECKPOINTS = "config.yaml", "summary.json", "checkpoints"
 # Losses on log-ratios averaged over tokens: the reward they fit is an average too.
 _PER_TOKEN_LOSSES = frozenset({"ipo", "sigmoid_norm"})
 
@@ -209,7 +213,7 @@ class ImplicitRewardSettings:
 
 def _config_file(folder: Path) -> Path:
     """The config.yaml of a run or of the run that a checkpoint belongs to."""
-    return (folder.parent.parent if folder.parent.name == CHECKPOINTS else folder) / CONFIG
+    return (folder.parent.parent if folder.parent.name == CHECKPOINTS else folder) / CONFIG_FILE
 
 
 def _read_yaml(file: Path) -> dict[str, Any]:
@@ -225,7 +229,7 @@ def _read_yaml(file: Path) -> dict[str, Any]:
 def _command(run: Path, values: dict[str, Any]) -> str:
     """The command in summary.json, or a guess from the options of an unfinished run."""
     try:
-        return str(json.loads((run / SUMMARY).read_text(encoding="utf-8"))["command"])
+        return str(json.loads((run / SUMMARY_FILE).read_text(encoding="utf-8"))["command"])
     except (OSError, ValueError, KeyError, TypeError):
         if "loss_on" in values:
             return "sft"
@@ -275,8 +279,8 @@ def _implicit_beta(run: TrainedRun, losses: Sequence[str]) -> float:
     """
     if run.command is None:
         raise ConfigError(
-            f"{run.folder}: has no {CONFIG}, so β and the reference are unknown; give --beta "
-            "(and --reference-adapter, unless training started from the base model)"
+            f"{run.folder}: no {CONFIG_FILE} in it, so β and the reference are unknown; give "
+            "--beta (and --reference-adapter, unless training started from the base model)"
         )
     if run.command == "dpo" and losses:
         config = _dpo_config(run)

@@ -81,7 +81,7 @@ def token_logprobs(
         (N, C) float32, nats; 0 where the mask is false.
     """
     hidden, targets = _predicting_states(backbone, batch, shared, grad_checkpoint)
-    return _by_completion(batch, target_logprobs(backbone, hidden, targets))
+    return _by_completion(batch, _head(backbone, hidden, targets)[0])
 
 
 def token_logprobs_and_square_sums(

@@ -6,11 +6,11 @@ verifies the forward pass, `load_adapters` adds several adapters that take turns
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -39,8 +39,6 @@ from mlx_align.models.classifiers import is_classifier, load_classifier
 from mlx_align.models.verification import verify_forward
 from mlx_align.models.weights import AdapterWeights, use_adapter
 from mlx_align.types import GroupBatch
-
-T = TypeVar("T")
 
 # Freed buffers kept for reuse. Without a limit, every new padded length leaves its own behind.
 CACHE_LIMIT_BYTES = 1 << 30
@@ -129,18 +127,19 @@ class LanguageModel:
         self, weights: AdapterWeights, batch: GroupBatch, *, grad_checkpoint: bool = False
     ) -> mx.array:
         """Log-probs (N, C) of the completions' tokens, float32 nats; 0 where the mask is false."""
-        return self._run(forward.token_logprobs, weights, batch, grad_checkpoint=grad_checkpoint)
+        with self.use_adapter(weights):
+            return forward.token_logprobs(
+                self.backbone, batch, shared=self.shared, grad_checkpoint=grad_checkpoint
+            )
 
     def token_logprobs_and_square_sums(
         self, weights: AdapterWeights, batch: GroupBatch, *, grad_checkpoint: bool = False
     ) -> tuple[mx.array, mx.array]:
         """Log-probs (N, C), and log Σ_v p_v² (N, C) at every token, without gradient; nats."""
-        return self._run(
-            forward.token_logprobs_and_square_sums,
-            weights,
-            batch,
-            grad_checkpoint=grad_checkpoint,
-        )
+        with self.use_adapter(weights):
+            return forward.token_logprobs_and_square_sums(
+                self.backbone, batch, shared=self.shared, grad_checkpoint=grad_checkpoint
+            )
 
     def token_logprobs_and_entropies(
         self,
@@ -154,25 +153,32 @@ class LanguageModel:
 
         Without `entropy_gradient` the entropy has no gradient and costs less.
         """
-        return self._run(
-            forward.token_logprobs_and_entropies,
-            weights,
-            batch,
-            grad_checkpoint=grad_checkpoint,
-            entropy_gradient=entropy_gradient,
-        )
+        with self.use_adapter(weights):
+            return forward.token_logprobs_and_entropies(
+                self.backbone,
+                batch,
+                shared=self.shared,
+                grad_checkpoint=grad_checkpoint,
+                entropy_gradient=entropy_gradient,
+            )
 
     def scores(
         self, weights: AdapterWeights, batch: GroupBatch, *, grad_checkpoint: bool = False
     ) -> mx.array:
         """Scores (N, members) float32 of the completions by the model's reward head."""
-        return self._run(heads.completion_scores, weights, batch, grad_checkpoint=grad_checkpoint)
+        with self.use_adapter(weights):
+            return heads.completion_scores(
+                self.backbone, batch, shared=self.shared, grad_checkpoint=grad_checkpoint
+            )
 
     def values(
         self, weights: AdapterWeights, batch: GroupBatch, *, grad_checkpoint: bool = False
     ) -> mx.array:
         """Values (N, C) float32 before each completion token, by the model's value head."""
-        return self._run(heads.token_values, weights, batch, grad_checkpoint=grad_checkpoint)
+        with self.use_adapter(weights):
+            return heads.token_values(
+                self.backbone, batch, shared=self.shared, grad_checkpoint=grad_checkpoint
+            )
 
     def token_logprobs_and_values(
         self,
@@ -186,24 +192,14 @@ class LanguageModel:
 
         The values' gradient reaches the backbone multiplied by `value_gradient`, 0 or 1.
         """
-        return self._run(
-            heads.token_logprobs_and_values,
-            weights,
-            batch,
-            grad_checkpoint=grad_checkpoint,
-            value_gradient=value_gradient,
-        )
-
-    def _run(
-        self,
-        function: Callable[..., T],
-        weights: AdapterWeights,
-        batch: GroupBatch,
-        **options: Any,
-    ) -> T:
-        """`function(backbone, batch, shared=…, **options)` while the model holds `weights`."""
         with self.use_adapter(weights):
-            return function(self.backbone, batch, shared=self.shared, **options)
+            return heads.token_logprobs_and_values(
+                self.backbone,
+                batch,
+                value_gradient=value_gradient,
+                shared=self.shared,
+                grad_checkpoint=grad_checkpoint,
+            )
 
 
 # A model, without and with its weights

@@ -14,10 +14,9 @@ from typing import Any, Self
 import numpy as np
 
 from mlx_align.errors import ConfigError
-from mlx_align.inference.reward_model import find_base_model
+from mlx_align.inference.reward_model import RewardModelSource
 from mlx_align.models.adapters import fingerprint_folder, read_layout
-from mlx_align.models.heads import has_reward_head
-from mlx_align.models.loading import ModelFolder, open_model
+from mlx_align.models.loading import ModelFolder
 from mlx_align.rollout.builtin_rewards import CompletionFacts
 from mlx_align.rollout.reward_functions import (
     RewardSource,
@@ -150,7 +149,10 @@ def by_prompt(items: Sequence[Any], size: int) -> list[Sequence[Any]]:
 
 
 def fingerprint_rewards(
-    settings: RewardSettings, model_name: str, folder: ModelFolder
+    settings: RewardSettings,
+    model: RewardModelSource | None,
+    model_name: str,
+    folder: ModelFolder,
 ) -> dict[str, str]:
     """Hashes of the rewards, to detect changes when a run is resumed.
 
@@ -159,23 +161,22 @@ def fingerprint_rewards(
 
     Args:
         settings: The rewards.
-        model_name: The name of the reward model in messages.
+        model: The reward model that the settings name; None if they name none.
+        model_name: What the reward model is called in messages.
         folder: The policy's base, which is not part of these hashes.
 
     Raises:
-        ModelError: The reward model can't be opened.
+        ModelError: The reward model can't be read.
         ConfigError: A file can't be read.
     """
     found = {}
-    if settings.model is not None:
-        run = Path(settings.model).expanduser()
-        if has_reward_head(run):
-            base = find_base_model(run, folder)
-            content = repr(read_layout(run)) + fingerprint_folder(run, "*.safetensors")
-            if base.path.resolve() != folder.path.resolve():
-                content += fingerprint_folder(base.path)
+    if model is not None:
+        if model.run is None:
+            content = fingerprint_folder(model.base.path)
         else:
-            content = fingerprint_folder(open_model(settings.model).path)
+            content = repr(read_layout(model.run)) + fingerprint_folder(model.run, "*.safetensors")
+            if model.base.path.resolve() != folder.path.resolve():
+                content += fingerprint_folder(model.base.path)
         found[model_name] = _hash(content.encode())
     for spec in parse_rewards(settings.functions):
         if spec.module.endswith(".py"):

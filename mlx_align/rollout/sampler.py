@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from mlx_align.data.batching import collate_groups, epoch_order
 from mlx_align.data.buckets import AnyShape, Shape
-from mlx_align.models.generation import generate_batch, generate_groups
+from mlx_align.models.generation import generate_groups
 from mlx_align.models.loading import LanguageModel
 from mlx_align.models.weights import AdapterWeights
 from mlx_align.types import GroupBatch, PromptGroup, TokenizedGroup
@@ -175,49 +175,6 @@ _TAIL_TOKENS = 12
 
 def _open_tag(tail: str) -> str:
     return "<think>" if tail.rstrip().endswith("<think>") else ""
-
-
-# --- one completion per prompt ---
-
-
-class Generations(NamedTuple):
-    """One completion per prompt: its token ids, and its text without the end token."""
-
-    tokens: list[list[int]]
-    texts: list[str]
-
-
-def generate(
-    model: LanguageModel,
-    weights: AdapterWeights,
-    groups: Sequence[TokenizedGroup],
-    *,
-    max_tokens: int,
-    temperature: float,
-    seed: int,
-) -> Generations:
-    """Generate one completion for each group's prompt; temperature 0 is greedy."""
-    stop = sorted(model.folder.tokenizer.eos_token_ids)
-    prompts = [[int(token) for token in group.prompt] for group in groups]
-    model.module.eval()
-    with model.use_adapter(weights):
-        tokens = generate_batch(
-            model.module, prompts, stop, max_tokens=max_tokens, temperature=temperature, seed=seed
-        )
-    texts = []
-    for completion in tokens:
-        finished = bool(completion) and completion[-1] in stop
-        texts.append(model.folder.tokenizer.decode(completion[: len(completion) - finished]))
-    return Generations(tokens, texts)
-
-
-def as_groups(groups: Sequence[TokenizedGroup], generated: Generations) -> list[TokenizedGroup]:
-    """Groups of the prompts and their generated completions, for scoring; empty ones left out."""
-    return [
-        TokenizedGroup(group.prompt, (np.array(tokens, np.int32),), group.source)
-        for group, tokens in zip(groups, generated.tokens, strict=True)
-        if tokens
-    ]
 
 
 # --- arrays ---

@@ -30,7 +30,12 @@ SAMPLES_FILE = "samples.jsonl"
 STATUS_FILE = "status.json"
 SUMMARY_FILE = "summary.json"
 PAGE_FILE = "report.html"
+FINGERPRINTS_FILE = "fingerprints.json"
 LOCK_FILE = ".lock"
+# The folder of the checkpoints.
+CHECKPOINTS = "checkpoints"
+# The name of the init adapter among the hashes in FINGERPRINTS_FILE.
+INIT_ADAPTER = "init adapter"
 
 # A long on-policy run writes many rollouts. The page shows the last batch, at the end of the file.
 SAMPLES_TAIL_BYTES = 1 << 20

@@ -14,8 +14,8 @@ from mlx_align.data.buckets import batch_limit, plan_shapes
 from mlx_align.models.loading import open_model
 from mlx_align.models.policy import make_policy
 from mlx_align.training.metrics import Progress
+from mlx_align.training.offline import OfflineTrainer
 from mlx_align.training.setup import resolve_layout
-from mlx_align.training.trainers import OfflineTrainer
 from mlx_align.types import TokenizedGroup
 
 # The first update also compiles and is not counted.

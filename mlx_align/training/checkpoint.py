@@ -27,10 +27,9 @@ from mlx_align.models.heads import REWARD_HEAD_FILE, has_reward_head
 from mlx_align.models.patches import random_key, restore_random_key
 from mlx_align.models.weights import AdapterWeights, read_tensors
 from mlx_align.system.atomic_io import flush_to_disk, wrap_write_errors, write_tensors, write_text
-from mlx_align.tracking.run_dir import METRICS_FILE, SAMPLES_FILE
+from mlx_align.tracking.run_dir import CHECKPOINTS, METRICS_FILE, SAMPLES_FILE
 from mlx_align.training.metrics import Progress
 
-FOLDER = "checkpoints"
 STATE_FILE = "state.json"
 MANIFEST_FILE = "manifest.json"
 KEPT = 2
@@ -70,7 +69,7 @@ def save_checkpoint(
         WriteError: It can't be written; earlier checkpoints are unchanged.
     """
     _check_finite(state)
-    folder = run / FOLDER
+    folder = run / CHECKPOINTS
     step = state.progress.step
     final = checkpoint_folder(run, step)
     partial = folder / f".{final.name}.partial"
@@ -155,7 +154,7 @@ def load_checkpoint(
             note(f"! {folder}: {damage}; using the one before it.")
     if found:
         raise ModelError(
-            f"{run / FOLDER}: damaged, all {len(found)} of them; start a new run"
+            f"{run / CHECKPOINTS}: damaged, all {len(found)} of them; start a new run"
             if len(found) > 1
             else f"{found[0]}: damaged, and the only checkpoint; start a new run"
         )
@@ -264,7 +263,7 @@ def _optimizer_file(folder: Path, name: str) -> Path:
 
 def checkpoint_folder(run: Path, step: int) -> Path:
     """The folder of the checkpoint after step `step`; mlx-lm loads its adapter."""
-    return run / FOLDER / f"{step:07d}"
+    return run / CHECKPOINTS / f"{step:07d}"
 
 
 def has_checkpoint(run: Path) -> bool:
@@ -274,5 +273,5 @@ def has_checkpoint(run: Path) -> bool:
 
 def _checkpoints(run: Path) -> list[Path]:
     """The folders of complete checkpoints, oldest first."""
-    folders = [p for p in (run / FOLDER).glob("*") if p.name.isdecimal() and p.is_dir()]
+    folders = [p for p in (run / CHECKPOINTS).glob("*") if p.name.isdecimal() and p.is_dir()]
     return sorted(folders, key=lambda path: int(path.name))

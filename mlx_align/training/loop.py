@@ -95,6 +95,9 @@ class Trainer(Protocol):
             TrainingError: Every update of the run was skipped.
         """
 
+    def rate(self) -> float | None:
+        """Tokens or completions per second; None if too few steps were timed."""
+
     def state(self) -> dict[str, Any]:
         """State for a checkpoint besides weights, optimizers and progress; JSON-serialisable."""
 

@@ -20,11 +20,12 @@ import numpy as np
 from mlx_align.config import TrainConfig
 from mlx_align.config.schema import fixed_options, flag_of, to_yaml
 from mlx_align.errors import ConfigError, ModelError
-from mlx_align.inference.trained_run import FINGERPRINTS_FILE, INIT_ADAPTER
 from mlx_align.models.adapters import fingerprint_folder
 from mlx_align.system.atomic_io import wrap_write_errors, write_text
 from mlx_align.tracking.run_dir import (
     CONFIG_FILE,
+    FINGERPRINTS_FILE,
+    INIT_ADAPTER,
     lock_run_dir,
     new_run_dir,
     package_versions,

@@ -1,26 +1,23 @@
-"""A training run from options to run folder: the function behind all training commands."""
+"""A training run from options to run folder: the one function behind all training commands.
+
+What differs between training on given completions and on the policy's own is in `offline.py` and
+`on_policy.py`. A run imports only one of them, and only its own algorithm.
+"""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
-from mlx.utils import tree_flatten, tree_unflatten
+from mlx.utils import tree_flatten
 
-from mlx_align.algorithms.base import Algorithm, MakeOnPolicyAlgorithm, chat_command
-from mlx_align.algorithms.dpo import DPO
-from mlx_align.algorithms.grpo import GRPO, check_grpo_options
-from mlx_align.algorithms.kto import KTO
-from mlx_align.algorithms.online_dpo import OnlineDPO, check_online_dpo_options
-from mlx_align.algorithms.ppo import PPO, check_ppo_options
-from mlx_align.algorithms.reward_modeling import RewardModeling
-from mlx_align.algorithms.sft import SFT
-from mlx_align.algorithms.update import make_optimizer, make_schedule
+from mlx_align.algorithms.base import Algorithm, OnPolicyMethod
+from mlx_align.algorithms.update import make_schedule
 from mlx_align.config import (
     DPOConfig,
     GRPOConfig,
@@ -32,60 +29,31 @@ from mlx_align.config import (
     TrainConfig,
 )
 from mlx_align.config.on_policy import ONLINE_DPO
-from mlx_align.data.batching import epoch_order, microbatch_stream, padding_fraction
-from mlx_align.data.buckets import AnyShape, batch_limit, plan_shapes
 from mlx_align.data.readers import Data
 from mlx_align.errors import ConfigError
-from mlx_align.models.adapters import ADAPTER_FILE, save_adapter
+from mlx_align.models.adapters import save_adapter
 from mlx_align.models.loading import open_model
-from mlx_align.models.policy import make_policy
-from mlx_align.models.weights import AdapterWeights, read_tensors
 from mlx_align.planning.duration import rate_key, save_rate
 from mlx_align.planning.machine import this_machine
-from mlx_align.rollout.reward_functions import RewardSource
 from mlx_align.system.progress import Console
 from mlx_align.tracking.diagnostics import HealthMonitor, mean_completion_tokens
 from mlx_align.tracking.run_dir import (
     SUMMARY_FILE,
-    append_samples,
     package_versions,
     read_eval_metrics,
     read_run_record,
     read_training_metrics,
     write_json,
-    write_samples,
 )
 from mlx_align.tracking.verdict import verdict
 from mlx_align.training.callbacks import Callback, Callbacks, RunPage, Trackers, check_trackers
-from mlx_align.training.checkpoint import checkpoint_folder
-from mlx_align.training.evaluation import (
-    Evaluation,
-    answers,
-    kl_from_reference,
-    prompt_texts,
-)
+from mlx_align.training.evaluation import answers, prompt_texts
 from mlx_align.training.loop import TrainingLoop
-from mlx_align.training.reference import References, reference_logprobs
 from mlx_align.training.resume import open_run_folder
-from mlx_align.training.setup import (
-    OfflineSetup,
-    OnPolicySetup,
-    check_on_policy_options,
-    describe_policy,
-    load_collector,
-    prepare_offline,
-    prepare_on_policy,
-)
-from mlx_align.training.trainers import OfflineTrainer, OnPolicyTrainer
-from mlx_align.types import TokenizedGroup
+from mlx_align.training.setup import Setup
 
-
-@dataclass(frozen=True)
-class OnPolicyMethod:
-    """An on-policy method before its policy is loaded: its command, and how to make it."""
-
-    command: str
-    make: MakeOnPolicyAlgorithm
+if TYPE_CHECKING:
+    from mlx_align.rollout.reward_functions import RewardSource
 
 
 def make_algorithm(
@@ -110,22 +78,44 @@ def make_algorithm(
         raise ConfigError("loss: a function can only be given for preference pairs (dpo)")
     match config:
         case DPOConfig():
+            from mlx_align.algorithms.dpo import DPO
+
             return DPO(config, loss=loss)
         case KTOConfig():
+            from mlx_align.algorithms.kto import KTO
+
             return KTO(config)
         case SFTConfig():
+            from mlx_align.algorithms.sft import SFT
+
             return SFT(config)
         case RewardConfig():
+            from mlx_align.algorithms.reward_modeling import RewardModeling
+
             return RewardModeling(config)
+        case OnPolicyConfig():
+            return _on_policy_method(config, rewards)
+    raise TypeError(f"{type(config).__name__} is not the configuration of a training command")
+
+
+def _on_policy_method(config: OnPolicyConfig, rewards: Sequence[RewardSource]) -> OnPolicyMethod:
+    from mlx_align.training.on_policy import check_on_policy_options
+
+    check_on_policy_options(config)
+    match config:
         case PPOConfig():
-            check_on_policy_options(config)
+            from mlx_align.algorithms.ppo import PPO, check_ppo_options
+
             check_ppo_options(config)
             return OnPolicyMethod("ppo", PPO)
+        case GRPOConfig() if config.loss == ONLINE_DPO:
+            from mlx_align.algorithms.online_dpo import OnlineDPO, check_online_dpo_options
+
+            check_online_dpo_options(config)
+            return OnPolicyMethod("grpo", OnlineDPO)
         case GRPOConfig():
-            check_on_policy_options(config)
-            if config.loss == ONLINE_DPO:
-                check_online_dpo_options(config)
-                return OnPolicyMethod("grpo", OnlineDPO)
+            from mlx_align.algorithms.grpo import GRPO, check_grpo_options
+
             check_grpo_options(config, rewards)
             return OnPolicyMethod("grpo", GRPO)
     raise TypeError(f"{type(config).__name__} is not the configuration of a training command")
@@ -169,11 +159,15 @@ def train(
     began = time.perf_counter()
     check_trackers(config)
     folder = open_model(config.model)
-    setup: OfflineSetup | OnPolicySetup
+    setup: Setup
     if isinstance(algorithm, OnPolicyMethod):
+        from mlx_align.training.on_policy import prepare_on_policy
+
         assert isinstance(config, OnPolicyConfig)
-        setup = prepare_on_policy(algorithm.command, config, folder, data, rewards, eval_rewards)
+        setup = prepare_on_policy(algorithm, config, folder, data, rewards, eval_rewards)
     else:
+        from mlx_align.training.offline import prepare_offline
+
         setup = prepare_offline(algorithm, config, folder, data)
     for line in setup.lines:
         console.note(line)
@@ -182,17 +176,9 @@ def train(
             open_run_folder(run, config, setup.made_of, console.note, resume=resume)
         )
         health = HealthMonitor(algorithm.command, mean_completion_tokens(setup.facts))
-        examples = len(setup.held_out if isinstance(setup, OfflineSetup) else setup.valid)
-        page = RunPage(run, algorithm.command, setup.facts, examples, health, console)
+        page = RunPage(run, algorithm.command, setup.facts, setup.eval_examples, health, console)
         everyone = Callbacks([Trackers(config, run, console), page, *callbacks])
-        job: _OfflineJob | _OnPolicyJob
-        if isinstance(algorithm, OnPolicyMethod):
-            assert isinstance(config, OnPolicyConfig)
-            assert isinstance(setup, OnPolicySetup)
-            job = _OnPolicyJob(algorithm, config, setup, run, console, stack)
-        else:
-            assert isinstance(setup, OfflineSetup)
-            job = _OfflineJob(algorithm, config, setup, run, console)
+        job = setup.load(run, console, stack)
         trainer, policy = job.trainer, job.policy
         schedule = make_schedule(
             config.lr_schedule, config.learning_rate, trainer.total_steps, config.warmup
@@ -200,7 +186,7 @@ def train(
         loop = TrainingLoop(trainer, policy, config, schedule, run, console, everyone, health)
         loop.begin(resume=resume)
         prompts = job.prompts
-        before = answers(policy, policy.start, prompts, config).texts
+        before = answers(policy, policy.start, prompts, config)
         loop.run()
         progress = loop.progress
         weights = job.final_weights(progress.step)
@@ -210,7 +196,7 @@ def train(
                 algorithm.command, folder.path, config, policy.layout, this_machine().name
             )
             save_rate(key, rate)
-        after = answers(policy, weights, prompts, config).texts
+        after = answers(policy, weights, prompts, config)
         texts = prompt_texts(folder, prompts)
         samples: list[dict[str, Any]] = [
             {"source": group.source, "prompt": prompt, "before": old, "after": new}
@@ -235,7 +221,7 @@ def train(
         "eval_before": next(iter(evaluations), {}),
         "eval": evaluations[-1] if evaluations else {},
         **results,
-        "eval_examples": examples,
+        "eval_examples": setup.eval_examples,
         "data_facts": setup.facts,
         "talk": job.next_command,
         "versions": package_versions(),
@@ -247,180 +233,3 @@ def train(
     write_json(run / SUMMARY_FILE, summary)
     everyone.on_run_end(summary)
     return {**summary, "samples": samples}
-
-
-class _OfflineJob:
-    """The parts of `train` that are specific to training on given completions."""
-
-    def __init__(
-        self,
-        algorithm: Algorithm,
-        config: TrainConfig,
-        setup: OfflineSetup,
-        run: Path,
-        console: Console,
-    ) -> None:
-        self._algorithm, self._config, self._setup = algorithm, config, setup
-        self._run, self._console = run, console
-        self.policy = make_policy(config, setup.folder, setup.layout)
-        console.note(describe_policy(self.policy))
-        self._scorer = algorithm.make_scorer(self.policy.model)
-        self._limit = batch_limit(config, packs=self.policy.model.packs and algorithm.packs)
-        self._shapes = plan_shapes(setup.train, self._limit)
-        accumulation = config.grad_accumulation_steps
-        total = _total_updates(config, setup.train, self._shapes)
-        references = References(None, [])
-        if algorithm.has_reference:
-            references = reference_logprobs(
-                self.policy,
-                self._scorer,
-                config,
-                run,
-                (setup.train, self._shapes),
-                setup.held_out,
-                self._limit,
-                total * accumulation if algorithm.needs_reference else 0,
-                console,
-            )
-        self.trainer = OfflineTrainer(
-            self.policy.model,
-            algorithm.objective(self.policy, setup.train, references.train, self._scorer),
-            self._microbatches,
-            self.policy.start,
-            make_optimizer(self.policy.start, config.weight_decay),
-            accumulation=accumulation,
-            max_grad_norm=config.max_grad_norm,
-            skip_non_finite=config.on_non_finite == "skip",
-            total_steps=total,
-            title=algorithm.title,
-            evaluation=Evaluation(
-                algorithm, setup.held_out, self._scorer, references.valid, self._limit
-            ),
-            report=algorithm.report,
-        )
-        self.prompts = setup.held_out[: config.samples] if algorithm.samples_answers else []
-        self.next_command = algorithm.next_command(setup.folder, run)
-        self._last_step = 0
-
-    def _microbatches(self, start: int) -> Any:
-        return microbatch_stream(
-            self._setup.train, self._shapes, seed=self._config.seed, start=start
-        )
-
-    def final_weights(self, step: int) -> AdapterWeights:
-        """The last weights, after update `step`."""
-        self._last_step = step
-        return self.trainer.weights["policy"]
-
-    def finish(
-        self, weights: AdapterWeights, samples: list[dict[str, Any]]
-    ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-        """Report on held-out data and write the samples.
-
-        Returns:
-            The samples, and entries of the summary.
-        """
-        algorithm, config, setup = self._algorithm, self._config, self._setup
-        held_out: dict[str, Any] = {}
-        if setup.valid:
-            report = algorithm.report_held_out(
-                self._scorer, weights, setup.folder, setup.valid, self._limit, self._console
-            )
-            if report is not None:
-                held_out, samples = {"held_out": report.facts}, report.samples
-                self._console.note(report.text)
-        write_samples(self._run, samples)
-        kl = None
-        if algorithm.has_reference:
-            kl = kl_from_reference(
-                self._scorer, self.policy, weights, self.prompts, config, self._limit
-            )
-        order = epoch_order(setup.train, self._shapes, seed=config.seed)
-        evaluation = self.trainer.evaluation
-        best = None if evaluation is None else evaluation.best
-        if best is not None and best["step"] < self._last_step:
-            step, loss = int(best["step"]), best["loss"]
-            where = checkpoint_folder(self._run, step)
-            self._console.note(
-                f"! Held-out loss was lowest after update {step} ({loss:.4f}): {where}."
-            )
-        return samples, {
-            "shapes": [list(shape) for shape in self._shapes],
-            "padding_share": padding_fraction(order, setup.train),
-            "best": best,
-            "kl": kl,
-            **held_out,
-        }
-
-    def counts(self, groups: int) -> dict[str, int]:
-        """Counts of the training data, for the summary."""
-        return {self._algorithm.unit: groups}
-
-
-class _OnPolicyJob:
-    """The parts of `train` that are specific to training on the policy's own completions."""
-
-    def __init__(
-        self,
-        method: OnPolicyMethod,
-        config: OnPolicyConfig,
-        setup: OnPolicySetup,
-        run: Path,
-        console: Console,
-        stack: ExitStack,
-    ) -> None:
-        self._config, self._run, self._console = config, run, console
-        collector, evaluation = load_collector(config, setup, stack, console)
-        self.policy = collector.policy
-        algorithm = method.make(config, collector)
-        self.trainer = OnPolicyTrainer(algorithm, collector, evaluation, config, run)
-        self.prompts = evaluation.groups[: config.samples]
-        self.next_command = chat_command(setup.folder, run)
-        self._stopped_early = False
-
-    def final_weights(self, step: int) -> AdapterWeights:
-        """The last weights, or those of the best evaluation if the run was stopped early."""
-        total, best = self.trainer.total_steps, self.trainer.best_step
-        self._stopped_early = step < total
-        if step == total or best is None or best == step:
-            return self.trainer.weights["policy"]
-        self._console.note(
-            f"! stopped after rollout batch {step} of {total}; keeping the policy after {best}, "
-            "the best on held-out prompts"
-        )
-        if best == 0:
-            return self.policy.start
-        tensors = read_tensors(checkpoint_folder(self._run, best) / ADAPTER_FILE)
-        weights: AdapterWeights = tree_unflatten(list(tensors.items()))
-        return weights
-
-    def finish(
-        self, weights: AdapterWeights, samples: list[dict[str, Any]]
-    ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-        """Add the samples to those of training.
-
-        Returns:
-            The samples, and entries of the summary.
-        """
-        append_samples(self._run, samples)
-        trainer = self.trainer
-        return samples, {
-            "shapes": [list(shape) for shape in trainer.collector.shapes],
-            "stopped_early": self._stopped_early,
-            "best_step": trainer.best_step,
-            "kl": trainer.evaluation.last_kl,
-            "learner": trainer.algorithm.state(),
-        }
-
-    def counts(self, groups: int) -> dict[str, int]:
-        """Counts of the training data, for the summary."""
-        return {"prompts": groups, "completions": groups * self._config.group_size}
-
-
-def _total_updates(
-    config: TrainConfig, groups: Sequence[TokenizedGroup], shapes: Sequence[AnyShape]
-) -> int:
-    """Updates of the whole run, from `iters` or `epochs`."""
-    per_epoch = len(epoch_order(groups, shapes, seed=config.seed))
-    epochs = config.epochs or 1.0
-    return config.iters or max(1, round(epochs * per_epoch / config.grad_accumulation_steps))

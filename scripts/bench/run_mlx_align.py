@@ -23,9 +23,9 @@ from mlx_align.inference.scoring import make_logprob_scorer
 from mlx_align.models.loading import open_model
 from mlx_align.models.policy import make_policy
 from mlx_align.training.metrics import Progress
+from mlx_align.training.offline import OfflineTrainer
 from mlx_align.training.reference import ReferenceCache, cached_logprobs
 from mlx_align.training.setup import resolve_layout
-from mlx_align.training.trainers import OfflineTrainer
 from mlx_align.types import TokenizedGroup
 
 

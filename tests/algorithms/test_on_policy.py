@@ -27,8 +27,8 @@ from mlx_align.inference.reward_model import RewardModel
 from mlx_align.models.adapters import ADAPTER_FILE
 from mlx_align.rollout.collector import RolloutCollector
 from mlx_align.rollout.reward_functions import combine
-from mlx_align.training import run as training_run
-from mlx_align.training.evaluation import RolloutEvaluation
+from mlx_align.training import on_policy
+from mlx_align.training.on_policy_trainer import RolloutEvaluation
 from mlx_align.types import Message, PromptGroup
 
 SMALL = {
@@ -115,7 +115,7 @@ def collectors(monkeypatch):
         seen.append(loaded[0])
         return loaded
 
-    change_results(monkeypatch, training_run, "load_collector", keep)
+    change_results(monkeypatch, on_policy, "load_collector", keep)
     return seen
 
 

@@ -9,7 +9,7 @@ from helpers.runs import mlx_align
 
 from mlx_align.evaluation.data import read_held_out_data
 from mlx_align.inference.trained_run import read_trained_run
-from mlx_align.training import setup
+from mlx_align.training import on_policy
 
 SMALL = (
     *("--batch-size", 2, "--grad-accumulation-steps", 1, "--group-size", 2, "--lora-rank", 2),
@@ -24,7 +24,7 @@ def runs(tmp_path_factory):
     """A grpo run on prompts, and a ppo run on pairs that started from it; what both held out."""
     folder = tmp_path_factory.mktemp("runs")
     held_out = {}
-    original = setup.read_prompt_splits
+    original = on_policy.read_prompt_splits
     questions = [user(f"{i}: is it good?") for i in range(12)]
     prompts = [{"prompt": one, "number": i} for i, one in enumerate(questions)]
     answers = {"chosen": assistant("yes " * 9), "rejected": assistant("no")}
@@ -40,7 +40,7 @@ def runs(tmp_path_factory):
                 held_out[name] = [prompt.text.prompt for prompt in found[1]]
                 return found
 
-            patched.setattr(setup, "read_prompt_splits", read)
+            patched.setattr(on_policy, "read_prompt_splits", read)
             where = ("--model", TINY_MODEL, "--data", folder / data, "--output", folder / name)
             own = ("--valid-fraction", 0.3, "--seed", 3)
             assert mlx_align(name, *where, *SMALL, *own, *options) == 0

@@ -1,6 +1,7 @@
 """The plan of a run: headers, memory by part, advice, machines, the refusal, and the page."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import mlx.core as mx
@@ -440,6 +441,10 @@ def prompts_file(folder):
 
 @pytest.mark.parametrize("command", ["ppo", "grpo"])
 def test_on_policy_runs_are_planned(command, tmp_path, capsys, monkeypatch):
+    classifier = shutil.copytree(TINY_MODEL, tmp_path / "classifier")
+    config = json.loads((TINY_MODEL / "config.json").read_text())
+    config["architectures"] = ["LlamaForSequenceClassification"]
+    (classifier / "config.json").write_text(json.dumps(config))
 
     def no_weights(*_):
         raise AssertionError("the plan loaded the weights")
@@ -450,7 +455,7 @@ def test_on_policy_runs_are_planned(command, tmp_path, capsys, monkeypatch):
     for name, more in {
         "alone": [],
         "with data": ["--data", str(prompts_file(tmp_path))],
-        "another base": ["--reward-model", str(TINY_MODEL)],
+        "another base": ["--reward-model", str(classifier)],
     }.items():
         assert run([*options, *more]) == 0
         plans[name] = json.loads(capsys.readouterr().out)

@@ -207,7 +207,7 @@ def test_a_changed_function_changes_the_fingerprint():
     def fingerprint(function):
         settings = reward_settings([function], None, 1.0, 20.0)
         assert settings is not None
-        return fingerprint_rewards(settings, "reward model", None)
+        return fingerprint_rewards(settings, None, "reward model", None)
 
     def same(completions):
         return [1.0]

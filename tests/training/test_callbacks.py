@@ -19,7 +19,7 @@ from mlx_align.system.progress import SilentConsole
 from mlx_align.system.starter import resolve_starter
 from mlx_align.tracking import run_dir
 from mlx_align.tracking.diagnostics import HealthMonitor
-from mlx_align.training import callbacks, evaluation
+from mlx_align.training import callbacks, offline
 from mlx_align.training.callbacks import Callback, Callbacks, RunPage, Trackers, check_trackers
 from mlx_align.training.metrics import Progress
 from mlx_align.training.run import make_algorithm, train
@@ -277,7 +277,7 @@ def test_page_and_tracker_of_an_interrupted_and_resumed_run(tmp_path, monkeypatc
     """A real run on the starter: interrupted, then resumed, with a tracker."""
     monkeypatch.chdir(tmp_path)
     seen = []
-    evaluate = evaluation.Evaluation.evaluate
+    evaluate = offline.Evaluation.evaluate
 
     def interrupt(self, step, weights):
         result = evaluate(self, step, weights)
@@ -286,7 +286,7 @@ def test_page_and_tracker_of_an_interrupted_and_resumed_run(tmp_path, monkeypatc
             signal.raise_signal(signal.SIGINT)
         return result
 
-    monkeypatch.setattr(evaluation.Evaluation, "evaluate", interrupt)
+    monkeypatch.setattr(offline.Evaluation, "evaluate", interrupt)
     options = ["--model", "starter", "--data", "starter", "--iters", "4", "--batch-size", "2"]
     options += ["--grad-accumulation-steps", "1", "--val-batches", "2", "--samples", "2"]
     options += ["--steps-per-report", "1", "--steps-per-eval", "2", "--sample-tokens", "4"]

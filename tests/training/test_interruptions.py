@@ -29,8 +29,7 @@ from helpers.runs import (
 from mlx_align.algorithms import update
 from mlx_align.models import policy
 from mlx_align.tracking.run_dir import lock_run_dir
-from mlx_align.training import run as run_module
-from mlx_align.training import setup
+from mlx_align.training import offline
 
 SMALL = (
     *("--batch-size", 2, "--grad-accumulation-steps", 2, "--lora-rank", 2, "--samples", 1),
@@ -213,7 +212,7 @@ def test_signals_outside_of_updates(own_pairs, capsys, monkeypatch):
     """While data is read, the model is loaded, answers are sampled at the end."""
     for number, (module, name, signum, said) in enumerate(
         (
-            (setup, "prepare_data", signal.SIGTERM, "stopped before anything was written"),
+            (offline, "prepare_data", signal.SIGTERM, "stopped before anything was written"),
             (
                 policy,
                 "load_language_model",
@@ -221,7 +220,7 @@ def test_signals_outside_of_updates(own_pairs, capsys, monkeypatch):
                 "again with: mlx-align dpo --resume run-1",
             ),
             (
-                run_module,
+                offline,
                 "kl_from_reference",
                 signal.SIGHUP,
                 "resume with: mlx-align dpo --resume run-2",

@@ -27,7 +27,7 @@ from mlx_align.algorithms import dpo, ppo, update
 from mlx_align.rollout.collector import RolloutBatch, RolloutCollector
 from mlx_align.rollout.reward_functions import RewardFunctions
 from mlx_align.training import run as run_module
-from mlx_align.training.evaluation import RolloutEvaluation
+from mlx_align.training.on_policy_trainer import RolloutEvaluation
 
 SMALL = (
     *("--batch-size", 2, "--grad-accumulation-steps", 1, "--minibatches", 2, "--group-size", 2),

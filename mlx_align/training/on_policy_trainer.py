@@ -1,194 +1,32 @@
-"""The steps of a run: updates on given completions, or rollout batches with their updates.
-
-Both classes implement `loop.Trainer`.
-"""
+"""The steps of an on-policy run, and its evaluation on held-out prompts."""
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import mlx.optimizers as optim
 import numpy as np
 
-from mlx_align.algorithms.base import Objective, OnPolicyAlgorithm
-from mlx_align.algorithms.update import Updater, collate_microbatches
+from mlx_align.algorithms.base import OnPolicyAlgorithm
 from mlx_align.config import OnPolicyConfig
-from mlx_align.data.batching import Microbatch
 from mlx_align.errors import TrainingError
-from mlx_align.models.loading import LanguageModel
 from mlx_align.models.weights import AdapterWeights
 from mlx_align.rollout.collector import RolloutBatch, RolloutCollector
 from mlx_align.rollout.reward_functions import as_data
-from mlx_align.system.memory_limit import MemoryLimit
+from mlx_align.rollout.rewards import Rewards
+from mlx_align.rollout.sampler import Prompt
 from mlx_align.tracking.diagnostics import text_metrics
 from mlx_align.tracking.run_dir import append_samples
-from mlx_align.training.evaluation import Evaluation, EvaluationResult, RolloutEvaluation
-from mlx_align.training.metrics import (
-    MIN_TIMED_STEPS,
-    MetricsWindow,
-    Progress,
-    StepResult,
-    Throughput,
-    mean_row,
-)
+from mlx_align.training.evaluation import EvaluationResult, mean_and_error
+from mlx_align.training.metrics import MIN_TIMED_STEPS, Progress, StepResult, mean_row
+from mlx_align.types import TokenizedGroup
 
 # Largest mean |ratio − 1| in the first update of a rollout batch, when the policy is unchanged.
 RATIO_TOLERANCE = 1e-3
-
-
-class OfflineTrainer:
-    """Steps that are one optimizer update on given completions.
-
-    Accumulating microbatches gives the gradient of one large batch.
-
-    Args:
-        model: The base model; it holds the current weights between steps.
-        objective: The objective to minimise.
-        microbatches: (position) -> the microbatches from that position of the data on.
-        weights: The weights to start from.
-        optimizer: Initialised for them.
-        accumulation: Microbatches per update.
-        max_grad_norm: Gradients with a larger norm are scaled down to it.
-        skip_non_finite: Skip updates whose loss or gradient is not finite.
-        total_steps: Updates of the whole run.
-        title: Label of the progress bar.
-        evaluation: Measures held-out data; None to measure nothing.
-        report: Turns means over the updates of a report into its row.
-    """
-
-    step_name = "update"
-    on_policy = False
-    mid_step = False
-
-    def __init__(
-        self,
-        model: LanguageModel,
-        objective: Objective,
-        microbatches: Callable[[int], Iterator[Microbatch]],
-        weights: AdapterWeights,
-        optimizer: optim.Optimizer,
-        *,
-        accumulation: int,
-        max_grad_norm: float,
-        skip_non_finite: bool = False,
-        total_steps: int = 0,
-        title: str = "",
-        evaluation: Evaluation | None = None,
-        report: Callable[[dict[str, float]], dict[str, float]] = dict,
-    ) -> None:
-        self.title, self.total_steps = title, total_steps
-        self.weights: dict[str, AdapterWeights] = {"policy": weights}
-        self.optimizers = {"policy": optimizer}
-        self.memory = MemoryLimit()
-        self.throughput = Throughput()
-        self._model, self._objective = model, objective
-        self._microbatches, self._accumulation = microbatches, accumulation
-        self._stream: Iterator[Microbatch] | None = None
-        self._update = Updater(
-            model, optimizer, objective.loss, max_grad_norm, self.memory, skip=skip_non_finite
-        )
-        self.evaluation, self._to_row = evaluation, report
-        self._window = MetricsWindow()
-        self._last_skip: str | None = None
-
-    @property
-    def best_step(self) -> int | None:
-        """The update with the lowest held-out loss."""
-        best = None if self.evaluation is None else self.evaluation.best
-        return None if best is None else int(best["step"])
-
-    def prepare(self) -> str:
-        """Nothing to do before the first update."""
-        return ""
-
-    def step(
-        self,
-        progress: Progress,
-        learning_rate: float,
-        raise_if_interrupted: Callable[[], None] = lambda: None,
-    ) -> StepResult:
-        """Make one update; it is never abandoned.
-
-        Raises:
-            TrainingError: The loss or gradient is not finite; nothing was updated.
-        """
-        began = time.perf_counter()
-        if self._stream is None:
-            self._stream = self._microbatches(progress.microbatches)
-        objective, weights = self._objective, self.weights["policy"]
-        micro = [next(self._stream) for _ in range(self._accumulation)]
-        batches = [objective.collate(one) for one in micro]
-        totals = objective.totals(batches)
-        batches = objective.prepare(weights, batches, totals)
-        collated = collate_microbatches(objective, batches, micro)
-        done = self._update(weights, collated, totals, learning_rate)
-        self.weights["policy"] = done.weights
-        seconds = time.perf_counter() - began
-
-        sizes = [objective.size(one) for one in micro]
-        tokens = sum(size for _, size in sizes)
-        self.throughput.add([one.shape for one in micro], tokens, seconds)
-        metrics, skipped = {}, []
-        if done.skipped is None:
-            self._window.add(done.loss, done.sums, done.norm, learning_rate)
-            weight = done.sums.get("weight", 1.0) or 1.0
-            means = {name: v / weight for name, v in done.sums.items() if name != "weight"}
-            metrics = {"loss": done.loss, **means, "grad_norm": done.norm}
-            metrics["learning_rate"] = learning_rate
-        else:
-            self._last_skip = done.skipped
-            skipped = [f"update {progress.step + 1} skipped: {done.skipped}"]
-        return StepResult(
-            metrics=metrics,
-            microbatches=len(micro),
-            groups=sum(groups for groups, _ in sizes),
-            tokens=tokens,
-            seconds=seconds,
-            skipped=skipped,
-        )
-
-    def report(self, progress: Progress) -> dict[str, float] | None:
-        """Means over the updates since the last report; None if all of them were skipped."""
-        if not self._window.updates:
-            return None
-        row = self._window.row(progress, self.memory.peak_bytes)
-        self._window = MetricsWindow(tokens=progress.tokens, seconds=progress.seconds)
-        return self._to_row(row)
-
-    def evaluate(self, step: int) -> EvaluationResult | None:
-        """Metrics on the held-out groups."""
-        if self.evaluation is None:
-            return None
-        return self.evaluation.evaluate(step, self.weights["policy"])
-
-    def check_trained(self, progress: Progress) -> None:
-        """Check that at least one update was made.
-
-        Raises:
-            TrainingError: Every update was skipped.
-        """
-        if progress.skipped == progress.step:
-            raise TrainingError(f"every update was skipped: {self._last_skip}")
-
-    def state(self) -> dict[str, Any]:
-        """The updates not reported yet, and the best evaluation."""
-        best = None if self.evaluation is None else self.evaluation.best
-        return {"window": self._window.state(), "best": best}
-
-    def restore(self, weights: Mapping[str, AdapterWeights], state: Mapping[str, Any]) -> None:
-        """Continue from a checkpoint."""
-        self.weights = dict(weights)
-        self._window = MetricsWindow.restored(state["window"])
-        if self.evaluation is not None:
-            self.evaluation.restore_best(state["best"])
-        self._model.hold(self.weights["policy"])
-
-    def rate(self) -> float | None:
-        """Tokens per second; None if too few updates were timed."""
-        return self.throughput.rate()
 
 
 class OnPolicyTrainer:
@@ -374,3 +212,109 @@ def _check_ratio(deviation: float | None) -> None:
             f"differ from 1 by {deviation:.1e} on average, before anything was updated: a bug, or "
             "a model whose outputs depend on its batch; please report it, with the model's name"
         )
+
+
+class RolloutEvaluation:
+    """Held-out rewards of an on-policy run: one completion per held-out prompt.
+
+    The random seed is the same in every evaluation. The best result is the highest held-out
+    reward, or the highest training reward if there is no held-out one.
+
+    Args:
+        collector: Samples and scores; its shapes must fit the prompts.
+        prompts: The held-out prompts.
+        held_out_rewards: Rewards that are not trained on, or None.
+    """
+
+    def __init__(
+        self,
+        collector: RolloutCollector,
+        prompts: Sequence[Prompt],
+        held_out_rewards: Rewards | None,
+    ) -> None:
+        self._collector, self._prompts = collector, prompts
+        self._held_out_rewards = held_out_rewards
+        self.groups: list[TokenizedGroup] = [prompt.tokens for prompt in prompts]
+        self.best_step: int | None = None
+        self.last_kl: dict[str, float] | None = None
+        self._best = -math.inf
+        # Mean and standard deviation of both rewards in the first evaluation.
+        self._first: dict[str, list[float]] = {}
+
+    def state(self) -> dict[str, Any]:
+        """The state for a checkpoint."""
+        best = None if self.best_step is None else self._best
+        return {
+            "best_step": self.best_step,
+            "best": best,
+            "first": self._first,
+            "last_kl": self.last_kl,
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Restore a state that `state` returned."""
+        self.best_step, self._first = state["best_step"], dict(state["first"])
+        self._best = -math.inf if state["best"] is None else float(state["best"])
+        self.last_kl = state["last_kl"]
+
+    def evaluate(self, step: int, weights: AdapterWeights) -> EvaluationResult | None:
+        """Metrics of `weights` after rollout batch `step`; None without held-out prompts."""
+        metrics = self.measure(weights)
+        if metrics is None:
+            return None
+        return EvaluationResult(metrics, self._is_best(metrics, step), self.deviations(metrics))
+
+    def measure(self, weights: AdapterWeights) -> dict[str, float] | None:
+        """Metrics of one completion per prompt; None without prompts.
+
+        `reward` is the training reward, `held_out` the held-out one, and `objective/kl` the k1
+        estimate of KL(policy‖reference) in nats per completion.
+        """
+        if not self._prompts:
+            return None
+        collector = self._collector
+        completions = collector.sample(weights, self._prompts, (2,), group_size=1)
+        metrics: dict[str, float] = {}
+        kinds = {"reward": collector.rewards, "held_out": self._held_out_rewards}
+        for name, rewards in kinds.items():
+            if rewards is None:
+                continue
+            table = rewards(completions)
+            given = table.total[~np.isnan(table.total)]
+            if len(given) == 0:
+                continue
+            metrics[name] = float(given.mean())
+            spread = float(given.std(ddof=1)) if len(given) > 1 else 0.0
+            metrics[f"{name}_std"] = spread
+            self._first.setdefault(name, [metrics[name], spread])
+            if len(table.names) > 1:
+                metrics.update(table.metrics())
+        logps = collector.token_logprobs(weights, completions)
+        reference = collector.token_logprobs(collector.policy.start, completions)
+        k1 = (logps - reference).sum(axis=1, dtype=np.float64)
+        self.last_kl = mean_and_error(k1)
+        metrics["objective/kl"] = float(k1.mean())
+        metrics["completions/mean_length"] = float(completions.lengths.mean())
+        metrics["completions/ended"] = float(completions.finished.mean())
+        return metrics
+
+    def _is_best(self, metrics: Mapping[str, float], step: int) -> bool:
+        score = metrics.get("held_out", metrics.get("reward"))
+        if score is None or score <= self._best:
+            return False
+        self._best, self.best_step = score, step
+        return True
+
+    def deviations(self, metrics: Mapping[str, float]) -> tuple[float, float] | None:
+        """Changes of training and held-out reward since the first evaluation.
+
+        In units of the first evaluation's standard deviation. None if a reward is missing or did
+        not vary.
+        """
+        found = []
+        for name in ("reward", "held_out"):
+            mean, spread = self._first.get(name, (0.0, 0.0))
+            if name not in metrics or spread <= 0:
+                return None
+            found.append((metrics[name] - mean) / spread)
+        return found[0], found[1]
