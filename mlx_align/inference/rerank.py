@@ -525,4 +525,4 @@ def _as_completion(group: PromptGroup, text: str) -> Text:
 
 
 def _as_dicts(messages: Sequence[Message]) -> list[dict[str, str]]:
-    return [{"role": turn.role, "content": turn.content} for turn in messages]
+    return [turn.to_dict() for turn in messages]

@@ -308,11 +308,11 @@ ERRORS = [
     ),
     (
         [PAIR | {"prompt": [{**user("a"), "tool_calls": [{}]}]}],
-        r"'tool_calls', which is not supported",
+        r"prompt\[0\].tool_calls\[0\] is object; expected",
     ),
     (
         [PAIR | {"prompt": [{"role": "user", "content": [{"type": "image_url"}]}]}],
-        r"a part that is not text",
+        r"has a part of type text 'image_url'; expected text only \(images",
     ),
     ([{"prompt": "a", "completions": ["x", "y"], "scores": [1]}], r"one number for each of the 2"),
     ([{"prompt": "a", "completions": ["x", "y"]}], r"completions\[0\] has no rating"),
