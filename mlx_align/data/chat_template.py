@@ -157,8 +157,9 @@ class ChatTemplate:
         """
         turns = self._turns(messages)
         if self.has_template:
-            options = {"tokenize": False, "tools": tools}
-            return str(_apply(self.tokenizer, turns, generation_prompt, thinking, **options))
+            return str(
+                _apply(self.tokenizer, turns, generation_prompt, thinking, False, tools=tools)
+            )
         text = "".join(
             f"\n\n{_PLAIN_NAMES[turn['role']]}: {turn['content']}"
             if turn["role"] != "system"

@@ -255,6 +255,12 @@ def parse_transcript(row: Row, key: str, value: Any) -> tuple[Message, ...]:
     )
 
 
+def parse_prompt_transcript(row: Row, key: str, value: Any) -> tuple[Message, ...]:
+    """Parse an HH-RLHF transcript that is a prompt: without the open "Assistant:" at its end."""
+    turns = parse_transcript(row, key, value)
+    return turns[:-1] if turns[-1] == Message("assistant", "") else turns
+
+
 def split_shared_turns(
     conversations: Sequence[tuple[Message, ...]],
 ) -> tuple[tuple[Message, ...], tuple[tuple[Message, ...], ...]]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-from mlx_align.config import TrainConfig
+from mlx_align.config import KTOConfig, TrainConfig
+from mlx_align.data.columns import configure_data
 from mlx_align.data.formats import ReadReport
 from mlx_align.data.readers import Data, has_split
 from mlx_align.data.transforms import split_validation
@@ -40,10 +41,15 @@ def read_splits(config: TrainConfig, read: GroupReader, data: Data | None = None
     """
     data = config.data if data is None else data
     assert data is not None
+    data = configure_data(data, config)
     groups, report = read(data, "train", config.format)
     held_out: list[PromptGroup] = []
     if has_split(data, "valid"):
         held_out, _ = read(data, "valid", config.format)
     elif config.valid_fraction > 0:
-        groups, held_out = split_validation(groups, config.valid_fraction, config.seed)
+        # The KL estimate of kto needs completions of two different prompts.
+        needed = 2 if isinstance(config, KTOConfig) and config.loss == "kto" else 1
+        groups, held_out = split_validation(
+            groups, config.valid_fraction, config.seed, min_prompts=needed
+        )
     return DatasetSplits(groups, held_out, report)
