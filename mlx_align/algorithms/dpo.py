@@ -77,6 +77,10 @@ class DPO(Algorithm):
             raise ConfigError(
                 f"--loss {self._config.loss}: takes no soft labels, which the data has"
             )
+        if self._config.strength == "margin":
+            raise ConfigError(
+                "--strength margin: margins are for reward models; use --strength soft-label"
+            )
         return [_DISCOPOP_WARNING] if "discopop" in dict(self.loss.parts) else []
 
     def objective(

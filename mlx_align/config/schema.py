@@ -525,9 +525,15 @@ def _names(value: Any, *, several: bool) -> tuple[str, ...]:
     return found
 
 
+def _is_names(value: Any) -> bool:
+    """Whether this is a short list of names, such as columns."""
+    return isinstance(value, list | tuple) and all(isinstance(name, str) for name in value)
+
+
 def _mapping(value: Any) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"expected {_EXPECTED[dict]}")
+    value = {name: ",".join(item) if _is_names(item) else item for name, item in value.items()}
     for name, item in value.items():
         if not isinstance(item, str | int | float):
             raise ValueError(f"{_shown(name, str)}: {_shown(item)} is not a single value")

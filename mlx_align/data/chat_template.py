@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
@@ -31,6 +31,8 @@ _REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
 _INLINE = "content"
 
 Tools = Sequence[Mapping[str, Any]]
+# Whether to render assistant turns with the template's thinking on; auto: where there is some.
+Thinking = Literal["auto", "on", "off"]
 
 _USER = ({"role": "user", "content": _PROBE_USER},)
 
@@ -73,6 +75,7 @@ class ChatTemplate:
         reasoning_key: The field of a message from which the template takes the reasoning;
             "content" if it has none, and the reasoning is written into the content as
             <think>…</think>; empty if the tokenizer doesn't know thinking at all.
+        thinking: Whether groups are rendered with thinking on; see `mlx_align.data.tokenization`.
     """
 
     tokenizer: Any
@@ -85,6 +88,7 @@ class ChatTemplate:
     stops: frozenset[int] = frozenset()
     switches_thinking: bool = False
     reasoning_key: str = _INLINE
+    thinking: Thinking = "auto"
 
     @property
     def think_tags(self) -> tuple[str, str]:
@@ -243,11 +247,12 @@ class ChatTemplate:
         return ids[start:]
 
 
-def inspect_chat_template(tokenizer: Any) -> ChatTemplate:
+def inspect_chat_template(tokenizer: Any, thinking: Thinking = "auto") -> ChatTemplate:
     """Find out how a tokenizer renders conversations, by rendering two short ones.
 
     Args:
         tokenizer: An mlx-lm `TokenizerWrapper` or a Hugging Face tokenizer.
+        thinking: As in `ChatTemplate`.
     """
     if not isinstance(tokenizer, TokenizerWrapper):
         tokenizer = TokenizerWrapper(tokenizer)
@@ -285,6 +290,7 @@ def inspect_chat_template(tokenizer: Any) -> ChatTemplate:
         stops=frozenset(stops),
         switches_thinking=_switches_thinking(tokenizer),
         reasoning_key=_reasoning_key(tokenizer),
+        thinking=thinking,
     )
 
 

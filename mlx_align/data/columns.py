@@ -100,12 +100,13 @@ class ConfiguredSource:
         return str(self.name)
 
 
-def configure_data(data: Data, options: Any) -> DataSource:
+def configure_data(data: Data, options: Any, rules: LabelRules | None = None) -> DataSource:
     """Open data with the mapping and the label rules of a config.
 
     Args:
         data: As for `readers.open_data`; if it is configured already, it is returned unchanged.
         options: A config class; options that it lacks have their defaults.
+        rules: Rules to use instead of those in `options`.
 
     Raises:
         ConfigError: A field of the mapping is unknown.
@@ -113,13 +114,8 @@ def configure_data(data: Data, options: Any) -> DataSource:
     """
     if isinstance(data, ConfiguredSource):
         return data
-    rules = LabelRules(
-        **{
-            name: getattr(options, name)
-            for name in ("ties", "strength", "votes")
-            if getattr(options, name, None) is not None
-        }
-    )
+    given = {name: getattr(options, name, None) for name in ("ties", "strength", "votes")}
+    rules = rules or LabelRules(**{name: rule for name, rule in given.items() if rule is not None})
     return ConfiguredSource(open_data(data), getattr(options, "columns", {}), rules)
 
 

@@ -20,7 +20,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -29,6 +29,7 @@ from mlx_align.data.chat_template import (
     ChatTemplate,
     Ids,
     TemplateError,
+    Thinking,
     Tools,
     common_prefix,
     inspect_chat_template,
@@ -49,9 +50,6 @@ REFUSED = "refused by the chat template"
 NO_PROMPT = "prompt rendered differently with its completion"
 IDENTICAL = "identical completions"
 NO_TOOLS = "with tools or tool calls, which the chat template leaves out"
-
-# Whether to render assistant turns with the template's thinking on; auto: where there is some.
-Thinking = Literal["auto", "on", "off"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,10 +159,9 @@ def tokenize_group(
     """
     result = try_tokenize_group(
         group,
-        inspect_chat_template(tokenizer),
+        inspect_chat_template(tokenizer, thinking),
         max_seq_length=max_seq_length,
         max_completion_length=max_completion_length,
-        thinking=thinking,
     )
     if result.group is None:
         detail = f" ({result.detail})" if result.detail else ""
@@ -220,7 +217,7 @@ def tokenize_groups(
         ConfigError: A limit is below 1.
         DataError: More than 10% of the groups, or all of them, would be dropped.
     """
-    template = inspect_chat_template(tokenizer)
+    template = inspect_chat_template(tokenizer, thinking)
     results = []
     chats = False
     for group in groups:
@@ -231,7 +228,6 @@ def tokenize_groups(
                 template,
                 max_seq_length=max_seq_length,
                 max_completion_length=max_completion_length,
-                thinking=thinking,
             )
         )
     kept = [result.group for result in results if result.group is not None]
@@ -261,7 +257,6 @@ def try_tokenize_group(
     max_seq_length: int,
     max_completion_length: int | None = None,
     drop_identical: bool = True,
-    thinking: Thinking = "auto",
 ) -> TokenizeResult:
     """Tokenise one group, or return the reason to drop it. Arguments as for `tokenize_groups`.
 
@@ -272,7 +267,6 @@ def try_tokenize_group(
         max_completion_length: See `tokenize_groups`.
         drop_identical: Whether to drop groups of identical completions: they can't be used for
             training, but they can be scored.
-        thinking: See `tokenize_groups`.
 
     Raises:
         ConfigError: A limit is below 1.
@@ -286,9 +280,7 @@ def try_tokenize_group(
         and any(turn.role == "system" for turn in group.prompt)
     )
     try:
-        rendered = render_group(
-            group.prompt, group.completions, template, tools=group.tools, thinking=thinking
-        )
+        rendered = render_group(group.prompt, group.completions, template, tools=group.tools)
     except TemplateError as error:
         return TokenizeResult(None, dropped=REFUSED, detail=str(error))
     if rendered is None:
@@ -350,13 +342,12 @@ def tokenize_prompts(
     """
     if max_prompt_length < 1:
         raise ConfigError(f"--max-prompt-length {max_prompt_length}: expected at least 1")
-    template = inspect_chat_template(tokenizer)
+    template = inspect_chat_template(tokenizer, thinking)
     results = [
         try_tokenize_group(
             replace(group, completions=(), scores=None),
             template,
             max_seq_length=max_prompt_length,
-            thinking=thinking,
         )
         for group in groups
     ]
@@ -454,7 +445,6 @@ def render_group(
     template: ChatTemplate,
     *,
     tools: Tools = (),
-    thinking: Thinking = "auto",
 ) -> RenderedGroup | None:
     """Render a group; None if its renderings don't share a usable prompt.
 
@@ -463,7 +453,6 @@ def render_group(
         completions: The completions; of the same kind.
         template: From `inspect_chat_template`.
         tools: Descriptions of functions for the template.
-        thinking: See the module's docstring.
 
     Raises:
         TemplateError: The chat template raised an error.
@@ -478,10 +467,11 @@ def render_group(
     prompt = template.fold_system(prompt)
     answers = [turn for turns in whole for turn in turns[len(prompt) :]]
     reasons = any(template.split_reasoning(turn)[0] is not None for turn in answers)
-    if thinking == "off" and reasons:
+    without = template.thinking == "off" and reasons
+    if without:
         whole = [(*prompt, *_without_reasoning(t[len(prompt) :], template)) for t in whole]
     best = None
-    for mode in _thinking_modes(template, thinking, bool(whole), reasons):
+    for mode in _thinking_modes(template, bool(whole), reasons):
         rendered = _render_turns(prompt, whole, template, mode, tools)
         if rendered is None:
             continue
@@ -489,17 +479,15 @@ def render_group(
             best = rendered
         if _loss(best) == (False, False):
             break
-    if best is not None and thinking == "off" and reasons:
-        best = replace(best, reasoning_removed=True)
-    return best
+    return replace(best, reasoning_removed=True) if best is not None and without else best
 
 
 def _thinking_modes(
-    template: ChatTemplate, thinking: Thinking, has_completions: bool, reasons: bool
+    template: ChatTemplate, has_completions: bool, reasons: bool
 ) -> tuple[bool | None, ...]:
     """The values of `enable_thinking` to try, in order; None is mlx-lm's default."""
-    if thinking != "auto":
-        return (thinking == "on",)
+    if template.thinking != "auto":
+        return (template.thinking == "on",)
     if not has_completions:
         return (None,)
     if reasons:

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mlx_align.data.batching import completion_mask
-from mlx_align.data.chat_template import ChatTemplate, inspect_chat_template
+from mlx_align.data.chat_template import ChatTemplate, Thinking, inspect_chat_template
 from mlx_align.errors import DataError
 from mlx_align.inference.scoring import (
     GroupScores,
@@ -150,6 +150,7 @@ def load_implicit_reward(
     beta: float | None = None,
     reference_adapter: str | Path | None = None,
     per_token: bool | None = None,
+    thinking: Thinking | None = None,
     max_seq_length: int = MAX_SEQ_LENGTH,
     batch_size: int = BATCH_SIZE,
 ) -> ImplicitReward:
@@ -161,6 +162,8 @@ def load_implicit_reward(
         beta: Temperature β; None for the run's own.
         reference_adapter: Folder of the reference's adapter; None for where the run started.
         per_token: Divide by the completion's length; None to do so if the run's loss did.
+        thinking: Whether to render with the chat template's thinking on; None for as the run was
+            trained.
         max_seq_length: Maximal length of prompt and completion, tokens.
         batch_size: Prompts per batch.
 
@@ -176,7 +179,7 @@ def load_implicit_reward(
     loaded, (policy, reference) = load_adapters(folder, [run.folder, settings.reference])
     return ImplicitReward(
         match_adapter_dtype(loaded, run),
-        inspect_chat_template(loaded.folder.tokenizer),
+        inspect_chat_template(loaded.folder.tokenizer, thinking or run.thinking),
         policy,
         reference,
         beta=settings.beta,
@@ -192,6 +195,7 @@ def load_logprob_scorer(
     adapter_path: str | Path | None = None,
     *,
     per_token: bool | None = None,
+    thinking: Thinking | None = None,
     max_seq_length: int = MAX_SEQ_LENGTH,
     batch_size: int = BATCH_SIZE,
 ) -> ImplicitReward:
@@ -203,7 +207,9 @@ def load_logprob_scorer(
     loaded, (policy,) = load_adapters(open_model(model), [None if run is None else run.folder])
     return ImplicitReward(
         loaded if run is None else match_adapter_dtype(loaded, run),
-        inspect_chat_template(loaded.folder.tokenizer),
+        inspect_chat_template(
+            loaded.folder.tokenizer, thinking or ("auto" if run is None else run.thinking)
+        ),
         policy,
         None,
         per_token=bool(per_token),

@@ -16,6 +16,7 @@ from mlx_align.algorithms.base import Algorithm
 from mlx_align.algorithms.ppo import read_demonstrations
 from mlx_align.config import DEFAULT_BATCH_SIZE, OnPolicyConfig, PPOConfig, TrainConfig
 from mlx_align.data.buckets import AnyShape, rollout_shapes
+from mlx_align.data.columns import configure_data
 from mlx_align.data.formats import read_prompts
 from mlx_align.data.readers import Data, has_split
 from mlx_align.data.splits import GroupReader, read_splits
@@ -165,11 +166,18 @@ def prepare_data(
         tokenizer=folder.tokenizer,
         max_seq_length=config.max_seq_length,
         max_completion_length=config.max_completion_length,
+        thinking=config.thinking,
     )
     train, report = tokenize(groups)
     valid = tokenize(held_out)[0] if held_out else []
     facts = compute_statistics(
-        groups, train, report, folder.tokenizer, read_report=reading, valid=held_out
+        groups,
+        train,
+        report,
+        folder.tokenizer,
+        read_report=reading,
+        valid=held_out,
+        max_positions=folder.max_positions,
     )
     return TokenizedDataset(train, valid, facts)
 
@@ -333,6 +341,7 @@ def read_prompt_splits(
     """Training and held-out prompts, a report on the former, and how they were read."""
     named: Any = config.data if data is None else data
     assert named is not None
+    named = configure_data(named, config)
     groups, reading = read_prompts(named, "train", config.format)
     if has_split(named, "valid"):
         held_out, _ = read_prompts(named, "valid", config.format)
@@ -341,11 +350,11 @@ def read_prompt_splits(
     else:
         held_out = []
     longest = config.max_prompt_length or config.max_seq_length - config.max_completion_length
-    tokens, report = tokenize_prompts(groups, folder.tokenizer, longest)
+    tokens, report = tokenize_prompts(groups, folder.tokenizer, longest, config.thinking)
     train = [Prompt(groups[i], one) for i, one in zip(report.indices, tokens, strict=True)]
     valid: list[Prompt] = []
     if held_out:
-        tokens, seen = tokenize_prompts(held_out, folder.tokenizer, longest)
+        tokens, seen = tokenize_prompts(held_out, folder.tokenizer, longest, config.thinking)
         valid = [Prompt(held_out[i], one) for i, one in zip(seen.indices, tokens, strict=True)]
     wanted = config.val_batches * (config.batch_size or DEFAULT_BATCH_SIZE)
     if config.val_batches >= 0 and wanted < len(valid):
