@@ -268,7 +268,7 @@ class _OfflineJob:
         self._limit = batch_limit(config, packs=self.policy.model.packs and algorithm.packs)
         self._shapes = plan_shapes(setup.train, self._limit)
         accumulation = config.grad_accumulation_steps
-        total = _total_updates(config, setup.train, self._shapes)
+        microbatches = _total_microbatches(config, setup.train, self._shapes)
         references = References(None, [])
         if algorithm.has_reference:
             references = reference_logprobs(
@@ -279,7 +279,7 @@ class _OfflineJob:
                 (setup.train, self._shapes),
                 setup.held_out,
                 self._limit,
-                total * accumulation if algorithm.needs_reference else 0,
+                microbatches if algorithm.needs_reference else 0,
                 console,
             )
         self.trainer = OfflineTrainer(
@@ -291,7 +291,7 @@ class _OfflineJob:
             accumulation=accumulation,
             max_grad_norm=config.max_grad_norm,
             skip_non_finite=config.on_non_finite == "skip",
-            total_steps=total,
+            total_microbatches=microbatches,
             title=algorithm.title,
             evaluation=Evaluation(
                 algorithm, setup.held_out, self._scorer, references.valid, self._limit
@@ -409,10 +409,11 @@ class _OnPolicyJob:
         return {"prompts": groups, "completions": groups * self._config.group_size}
 
 
-def _total_updates(
+def _total_microbatches(
     config: TrainConfig, groups: Sequence[TokenizedGroup], shapes: Sequence[AnyShape]
 ) -> int:
-    """Updates of the whole run, from `iters` or `epochs`."""
+    """Microbatches of the whole run: `iters` full updates, or every row once per epoch."""
+    if config.iters is not None:
+        return config.iters * config.grad_accumulation_steps
     per_epoch = len(epoch_order(groups, shapes, seed=config.seed))
-    epochs = config.epochs or 1.0
-    return config.iters or max(1, round(epochs * per_epoch / config.grad_accumulation_steps))
+    return max(1, round((config.epochs or 1.0) * per_epoch))

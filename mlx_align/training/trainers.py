@@ -53,7 +53,8 @@ class OfflineTrainer:
         accumulation: Microbatches per update.
         max_grad_norm: Gradients with a larger norm are scaled down to it.
         skip_non_finite: Skip updates whose loss or gradient is not finite.
-        total_steps: Updates of the whole run.
+        total_microbatches: Microbatches of the whole run; the last update may have fewer. 0 for
+            no end.
         title: Label of the progress bar.
         evaluation: Measures held-out data; None for none.
         report: Turns means over the updates of a report into its row.
@@ -74,12 +75,13 @@ class OfflineTrainer:
         accumulation: int,
         max_grad_norm: float,
         skip_non_finite: bool = False,
-        total_steps: int = 0,
+        total_microbatches: int = 0,
         title: str = "",
         evaluation: Evaluation | None = None,
         report: Callable[[dict[str, float]], dict[str, float]] = dict,
     ) -> None:
-        self.title, self.total_steps = title, total_steps
+        self.title, self.total_steps = title, -(-total_microbatches // accumulation)
+        self._total_microbatches = total_microbatches
         self.weights: dict[str, AdapterWeights] = {"policy": weights}
         self.optimizers = {"policy": optimizer}
         self.memory = MemoryLimit()
@@ -119,7 +121,10 @@ class OfflineTrainer:
         if self._stream is None:
             self._stream = self._microbatches(progress.microbatches)
         objective, weights = self._objective, self.weights["policy"]
-        micro = [next(self._stream) for _ in range(self._accumulation)]
+        # The last update may be smaller, so that every row is visited once per epoch.
+        left = self._total_microbatches - progress.microbatches
+        count = min(self._accumulation, left) if left > 0 else self._accumulation
+        micro = [next(self._stream) for _ in range(count)]
         batches = [objective.collate(one) for one in micro]
         totals = objective.totals(batches)
         batches = objective.prepare(weights, batches, totals)
