@@ -202,14 +202,10 @@ def _map_row(row: Row, columns: Mapping[str, tuple[str, ...]]) -> Row:
     for name in _KEPT:
         if name in row.fields and name not in columns:
             fields[name] = row.fields[name]
-    names = {
-        "completions": columns.get("completions", ()),
-        **{field: (field,) for field in fields},
-    }
     used = {path.split(".")[0] for paths in columns.values() for path in paths} | set(fields)
     extra = {key: value for key, value in row.fields.items() if key not in used}
-    answers = names["completions"] if len(columns.get("completions", ())) > 1 else ()
-    return Row(row.source, fields, extra, tuple(answers))
+    answers = columns.get("completions", ())
+    return Row(row.source, fields, extra, answers if len(answers) > 1 else ())
 
 
 def _value_at(fields: Mapping[str, Any], path: str) -> Any:
