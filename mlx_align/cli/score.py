@@ -160,7 +160,7 @@ def _scored(
 
 
 def _line(entry: ScorableRow, scored: GroupScores) -> dict[str, Any]:
-    row = dict(entry.row.fields)
+    row = {**(entry.row.extra or {}), **entry.row.fields}
     if scored.scores is None:
         return {**row, SCORES: None, NOTE: scored.reason}
     row[SCORES] = [float(score) for score in scored.scores]

@@ -221,9 +221,7 @@ def test_reasoning_goes_into_the_field_that_the_template_reads():
 def test_reasoning_goes_into_the_content_if_the_template_reads_no_field():
     tokenizer = tiny_tokenizer(CHATML, thinking=True)
     answer = Message("assistant", "four", reasoning="abc")
-    assert tokenized(tokenizer, chat(answer, NO))[1] == (
-        "<think>\nabc\n</think>\n\nfour<|im_end|>"
-    )
+    assert tokenized(tokenizer, chat(answer, NO))[1] == ("<think>\nabc\n</think>\n\nfour<|im_end|>")
     _, report = tokenize_groups([chat(answer, NO)], tiny_tokenizer(CHATML), max_seq_length=500)
     assert report.reasoning_dropped == 1
 
