@@ -538,7 +538,7 @@ def _render_turns(
         if not head:
             return None
         text = template.render_text(prompt, thinking=thinking, tools=tools)
-        lost = _left_out(prompt, len(prompt), text, template, tools)
+        lost = _left_out(prompt, len(prompt), text, template, thinking, tools)
         return RenderedGroup(
             head, [], thinking_off=off, text_dropped=lost.text, tools_dropped=lost.tools
         )
@@ -557,7 +557,7 @@ def _render_turns(
             moved = moved or not mask.exact
             off = off or mask.thinking_off
     lost_in = [
-        _left_out(turns, len(prompt), one.text, template, tools)
+        _left_out(turns, len(prompt), one.text, template, thinking, tools)
         for turns, one in zip(whole, ended, strict=True)
     ]
     return RenderedGroup(
@@ -580,7 +580,7 @@ class _LeftOut:
     Attributes:
         reasoning: Reasoning in its completion. In earlier turns that is usual, in use too.
         text: Content of a system, user or assistant turn. (Templates write tool results as JSON.)
-        tools: The name of a tool, or of a called function.
+        tools: The tools, or the tool calls of a turn.
     """
 
     reasoning: bool
@@ -589,13 +589,16 @@ class _LeftOut:
 
 
 def _left_out(
-    turns: Sequence[Message], first: int, text: str, template: ChatTemplate, tools: Tools
+    turns: Sequence[Message],
+    first: int,
+    text: str,
+    template: ChatTemplate,
+    thinking: bool | None,
+    tools: Tools,
 ) -> _LeftOut:
     """Compare a conversation, whose completion starts at turn `first`, with its rendered text."""
     rendered = squeeze(text)
     split = [template.split_reasoning(turn) for turn in turns]
-    names = [call.name for turn in turns for call in turn.tool_calls]
-    names += [str(tool.get("function", tool).get("name", "")) for tool in tools]
     return _LeftOut(
         reasoning=any(
             reasoning is not None and squeeze(reasoning) not in rendered
@@ -605,8 +608,32 @@ def _left_out(
             turn.role != "tool" and squeeze(content) not in rendered
             for turn, (_, content) in zip(turns, split, strict=True)
         ),
-        tools=any(squeeze(name) not in rendered for name in names),
+        tools=_leaves_tools_out(turns, template, thinking, tools),
     )
+
+
+def _leaves_tools_out(
+    turns: Sequence[Message], template: ChatTemplate, thinking: bool | None, tools: Tools
+) -> bool:
+    """Whether the conversation is rendered the same without its tools, or without some calls."""
+
+    def text(turns: Sequence[Message], tools: Tools) -> str:
+        return template.render_text(turns, thinking=thinking, tools=tools)
+
+    if not tools and not any(turn.tool_calls for turn in turns):
+        return False
+    whole = text(turns, tools)
+    if tools and text(turns, ()) == whole:
+        return True
+    for i, turn in enumerate(turns):
+        if turn.tool_calls:
+            without = (*turns[:i], replace(turn, tool_calls=()), *turns[i + 1 :])
+            try:
+                if text(without, tools) == whole:
+                    return True
+            except TemplateError:  # without its call the tool's answer has no place
+                continue
+    return False
 
 
 @dataclass(frozen=True, slots=True)

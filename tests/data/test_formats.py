@@ -463,6 +463,14 @@ def test_split_keeps_prompts_together_and_is_deterministic():
         split_validation(groups, 1.0, seed=0)
 
 
+def test_a_split_is_enlarged_to_the_prompts_that_valid_needs():
+    groups = [PromptGroup(f"p{i}", ("a",), f"x:{i}", label=True) for i in range(10)]
+    assert len(split_validation(groups, 0.05, seed=0)[1]) == 1
+    train, valid = split_validation(groups, 0.05, seed=0, min_prompts=2)
+    assert (len(train), len(valid)) == (8, 2)
+    assert len(split_validation(groups[:3], 0.05, seed=0, min_prompts=2)[1]) == 1
+
+
 JUNK = [
     None,
     True,
