@@ -16,6 +16,7 @@ Arrays of log-probs are called `logps`, as in TRL: `token_logps` has one entry p
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -29,11 +30,63 @@ Logps = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True, slots=True)
+class ToolCall:
+    """A call of a function by the assistant.
+
+    Attributes:
+        name: The function.
+        arguments: Its arguments, as JSON text.
+        id: The identifier that the tool's answer refers to, if the data has one.
+    """
+
+    name: str
+    arguments: str
+    id: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Message:
-    """One turn of a conversation: `role` is system, user, assistant or tool."""
+    """One turn of a conversation.
+
+    Attributes:
+        role: `system`, `user`, `assistant` or `tool`.
+        content: The text; may be empty if there are tool calls.
+        reasoning: The thinking before the content, if the data keeps it in a field of its own.
+        tool_calls: The functions that the assistant calls.
+        name: The name of the tool that answers, or of the speaker.
+        tool_call_id: The call that a tool answers.
+    """
 
     role: str
     content: str
+    reasoning: str | None = None
+    tool_calls: tuple[ToolCall, ...] = ()
+    name: str | None = None
+    tool_call_id: str | None = None
+
+    def to_dict(self, reasoning_key: str = "reasoning_content") -> dict[str, Any]:
+        """The message as chat templates and JSON files take it; fields that are empty left out.
+
+        Args:
+            reasoning_key: The field for the reasoning.
+        """
+        fields: dict[str, Any] = {"role": self.role, "content": self.content}
+        if self.reasoning is not None:
+            fields[reasoning_key] = self.reasoning
+        if self.tool_calls:
+            fields["tool_calls"] = [
+                {
+                    **({} if call.id is None else {"id": call.id}),
+                    "type": "function",
+                    "function": {"name": call.name, "arguments": json.loads(call.arguments)},
+                }
+                for call in self.tool_calls
+            ]
+        if self.name is not None:
+            fields["name"] = self.name
+        if self.tool_call_id is not None:
+            fields["tool_call_id"] = self.tool_call_id
+        return fields
 
 
 # A plain string, or the turns of a conversation.
@@ -53,6 +106,9 @@ class PromptGroup:
         soft_label: For pairs, the probability that chosen is better, if known.
         margin: For pairs, the minimum difference of the reward model's scores, if the data has one.
         columns: The row's other fields, unchanged, for reward functions.
+        tools: Descriptions of the functions that the assistant may call, for the chat template.
+        strength: For pairs, how much better chosen is, in the data's own units; 0 for a tie.
+        votes: For pairs, the votes for chosen and for rejected, if the data counts them.
     """
 
     prompt: Text
@@ -63,6 +119,9 @@ class PromptGroup:
     soft_label: float | None = None
     margin: float | None = None
     columns: Mapping[str, Any] = field(default_factory=dict)
+    tools: tuple[Mapping[str, Any], ...] = ()
+    strength: float | None = None
+    votes: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -82,7 +82,14 @@ too. [Coming from TRL](../coming-from.md#trl-scripts) has an example.
 
 def config_classes() -> dict[str, type[Options]]:
     """The config classes of the commands, by name."""
-    shared = {"Options", "TrainConfig", "LossConfig", "OnPolicyConfig", "ScorerConfig"}
+    shared = {
+        "Options",
+        "TrainConfig",
+        "LossConfig",
+        "OnPolicyConfig",
+        "ScorerConfig",
+        "LabelOptions",
+    }
     found = {name: getattr(config, name) for name in config.__all__ if name not in shared}
     return {
         name: one

@@ -80,6 +80,10 @@ class DPO(Algorithm):
                 f"--loss {self._config.loss}: ignores soft labels, which the data has; remove "
                 f"them, or choose one of {known}"
             )
+        if self._config.strength == "margin":
+            raise ConfigError(
+                "--strength margin: margins are for reward models; use --strength soft-label"
+            )
         return [_DISCOPOP_WARNING] if "discopop" in dict(self.loss.parts) else []
 
     def objective(

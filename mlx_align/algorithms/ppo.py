@@ -524,7 +524,10 @@ def read_demonstrations(config: PPOConfig, tokenizer: Any) -> list[TokenizedGrou
     assert config.ptx_data is not None
     groups, _ = read_supervised(config.ptx_data, "train")
     return tokenize_groups(
-        keep_last_completion(groups), tokenizer=tokenizer, max_seq_length=config.max_seq_length
+        keep_last_completion(groups),
+        tokenizer=tokenizer,
+        max_seq_length=config.max_seq_length,
+        thinking=config.thinking,
     )[0]
 
 

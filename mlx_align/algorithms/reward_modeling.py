@@ -266,8 +266,11 @@ def check_comparisons(data: TokenizedDataset, config: RewardConfig) -> list[str]
     groups = data.train
     lists = [group for group in groups if len(group.completions) > 2]
     tied = any(len(set(g.scores or ())) < len(g.completions) for g in lists)
+    tied = tied or any(group.soft_label == 0.5 for group in groups)
     if config.ties != "skip" and not tied:
         raise ConfigError("--ties half: the data has no list with equal ratings; leave it out")
+    if config.strength == "margin" and all(group.margin is None for group in groups):
+        raise ConfigError("--strength margin: the data names no strength; leave it out")
     if config.rating_margin and all(group.scores is None for group in groups):
         raise ConfigError("--rating-margin: the data has no ratings; leave it out")
     prompts = len({group.prompt.tobytes() for group in groups})

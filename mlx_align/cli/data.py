@@ -1,29 +1,40 @@
-"""`mlx-align data`: inspect data as training would read it, or create some."""
+"""`mlx-align data`: inspect data as training would read it, convert it, or create some."""
 
 from __future__ import annotations
 
 import dataclasses
 import json as json_module
+import textwrap
 from typing import Any
 
 import click
 
-from mlx_align.cli.options import Command, Group, config_options, given_options, json_option
+from mlx_align.cli.options import (
+    Command,
+    Group,
+    config_options,
+    given_options,
+    json_option,
+    new_file,
+)
 from mlx_align.cli.sample import sample
-from mlx_align.config import CheckDataConfig, TrainConfig, make_config
+from mlx_align.config import CheckDataConfig, ConvertDataConfig, TrainConfig, make_config
 from mlx_align.config.schema import require
+from mlx_align.errors import ConfigError
 from mlx_align.system.starter import resolve_starter
+
+_WIDTH = 96
 
 
 @click.group(
     cls=Group,
     invoke_without_command=True,
-    sections={"Commands": ("check", "sample")},
-    short_help="Check data before training; create some by rejection sampling.",
+    sections={"Commands": ("check", "convert", "sample")},
+    short_help="Check or convert data before training; create some by rejection sampling.",
 )
 @click.pass_context
 def data(context: click.Context) -> None:
-    """Check data before training, or create some by rejection sampling."""
+    """Check or convert data before training, or create some by rejection sampling."""
     if context.invoked_subcommand is None:
         click.echo(context.get_help())
 
@@ -35,8 +46,16 @@ data.add_command(sample)
 @config_options(CheckDataConfig)
 @json_option("Print as JSON.")
 def check(json: bool, **options: Any) -> None:
-    """Print the data report that `mlx-align dpo` prints before it trains."""
+    """Print the data report that `mlx-align dpo` prints before it trains, and what is suspicious.
+
+    Looks for near duplicates, prompts that are in train and valid, conflicting labels, HTML and
+    template tokens in the text, and outliers of language and length; says how often the longer and
+    the more formatted completion is chosen.
+    """
     from mlx_align.algorithms.dpo import read_pairs
+    from mlx_align.data.columns import configure_data
+    from mlx_align.data.quality import check_quality, render_quality
+    from mlx_align.data.readers import has_split
     from mlx_align.data.statistics import render_statistics
     from mlx_align.models.loading import open_model
     from mlx_align.training.setup import prepare_data
@@ -45,15 +64,66 @@ def check(json: bool, **options: Any) -> None:
     require(config, "model", "data")
     assert config.model is not None
     assert config.data is not None
-    training = TrainConfig(
-        **{
-            **dataclasses.asdict(config),
-            "model": resolve_starter(config.model, "model"),
-            "data": resolve_starter(config.data, "data"),
-        }
-    )
+    names = {field.name for field in dataclasses.fields(TrainConfig)}
+    values = {k: v for k, v in dataclasses.asdict(config).items() if k in names}
+    values["model"] = resolve_starter(config.model, "model")
+    values["data"] = resolve_starter(config.data, "data")
+    training = TrainConfig(**values)
     assert training.model is not None
-    facts = prepare_data(training, open_model(training.model), read_pairs).statistics
-    click.echo(
-        json_module.dumps(dataclasses.asdict(facts), indent=2) if json else render_statistics(facts)
-    )
+    assert training.data is not None
+    source = configure_data(training.data, config)
+    folder = open_model(training.model)
+    facts = prepare_data(training, folder, read_pairs, source).statistics
+    held_out = has_split(source, "valid")
+    valid = read_pairs(source, "valid", config.format)[0] if held_out else []
+    train = read_pairs(source, "train", config.format)[0]
+    quality = check_quality(train, valid, folder.tokenizer)
+    if json:
+        found = {**dataclasses.asdict(facts), "quality": dataclasses.asdict(quality)}
+        click.echo(json_module.dumps(found, indent=2))
+        return
+    click.echo(render_statistics(facts))
+    for line in render_quality(quality).splitlines():
+        click.echo("\n".join(textwrap.wrap(line, _WIDTH, subsequent_indent="    ")))
+
+
+@data.command(cls=Command, short_help="Write data of any format as plain rows of messages.")
+@config_options(ConvertDataConfig)
+@json_option("Print a summary as JSON.")
+def convert(json: bool, **options: Any) -> None:
+    """Write any data that training reads as JSONL: prompt, chosen, rejected, or what it holds.
+
+    Conversations become messages; text that is not of a conversation stays text. Ties, strength and
+    votes become soft labels and margins as the options say. Columns that training doesn't read are
+    left out, except those of prompts, which reward functions may need.
+    """
+    from mlx_align.data.columns import configure_data
+    from mlx_align.data.convert import plain_row, read_any, unique_groups
+    from mlx_align.system.atomic_io import open_atomic
+
+    config = make_config(ConvertDataConfig, given_options(options), None, "command line")
+    if len(config.input) != 1:
+        raise ConfigError(f"convert takes one input, found {len(config.input)}; convert each alone")
+    target = new_file(config.output)
+    source = configure_data(resolve_starter(config.input[0], "data"), config)
+    groups, report = read_any(source, config.split, config.format)
+    kept = unique_groups(groups) if config.dedup else groups
+    duplicates = len(groups) - len(kept)
+    kept = kept[: config.max_rows]
+    with open_atomic(target) as stream:
+        for group in kept:
+            stream.write(json_module.dumps(plain_row(group), ensure_ascii=False) + "\n")
+    if json:
+        summary = {
+            "output": str(target),
+            "format": report.format,
+            "rows": report.rows,
+            "written": len(kept),
+            "dropped": dict(report.dropped),
+            "duplicates": duplicates,
+        }
+        click.echo(json_module.dumps(summary, indent=2))
+        return
+    click.echo(str(report))
+    removed = f"; {duplicates:,} duplicates left out" if duplicates else ""
+    click.echo(f"Wrote {len(kept):,} rows to {target}{removed}")

@@ -15,6 +15,7 @@ from mlx_align.errors import ConfigError
 
 # Width of the first column of --help, the same in all sections.
 FLAG_COLUMN = 28
+COLUMNS_FLAG = "--columns"
 
 
 class SchemaValue(click.ParamType[str]):
@@ -127,12 +128,21 @@ def given_options(options: Mapping[str, Any]) -> dict[str, Any]:
     """The options that were on the command line, by name.
 
     Raises:
-        ConfigError: A --loss-option is not name=value.
+        ConfigError: A --loss-option is not name=value, or a --columns not field=column.
     """
     found = {name: value for name, value in options.items() if value not in (None, ())}
     if "loss_option" in found:
         found["loss_option"] = dict(_name_and_value(text) for text in found["loss_option"])
+    if "columns" in found:
+        found["columns"] = dict(_field_and_column(text) for text in found["columns"])
     return found
+
+
+def _field_and_column(text: str) -> tuple[str, str]:
+    field, equals, column = text.partition("=")
+    if not equals or not field.strip() or not column.strip():
+        raise ConfigError(f"--columns {text}: expected FIELD=COLUMN, such as prompt=question")
+    return field.strip().replace("-", "_"), column.strip()
 
 
 def _name_and_value(text: str) -> tuple[str, Any]:
@@ -149,6 +159,20 @@ class Command(click.Command):
         """Make a command. All schema options are accepted; --help lists those in `shown`."""
         super().__init__(*args, **settings)
         self.shown = shown
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Let one --columns take several values: `--columns prompt=q chosen=a rejected=b`."""
+        spread: list[str] = []
+        inside = False
+        for arg in args:
+            if arg == COLUMNS_FLAG:
+                inside = True
+                continue
+            inside = inside and not arg.startswith("-") and "=" in arg
+            spread += [COLUMNS_FLAG, arg] if inside else [arg]
+        if args and args[-1] == COLUMNS_FLAG:
+            spread.append(COLUMNS_FLAG)
+        return super().parse_args(ctx, spread)
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write one section per group; options without a group come last."""

@@ -60,6 +60,7 @@ def rerank(json: bool, **options: Any) -> None:
         beta=config.beta,
         reference_adapter=config.reference_adapter,
         per_token=config.per_token,
+        thinking=config.thinking,
         max_seq_length=config.max_seq_length,
         batch_size=config.batch_size,
     )

@@ -28,6 +28,7 @@ def sample(json: bool, **options: Any) -> None:
     The file has only whole lines, also when interrupted. To continue, start again with a new
     --output: the same options write the same rows.
     """
+    from mlx_align.data.columns import configure_data
     from mlx_align.data.formats import read_prompts
     from mlx_align.data.tokenization import tokenize_prompts
     from mlx_align.models.loading import open_model
@@ -49,10 +50,13 @@ def sample(json: bool, **options: Any) -> None:
     )
     console = Console(json)
     target = new_file(config.output)
-    groups, reading = read_prompts(resolve_starter(config.data, "data"), "train", config.format)
+    data = configure_data(resolve_starter(config.data, "data"), config)
+    groups, reading = read_prompts(data, "train", config.format)
     console.note(str(reading))
     folder = open_model(resolve_starter(config.model, "model"))
-    tokens, report = tokenize_prompts(groups, folder.tokenizer, config.max_prompt_length)
+    tokens, report = tokenize_prompts(
+        groups, folder.tokenizer, config.max_prompt_length, config.thinking
+    )
     prompts = [Prompt(groups[i], one) for i, one in zip(report.indices, tokens, strict=True)]
     dropped = sum(report.dropped.values())
     if dropped:

@@ -44,13 +44,15 @@ def score(json: bool, **options: Any) -> None:
     model_scores_note. For pairs, the summary also says how well the scores agree with the labels.
     Implicit rewards, beta * log(policy / reference), come with policy_logps and reference_logps.
     """
+    from mlx_align.data.columns import configure_data
     from mlx_align.data.formats import read_scorable
     from mlx_align.system.console import Console
 
     console = Console(json)
     config = make_config(ScoreConfig, given_options(options), None, "command line")
     file = new_file(config.output)
-    source = read_scorable(resolve_starter(config.data, "data"), config.split, config.format)
+    data = configure_data(resolve_starter(config.data, "data"), config)
+    source = read_scorable(data, config.split, config.format)
     if any(name in source.rows[0].fields for name in (SCORES, MEMBERS, NOTE, POLICY, REFERENCE)):
         raise DataError(
             f"{source.rows[0].source}: has scores already; score the file it was made from"
@@ -118,19 +120,26 @@ def _load(config: ScoreConfig) -> tuple[RewardModel | ImplicitReward, str]:
     }
     is_policy = run is not None and not has_reward_head(Path(run).expanduser())
     if not config.logps and not is_policy:
-        unused = {**only_implicit, "per_token": config.per_token}
+        unused = {**only_implicit, "per_token": config.per_token, "thinking": config.thinking}
         _check_unused(unused, "a reward model's scores")
         return RewardModel.load(model, run, **only_reward, **limits), ""
     if config.combine == "mean":
         only_reward["combine"] = None  # the default
     if config.logps:
         _check_unused({**only_implicit, **only_reward}, "--logps")
-        scorer = load_logprob_scorer(model, run, per_token=config.per_token, **limits)
+        scorer = load_logprob_scorer(
+            model, run, per_token=config.per_token, thinking=config.thinking, **limits
+        )
         return scorer, scorer.description
     _check_unused(only_reward, "implicit rewards")
     assert run is not None
     implicit = load_implicit_reward(
-        model, run, **only_implicit, per_token=config.per_token, **limits
+        model,
+        run,
+        **only_implicit,
+        per_token=config.per_token,
+        thinking=config.thinking,
+        **limits,
     )
     return implicit, implicit.description
 
@@ -153,7 +162,7 @@ def _score_rows(
 
 
 def _output_row(entry: ScorableRow, scored: GroupScores) -> dict[str, Any]:
-    row = dict(entry.row.fields)
+    row = {**(entry.row.extra or {}), **entry.row.fields}
     if scored.scores is None:
         return {**row, SCORES: None, NOTE: scored.reason}
     row[SCORES] = [float(score) for score in scored.scores]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from mlx_align.config.offline import TrainConfig
 from mlx_align.config.on_policy import OnPolicyConfig
@@ -35,6 +35,7 @@ class EvalConfig(Options):
         default_text="what the run held out",
     )
     format: str | None = override(TrainConfig, "format")
+    columns: dict[str, Any] = override(TrainConfig, "columns")
     reward_model: str | None = override(
         OnPolicyConfig,
         "reward_model",
@@ -93,6 +94,12 @@ class ScorerConfig(Options):
         default_text="as the run's loss does",
         off="--sum",
     )
+    thinking: Literal["auto", "on", "off"] | None = option(
+        None,
+        "Thinking of the chat template.",
+        SCORING,
+        default_text="as the run was trained",
+    )
     batch_size: int = option(4, "Prompts per forward pass.", SCORING, at_least=1)
     max_seq_length: int = option(
         4096, "Longest prompt plus completion in tokens; skips longer ones.", SCORING, at_least=2
@@ -123,6 +130,7 @@ class ScoreConfig(ScorerConfig):
         default_text=None,
     )
     format: str | None = override(TrainConfig, "format")
+    columns: dict[str, Any] = override(TrainConfig, "columns")
     combine: Literal["mean", "min", "mean-variance"] = option(
         "mean", "How to combine the scores of an ensemble.", SCORING
     )
@@ -195,6 +203,8 @@ class SampleConfig(Options):
     )
     data: str = override(TrainConfig, "data", REQUIRED, help="Prompts.")
     format: str | None = override(TrainConfig, "format")
+    columns: dict[str, Any] = override(TrainConfig, "columns")
+    thinking: Literal["auto", "on", "off"] = override(TrainConfig, "thinking")
     output: str = override(ScoreConfig, "output")
     max_prompt_length: int = option(
         768, "Longest prompt in tokens; drops longer ones.", MODEL, at_least=1

@@ -48,8 +48,28 @@ class CheckDataOptions(TypedDict, total=False):
     model: str | Path | None
     data: Data | None
     format: str | None
+    columns: Mapping[str, float | str]
+    thinking: Literal["auto", "on", "off"]
+    ties: Literal["skip", "half"]
+    strength: Literal["ignore", "margin", "soft-label"]
+    votes: Literal["soft-label", "ignore"]
     max_seq_length: int
     max_completion_length: int | None
+
+
+class ConvertDataOptions(TypedDict, total=False):
+    """Keyword arguments checked by `ConvertDataConfig`."""
+
+    input: Required[str | Sequence[str]]
+    output: Required[str | Path]
+    format: str | None
+    columns: Mapping[str, float | str]
+    ties: Literal["skip", "half"]
+    strength: Literal["ignore", "margin", "soft-label"]
+    votes: Literal["soft-label", "ignore"]
+    split: str
+    dedup: bool
+    max_rows: int | None
 
 
 class DPOOptions(TypedDict, total=False):
@@ -60,9 +80,14 @@ class DPOOptions(TypedDict, total=False):
     output: str | Path | None
     init_adapter: str | PathLike[str] | None
     format: str | None
+    columns: Mapping[str, float | str]
+    thinking: Literal["auto", "on", "off"]
     max_seq_length: int
     max_completion_length: int | None
     valid_fraction: float
+    ties: Literal["skip", "half"]
+    strength: Literal["ignore", "margin", "soft-label"]
+    votes: Literal["soft-label", "ignore"]
     fine_tune_type: Literal["lora", "dora", "full"] | None
     lora_rank: int | None
     lora_alpha: float | None
@@ -108,6 +133,7 @@ class EvalOptions(TypedDict, total=False):
     adapter_path: str | PathLike[str] | None
     data: Data | None
     format: str | None
+    columns: Mapping[str, float | str]
     max_seq_length: int | None
     output: str | Path | None
     samples: int
@@ -143,6 +169,8 @@ class GRPOOptions(TypedDict, total=False):
     output: str | Path | None
     init_adapter: str | PathLike[str] | None
     format: str | None
+    columns: Mapping[str, float | str]
+    thinking: Literal["auto", "on", "off"]
     valid_fraction: float
     fine_tune_type: Literal["lora", "dora", "full"] | None
     lora_rank: int | None
@@ -208,6 +236,8 @@ class KTOOptions(TypedDict, total=False):
     output: str | Path | None
     init_adapter: str | PathLike[str] | None
     format: str | None
+    columns: Mapping[str, float | str]
+    thinking: Literal["auto", "on", "off"]
     max_seq_length: int
     max_completion_length: int | None
     valid_fraction: float
@@ -256,6 +286,8 @@ class PPOOptions(TypedDict, total=False):
     output: str | Path | None
     init_adapter: str | PathLike[str] | None
     format: str | None
+    columns: Mapping[str, float | str]
+    thinking: Literal["auto", "on", "off"]
     valid_fraction: float
     fine_tune_type: Literal["lora", "dora", "full"] | None
     lora_rank: int | None
@@ -350,6 +382,7 @@ class RerankOptions(TypedDict, total=False):
     beta: float | None
     reference_adapter: str | PathLike[str] | None
     per_token: bool | None
+    thinking: Literal["auto", "on", "off"] | None
     batch_size: int
     max_seq_length: int
     n: int | None
@@ -366,9 +399,14 @@ class RewardOptions(TypedDict, total=False):
     output: str | Path | None
     init_adapter: str | PathLike[str] | None
     format: str | None
+    columns: Mapping[str, float | str]
+    thinking: Literal["auto", "on", "off"]
     max_seq_length: int
     max_completion_length: int | None
     valid_fraction: float
+    ties: Literal["skip", "half"]
+    strength: Literal["ignore", "margin", "soft-label"]
+    votes: Literal["soft-label", "ignore"]
     fine_tune_type: Literal["lora", "dora", "full"] | None
     lora_rank: int | None
     lora_alpha: float | None
@@ -389,7 +427,6 @@ class RewardOptions(TypedDict, total=False):
     center_rewards_coefficient: float
     label_smoothing: float
     rating_margin: float
-    ties: Literal["skip", "half"]
     steps_per_report: int
     steps_per_eval: int
     val_batches: int
@@ -413,6 +450,8 @@ class SFTOptions(TypedDict, total=False):
     output: str | Path | None
     init_adapter: str | PathLike[str] | None
     format: str | None
+    columns: Mapping[str, float | str]
+    thinking: Literal["auto", "on", "off"]
     max_seq_length: int
     max_completion_length: int | None
     valid_fraction: float
@@ -456,6 +495,8 @@ class SampleOptions(TypedDict, total=False):
     adapter_path: str | PathLike[str] | None
     data: Required[Data]
     format: str | None
+    columns: Mapping[str, float | str]
+    thinking: Literal["auto", "on", "off"]
     output: Required[str | Path]
     max_prompt_length: int
     reward: Rewards | None
@@ -480,9 +521,11 @@ class ScoreOptions(TypedDict, total=False):
     split: str
     output: Required[str | Path]
     format: str | None
+    columns: Mapping[str, float | str]
     beta: float | None
     reference_adapter: str | PathLike[str] | None
     per_token: bool | None
+    thinking: Literal["auto", "on", "off"] | None
     batch_size: int
     max_seq_length: int
     logps: bool

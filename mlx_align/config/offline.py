@@ -65,6 +65,18 @@ class TrainConfig(Options):
     format: str | None = option(
         None, "Data format, if it isn't detected correctly.", MODEL, metavar="NAME"
     )
+    columns: dict[str, Any] = option(
+        {},
+        "Columns of --data for prompt, chosen, rejected … (repeatable), as prompt=question.text.",
+        MODEL,
+        metavar="FIELD=COLUMN",
+        multiple=True,
+    )
+    thinking: Literal["auto", "on", "off"] = option(
+        "auto",
+        "Thinking of the chat template; auto: off for completions without reasoning.",
+        MODEL,
+    )
     # 7.4 GB at peak for a 7B 4-bit pair of 1024 tokens with checkpointing (computed).
     max_seq_length: int = option(
         1024, "Longest row in tokens; drops longer ones.", MODEL, at_least=2
@@ -222,6 +234,25 @@ class TrainConfig(Options):
 
 
 @dataclass(frozen=True, kw_only=True)
+class LabelOptions(Options):
+    """How the labels of pairs are read, for dpo, reward and the data commands."""
+
+    # InstructGPT leaves ties out.
+    ties: Literal["skip", "half"] = option(
+        "skip", "Ties: skip the pair, or count half a win for each.", MODEL
+    )
+    strength: Literal["ignore", "margin", "soft-label"] = option(
+        "ignore",
+        "Use the strength of a preference as margin (reward) or soft label, 1 / (1 + e^-strength).",
+        MODEL,
+    )
+    # (votes + 1/2) / (n + 1): three of three votes are no certainty.
+    votes: Literal["soft-label", "ignore"] = option(
+        "soft-label", "Use votes for each completion as soft label, or only for the order.", MODEL
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class LossConfig(TrainConfig):
     """Options common to dpo and kto: a loss with hyperparameters, and a reference."""
 
@@ -274,7 +305,7 @@ class LossConfig(TrainConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DPOConfig(LossConfig):
+class DPOConfig(LabelOptions, LossConfig):
     """Options of `mlx-align dpo`."""
 
     shortcuts: ClassVar[tuple[str, ...]] = ("beta", "label_smoothing")
@@ -347,7 +378,7 @@ class SFTConfig(TrainConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RewardConfig(TrainConfig):
+class RewardConfig(LabelOptions, TrainConfig):
     """Options of `mlx-align reward`."""
 
     # TRL's default: a reward model starts from a random head, and learns only a scalar.
@@ -367,10 +398,6 @@ class RewardConfig(TrainConfig):
     )
     rating_margin: float = option(
         0.0, "Margin per point of difference between two ratings.", LOSS, at_least=0
-    )
-    # InstructGPT leaves ties out.
-    ties: Literal["skip", "half"] = option(
-        "skip", "Equal ratings in a list: skip the pair, or count half a win for each.", LOSS
     )
     samples: int = override(
         TrainConfig, "samples", help="Held-out groups to write to samples.jsonl, with scores."

@@ -530,9 +530,15 @@ def _parse_names(value: Any, *, multiple: bool) -> tuple[str, ...]:
     return found
 
 
+def _is_names(value: Any) -> bool:
+    """Whether this is a short list of names, such as columns."""
+    return isinstance(value, list | tuple) and all(isinstance(name, str) for name in value)
+
+
 def _parse_mapping(value: Any) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"expected {_EXPECTED[dict]}")
+    value = {name: ",".join(item) if _is_names(item) else item for name, item in value.items()}
     for name, item in value.items():
         if not isinstance(item, str | int | float):
             raise ValueError(

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from mlx_align.config.evaluation import EvalConfig
-from mlx_align.config.offline import LossConfig, TrainConfig
+from mlx_align.config.offline import LabelOptions, LossConfig, TrainConfig
 from mlx_align.config.schema import MODEL, OTHER, REQUIRED, Options, option, override
 
 
@@ -17,8 +17,45 @@ class CheckDataConfig(Options):
     model: str | None = override(TrainConfig, "model", help="Model whose tokenizer to use.")
     data: str | None = override(TrainConfig, "data")
     format: str | None = override(TrainConfig, "format")
+    columns: dict[str, Any] = override(TrainConfig, "columns")
+    thinking: Literal["auto", "on", "off"] = override(TrainConfig, "thinking")
+    ties: Literal["skip", "half"] = override(LabelOptions, "ties")
+    strength: Literal["ignore", "margin", "soft-label"] = override(LabelOptions, "strength")
+    votes: Literal["soft-label", "ignore"] = override(LabelOptions, "votes")
     max_seq_length: int = override(TrainConfig, "max_seq_length")
     max_completion_length: int | None = override(TrainConfig, "max_completion_length")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvertDataConfig(Options):
+    """Options of `mlx-align data convert`."""
+
+    input: tuple[str, ...] = option(
+        REQUIRED,
+        "Data to convert: a file, folder or hub name.",
+        MODEL,
+        metavar="IN",
+        multiple=True,
+        positional=True,
+    )
+    output: str = override(
+        TrainConfig,
+        "output",
+        REQUIRED,
+        help="JSONL file to write.",
+        metavar="FILE",
+        default_text=None,
+    )
+    format: str | None = override(TrainConfig, "format")
+    columns: dict[str, Any] = override(TrainConfig, "columns")
+    ties: Literal["skip", "half"] = override(LabelOptions, "ties")
+    strength: Literal["ignore", "margin", "soft-label"] = override(LabelOptions, "strength")
+    votes: Literal["soft-label", "ignore"] = override(LabelOptions, "votes")
+    split: str = option("train", "Split to convert: train, valid or test.", MODEL, metavar="NAME")
+    dedup: bool = option(False, "Leave out rows equal to an earlier one.", MODEL)
+    max_rows: int | None = option(
+        None, "Write at most N rows, the first ones.", MODEL, default_text="all", at_least=1
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,6 +7,7 @@ that can't be used for training. `mlx_align.data.formats` decides which format a
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from mlx_align.data.messages import (
@@ -15,9 +16,11 @@ from mlx_align.data.messages import (
     as_number,
     as_string,
     as_text,
+    as_tools,
     describe_value,
     is_messages,
     is_transcript,
+    parse_prompt_transcript,
     parse_transcript,
     required_field,
     split_shared_text,
@@ -33,10 +36,18 @@ PAIR_SCORES = (
     ("chosen_score", "rejected_score"),
     ("chosen_rating", "rejected_rating"),
     ("chosen-rating", "rejected-rating"),
+    ("rating_chosen", "rating_rejected"),
 )
-COMPLETION_LIST_FIELDS = ("completions", "responses")
+COMPLETION_LIST_FIELDS = ("completions", "responses", "answers")
 RATING_LIST_FIELDS = ("scores", "ratings", "rank", "ranks")
+ALL_RATED_THE_SAME = "all completions rated the same"
 
+
+# Columns of pictures and sound: training on the text alone would be something else.
+_MEDIA_FIELDS = ("image", "images", "audio", "audios", "video", "videos")
+# Fields of an object in a list of completions: its text and its rating.
+_TEXT_KEYS = ("text", "response", "completion", "content", "answer")
+_SCORE_KEYS = ("score", "rating", "overall_score", "pm_score", "rank")
 
 # --- pairs and ranked lists ---
 
@@ -68,9 +79,7 @@ def implicit_pair(row: Row) -> PromptGroup:
 def transcript_pair(row: Row) -> PromptGroup:
     """HH-RLHF text: whole transcripts, or a transcript as `prompt` and completions as text."""
     if "prompt" in row.fields:
-        prompt = parse_transcript(row, "prompt", row.fields["prompt"])
-        if prompt[-1] == Message("assistant", ""):  # the open "Assistant:" at the end
-            prompt = prompt[:-1]
+        prompt = parse_prompt_transcript(row, "prompt", row.fields["prompt"])
         completions = [
             as_string(row, k, required_field(row, k)).strip() for k in ("chosen", "rejected")
         ]
@@ -103,11 +112,11 @@ def openai_pair(row: Row) -> PromptGroup:
         raise DataError(
             f"{row.source}: 'input' is {describe_value(given)}; expected {{'messages': […]}}"
         )
-    if given.get("tools"):
-        raise DataError(f"{row.source}: 'input.tools' is not supported; remove it")
     prompt = as_messages(row, "input.messages", given.get("messages"))
     keys = ("preferred_output", "non_preferred_output")
     completions = [as_messages(row, key, required_field(row, key)) for key in keys]
+    if given.get("tools"):
+        row = replace(row, fields={**row.fields, "tools": given["tools"]})
     return _pair(row, prompt, completions, ("input", *keys))
 
 
@@ -129,10 +138,13 @@ def instruction_pair(row: Row) -> PromptGroup:
 def ranked(row: Row) -> PromptGroup:
     """`prompt` and a list of completions with scores, or ranks (1 is best); returns best first.
 
-    A completion is a string, a list of messages, or an object with a text and a score.
+    A completion is a string, a list of messages, or an object with a text and a score. Several
+    ratings of a completion are averaged. Of two completions, each rater who rated both has a vote:
+    the soft label is made of these, and the raters' agreement is put into `columns`.
     """
     prompt_key, prompt, key, values = _prompt_and_list(row)
     rating = next((name for name in RATING_LIST_FIELDS if name in row.fields), None)
+    raters: list[list[float]] = []
     if rating is not None:
         ratings = row.fields[rating]
         if not isinstance(ratings, list) or len(ratings) != len(values):
@@ -141,23 +153,63 @@ def ranked(row: Row) -> PromptGroup:
                 f"each of the {len(values)} {key}"
             )
         sign = -1.0 if rating.startswith("rank") else 1.0
-        scores = [sign * as_number(row, f"{rating}[{i}]", r) for i, r in enumerate(ratings)]
+        raters = [
+            [sign * score for score in _ratings(row, f"{rating}[{i}]", r)]
+            for i, r in enumerate(ratings)
+        ]
+        scores = [sum(given) / len(given) for given in raters]
         texts = [as_text(row, f"{key}[{i}]", value) for i, value in enumerate(values)]
     else:
         rated = [_text_and_score(row, f"{key}[{i}]", value) for i, value in enumerate(values)]
         texts, scores = [text for text, _ in rated], [score for _, score in rated]
     if len(texts) < 2:
         raise UnusableRow("fewer than two completions")
-    if len(set(scores)) == 1:
-        raise UnusableRow("all completions rated the same")
+    equal = len(set(scores)) == 1
+    if equal and len(texts) > 2:
+        raise UnusableRow(ALL_RATED_THE_SAME)
     order = sorted(range(len(texts)), key=lambda i: -scores[i])
-    return make_group(
+    votes = _rater_votes([raters[i] for i in order]) if raters and len(texts) == 2 else None
+    group = make_group(
         row,
         with_system(row, prompt),
         [texts[i] for i in order],
-        (prompt_key, key, "system", *([rating] if rating else [])),
+        (prompt_key, "input", "history", key, "system", *([rating] if rating else [])),
         scores=tuple(scores[i] for i in order),
+        soft_label=None if votes is None else soft_label_of_votes(*votes),
     )
+    if equal:
+        group = replace(group, strength=0.0)
+    if votes is not None:
+        agreement = max(votes) / sum(votes)
+        group = replace(group, votes=votes, columns={**group.columns, "agreement": agreement})
+    return group
+
+
+def _ratings(row: Row, where: str, value: Any) -> list[float]:
+    """One rating, or those of several raters."""
+    if not isinstance(value, list):
+        return [as_number(row, where, value)]
+    if not value:
+        raise DataError(f"{row.source}: {where} is empty; expected a number per rater")
+    return [as_number(row, f"{where}[{i}]", one) for i, one in enumerate(value)]
+
+
+def _rater_votes(raters: Sequence[Sequence[float]]) -> tuple[float, float] | None:
+    """Votes of raters who each rated both completions; ties count half. None for one rater."""
+    first, second = raters
+    if len(first) != len(second) or len(first) < 2:
+        return None
+    won = sum((a > b) + (a == b) / 2 for a, b in zip(first, second, strict=True))
+    return won, len(first) - won
+
+
+def soft_label_of_votes(first: float, second: float) -> float:
+    """The probability that the first of two is better, from the votes for each.
+
+    It is (votes + ½)/(n + 1), the posterior mean under Jeffreys' prior, so that a unanimous vote
+    does not mean certainty.
+    """
+    return (first + 0.5) / (first + second + 1)
 
 
 def completion_list(row: Row) -> PromptGroup:
@@ -172,7 +224,11 @@ def completion_list(row: Row) -> PromptGroup:
     if not texts:
         raise UnusableRow("no completions")
     return make_group(
-        row, with_system(row, prompt), texts, (prompt_key, key, "system"), allow_identical=True
+        row,
+        with_system(row, prompt),
+        texts,
+        (prompt_key, "input", "history", key, "system"),
+        allow_identical=True,
     )
 
 
@@ -213,8 +269,6 @@ def conversation(row: Row) -> PromptGroup:
     """`messages` or `conversations`; the completion starts at the first assistant turn."""
     key = _messages_field(row)
     turns = as_messages(row, key, required_field(row, key))
-    if row.fields.get("tools"):
-        raise DataError(f"{row.source}: 'tools' is not supported; write it into a system message")
     roles = [turn.role for turn in turns]
     first = next(
         (i for i, role in enumerate(roles) if role == "assistant" and "user" in roles[:i]), None
@@ -278,8 +332,6 @@ def conversation_prompt(row: Row) -> PromptGroup:
     """`messages` or `conversations` as a prompt; assistant turns at the end are removed."""
     key = _messages_field(row)
     turns = as_messages(row, key, required_field(row, key))
-    if row.fields.get("tools"):
-        raise DataError(f"{row.source}: 'tools' is not supported; write it into a system message")
     while turns and turns[-1].role == "assistant":
         turns = turns[:-1]
     if not turns:
@@ -306,6 +358,8 @@ def make_group(
 
     If one of them is a list of messages, the others become messages too.
 
+    The row's `tools` become the group's.
+
     Args:
         row: The row they come from.
         prompt: The prompt.
@@ -316,16 +370,24 @@ def make_group(
         soft_label: As in `PromptGroup`.
         margin: As in `PromptGroup`.
         allow_identical: Whether all completions may be the same (to score them).
-
-    Raises:
-        DataError: The prompt doesn't end with a user turn, or a completion isn't the assistant's.
-        UnusableRow: The prompt or a completion is empty, or all completions are the same.
     """
     if any(not isinstance(text, str) for text in (prompt, *completions)):
         prompt = (Message("user", prompt),) if isinstance(prompt, str) else prompt
         completions = [
             (Message("assistant", text),) if isinstance(text, str) else text for text in completions
         ]
+    media = next((key for key in _MEDIA_FIELDS if row.fields.get(key)), None)
+    if media is not None and media not in used:
+        raise DataError(
+            f"{row.source}: has {media!r}, and only text can be trained on; remove the column to "
+            "train on the text alone"
+        )
+    tools = as_tools(row, row.fields["tools"]) if row.fields.get("tools") else ()
+    if tools and isinstance(prompt, str):
+        raise DataError(
+            f"{row.source}: has 'tools', which go through the chat template, but the prompt is "
+            "text; write it as messages, or remove the tools"
+        )
     _check_prompt(row, prompt)
     for completion in completions:
         _check_completion(row, completion)
@@ -339,7 +401,8 @@ def make_group(
         label,
         soft_label,
         margin,
-        columns=_other_columns(row, used),
+        columns=_other_columns(row, (*used, "tools") if tools else used),
+        tools=tools,
     )
 
 
@@ -365,7 +428,7 @@ def _check_completion(row: Row, completion: Text) -> None:
         raise DataError(
             f"{row.source}: a completion starts or ends with role {role!r}; expected 'assistant'"
         )
-    elif not completion[-1].content.strip():
+    elif not completion[-1].content.strip() and not completion[-1].tool_calls:
         raise UnusableRow("empty completion")
 
 
@@ -378,9 +441,10 @@ def _label(row: Row, key: str) -> bool:
 
 def instruction_turns(row: Row) -> Text:
     """A prompt from `instruction` (or `question`), `input`, `history` and `system`."""
-    key = next((key for key in QUESTION_FIELDS if key in row.fields), QUESTION_FIELDS[0])
+    keys = (*QUESTION_FIELDS, "input")
+    key = next((key for key in keys if key in row.fields), QUESTION_FIELDS[0])
     parts = [as_string(row, key, required_field(row, key))]
-    if row.fields.get("input"):
+    if row.fields.get("input") and key != "input":
         parts.append(as_string(row, "input", row.fields["input"]))
     turns = []
     history = row.fields.get("history") or []
@@ -408,13 +472,25 @@ def _messages_field(row: Row) -> str:
 
 
 def _other_columns(row: Row, used: Sequence[str]) -> dict[str, Any]:
-    return {key: value for key, value in row.fields.items() if key not in used}
+    others = {key: value for key, value in row.fields.items() if key not in used}
+    return {**(row.extra or {}), **others}
 
 
 def _prompt_and_list(row: Row) -> tuple[str, Text, str, list[Any]]:
     """The prompt and the list of completions, each preceded by the name of its field."""
-    prompt_key = "prompt" if "prompt" in row.fields else "instruction"
-    prompt = as_text(row, prompt_key, required_field(row, prompt_key))
+    fields = row.fields
+    prompt: Text
+    if "prompt" in fields or not any(key in fields for key in QUESTION_FIELDS):
+        prompt_key = "prompt"
+        value = required_field(row, prompt_key)
+        if is_transcript(value):
+            prompt = parse_prompt_transcript(row, prompt_key, value)
+        else:
+            prompt = as_text(row, prompt_key, value)
+    else:
+        prompt_key = next(key for key in QUESTION_FIELDS if key in fields)
+        plain = not any(fields.get(key) for key in ("input", "history"))
+        prompt = as_text(row, prompt_key, fields[prompt_key]) if plain else instruction_turns(row)
     key = next(
         (key for key in COMPLETION_LIST_FIELDS if key in row.fields), COMPLETION_LIST_FIELDS[0]
     )
@@ -428,14 +504,14 @@ def _text_key(value: dict[str, Any]) -> str | None:
     """The field that holds the text of an object with a text and a rating."""
     if "role" in value or "from" in value:
         return None  # a message
-    return next((k for k in ("text", "response", "completion", "content") if k in value), None)
+    return next((k for k in _TEXT_KEYS if k in value), None)
 
 
 def _text_and_score(row: Row, where: str, value: Any) -> tuple[Text, float]:
     """The text and the score (or negative rank) of a completion given as an object."""
     if isinstance(value, dict):
         text = _text_key(value)
-        score = next((k for k in ("score", "rating", "overall_score", "rank") if k in value), None)
+        score = next((k for k in _SCORE_KEYS if k in value), None)
         if text and score:
             number = as_number(row, f"{where}.{score}", value[score])
             return as_text(row, where, value[text]), -number if score == "rank" else number
@@ -448,7 +524,7 @@ def _text_and_score(row: Row, where: str, value: Any) -> tuple[Text, float]:
 def _pair(
     row: Row, prompt: Text, completions: Sequence[Text], used: Sequence[str] = ()
 ) -> PromptGroup:
-    soft_label, votes = _soft_label(row)
+    soft_label, voted = _soft_label(row)
     keys = next((keys for keys in PAIR_SCORES if set(keys) <= row.fields.keys()), ())
     scores = tuple(as_number(row, key, row.fields[key]) for key in keys) or None
     margin = None
@@ -456,17 +532,20 @@ def _pair(
         margin = as_number(row, "margin", row.fields["margin"])
         if margin < 0:
             raise DataError(f"{row.source}: 'margin' is {margin:g}; expected 0 or more")
-    used = ("chosen", "rejected", "margin", *used, *votes, *keys)
-    return make_group(
+    used = ("chosen", "rejected", "margin", *used, *voted, *keys)
+    group = make_group(
         row, prompt, completions, used, scores=scores, soft_label=soft_label, margin=margin
     )
+    if "votes_chosen" not in voted:
+        return group
+    chosen, rejected = (as_number(row, key, row.fields[key]) for key in voted)
+    return replace(group, votes=(chosen, rejected))
 
 
 def _soft_label(row: Row) -> tuple[float | None, tuple[str, ...]]:
     """The probability that chosen is better, in [0, 1], and the fields it was read from.
 
-    From votes it is (votes + ½)/(n + 1), the posterior mean under Jeffreys' prior, so that a
-    unanimous vote does not mean certainty.
+    From votes it is `soft_label_of_votes`.
     """
     given = [key for key in ("soft_label", "chosen_prob") if key in row.fields]
     votes = [key for key in ("votes_chosen", "votes_rejected") if key in row.fields]
@@ -490,7 +569,7 @@ def _soft_label(row: Row) -> tuple[float | None, tuple[str, ...]]:
             f"{row.source}: 'votes_chosen' is {chosen:g} and 'votes_rejected' {rejected:g}; "
             "expected counts, not both 0"
         )
-    return (chosen + 0.5) / (chosen + rejected + 1), tuple(votes)
+    return soft_label_of_votes(chosen, rejected), tuple(votes)
 
 
 def holds_prompt(value: Any) -> bool:

@@ -7,14 +7,16 @@ format, and all other rows have to match it. A row that matches several formats 
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from mlx_align.data import converters
+from mlx_align.data import converters, public_formats
+from mlx_align.data.columns import ConfiguredSource, LabelRules, suggest_columns
 from mlx_align.data.messages import UnusableRow
 from mlx_align.data.readers import Data, Row, container_of, read_rows
-from mlx_align.data.transforms import to_pairs, unpair
+from mlx_align.data.transforms import NO_LABELS, to_pairs, unpair
 from mlx_align.errors import ConfigError, DataError
 from mlx_align.types import PromptGroup
 
@@ -28,12 +30,14 @@ class Format:
         title: The description that is printed.
         matches: Whether a row has this format.
         convert: Converts a row.
+        expand: Makes the rows to convert from all rows of a split, where several belong together.
     """
 
     name: str
     title: str
     matches: Callable[[Row], bool]
     convert: Callable[[Row], PromptGroup]
+    expand: Callable[[Sequence[Row]], list[Row]] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +72,12 @@ def _is_pair(row: Row) -> bool:
     return _has(row, "chosen", "rejected")
 
 
+def _has_question(row: Row) -> bool:
+    """Whether a pair has an instruction; `input` alone is one too (distilabel's Orca pairs)."""
+    named = _has(row, *converters.QUESTION_FIELDS)
+    return named or (isinstance(row.fields.get("input"), str) and not _has(row, "prompt"))
+
+
 def _holds_prompt(row: Row) -> bool:
     return converters.holds_prompt(row.fields.get("chosen"))
 
@@ -89,7 +99,8 @@ PREFERENCE_FORMATS = (
         "pairs with the prompt inside chosen and rejected",
         lambda row: (
             _is_pair(row)
-            and not _has(row, "prompt", "conversations", *converters.QUESTION_FIELDS)
+            and not _has(row, "prompt", "conversations")
+            and (_holds_prompt(row) or not _has_question(row))
             and not converters.holds_transcript(row)
         ),
         converters.implicit_pair,
@@ -121,7 +132,7 @@ PREFERENCE_FORMATS = (
     Format(
         "instruction",
         "instructions with chosen and rejected",
-        lambda row: _is_pair(row) and _has(row, *converters.QUESTION_FIELDS),
+        lambda row: _is_pair(row) and _has_question(row) and not _holds_prompt(row),
         converters.instruction_pair,
     ),
     Format(
@@ -130,8 +141,35 @@ PREFERENCE_FORMATS = (
         lambda row: (
             _has(row, *converters.COMPLETION_LIST_FIELDS)
             and _has(row, "prompt", *converters.QUESTION_FIELDS)
+            and not public_formats.is_comparison(row)
         ),
         converters.ranked,
+    ),
+    Format(
+        "comparison",
+        "two answers and which is better",
+        public_formats.is_comparison,
+        public_formats.comparison,
+    ),
+    Format(
+        "summaries",
+        "comparisons of summaries",
+        public_formats.is_summaries,
+        public_formats.summaries,
+    ),
+    Format(
+        "scored",
+        "completions with scores, joined by prompt",
+        public_formats.is_scored,
+        converters.ranked,
+        public_formats.expand_scored,
+    ),
+    Format(
+        "message-tree",
+        "trees of messages with ranked replies",
+        public_formats.is_message_tree,
+        converters.ranked,
+        public_formats.expand_trees,
     ),
 )
 UNPAIRED_FORMATS = (
@@ -167,7 +205,12 @@ SUPERVISED_FORMATS = (
         lambda row: _has(row, "output") and _has(row, *converters.QUESTION_FIELDS),
         converters.instruction_output,
     ),
-    Format("text", "plain text", lambda row: _has(row, "text"), converters.plain_text),
+    Format(
+        "text",
+        "plain text",
+        lambda row: _has(row, "text") and not public_formats.is_message_tree(row),
+        converters.plain_text,
+    ),
 )
 PROMPT_FORMATS = (
     Format(
@@ -244,10 +287,7 @@ def read_supervised(
     )
     if all(len(group.completions) == 1 for group in groups):
         return groups, report
-    best = [
-        replace(group, completions=group.completions[:1], scores=None, soft_label=None)
-        for group in groups
-    ]
+    best = [replace(group, completions=group.completions[:1], **NO_LABELS) for group in groups]
     return best, replace(report, title=f"the best completions of {report.title}")
 
 
@@ -260,20 +300,35 @@ def read_prompts(
     """
     # A list of completions next to a prompt may be anything, for instance the expected answers of
     # a reward function; it stays in `columns`.
-    pairs = tuple(entry for entry in PREFERENCE_FORMATS if entry.name != "ranked")
-    groups, report = _read(data, split, format, "prompts", pairs, PROMPT_FORMATS)
+    pairs = tuple(entry for entry in PREFERENCE_FORMATS if entry.name not in ("ranked", "scored"))
+    rules = LabelRules(ties="half")
+    groups, report = _read(data, split, format, "prompts", pairs, PROMPT_FORMATS, rules=rules)
     if all(not group.completions for group in groups):
         return groups, report
-    bare = [
-        replace(group, completions=(), scores=None, soft_label=None, margin=None)
-        for group in groups
-    ]
+    bare = [replace(group, completions=(), **NO_LABELS) for group in groups]
     return bare, replace(report, title=f"the prompts of {report.title}")
 
 
 def _read(
-    data: Data, split: str, format: str | None, kind: str, *preferred: Sequence[Format]
+    data: Data,
+    split: str,
+    format: str | None,
+    kind: str,
+    *preferred: Sequence[Format],
+    rules: LabelRules | None = None,
 ) -> tuple[list[PromptGroup], ReadReport]:
+    """Read a split by the one format it has; see the functions above.
+
+    Args:
+        data: A `ConfiguredSource` has label rules of its own.
+        split: See `read_preferences`.
+        format: See `read_preferences`.
+        kind: What the data is read as, for messages.
+        *preferred: As for `detect_format`.
+        rules: Label rules to use instead of the source's.
+    """
+    if rules is None:
+        rules = data.rules if isinstance(data, ConfiguredSource) else LabelRules()
     allowed = [entry for entries in preferred for entry in entries]
     if format is not None and format not in {entry.name for entry in allowed}:
         names = ", ".join(entry.name for entry in allowed)
@@ -283,15 +338,18 @@ def _read(
         data_format = detect_format(rows[0], kind, preferred)
     else:
         data_format = next(entry for entry in allowed if entry.name == format)
+    expanded = data_format.expand is not None
+    if data_format.expand is not None:
+        rows = data_format.expand(rows)
     groups: list[PromptGroup] = []
     dropped: Counter[str] = Counter()
     for row in rows:
         try:
-            group = data_format.convert(row)
+            group = _apply_rules(data_format.convert(row), rules)
         except UnusableRow as reason:
             dropped[str(reason)] += 1
             continue
-        if format is None and not data_format.matches(row):
+        if format is None and not expanded and not data_format.matches(row):
             raise DataError(
                 f"{row.source}: does not match {data_format.title}, the format of the first row; "
                 f"put these rows into separate files, or give --format {data_format.name}"
@@ -303,6 +361,30 @@ def _read(
         where = container_of(rows[0].source)
         raise DataError(f"{where}: none of the {len(rows)} rows can be used ({reasons})")
     return groups, ReadReport(data_format.name, data_format.title, len(rows), dict(dropped))
+
+
+def _apply_rules(group: PromptGroup, rules: LabelRules) -> PromptGroup:
+    """A pair whose strength and votes are read as the rules say.
+
+    Raises:
+        UnusableRow: It is tied, and ties are skipped.
+    """
+    if len(group.completions) != 2:
+        return group
+    if group.votes is not None and rules.votes == "ignore":
+        group = replace(group, soft_label=None)
+    if group.strength == 0:
+        if rules.ties == "skip":
+            raise UnusableRow("tied" if group.scores is None else converters.ALL_RATED_THE_SAME)
+        return replace(group, soft_label=0.5 if group.soft_label is None else group.soft_label)
+    size = group.strength
+    if size is None and group.scores is not None:
+        size = max(group.scores[0] - group.scores[1], 0.0)
+    if size is None or rules.strength == "ignore":
+        return group
+    if rules.strength == "margin":
+        return replace(group, margin=size)
+    return replace(group, soft_label=1 / (1 + math.exp(-size)))
 
 
 def detect_format(row: Row, kind: str, preferred: Sequence[Sequence[Format]]) -> Format:
@@ -329,9 +411,10 @@ def detect_format(row: Row, kind: str, preferred: Sequence[Sequence[Format]]) ->
             "rejected (use kto for labelled completions, sft for unlabelled ones)"
         )
     found_keys = ", ".join(map(repr, row.fields))[:120] or "no fields"
+    mapping = suggest_columns(row) or "--columns prompt=COLUMN …"
     raise DataError(
         f"{row.source}: not recognised as {kind} data; found {found_keys}, expected "
-        f"{_EXPECTED[kind]}"
+        f"{_EXPECTED[kind]}; try {mapping}"
     )
 
 
@@ -347,7 +430,9 @@ def _check_same_kind(group: PromptGroup, groups: Sequence[PromptGroup]) -> None:
 
 # --- data to score: all rows are kept, with a reason for those that can't be scored ---
 
-PAIR_FORMATS = tuple(entry for entry in PREFERENCE_FORMATS if entry.name != "ranked")
+PAIR_FORMATS = tuple(
+    entry for entry in PREFERENCE_FORMATS if entry.name != "ranked" and entry.expand is None
+)
 _RANKED = next(entry for entry in PREFERENCE_FORMATS if entry.name == "ranked")
 LIST_FORMATS = (
     Format(
@@ -415,7 +500,10 @@ class ScorableDataset:
         """
         for row in self.rows:
             try:
-                yield ScorableRow(row, self.format.convert(row))
+                group = self.format.convert(row)
+                if self.is_pairs and group.strength == 0:
+                    raise UnusableRow("tied")
+                yield ScorableRow(row, group)
             except UnusableRow as reason:
                 yield ScorableRow(row, None, str(reason))
 

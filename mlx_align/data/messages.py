@@ -7,14 +7,15 @@ count them.
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
 from mlx_align.data.readers import Row
 from mlx_align.errors import DataError
-from mlx_align.types import Message, Text
+from mlx_align.types import Message, Text, ToolCall
 
 # The names used for the four roles.
 _ROLES = {
@@ -33,9 +34,8 @@ _ROLES = {
     "function": "tool",
     "observation": "tool",
 }
-# Fields of a message that `Message` can't hold. Dropping them silently would train on something
-# other than what the data says, so they are an error.
-_UNSUPPORTED = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")
+# Names of the field for the thinking before an answer, as servers and data sets write it.
+_REASONING = ("reasoning_content", "reasoning", "thinking")
 
 _HH_TURN = re.compile(r"(?:^|\n\n)(Human|Assistant):")
 # The longest word that `split_shared_text` goes back over; languages without spaces have no words.
@@ -139,29 +139,100 @@ def _message(row: Row, where: str, turn: Any) -> Message:
             f"{row.source}: {where} has role {describe_value(name)}; expected system, user, "
             "assistant or tool"
         )
-    for field in _UNSUPPORTED:
-        if turn.get(field):
-            raise DataError(
-                f"{row.source}: {where} has {field!r}, which is not supported; write it into "
-                "the message's content or remove it"
-            )
     if turn.get("weight") == 0:
         raise DataError(f"{row.source}: {where} has weight 0, which is not supported; remove it")
+    calls = _tool_calls(row, where, turn)
+    reasoning = next((turn[key] for key in _REASONING if turn.get(key)), None)
+    if reasoning is not None and not isinstance(reasoning, str):
+        raise DataError(
+            f"{row.source}: {where} has reasoning {describe_value(reasoning)}; expected text"
+        )
     content = turn.get("content", turn.get("value"))
     if isinstance(content, list):
         content = "".join(_part(row, where, part) for part in content)
+    if content is None and (calls or reasoning is not None):
+        content = ""
     if not isinstance(content, str):
         raise DataError(
             f"{row.source}: {where} has content {describe_value(content)}; expected text"
         )
-    return Message(role, content)
+    if (calls or reasoning is not None) and role != "assistant":
+        what = "tool calls" if calls else "reasoning"
+        raise DataError(f"{row.source}: {where} has {what}, but role {role!r}; expected assistant")
+    names = (turn.get(key) for key in ("name", "tool_call_id"))
+    tool, call_id = (value if isinstance(value, str) and value else None for value in names)
+    return Message(role, content, reasoning, calls, tool, call_id)
+
+
+def _tool_calls(row: Row, where: str, turn: Mapping[str, Any]) -> tuple[ToolCall, ...]:
+    """The message's `tool_calls`, or its one `function_call` (OpenAI's older form)."""
+    calls = turn.get("tool_calls") or []
+    if not calls and turn.get("function_call"):
+        calls = [{"function": turn["function_call"]}]
+    if not isinstance(calls, list):
+        raise DataError(
+            f"{row.source}: {where}.tool_calls is {describe_value(calls)}; expected a list"
+        )
+    return tuple(_tool_call(row, f"{where}.tool_calls[{i}]", call) for i, call in enumerate(calls))
+
+
+def _tool_call(row: Row, where: str, call: Any) -> ToolCall:
+    function = call.get("function", call) if isinstance(call, dict) else None
+    name = function.get("name") if isinstance(function, dict) else None
+    if not isinstance(function, dict) or not isinstance(name, str) or not name:
+        raise DataError(
+            f'{row.source}: {where} is {describe_value(call)}; expected {{"function": {{"name": …, '
+            '"arguments": …}}'
+        )
+    arguments = function.get("arguments")
+    if isinstance(arguments, str):  # OpenAI's API writes the arguments as JSON text
+        try:
+            arguments = json.loads(arguments)
+        except ValueError:
+            raise DataError(
+                f"{row.source}: {where} has arguments {describe_value(arguments)}; expected JSON"
+            ) from None
+    identifier = call.get("id")
+    text = json.dumps({} if arguments is None else arguments, ensure_ascii=False)
+    return ToolCall(name, text, identifier if isinstance(identifier, str) else None)
+
+
+def as_tools(row: Row, value: Any) -> tuple[Mapping[str, Any], ...]:
+    """Convert the `tools` column: a list of function descriptions, or such a list as JSON text.
+
+    Fields that are null are removed: tables of the `datasets` library fill every description with
+    the fields of all others.
+    """
+    tools = value
+    if isinstance(tools, str):
+        try:
+            tools = json.loads(tools)
+        except ValueError:
+            tools = None
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise DataError(
+            f"{row.source}: 'tools' is {describe_value(value)}; expected a list of function descriptions "
+            "(rename the column if it holds something else)"
+        )
+    return tuple(_without_null(tool) for tool in tools)
+
+
+def _without_null(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_null(item) for key, item in value.items() if item is not None}
+    return [_without_null(item) for item in value] if isinstance(value, list) else value
 
 
 def _part(row: Row, where: str, part: Any) -> str:
     if isinstance(part, dict) and isinstance(part.get("text"), str):
         return str(part["text"])
+    if isinstance(part, str):
+        return part
     kind = str(part.get("type")) if isinstance(part, dict) else type(part).__name__
-    raise DataError(f"{row.source}: {where} has a part of type {kind[:40]!r}; expected only text")
+    raise DataError(
+        f"{row.source}: {where} has a part of type {kind[:40]!r}; expected text only (images, "
+        "audio and video can't be trained on)"
+    )
 
 
 def as_text(row: Row, key: str, value: Any) -> Text:
@@ -194,6 +265,12 @@ def parse_transcript(row: Row, key: str, value: Any) -> tuple[Message, ...]:
         Message(role, "\n\n".join(turn.content for turn in run if turn.content))
         for role, run in groupby(turns, key=lambda turn: turn.role)
     )
+
+
+def parse_prompt_transcript(row: Row, key: str, value: Any) -> tuple[Message, ...]:
+    """Parse an HH-RLHF transcript that is a prompt: without the open "Assistant:" at its end."""
+    turns = parse_transcript(row, key, value)
+    return turns[:-1] if turns[-1] == Message("assistant", "") else turns
 
 
 def split_shared_turns(

@@ -51,10 +51,15 @@ class Row:
     Attributes:
         source: The location, for error messages: `train.jsonl:17`, `data[17]`.
         fields: The fields that are not null.
+        extra: Further columns, for reward functions only; None if no mapping told them from the
+            fields.
+        answers: The columns that a mapping took the completions from, if there are several.
     """
 
     source: str
     fields: Mapping[str, Any]
+    extra: Mapping[str, Any] | None = None
+    answers: tuple[str, ...] = ()
 
 
 @runtime_checkable

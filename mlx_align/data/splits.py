@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-from mlx_align.config import TrainConfig
+from mlx_align.config import KTOConfig, TrainConfig
+from mlx_align.data.columns import configure_data
 from mlx_align.data.formats import ReadReport
 from mlx_align.data.readers import Data, has_split
 from mlx_align.data.transforms import split_validation
@@ -24,7 +25,13 @@ class DatasetSplits(NamedTuple):
     report: ReadReport  # of the training split
 
 
-def read_splits(config: TrainConfig, read: GroupReader, data: Data | None = None) -> DatasetSplits:
+def read_splits(
+    config: TrainConfig,
+    read: GroupReader,
+    data: Data | None = None,
+    *,
+    min_valid_prompts: int | None = None,
+) -> DatasetSplits:
     """Read the training split and the valid split.
 
     If the data has no valid split, `valid_fraction` of the training rows are held out, chosen by
@@ -34,16 +41,28 @@ def read_splits(config: TrainConfig, read: GroupReader, data: Data | None = None
         config: Names the data, its format, the seed and `valid_fraction`.
         read: The reader for the kind of data.
         data: Data to use instead of `config.data`, such as Python objects opened by `open_data`.
+        min_valid_prompts: Prompts that a split off part needs; None to take it from the config.
 
     Raises:
         DataError: The data can't be used; the text names file and line.
     """
     data = config.data if data is None else data
     assert data is not None
+    data = configure_data(data, config)
     groups, report = read(data, "train", config.format)
     held_out: list[PromptGroup] = []
     if has_split(data, "valid"):
         held_out, _ = read(data, "valid", config.format)
     elif config.valid_fraction > 0:
-        groups, held_out = split_validation(groups, config.valid_fraction, config.seed)
+        if min_valid_prompts is None:
+            loss = config.loss if isinstance(config, KTOConfig) else None
+            min_valid_prompts = prompts_needed("kto" if loss else "", loss)
+        groups, held_out = split_validation(
+            groups, config.valid_fraction, config.seed, min_prompts=min_valid_prompts
+        )
     return DatasetSplits(groups, held_out, report)
+
+
+def prompts_needed(command: str | None, loss: str | None) -> int:
+    """Prompts that the valid split of a run needs: two for the KL estimate of kto."""
+    return 2 if command == "kto" and loss == "kto" else 1

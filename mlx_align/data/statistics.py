@@ -77,6 +77,11 @@ class DatasetStatistics:
         notes: Sentences about the tokenizer.
         example: The first kept group as the model sees it, with special tokens: the prompt, then
             each completion.
+        reasoning_dropped: Groups with reasoning that the chat template leaves out.
+        reasoning_removed: Groups whose reasoning was removed because of `--thinking off`.
+        text_dropped: Groups with other text that the chat template leaves out.
+        max_positions: The longest sequence that the model was made for, tokens, if known.
+        beyond_positions: Kept groups that are longer.
     """
 
     read_as: str
@@ -105,6 +110,11 @@ class DatasetStatistics:
     valid_overlap: int | None
     notes: tuple[str, ...]
     example: tuple[str, ...]
+    reasoning_dropped: int = 0
+    reasoning_removed: int = 0
+    text_dropped: int = 0
+    max_positions: int | None = None
+    beyond_positions: int = 0
 
 
 def compute_statistics(
@@ -115,6 +125,7 @@ def compute_statistics(
     *,
     read_report: ReadReport | None = None,
     valid: Sequence[PromptGroup] | None = None,
+    max_positions: int | None = None,
 ) -> DatasetStatistics:
     """Compute the statistics of a split.
 
@@ -125,6 +136,7 @@ def compute_statistics(
         tokenizer: Decodes the example.
         read_report: The report of the reader: the format and the dropped rows.
         valid: Groups of the valid split, to count prompts that are in both.
+        max_positions: The model's `max_position_embeddings`, to count longer groups.
     """
     pairs = [group.completions for group in tokenized if len(group.completions) == 2]
     longer = [len(chosen) - len(rejected) for chosen, rejected in pairs]
@@ -168,6 +180,15 @@ def compute_statistics(
         valid_overlap=sum(g.prompt in prompts for g in valid) if valid is not None else None,
         notes=report.notes,
         example=_example(tokenized[0], tokenizer) if tokenized else (),
+        reasoning_dropped=report.reasoning_dropped,
+        reasoning_removed=report.reasoning_removed,
+        text_dropped=report.text_dropped,
+        max_positions=max_positions,
+        beyond_positions=sum(
+            max_positions is not None
+            and len(group.prompt) + max(map(len, group.completions), default=0) > max_positions
+            for group in tokenized
+        ),
     )
 
 
@@ -215,6 +236,12 @@ def render_statistics(statistics: DatasetStatistics) -> str:
         ("pairs whose scores prefer the rejected completion", statistics.scores_disagree),
         ("rows that repeat the prompt in their completions", statistics.prompt_repeated),
         ("duplicate rows", statistics.duplicates),
+        ("rows with reasoning that the chat template leaves out", statistics.reasoning_dropped),
+        ("rows with text that the chat template leaves out", statistics.text_dropped),
+        (
+            f"rows longer than the model's max_position_embeddings ({statistics.max_positions})",
+            statistics.beyond_positions,
+        ),
     )
     lines += [f"! {what}: {count:,}" for what, count in warnings if count]
     if statistics.valid_overlap:
@@ -224,7 +251,12 @@ def render_statistics(statistics: DatasetStatistics) -> str:
         )
     remarks = (
         ("rows with an end token appended", statistics.end_appended),
-        ("rows rendered with the template's thinking off", statistics.thinking_off),
+        (
+            "rows rendered with the template's thinking off (use the model with it off too: "
+            "--thinking off)",
+            statistics.thinking_off,
+        ),
+        ("rows whose reasoning --thinking off removed", statistics.reasoning_removed),
         ("rows with the system turn moved into the first user turn", statistics.system_folded),
     )
     lines += [f"{what}: {count:,}" for what, count in remarks if count]

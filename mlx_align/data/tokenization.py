@@ -6,11 +6,13 @@ A group has one prompt, so it is cut at the shortest common prefix. If that is s
 prompt (tokens that merge across the boundary, templates that write something else before a finished
 completion), the row is counted as "boundary moved".
 
-**Thinking templates** start an assistant turn differently from how they write a finished one,
-depending on whether thinking is on. mlx-lm's default is tried first (on, if the tokenizer has
-thinking tokens). If the prompt is not a prefix then, the row is rendered with thinking off, which
-is used if the prompt is a prefix. So completions that contain their reasoning train the thinking
-mode.
+**Thinking templates** start an assistant turn differently with thinking on and off. One rule holds
+for all of them (`thinking="auto"`): completions without reasoning are rendered with thinking off,
+so that an empty thinking block is part of the prompt and never scored; if a completion has
+reasoning, the group is rendered with thinking on. If the prompt is not a prefix then, or the
+template leaves the reasoning out, the other mode is tried.
+
+**Text that the template leaves out** is found by comparing the row with the rendered text.
 """
 
 from __future__ import annotations
@@ -27,8 +29,11 @@ from mlx_align.data.chat_template import (
     ChatTemplate,
     Ids,
     TemplateError,
+    Thinking,
+    Tools,
     common_prefix,
     inspect_chat_template,
+    squeeze,
 )
 from mlx_align.errors import ConfigError, DataError
 from mlx_align.types import Message, PromptGroup, Text, TokenizedGroup
@@ -44,6 +49,7 @@ TOO_LONG = "too long"
 REFUSED = "refused by the chat template"
 NO_PROMPT = "prompt rendered differently with its completion"
 IDENTICAL = "identical completions"
+NO_TOOLS = "with tools or tool calls, which the chat template leaves out"
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +66,9 @@ class TokenizeResult:
         end_appended: The template writes no end token, so EOS was appended.
         thinking_off: The group was rendered with thinking off.
         system_folded: A system turn was put in front of the first user turn.
+        reasoning_dropped: The template leaves out the reasoning of a completion.
+        reasoning_removed: Reasoning was removed because of `--thinking off`.
+        text_dropped: The template leaves out other text of the row.
     """
 
     group: TokenizedGroup | None
@@ -71,6 +80,9 @@ class TokenizeResult:
     end_appended: bool = False
     thinking_off: bool = False
     system_folded: bool = False
+    reasoning_dropped: bool = False
+    reasoning_removed: bool = False
+    text_dropped: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,13 +94,18 @@ class TokenizeReport:
         kept: Groups that were not dropped.
         dropped: Number of dropped groups, by reason.
         cut_completions: Number of completions cut to `max_completion_length`.
-        boundary_moved: Number of groups with `TokenizeResult.boundary_moved`.
-        end_appended: Number of groups with `TokenizeResult.end_appended`.
-        thinking_off: Number of groups with `TokenizeResult.thinking_off`.
-        system_folded: Number of groups with `TokenizeResult.system_folded`.
-        lengths: Percentiles of the length of prompt and longest completion, before dropping:
+        boundary_moved: Number of groups with this property of `TokenizeResult`; also
+            `end_appended`, `thinking_off`, `system_folded`, `reasoning_dropped`,
+            `reasoning_removed` and `text_dropped`.
+        end_appended: See above.
+        thinking_off: See above.
+        system_folded: See above.
+        lengths: Percentiles of the tokens of prompt and longest completion, before dropping:
             "50", "90", "99", "100" → tokens.
         notes: Sentences about the tokenizer that users should know.
+        reasoning_dropped: See above.
+        reasoning_removed: See above.
+        text_dropped: See above.
     """
 
     rows: int
@@ -101,6 +118,9 @@ class TokenizeReport:
     system_folded: int
     lengths: Mapping[str, int]
     notes: tuple[str, ...]
+    reasoning_dropped: int = 0
+    reasoning_removed: int = 0
+    text_dropped: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,6 +150,7 @@ def tokenize_group(
     *,
     max_seq_length: int,
     max_completion_length: int | None = None,
+    thinking: Thinking = "auto",
 ) -> TokenizedGroup:
     """Tokenise one group. Arguments are those of `tokenize_groups`.
 
@@ -138,7 +159,7 @@ def tokenize_group(
     """
     result = try_tokenize_group(
         group,
-        inspect_chat_template(tokenizer),
+        inspect_chat_template(tokenizer, thinking),
         max_seq_length=max_seq_length,
         max_completion_length=max_completion_length,
     )
@@ -179,6 +200,7 @@ def tokenize_groups(
     *,
     max_seq_length: int,
     max_completion_length: int | None = None,
+    thinking: Thinking = "auto",
 ) -> tuple[list[TokenizedGroup], TokenizeReport]:
     """Tokenise the groups of a split.
 
@@ -189,12 +211,13 @@ def tokenize_groups(
             are longer.
         max_completion_length: In tokens. Longer completions are cut first, and lose their end
             token.
+        thinking: Whether to render with the template's thinking on; see the module's docstring.
 
     Raises:
         ConfigError: A limit is below 1.
         DataError: More than 10% of the groups, or all of them, would be dropped.
     """
-    template = inspect_chat_template(tokenizer)
+    template = inspect_chat_template(tokenizer, thinking)
     results = []
     chats = False
     for group in groups:
@@ -219,6 +242,9 @@ def tokenize_groups(
         system_folded=sum(r.system_folded for r in results),
         lengths=percentiles([r.length for r in results if r.length]),
         notes=template.notes + (template.chat_notes if chats else ()),
+        reasoning_dropped=sum(r.reasoning_dropped for r in results),
+        reasoning_removed=sum(r.reasoning_removed for r in results),
+        text_dropped=sum(r.text_dropped for r in results),
     )
     check_dropped(results, "--max-seq-length", max_seq_length)
     return kept, report
@@ -256,11 +282,13 @@ def try_tokenize_group(
         and any(turn.role == "system" for turn in group.prompt)
     )
     try:
-        rendered = render_group(group.prompt, group.completions, template)
+        rendered = render_group(group.prompt, group.completions, template, tools=group.tools)
     except TemplateError as error:
         return TokenizeResult(None, dropped=REFUSED, detail=str(error))
     if rendered is None:
         return TokenizeResult(None, dropped=NO_PROMPT)
+    if rendered.tools_dropped:
+        return TokenizeResult(None, dropped=NO_TOOLS)
     truncated = 0 if limit is None else sum(len(ids) > limit for ids in rendered.completions)
     completions = [ids[:limit] for ids in rendered.completions]
     result = TokenizeResult(
@@ -271,6 +299,9 @@ def try_tokenize_group(
         end_appended=rendered.appended,
         thinking_off=rendered.thinking_off,
         system_folded=folded,
+        reasoning_dropped=rendered.reasoning_dropped,
+        reasoning_removed=rendered.reasoning_removed,
+        text_dropped=rendered.text_dropped,
     )
     if result.length > max_seq_length:
         return replace(result, dropped=TOO_LONG)
@@ -291,7 +322,10 @@ def try_tokenize_group(
 
 
 def tokenize_prompts(
-    groups: Sequence[PromptGroup], tokenizer: Any, max_prompt_length: int
+    groups: Sequence[PromptGroup],
+    tokenizer: Any,
+    max_prompt_length: int,
+    thinking: Thinking = "auto",
 ) -> tuple[list[TokenizedGroup], PromptReport]:
     """Tokenise prompts as for training, so that a policy samples from what it was trained on.
 
@@ -299,6 +333,7 @@ def tokenize_prompts(
         groups: The groups; their completions are ignored.
         tokenizer: An mlx-lm `TokenizerWrapper` or a Hugging Face tokenizer.
         max_prompt_length: In tokens. Longer prompts are dropped, never cut.
+        thinking: Whether completions start with the template's thinking on; auto: as mlx-lm does.
 
     Returns:
         Groups without completions, and a report.
@@ -309,10 +344,12 @@ def tokenize_prompts(
     """
     if max_prompt_length < 1:
         raise ConfigError(f"--max-prompt-length {max_prompt_length}: expected at least 1")
-    template = inspect_chat_template(tokenizer)
+    template = inspect_chat_template(tokenizer, thinking)
     results = [
         try_tokenize_group(
-            replace(group, completions=(), scores=None), template, max_seq_length=max_prompt_length
+            replace(group, completions=(), scores=None),
+            template,
+            max_seq_length=max_prompt_length,
         )
         for group in groups
     ]
@@ -386,6 +423,10 @@ class RenderedGroup:
         moved: The prompt rendered alone is not a prefix of prompt and completion.
         appended: The template writes no end token, so EOS was appended.
         thinking_off: Rendered with thinking off.
+        reasoning_dropped: The template leaves out the reasoning of a completion.
+        reasoning_removed: Reasoning was removed because of `thinking="off"`.
+        text_dropped: The template leaves out other text.
+        tools_dropped: The template leaves out tools or tool calls.
     """
 
     prompt: Ids
@@ -394,12 +435,26 @@ class RenderedGroup:
     moved: bool = False
     appended: bool = False
     thinking_off: bool = False
+    reasoning_dropped: bool = False
+    reasoning_removed: bool = False
+    text_dropped: bool = False
+    tools_dropped: bool = False
 
 
 def render_group(
-    prompt: Text, completions: Sequence[Text], template: ChatTemplate
+    prompt: Text,
+    completions: Sequence[Text],
+    template: ChatTemplate,
+    *,
+    tools: Tools = (),
 ) -> RenderedGroup | None:
     """Render a group. Returns None if its renderings don't share a usable prompt.
+
+    Args:
+        prompt: Text, or turns.
+        completions: The completions; of the same kind.
+        template: From `inspect_chat_template`.
+        tools: Descriptions of functions for the template.
 
     Raises:
         TemplateError: The chat template raised an error.
@@ -412,14 +467,47 @@ def render_group(
         if not isinstance(turns, str)
     ]
     prompt = template.fold_system(prompt)
-    first = _render_turns(prompt, whole, template, None)
-    if first is not None and not first.moved:
-        return first
-    if template.has_template:
-        without = _render_turns(prompt, whole, template, False)
-        if without is not None and not without.moved:
-            return replace(without, thinking_off=True)
-    return first
+    answers = [turn for turns in whole for turn in turns[len(prompt) :]]
+    reasons = any(template.split_reasoning(turn)[0] is not None for turn in answers)
+    without = template.thinking == "off" and reasons
+    if without:
+        whole = [(*prompt, *_without_reasoning(t[len(prompt) :], template)) for t in whole]
+    best = None
+    for mode in _thinking_modes(template, bool(whole), reasons):
+        rendered = _render_turns(prompt, whole, template, mode, tools)
+        if rendered is None:
+            continue
+        if best is None or _loss(rendered) < _loss(best):
+            best = rendered
+        if _loss(best) == (False, False):
+            break
+    return replace(best, reasoning_removed=True) if best is not None and without else best
+
+
+def _thinking_modes(
+    template: ChatTemplate, has_completions: bool, reasons: bool
+) -> tuple[bool | None, ...]:
+    """The values of `enable_thinking` to try, in order; None is mlx-lm's default."""
+    if template.thinking != "auto":
+        return (template.thinking == "on",)
+    if not has_completions:
+        return (None,)
+    if reasons:
+        return (None, True, False) if template.switches_thinking else (None, True)
+    return (False, None) if template.switches_thinking else (None,)
+
+
+def _loss(rendered: RenderedGroup) -> tuple[bool, bool]:
+    """What is wrong with a rendering, for comparing them: lost reasoning, a moved boundary."""
+    return rendered.reasoning_dropped, rendered.moved
+
+
+def _without_reasoning(turns: Sequence[Message], template: ChatTemplate) -> tuple[Message, ...]:
+    return tuple(
+        replace(turn, content=rest.lstrip(), reasoning=None) if reasoning is not None else turn
+        for turn in turns
+        for reasoning, rest in [template.split_reasoning(turn)]
+    )
 
 
 def _render_strings(
@@ -444,27 +532,125 @@ def _render_turns(
     whole: Sequence[Sequence[Message]],
     template: ChatTemplate,
     thinking: bool | None,
+    tools: Tools,
 ) -> RenderedGroup | None:
-    head = template.render(prompt, generation_prompt=True, thinking=thinking)
+    head = template.render(prompt, generation_prompt=True, thinking=thinking, tools=tools)
+    off = thinking is False and template.switches_thinking
     if not whole:
-        return RenderedGroup(head, []) if head else None
-    rendered = [
-        template.trim_to_end_token(template.render(turns, thinking=thinking)) for turns in whole
-    ]
-    shared = min(common_prefix(head, ids) for ids, _ in rendered)
-    completions = [ids[shared:] for ids, _ in rendered]
+        if not head:
+            return None
+        text = template.render_text(prompt, thinking=thinking, tools=tools)
+        lost = _left_out(prompt, len(prompt), text, template, thinking, tools)
+        return RenderedGroup(
+            head, [], thinking_off=off, text_dropped=lost.text, tools_dropped=lost.tools
+        )
+    ended = [template.render_finished(turns, thinking, tools) for turns in whole]
+    shared = min(common_prefix(head, one.ids) for one in ended)
+    completions = [one.ids[shared:] for one in ended]
     if not shared or not all(completions) or len(head) - shared > MAX_BOUNDARY_SHIFT:
         return None
     moved = shared < len(head)
     masks = None
     if any(len(turns) > len(prompt) + 1 for turns in whole):
         masks = []
-        for turns, (ids, _) in zip(whole, rendered, strict=True):
-            mask, exact = _assistant_mask(turns, len(prompt), ids, shared, template, thinking)
-            masks.append(mask)
-            moved = moved or not exact
-    appended = any(added for _, added in rendered)
-    return RenderedGroup(head[:shared], completions, masks, moved, appended)
+        for turns, one in zip(whole, ended, strict=True):
+            mask = _assistant_mask(turns, len(prompt), one.ids, shared, template, thinking, tools)
+            masks.append(mask.scored)
+            moved = moved or not mask.exact
+            off = off or mask.thinking_off
+    lost_in = [
+        _left_out(turns, len(prompt), one.text, template, thinking, tools)
+        for turns, one in zip(whole, ended, strict=True)
+    ]
+    return RenderedGroup(
+        head[:shared],
+        completions,
+        masks,
+        moved,
+        any(one.appended for one in ended),
+        thinking_off=off,
+        reasoning_dropped=any(lost.reasoning for lost in lost_in),
+        text_dropped=any(lost.text for lost in lost_in),
+        tools_dropped=any(lost.tools for lost in lost_in),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _LeftOut:
+    """What a template leaves out of a conversation.
+
+    Attributes:
+        reasoning: Reasoning in its completion. In earlier turns that is usual, in use too.
+        text: Content of a system, user or assistant turn. (Templates write tool results as JSON.)
+        tools: The tools, or the tool calls of a turn.
+    """
+
+    reasoning: bool
+    text: bool
+    tools: bool
+
+
+def _left_out(
+    turns: Sequence[Message],
+    first: int,
+    text: str,
+    template: ChatTemplate,
+    thinking: bool | None,
+    tools: Tools,
+) -> _LeftOut:
+    """Compare a conversation, whose completion starts at turn `first`, with its rendered text."""
+    rendered = squeeze(text)
+    split = [template.split_reasoning(turn) for turn in turns]
+    return _LeftOut(
+        reasoning=any(
+            reasoning is not None and squeeze(reasoning) not in rendered
+            for reasoning, _ in split[first:]
+        ),
+        text=any(
+            turn.role != "tool" and squeeze(content) not in rendered
+            for turn, (_, content) in zip(turns, split, strict=True)
+        ),
+        tools=_leaves_tools_out(turns, template, thinking, tools),
+    )
+
+
+def _leaves_tools_out(
+    turns: Sequence[Message], template: ChatTemplate, thinking: bool | None, tools: Tools
+) -> bool:
+    """Whether the conversation is rendered the same without its tools, or without some calls."""
+
+    def text(turns: Sequence[Message], tools: Tools) -> str:
+        return template.render_text(turns, thinking=thinking, tools=tools)
+
+    if not tools and not any(turn.tool_calls for turn in turns):
+        return False
+    whole = text(turns, tools)
+    if tools and text(turns, ()) == whole:
+        return True
+    for i, turn in enumerate(turns):
+        if turn.tool_calls:
+            without = (*turns[:i], replace(turn, tool_calls=()), *turns[i + 1 :])
+            try:
+                if text(without, tools) == whole:
+                    return True
+            except TemplateError:  # without its call the tool's answer has no place
+                continue
+    return False
+
+
+@dataclass(frozen=True, slots=True)
+class _AssistantMask:
+    """Which ids of a completion belong to assistant turns.
+
+    Attributes:
+        scored: One value per id.
+        exact: Whether every assistant turn starts right after its generation prompt.
+        thinking_off: Whether a turn starts after the empty thinking block of thinking off.
+    """
+
+    scored: npt.NDArray[np.bool_]
+    exact: bool
+    thinking_off: bool
 
 
 def _assistant_mask(
@@ -474,18 +660,29 @@ def _assistant_mask(
     shared: int,
     template: ChatTemplate,
     thinking: bool | None,
-) -> tuple[npt.NDArray[np.bool_], bool]:
-    """Mask of the ids in `ids[shared:]` that belong to assistant turns, from turn `first` on.
-
-    Returns:
-        The mask, and whether every assistant turn starts right after its generation prompt.
-    """
+    tools: Tools,
+) -> _AssistantMask:
+    """Which of `ids[shared:]` belong to assistant turns, starting with turn `first`."""
     assistant = [i for i in range(first, len(turns)) if turns[i].role == "assistant"]
-    starts, exact = [shared], True
+    starts, exact, off = [shared], True, False
     for i in assistant[1:]:
-        head = template.render(turns[:i], generation_prompt=True, thinking=thinking)
-        starts.append(common_prefix(head, ids))
-        exact = exact and starts[-1] == len(head)
+        start = None
+        # An empty thinking block before an answer without reasoning is not scored (see the top).
+        if (
+            thinking is None
+            and template.switches_thinking
+            and template.split_reasoning(turns[i])[0] is None
+        ):
+            head = template.render(turns[:i], generation_prompt=True, thinking=False, tools=tools)
+            if common_prefix(head, ids) == len(head):
+                start, off = len(head), True
+        if start is None:
+            head = template.render(
+                turns[:i], generation_prompt=True, thinking=thinking, tools=tools
+            )
+            start = common_prefix(head, ids)
+            exact = exact and start == len(head)
+        starts.append(start)
     mask = np.zeros(len(ids), np.bool_)
     mask[starts[-1] :] = True
     for i, start, limit in zip(assistant, starts, starts[1:], strict=False):
@@ -495,7 +692,11 @@ def _assistant_mask(
         if template.ending and template.ending[0] in ids[start:limit]:
             stop = ids.index(template.ending[0], start) + 1
         else:
-            finished = template.render(turns[: i + 1], thinking=thinking)
+            finished = template.render(turns[: i + 1], thinking=thinking, tools=tools)
             stop = min(common_prefix(finished, ids), limit)
+            # GLM has no end token: the next turn's role token ends the answer, and generation
+            # stops at it. It is scored, or the model would not learn to stop.
+            if not template.ending and stop < limit and ids[stop] in template.stops:
+                stop += 1
         mask[start:stop] = True
-    return mask[shared:], exact
+    return _AssistantMask(mask[shared:], exact, off)

@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
 from mlx_align.data.batching import completion_mask
 from mlx_align.data.buckets import LENGTH_MULTIPLE
 from mlx_align.errors import ConfigError, DataError
-from mlx_align.types import PromptGroup, TokenizedGroup
+from mlx_align.types import PromptGroup, Text, TokenizedGroup
 
+# What a group has no longer when its completions are split up.
+NO_LABELS: Mapping[str, Any] = {
+    "scores": None,
+    "soft_label": None,
+    "margin": None,
+    "strength": None,
+    "votes": None,
+}
 # Indices of the two completions of a group after `add_mismatched`.
 OWN, MISMATCHED = 0, 1
 
@@ -55,7 +64,7 @@ def to_pairs(groups: Sequence[PromptGroup], *, best_only: bool = False) -> list[
 def unpair(groups: Sequence[PromptGroup]) -> list[PromptGroup]:
     """Split each pair into a desirable completion (chosen) and an undesirable one (rejected)."""
     return [
-        replace(group, completions=(text,), label=label, scores=None, soft_label=None, margin=None)
+        replace(group, completions=(text,), label=label, **NO_LABELS)
         for group in groups
         for text, label in zip(group.completions, (True, False), strict=True)
     ]
@@ -78,7 +87,7 @@ def _keep_last_completion(group: PromptGroup) -> PromptGroup:
 
 
 def split_validation(
-    groups: Sequence[PromptGroup], fraction: float, seed: int
+    groups: Sequence[PromptGroup], fraction: float, seed: int, *, min_prompts: int = 1
 ) -> tuple[list[PromptGroup], list[PromptGroup]]:
     """Split groups into (train, valid). All groups with the same prompt go to the same split.
 
@@ -86,6 +95,7 @@ def split_validation(
         groups: The groups; both splits keep their order.
         fraction: The fraction of groups to put into valid, in (0, 1). Both splits get at least one.
         seed: Random seed. The split is a function of the groups, the fraction and the seed.
+        min_prompts: Prompts that valid needs; it has fewer only if train would be left with fewer.
 
     Raises:
         ConfigError: `fraction` is out of range.
@@ -101,10 +111,12 @@ def split_validation(
         )
     prompts = list(sizes)
     target_size = fraction * len(groups)
-    held_out = set()
+    held_out: set[Text] = set()
     size = 0
+    min_prompts = min(min_prompts, len(sizes) // 2)
     for index in np.random.default_rng(seed).permutation(len(prompts)).tolist()[:-1]:
-        if size and size + sizes[prompts[index]] / 2 > target_size:
+        enough = len(held_out) >= max(min_prompts, 1)
+        if enough and size + sizes[prompts[index]] / 2 > target_size:
             break
         held_out.add(prompts[index])
         size += sizes[prompts[index]]

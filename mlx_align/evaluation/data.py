@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from mlx_align.data.chat_template import ChatTemplate
+from mlx_align.data.columns import ConfiguredSource, configure_data
 from mlx_align.data.formats import (
     PREFERENCE_FORMATS,
     ReadReport,
@@ -17,8 +18,15 @@ from mlx_align.data.formats import (
     read_supervised,
     read_unpaired,
 )
-from mlx_align.data.readers import FILE_SUFFIXES, Data, DataSource, has_split, read_rows
-from mlx_align.data.splits import GroupReader, read_splits
+from mlx_align.data.readers import (
+    FILE_SUFFIXES,
+    Data,
+    DataSource,
+    has_split,
+    open_data,
+    read_rows,
+)
+from mlx_align.data.splits import GroupReader, prompts_needed, read_splits
 from mlx_align.data.tokenization import try_tokenize_group
 from mlx_align.data.transforms import keep_last_completion, to_pairs
 from mlx_align.errors import ConfigError, DataError
@@ -50,7 +58,11 @@ class EvalPrompt:
 
 
 def read_held_out_data(
-    run: TrainedRun, data: Data | None, format: str | None, own_data: DataSource | None = None
+    run: TrainedRun,
+    data: Data | None,
+    format: str | None,
+    own_data: DataSource | None = None,
+    columns: Mapping[str, str] | None = None,
 ) -> HeldOutData:
     """Read the rows that the run held out, or those of other data.
 
@@ -63,6 +75,7 @@ def read_held_out_data(
         data: Other data; None for the run's data.
         format: Data format; None to detect it.
         own_data: The run's data, if it was passed from Python.
+        columns: Columns of other data, as for `columns.ConfiguredSource`.
 
     Raises:
         ConfigError: The run's data is unknown and no other data is given.
@@ -78,12 +91,13 @@ def read_held_out_data(
         raise ConfigError(
             f"--data is missing: {run.folder} {reason}; give a file or folder of pairs or prompts"
         )
-    if own is not None and (data is None or (data == own and format is None)):
+    if own is not None and (data is None or (data == own and format is None and not columns)):
         return _read_own_data(run, own)
     assert data is not None
     split = "valid" if has_split(data, "valid") else "train"
-    pairs = _pairs(data, split, format)
-    groups = pairs or read_prompts(data, split, format)[0]
+    source = ConfiguredSource(open_data(data), columns or {}, run.labels)
+    pairs = _pairs(source, split, format)
+    groups = pairs or read_prompts(source, split, format)[0]
     return HeldOutData(pairs, _unique_prompts(groups), f"{_name(data)}, {split} split")
 
 
@@ -95,11 +109,13 @@ def _read_own_data(run: TrainedRun, data: Data) -> HeldOutData:
             f"{run.folder}: the run held no rows out (--valid-fraction 0, and {_name(data)} has "
             "no valid split); give other data with --data"
         )
-    groups = read_splits(config, _reader(run), data).valid
+    source = configure_data(data, config, run.labels)
+    needed = prompts_needed(run.command, run.loss)
+    groups = read_splits(config, _reader(run), source, min_valid_prompts=needed).valid
     split = "valid" if has_split(data, "valid") else "train"
     held_out = {group.prompt for group in groups}
     # Read again as pairs, because a kto run splits pairs into single completions.
-    pairs = [group for group in _pairs(data, split, config.format) if group.prompt in held_out]
+    pairs = [group for group in _pairs(source, split, config.format) if group.prompt in held_out]
     part = "valid split" if split == "valid" else "the part that the run held out"
     return HeldOutData(pairs, _unique_prompts(groups), f"{_name(data)}, {part}")
 

@@ -164,10 +164,10 @@ def evaluate_policy(
             "--model"
         )
     run = read_trained_run(config.adapter_path)
-    held_out = read_held_out_data(run, data or config.data, config.format, own_data)
+    held_out = read_held_out_data(run, data or config.data, config.format, own_data, config.columns)
     documents = None if config.perplexity_data is None else read_documents(config.perplexity_data)
     folder = open_model(config.model)
-    style = inspect_chat_template(folder.tokenizer)
+    style = inspect_chat_template(folder.tokenizer, run.thinking)
     limits = run.config or TrainConfig()
     max_length = config.max_seq_length or limits.max_seq_length
     prompts = sample_prompts(
@@ -455,6 +455,7 @@ def _tokenize_pairs(
         folder.tokenizer,
         max_seq_length=max_length,
         max_completion_length=limits.max_completion_length,
+        thinking=limits.thinking,
     )[0]
 
 

@@ -50,7 +50,8 @@ class TextGenerator:
         loaded, (weights,) = load_adapters(folder, [None if run is None else run.folder])
         if run is not None:
             loaded = match_adapter_dtype(loaded, run)
-        return cls(loaded, inspect_chat_template(folder.tokenizer), weights)
+        style = inspect_chat_template(folder.tokenizer, "auto" if run is None else run.thinking)
+        return cls(loaded, style, weights)
 
     def generate(
         self,

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mlx_align.data.batching import completion_mask
-from mlx_align.data.chat_template import ChatTemplate, inspect_chat_template
+from mlx_align.data.chat_template import ChatTemplate, Thinking, inspect_chat_template
 from mlx_align.errors import DataError
 from mlx_align.inference.scoring import (
     GroupScores,
@@ -154,6 +154,7 @@ def load_implicit_reward(
     beta: float | None = None,
     reference_adapter: str | Path | None = None,
     per_token: bool | None = None,
+    thinking: Thinking | None = None,
     max_seq_length: int = MAX_SEQ_LENGTH,
     batch_size: int = BATCH_SIZE,
 ) -> ImplicitReward:
@@ -163,9 +164,10 @@ def load_implicit_reward(
         model: The run's base model, folder or hub name.
         adapter_path: The run folder.
         beta: Temperature β; None for the run's own.
-        reference_adapter: Folder of the reference's adapter; None for what the run started from.
-        per_token: Whether scores are divided by the completion's length; None for yes if the run's
-            loss did so.
+        reference_adapter: Folder of the reference's adapter; None for where the run started.
+        per_token: Divide by the completion's length; None to do so if the run's loss did.
+        thinking: Whether to render with the chat template's thinking on; None for as the run was
+            trained.
         max_seq_length: Maximum length of prompt and completion, tokens.
         batch_size: Prompts per batch.
 
@@ -181,7 +183,7 @@ def load_implicit_reward(
     loaded, (policy, reference) = load_adapters(folder, [run.folder, settings.reference])
     return ImplicitReward(
         match_adapter_dtype(loaded, run),
-        inspect_chat_template(loaded.folder.tokenizer),
+        inspect_chat_template(loaded.folder.tokenizer, thinking or run.thinking),
         policy,
         reference,
         beta=settings.beta,
@@ -197,6 +199,7 @@ def load_logprob_scorer(
     adapter_path: str | Path | None = None,
     *,
     per_token: bool | None = None,
+    thinking: Thinking | None = None,
     max_seq_length: int = MAX_SEQ_LENGTH,
     batch_size: int = BATCH_SIZE,
 ) -> ImplicitReward:
@@ -208,7 +211,9 @@ def load_logprob_scorer(
     loaded, (policy,) = load_adapters(open_model(model), [None if run is None else run.folder])
     return ImplicitReward(
         loaded if run is None else match_adapter_dtype(loaded, run),
-        inspect_chat_template(loaded.folder.tokenizer),
+        inspect_chat_template(
+            loaded.folder.tokenizer, thinking or ("auto" if run is None else run.thinking)
+        ),
         policy,
         None,
         per_token=bool(per_token),

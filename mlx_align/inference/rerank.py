@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mlx_align.data.chat_template import ChatTemplate, inspect_chat_template
+from mlx_align.data.chat_template import ChatTemplate, Thinking, inspect_chat_template
 from mlx_align.data.converters import RATING_LIST_FIELDS
 from mlx_align.data.formats import LIST_FORMATS, ScorableRow, read_prompts, read_scorable
 from mlx_align.data.readers import read_rows
@@ -151,6 +151,7 @@ class Reranker:
         beta: float | None = None,
         reference_adapter: str | Path | None = None,
         per_token: bool | None = None,
+        thinking: Thinking | None = None,
         max_seq_length: int = MAX_SEQ_LENGTH,
         batch_size: int = BATCH_SIZE,
     ) -> Reranker:
@@ -162,11 +163,12 @@ class Reranker:
             reward_model: A run folder of `mlx-align reward`, or a *ForSequenceClassification
                 model; None to rank by the run's implicit reward.
             beta: Temperature β of the implicit reward; None for the run's own.
-            reference_adapter: Folder of the reference's adapter; None for what the run started
-                from.
-            per_token: Whether the implicit reward is divided by the completion's length; None for
-                yes if the run's loss did so.
-            max_seq_length: Maximum length of prompt and completion to score, tokens.
+            reference_adapter: Folder of the reference's adapter; None for where the run started.
+            per_token: Whether the implicit reward is divided by the completion's length; None to
+                do so if the run's loss did.
+            thinking: Whether completions start with the chat template's thinking on; None for as
+                the run was trained.
+            max_seq_length: Maximal length of prompt and completion to score, tokens.
             batch_size: Prompts to score per batch.
 
         Raises:
@@ -187,6 +189,7 @@ class Reranker:
                 beta=beta,
                 reference_adapter=reference_adapter,
                 per_token=per_token,
+                thinking=thinking,
                 max_seq_length=max_seq_length,
                 batch_size=batch_size,
             )
@@ -210,7 +213,10 @@ class Reranker:
         where = "an adapter on the same weights" if shared else "a second model in memory"
         if run is not None:
             loaded = match_adapter_dtype(loaded, run)
-        generator = TextGenerator(loaded, inspect_chat_template(folder.tokenizer), weights)
+        style = inspect_chat_template(
+            folder.tokenizer, thinking or ("auto" if run is None else run.thinking)
+        )
+        generator = TextGenerator(loaded, style, weights)
         return cls(generator, reward, f"reward model {reward_model}, {where}")
 
     @property
@@ -525,5 +531,5 @@ def _as_completion(group: PromptGroup, text: str) -> Text:
     return text if isinstance(group.prompt, str) else (Message("assistant", text),)
 
 
-def _as_dicts(messages: Sequence[Message]) -> list[dict[str, str]]:
-    return [{"role": turn.role, "content": turn.content} for turn in messages]
+def _as_dicts(messages: Sequence[Message]) -> list[dict[str, Any]]:
+    return [turn.to_dict() for turn in messages]

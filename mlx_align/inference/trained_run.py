@@ -18,6 +18,8 @@ from mlx.utils import tree_flatten
 
 from mlx_align.config import DPOConfig, KTOConfig, SFTConfig, TrainConfig
 from mlx_align.config.schema import make_config
+from mlx_align.data.chat_template import Thinking
+from mlx_align.data.columns import LabelRules
 from mlx_align.errors import ConfigError, ModelError
 from mlx_align.losses.registry import PAIRWISE_LOSSES, combine, parse_losses, resolve_options
 from mlx_align.models.adapters import (
@@ -55,6 +57,8 @@ class TrainedRun:
         config: Options shared by all training commands; None without config.yaml.
         beta: The loss's β; None if it has none.
         loss_on: For sft, the part of a conversation that was trained on.
+        loss: Name of the loss; None without config.yaml.
+        labels: How it read the labels of its data.
     """
 
     folder: Path
@@ -64,6 +68,13 @@ class TrainedRun:
     config: TrainConfig | None = None
     beta: float | None = None
     loss_on: str | None = None
+    loss: str | None = None
+    labels: LabelRules = dataclasses.field(default_factory=LabelRules)
+
+    @property
+    def thinking(self) -> Thinking:
+        """Whether it was trained with the chat template's thinking on."""
+        return "auto" if self.config is None else self.config.thinking
 
     def find_reference(self, remedy: str) -> Path | None:
         """The folder of the adapter the run started from; None for the base model.
@@ -137,6 +148,8 @@ def read_trained_run(adapter_path: str | Path) -> TrainedRun:
         config=make_config(TrainConfig, {k: v for k, v in values.items() if k in shared}),
         beta=_loss_beta(command, file),
         loss_on=str(values.get("loss_on", "completion")) if command == "sft" else None,
+        loss=str(values["loss"]) if "loss" in values else None,
+        labels=LabelRules(**{k: values[k] for k in ("ties", "strength", "votes") if k in values}),
     )
 
 

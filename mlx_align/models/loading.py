@@ -66,6 +66,13 @@ class ModelFolder:
         config = self.config.get("text_config", self.config)
         return int(config.get("vocab_size", self.config.get("vocab_size", 0)))
 
+    @property
+    def max_positions(self) -> int | None:
+        """The longest sequence that the model was made for, tokens; None if not in its config."""
+        config = self.config.get("text_config", self.config)
+        found = config.get("max_position_embeddings")
+        return found if isinstance(found, int) and found > 0 else None
+
 
 @dataclass(frozen=True)
 class LanguageModel:

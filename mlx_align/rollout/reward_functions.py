@@ -525,7 +525,7 @@ def as_data(prompt: Text) -> str | list[dict[str, str]]:
     """A prompt as it is in the data: text, or messages."""
     if isinstance(prompt, str):
         return prompt
-    return [{"role": turn.role, "content": turn.content} for turn in prompt]
+    return [turn.to_dict() for turn in prompt]
 
 
 def _location(

@@ -119,7 +119,7 @@ class OfflineJob:
         self._limit = batch_limit(config, packs=self.policy.model.packs and algorithm.packs)
         self._shapes = plan_shapes(setup.train, self._limit)
         accumulation = config.grad_accumulation_steps
-        total = _total_updates(config, setup.train, self._shapes)
+        microbatches = _total_microbatches(config, setup.train, self._shapes)
         references = References(None, [])
         if algorithm.has_reference:
             references = reference_logprobs(
@@ -130,7 +130,7 @@ class OfflineJob:
                 (setup.train, self._shapes),
                 setup.held_out,
                 self._limit,
-                total * accumulation if algorithm.needs_reference else 0,
+                microbatches if algorithm.needs_reference else 0,
                 console,
             )
         self.trainer = OfflineTrainer(
@@ -142,7 +142,7 @@ class OfflineJob:
             accumulation=accumulation,
             max_grad_norm=config.max_grad_norm,
             skip_non_finite=config.on_non_finite == "skip",
-            total_steps=total,
+            total_microbatches=microbatches,
             title=algorithm.title,
             evaluation=Evaluation(
                 algorithm, setup.held_out, self._scorer, references.valid, self._limit
@@ -208,13 +208,14 @@ class OfflineJob:
         return {self._setup.algorithm.unit: groups}
 
 
-def _total_updates(
+def _total_microbatches(
     config: TrainConfig, groups: Sequence[TokenizedGroup], shapes: Sequence[AnyShape]
 ) -> int:
-    """Updates of the whole run, from `iters` or `epochs`."""
+    """Microbatches of the whole run: `iters` full updates, or every row once per epoch."""
+    if config.iters is not None:
+        return config.iters * config.grad_accumulation_steps
     per_epoch = len(epoch_order(groups, shapes, seed=config.seed))
-    epochs = config.epochs or 1.0
-    return config.iters or max(1, round(epochs * per_epoch / config.grad_accumulation_steps))
+    return max(1, round((config.epochs or 1.0) * per_epoch))
 
 
 class OfflineTrainer:
@@ -231,7 +232,8 @@ class OfflineTrainer:
         accumulation: Microbatches per update.
         max_grad_norm: Gradients with a larger norm are scaled down to it.
         skip_non_finite: Skip updates whose loss or gradient is not finite.
-        total_steps: Updates of the whole run.
+        total_microbatches: Microbatches of the whole run; the last update may have fewer. 0 for
+            no end.
         title: Label of the progress bar.
         evaluation: Measures held-out data; None to measure nothing.
         report: Turns means over the updates of a report into its row.
@@ -252,12 +254,13 @@ class OfflineTrainer:
         accumulation: int,
         max_grad_norm: float,
         skip_non_finite: bool = False,
-        total_steps: int = 0,
+        total_microbatches: int = 0,
         title: str = "",
         evaluation: Evaluation | None = None,
         report: Callable[[dict[str, float]], dict[str, float]] = dict,
     ) -> None:
-        self.title, self.total_steps = title, total_steps
+        self.title, self.total_steps = title, -(-total_microbatches // accumulation)
+        self._total_microbatches = total_microbatches
         self.weights: dict[str, AdapterWeights] = {"policy": weights}
         self.optimizers = {"policy": optimizer}
         self.memory = MemoryLimit()
@@ -297,7 +300,10 @@ class OfflineTrainer:
         if self._stream is None:
             self._stream = self._microbatches(progress.microbatches)
         objective, weights = self._objective, self.weights["policy"]
-        micro = [next(self._stream) for _ in range(self._accumulation)]
+        # The last update may be smaller, so that every row is visited once per epoch.
+        left = self._total_microbatches - progress.microbatches
+        count = min(self._accumulation, left) if left > 0 else self._accumulation
+        micro = [next(self._stream) for _ in range(count)]
         batches = [objective.collate(one) for one in micro]
         totals = objective.totals(batches)
         batches = objective.prepare(weights, batches, totals)

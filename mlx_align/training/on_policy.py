@@ -18,6 +18,7 @@ from mlx.utils import tree_unflatten
 from mlx_align.algorithms.base import OnPolicyMethod, chat_command
 from mlx_align.config import DEFAULT_BATCH_SIZE, OnPolicyConfig, PPOConfig
 from mlx_align.data.buckets import AnyShape, rollout_shapes
+from mlx_align.data.columns import configure_data
 from mlx_align.data.formats import read_prompts
 from mlx_align.data.readers import Data, has_split
 from mlx_align.data.tokenization import PromptReport, tokenize_prompts
@@ -204,6 +205,7 @@ def read_prompt_splits(
     """
     named: Any = config.data if data is None else data
     assert named is not None
+    named = configure_data(named, config)
     groups, reading = read_prompts(named, "train", config.format)
     if has_split(named, "valid"):
         held_out, _ = read_prompts(named, "valid", config.format)
@@ -212,11 +214,11 @@ def read_prompt_splits(
     else:
         held_out = []
     longest = config.max_prompt_length or config.max_seq_length - config.max_completion_length
-    tokens, report = tokenize_prompts(groups, folder.tokenizer, longest)
+    tokens, report = tokenize_prompts(groups, folder.tokenizer, longest, config.thinking)
     train = [Prompt(groups[i], one) for i, one in zip(report.indices, tokens, strict=True)]
     valid: list[Prompt] = []
     if held_out:
-        tokens, seen = tokenize_prompts(held_out, folder.tokenizer, longest)
+        tokens, seen = tokenize_prompts(held_out, folder.tokenizer, longest, config.thinking)
         valid = [Prompt(held_out[i], one) for i, one in zip(seen.indices, tokens, strict=True)]
     wanted = config.val_batches * (config.batch_size or DEFAULT_BATCH_SIZE)
     if config.val_batches >= 0 and wanted < len(valid):

@@ -17,8 +17,8 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from mlx_align.config import TrainConfig
-from mlx_align.config.schema import fixed_options, flag_of, to_yaml
+from mlx_align.config import TRAINING_CONFIGS, TrainConfig
+from mlx_align.config.schema import declared_options, fixed_options, flag_of, to_yaml
 from mlx_align.errors import ConfigError, ModelError
 from mlx_align.models.adapters import fingerprint_folder
 from mlx_align.system.atomic_io import wrap_write_errors, write_text
@@ -182,11 +182,14 @@ def check_same_run(run: Path, now: dict[str, Any]) -> list[str]:
             f"--resume {run}: {' and '.join(changed)} changed since the run began; restore the "
             "original, or start a new run"
         )
+    declared = declared_options(TRAINING_CONFIGS[now["command"]])
     for name, value in now["options"].items():
-        if began["options"].get(name) != value:
+        # A run of an older version lacks options that came later, which had no effect then.
+        before = began["options"].get(name, declared[name].default)
+        if before != value:
             raise ConfigError(
                 f"--resume {run}: {flag_of(name)} is {value} in its config.yaml, and was "
-                f"{began['options'].get(name)} when the run began; restore that, or start a new run"
+                f"{before} when the run began; restore that, or start a new run"
             )
     others = [
         f"{name} {began['versions'].get(name)} → {value}"

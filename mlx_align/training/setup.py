@@ -121,11 +121,18 @@ def prepare_data(
         tokenizer=folder.tokenizer,
         max_seq_length=config.max_seq_length,
         max_completion_length=config.max_completion_length,
+        thinking=config.thinking,
     )
     train, report = tokenize(groups)
     valid = tokenize(held_out)[0] if held_out else []
     facts = compute_statistics(
-        groups, train, report, folder.tokenizer, read_report=reading, valid=held_out
+        groups,
+        train,
+        report,
+        folder.tokenizer,
+        read_report=reading,
+        valid=held_out,
+        max_positions=folder.max_positions,
     )
     return TokenizedDataset(train, valid, facts)
 

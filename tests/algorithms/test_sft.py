@@ -133,6 +133,22 @@ def test_loss_on_selects_the_turns_that_are_trained_on(sft, capsys):
     assert scored["assistant"] > scored["completion"] + 1
 
 
+@pytest.mark.parametrize(
+    ("epochs", "accumulation", "updates"),
+    [(1, 4, [4, 1]), (1, 5, [5]), (1, 8, [5]), (2, 4, [4, 4, 2])],
+)
+def test_an_epoch_visits_every_row_once(sft, epochs, accumulation, updates):
+    """The last update is smaller; five rows are never six."""
+    rows = [{"prompt": f"{i}?", "completion": " yes"} for i in range(5)]
+    options = ["--epochs", epochs, "--grad-accumulation-steps", accumulation]
+    options += ["--valid-fraction", 0, "--steps-per-report", 1]
+    code, folder = sft(*options, rows=rows)
+    assert code == 0
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["steps"] == len(updates)
+    assert summary["rows"] == sum(updates)
+
+
 def test_errors_are_one_line(sft, capsys):
     def error(*options, **named):
         code, _ = sft("--iters", 1, *options, **named)

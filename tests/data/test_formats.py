@@ -311,11 +311,11 @@ ERRORS = [
     ),
     (
         [PAIR | {"prompt": [{**user("a"), "tool_calls": [{}]}]}],
-        r"'tool_calls', which is not supported",
+        r"prompt\[0\].tool_calls\[0\] is object; expected",
     ),
     (
         [PAIR | {"prompt": [{"role": "user", "content": [{"type": "image_url"}]}]}],
-        r"a part of type 'image_url'; expected only text",
+        r"has a part of type 'image_url'; expected text only \(images",
     ),
     ([{"prompt": "a", "completions": ["x", "y"], "scores": [1]}], r"one number for each of the 2"),
     ([{"prompt": "a", "completions": ["x", "y"]}], r"completions\[0\] has no rating"),
@@ -464,6 +464,14 @@ def test_split_keeps_prompts_together_and_is_deterministic():
         split_validation(groups[:1], 0.1, seed=0)
     with pytest.raises(ConfigError, match="fraction"):
         split_validation(groups, 1.0, seed=0)
+
+
+def test_a_split_is_enlarged_to_the_prompts_that_valid_needs():
+    groups = [PromptGroup(f"p{i}", ("a",), f"x:{i}", label=True) for i in range(10)]
+    assert len(split_validation(groups, 0.05, seed=0)[1]) == 1
+    train, valid = split_validation(groups, 0.05, seed=0, min_prompts=2)
+    assert (len(train), len(valid)) == (8, 2)
+    assert len(split_validation(groups[:3], 0.05, seed=0, min_prompts=2)[1]) == 1
 
 
 JUNK = [

@@ -121,7 +121,7 @@ def test_margins_and_votes_of_pairs_are_left_out(tmp_path):
         ),
         (
             [{"messages": [turn("user", "a")], "tools": [1]}],
-            "train.jsonl:1: 'tools' is not supported",
+            "train.jsonl:1: 'tools' is list; expected a list of function descriptions",
         ),
         (
             [{"text": "a"}],

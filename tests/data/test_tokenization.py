@@ -29,7 +29,7 @@ from mlx_align.data.tokenization import (
     try_tokenize_group,
 )
 from mlx_align.errors import ConfigError, DataError
-from mlx_align.types import Message, PromptGroup
+from mlx_align.types import Message, PromptGroup, ToolCall
 
 USER = Message("user", "what is it?")
 YES, NO = Message("assistant", "four, hello"), Message("assistant", "no")
@@ -126,13 +126,154 @@ def test_hugging_face_tokenizers_are_wrapped():
     assert tokenized(wrapped, chat(YES, NO)) == tokenized(bare, chat(YES, NO))
 
 
-def test_thinking_template_keeps_the_default_prompt_if_it_is_a_prefix():
+def test_thinking_template_puts_the_empty_block_of_a_bare_answer_into_the_prompt():
     tokenizer = tiny_tokenizer(THINKS, thinking=True)
     groups, report = tokenize_groups([chat(YES, NO)], tokenizer, max_seq_length=500)
     prompt, yes, _ = shown(tokenizer, groups[0])
+    assert prompt.endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n")
+    assert yes == "four, hello<|im_end|>"
+    assert (report.boundary_moved, report.thinking_off) == (0, 1)
+
+
+def test_thinking_on_scores_the_empty_block_of_a_bare_answer():
+    tokenizer = tiny_tokenizer(THINKS, thinking=True)
+    prompt, yes, _ = tokenized(tokenizer, chat(YES, NO), thinking="on")
     assert prompt.endswith("<|im_start|>assistant\n")
     assert yes == "<think>\n\n</think>\n\nfour, hello<|im_end|>"
-    assert (report.boundary_moved, report.thinking_off) == (0, 0)
+
+
+THOUGHTS = [
+    (Message("assistant", "<think>\nabc\n</think>\n\nfour"),),
+    (Message("assistant", "<think>\nhello\n</think>\n\nno"),),
+]
+
+
+@pytest.mark.parametrize("template", [THINKS, OPENS_THINKING])
+def test_thinking_off_removes_the_reasoning_and_counts_it(template):
+    tokenizer = tiny_tokenizer(template, thinking=True)
+    group = PromptGroup((USER,), tuple(THOUGHTS), "x:1")
+    groups, report = tokenize_groups([group], tokenizer, max_seq_length=500, thinking="off")
+    prompt, four, _ = shown(tokenizer, groups[0])
+    assert prompt.endswith("<think>\n\n</think>\n\n")
+    assert four == "four<|im_end|>"
+    assert (report.reasoning_removed, report.reasoning_dropped, report.thinking_off) == (1, 0, 1)
+
+
+def test_the_empty_block_before_the_last_of_several_answers_is_masked():
+    tokenizer = tiny_tokenizer(THINKS, thinking=True)
+    turns = (Message("assistant", "abc"), USER, Message("assistant", "four"))
+    group = tokenize_group(PromptGroup((USER,), (turns,), "x:1"), tokenizer, max_seq_length=500)
+    mask, ids = group.loss_masks[0], group.completions[0]
+    assert tokenizer.decode(ids[mask].tolist()) == "abc<|im_end|>four<|im_end|>"
+
+
+# As DeepSeek-R1: every assistant turn loses what is before </think>.
+LOSES_REASONING = (
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}<|im_start|>{{ m.content }}"
+    "{% elif m.role == 'assistant' %}<|im_end|>{{ m.content.split('</think>')[-1] }}"
+    "{{ eos_token }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_end|><think>\n{% endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    "answers",
+    [THOUGHTS, [(Message("assistant", "four", reasoning="abc"),), (Message("assistant", "no"),)]],
+)
+def test_reasoning_that_the_template_removes_is_kept_after_the_open_thinking_block(answers):
+    tokenizer = tiny_tokenizer(LOSES_REASONING, thinking=True)
+    group = PromptGroup((USER,), tuple(answers[:1]), "x:1")
+    groups, report = tokenize_groups([group], tokenizer, max_seq_length=500)
+    prompt, four = shown(tokenizer, groups[0])
+    assert prompt == "<bos><|im_start|>what is it?<|im_end|><think>\n"
+    assert four == "abc\n</think>\n\nfour<eos>"
+    assert (report.boundary_moved, report.reasoning_dropped) == (0, 0)
+
+
+def test_reasoning_that_the_template_removes_is_counted_where_it_can_not_be_kept():
+    closed = LOSES_REASONING.replace("<think>\n{% endif %}", "{% endif %}")
+    tokenizer = tiny_tokenizer(closed, thinking=True)
+    group = PromptGroup((USER,), tuple(THOUGHTS), "x:1")
+    groups, report = tokenize_groups([group], tokenizer, max_seq_length=500)
+    assert shown(tokenizer, groups[0])[1] == "\n\nfour<eos>"
+    assert (report.reasoning_dropped, report.text_dropped) == (1, 0)
+
+
+def test_text_that_the_template_leaves_out_is_counted():
+    tokenizer = tiny_tokenizer(CHATML.replace("{{ m.content }}", "{{ m.content[:7] }}"))
+    _, report = tokenize_groups([chat(YES, NO)], tokenizer, max_seq_length=500)
+    assert report.text_dropped == 1
+
+
+READS_REASONING = CHATML.replace(
+    "{{ m.content }}",
+    "{% if m.reasoning_content %}<think>{{ m.reasoning_content }}</think>{% endif %}"
+    "{{ m.content }}",
+)
+
+
+def test_reasoning_goes_into_the_field_that_the_template_reads():
+    tokenizer = tiny_tokenizer(READS_REASONING, thinking=True)
+    answer = Message("assistant", "four", reasoning="abc")
+    assert tokenized(tokenizer, chat(answer, NO))[1] == "<think>abc</think>four<|im_end|>"
+
+
+def test_reasoning_goes_into_the_content_if_the_template_reads_no_field():
+    tokenizer = tiny_tokenizer(CHATML, thinking=True)
+    answer = Message("assistant", "four", reasoning="abc")
+    assert tokenized(tokenizer, chat(answer, NO))[1] == ("<think>\nabc\n</think>\n\nfour<|im_end|>")
+    _, report = tokenize_groups([chat(answer, NO)], tiny_tokenizer(CHATML), max_seq_length=500)
+    assert report.reasoning_dropped == 1
+
+
+TAKES_TOOLS = (
+    "{% for tool in tools or [] %}<|im_start|>{{ tool | tojson }}<|im_end|>{% endfor %}"
+    + CHATML.replace(
+        "{{ m.content }}",
+        "{{ m.content }}{% for c in m.tool_calls or [] %}{{ c.function.name }}"
+        "({{ c.function.arguments | tojson }}){% endfor %}",
+    )
+)
+CALL = Message("assistant", "", tool_calls=(ToolCall("weather", '{"city": "Bern"}'),))
+TOOLS = ({"type": "function", "function": {"name": "weather", "parameters": {}}},)
+
+
+def test_tools_and_tool_calls_go_through_the_template():
+    tokenizer = tiny_tokenizer(TAKES_TOOLS)
+    prompt = (USER, CALL, Message("tool", "12 C", name="weather"))
+    group = PromptGroup(prompt, ((CALL,), (NO,)), "x:1", tools=TOOLS)
+    text, call, _ = tokenized(tokenizer, group)
+    assert text.startswith('<|im_start|>{"type": "function", "function": {"name": "weather"')
+    assert '<|im_start|>assistant\nweather({"city": "Bern"})<|im_end|>\n<|im_start|>tool' in text
+    assert call == 'weather({"city": "Bern"})<|im_end|>'
+
+
+@pytest.mark.parametrize(
+    "group",
+    [
+        PromptGroup((USER,), ((YES,), (NO,)), "x:1", tools=TOOLS),
+        PromptGroup((USER,), ((CALL,), (NO,)), "x:1"),
+        PromptGroup((USER, CALL, Message("tool", "12 C")), (), "x:1"),
+    ],
+)
+def test_tools_that_the_template_leaves_out_are_refused(group):
+    with pytest.raises(DataError, match="with tools or tool calls, which the chat template leaves"):
+        tokenize_groups([group], tiny_tokenizer(CHATML), max_seq_length=500)
+
+
+# As GLM-4: no end token; the role token of the next turn ends an answer.
+GLM = (
+    "{% for m in messages %}{{ {'user': '<|im_start|>', 'assistant': '<|im_end|>'}[m.role] }}"
+    "{{ m.content }}{% endfor %}{% if add_generation_prompt %}<|im_end|>{% endif %}"
+)
+
+
+def test_the_role_token_that_ends_an_answer_is_scored():
+    tokenizer = tiny_tokenizer(GLM, stops=("<|im_start|>", "<eos>"))
+    turns = (Message("assistant", "abc"), USER, Message("assistant", "four"))
+    group = tokenize_group(PromptGroup((USER,), (turns,), "x:1"), tokenizer, max_seq_length=500)
+    scored = tokenizer.decode(group.completions[0][group.loss_masks[0]].tolist())
+    assert scored == "abc<|im_start|>four<eos>"
 
 
 def test_thinking_template_that_opens_the_block_turns_thinking_off_for_bare_answers():

@@ -25,6 +25,7 @@ from mlx_align.cli.main import cli
 from mlx_align.cli.main import run as run_command
 from mlx_align.data.formats import (
     FORMAT_NAMES,
+    PREFERENCE_FORMATS,
     read_preferences,
     read_prompts,
     read_supervised,
@@ -214,7 +215,8 @@ def test_examples_of_data_are_read_as_the_format_they_show(tmp_path):
         if block.language != "json" or name == block.comment:
             continue
         shown.add(name)
-        for line in block.text.splitlines():
+        joined = any(one.name == name and one.expand is not None for one in PREFERENCE_FORMATS)
+        for line in [block.text] if joined else block.text.splitlines():
             (tmp_path / "rows.jsonl").write_text(line + "\n", encoding="utf-8")
             found = set()
             for read in readers:
@@ -283,6 +285,15 @@ def folder(tmp_path_factory):
         (folder / name).write_text("\n".join(lines) + "\n", encoding="utf-8")
 
     write("pairs.jsonl", rows)
+    questions = [{"question": row["prompt"][-1]["content"]} for row in rows]
+    votes = zip(questions, rows, strict=True)
+    write(
+        "votes.jsonl",
+        [
+            {"task": q, "reply_x": r["rejected"], "reply_y": r["chosen"], "best": "reply_y"}
+            for q, r in votes
+        ],
+    )
     write("prompts.jsonl", [{"prompt": row["prompt"]} for row in rows])
     write("demonstrations.jsonl", [{"messages": row["prompt"] + row["chosen"]} for row in rows])
     labels = ({"prompt": row["prompt"], "completion": row["chosen"]} for row in many)
