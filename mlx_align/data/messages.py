@@ -211,8 +211,8 @@ def as_tools(row: Row, value: Any) -> tuple[Mapping[str, Any], ...]:
             tools = None
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise DataError(
-            f"{row.source}: 'tools' is {describe_value(value)}; expected a list of function descriptions "
-            "(rename the column if it holds something else)"
+            f"{row.source}: 'tools' is {describe_value(value)}; expected a list of function "
+            "descriptions (rename the column if it holds something else)"
         )
     return tuple(_without_null(tool) for tool in tools)
 

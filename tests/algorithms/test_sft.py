@@ -144,7 +144,7 @@ def test_an_epoch_visits_every_row_once(sft, epochs, accumulation, updates):
     options += ["--valid-fraction", 0, "--steps-per-report", 1]
     code, folder = sft(*options, rows=rows)
     assert code == 0
-    summary = json.loads((folder / "summary.json").read_text())
+    summary = summary_of(folder)
     assert summary["steps"] == len(updates)
     assert summary["rows"] == sum(updates)
 
