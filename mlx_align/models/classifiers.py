@@ -20,6 +20,7 @@ from transformers import AutoConfig
 
 from mlx_align.errors import ModelError
 from mlx_align.models.heads import HEAD_NAME, RewardHead
+from mlx_align.models.model_config import loading_options
 
 SUFFIX = "ForSequenceClassification"
 SCORE = "score.weight"
@@ -53,7 +54,7 @@ def load_classifier(path: Path, config: Mapping[str, Any]) -> nn.Module:
     try:
         model, _ = load_model(
             path,
-            model_config={"tie_word_embeddings": True, **_rope(config)},
+            model_config={**loading_options(config), "tie_word_embeddings": True},
             get_model_classes=lambda config: _without_score(config, head),
         )
     except Exception as error:  # mlx-lm raises KeyError, ValueError, TypeError … for bad folders
@@ -69,26 +70,6 @@ def load_classifier(path: Path, config: Mapping[str, Any]) -> nn.Module:
     model[HEAD_NAME] = module
     model.eval()
     return model
-
-
-def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Rotary options under the names that mlx-lm reads.
-
-    transformers 5 writes them into `rope_parameters`, which mlx-lm 0.32 reads for few families; the
-    others would silently use their default base.
-    """
-    nested = config.get("rope_parameters")
-    if not isinstance(nested, Mapping) or "rope_theta" not in nested:
-        return {}
-    lifted = {
-        key: nested[key]
-        for key in ("rope_theta", "partial_rotary_factor")
-        if key in nested and key not in config
-    }
-    if nested.get("rope_type", "default") == "default":
-        return {"rope_scaling": None, **lifted}
-    scaling = {key: value for key, value in nested.items() if key != "rope_theta"}
-    return {"rope_scaling": scaling, **lifted} if not config.get("rope_scaling") else lifted
 
 
 def padding_id(path: Path, config: Mapping[str, Any]) -> int | None:

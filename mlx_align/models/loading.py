@@ -36,6 +36,8 @@ from mlx_align.models.adapters import (
 )
 from mlx_align.models.backbone import Backbone, split_backbone
 from mlx_align.models.classifiers import is_classifier, load_classifier
+from mlx_align.models.model_config import loading_options, normalize_config, unsupported_reason
+from mlx_align.models.rotary import correct_rotations
 from mlx_align.models.verification import verify_forward
 from mlx_align.models.weights import AdapterWeights, use_adapter
 from mlx_align.types import GroupBatch
@@ -53,7 +55,7 @@ class ModelFolder:
     Attributes:
         name: The path or hub name as the user gave it.
         path: The local folder.
-        config: The content of its config.json.
+        config: The content of its config.json, under the names that mlx-lm reads too.
         tokenizer: mlx-lm's `TokenizerWrapper`.
     """
 
@@ -236,8 +238,12 @@ def load_language_model(folder: ModelFolder) -> LanguageModel:
         module = load_classifier(folder.path, folder.config)
     else:
         module = load_module(folder.path)
+    try:
+        notes = correct_rotations(module, folder.config)
+    except ModelError as error:
+        raise ModelError(f"{folder.path}: {error}") from error
     backbone, shared, check = verify_forward(split_backbone(module), folder.vocab_size)
-    return LanguageModel(folder, backbone, shared, check)
+    return LanguageModel(folder, backbone, shared, "; ".join([check, *notes]))
 
 
 def resolve_model_path(path_or_name: str) -> Path:
@@ -268,6 +274,8 @@ def resolve_model_path(path_or_name: str) -> Path:
 def read_model_config(path: Path) -> dict[str, Any]:
     """Read a model's config.json, with the end tokens of its generation config.
 
+    Options are added under the names that mlx-lm reads (`normalize_config`).
+
     Raises:
         ModelError: It is missing, or not a JSON object with a `model_type`.
     """
@@ -277,7 +285,7 @@ def read_model_config(path: Path) -> dict[str, Any]:
             raise ValueError("no model_type in it")
     except (OSError, ValueError) as error:
         raise ModelError(f"{path / 'config.json'}: {_first_line(error)}") from error
-    return config
+    return normalize_config(config)
 
 
 def load_tokenizer(path: Path, config: dict[str, Any]) -> TokenizerWrapper:
@@ -304,9 +312,13 @@ def load_module(path: Path) -> nn.Module:
     Raises:
         ModelError: mlx-lm can't load it.
     """
+    config = read_model_config(path)
+    reason = unsupported_reason(config)
+    if reason:
+        raise ModelError(f"{path}: mlx-lm can't load this model: {reason}")
     try:
-        model, _ = load_model(path)
-    except Exception as error:  # mlx-lm raises KeyError, ValueError, TypeError … for bad folders
+        model, _ = load_model(path, model_config=loading_options(config))
+    except (Exception, SystemExit) as error:  # mlx-lm raises KeyError, ValueError, … or exits
         raise ModelError(f"{path}: mlx-lm can't load this model ({_first_line(error)})") from error
     model.eval()
     return model
