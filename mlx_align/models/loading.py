@@ -332,6 +332,9 @@ def set_memory_limits() -> None:
 
 def _first_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
+    if len(lines) > 1 and lines[0].rstrip().endswith(":"):
+        # mlx-lm lists parameters, one a line, after such a line.
+        lines[0] = f"{lines[0].rstrip()} {lines[1].strip().rstrip(',.')} …"
     return lines[0][:200] if lines else type(error).__name__
 
 
