@@ -24,6 +24,9 @@ from mlx_align.models.model_config import loading_options
 
 SUFFIX = "ForSequenceClassification"
 SCORE = "score.weight"
+# First parts of the names of heads that are not one linear layer.
+_VALUE_HEADS = ("v_head.", "value_head.")
+_OTHER_HEADS = ("score.", "reward_head.", "regression_head.", "classifier.", "head.")
 VOCABULARY, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 # Key and value in the config.json that `mlx-align reward export` writes: rows end at the end token,
 # without what the chat template appends to it.
@@ -42,7 +45,8 @@ def load_classifier(path: Path, config: Mapping[str, Any]) -> nn.Module:
     The folder has no vocabulary head; the model gets its embedding instead, which scores don't use.
 
     Raises:
-        ModelError: It has more than one label, no `score`, or tensors are missing or unknown.
+        ModelError: It has more than one label, no `score` or another head than a linear layer, or
+            tensors are missing or unknown.
     """
     labels = config.get("num_labels") or len(config.get("id2label") or {"LABEL_0": 0})
     if labels != 1:
@@ -50,6 +54,9 @@ def load_classifier(path: Path, config: Mapping[str, Any]) -> nn.Module:
             f"{path}: a classifier with {labels} labels; a reward model has one, so use a model "
             "trained with num_labels=1"
         )
+    reason = head_problem(path)
+    if reason:
+        raise ModelError(f"{path}: {reason}")
     head: dict[str, mx.array] = {}
     try:
         model, _ = load_model(
@@ -58,8 +65,7 @@ def load_classifier(path: Path, config: Mapping[str, Any]) -> nn.Module:
             get_model_classes=lambda config: _without_score(config, head),
         )
     except Exception as error:  # mlx-lm raises KeyError, ValueError, TypeError … for bad folders
-        text = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-        raise ModelError(f"{path}: mlx-lm can't load this model ({text})") from error
+        raise ModelError(f"{path}: mlx-lm can't load this model ({first_line(error)})") from error
     weight = head.get(SCORE)
     if weight is None or weight.ndim != 2 or weight.shape[0] != 1:
         found = "no such tensor" if weight is None else f"shape {weight.shape}"
@@ -70,6 +76,43 @@ def load_classifier(path: Path, config: Mapping[str, Any]) -> nn.Module:
     model[HEAD_NAME] = module
     model.eval()
     return model
+
+
+def head_problem(path: Path) -> str:
+    """Why the head in a folder's weights can't be read, naming its tensors; "" if there is none."""
+    names: set[str] = set()
+    for file in sorted(path.glob("model*.safetensors")):
+        try:
+            names.update(mx.load(str(file)))  # lazy: only the header is read
+        except Exception:  # damaged: refused with its own words when it is loaded
+            return ""
+    value = sorted(name for name in names if name.startswith(_VALUE_HEADS))
+    if value:
+        return (
+            f"it has a value head ({', '.join(value[:3])}), as TRL saves policies of PPO; a model "
+            "is read without one: remove these tensors, or save the policy alone"
+        )
+    head = sorted(name for name in names if name.startswith(_OTHER_HEADS) and name != SCORE)
+    if head == ["score.bias"]:
+        return (
+            "score.bias: its head has a bias, which is not read; scores without it differ by a "
+            "constant only, so the tensor can be removed"
+        )
+    if head:
+        return (
+            f"its head is no single linear layer ({', '.join(head[:3])}); only {SCORE} with one "
+            "row is read"
+        )
+    return ""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, with the first of a list that follows it."""
+    lines = str(error).strip().splitlines()
+    if len(lines) > 1 and lines[0].rstrip().endswith(":"):
+        # mlx-lm lists parameters, one a line, after such a line.
+        lines[0] = f"{lines[0].rstrip()} {lines[1].strip().rstrip(',.')} …"
+    return lines[0][:200] if lines else type(error).__name__
 
 
 def padding_id(path: Path, config: Mapping[str, Any]) -> int | None:

@@ -35,7 +35,7 @@ from mlx_align.models.adapters import (
     trained_dtypes,
 )
 from mlx_align.models.backbone import Backbone, split_backbone
-from mlx_align.models.classifiers import is_classifier, load_classifier
+from mlx_align.models.classifiers import first_line, head_problem, is_classifier, load_classifier
 from mlx_align.models.model_config import loading_options, normalize_config, unsupported_reason
 from mlx_align.models.rotary import correct_rotations
 from mlx_align.models.verification import verify_forward
@@ -234,6 +234,9 @@ def load_language_model(folder: ModelFolder) -> LanguageModel:
         ModelError: mlx-lm can't load the model, or its forward pass can't be verified.
     """
     set_memory_limits()
+    reason = unsupported_reason(folder.config)
+    if reason:
+        raise ModelError(f"{folder.path}: mlx-lm can't compute this model: {reason}")
     if is_classifier(folder.config):
         module = load_classifier(folder.path, folder.config)
     else:
@@ -267,7 +270,7 @@ def resolve_model_path(path_or_name: str) -> Path:
     except Exception as error:  # the hub client raises a dozen kinds, all meaning: not available
         raise ModelError(
             f"--model {path_or_name}: no such folder, and it can't be downloaded from the hub "
-            f"({_first_line(error)})"
+            f"({first_line(error)})"
         ) from error
 
 
@@ -284,7 +287,7 @@ def read_model_config(path: Path) -> dict[str, Any]:
         if not isinstance(config, dict) or "model_type" not in config:
             raise ValueError("no model_type in it")
     except (OSError, ValueError) as error:
-        raise ModelError(f"{path / 'config.json'}: {_first_line(error)}") from error
+        raise ModelError(f"{path / 'config.json'}: {first_line(error)}") from error
     return normalize_config(config)
 
 
@@ -303,7 +306,7 @@ def load_tokenizer(path: Path, config: dict[str, Any]) -> TokenizerWrapper:
             eos_token_ids=[eos] if isinstance(eos, int) else eos,
         )
     except Exception as error:  # transformers raises whatever its parsers raise
-        raise ModelError(f"{path}: its tokenizer can't be loaded ({_first_line(error)})") from error
+        raise ModelError(f"{path}: its tokenizer can't be loaded ({first_line(error)})") from error
 
 
 def load_module(path: Path) -> nn.Module:
@@ -313,13 +316,11 @@ def load_module(path: Path) -> nn.Module:
         ModelError: mlx-lm can't load it.
     """
     config = read_model_config(path)
-    reason = unsupported_reason(config)
-    if reason:
-        raise ModelError(f"{path}: mlx-lm can't load this model: {reason}")
     try:
         model, _ = load_model(path, model_config=loading_options(config))
     except (Exception, SystemExit) as error:  # mlx-lm raises KeyError, ValueError, … or exits
-        raise ModelError(f"{path}: mlx-lm can't load this model ({_first_line(error)})") from error
+        reason = head_problem(path) or f"mlx-lm can't load this model ({first_line(error)})"
+        raise ModelError(f"{path}: {reason}") from error
     model.eval()
     return model
 
@@ -328,14 +329,6 @@ def set_memory_limits() -> None:
     """Limit mlx's buffer cache and, on Metal, keep the recommended working set resident."""
     mx.set_cache_limit(CACHE_LIMIT_BYTES)
     maybe_set_recommended_wired_limit()
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    if len(lines) > 1 and lines[0].rstrip().endswith(":"):
-        # mlx-lm lists parameters, one a line, after such a line.
-        lines[0] = f"{lines[0].rstrip()} {lines[1].strip().rstrip(',.')} …"
-    return lines[0][:200] if lines else type(error).__name__
 
 
 # Several adapters on one model

@@ -32,6 +32,7 @@ from mlx_align.models.adapters import AdapterLayout, read_layout
 from mlx_align.models.heads import has_reward_head
 from mlx_align.models.loading import ModelFolder, resolve_model_path
 from mlx_align.models.policy import Policy, make_roles
+from mlx_align.models.row_limits import check_rows
 from mlx_align.models.weights import AdapterWeights
 from mlx_align.planning.plan import RewardModelMemory, check_fits, check_on_policy_fits
 from mlx_align.rollout.collector import RolloutCollector
@@ -168,10 +169,11 @@ def prepare_data(
     )
     train, report = tokenize(groups)
     valid = tokenize(held_out)[0] if held_out else []
+    remarks = check_rows(folder, (*train, *valid))
     facts = compute_statistics(
         groups, train, report, folder.tokenizer, read_report=reading, valid=held_out
     )
-    return TokenizedDataset(train, valid, facts)
+    return TokenizedDataset(train, valid, replace(facts, notes=(*facts.notes, *remarks)))
 
 
 def resolve_layout(config: TrainConfig) -> AdapterLayout:
@@ -274,6 +276,7 @@ def prepare_on_policy(
     demonstrations: list[TokenizedGroup] = []
     if isinstance(config, PPOConfig) and config.ptx_data is not None:
         demonstrations = read_demonstrations(config, folder.tokenizer)
+        check_rows(folder, demonstrations)
         parts["demonstrations"] = demonstrations
     hashes = fingerprint_rewards(wanted, "reward model", folder)
     if held_out is not None:
@@ -347,6 +350,14 @@ def read_prompt_splits(
     if held_out:
         tokens, seen = tokenize_prompts(held_out, folder.tokenizer, longest)
         valid = [Prompt(held_out[i], one) for i, one in zip(seen.indices, tokens, strict=True)]
+    every = [prompt.tokens for prompt in (*train, *valid)]
+    remarks = check_rows(
+        folder,
+        every,
+        config.max_completion_length,
+        source="the longest prompt with --max-completion-length",
+    )
+    report = replace(report, notes=(*report.notes, *remarks))
     wanted = config.val_batches * (config.batch_size or DEFAULT_BATCH_SIZE)
     if config.val_batches >= 0 and wanted < len(valid):
         order = np.random.default_rng(config.seed).permutation(len(valid))
