@@ -83,7 +83,8 @@ def head_problem(path: Path) -> str:
     names: set[str] = set()
     for file in sorted(path.glob("model*.safetensors")):
         try:
-            names.update(mx.load(str(file)))  # lazy: only the header is read
+            tensors: Any = mx.load(str(file))  # lazy: only the header is read
+            names.update(tensors)
         except Exception:  # damaged: refused with its own words when it is loaded
             return ""
     value = sorted(name for name in names if name.startswith(_VALUE_HEADS))
