@@ -150,7 +150,9 @@ def _rotated_width(config: Mapping[str, Any], rope: Mapping[str, Any]) -> int | 
 
 def _matches(module: Any, width: int, wanted: Rotation, longest: int) -> bool:
     for position in (_NEAR, min(_FAR, longest - 1) if longest > 1 else _FAR):
-        out = np.array(module(mx.ones((1, 1, 1, width)), offset=position))[0, 0, 0]
+        # On the CPU: GPUs approximate the cosine of large angles.
+        with mx.stream(mx.cpu):
+            out = np.array(module(mx.ones((1, 1, 1, width)), offset=position))[0, 0, 0]
         if getattr(module, "traditional", False):
             first, second = out[0::2], out[1::2]
         else:
