@@ -32,6 +32,7 @@ def sample(json: bool, **options: Any) -> None:
     from mlx_align.data.formats import read_prompts
     from mlx_align.data.tokenization import tokenize_prompts
     from mlx_align.models.loading import open_model
+    from mlx_align.models.row_limits import check_rows
     from mlx_align.rollout.rejection_sampling import (
         RejectionSamplingConfig,
         load_sampler,
@@ -62,7 +63,10 @@ def sample(json: bool, **options: Any) -> None:
     if dropped:
         reasons = ", ".join(f"{count} {reason}" for reason, count in report.dropped.items())
         console.note(f"! {dropped:,} prompts dropped: {reasons}")
-    for note in report.notes:
+    remarks = check_rows(
+        folder, tokens, config.max_tokens, source="the longest prompt with --max-tokens"
+    )
+    for note in (*report.notes, *remarks):
         console.note(f"! {note}")
     loaded, policy, score = load_sampler(folder, config.adapter_path, config.reward_model)
     sampling = RejectionSamplingConfig(

@@ -46,6 +46,7 @@ def score(json: bool, **options: Any) -> None:
     """
     from mlx_align.data.columns import configure_data
     from mlx_align.data.formats import read_scorable
+    from mlx_align.models.row_limits import check_lengths, row_lengths
     from mlx_align.system.console import Console
 
     console = Console(json)
@@ -61,6 +62,7 @@ def score(json: bool, **options: Any) -> None:
     scorer, description = _load(config)
     console.note("\n".join(filter(None, [scorer.model.check + ".", description])))
     found: list[GroupScores] = []
+    lengths: list[int] = []
     unscored = completions = 0
     bars = console.bar("Scoring", len(source.rows))
     with open_atomic(file) as stream, bars as bar:
@@ -70,10 +72,14 @@ def score(json: bool, **options: Any) -> None:
                 stream.write(json_module.dumps(row, ensure_ascii=False) + "\n")
                 unscored += scored.scores is None
                 completions += 0 if scored.scores is None else len(scored.scores)
+                if scored.tokens is not None:
+                    lengths += row_lengths([scored.tokens])
                 if source.is_pairs:
                     found.append(scored)
             stream.flush()
             bar.advance(len(rows))
+    for remark in check_lengths(scorer.model.folder, lengths):
+        console.note(f"! {remark}")
     summary: dict[str, Any] = {
         "output": str(file),
         "rows": len(source.rows),

@@ -48,6 +48,7 @@ from mlx_align.inference.scoring import Scorer, make_logprob_scorer, score_group
 from mlx_align.inference.trained_run import TrainedRun, match_adapter_dtype, read_trained_run
 from mlx_align.models.generation import Generated, generate_groups
 from mlx_align.models.loading import LanguageModel, ModelFolder, load_adapters, open_model
+from mlx_align.models.row_limits import check_lengths, check_token_ids, row_lengths
 from mlx_align.models.weights import AdapterWeights
 from mlx_align.system.progress import Console, SilentConsole
 from mlx_align.types import Message, PromptGroup, Text, TokenizedGroup
@@ -174,6 +175,11 @@ def evaluate_policy(
         held_out.prompts, style, count=config.samples, max_length=max_length, seed=config.seed
     )
     pairs = _tokenize_pairs(held_out, folder, limits, max_length)
+    questions = [prompt.tokens for prompt in prompts]
+    check_token_ids(folder, (*pairs, *questions))
+    longest = check_lengths(
+        folder, [*row_lengths(pairs), *row_lengths(questions, config.sample_tokens)]
+    )
     if config.reward_model is not None:
         open_reward_model(config.reward_model, folder)
         _free_memory()
@@ -221,7 +227,7 @@ def evaluate_policy(
         wins=wins,
         best_of=best_of_curve(scores[scored], seed=config.seed),
         perplexity=measured.perplexity,
-        warnings=_warnings(config, run, folder, samples, len(prompts)),
+        warnings=(*_warnings(config, run, folder, samples, len(prompts)), *longest),
     )
     return EvaluationResult(evaluation, _sample_rows(prompts, samples, scores, reference_scores))
 
@@ -437,6 +443,7 @@ def _measure_policy(
     samples = roles.sample(config, prompts)
     if documents is not None:
         segments, document = split_into_segments(documents, style, max_length)
+        check_token_ids(folder, segments)
         reference, logratios = roles.compare(segments, "Perplexity")
         tokens = np.array([len(segment.completions[0]) for segment in segments], np.float64)
         perplexity = perplexity_change(

@@ -245,11 +245,6 @@ def _config(base: dict[str, Any], module: nn.Module, architecture: str, pad: int
     weights = [w for name, w in tree_flatten(module.parameters()) if not name.startswith("score.")]
     floating = [w.dtype for w in weights if mx.issubdtype(w.dtype, mx.floating)]
     dtype = str(max(floating, key=lambda one: one.size))
-    rope = config.get("rope_parameters")
-    theta = getattr(getattr(module, "args", None), "rope_theta", None)
-    if isinstance(rope, dict) and "rope_theta" in rope and theta is not None:
-        # The value mlx-lm ran with; for some families it ignores this entry.
-        config["rope_parameters"] = {**rope, "rope_theta": theta}
     return {
         **config,
         "architectures": [architecture],

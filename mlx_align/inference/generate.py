@@ -12,6 +12,7 @@ from mlx_align.inference.scoring import TextOrMessages, make_prompt, tokenize_fo
 from mlx_align.inference.trained_run import match_adapter_dtype, read_trained_run
 from mlx_align.models.generation import Generated, generate_groups
 from mlx_align.models.loading import LanguageModel, load_adapters, open_model
+from mlx_align.models.row_limits import check_rows
 from mlx_align.models.weights import AdapterWeights
 from mlx_align.types import Message, PromptGroup, Text, TokenizedGroup
 
@@ -107,7 +108,11 @@ class TextGenerator:
             temperature: 1 samples from the policy itself; 0 is greedy.
             seed: Random seed for sampling.
             on_token: Called after every token.
+
+        Raises:
+            DataError: The model doesn't embed one of the tokens, or a row is too long for it.
         """
+        check_rows(self.model.folder, prompts, max_tokens, source="a prompt with max_tokens")
         with self.model.use_adapter(self.weights):
             return generate_groups(
                 self.model.module,

@@ -34,6 +34,7 @@ from mlx_align.inference.trained_run import (
 )
 from mlx_align.models.forward import token_logprobs
 from mlx_align.models.loading import LanguageModel, ModelFolder, load_adapters, open_model
+from mlx_align.models.row_limits import check_rows
 from mlx_align.models.weights import AdapterWeights
 from mlx_align.types import Logps, PromptGroup, TokenizedGroup
 
@@ -107,7 +108,12 @@ class ImplicitReward:
         return [next(scores) if isinstance(r, TokenizedGroup) else r for r in results]
 
     def score_tokens(self, groups: Sequence[TokenizedGroup]) -> list[GroupScores]:
-        """Score tokenized groups; each prompt is run once per role."""
+        """Score tokenized groups; each prompt is run once per role.
+
+        Raises:
+            DataError: The model doesn't embed one of the tokens, or a row is too long for it.
+        """
+        check_rows(self.model.folder, groups)
         policy = self._token_logprobs(self.policy, groups)
         reference = (
             policy if self.reference is None else self._token_logprobs(self.reference, groups)

@@ -51,6 +51,7 @@ from mlx_align.models.loading import (
     load_language_model,
     open_model,
 )
+from mlx_align.models.row_limits import check_rows
 from mlx_align.models.weights import AdapterWeights
 from mlx_align.types import PromptGroup, TokenizedGroup
 
@@ -178,7 +179,12 @@ class RewardModel:
         ]
 
     def score_tokens(self, groups: Sequence[TokenizedGroup]) -> list[Scores]:
-        """The scores (K, members) of each group's completions, read at their last tokens."""
+        """The scores (K, members) of each group's completions, read at their last tokens.
+
+        Raises:
+            DataError: The model doesn't embed one of the tokens, or a row is too long for it.
+        """
+        check_rows(self.model.folder, groups)
         backbone, shared = self.model.backbone, self.model.shared
         with nullcontext() if self.weights is None else self.model.use_adapter(self.weights):
             return map_groups(

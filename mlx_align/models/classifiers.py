@@ -20,9 +20,13 @@ from transformers import AutoConfig
 
 from mlx_align.errors import ModelError
 from mlx_align.models.heads import REWARD_HEAD, RewardHead
+from mlx_align.models.model_config import loading_options
 
 SUFFIX = "ForSequenceClassification"
 SCORE = "score.weight"
+# First parts of the names of heads that are not one linear layer.
+_VALUE_HEADS = ("v_head.", "value_head.")
+_OTHER_HEADS = ("score.", "reward_head.", "regression_head.", "classifier.", "head.")
 VOCABULARY, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 # Key and value in the config.json that `mlx-align reward export` writes: scores are read at the end
 # token, without the tokens that the chat template appends to it.
@@ -42,7 +46,8 @@ def load_classifier(path: Path, config: Mapping[str, Any]) -> nn.Module:
     don't use.
 
     Raises:
-        ModelError: It has more than one label, no `score`, or tensors are missing or unknown.
+        ModelError: It has more than one label, no `score` or another head than a linear layer, or
+            tensors are missing or unknown.
     """
     labels = config.get("num_labels") or len(config.get("id2label") or {"LABEL_0": 0})
     if labels != 1:
@@ -50,16 +55,18 @@ def load_classifier(path: Path, config: Mapping[str, Any]) -> nn.Module:
             f"{path}: a classifier with {labels} labels; a reward model has one, so use a model "
             "trained with num_labels=1"
         )
+    reason = head_problem(path)
+    if reason:
+        raise ModelError(f"{path}: {reason}")
     head: dict[str, mx.array] = {}
     try:
         model, _ = load_model(
             path,
-            model_config={"tie_word_embeddings": True, **_rope(config)},
+            model_config={**loading_options(config), "tie_word_embeddings": True},
             get_model_classes=lambda config: _without_score(config, head),
         )
     except Exception as error:  # mlx-lm raises KeyError, ValueError, TypeError … for bad folders
-        text = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-        raise ModelError(f"{path}: mlx-lm can't load this model ({text})") from error
+        raise ModelError(f"{path}: mlx-lm can't load this model ({first_line(error)})") from error
     weight = head.get(SCORE)
     if weight is None or weight.ndim != 2 or weight.shape[0] != 1:
         found = "no such tensor" if weight is None else f"shape {weight.shape}"
@@ -72,24 +79,42 @@ def load_classifier(path: Path, config: Mapping[str, Any]) -> nn.Module:
     return model
 
 
-def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Rotary options under the names that mlx-lm reads.
+def head_problem(path: Path) -> str:
+    """Why the head in a folder's weights can't be read, naming its tensors; "" if there is none."""
+    names: set[str] = set()
+    for file in sorted(path.glob("model*.safetensors")):
+        try:
+            tensors: Any = mx.load(str(file))  # lazy: only the header is read
+            names.update(tensors)
+        except Exception:  # damaged: refused with its own words when it is loaded
+            return ""
+    value = sorted(name for name in names if name.startswith(_VALUE_HEADS))
+    if value:
+        return (
+            f"it has a value head ({', '.join(value[:3])}), as TRL saves policies of PPO; a model "
+            "is read without one: remove these tensors, or save the policy alone"
+        )
+    head = sorted(name for name in names if name.startswith(_OTHER_HEADS) and name != SCORE)
+    if head == ["score.bias"]:
+        return (
+            "score.bias: its head has a bias, which is not read; scores without it differ by a "
+            "constant only, so the tensor can be removed"
+        )
+    if head:
+        return (
+            f"its head is no single linear layer ({', '.join(head[:3])}); only {SCORE} with one "
+            "row is read"
+        )
+    return ""
 
-    transformers 5 writes them into `rope_parameters`, which mlx-lm 0.32 reads for few families; the
-    others would silently use their default base.
-    """
-    nested = config.get("rope_parameters")
-    if not isinstance(nested, Mapping) or "rope_theta" not in nested:
-        return {}
-    lifted = {
-        key: nested[key]
-        for key in ("rope_theta", "partial_rotary_factor")
-        if key in nested and key not in config
-    }
-    if nested.get("rope_type", "default") == "default":
-        return {"rope_scaling": None, **lifted}
-    scaling = {key: value for key, value in nested.items() if key != "rope_theta"}
-    return {"rope_scaling": scaling, **lifted} if not config.get("rope_scaling") else lifted
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, with the first of a list that follows it."""
+    lines = str(error).strip().splitlines()
+    if len(lines) > 1 and lines[0].rstrip().endswith(":"):
+        # mlx-lm lists parameters, one a line, after such a line.
+        lines[0] = f"{lines[0].rstrip()} {lines[1].strip().rstrip(',.')} …"
+    return lines[0][:200] if lines else type(error).__name__
 
 
 def padding_id(path: Path, config: Mapping[str, Any]) -> int | None:

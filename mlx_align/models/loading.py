@@ -35,7 +35,9 @@ from mlx_align.models.adapters import (
     trained_dtypes,
 )
 from mlx_align.models.backbone import Backbone, split_backbone
-from mlx_align.models.classifiers import is_classifier, load_classifier
+from mlx_align.models.classifiers import first_line, head_problem, is_classifier, load_classifier
+from mlx_align.models.model_config import loading_options, normalize_config, unsupported_reason
+from mlx_align.models.rotary import correct_rotations
 from mlx_align.models.verification import verify_forward
 from mlx_align.models.weights import AdapterWeights, use_adapter
 from mlx_align.types import GroupBatch
@@ -51,7 +53,7 @@ class ModelFolder:
     Attributes:
         name: The path or hub name as the user gave it.
         path: The local folder.
-        config: The content of its config.json.
+        config: The content of its config.json, under the names that mlx-lm reads too.
         tokenizer: mlx-lm's `TokenizerWrapper`.
     """
 
@@ -235,12 +237,19 @@ def load_language_model(folder: ModelFolder) -> LanguageModel:
         ModelError: mlx-lm can't load the model, or its forward pass can't be verified.
     """
     set_memory_limits()
+    reason = unsupported_reason(folder.config)
+    if reason:
+        raise ModelError(f"{folder.path}: mlx-lm can't compute this model: {reason}")
     if is_classifier(folder.config):
         module = load_classifier(folder.path, folder.config)
     else:
         module = load_module(folder.path)
+    try:
+        notes = correct_rotations(module, folder.config)
+    except ModelError as error:
+        raise ModelError(f"{folder.path}: {error}") from error
     backbone, shared, check = verify_forward(split_backbone(module), folder.vocab_size)
-    return LanguageModel(folder, backbone, shared, check)
+    return LanguageModel(folder, backbone, shared, "; ".join([check, *notes]))
 
 
 def resolve_model_path(path_or_name: str) -> Path:
@@ -266,12 +275,14 @@ def resolve_model_path(path_or_name: str) -> Path:
     except Exception as error:  # a dozen types, which all mean that the model is not available
         raise ModelError(
             f"--model {path_or_name}: no such folder, and it can't be downloaded from the hub "
-            f"({_first_line(error)})"
+            f"({first_line(error)})"
         ) from error
 
 
 def read_model_config(path: Path) -> dict[str, Any]:
     """Read a model's config.json, with the end tokens of its generation config.
+
+    Options are added under the names that mlx-lm reads (`normalize_config`).
 
     Raises:
         ModelError: It is missing, or not a JSON object with a `model_type`.
@@ -281,8 +292,8 @@ def read_model_config(path: Path) -> dict[str, Any]:
         if not isinstance(config, dict) or "model_type" not in config:
             raise ValueError("no model_type in it")
     except (OSError, ValueError) as error:
-        raise ModelError(f"{path / 'config.json'}: {_first_line(error)}") from error
-    return config
+        raise ModelError(f"{path / 'config.json'}: {first_line(error)}") from error
+    return normalize_config(config)
 
 
 def load_tokenizer(path: Path, config: dict[str, Any]) -> TokenizerWrapper:
@@ -300,7 +311,7 @@ def load_tokenizer(path: Path, config: dict[str, Any]) -> TokenizerWrapper:
             eos_token_ids=[eos] if isinstance(eos, int) else eos,
         )
     except Exception as error:  # transformers passes on the exceptions of several parsers
-        raise ModelError(f"{path}: its tokenizer can't be loaded ({_first_line(error)})") from error
+        raise ModelError(f"{path}: its tokenizer can't be loaded ({first_line(error)})") from error
 
 
 def load_module(path: Path) -> nn.Module:
@@ -309,10 +320,12 @@ def load_module(path: Path) -> nn.Module:
     Raises:
         ModelError: mlx-lm can't load it.
     """
+    config = read_model_config(path)
     try:
-        model, _ = load_model(path)
-    except Exception as error:  # mlx-lm raises KeyError, ValueError, TypeError … for bad folders
-        raise ModelError(f"{path}: mlx-lm can't load this model ({_first_line(error)})") from error
+        model, _ = load_model(path, model_config=loading_options(config))
+    except (Exception, SystemExit) as error:  # mlx-lm raises KeyError, ValueError, … or exits
+        reason = head_problem(path) or f"mlx-lm can't load this model ({first_line(error)})"
+        raise ModelError(f"{path}: {reason}") from error
     model.eval()
     return model
 
@@ -321,11 +334,6 @@ def set_memory_limits() -> None:
     """Limit mlx's buffer cache and, on Metal, keep the recommended working set resident."""
     mx.set_cache_limit(CACHE_LIMIT_BYTES)
     maybe_set_recommended_wired_limit()
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0][:200] if lines else type(error).__name__
 
 
 # Several adapters on one model

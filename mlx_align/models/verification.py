@@ -50,6 +50,11 @@ def verify_forward(backbone: Backbone, vocab_size: int) -> tuple[Backbone, bool,
     narrow, wide = random_batch(vocab_size, pad=0), random_batch(vocab_size, pad=6)
     try:
         own, dtype = _model_logprobs(backbone, narrow)
+        if np.isnan(np.array(own)).any():
+            raise ModelError(
+                f"the model's own logits are NaN (in {str(dtype).removeprefix('mlx.core.')}): its "
+                "weights are damaged, or too large for their type"
+            )
         with float32_attention():
             rounding = _max_difference(_model_logprobs(backbone, narrow)[0], own)
         floor = (FLOOR if dtype == mx.float32 else FLOOR_16_BIT) * max(1.0, _max_magnitude(own))

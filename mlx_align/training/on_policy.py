@@ -33,6 +33,7 @@ from mlx_align.inference.reward_model import (
 from mlx_align.models.adapters import ADAPTER_FILE, AdapterLayout, read_layout
 from mlx_align.models.loading import ModelFolder
 from mlx_align.models.policy import Policy, make_roles
+from mlx_align.models.row_limits import check_rows
 from mlx_align.models.weights import AdapterWeights, read_tensors
 from mlx_align.planning.plan import RewardModelMemory, check_on_policy_fits
 from mlx_align.rollout.collector import RolloutCollector
@@ -134,6 +135,7 @@ def prepare_on_policy(
         from mlx_align.algorithms.ppo import read_demonstrations
 
         demonstrations = read_demonstrations(config, folder.tokenizer)
+        check_rows(folder, demonstrations)
         parts["demonstrations"] = demonstrations
     models = find_reward_models(config, folder)
     hashes = fingerprint_rewards(wanted, models.get("--reward-model"), "reward model", folder)
@@ -220,6 +222,13 @@ def read_prompt_splits(
     if held_out:
         tokens, seen = tokenize_prompts(held_out, folder.tokenizer, longest, config.thinking)
         valid = [Prompt(held_out[i], one) for i, one in zip(seen.indices, tokens, strict=True)]
+    remarks = check_rows(
+        folder,
+        [prompt.tokens for prompt in (*train, *valid)],
+        config.max_completion_length,
+        source="the longest prompt with --max-completion-length",
+    )
+    report = replace(report, notes=(*report.notes, *remarks))
     wanted = config.val_batches * (config.batch_size or DEFAULT_BATCH_SIZE)
     if config.val_batches >= 0 and wanted < len(valid):
         order = np.random.default_rng(config.seed).permutation(len(valid))

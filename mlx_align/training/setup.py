@@ -24,6 +24,7 @@ from mlx_align.errors import ConfigError
 from mlx_align.models.adapters import AdapterLayout, read_layout
 from mlx_align.models.loading import ModelFolder
 from mlx_align.models.policy import Policy
+from mlx_align.models.row_limits import check_rows
 from mlx_align.models.weights import AdapterWeights
 from mlx_align.system.progress import Console
 from mlx_align.training.loop import Trainer
@@ -125,6 +126,7 @@ def prepare_data(
     )
     train, report = tokenize(groups)
     valid = tokenize(held_out)[0] if held_out else []
+    remarks = check_rows(folder, (*train, *valid))
     facts = compute_statistics(
         groups,
         train,
@@ -134,7 +136,7 @@ def prepare_data(
         valid=held_out,
         max_positions=folder.max_positions,
     )
-    return TokenizedDataset(train, valid, facts)
+    return TokenizedDataset(train, valid, replace(facts, notes=(*facts.notes, *remarks)))
 
 
 def resolve_layout(config: TrainConfig) -> AdapterLayout:

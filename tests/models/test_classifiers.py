@@ -117,10 +117,24 @@ def test_incompatible_weights_are_refused(tmp_path):
         RewardModel.load(changed(folder, tmp_path, score__weight=mx.zeros((2, 32))))
     with pytest.raises(ModelError, match=r"(?i)missing"):
         RewardModel.load(changed(folder, tmp_path, model__norm__weight=None))
-    with pytest.raises(ModelError, match="not in model"):
+    with pytest.raises(ModelError, match=r"score\.bias: its head has a bias, which is not read"):
         RewardModel.load(changed(folder, tmp_path, score__bias=mx.zeros(1)))
+    layers = {"score__0__weight": mx.zeros((8, 32)), "score__2__weight": mx.zeros((1, 8))}
+    with pytest.raises(ModelError, match=r"no single linear layer \(score\.0\.weight, score\.2"):
+        RewardModel.load(changed(folder, tmp_path, score__weight=None, **layers))
+    with pytest.raises(ModelError, match=r"not in model: other\.weight"):
+        RewardModel.load(changed(folder, tmp_path, other__weight=mx.zeros(1)))
     with pytest.raises(ModelError, match="not a reward model"):
         RewardModel.load(str(TINY_MODEL))
+
+
+def test_value_heads_and_nan_weights_are_refused(tmp_path):
+    value = {"v_head__summary__weight": mx.zeros((1, 64)), "v_head__summary__bias": mx.zeros(1)}
+    with pytest.raises(ModelError, match=r"a value head \(v_head\.summary\.bias, v_head.*remove"):
+        load_language_model(open_model(changed(TINY_MODEL, tmp_path, **value)))
+    nan = {"model__norm__weight": mx.full((64,), float("nan"))}
+    with pytest.raises(ModelError, match=r"the model's own logits are NaN \(in float32\)"):
+        load_language_model(open_model(changed(TINY_MODEL, tmp_path, **nan)))
 
 
 @pytest.fixture
