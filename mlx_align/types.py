@@ -51,7 +51,7 @@ class Message:
     Attributes:
         role: `system`, `user`, `assistant` or `tool`.
         content: The text; may be empty if there are tool calls.
-        reasoning: The thinking before the content, if the data keeps it in a field of its own.
+        reasoning: The thinking before the content, if the data has a field for it.
         tool_calls: The functions that the assistant calls.
         name: The name of the tool that answers, or of the speaker.
         tool_call_id: The call that a tool answers.

@@ -55,6 +55,8 @@ ALLOWED_TEXT = (
     '"learner"',  # key in checkpoints and in summary.json
     '"said"',  # key in checkpoints
     "told apart",
+    "trees of messages",
+    "message-tree",
     "in all blocks",
     "in all layers",
     "in all sections",
@@ -86,7 +88,8 @@ BANNED_NAMES = {
     "wish",
     "workplace",
 }
-ALLOWED_NAMES = {"cut_completions"}  # key of the statistics in summary.json
+# A key of the statistics in summary.json, and trees of messages.
+ALLOWED_NAMES = {"cut_completions", "expand_trees", "is_message_tree", "message_tree"}
 
 
 def sources():

@@ -209,7 +209,7 @@ def _map_row(row: Row, columns: Mapping[str, tuple[str, ...]]) -> Row:
 
 
 def _value_at(fields: Mapping[str, Any], path: str) -> Any:
-    """The value of a column, or of a dotted path; None if there is none."""
+    """The value of a column, or of a dotted path; None if it is missing."""
     if path in fields:
         return fields[path]
     value: Any = fields

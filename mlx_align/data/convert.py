@@ -36,7 +36,7 @@ def read_any(
     """Read data as the first kind that it is: preferences, labelled, demonstrations, prompts.
 
     Raises:
-        DataError: It is none of these, or can't be read.
+        DataError: It has another format, or can't be read.
     """
     if format is None:
         row = read_rows(data, split)[0]

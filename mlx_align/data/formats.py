@@ -320,7 +320,7 @@ def _read(
     """Read a split by the one format it has; see the functions above.
 
     Args:
-        data: A `ConfiguredSource` has label rules of its own.
+        data: A `ConfiguredSource` has its own label rules.
         split: See `read_preferences`.
         format: See `read_preferences`.
         kind: What the data is read as, for messages.

@@ -246,7 +246,7 @@ def read_choice(row: Row, key: str, value: Any, names: Sequence[str]) -> float:
         names: The columns of the two answers.
 
     Raises:
-        DataError: It is none of these.
+        DataError: It is something else.
     """
     if isinstance(value, str):
         word = value.strip().strip("[]").lower()

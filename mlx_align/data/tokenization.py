@@ -544,30 +544,30 @@ def _render_turns(
         return RenderedGroup(
             head, [], thinking_off=off, text_dropped=lost.text, tools_dropped=lost.tools
         )
-    ended = [template.render_finished(turns, thinking, tools) for turns in whole]
-    shared = min(common_prefix(head, one.ids) for one in ended)
-    completions = [one.ids[shared:] for one in ended]
+    finished = [template.render_finished(turns, thinking, tools) for turns in whole]
+    shared = min(common_prefix(head, one.ids) for one in finished)
+    completions = [one.ids[shared:] for one in finished]
     if not shared or not all(completions) or len(head) - shared > MAX_BOUNDARY_SHIFT:
         return None
     moved = shared < len(head)
     masks = None
     if any(len(turns) > len(prompt) + 1 for turns in whole):
         masks = []
-        for turns, one in zip(whole, ended, strict=True):
+        for turns, one in zip(whole, finished, strict=True):
             mask = _assistant_mask(turns, len(prompt), one.ids, shared, template, thinking, tools)
             masks.append(mask.scored)
             moved = moved or not mask.exact
             off = off or mask.thinking_off
     lost_in = [
         _left_out(turns, len(prompt), one.text, template, thinking, tools)
-        for turns, one in zip(whole, ended, strict=True)
+        for turns, one in zip(whole, finished, strict=True)
     ]
     return RenderedGroup(
         head[:shared],
         completions,
         masks,
         moved,
-        any(one.appended for one in ended),
+        any(one.appended for one in finished),
         thinking_off=off,
         reasoning_dropped=any(lost.reasoning for lost in lost_in),
         text_dropped=any(lost.text for lost in lost_in),

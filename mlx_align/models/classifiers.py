@@ -80,7 +80,7 @@ def load_classifier(path: Path, config: Mapping[str, Any]) -> nn.Module:
 
 
 def head_problem(path: Path) -> str:
-    """Why the head in a folder's weights can't be read, naming its tensors; "" if there is none."""
+    """Why the head in a folder's weights can't be read, naming its tensors; "" if it can."""
     names: set[str] = set()
     for file in sorted(path.glob("model*.safetensors")):
         try:

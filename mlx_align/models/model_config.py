@@ -96,7 +96,7 @@ def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def rope_of_layers(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Rotary parameters by kind of layer; the kind "" stands for all others.
+    """Rotary parameters by kind of layer; the kind "" means all others.
 
     Args:
         config: The text part of a normalised configuration.

@@ -122,8 +122,7 @@ def correct_rotations(model: nn.Module, config: Mapping[str, Any]) -> list[str]:
             module._freqs = mx.array((1 / wanted.frequencies).astype(np.float32))
             module.mscale = wanted.factor
             notes.add(
-                "rotary embeddings (yarn) are computed as config.json says; mlx-lm by itself "
-                "rounds them"
+                "rotary embeddings (yarn) are computed as config.json says; mlx-lm rounds them"
             )
     return sorted(notes)
 

@@ -282,7 +282,7 @@ def find_reward_models(config: OnPolicyConfig, folder: ModelFolder) -> dict[str,
 def reward_model_memory(
     models: Iterable[RewardModelSource], folder: ModelFolder, layout: AdapterLayout
 ) -> RewardModelMemory:
-    """What the reward models add to memory: adapters on the policy's base, or bases of their own.
+    """What the reward models add to memory: adapters on the policy's base, or other bases.
 
     Args:
         models: The reward models.
@@ -386,7 +386,7 @@ def load_collector(
                 where = "an adapter on the same base model"
             else:
                 score = SeparateRewardModel(open_reward_model(source))
-                where = "a second model in memory, with a base of its own"
+                where = "a second model in memory, with another base"
             console.note(f"{option} {source.name}: {where}.")
         rewards = stack.enter_context(Rewards(settings, score))
         rewards.check([prompt.text for prompt in (*setup.train, *setup.valid)])

@@ -153,7 +153,7 @@ def test_a_run_generates_scores_and_ranks(run, tiny):
     assert scores == reranker.scorer.score(messages, ["yes", "no never"])
     assert run.score("Is it good?", ["yes"], beta=0.2)[0] == pytest.approx(2 * scores[0], rel=1e-5)
     run.release()
-    with pytest.raises(ma.ModelError, match="no reward model"):
+    with pytest.raises(ma.ModelError, match="is a run of dpo, not a reward model"):
         _ = run.reward_model
 
 
@@ -190,7 +190,7 @@ def test_what_is_no_run_is_refused(tmp_path):
     with pytest.raises(ma.ConfigError, match="no such folder"):
         ma.load_run("nowhere")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ma.ConfigError, match="name a folder that a training command wrote"):
+    with pytest.raises(ma.ConfigError, match="give the output folder of a run"):
         ma.load_run("empty")
 
 
@@ -284,7 +284,7 @@ def test_a_reward_run_scores_and_is_a_reward_model(tiny, pairs, prompts, small, 
     assert ranked[0].policy_logp is None
     with pytest.raises(ma.MlxAlignError, match="generates no text"):
         rm.generate("Is it good?")
-    with pytest.raises(ma.ConfigError, match="no β of a reward"):
+    with pytest.raises(ma.ConfigError, match="a run of ppo has no β"):
         run.score("Is it good?", ["yes"])
 
 

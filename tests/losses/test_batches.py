@@ -5,7 +5,7 @@ from __future__ import annotations
 import mlx.core as mx
 import numpy as np
 import pytest
-from test_losses import pairs
+from test_pairwise import pairs
 
 from mlx_align.losses import masking
 from mlx_align.losses.pairwise import DIVERGENCES, linear_loss, loss_and_logps_gradient

@@ -1,6 +1,6 @@
 """The policy-gradient losses against TRL's own numbers: loss, metrics, gradients, advantages.
 
-Like `test_losses_oracle.py` and `test_forward_oracle.py`: on log-probs of a plain slow function,
+Like `test_trl_losses.py` and `test_trl_objectives.py`: on log-probs of a plain slow function,
 and through collating, shared prompts and the chunked head, as one batch and accumulated one group
 at a time. TRL 1.16 has no PPO: `ppo_*` are the formulas of its last one, rewritten in torch.
 

@@ -1,6 +1,6 @@
 """TRL's numbers through the package's own forward pass: what a training step runs.
 
-`test_losses_oracle.py` compares the losses on log-probs of a plain slow function. Here the recorded
+`test_trl_losses.py` compares the losses on log-probs of a plain slow function. Here the recorded
 batches become tokenised groups and go through collating, shared prompts, the chunked head and the
 objective, as one batch and accumulated one group at a time. All weights are trained, embeddings and
 head too, because the recorded gradients are of all weights.
@@ -86,7 +86,7 @@ def test_dpo_family(name, sizes, models):
         ld_alpha=config.get("ld_alpha"),
     )
     loss, gradient, _ = update(policy, objective, trainable_weights(policy), microbatches(sizes))
-    # As in test_losses_oracle.py: e^(−a) is near 70 there, and TRL's own number 1.2e-5 off.
+    # As in test_trl_losses.py: e^(−a) is near 70 there, and TRL's own number 1.2e-5 off.
     check_numbers(case(name), name, loss, gradient, 2e-5 if "forward_kl" in name else 1e-5)
 
 
