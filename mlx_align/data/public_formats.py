@@ -346,7 +346,7 @@ def summaries(row: Row) -> PromptGroup:
 
 
 def is_message_tree(row: Row) -> bool:
-    """Whether a row is a tree of messages, or one message of a tree (OpenAssistant)."""
+    """Whether a row is one of the trees of messages, or one of their messages (OpenAssistant)."""
     root = row.fields.get("prompt")
     if isinstance(root, dict) and "replies" in root:
         return True
