@@ -215,8 +215,8 @@ _SUMMARIES = {
         """,
     "fuse": """Merge an adapter into its base model, as one model folder.
 
-        A layer that would lose more than a tenth of what training changed, stored as the base's, is
-        stored in 8 bits, 16 bits or float32.
+        A layer that would lose more than a twentieth of what training changed is stored in 8 bits,
+        16 bits or float32.
 
             mlx_align.fuse(model=run.model, adapter_path=run, output="models/aligned")
         """,

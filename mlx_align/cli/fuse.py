@@ -19,9 +19,9 @@ from mlx_align.config import FuseConfig, make_config
 def fuse(json: bool, **options: Any) -> None:
     """Merge an adapter into its base model, as one model folder.
 
-    Storing a layer like the base model does (in 4 bits, or in bfloat16) loses a part of what
-    training changed. This part is measured, and a layer that would lose more than a tenth is stored
-    in 8 bits, 16 bits or float32 instead, in the first of these forms that loses less.
+    The loss of storing each layer as the base does (in 4 bits, or in bfloat16) is measured. A layer
+    that would lose more than a twentieth of what training changed is stored in 8 bits, 16 bits or
+    float32, whichever is the first to keep it.
     """
     from mlx_align import commands
     from mlx_align.models.fuse import MAX_LOST_CHANGE
@@ -51,7 +51,7 @@ def fuse(json: bool, **options: Any) -> None:
             f"its adapter: mlx_lm.chat --model {config.model} --adapter-path {config.adapter_path}"
         )
     console.note(
-        f"Token log-probs: changed by up to {report.logps_change:.3g} nats by the adapter, and by "
-        f"up to {report.logps_gap:.3g} by fusing.\n"
+        f"Token log-probs: changed by up to {report.logps_change:.3g} nats by the adapter; fusing "
+        f"loses {report.logps_lost:.1%} of that (up to {report.logps_gap:.2g} nats).\n"
         f"Chat with it: mlx_lm.chat --model {config.output}"
     )

@@ -1,6 +1,8 @@
 """Fusing: the change is kept for every way in which a base model stores its weights."""
 
 import json
+import shutil
+from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
@@ -41,8 +43,8 @@ def bases(tmp_path_factory):
 def adapter(base, folder, size, layout=None):
     layout = layout or AdapterLayout(rank=4)
     model = load_language_model(open_model(str(base)))
-    weights = install_adapters(model.module, layout)
     mx.random.seed(3)
+    weights = install_adapters(model.module, layout)
     for name, array in tree_flatten(weights):
         if name.endswith("lora_b"):
             array[:] = mx.random.normal(array.shape) * size
@@ -97,6 +99,8 @@ def test_what_is_written_keeps_the_change(bases, tmp_path, way, size):
         assert lost <= MAX_LOST_CHANGE + 1e-3
     size_on_disk = sum(f.stat().st_size for f in (tmp_path / "fused").glob("*.safetensors"))
     assert report.bytes_after == pytest.approx(size_on_disk, abs=60_000)
+    # What is left of the log-probs' change, with float32 activations on both sides.
+    assert report.logps_lost <= 0.05
     if way == "float32":
         assert report.logps_gap < 1e-4
         assert report.bytes_after == report.bytes_before
@@ -120,14 +124,37 @@ def test_8_bits_where_4_lose_too_much(bases, tmp_path):
     assert config["quantization"][name] == {"group_size": 32, "bits": 8, "mode": "affine"}
 
 
-def test_dequantize_leaves_nothing_quantised(bases, tmp_path):
+@pytest.mark.parametrize("size", [3e-1, 1e-3])
+def test_dequantize_leaves_nothing_quantised(bases, tmp_path, size):
     base = bases("4-bit")
-    run = adapter(base, tmp_path / "run", 1e-1)
+    run = adapter(base, tmp_path / "run", size)
     fuse_adapter(open_model(str(base)), run, tmp_path / "fused", dequantize=True)
     config = json.loads((tmp_path / "fused" / "config.json").read_text())
     assert not [key for key in config if key.startswith("quantization")]
+    assert config.get("dtype") == ("float32" if size < 1e-2 else None)
     model, _ = load(str(tmp_path / "fused"))
     assert not any(hasattr(module, "bits") for module in model.modules())
+    # transformers casts all of them to that dtype, so none may be rounded before.
+    for name, wanted in float32_sums(base, run).items():
+        got = plain(dict(model.named_modules())[name])
+        assert np.linalg.norm(got - wanted[1]) <= MAX_LOST_CHANGE * np.linalg.norm(
+            np.subtract(*wanted)
+        )
+
+
+def test_a_base_quantised_by_another_library_is_written_in_mlxs_format(bases, tmp_path):
+    base = tmp_path / "base"
+    shutil.copytree(bases("mxfp4"), base)
+    config = json.loads((base / "config.json").read_text())
+    del config["quantization"]
+    config["quantization_config"] = {"quant_method": "mxfp4"}
+    (base / "config.json").write_text(json.dumps(config))
+    run = adapter(base, tmp_path / "run", 1e-2)
+    report = fuse_adapter(open_model(str(base)), run, tmp_path / "fused")
+    assert report.logps_lost <= 0.05
+    model, _, config = load(str(tmp_path / "fused"), return_config=True)
+    assert config["quantization"]["mode"] == "mxfp4"
+    assert hasattr(model.model.embed_tokens, "bits")
 
 
 def test_full_fine_tuning_keeps_its_change(bases, tmp_path):
