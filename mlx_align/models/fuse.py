@@ -1,10 +1,10 @@
 """Fusing an adapter into its base model without losing the change to rounding.
 
-A fused weight that is stored as the base's was (4 bits, or bfloat16) is rounded to that grid, which
-can undo a small change: "the merged model equals the base". So the sum is computed in float32, the
-loss is measured for each layer, and a layer that would lose more than `MAX_LOST_CHANGE` of its change
-is stored in the next finer form: 8 bits, then 16 bits, then float32. The same part of the change of
-log-probs is lost at most.
+A fused weight that is stored like the base's (in 4 bits, or bfloat16) is rounded to that grid,
+which can undo a small change: "the merged model equals the base". So the sum is computed in
+float32, the lost part of the change is measured for each layer, and a layer that would lose more
+than `MAX_LOST_CHANGE` of it is stored in the next finer form: 8 bits, then 16 bits, then float32.
+At most the same part of the change of the log-probs is lost.
 """
 
 from __future__ import annotations
