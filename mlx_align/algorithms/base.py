@@ -20,6 +20,7 @@ import mlx.optimizers as optim
 
 from mlx_align.data.batching import Microbatch
 from mlx_align.data.buckets import BatchLimit
+from mlx_align.data.chat_template import Thinking
 from mlx_align.data.formats import ReadReport
 from mlx_align.data.readers import Data
 from mlx_align.data.statistics import TokenizedDataset
@@ -201,9 +202,9 @@ class Algorithm(ABC):
         """A report on all held-out data at the end of the run; None for policies."""
         return None
 
-    def next_command(self, folder: ModelFolder, run: Path) -> str:
-        """The command to try the result with."""
-        return chat_command(folder, run)
+    def next_command(self, folder: ModelFolder, run: Path, thinking: Thinking) -> str:
+        """The command to try the result with, with thinking as in training."""
+        return chat_command(folder, run, thinking)
 
 
 class UpdateResult(NamedTuple):
@@ -283,9 +284,15 @@ def count_tokens(
     return len(members), tokens
 
 
-def chat_command(folder: ModelFolder, run: Path) -> str:
-    """The command to chat with the trained policy in stock mlx-lm."""
+def chat_command(folder: ModelFolder, run: Path, thinking: Thinking) -> str:
+    """The command to try the trained policy with in stock mlx-lm, with thinking as in training.
+
+    `mlx_lm.chat` has no option for the chat template, so without thinking it is `mlx_lm.generate`.
+    """
     where = f"--model {shlex.quote(folder.name)} --adapter-path {shlex.quote(str(run))}"
-    if folder.tokenizer.has_chat_template:
-        return f"mlx_lm.chat {where}"
-    return f"mlx_lm.generate {where} --prompt 'Once upon a time'"
+    if not folder.tokenizer.has_chat_template:
+        return f"mlx_lm.generate {where} --prompt 'Once upon a time'"
+    if thinking == "off":
+        switch = """--chat-template-config '{"enable_thinking": false}'"""
+        return f"mlx_lm.generate {where} {switch} --prompt 'Hello'"
+    return f"mlx_lm.chat {where}"

@@ -27,6 +27,7 @@ from mlx_align.algorithms.base import (
 from mlx_align.config import RewardConfig
 from mlx_align.data.batching import Microbatch
 from mlx_align.data.buckets import BatchLimit, plan_shapes
+from mlx_align.data.chat_template import Thinking
 from mlx_align.data.comparisons import (
     GroupComparisons,
     collate_rewards,
@@ -149,7 +150,7 @@ class RewardModeling(Algorithm):
         ]
         return HeldOutReport(facts, samples, text)
 
-    def next_command(self, folder: ModelFolder, run: Path) -> str:
+    def next_command(self, folder: ModelFolder, run: Path, thinking: Thinking) -> str:
         """The command that scores completions with the result."""
         where = f"--model {shlex.quote(folder.name)} --adapter-path {shlex.quote(str(run))}"
         return f"mlx-align score {where} --data FILE --output scores.jsonl"

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from mlx_align.data.chat_template import Thinking
 from mlx_align.data.formats import ReadReport
 from mlx_align.data.tokenization import TokenizeReport, percentiles
 from mlx_align.types import PromptGroup, TokenIds, TokenizedGroup
@@ -201,6 +202,23 @@ def token_overlap(one: TokenIds, other: TokenIds) -> float:
     return float(shared) / max(len(one), len(other), 1)
 
 
+def trained_thinking(thinking: Thinking, statistics: Mapping[str, Any]) -> Thinking:
+    """The way in which most completions of a run's data were rendered, to sample in the same way.
+
+    Args:
+        thinking: The run's option.
+        statistics: A `DatasetStatistics` as JSON, or {} if unknown.
+
+    Returns:
+        "off" for "auto" if more than half of the groups were rendered with thinking off; else
+        the option.
+    """
+    groups, off = statistics.get("groups"), statistics.get("thinking_off")
+    if thinking == "auto" and isinstance(groups, int) and isinstance(off, int) and 2 * off > groups:
+        return "off"
+    return thinking
+
+
 def render_statistics(statistics: DatasetStatistics) -> str:
     """The statistics as text for one screen; warnings start with "!"."""
     lines = [statistics.read_as] if statistics.read_as else []
@@ -252,8 +270,7 @@ def render_statistics(statistics: DatasetStatistics) -> str:
     remarks = (
         ("rows with an end token appended", statistics.end_appended),
         (
-            "rows rendered with the template's thinking off (use the model with it off too: "
-            "--thinking off)",
+            "rows rendered with the template's thinking off (use the model with it off too)",
             statistics.thinking_off,
         ),
         ("rows whose reasoning --thinking off removed", statistics.reasoning_removed),

@@ -20,6 +20,7 @@ from mlx_align.config import DPOConfig, KTOConfig, SFTConfig, TrainConfig
 from mlx_align.config.schema import make_config
 from mlx_align.data.chat_template import Thinking
 from mlx_align.data.columns import LabelRules
+from mlx_align.data.statistics import trained_thinking
 from mlx_align.errors import ConfigError, ModelError
 from mlx_align.losses.registry import PAIRWISE_LOSSES, combine, parse_losses, resolve_options
 from mlx_align.models.adapters import (
@@ -37,6 +38,7 @@ from mlx_align.tracking.run_dir import (
     FINGERPRINTS_FILE,
     INIT_ADAPTER,
     SUMMARY_FILE,
+    read_data_statistics,
 )
 
 # Commands whose runs have a KL penalty against the reference, but no β of an implicit reward.
@@ -59,6 +61,8 @@ class TrainedRun:
         loss_on: For sft, the part of a conversation that was trained on.
         loss: Name of the loss; None without config.yaml.
         labels: How it read the labels of its data.
+        thinking: Whether its completions were rendered with the chat template's thinking on; "auto"
+            if both ways occur or neither is known.
     """
 
     folder: Path
@@ -70,11 +74,7 @@ class TrainedRun:
     loss_on: str | None = None
     loss: str | None = None
     labels: LabelRules = dataclasses.field(default_factory=LabelRules)
-
-    @property
-    def thinking(self) -> Thinking:
-        """Whether it was trained with the chat template's thinking on."""
-        return "auto" if self.config is None else self.config.thinking
+    thinking: Thinking = "auto"
 
     def find_reference(self, remedy: str) -> Path | None:
         """The folder of the adapter the run started from; None for the base model.
@@ -140,16 +140,18 @@ def read_trained_run(adapter_path: str | Path) -> TrainedRun:
     if command in ON_POLICY:
         # In these commands it limits samples; completions in the data are not truncated.
         shared.remove("max_completion_length")
+    config = make_config(TrainConfig, {k: v for k, v in values.items() if k in shared})
     return TrainedRun(
         folder,
         layout,
         base,
         command,
-        config=make_config(TrainConfig, {k: v for k, v in values.items() if k in shared}),
+        config=config,
         beta=_loss_beta(command, file),
         loss_on=str(values.get("loss_on", "completion")) if command == "sft" else None,
         loss=str(values["loss"]) if "loss" in values else None,
         labels=LabelRules(**{k: values[k] for k in ("ties", "strength", "votes") if k in values}),
+        thinking=trained_thinking(config.thinking, read_data_statistics(file.parent)),
     )
 
 

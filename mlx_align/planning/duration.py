@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -112,8 +113,8 @@ class RolloutDuration:
 
 def rollout_batches(config: OnPolicyConfig, prompts: int) -> int:
     """Number of rollout batches of a run over `prompts` prompts."""
-    epochs = (config.epochs or 1.0) * prompts
-    return config.iters or max(1, round(epochs / prompts_per_batch(config)))
+    visits = round((config.epochs or 1.0) * prompts)
+    return config.iters or max(1, math.ceil(visits / prompts_per_batch(config)))
 
 
 def prompts_per_batch(config: OnPolicyConfig) -> int:

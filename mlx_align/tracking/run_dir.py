@@ -248,8 +248,7 @@ class RunRecord:
     @property
     def data_statistics(self) -> Mapping[str, Any]:
         """Statistics of the data, as summary.json or status.json have them under `data_facts`."""
-        found = self.summary.get("data_facts") or self.status.get("data_facts")
-        return found if isinstance(found, Mapping) else {}
+        return _data_statistics(self.summary, self.status)
 
     @cached_property
     def training_keys(self) -> frozenset[str]:
@@ -309,6 +308,16 @@ def read_run_record(folder: Path) -> RunRecord:
         samples=[row for row in samples if "completion" not in row] if over else [],
         rollouts=[row for row in rollouts if row.get("step") == rollouts[-1].get("step")],
     )
+
+
+def read_data_statistics(folder: Path) -> Mapping[str, Any]:
+    """Statistics of a run's training data; {} if its files have none."""
+    return _data_statistics(_json_object(folder / SUMMARY_FILE), _json_object(folder / STATUS_FILE))
+
+
+def _data_statistics(summary: Mapping[str, Any], status: Mapping[str, Any]) -> Mapping[str, Any]:
+    found = summary.get("data_facts") or status.get("data_facts")
+    return found if isinstance(found, Mapping) else {}
 
 
 def _is_held_out(row: Row) -> bool:

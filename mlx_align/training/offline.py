@@ -28,7 +28,7 @@ from mlx_align.data.batching import (
 )
 from mlx_align.data.buckets import AnyShape, BatchLimit, batch_limit, plan_shapes
 from mlx_align.data.readers import Data
-from mlx_align.data.statistics import render_statistics
+from mlx_align.data.statistics import render_statistics, trained_thinking
 from mlx_align.errors import TrainingError
 from mlx_align.inference.scoring import Scorer, score_groups
 from mlx_align.models.loading import LanguageModel, ModelFolder
@@ -150,7 +150,9 @@ class OfflineJob:
             report=algorithm.report,
         )
         self.prompts = setup.held_out[: config.samples] if algorithm.samples_answers else []
-        self.next_command = algorithm.next_command(setup.folder, run)
+        self.next_command = algorithm.next_command(
+            setup.folder, run, trained_thinking(config.thinking, setup.facts)
+        )
         self._last_step = 0
 
     def _microbatches(self, start: int) -> Any:

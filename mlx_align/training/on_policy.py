@@ -309,7 +309,7 @@ class OnPolicyJob:
         algorithm = setup.method.make(config, collector)
         self.trainer = OnPolicyTrainer(algorithm, collector, evaluation, config, run)
         self.prompts = evaluation.groups[: config.samples]
-        self.next_command = chat_command(setup.folder, run)
+        self.next_command = chat_command(setup.folder, run, config.thinking)
         self._stopped_early = False
 
     def final_weights(self, step: int) -> AdapterWeights:

@@ -15,6 +15,7 @@ from mlx_align.algorithms.base import OnPolicyAlgorithm
 from mlx_align.config import OnPolicyConfig
 from mlx_align.errors import TrainingError
 from mlx_align.models.weights import AdapterWeights
+from mlx_align.planning.duration import rollout_batches
 from mlx_align.rollout.collector import RolloutBatch, RolloutCollector
 from mlx_align.rollout.reward_functions import as_data
 from mlx_align.rollout.rewards import Rewards
@@ -55,8 +56,7 @@ class OnPolicyTrainer:
         self.collector, self.evaluation = collector, evaluation
         self.memory = collector.memory
         self.mid_step = False
-        epochs = (config.epochs or 1.0) * len(collector.prompts)
-        self.total_steps = config.iters or max(1, round(epochs / collector.prompts_per_batch))
+        self.total_steps = rollout_batches(config, len(collector.prompts))
         self._run = run
         # Metrics of the rollout batches since the last report.
         self._rows: list[dict[str, float]] = []

@@ -9,6 +9,7 @@ import pytest
 from helpers.paths import TINY_MODEL
 
 from mlx_align.cli.main import run
+from mlx_align.config import GRPOConfig
 from mlx_align.data.buckets import BatchLimit, Shape
 from mlx_align.errors import ConfigError, ModelError
 from mlx_align.models import loading
@@ -16,6 +17,7 @@ from mlx_align.models.adapters import AdapterLayout, install_adapters
 from mlx_align.models.loading import load_module, read_model_config
 from mlx_align.planning import plan as plan_module
 from mlx_align.planning.advice import advise
+from mlx_align.planning.duration import rollout_batches
 from mlx_align.planning.machine import Machine, parse_machine, platform_warnings, this_machine
 from mlx_align.planning.memory import PARTS, Sampling, Workload, plan_memory, trained_parameters
 from mlx_align.planning.model_shape import Linear, ModelShape, read_header, read_model_shape
@@ -490,6 +492,15 @@ def test_time_of_rollout_batches(tmp_path, capsys):
         error = capsys.readouterr().err
         assert error.count("\n") == 1
         assert said in error
+
+
+@pytest.mark.parametrize(
+    ("epochs", "batches"), [(None, 3), (1.0, 3), (2.0, 5), (0.1, 1), (0.8, 2)]
+)
+def test_epochs_of_prompts_leave_none_out(epochs, batches):
+    config = GRPOConfig(batch_size=2, grad_accumulation_steps=2, minibatches=1, epochs=epochs)
+    # 10 prompts, 4 in a rollout batch: the third one has the last two.
+    assert rollout_batches(config, prompts=10) == batches
 
 
 @pytest.mark.parametrize("command", ["ppo", "grpo"])
