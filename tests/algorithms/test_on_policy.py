@@ -497,7 +497,7 @@ def test_ptx_loss_is_the_coefficient_times_the_mean_log_loss(train, collectors):
             grad_accumulation_steps=count,
         )
         groups = read_demonstrations(config, model.folder.tokenizer)
-        shown, scale = Demonstrations(config, groups).take()
+        shown, scale = Demonstrations(config, groups).next_microbatches()
         objective, denominators = (
             PtxObjective(None, model, grad_checkpoint=False),
             PtxDenominators(None, scale),

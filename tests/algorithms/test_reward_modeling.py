@@ -331,7 +331,7 @@ def test_adapters_with_missing_or_extra_tensors_are_refused(ensemble, tmp_path):
             RewardModel.load(str(base), copy)
     with pytest.raises(DataError, match="too long"):
         RewardModel.load(str(base), folder, max_seq_length=16).score("Say", [" x" * 99])
-    with pytest.raises(DataError, match="a list of at least one"):
+    with pytest.raises(DataError, match="a list with at least one"):
         RewardModel.load(str(base), folder).score("Say", "yes")
 
 
@@ -377,7 +377,7 @@ def test_errors_are_one_line(train_reward, tmp_path, pairs, capsys):
     single = write_splits(tmp_path / "single", train=[{"prompt": "Q", "completion": "A"}])
     assert "prompt and completion, but no pair" in fails(data=single)
     assert mlx_align("reward", "--members", "2", "export", "--model", "x") == 1
-    assert "--members before export: an option of training" in capsys.readouterr().err
+    assert "--members before export: is an option of training" in capsys.readouterr().err
     assert mlx_align("reward", "--help") == 0
     text = capsys.readouterr().out
     assert "--center-rewards-coefficient" in text

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from tiny_tokenizers import tiny_tokenizer
+from helpers.tokenizers import tiny_tokenizer
 
 from mlx_align.data.columns import ConfiguredSource, LabelRules
 from mlx_align.data.convert import plain_row, read_any, unique_groups

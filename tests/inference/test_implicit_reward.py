@@ -163,7 +163,7 @@ def test_beta_is_read_from_the_run(tmp_path):
         ):
             settings(name, made)
         assert settings(name, made, beta=1.5).beta == 1.5
-    with pytest.raises(ConfigError, match=r"has no config\.yaml.*give --beta"):
+    with pytest.raises(ConfigError, match=r"no config\.yaml in it.*give --beta"):
         settings("foreign", None)
     assert settings("foreign", None, beta=0.7).beta == 0.7
     with pytest.raises(ConfigError, match="--beta -1: must be above 0"):

@@ -142,7 +142,7 @@ def test_a_family_that_cannot_share_falls_back_and_says_so(monkeypatch):
 
 
 def test_a_layer_that_cannot_be_adapted_is_a_one_line_error():
-    from families import make_model as make
+    from helpers.families import make_model as make
 
     from mlx_align.errors import ModelError
     from mlx_align.models.verification import verify_adapters

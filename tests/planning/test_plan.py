@@ -494,9 +494,7 @@ def test_time_of_rollout_batches(tmp_path, capsys):
         assert said in error
 
 
-@pytest.mark.parametrize(
-    ("epochs", "batches"), [(None, 3), (1.0, 3), (2.0, 5), (0.1, 1), (0.8, 2)]
-)
+@pytest.mark.parametrize(("epochs", "batches"), [(None, 3), (1.0, 3), (2.0, 5), (0.1, 1), (0.8, 2)])
 def test_epochs_of_prompts_leave_none_out(epochs, batches):
     config = GRPOConfig(batch_size=2, grad_accumulation_steps=2, minibatches=1, epochs=epochs)
     # 10 prompts, 4 in a rollout batch: the third one has the last two.

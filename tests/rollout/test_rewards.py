@@ -444,7 +444,7 @@ def test_missing_columns_are_found_before_training():
         check("exact_answer", groups=[PromptGroup("Hi", (), "train.jsonl:1")])
     listed = PromptGroup("Hi", (), "train.jsonl:3", columns={"answer": ["4"]})
     with pytest.raises(
-        ConfigError, match=r"exact_answer: train.jsonl:3: column 'answer' holds a li"
+        ConfigError, match=r"exact_answer: train.jsonl:3: column 'answer' has a value of type li"
     ):
         check("exact_answer", groups=[listed])
 

@@ -45,7 +45,7 @@ def test_yaml_aliases_that_grow_exponentially_are_refused(script, bench, capsys)
     """Forty lines of YAML that stand for 2 to the 40 items."""
     file = bench.write("laughs.yaml", script.LAUGHS + "beta: *x39\n")
     assert script.command_line.run(["dpo", "-c", str(file)]) == 1
-    assert "a: a list of 2 is not a single value" in capsys.readouterr().err
+    assert "a1: a list of 2 is not a single value" in capsys.readouterr().err
     file = bench.write("laughs.yaml", "beta: 0x" + "f" * 5000 + "\n")
     assert script.command_line.run(["dpo", "-c", str(file)]) == 1
     assert "beta: a number of thousands of digits: expected a number" in capsys.readouterr().err
