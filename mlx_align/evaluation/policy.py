@@ -168,7 +168,7 @@ def evaluate_policy(
     held_out = read_held_out_data(run, data or config.data, config.format, own_data, config.columns)
     documents = None if config.perplexity_data is None else read_documents(config.perplexity_data)
     folder = open_model(config.model)
-    style = inspect_chat_template(folder.tokenizer, run.thinking)
+    style = inspect_chat_template(folder.tokenizer, run.sampling_thinking)
     limits = run.config or TrainConfig()
     max_length = config.max_seq_length or limits.max_seq_length
     prompts = sample_prompts(

@@ -51,7 +51,9 @@ class TextGenerator:
         loaded, (weights,) = load_adapters(folder, [None if run is None else run.folder])
         if run is not None:
             loaded = match_adapter_dtype(loaded, run)
-        style = inspect_chat_template(folder.tokenizer, "auto" if run is None else run.thinking)
+        style = inspect_chat_template(
+            folder.tokenizer, "auto" if run is None else run.sampling_thinking
+        )
         return cls(loaded, style, weights)
 
     def generate(

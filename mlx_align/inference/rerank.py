@@ -193,7 +193,8 @@ class Reranker:
                 max_seq_length=max_seq_length,
                 batch_size=batch_size,
             )
-            generator = TextGenerator(implicit.model, implicit.style, implicit.policy)
+            style = inspect_chat_template(folder.tokenizer, thinking or run.sampling_thinking)
+            generator = TextGenerator(implicit.model, style, implicit.policy)
             return cls(generator, implicit, implicit.description)
         for name, value in (
             ("--beta", beta),
@@ -214,7 +215,7 @@ class Reranker:
         if run is not None:
             loaded = match_adapter_dtype(loaded, run)
         style = inspect_chat_template(
-            folder.tokenizer, thinking or ("auto" if run is None else run.thinking)
+            folder.tokenizer, thinking or ("auto" if run is None else run.sampling_thinking)
         )
         generator = TextGenerator(loaded, style, weights)
         return cls(generator, reward, f"reward model {reward_model}, {where}")

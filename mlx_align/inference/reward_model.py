@@ -20,7 +20,7 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
-from mlx_align.data.chat_template import ChatTemplate, inspect_chat_template
+from mlx_align.data.chat_template import ChatTemplate, Thinking, inspect_chat_template
 from mlx_align.errors import ConfigError, DataError, ModelError
 from mlx_align.inference.scoring import (
     GroupScores,
@@ -29,6 +29,7 @@ from mlx_align.inference.scoring import (
     map_groups,
     tokenize_for_scoring,
 )
+from mlx_align.inference.trained_run import read_thinking
 from mlx_align.models.adapters import (
     ADAPTER_CONFIG_FILE,
     AdapterLayout,
@@ -127,7 +128,10 @@ class RewardModel:
             install_reward_model(loaded, Path(adapter_path).expanduser())
         members = int(loaded.module[REWARD_HEAD].weight.shape[0])
         _check_combination(combine, variance_penalty, members)
-        style = inspect_chat_template(folder.tokenizer)
+        thinking: Thinking = "auto"
+        if adapter_path is not None:
+            thinking = read_thinking(Path(adapter_path).expanduser())
+        style = inspect_chat_template(folder.tokenizer, thinking)
         suffix: tuple[int, ...] = ()
         padding = None
         if adapter_path is None:
@@ -352,7 +356,7 @@ def load_policy_and_reward_model(
         add_reward_head(model.backbone, read_reward_head(source.run)).freeze()
         reward = RewardModel(
             model,
-            inspect_chat_template(folder.tokenizer),
+            inspect_chat_template(folder.tokenizer, read_thinking(source.run)),
             max_seq_length=max_seq_length,
             batch_size=batch_size,
             weights=weights,

@@ -61,8 +61,8 @@ class TrainedRun:
         loss_on: For sft, the part of a conversation that was trained on.
         loss: Name of the loss; None without config.yaml.
         labels: How it read the labels of its data.
-        thinking: Whether its completions were rendered with the chat template's thinking on; "auto"
-            if both ways occur or neither is known.
+        sampling_thinking: Whether to sample from it with the chat template's thinking on: as most
+            of its completions were rendered; "auto" (as mlx-lm does) if that isn't known.
     """
 
     folder: Path
@@ -74,7 +74,12 @@ class TrainedRun:
     loss_on: str | None = None
     loss: str | None = None
     labels: LabelRules = dataclasses.field(default_factory=LabelRules)
-    thinking: Thinking = "auto"
+    sampling_thinking: Thinking = "auto"
+
+    @property
+    def thinking(self) -> Thinking:
+        """Its option `--thinking`: how given completions are rendered to be scored."""
+        return "auto" if self.config is None else self.config.thinking
 
     def find_reference(self, remedy: str) -> Path | None:
         """The folder of the adapter the run started from; None for the base model.
@@ -151,8 +156,22 @@ def read_trained_run(adapter_path: str | Path) -> TrainedRun:
         loss_on=str(values.get("loss_on", "completion")) if command == "sft" else None,
         loss=str(values["loss"]) if "loss" in values else None,
         labels=LabelRules(**{k: values[k] for k in ("ties", "strength", "votes") if k in values}),
-        thinking=trained_thinking(config.thinking, read_data_statistics(file.parent)),
+        sampling_thinking=trained_thinking(config.thinking, read_data_statistics(file.parent)),
     )
+
+
+def read_thinking(folder: Path) -> Thinking:
+    """The option `--thinking` of a run, a reward model's too; "auto" without config.yaml.
+
+    Raises:
+        ConfigError: The folder's config.yaml can't be read.
+    """
+    file = _config_file(folder)
+    if not file.is_file():
+        return "auto"
+    values = _read_yaml(file)
+    given = {"thinking": values["thinking"]} if "thinking" in values else {}
+    return make_config(TrainConfig, given).thinking
 
 
 def match_adapter_dtype(model: LanguageModel, run: TrainedRun) -> LanguageModel:

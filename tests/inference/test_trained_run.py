@@ -8,6 +8,7 @@ from helpers.paths import STARTER_MODEL
 from helpers.runs import mlx_align, summary_of
 
 from mlx_align.data.statistics import trained_thinking
+from mlx_align.inference.reward_model import RewardModel
 from mlx_align.inference.trained_run import read_trained_run
 
 # The starter's template as Qwen3's: a last answer without reasoning has an empty thinking block,
@@ -57,7 +58,9 @@ def test_a_run_is_tried_out_with_thinking_as_in_training(
     assert ("""--chat-template-config '{"enable_thinking": false}'""" in talk) == (
         expected == "off"
     )
-    assert read_trained_run(tmp_path / "run").thinking == expected
+    run = read_trained_run(tmp_path / "run")
+    assert run.sampling_thinking == expected
+    assert run.thinking == thinking  # given completions may have reasoning, or none
 
 
 @pytest.mark.parametrize(
@@ -66,3 +69,10 @@ def test_a_run_is_tried_out_with_thinking_as_in_training(
 )
 def test_most_rows_decide_about_thinking(option, off, expected):
     assert trained_thinking(option, {"groups": 10, "thinking_off": off}) == expected
+
+
+def test_a_reward_model_scores_with_thinking_as_in_training(thinking_model, pairs, tmp_path):
+    options = ["--iters", "1", "--batch-size", "1", "--samples", "0", "--thinking", "on"]
+    where = ["--model", thinking_model, "--data", pairs, "--output", tmp_path / "run"]
+    assert mlx_align("reward", *where, *options) == 0
+    assert RewardModel.load(str(thinking_model), tmp_path / "run").style.thinking == "on"
