@@ -21,7 +21,7 @@ import click
 from mlx_align import config
 from mlx_align.cli.main import SECTIONS, cli
 from mlx_align.cli.options import SchemaOption
-from mlx_align.config.schema import GROUPS, Option, Options, declared_options
+from mlx_align.config.schema import GROUPS, Option, Options, declared_options, flag_of
 from mlx_align.config.signatures import annotation_of
 from mlx_align.trl import arguments, configs
 
@@ -64,7 +64,9 @@ All options of all commands. The command line, YAML files (`-c run.yaml`) and th
 take the same options: `--learning-rate 1e-5`, `learning_rate: 1e-5`, `learning_rate=1e-5`. The
 command line takes precedence over the YAML file, and that over the defaults.
 
-An option that is unknown, out of range, or without effect is an error.
+An option that is unknown, out of range, or without effect is an error. "Also" lists the names that
+mlx-lm, TRL and axolotl have for an option; they are accepted in all three places. On the command
+line, `--learning_rate` is `--learning-rate`.
 
 <!-- Generated from the schema by scripts/make_reference.py; don't edit. -->
 """
@@ -212,6 +214,8 @@ def _row(declared: Option) -> str:
         help += f" Names: {', '.join(f'`{name}`' for name in declared.names)}."
     if declared.multiple:
         help += " May be given several times." if "epeatable" not in help else ""
+    if declared.aliases:
+        help += f" Also {', '.join(f'`{flag_of(alias)}`' for alias in declared.aliases)}."
     if declared.change_on_resume:
         help += " Can change on resume."
     default = "required" if declared.required else declared.shown_default or ""

@@ -24,6 +24,7 @@ from mlx_align.algorithms.update import Updater, make_optimizer
 from mlx_align.config import GRPOConfig
 from mlx_align.errors import ConfigError
 from mlx_align.losses.policy import POLICY_METHODS, PolicyMethod
+from mlx_align.losses.registry import LOSS_ALIASES, PAIRWISE_LOSSES
 from mlx_align.models.weights import AdapterWeights
 from mlx_align.rollout.advantages import (
     GROUP_ADVANTAGES,
@@ -50,6 +51,11 @@ def resolve_method(config: GRPOConfig) -> PolicyMethod:
         ConfigError: There is no such method, or an option has no effect on it.
     """
     methods = {name: method for name, method in POLICY_METHODS.items() if name != "ppo"}
+    if config.loss in PAIRWISE_LOSSES or config.loss in LOSS_ALIASES:
+        raise ConfigError(
+            f"--loss {config.loss}: is a loss of preference pairs; use mlx-align dpo, or --loss "
+            "online_dpo for pairs of the policy's own completions"
+        )
     if config.loss not in methods:
         known = ", ".join([*methods, "online_dpo"])
         raise ConfigError(f"--loss {config.loss}: unknown; choose from {known}")

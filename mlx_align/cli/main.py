@@ -27,6 +27,8 @@ from mlx_align.cli.rerank import rerank
 from mlx_align.cli.score import score
 from mlx_align.cli.train import dpo, grpo, kto, ppo, reward, sft
 from mlx_align.errors import MlxAlignError
+from mlx_align.losses.policy import POLICY_METHODS
+from mlx_align.losses.registry import PAIRWISE_LOSSES
 from mlx_align.system.interrupts import Interrupted, raise_on_signal
 
 LONGEST_LINE = 1500
@@ -35,11 +37,30 @@ SECTIONS = {
     "Use and evaluate a run": ("eval", "score", "rerank", "fuse", "export", "report"),
     "Prepare": ("plan", "data", "cache", "completion"),
 }
+# Names that a user may expect to be commands, and the command to use.
+ELSEWHERE = {
+    **{name: f"mlx-align dpo --loss {name}" for name in PAIRWISE_LOSSES},
+    **{name: f"mlx-align grpo --loss {name}" for name in POLICY_METHODS},
+    "online_dpo": "mlx-align grpo --loss online_dpo",
+    "sigmoid": "mlx-align dpo",
+    "cdpo": "mlx-align dpo --label-smoothing 0.1",
+    "bco": "mlx-align dpo --loss bco_pair",
+    "lora": "mlx-align sft",
+    "rm": "mlx-align reward",
+    "reward_model": "mlx-align reward",
+    "evaluate": "mlx-align eval",
+    "merge": "mlx-align fuse",
+    "best_of_n": "mlx-align rerank",
+    "check": "mlx-align data check",
+    "convert": "mlx-align data convert",
+    "sample": "mlx-align data sample",
+}
 
 
 @click.group(
     cls=Group,
     sections=SECTIONS,
+    elsewhere=ELSEWHERE,
     invoke_without_command=True,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )

@@ -10,12 +10,14 @@ from typing import Any
 import click
 from click.shell_completion import CompletionItem
 
-from mlx_align.config.schema import GROUPS, OTHER, Option, Options, declared_options
+from mlx_align.config.schema import GROUPS, OTHER, Option, Options, declared_options, flag_of
 from mlx_align.errors import ConfigError
 
 # Width of the first column of --help, the same in all sections.
 FLAG_COLUMN = 28
 COLUMNS_FLAG = "--columns"
+# Longest alias in --help, characters; the reference of options has all.
+SHORT_ALIAS = 6
 
 
 class SchemaValue(click.ParamType[str]):
@@ -55,14 +57,16 @@ class SchemaOption(click.Option):
     def __init__(self, declared: Option) -> None:
         self.declared = declared
         settings: dict[str, Any] = {"default": None, "help": declared.help}
-        flag = declared.flag
+        flags = [declared.flag, *map(flag_of, declared.aliases)]
         if declared.kind is bool:
-            flag = f"{flag}/{declared.off or flag.replace('--', '--no-', 1)}"
+            off = [flag.replace("--", "--no-", 1) for flag in flags]
+            off[0] = declared.off or off[0]
+            flags = [f"{flag}/{no}" for flag, no in zip(flags, off, strict=True)]
         else:
             settings["type"] = SchemaValue(declared)
             settings["multiple"] = declared.multiple
         # Named explicitly, because click would rename some, such as `input`.
-        super().__init__([flag, declared.name], **settings)
+        super().__init__([*flags, declared.name], **settings)
 
     def get_help_record(self, ctx: click.Context) -> tuple[str, str]:
         """The two columns of --help: flag and value; sentence, names and default."""
@@ -78,6 +82,8 @@ class SchemaOption(click.Option):
         right = declared.help
         if declared.names:
             right += f" Names: {', '.join(declared.names)}."
+        if short := [alias for alias in declared.aliases if len(alias) <= SHORT_ALIAS]:
+            right += f" Also {', '.join(map(flag_of, short))}."
         if declared.required:
             right += " [required]"
         elif declared.shown_default is not None:
@@ -161,10 +167,13 @@ class Command(click.Command):
         self.shown = shown
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Let one --columns take several values: `--columns prompt=q chosen=a rejected=b`."""
+        """Accept underscores in option names, and several values of one --columns.
+
+        As in `--learning_rate 1e-5` and `--columns prompt=q chosen=a rejected=b`.
+        """
         spread: list[str] = []
         inside = False
-        for arg in args:
+        for arg in map(_with_hyphens, args):
             if arg == COLUMNS_FLAG:
                 inside = True
                 continue
@@ -179,16 +188,34 @@ class Command(click.Command):
         write_groups(self, ctx, formatter, self.shown)
 
 
+def _with_hyphens(arg: str) -> str:
+    """An argument `--learning_rate` or `--learning_rate=1` as --learning-rate; others as they are.
+
+    TRL's options have underscores.
+    """
+    name, equals, value = arg.partition("=")
+    return name.replace("_", "-") + equals + value if name.startswith("--") else arg
+
+
 class Group(click.Group):
-    """A group of commands. Its --help shows them in sections; unknown ones get a suggestion."""
+    """A group of commands. Its --help shows them in sections; unknown ones get a suggestion.
+
+    Attributes:
+        elsewhere: Names that are no commands, such as losses, and the command that has them.
+    """
 
     command_class = Command
 
     def __init__(
-        self, *args: Any, sections: Mapping[str, Sequence[str]] | None = None, **settings: Any
+        self,
+        *args: Any,
+        sections: Mapping[str, Sequence[str]] | None = None,
+        elsewhere: Mapping[str, str] | None = None,
+        **settings: Any,
     ) -> None:
         super().__init__(*args, **settings)
         self._sections = sections or {}
+        self.elsewhere = elsewhere or {}
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the options by group; the commands come first if they are in sections."""
@@ -211,6 +238,8 @@ class Group(click.Group):
     ) -> tuple[str | None, click.Command | None, list[str]]:
         """Find the command that is named, or suggest the nearest one."""
         if args and args[0] not in self.commands and not args[0].startswith("-"):
+            if other := self.elsewhere.get(args[0].replace("-", "_").lower()):
+                ctx.fail(f"No such command: {args[0]}. Use {other}")
             close = difflib.get_close_matches(args[0], self.commands, n=1)
             hint = f" Did you mean {close[0]}?" if close else ""
             known = ", ".join(self.commands)

@@ -67,7 +67,7 @@ def rerank(json: bool, **options: Any) -> None:
     console.note(reranker.description)
     sampling = SamplingOptions(
         n=N if config.n is None else config.n,
-        max_tokens=MAX_TOKENS if config.max_tokens is None else config.max_tokens,
+        max_tokens=config.max_completion_length or MAX_TOKENS,
         temperature=1.0 if config.temperature is None else config.temperature,
         seed=config.seed or 0,
     )
@@ -116,7 +116,7 @@ def _check_config(config: RerankConfig) -> None:
 
 
 def _check_sampling_options(config: RerankConfig, source: RerankInput) -> None:
-    for name in ("n", "max_tokens", "temperature", "seed"):
+    for name in ("n", "max_completion_length", "temperature", "seed"):
         if getattr(config, name) is not None and not source.needs_sampling:
             raise ConfigError(
                 f"{flag_of(name)} has no effect: the rows have completions, which are ranked as "

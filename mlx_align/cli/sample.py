@@ -64,7 +64,10 @@ def sample(json: bool, **options: Any) -> None:
         reasons = ", ".join(f"{count} {reason}" for reason, count in report.dropped.items())
         console.note(f"! {dropped:,} prompts dropped: {reasons}")
     remarks = check_rows(
-        folder, tokens, config.max_tokens, source="the longest prompt with --max-tokens"
+        folder,
+        tokens,
+        config.max_completion_length,
+        source="the longest prompt with --max-completion-length",
     )
     for note in (*report.notes, *remarks):
         console.note(f"! {note}")
@@ -74,7 +77,7 @@ def sample(json: bool, **options: Any) -> None:
         config.keep or 1,
         config.threshold,
         config.pairs,
-        config.max_tokens,
+        config.max_completion_length,
         config.temperature,
         config.seed,
     )

@@ -23,6 +23,10 @@ from mlx_align.config.schema import flag_of
 from mlx_align.errors import ConfigError
 from mlx_align.system.starter import resolve_starter
 
+_EPILOG = (
+    "Names of mlx-lm, TRL and axolotl are accepted too, such as --output-dir, with hyphens or "
+    "underscores. The reference of options lists them."
+)
 _UPDATES = "--iters, --steps-per-* and --save-every count optimizer updates."
 _ROLLOUTS = (
     "--iters, --steps-per-* and --save-every count rollout batches: --batch-size x "
@@ -107,6 +111,7 @@ def training_command(entry: TrainingCommand) -> Command:
         callback=partial(_train, entry),
         short_help=entry.summary,
         help=entry.help,
+        epilog=_EPILOG,
     )
 
 
@@ -193,6 +198,7 @@ reward = Group(
     invoke_without_command=True,
     short_help=REWARD.summary,
     help=REWARD.help,
+    epilog=_EPILOG,
     subcommand_metavar="| export ...",
 )
 

@@ -55,7 +55,13 @@ class EvalConfig(Options):
     n: int = option(
         4, "Completions per prompt; the best-of-n curve ends there.", SAMPLING, at_least=1
     )
-    sample_tokens: int = option(256, "Longest completion in tokens.", SAMPLING, at_least=1)
+    max_completion_length: int = option(
+        256,
+        "Longest completion in tokens.",
+        SAMPLING,
+        at_least=1,
+        aliases=("sample_tokens", "max_tokens"),
+    )
     max_seq_length: int | None = option(
         None,
         "Longest prompt plus completion in tokens.",
@@ -177,9 +183,8 @@ class RerankConfig(ScorerConfig):
     ignore_chat_template: bool = option(False, "Use --prompt verbatim, not as a message.", MODEL)
     # None, to detect an option that has no effect on given completions.
     n: int | None = option(None, "Completions per prompt.", SAMPLING, default_text="8", at_least=1)
-    # The name is mlx-lm's.
-    max_tokens: int | None = option(
-        None, "Longest completion in tokens.", SAMPLING, default_text="256", at_least=1
+    max_completion_length: int | None = override(
+        EvalConfig, "max_completion_length", None, default_text="256", aliases=("max_tokens",)
     )
     temperature: float | None = option(
         None,
@@ -187,6 +192,7 @@ class RerankConfig(ScorerConfig):
         SAMPLING,
         default_text="1.0",
         at_least=0,
+        aliases=("temp",),
     )
     seed: int | None = option(
         None, "Random seed for sampling.", SAMPLING, default_text="0", at_least=0
@@ -226,8 +232,14 @@ class SampleConfig(Options):
     pairs: bool = option(
         False, "Write the best and the worst completion as a pair, for dpo.", SAMPLING
     )
-    max_tokens: int = option(256, "Longest completion in tokens.", SAMPLING, at_least=1)
+    max_completion_length: int = override(
+        EvalConfig, "max_completion_length", aliases=("max_tokens",)
+    )
     temperature: float = option(
-        1.0, "Sampling temperature; 1 samples from the policy itself.", SAMPLING, above=0
+        1.0,
+        "Sampling temperature; 1 samples from the policy itself.",
+        SAMPLING,
+        above=0,
+        aliases=("temp",),
     )
     seed: int = option(0, "Random seed for sampling.", SAMPLING, at_least=0)

@@ -138,7 +138,7 @@ class EvalOptions(TypedDict, total=False):
     output: str | Path | None
     samples: int
     n: int
-    sample_tokens: int
+    max_completion_length: int
     seed: int
     reward_model: str | PathLike[str] | None
     perplexity_data: str | Path | None
@@ -386,7 +386,7 @@ class RerankOptions(TypedDict, total=False):
     batch_size: int
     max_seq_length: int
     n: int | None
-    max_tokens: int | None
+    max_completion_length: int | None
     temperature: float | None
     seed: int | None
 
@@ -507,7 +507,7 @@ class SampleOptions(TypedDict, total=False):
     n: int
     keep: int | None
     pairs: bool
-    max_tokens: int
+    max_completion_length: int
     temperature: float
     seed: int
 

@@ -17,7 +17,7 @@ from mlx_align.config.schema import (
     override,
 )
 from mlx_align.errors import ConfigError
-from mlx_align.losses.registry import PAIRWISE_LOSSES
+from mlx_align.losses.registry import LOSS_ALIASES, PAIRWISE_LOSSES
 
 DEFAULT_BATCH_SIZE = 1
 # Annotation of --data in Python; keywords.py defines it.
@@ -36,6 +36,7 @@ class TrainConfig(Options):
         metavar="PATH_OR_NAME",
         change_on_resume=True,
         python_type="str | Path",
+        aliases=("base_model", "model_name_or_path"),
     )
     data: str | None = option(
         None,
@@ -44,6 +45,7 @@ class TrainConfig(Options):
         metavar="PATH_OR_NAME",
         change_on_resume=True,
         python_type=DATA,
+        aliases=("dataset", "dataset_name"),
     )
     output: str | None = option(
         None,
@@ -53,6 +55,7 @@ class TrainConfig(Options):
         metavar="PATH",
         change_on_resume=True,
         python_type="str | Path",
+        aliases=("output_dir",),
     )
     init_adapter: str | None = option(
         None,
@@ -79,7 +82,11 @@ class TrainConfig(Options):
     )
     # 7.4 GB at peak for a 7B 4-bit pair of 1024 tokens with checkpointing (computed).
     max_seq_length: int = option(
-        1024, "Longest row in tokens; drops longer ones.", MODEL, at_least=2
+        1024,
+        "Longest row in tokens; drops longer ones.",
+        MODEL,
+        at_least=2,
+        aliases=("max_length", "sequence_len"),
     )
     max_completion_length: int | None = option(
         None, "Truncate completions to N tokens, rather than drop rows.", MODEL, at_least=1
@@ -90,6 +97,7 @@ class TrainConfig(Options):
         MODEL,
         at_least=0,
         below=1,
+        aliases=("val_set_size",),
     )
     fine_tune_type: Literal["lora", "dora", "full"] | None = option(
         None,
@@ -106,6 +114,7 @@ class TrainConfig(Options):
         LORA,
         default_text="16, or as --init-adapter",
         at_least=1,
+        aliases=("lora_r",),
     )
     lora_alpha: float | None = option(
         None,
@@ -135,6 +144,7 @@ class TrainConfig(Options):
         OPTIMISATION,
         default_text="one epoch",
         at_least=1,
+        aliases=("max_steps",),
     )
     epochs: float | None = option(
         None,
@@ -143,6 +153,7 @@ class TrainConfig(Options):
         default_text="1",
         above=0,
         below=1e6,
+        aliases=("num_epochs", "num_train_epochs"),
     )
     # One pair at a time fits 16 GB; accumulating 8 reduces the gradient's noise. None, to
     # distinguish the default from a 1 that was given together with --batch-tokens.
@@ -152,6 +163,7 @@ class TrainConfig(Options):
         OPTIMISATION,
         default_text=str(DEFAULT_BATCH_SIZE),
         at_least=1,
+        aliases=("micro_batch_size", "per_device_train_batch_size"),
     )
     batch_tokens: int | None = option(
         None,
@@ -160,12 +172,25 @@ class TrainConfig(Options):
         at_least=1,
     )
     grad_accumulation_steps: int = option(
-        8, "Microbatches per update; exact, as if one batch.", OPTIMISATION, at_least=1
+        8,
+        "Microbatches per update; exact, as if one batch.",
+        OPTIMISATION,
+        at_least=1,
+        aliases=("gradient_accumulation_steps",),
     )
     # 10 x TRL's rate for full fine-tuning, as TRL advises for LoRA.
-    learning_rate: float = option(1e-5, "Peak learning rate of AdamW.", OPTIMISATION, above=0)
+    learning_rate: float = option(
+        1e-5,
+        "Peak learning rate of AdamW.",
+        OPTIMISATION,
+        above=0,
+        aliases=("lr",),
+    )
     lr_schedule: Literal["constant", "linear", "cosine"] = option(
-        "linear", "Learning rate schedule after warm-up.", OPTIMISATION
+        "linear",
+        "Learning rate schedule after warm-up.",
+        OPTIMISATION,
+        aliases=("lr_scheduler", "lr_scheduler_type"),
     )
     # Adam's second moment is unreliable in the first steps; a tenth of the run is common.
     warmup: float = option(
@@ -173,19 +198,32 @@ class TrainConfig(Options):
         "Warm-up: a fraction of the updates if below 1, else updates.",
         OPTIMISATION,
         at_least=0,
+        aliases=("warmup_ratio", "warmup_steps"),
     )
     # Without it a 7B pair of 1024 tokens needs 18 GB of activations, with it 2 (computed).
     grad_checkpoint: bool = option(
-        True, "Recompute activations: slower, far less memory.", OPTIMISATION
+        True,
+        "Recompute activations: slower, far less memory.",
+        OPTIMISATION,
+        aliases=("gradient_checkpointing",),
     )
     seed: int = option(
         0, "Random seed for adapters, data order and samples.", OPTIMISATION, at_least=0
     )
     steps_per_report: int = option(
-        10, "Updates between reports.", EVALUATION, at_least=1, change_on_resume=True
+        10,
+        "Updates between reports.",
+        EVALUATION,
+        at_least=1,
+        change_on_resume=True,
+        aliases=("logging_steps",),
     )
     steps_per_eval: int = option(
-        100, "Updates between evaluations; 0: only the final one.", EVALUATION, at_least=0
+        100,
+        "Updates between evaluations; 0: only the final one.",
+        EVALUATION,
+        at_least=0,
+        aliases=("eval_steps",),
     )
     val_batches: int = option(
         25, "Microbatches per evaluation; -1 for all.", EVALUATION, at_least=-1
@@ -196,6 +234,7 @@ class TrainConfig(Options):
         EVALUATION,
         at_least=0,
         change_on_resume=True,
+        aliases=("save_steps",),
     )
     samples: int = option(
         8, "Held-out prompts to complete before and after training.", EVALUATION, at_least=0
@@ -209,7 +248,12 @@ class TrainConfig(Options):
         change_on_resume=True,
     )
     project_name: str | None = option(
-        None, "Project name for --report-to.", EVALUATION, metavar="NAME", change_on_resume=True
+        None,
+        "Project name for --report-to.",
+        EVALUATION,
+        metavar="NAME",
+        change_on_resume=True,
+        aliases=("wandb_project",),
     )
     # bfloat16 keeps a bf16 model's activations at 2 bytes; float32 keeps full precision.
     adapter_dtype: Literal["float32", "bfloat16"] = option(
@@ -259,7 +303,13 @@ class LossConfig(TrainConfig):
     # Hyperparameters that have a separate option.
     shortcuts: ClassVar[tuple[str, ...]] = ("beta",)
 
-    loss: str = option("", "The loss.", LOSS, metavar="LOSS")
+    loss: str = option(
+        "",
+        "The loss.",
+        LOSS,
+        metavar="LOSS",
+        aliases=("loss_type",),
+    )
     loss_option: dict[str, Any] = option(
         {},
         "Hyperparameter of the loss (repeatable), such as gamma=0.5.",
@@ -273,6 +323,7 @@ class LossConfig(TrainConfig):
         LOSS,
         default_text="the loss's",
         above=0,
+        aliases=("rl_beta",),
     )
     reference_cache: str | None = option(
         None,
@@ -317,6 +368,7 @@ class DPOConfig(LabelOptions, LossConfig):
         names=tuple(PAIRWISE_LOSSES),
         metavar="LOSS",
         python_type="str | Callable[..., Any]",
+        aliases=("loss_type",),
     )
     label_smoothing: float | None = option(
         None,
@@ -337,6 +389,10 @@ class DPOConfig(LabelOptions, LossConfig):
         below=1,
     )
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "loss", LOSS_ALIASES.get(self.loss, self.loss))
+
 
 @dataclass(frozen=True, kw_only=True)
 class KTOConfig(LossConfig):
@@ -344,7 +400,12 @@ class KTOConfig(LossConfig):
 
     shortcuts: ClassVar[tuple[str, ...]] = ("beta", "desirable_weight", "undesirable_weight")
 
-    loss: Literal["kto", "apo_zero_unpaired"] = option("kto", "Loss of a completion.", LOSS)
+    loss: Literal["kto", "apo_zero_unpaired"] = option(
+        "kto",
+        "Loss of a completion.",
+        LOSS,
+        aliases=("loss_type",),
+    )
     desirable_weight: float | None = option(
         None,
         "Weight of desirable completions.",

@@ -43,6 +43,7 @@ class OnPolicyConfig(TrainConfig):
         metavar="REWARD",
         multiple=True,
         python_type=REWARDS,
+        aliases=("reward_funcs",),
     )
     reward_model: str | None = option(
         None,
@@ -51,6 +52,7 @@ class OnPolicyConfig(TrainConfig):
         metavar="RUN_OR_NAME",
         change_on_resume=True,
         python_type="str | PathLike[str]",
+        aliases=("reward_model_path", "reward_model_name_or_path"),
     )
     reward_model_weight: float = option(1.0, "Weight of the reward model.", REWARD, above=0)
     reward_timeout: float = option(
@@ -78,14 +80,32 @@ class OnPolicyConfig(TrainConfig):
         metavar="RUN_OR_NAME",
         python_type="str | PathLike[str]",
     )
-    group_size: int = option(8, "Completions per prompt.", ROLLOUT, at_least=1)
+    group_size: int = option(
+        8,
+        "Completions per prompt.",
+        ROLLOUT,
+        at_least=1,
+        aliases=("num_generations",),
+    )
     minibatches: int = option(
         1, "Minibatches (updates) per pass over a rollout batch.", ROLLOUT, at_least=1
     )
-    update_epochs: int = option(1, "Passes over each rollout batch.", ROLLOUT, at_least=1)
+    update_epochs: int = option(
+        1,
+        "Passes over each rollout batch.",
+        ROLLOUT,
+        at_least=1,
+        aliases=("num_iterations", "num_ppo_epochs"),
+    )
     # The logits of policy and reference are both divided by it, so that ratios and KL are those of
     # the distribution that was sampled from.
-    temperature: float = option(1.0, "Sampling temperature (no top-p or top-k).", ROLLOUT, above=0)
+    temperature: float = option(
+        1.0,
+        "Sampling temperature (no top-p or top-k).",
+        ROLLOUT,
+        above=0,
+        aliases=("temp",),
+    )
     max_completion_length: int = override(
         TrainConfig,
         "max_completion_length",
@@ -166,7 +186,14 @@ class PPOConfig(OnPolicyConfig):
     kl_horizon: float = option(
         10000.0, "Completions over which --kl-coef adapts.", ADVANCED, above=0
     )
-    clip_eps: float = option(0.2, "Clip ratios to [1 - X, 1 + X].", LOSS, above=0, below=1)
+    clip_eps: float = option(
+        0.2,
+        "Clip ratios to [1 - X, 1 + X].",
+        LOSS,
+        above=0,
+        below=1,
+        aliases=("epsilon", "cliprange"),
+    )
     value_clip: float | None = option(
         0.2,
         "Clip values to within X of the old ones; needs --reward-rollouts.",
@@ -175,7 +202,11 @@ class PPOConfig(OnPolicyConfig):
     )
     gamma: float = option(1.0, "Discount per token.", CRITIC, above=0)
     gae_lambda: float = option(
-        0.95, "Lambda of GAE; use 1 for long completions.", CRITIC, at_least=0
+        0.95,
+        "Lambda of GAE; use 1 for long completions.",
+        CRITIC,
+        at_least=0,
+        aliases=("lam",),
     )
     # Sharing layers between actor and critic loses quality for little memory (Santacroce et al.
     # 2023, Hydra-RLHF: 46.5 against 55.5% wins, 5% memory).
@@ -189,7 +220,11 @@ class PPOConfig(OnPolicyConfig):
         10, "Rollout batches that train only the critic.", CRITIC, at_least=0
     )
     value_coef: float = option(
-        0.1, "Weight of the value loss, with --critic shared.", CRITIC, above=0
+        0.1,
+        "Weight of the value loss, with --critic shared.",
+        CRITIC,
+        above=0,
+        aliases=("vf_coef",),
     )
     # Ziegler et al. 2019 and OpenRLHF standardise, which gives the other constants a scale.
     reward_rollouts: int = option(
@@ -225,9 +260,15 @@ class GRPOConfig(OnPolicyConfig):
         LOSS,
         names=(*(name for name in POLICY_METHODS if name != "ppo"), ONLINE_DPO),
         metavar="METHOD",
+        aliases=("loss_type",),
     )
     clip_eps: float | None = option(
-        None, "Clip ratios at 1 - X.", LOSS, default_text="the method's", above=0
+        None,
+        "Clip ratios at 1 - X.",
+        LOSS,
+        default_text="the method's",
+        above=0,
+        aliases=("epsilon",),
     )
     clip_eps_high: float | None = option(
         None,
@@ -235,6 +276,7 @@ class GRPOConfig(OnPolicyConfig):
         LOSS,
         default_text="the method's, or --clip-eps",
         above=0,
+        aliases=("epsilon_high",),
     )
     kl: Literal["k1", "k2", "k3"] | None = option(
         None,

@@ -86,6 +86,8 @@ class Option:
         off: The flag that turns it off, if that is not --no-NAME.
         positional: Whether the command line takes it without a flag.
         python_type: Annotation for Python callers, if they may pass more types than the config has.
+        aliases: Other spellings of its name that are accepted everywhere, with underscores: those
+            of mlx-lm, TRL and axolotl.
     """
 
     name: str
@@ -105,6 +107,7 @@ class Option:
     off: str | None = None
     positional: bool = False
     python_type: str | None = None
+    aliases: tuple[str, ...] = ()
 
     @property
     def flag(self) -> str:
@@ -152,6 +155,7 @@ def option(
     off: str | None = None,
     positional: bool = False,
     python_type: str | None = None,
+    aliases: tuple[str, ...] = (),
 ) -> Any:
     """Declare an option as a field of a config class. The arguments are those of `Option`.
 
@@ -175,6 +179,7 @@ def option(
             off=off,
             positional=positional,
             python_type=python_type,
+            aliases=aliases,
         )
     )
 
@@ -191,6 +196,7 @@ def override(config_class: type[Any], name: str, default: Any = _UNCHANGED, **ch
     (declared,) = (f.metadata["option"] for f in dataclasses.fields(config_class) if f.name == name)
     if default is not _UNCHANGED:
         changes["default"] = default
+    changes["name"] = name
     return _field(dataclasses.replace(declared, **changes))
 
 
@@ -231,10 +237,42 @@ def declared_options(config_class: type[Options]) -> dict[str, Option]:
     for entry in dataclasses.fields(config_class):
         kind, choices = _kind(hints[entry.name])
         declared = entry.metadata["option"]
+        if declared.name not in ("", entry.name):  # the other option's aliases are not its own
+            declared = dataclasses.replace(declared, aliases=())
         found.append(dataclasses.replace(declared, name=entry.name, kind=kind, choices=choices))
     found.sort(key=lambda declared: GROUPS.index(declared.group))
     _declared[config_class] = {declared.name: declared for declared in found}
     return _declared[config_class]
+
+
+def without_aliases(
+    config_class: type[Options], given: Mapping[str, Any], origin: _Origin | None = None
+) -> dict[str, Any]:
+    """`given` with the names under which options are declared, in place of their aliases.
+
+    Raises:
+        ConfigError: An option is given under two names.
+    """
+    names = {
+        alias: name
+        for name, declared in declared_options(config_class).items()
+        for alias in declared.aliases
+    }
+    found: dict[str, Any] = {}
+    for key, value in given.items():
+        name = names.get(key, key)
+        if name in found:
+            prefix = ""
+            spell: Callable[[str], str] = str
+            if origin is not None:
+                prefix = origin.prefix(key)
+                spell = flag_of if origin.source == "command line" else str
+            also = key if key != name else next(k for k in given if names.get(k) == name)
+            raise ConfigError(
+                f"{prefix}{spell(name)} and {spell(also)} are the same option; give one"
+            )
+        found[name] = value
+    return found
 
 
 def _kind(hint: Any) -> tuple[type, tuple[str, ...]]:
@@ -270,6 +308,7 @@ def make_config(
         ConfigError: An option is unknown, has the wrong type or is out of range, or two options
             exclude each other; one line that names it.
     """
+    keywords = without_aliases(config_class, keywords, _Origin(source))
     values = {} if file is None else read_yaml(file, config_class)
     values.update(_check_values(config_class, keywords, _Origin(source)))
     for name, declared in declared_options(config_class).items():
@@ -340,6 +379,8 @@ def read_yaml(file: Path, config_class: type[Options]) -> dict[str, Any]:
             f"{file}: expected lines of `option: value`, found {type(content).__name__}"
         )
     given = {_format_value(key, str).replace("-", "_"): value for key, value in content.items()}
+    given = without_aliases(config_class, given, _Origin("file", file, lines))
+    lines = without_aliases(config_class, lines)
     return _check_values(config_class, given, _Origin("file", file, lines))
 
 
@@ -398,7 +439,8 @@ def _check_values(
     for name in given:
         if name not in declared:
             show = flag_of if origin.source == "command line" else str
-            close = difflib.get_close_matches(name, declared, n=1)
+            aliases = (alias for one in declared.values() for alias in one.aliases)
+            close = difflib.get_close_matches(name, [*declared, *aliases], n=1)
             hint = f"; did you mean {show(close[0])}?" if close else ""
             raise ConfigError(f"{origin.prefix(name)}unknown option {show(name)}{hint}")
     try:

@@ -178,7 +178,7 @@ def evaluate_policy(
     questions = [prompt.tokens for prompt in prompts]
     check_token_ids(folder, (*pairs, *questions))
     longest = check_lengths(
-        folder, [*row_lengths(pairs), *row_lengths(questions, config.sample_tokens)]
+        folder, [*row_lengths(pairs), *row_lengths(questions, config.max_completion_length)]
     )
     if config.reward_model is not None:
         open_reward_model(config.reward_model, folder)
@@ -349,7 +349,7 @@ class PolicyAndReference:
                     [prompt.tokens.prompt.tolist() for prompt in part],
                     config.n,
                     stop,
-                    max_tokens=config.sample_tokens,
+                    max_tokens=config.max_completion_length,
                     temperature=1.0,
                     seed=int(np.random.SeedSequence([*seed, start]).generate_state(1)[0]),
                 )
@@ -526,8 +526,8 @@ def _warnings(
         found.append(f"the run was trained on {run.base}: does --model have the same weights?")
     if samples.truncated > 0.1:
         found.append(
-            f"{samples.truncated:.0%} of the policy's answers were cut off at --sample-tokens "
-            f"{config.sample_tokens}: they are scored unfinished"
+            f"{samples.truncated:.0%} of the policy's answers were cut off at "
+            f"--max-completion-length {config.max_completion_length}: they are scored unfinished"
         )
     if prompts < 30:
         found.append(f"{prompts} prompts are few: intervals from so few are too narrow")

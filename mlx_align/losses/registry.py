@@ -39,6 +39,7 @@ from mlx_align.losses.hyperparameters import (
     resolve,
     unknown_name,
 )
+from mlx_align.losses.policy import POLICY_METHODS
 from mlx_align.types import PairLogps
 
 
@@ -88,6 +89,19 @@ def _defaults(function: Callable[..., mx.array]) -> dict[str, HyperparameterValu
     return {name: found.default for name, found in hyperparameters_of(function).items()}
 
 
+# What others call a loss.
+LOSS_ALIASES = {"dpo": "sigmoid"}
+# Values of --loss that are commands, not losses of preference pairs, and the command.
+OTHER_COMMANDS = {
+    "kto": "kto",
+    "apo_zero_unpaired": "kto --loss apo_zero_unpaired",
+    "nll": "sft",
+    "reward": "reward",
+    "bt": "reward",
+    "ppo": "ppo",
+    "online_dpo": "grpo --loss online_dpo",
+    **{name: f"grpo --loss {name}" for name in POLICY_METHODS if name != "ppo"},
+}
 PAIRWISE_LOSSES: dict[str, PairwiseLoss] = {
     "sigmoid": PairwiseLoss(pairwise.sigmoid_loss, soft_labels=True),
     "hinge": PairwiseLoss(pairwise.hinge_loss),
@@ -179,6 +193,11 @@ def parse_losses(
     weights: dict[str, float] = {}
     for part in loss.split(","):
         name, equals, weight = (piece.strip() for piece in part.partition("="))
+        name = LOSS_ALIASES.get(name, name)
+        if command := OTHER_COMMANDS.get(name):
+            raise ConfigError(
+                f"--loss {name}: is not a loss of preference pairs; use mlx-align {command}"
+            )
         if name not in PAIRWISE_LOSSES:
             raise unknown_name("--loss", name, PAIRWISE_LOSSES)
         if name in weights:

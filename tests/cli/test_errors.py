@@ -109,6 +109,23 @@ def test_wrong_options(fails, write, tmp_path):
     assert "No such command: chek. Did you mean check?" in fails("data", "chek")
 
 
+def test_names_of_other_libraries(fails, write):
+    data = write(*many())
+    given = ("dpo", "--model", TINY_MODEL, "--data", data)
+    assert "--learning-rate fast: expected a number" in fails(*given, "--lr", "fast")
+    assert "--lora-rank x: expected" in fails(*given, "--lora_r=x")
+    assert "--batch-size 0: out of" in fails(*given, "--per_device_train_batch_size", 0)
+    assert "--save-every x" in fails(*given, "--save_steps", "x")
+    assert "use mlx-align kto" in fails(*given, "--loss", "kto")
+    assert "use mlx-align grpo --loss gspo" in fails(*given, "--loss", "gspo")
+    assert "gamma" in fails(*given, "--loss", "dpo", "--loss-option", "gamma=1")
+    online = ("grpo", "--model", TINY_MODEL, "--data", data, "--reward", "length")
+    assert "use mlx-align dpo" in fails(*online, "--loss", "ipo")
+    assert "Use mlx-align dpo --loss orpo" in fails("orpo")
+    assert "Use mlx-align grpo --loss online_dpo" in fails("online-dpo")
+    assert "Use mlx-align data check" in fails("check")
+
+
 def test_a_run_folder_is_not_overwritten(fails, write, tmp_path):
     data = write(*many())
     (tmp_path / "run").mkdir()

@@ -42,6 +42,31 @@ def test_command_line_over_file_over_defaults(tmp_path):
     assert make_config(DPOConfig, {}, written) == tokens
 
 
+def test_aliases_are_the_same_option_everywhere(tmp_path):
+    file = tmp_path / "axolotl.yaml"
+    file.write_text("base_model: m\nmicro_batch_size: 3\nlr_scheduler: cosine\n")
+    config = make_config(DPOConfig, {"lr": 2e-4, "num_train_epochs": 2, "loss_type": "dpo"}, file)
+    assert (config.model, config.batch_size, config.lr_schedule) == ("m", 3, "cosine")
+    assert (config.learning_rate, config.epochs, config.loss) == (2e-4, 2.0, "sigmoid")
+    assert make_config(DPOConfig, {"max_steps": 5}, file).iters == 5
+    with pytest.raises(ConfigError, match="learning_rate and lr are the same option; give one"):
+        make_config(DPOConfig, {"lr": 1.0, "learning_rate": 2.0})
+    file.write_text("lr: 1\nlearning_rate: 2\n")
+    with pytest.raises(ConfigError, match="yaml:2: learning_rate and lr are the same option"):
+        read_yaml(file, DPOConfig)
+    file.write_text("seed: 1\nlr: fast\n")
+    with pytest.raises(ConfigError, match="yaml:2: learning_rate: fast: expected a number"):
+        read_yaml(file, DPOConfig)
+
+
+def test_an_alias_names_one_option_of_a_command():
+    for config_class in [getattr(configs, name) for name in configs.__all__ if "Config" in name]:
+        declared = declared_options(config_class)
+        aliases = [alias for one in declared.values() for alias in one.aliases]
+        assert len(aliases) == len(set(aliases)), config_class
+        assert not set(aliases) & declared.keys(), config_class
+
+
 def test_written_options_read_back(tmp_path):
     config = make_config(
         DPOConfig,
