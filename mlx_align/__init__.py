@@ -11,15 +11,19 @@ earlier one. `evaluate`, `fuse` and `plan` do what the commands of these names d
 `help(mlx_align.dpo)` describes the options. `mlx_align.trl` has TRL's trainers.
 """
 
-import importlib
+from __future__ import annotations
+
 import os
-from typing import TYPE_CHECKING, Any
 
 # mlx reads it at its first evaluation: a narrow evaluation order keeps fewer activations in memory
 # (it cut a checkpointed peak by 42%).
 os.environ.setdefault("MLX_BFS_MAX_WIDTH", "1")
 
+# Not from typing, which takes milliseconds in which Ctrl-C would end in a traceback.
+TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import Any
+
     from mlx_align.api import dpo, evaluate, fuse, grpo, kto, plan, ppo, reward, sft
     from mlx_align.errors import (
         ConfigError,
@@ -94,6 +98,8 @@ _HOME = {name: module for module, names in _MODULES.items() for name in names}
 
 def __getattr__(name: str) -> Any:
     """Import a public name when it is first used."""
+    import importlib
+
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     found = getattr(importlib.import_module(f"mlx_align.{_HOME[name]}"), name)

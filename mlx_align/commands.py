@@ -6,7 +6,6 @@ compute and write the same. Printing is up to them.
 
 from __future__ import annotations
 
-import json
 import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -26,6 +25,7 @@ from mlx_align.config import (
 )
 from mlx_align.config.schema import Source, declared_options, flag_of, require, to_yaml
 from mlx_align.errors import ConfigError, WriteError
+from mlx_align.system.json_text import to_json
 from mlx_align.system.starter import resolve_starter, shipped_file
 
 # mlx-lm takes seconds to import, and errors in options are found without it. So these imports are
@@ -339,9 +339,9 @@ def evaluate(
     evaluation, rows = evaluate_policy(config, console, data=data, own_data=own_data)
     content = evaluation.as_json()
     if folder is not None:
-        text = json.dumps(content, indent=2)
+        text = to_json(content, indent=2)
         (folder / EVALUATION_FILE).write_text(text + "\n", encoding="utf-8")
-        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        lines = "".join(to_json(row, ascii=False) + "\n" for row in rows)
         (folder / ANSWERS_FILE).write_text(lines, encoding="utf-8")
     return EvaluationOutcome(evaluation, content, folder)
 

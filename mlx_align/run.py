@@ -18,6 +18,7 @@ from mlx_align.config import EvalConfig, FuseConfig, TrainConfig, make_config
 from mlx_align.config.spelling import python_spelling
 from mlx_align.errors import ConfigError, MlxAlignError, ModelError
 from mlx_align.system.interrupts import Interrupted
+from mlx_align.system.json_text import to_json
 from mlx_align.system.progress import Console, ProgressBar, SilentConsole
 from mlx_align.tracking.run_dir import PAGE_FILE, RunRecord, read_metrics, read_run_record
 from mlx_align.tracking.verdict import Verdict, verdict
@@ -569,7 +570,7 @@ def fuse_run(options: Mapping[str, Any]) -> dict[str, Any]:
 
 def as_json(content: Mapping[str, Any]) -> dict[str, Any]:
     """The content as a command's --json prints it: dicts, lists, text and numbers."""
-    found: dict[str, Any] = json.loads(json.dumps(content))
+    found: dict[str, Any] = json.loads(to_json(content))
     return found
 
 

@@ -184,7 +184,10 @@ def ends_well(arguments: list[str]) -> int:
     class Slow(BaseException):
         pass
 
+    too_long = []
+
     def slow(_signum: int, _frame: FrameType | None) -> None:
+        too_long.append(True)
         raise Slow
 
     out, err = io.StringIO(), io.StringIO()
@@ -193,12 +196,14 @@ def ends_well(arguments: list[str]) -> int:
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             code = command_line.run(arguments)
-    except Slow:
-        raise Broken(f"{arguments}: more than {LIMIT_SECONDS} s") from None
     finally:
         signal.alarm(0)
         signal.signal(signal.SIGALRM, before)
+    if too_long:
+        raise Broken(f"{arguments}: more than {LIMIT_SECONDS} s")
     said = err.getvalue()
+    if code == 70 or "this is a bug" in said:
+        raise Broken(f"{arguments}: {said[:1000]}")
     if code == 1 and not (said.startswith("error: ") and said.count("\n") == 1):
         raise Broken(f"{arguments}: said {said[:500]!r}")
     if code not in (0, 1) or len(said) > 2000:

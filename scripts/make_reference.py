@@ -19,7 +19,7 @@ from pathlib import Path
 import click
 
 from mlx_align import config
-from mlx_align.cli.main import SECTIONS, cli
+from mlx_align.cli.group import SECTIONS, cli
 from mlx_align.cli.options import SchemaOption
 from mlx_align.config.schema import GROUPS, Option, Options, declared_options, flag_of
 from mlx_align.config.signatures import annotation_of

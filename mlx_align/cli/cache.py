@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json as json_module
 from pathlib import Path
 from typing import Any
 
 import click
 
-from mlx_align.cli.options import Command, config_options, given_options, json_option
+from mlx_align.cli.options import Command, config_options, echo_json, given_options, json_option
 from mlx_align.config import CacheConfig, make_config
 
 
@@ -33,10 +32,8 @@ def cache(json: bool, **options: Any) -> None:
         entries = [
             {"file": str(file), "bytes": size, "completions": rows} for file, size, rows in stores
         ]
-        click.echo(
-            json_module.dumps(
-                {"folder": str(folder), "bytes": total, "purged": config.purge, "stores": entries}
-            )
+        echo_json(
+            {"folder": str(folder), "bytes": total, "purged": config.purge, "stores": entries}
         )
         return
     for file, size, rows in stores:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 from click.shell_completion import get_completion_class
 
+from mlx_align.cli.main import COMPLETION
 from mlx_align.cli.options import Command
 
 # The control character \b keeps the lines of the paragraph.
@@ -25,4 +26,4 @@ def completion(context: click.Context, shell: str) -> None:
     """Print the completion script of a shell."""
     script = get_completion_class(shell)
     assert script is not None
-    click.echo(script(context.find_root().command, {}, "mlx-align", "_MLX_ALIGN_COMPLETE").source())
+    click.echo(script(context.find_root().command, {}, "mlx-align", COMPLETION).source())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json as json_module
 import textwrap
 from typing import Any
 
@@ -13,6 +12,7 @@ from mlx_align.cli.options import (
     Command,
     Group,
     config_options,
+    echo_json,
     given_options,
     json_option,
     new_file,
@@ -21,6 +21,7 @@ from mlx_align.cli.sample import sample
 from mlx_align.config import CheckDataConfig, ConvertDataConfig, TrainConfig, make_config
 from mlx_align.config.schema import require
 from mlx_align.errors import ConfigError
+from mlx_align.system.json_text import to_json
 from mlx_align.system.starter import resolve_starter
 
 _WIDTH = 96
@@ -80,7 +81,7 @@ def check(json: bool, **options: Any) -> None:
     quality = check_quality(train, valid, folder.tokenizer)
     if json:
         found = {**dataclasses.asdict(facts), "quality": dataclasses.asdict(quality)}
-        click.echo(json_module.dumps(found, indent=2))
+        echo_json(found, indent=2)
         return
     click.echo(render_statistics(facts))
     for line in render_quality(quality).splitlines():
@@ -112,7 +113,7 @@ def convert(json: bool, **options: Any) -> None:
     kept = kept[: config.max_rows]
     with open_atomic(target) as stream:
         for group in kept:
-            stream.write(json_module.dumps(plain_row(group), ensure_ascii=False) + "\n")
+            stream.write(to_json(plain_row(group), ascii=False) + "\n")
     if json:
         summary = {
             "output": str(target),
@@ -122,7 +123,7 @@ def convert(json: bool, **options: Any) -> None:
             "dropped": dict(report.dropped),
             "duplicates": duplicates,
         }
-        click.echo(json_module.dumps(summary, indent=2))
+        echo_json(summary, indent=2)
         return
     click.echo(str(report))
     removed = f"; {duplicates:,} duplicates left out" if duplicates else ""

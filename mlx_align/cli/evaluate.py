@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json as json_module
 from typing import Any
 
 import click
 
-from mlx_align.cli.options import Command, config_options, given_options, json_option
+from mlx_align.cli.options import Command, config_options, echo_json, given_options, json_option
 from mlx_align.config import EvalConfig, make_config
 from mlx_align.config.schema import require
 
@@ -32,7 +31,7 @@ def evaluate(json: bool, **options: Any) -> None:
     require(config, "model", "adapter_path")
     found = commands.evaluate(config, console)
     if json:
-        click.echo(json_module.dumps(found.content, indent=2))
+        echo_json(found.content, indent=2)
         return
     console.note(render_evaluation(found.evaluation))
     if found.folder is not None:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json as json_module
 from pathlib import Path
 from typing import Any
 
 import click
 
-from mlx_align.cli.options import Command, config_options, given_options, json_option
+from mlx_align.cli.options import Command, config_options, echo_json, given_options, json_option
 from mlx_align.config import AdapterExportConfig, make_config
 from mlx_align.system.starter import resolve_starter
 
@@ -32,7 +31,7 @@ def export(json: bool, **options: Any) -> None:
     layers = export_peft_adapter(folder, Path(config.adapter_path), Path(config.output))
     if json:
         report = {"output": config.output, "format": config.format, "layers": layers}
-        click.echo(json_module.dumps(report, indent=2))
+        echo_json(report, indent=2)
         return
     console.note(
         f"Wrote {layers} adapted layers in PEFT's format to {config.output}.\n"

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import json as json_module
 from collections import Counter
 from typing import Any
 
 import click
 
-from mlx_align.cli.options import Command, config_options, given_options, json_option
+from mlx_align.cli.options import Command, config_options, echo_json, given_options, json_option
 from mlx_align.config import FuseConfig, make_config
 
 
@@ -31,7 +30,7 @@ def fuse(json: bool, **options: Any) -> None:
     config = make_config(FuseConfig, given_options(options), None, "command line")
     report = commands.fuse(config)
     if json:
-        click.echo(json_module.dumps(dataclasses.asdict(report), indent=2))
+        echo_json(dataclasses.asdict(report), indent=2)
         return
     what = "layers" if report.fine_tune_type != "full" else "fully trained tensors"
     console.note(

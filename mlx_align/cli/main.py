@@ -1,7 +1,11 @@
-"""`mlx-align`: the commands, and the exit codes of errors and signals.
+"""The program `mlx-align`: runs a command, and turns every end into a line and an exit code.
 
-Exit codes: 0 success; 1 an error that the user can fix, one line on standard error; 130
-interrupted and 143 terminated, after writing a checkpoint if there is progress to keep.
+Exit codes: 0 success; 1 an error that the user can fix, one line on standard error; 70 an error in
+this package, one line with the path of a crash report; 130 interrupted and 143 terminated, after
+writing a checkpoint if there is progress to keep.
+
+This module imports only what Python has loaded at its start, so that signals are handled from the
+first moments on. The rest follows in `main` and `run`.
 """
 
 from __future__ import annotations
@@ -9,133 +13,133 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Sequence
 
-import click
-
-from mlx_align import __version__
-from mlx_align.cli.cache import cache
-from mlx_align.cli.completion import completion
-from mlx_align.cli.data import data
-from mlx_align.cli.evaluate import evaluate
-from mlx_align.cli.export import export
-from mlx_align.cli.fuse import fuse
-from mlx_align.cli.options import Group
-from mlx_align.cli.plan import plan
-from mlx_align.cli.report import report
-from mlx_align.cli.rerank import rerank
-from mlx_align.cli.score import score
-from mlx_align.cli.train import dpo, grpo, kto, ppo, reward, sft
-from mlx_align.errors import MlxAlignError
-from mlx_align.losses.policy import POLICY_METHODS
-from mlx_align.losses.registry import PAIRWISE_LOSSES
-from mlx_align.system.interrupts import Interrupted, raise_on_signal
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 LONGEST_LINE = 1500
-SECTIONS = {
-    "Train": ("dpo", "kto", "sft", "reward", "ppo", "grpo"),
-    "Use and evaluate a run": ("eval", "score", "rerank", "fuse", "export", "report"),
-    "Prepare": ("plan", "data", "cache", "completion"),
-}
-# Names that a user may expect to be commands, and the command to use.
-ELSEWHERE = {
-    **{name: f"mlx-align dpo --loss {name}" for name in PAIRWISE_LOSSES},
-    **{name: f"mlx-align grpo --loss {name}" for name in POLICY_METHODS},
-    "online_dpo": "mlx-align grpo --loss online_dpo",
-    "sigmoid": "mlx-align dpo",
-    "cdpo": "mlx-align dpo --label-smoothing 0.1",
-    "bco": "mlx-align dpo --loss bco_pair",
-    "lora": "mlx-align sft",
-    "rm": "mlx-align reward",
-    "reward_model": "mlx-align reward",
-    "evaluate": "mlx-align eval",
-    "merge": "mlx-align fuse",
-    "best_of_n": "mlx-align rerank",
-    "check": "mlx-align data check",
-    "convert": "mlx-align data convert",
-    "sample": "mlx-align data sample",
-}
-
-
-@click.group(
-    cls=Group,
-    sections=SECTIONS,
-    elsewhere=ELSEWHERE,
-    invoke_without_command=True,
-    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
-)
-@click.version_option(__version__, prog_name="mlx-align")
-@click.pass_context
-def cli(context: click.Context) -> None:
-    """Align language models with preferences on one Mac, with MLX.
-
-    `mlx-align dpo` without arguments trains a small model that comes with the package.
-    """
-    if context.invoked_subcommand is None:
-        click.echo(context.get_help())
-
-
-for command in (
-    dpo,
-    kto,
-    sft,
-    reward,
-    ppo,
-    grpo,
-    evaluate,
-    score,
-    rerank,
-    fuse,
-    export,
-    report,
-    plan,
-    data,
-    cache,
-    completion,
-):
-    cli.add_command(command)
+# EX_SOFTWARE of sysexits.h.
+INTERNAL_ERROR = 70
+# Set by the script that `mlx-align completion` prints.
+COMPLETION = "_MLX_ALIGN_COMPLETE"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run a command and exit with its code."""
-    sys.exit(run(arguments))
+    _exit_on_signal(None)
+    code = run(arguments)
+    _exit_on_signal(code)
+    sys.exit(code)
+
+
+def _exit_on_signal(code: int | None) -> None:
+    """From now on, end the process at once when a signal arrives.
+
+    For the moments in which an exception would end in a traceback: while modules are imported, and
+    while Python ends.
+
+    Args:
+        code: The exit code; None for "stopped" and 128 + the signal's number.
+    """
+
+    def leave(signum: int, _frame: object) -> None:
+        if code is None:
+            os.write(2, b"stopped\n")
+        os._exit(128 + signum if code is None else code)
+
+    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(signum) is not signal.SIG_IGN:
+            signal.signal(signum, leave)
 
 
 def run(arguments: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code."""
-    try:
-        with raise_on_signal():
-            cli.main(args=arguments, prog_name="mlx-align", standalone_mode=False)
-    except click.exceptions.Exit as exit:
-        return exit.exit_code
-    except click.ClickException as error:
-        return _report_error(error.format_message())
-    except MlxAlignError as error:
+    from mlx_align.system.interrupts import Interrupted, raise_on_signal
+    from mlx_align.system.terminal import safe_output
+
+    if COMPLETION in os.environ:  # the shell reads what is printed; click ends the process
+        from mlx_align.cli.group import cli
+
+        cli.main(args=arguments, prog_name="mlx-align", standalone_mode=False)
+    with safe_output():
+        received: list[int] = []
+        try:
+            with raise_on_signal(received):
+                # Imported here, where Ctrl-C is handled: it takes some tenths of a second.
+                from mlx_align.cli.group import cli
+
+                cli.main(args=arguments, prog_name="mlx-align", standalone_mode=False)
+                sys.stdout.flush()
+        except BaseException as error:
+            if received and not isinstance(error, Interrupted):
+                # A library caught the interruption and raised another error.
+                error = Interrupted(received[0])
+            return _exit_code(error, sys.argv[1:] if arguments is None else arguments)
+        return 0
+
+
+def _exit_code(error: BaseException, arguments: Sequence[str]) -> int:
+    """Say in one line how a command ended; returns its exit code."""
+    from mlx_align.errors import MlxAlignError
+    from mlx_align.system.interrupts import Interrupted
+
+    if isinstance(error, Interrupted | KeyboardInterrupt):
+        _print_error("stopped")
+        return 128 + (error.signum if isinstance(error, Interrupted) else signal.SIGINT)
+    if isinstance(error, MlxAlignError):
         return _report_error(str(error))
-    except Interrupted as error:
-        print("stopped", file=sys.stderr)
-        return 128 + error.signum
-    except (KeyboardInterrupt, click.Abort):
-        print("stopped", file=sys.stderr)
+
+    import click
+
+    if isinstance(error, click.exceptions.Exit):
+        return error.exit_code
+    if isinstance(error, click.Abort):
+        _print_error("stopped")
         return 128 + signal.SIGINT
-    except BrokenPipeError:
+    if isinstance(error, click.ClickException):
+        return _report_error(error.format_message())
+    if isinstance(error, BrokenPipeError):
         # The reader (head, less) has exited. Further writes, also those at exit, would fail again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except OSError as error:
+    if isinstance(error, OSError):
         # Not a file that `system/atomic_io.py` writes, whose errors name it, but a log or a pipe.
         file = f"{error.filename}: " if error.filename else ""
         return _report_error(f"{file}{error.strerror or error}")
-    return 0
+    if isinstance(error, MemoryError):
+        return _report_error("out of memory; close other programs, or use a smaller model or batch")
+    if isinstance(error, RuntimeError) and "home directory" in str(error):
+        return _report_error("there is no home folder for a path with ~; set HOME, or write it out")
+    return _report_crash(error, arguments)
+
+
+def _report_crash(error: BaseException, arguments: Sequence[str]) -> int:
+    """Write a crash report, and say where it is."""
+    from mlx_align.system.crash_report import write_crash_report
+
+    file = write_crash_report(error, arguments)
+    where = "no report could be written" if file is None else f"details (no data) are in {file}"
+    message = f"{type(error).__name__}: {error}".removesuffix(": ")
+    shown = message if len(message) <= 300 else message[:299] + "…"
+    _report_error(f"this is a bug in mlx-align; {where}; please report it ({shown})")
+    return INTERNAL_ERROR
 
 
 def _report_error(message: str) -> int:
     """Print an error on one line; returns the exit code."""
     # Text from a damaged file may be very long.
     line = " ".join(message.split())
-    shown = line if len(line) <= LONGEST_LINE else line[: LONGEST_LINE - 1] + "…"
-    print(f"error: {shown}", file=sys.stderr)
+    _print_error(f"error: {line if len(line) <= LONGEST_LINE else line[: LONGEST_LINE - 1] + '…'}")
     return 1
+
+
+def _print_error(line: str) -> None:
+    # Standard error may be closed, or its reader gone.
+    try:
+        print(line, file=sys.stderr, flush=True)
+    except (OSError, ValueError):
+        return
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from click.shell_completion import CompletionItem
 
 from mlx_align.config.schema import GROUPS, OTHER, Option, Options, declared_options, flag_of
 from mlx_align.errors import ConfigError
+from mlx_align.system.json_text import to_json
 
 # Width of the first column of --help, the same in all sections.
 FLAG_COLUMN = 28
@@ -128,6 +130,18 @@ def config_options(
 def json_option(help: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """The --json flag."""
     return click.option("--json", is_flag=True, help=help)
+
+
+def echo_json(value: Any, *, indent: int | None = None, ascii: bool = True) -> None:
+    """Print a value as JSON on standard output.
+
+    Args:
+        value: JSON-serialisable; NaN and infinity become null.
+        indent: As for `to_json`.
+        ascii: As for `to_json`; always so on a terminal that isn't UTF-8.
+    """
+    utf8 = "utf" in str(getattr(sys.stdout, "encoding", "")).lower()
+    click.echo(to_json(value, indent=indent, ascii=ascii or not utf8))
 
 
 def given_options(options: Mapping[str, Any]) -> dict[str, Any]:

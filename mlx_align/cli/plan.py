@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json as json_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from mlx_align.cli.options import Command, given_options, json_option, schema_options
+from mlx_align.cli.options import Command, echo_json, given_options, json_option, schema_options
 from mlx_align.config import (
     TRAINING_CONFIGS,
     PlanConfig,
@@ -52,7 +51,7 @@ def plan(config_file: str | None, json: bool, **options: Any) -> None:
     file = None if config_file is None else Path(config_file)
     found = commands.plan(given_options(options), file=file, source="command line")
     if json:
-        click.echo(json_module.dumps(found.as_json(), indent=2))
+        echo_json(found.as_json(), indent=2)
     else:
         click.echo(render(found.plan, found.duration))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json as json_module
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
@@ -10,10 +9,18 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mlx_align.cli.options import Command, config_options, given_options, json_option, new_file
+from mlx_align.cli.options import (
+    Command,
+    config_options,
+    echo_json,
+    given_options,
+    json_option,
+    new_file,
+)
 from mlx_align.config import RerankConfig, make_config
 from mlx_align.config.schema import flag_of
 from mlx_align.errors import ConfigError
+from mlx_align.system.json_text import to_json
 from mlx_align.system.starter import resolve_starter
 
 if TYPE_CHECKING:
@@ -81,12 +88,12 @@ def rerank(json: bool, **options: Any) -> None:
     with nullcontext() if target is None else target.open("w", encoding="utf-8") as stream:
         for ranking in rankings:
             count, unranked = count + 1, unranked + bool(ranking.reason)
-            line = json_module.dumps(ranking_row(ranking), ensure_ascii=False)
+            row = ranking_row(ranking)
             if stream is not None:
-                stream.write(line + "\n")
+                stream.write(to_json(row, ascii=False) + "\n")
                 stream.flush()
             if json and (stream is None or source is None):
-                click.echo(line)
+                echo_json(row, ascii=False)
             elif not json and (stream is None or source is None):
                 console.note(_format_ranking(ranking))
     if target is not None:
@@ -94,7 +101,7 @@ def rerank(json: bool, **options: Any) -> None:
         console.note(f"Wrote {count:,} rankings to {target}{missing}")
         if json and source is not None:
             summary = {"output": str(target), "prompts": count, "unranked": unranked}
-            click.echo(json_module.dumps(summary))
+            echo_json(summary)
 
 
 def _check_config(config: RerankConfig) -> None:

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-import json as json_module
 from typing import Any
 
 import click
 
-from mlx_align.cli.options import Command, config_options, given_options, json_option, new_file
+from mlx_align.cli.options import (
+    Command,
+    config_options,
+    echo_json,
+    given_options,
+    json_option,
+    new_file,
+)
 from mlx_align.config import SampleConfig, make_config
 from mlx_align.errors import ConfigError, DataError
+from mlx_align.system.json_text import to_json
 from mlx_align.system.starter import resolve_starter
 
 
@@ -90,7 +97,7 @@ def sample(json: bool, **options: Any) -> None:
             target.open("w", encoding="utf-8") as stream,
         ):
             for row in sample_rows(loaded, policy, rewards, prompts, sampling, bar.advance):
-                stream.write(json_module.dumps(row, ensure_ascii=False) + "\n")
+                stream.write(to_json(row, ascii=False) + "\n")
                 stream.flush()
                 scores.append(row["score_chosen" if config.pairs else "score"])
     if not scores:
@@ -109,7 +116,7 @@ def sample(json: bool, **options: Any) -> None:
             "score": mean,
             "seed": config.seed,
         }
-        click.echo(json_module.dumps(summary))
+        echo_json(summary)
         return
     console.note(
         f"Wrote {len(scores):,} rows from {len(prompts):,} prompts to {target}, mean score "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json as json_module
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -10,11 +9,19 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mlx_align.cli.options import Command, config_options, given_options, json_option, new_file
+from mlx_align.cli.options import (
+    Command,
+    config_options,
+    echo_json,
+    given_options,
+    json_option,
+    new_file,
+)
 from mlx_align.config import ScoreConfig, make_config
 from mlx_align.config.schema import flag_of
 from mlx_align.errors import ConfigError, DataError
 from mlx_align.system.atomic_io import open_atomic
+from mlx_align.system.json_text import to_json
 from mlx_align.system.starter import resolve_starter
 
 if TYPE_CHECKING:
@@ -69,7 +76,7 @@ def score(json: bool, **options: Any) -> None:
         for rows in _windows(source):
             for scored, entry in _score_rows(scorer, rows):
                 row = _output_row(entry, scored)
-                stream.write(json_module.dumps(row, ensure_ascii=False) + "\n")
+                stream.write(to_json(row, ascii=False) + "\n")
                 unscored += scored.scores is None
                 completions += 0 if scored.scores is None else len(scored.scores)
                 if scored.tokens is not None:
@@ -90,7 +97,7 @@ def score(json: bool, **options: Any) -> None:
     if report is not None:
         summary["pairs"] = report.as_json()
     if json:
-        click.echo(json_module.dumps(summary, indent=2))
+        echo_json(summary, indent=2)
         return
     if report is not None:
         console.note(rendered)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json as json_module
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -14,6 +13,7 @@ from mlx_align.cli.options import (
     Command,
     Group,
     config_options,
+    echo_json,
     given_options,
     json_option,
     schema_options,
@@ -161,7 +161,7 @@ def _train(
         source="command line",
     )
     if json:
-        click.echo(json_module.dumps(summary, indent=2))
+        echo_json(summary, indent=2)
         return
 
     from mlx_align.tracking.run_dir import PAGE_FILE
@@ -221,7 +221,7 @@ def export(json: bool, **options: Any) -> None:
     folder = open_model(resolve_starter(config.model, "model"))
     report = export_reward_model(folder, Path(config.adapter_path), Path(config.output))
     if json:
-        click.echo(json_module.dumps(asdict(report), indent=2))
+        echo_json(asdict(report), indent=2)
         return
     console.note(
         f"Wrote {report.architecture} to {config.output}; its scores on random tokens differ from "

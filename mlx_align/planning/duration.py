@@ -6,7 +6,6 @@ import hashlib
 import json
 import math
 import os
-import sys
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from mlx_align.data.batching import groups_per_batch
 from mlx_align.data.buckets import BatchLimit, batch_limit
 from mlx_align.errors import ConfigError
 from mlx_align.models.adapters import AdapterLayout
+from mlx_align.system.user_folders import cache_folder
 from mlx_align.types import TokenizedGroup
 
 # Fraction of a training step that the forward pass takes; the backward pass takes twice as long.
@@ -159,11 +159,7 @@ def read_rollout_rate(folder: Path, command: str) -> float:
 
 def rates_file() -> Path:
     """File in which measured rates are stored."""
-    if sys.platform == "darwin":
-        base = Path.home() / "Library" / "Caches"
-    else:
-        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return base / "mlx-align" / "rates.json"
+    return cache_folder() / "rates.json"
 
 
 def rate_key(

@@ -6,11 +6,12 @@ import html
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any
 
 from rich.console import Console as RichConsole
+from rich.console import ConsoleOptions, RenderableType
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -20,19 +21,21 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
 from mlx_align.system.formatting import format_duration
 from mlx_align.system.progress import ProgressBar
+from mlx_align.system.terminal import encodable, escape_controls
 
 
 class Console:
     """Shows progress in a terminal or notebook; implements the protocol in `system/progress.py`.
 
-    With `json`, everything goes to standard error, so that standard output has only the result. A
-    run outlives its terminal: if the terminal was closed, or `tee` ended at the same Ctrl-C, the
-    console becomes silent.
+    With `json`, everything goes to standard error, so that standard output has only the result.
+    Control characters in texts are escaped. A run outlives its terminal: if the terminal was
+    closed, or `tee` ended at the same Ctrl-C, the console becomes silent.
     """
 
     def __init__(self, json: bool = False) -> None:
@@ -42,9 +45,9 @@ class Console:
         )
 
     def note(self, text: str) -> None:
-        """Print text as it is, without markup."""
+        """Print text without markup, control characters escaped."""
         try:
-            self.console.print(Text(text))
+            self.console.print(Text(escape_controls(text)))
         except OSError:
             _silence(self.console)
 
@@ -95,6 +98,18 @@ class _UnbrokenConsole(RichConsole):
     def on_broken_pipe(self) -> None:
         """Continue silently; rich would end the process."""
         _silence(self)
+
+    def render(
+        self, renderable: RenderableType, options: ConsoleOptions | None = None
+    ) -> Iterable[Segment]:
+        """Escape the text of everything that is printed; rich's own sequences pass."""
+        encoding = getattr(self.file, "encoding", None) or "utf-8"
+        for segment in super().render(renderable, options):
+            if segment.control or (segment.text.isascii() and segment.text.isprintable()):
+                yield segment
+            else:
+                text = encodable(escape_controls(segment.text), encoding)
+                yield Segment(text, segment.style)
 
 
 def _silence(console: RichConsole) -> None:

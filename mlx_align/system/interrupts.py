@@ -18,6 +18,10 @@ from typing import Any
 
 # Closing a terminal sends SIGHUP. Under nohup it is ignored, and stays ignored.
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+# A signal is delivered again after this time if the command still runs: cleaning up takes less.
+REDELIVER_SECONDS = 5.0
+# The same, if Python has ignored the exception: after it has left the callback.
+IGNORED_SECONDS = 0.02
 STOP_MESSAGE = "\nstopping after this update with a checkpoint; interrupt again to stop at once\n"
 
 
@@ -34,14 +38,65 @@ class Interrupted(BaseException):
 
 
 @contextmanager
-def raise_on_signal() -> Iterator[None]:
-    """Raise `Interrupted` at once when a signal arrives within the block."""
+def raise_on_signal(received: list[int] | None = None) -> Iterator[None]:
+    """Raise `Interrupted` at once when a signal arrives within the block.
+
+    Python ignores exceptions in callbacks such as `__del__`, and a library may catch them. So the
+    signal is delivered again until the block has ended.
+
+    Args:
+        received: Signals that arrived are appended.
+    """
+    arrived = [] if received is None else received
+    again = _Redelivery()
+    unraisable = sys.unraisablehook
 
     def stop(signum: int, _frame: FrameType | None) -> None:
+        arrived.append(signum)
+        again.later(signum, REDELIVER_SECONDS)
         raise Interrupted(signum)
 
-    with _handle_signals(stop):
-        yield
+    def ignored(found: Any) -> None:
+        if arrived and issubclass(found.exc_type, Interrupted):
+            again.later(arrived[-1], IGNORED_SECONDS)
+        else:
+            unraisable(found)
+
+    sys.unraisablehook = ignored
+    try:
+        with _handle_signals(stop):
+            try:
+                yield
+            finally:
+                again.stop()
+    finally:
+        sys.unraisablehook = unraisable
+
+
+class _Redelivery:
+    """Sends a signal to the main thread again, from another thread."""
+
+    def __init__(self) -> None:
+        self._timer: threading.Timer | None = None
+        self._stopped = False
+
+    def later(self, signum: int, seconds: float) -> None:
+        """Send it after `seconds`, in place of an earlier request."""
+        if self._timer is not None:
+            self._timer.cancel()
+        if self._stopped:
+            return
+        main = threading.main_thread().ident
+        self._timer = threading.Timer(seconds, lambda: signal.pthread_kill(main or 0, signum))
+        self._timer.daemon = True
+        self._timer.start()
+
+    def stop(self) -> None:
+        """Send nothing more."""
+        self._stopped = True
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer.join()
 
 
 @contextmanager

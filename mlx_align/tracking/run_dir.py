@@ -23,6 +23,7 @@ import yaml
 
 from mlx_align.errors import ConfigError
 from mlx_align.system.atomic_io import wrap_write_errors, write_text
+from mlx_align.system.json_text import to_json
 
 CONFIG_FILE = "config.yaml"
 METRICS_FILE = "metrics.jsonl"
@@ -107,7 +108,7 @@ def append_metrics(folder: Path, row: Mapping[str, Any]) -> None:
     """Append one row to metrics.jsonl."""
     file = folder / METRICS_FILE
     with wrap_write_errors(file), file.open("a", encoding="utf-8") as stream:
-        stream.write(json.dumps(_to_json(row)) + "\n")
+        stream.write(to_json(row) + "\n")
 
 
 def append_samples(folder: Path, samples: Sequence[Mapping[str, Any]]) -> None:
@@ -124,7 +125,7 @@ def write_samples(folder: Path, samples: Sequence[Mapping[str, Any]]) -> None:
 
 def write_json(file: Path, content: Mapping[str, Any]) -> None:
     """Write an object as a JSON file, atomically. NaN and infinity become null."""
-    write_text(file, json.dumps(_to_json(content), indent=2) + "\n")
+    write_text(file, to_json(content, indent=2) + "\n")
 
 
 def truncate_metrics(folder: Path, step: int) -> None:
@@ -162,18 +163,7 @@ def package_versions() -> dict[str, str]:
 
 
 def _sample_lines(samples: Sequence[Mapping[str, Any]]) -> str:
-    return "".join(json.dumps(_to_json(s), ensure_ascii=False) + "\n" for s in samples)
-
-
-def _to_json(value: Any) -> Any:
-    """Replace NaN and infinity by None; JSON has neither, and other programs refuse them."""
-    if isinstance(value, Mapping):
-        return {str(key): _to_json(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_to_json(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
+    return "".join(to_json(s, ascii=False) + "\n" for s in samples)
 
 
 # Reading

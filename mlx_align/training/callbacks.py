@@ -11,7 +11,7 @@ import json
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -83,7 +83,9 @@ class Callbacks:
             yield
         except BaseException as error:
             for one in self._callbacks:
-                one.on_train_end(error)
+                # The error that ended the run is the one to raise, also if a callback fails now.
+                with suppress(Exception):
+                    one.on_train_end(error)
             raise
         for one in self._callbacks:
             one.on_train_end(None)

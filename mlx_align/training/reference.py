@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import sqlite3
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from itertools import islice
@@ -33,6 +31,7 @@ from mlx_align.models.loading import LanguageModel
 from mlx_align.models.policy import Policy
 from mlx_align.models.weights import AdapterWeights
 from mlx_align.system.progress import Console
+from mlx_align.system.user_folders import cache_folder
 from mlx_align.tracking.run_dir import package_versions, write_json
 from mlx_align.types import Logps, TokenizedGroup
 
@@ -51,11 +50,7 @@ class References(NamedTuple):
 
 def default_cache_folder() -> Path:
     """The cache folder unless `--reference-cache` names another."""
-    if sys.platform == "darwin":
-        base = Path.home() / "Library" / "Caches"
-    else:
-        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return base / "mlx-align" / "reference"
+    return cache_folder() / "reference"
 
 
 def reference_key(
@@ -246,7 +241,7 @@ def reference_logprobs(
     """
     groups, shapes = train
     used = used_groups(config, groups, shapes, microbatches)
-    cache_folder = Path(getattr(config, "reference_cache", None) or default_cache_folder())
+    folder = Path(getattr(config, "reference_cache", None) or default_cache_folder())
     adapter = Path(config.init_adapter) if config.init_adapter else None
     key = reference_key(
         policy.model.folder.path,
@@ -254,7 +249,7 @@ def reference_logprobs(
         config.adapter_dtype,
         describe_computation(policy.model),
     )
-    cache = ReferenceCache(cache_folder.expanduser(), key)
+    cache = ReferenceCache(folder.expanduser(), key)
     parts = {
         "training data": ([groups[i] for i in used], shapes),
         "held-out data": (held_out, plan_shapes(held_out, limit) if held_out else []),

@@ -5,7 +5,8 @@ import sys
 
 import pytest
 
-from mlx_align.cli.main import cli, run
+from mlx_align.cli.group import cli
+from mlx_align.cli.main import run
 from mlx_align.config import DPOConfig
 from mlx_align.config.schema import declared_options
 from mlx_align.losses.registry import PAIRWISE_LOSSES

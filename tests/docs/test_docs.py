@@ -21,7 +21,7 @@ import pytest
 from helpers.paths import ROOT, STARTER
 from helpers.scripts import load_script
 
-from mlx_align.cli.main import cli
+from mlx_align.cli.group import cli
 from mlx_align.cli.main import run as run_command
 from mlx_align.data.formats import (
     FORMAT_NAMES,
