@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -25,18 +26,30 @@ def cache(json: bool, **options: Any) -> None:
         folder = Path(config.reference_cache).expanduser()
     stores = stored_caches(folder)
     if config.purge:
-        for file, _, _ in stores:
-            file.unlink(missing_ok=True)
-    total = sum(size for _, size, _ in stores)
+        for store in stores:
+            store.file.unlink(missing_ok=True)
+    total = sum(store.bytes for store in stores)
     if json:
         entries = [
-            {"file": str(file), "bytes": size, "completions": rows} for file, size, rows in stores
+            {
+                **store._asdict(),
+                "file": str(store.file),
+                "changed": datetime.fromtimestamp(store.changed).isoformat(timespec="seconds"),
+            }
+            for store in stores
         ]
         echo_json(
             {"folder": str(folder), "bytes": total, "purged": config.purge, "stores": entries}
         )
         return
-    for file, size, rows in stores:
-        click.echo(f"{file.stem}  {rows:>9,} completions  {size / 1e6:8.1f} MB")
+    for store in stores:
+        date = datetime.fromtimestamp(store.changed)
+        reference = store.model or "unknown model"
+        if store.adapter:
+            reference += f" with {store.adapter}"
+        click.echo(
+            f"{date:%Y-%m-%d %H:%M}  {store.bytes / 1e6:8.1f} MB  {store.completions:>9,} "
+            f"completions  {reference}"
+        )
     verb = "Deleted" if config.purge else "Total:"
     click.echo(f"{verb} {len(stores)} references, {total / 1e6:.1f} MB, in {folder}")

@@ -29,8 +29,9 @@ def sample(json: bool, **options: Any) -> None:
     """Sample N completions per prompt, score them, and write the best as rows for sft.
 
     Rows have prompt, completion, score and n, and the other fields of the prompt's row, in the
-    order of the prompts. A prompt without a completion that scores (above --threshold) gets no
-    row; with --pairs, neither does one whose completions all score the same.
+    order of the prompts. A prompt without a completion that scores (at least --threshold) gets no
+    row; with --pairs, neither does one whose completions all score the same. Without --threshold,
+    a completion that scored 0, the least of its prompt, is not kept.
 
     The file has only whole lines, also when interrupted. To continue, start again with a new
     --output: the same options write the same rows.
@@ -89,6 +90,7 @@ def sample(json: bool, **options: Any) -> None:
         config.seed,
     )
     scores: list[float] = []
+    kept: set[str] = set()
     with Rewards(settings, score) as rewards:
         rewards.check([prompt.text for prompt in prompts])
         with (
@@ -100,11 +102,16 @@ def sample(json: bool, **options: Any) -> None:
                 stream.write(to_json(row, ascii=False) + "\n")
                 stream.flush()
                 scores.append(row["score_chosen" if config.pairs else "score"])
+                kept.add(json_module.dumps(row["prompt"]))
     if not scores:
         target.unlink()
         above = "" if config.threshold is None else f" of at least --threshold {config.threshold:g}"
         same = ", or all completions of each prompt score the same" if config.pairs else ""
-        raise DataError(f"nothing to write: no completion has a score{above}{same}")
+        zero = ", or the best score is 0" if config.threshold is None else ""
+        raise DataError(
+            f"nothing to write: no completion has a score{above}{zero}{same}; raise -n, or choose "
+            "another model, prompts or reward"
+        )
     mean = sum(scores) / len(scores)
     if json:
         summary = {
@@ -118,6 +125,10 @@ def sample(json: bool, **options: Any) -> None:
         }
         echo_json(summary)
         return
+    different = len({prompt.text.prompt for prompt in prompts})
+    if left_out := different - len(kept):
+        why = "its completions score the same" if config.pairs else "no completion scores"
+        console.note(f"! {left_out:,} of {different:,} prompts have no row, because {why}")
     console.note(
         f"Wrote {len(scores):,} rows from {len(prompts):,} prompts to {target}, mean score "
         f"{mean:+.4f}. Train on them:\n"

@@ -70,7 +70,7 @@ def this_machine() -> Machine:
             macos=_numbers(platform.mac_ver()[0]),
         )
     memory = _total_memory()
-    name = f"{platform.system()} {platform.machine()}, {memory / 2**30:.0f} GB, no Metal"
+    name = f"{platform.system()} {platform.machine()}"
     return Machine(name, memory, memory, metal=False)
 
 

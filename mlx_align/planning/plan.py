@@ -228,8 +228,8 @@ def check_on_policy_fits(
 def format_requirement(plan: Plan) -> str:
     """The peak and the memory available, in words."""
     return (
-        f"{format_bytes(plan.memory.peak_bytes)} at its peak; "
-        f"{plan.machine.name} has {format_bytes(plan.machine.working_set_bytes)} available"
+        f"{format_bytes(plan.memory.peak_bytes)} at its peak; {plan.machine.name}: "
+        f"{format_bytes(plan.machine.working_set_bytes)} available"
     )
 
 

@@ -128,14 +128,21 @@ def select_rows(
 ) -> list[dict[str, Any]]:
     """The rows kept of one prompt's completions, best first.
 
-    Empty completions and those without a score are dropped, and duplicates count once.
+    Empty completions and those without a score are dropped, and duplicates count once. A
+    completion that scored 0, the least of its prompt, earned nothing and is no demonstration;
+    `threshold` decides instead if it is given.
     """
     found: dict[str, float] = {}
     for text, score in zip(texts, scores, strict=True):
         if text.strip() and not np.isnan(score):
             found.setdefault(text, float(score))
     ranked = sorted(found.items(), key=lambda item: -item[1])
-    good = [item for item in ranked if config.threshold is None or item[1] >= config.threshold]
+    if config.threshold is not None:
+        good = [item for item in ranked if item[1] >= config.threshold]
+    elif ranked and ranked[-1][1] == 0:
+        good = [item for item in ranked if item[1] > 0]
+    else:
+        good = ranked
     group = prompt.text
     chat = not isinstance(group.prompt, str)
     columns = {name: value for name, value in group.columns.items() if name not in _RESERVED}

@@ -12,7 +12,7 @@ import hashlib
 import json
 import sqlite3
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -87,15 +87,47 @@ def describe_computation(model: LanguageModel) -> str:
     )
 
 
-class ReferenceCache:
-    """Log-probs of one reference on disk, keyed by tokens. Close it after use."""
+class StoredCache(NamedTuple):
+    """A cache file of `mlx-align cache`.
 
-    def __init__(self, folder: Path, key: str) -> None:
+    Attributes:
+        file: The file.
+        bytes: Its size.
+        completions: Number of completions in it.
+        model: Base model as it was named; "" in files of versions that didn't write it.
+        adapter: Adapter that the reference is; "" for the base model, or if it is unknown.
+        changed: Time of the last change, seconds since 1970.
+    """
+
+    file: Path
+    bytes: int
+    completions: int
+    model: str
+    adapter: str
+    changed: float
+
+
+class ReferenceCache:
+    """Log-probs of one reference on disk, keyed by tokens. Close it after use.
+
+    Args:
+        folder: Folder of the file.
+        key: What the log-probs depend on, from `reference_key`.
+        model: Base model, for `mlx-align cache`.
+        adapter: Adapter of the reference, likewise; "" for none.
+    """
+
+    def __init__(self, folder: Path, key: str, model: str = "", adapter: str = "") -> None:
         self.file = folder / f"{key}.sqlite"
         with self._convert_errors():
             folder.mkdir(parents=True, exist_ok=True)
             self._db = sqlite3.connect(self.file)
             self._db.execute("CREATE TABLE IF NOT EXISTS logps (row BLOB PRIMARY KEY, nats BLOB)")
+            if model:
+                self._db.execute("CREATE TABLE IF NOT EXISTS names (model TEXT, adapter TEXT)")
+                self._db.execute("DELETE FROM names")
+                self._db.execute("INSERT INTO names VALUES (?, ?)", (model, adapter))
+                self._db.commit()
 
     @contextmanager
     def _convert_errors(self) -> Iterator[None]:
@@ -249,7 +281,9 @@ def reference_logprobs(
         config.adapter_dtype,
         describe_computation(policy.model),
     )
-    cache = ReferenceCache(folder.expanduser(), key)
+    cache = ReferenceCache(
+        folder.expanduser(), key, str(config.model), str(config.init_adapter or "")
+    )
     parts = {
         "training data": ([groups[i] for i in used], shapes),
         "held-out data": (held_out, plan_shapes(held_out, limit) if held_out else []),
@@ -325,14 +359,14 @@ def _checksum(found: dict[str, CompletionLogps]) -> str:
     return digest.hexdigest()
 
 
-def stored_caches(folder: Path) -> list[tuple[Path, int, int]]:
-    """Every cache in `folder`: its file, its bytes, and its number of completions."""
+def stored_caches(folder: Path) -> list[StoredCache]:
+    """Every cache in `folder`, the last used first."""
     stores = []
-    for file in sorted(folder.glob("*.sqlite")):
-        try:
-            with closing(sqlite3.connect(file)) as db:
-                rows = db.execute("SELECT COUNT(*) FROM logps").fetchone()[0]
-        except sqlite3.Error:
-            rows = 0
-        stores.append((file, file.stat().st_size, rows))
-    return stores
+    for file in folder.glob("*.sqlite"):
+        rows, names = 0, ("", "")
+        with suppress(sqlite3.Error), closing(sqlite3.connect(file)) as db:
+            rows = db.execute("SELECT COUNT(*) FROM logps").fetchone()[0]
+            names = db.execute("SELECT model, adapter FROM names").fetchone() or names
+        about = file.stat()
+        stores.append(StoredCache(file, about.st_size, rows, *map(str, names), about.st_mtime))
+    return sorted(stores, key=lambda store: -store.changed)

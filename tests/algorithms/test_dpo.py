@@ -310,8 +310,14 @@ def test_cache_command_shows_and_purges(train_dpo, tmp_path, capsys):
     where = ["--reference-cache", str(tmp_path / "cache")]
     assert mlx_align("cache", "--json", *where) == 0
     shown = json.loads(capsys.readouterr().out)
-    assert len(shown["stores"]) == 1
-    assert shown["bytes"] > 0
+    (store,) = shown["stores"]
+    assert shown["bytes"] == store["bytes"] > 0
+    assert store["model"] == str(TINY_MODEL)
+    assert store["adapter"] == ""
+    assert mlx_align("cache", *where) == 0
+    (line, _) = capsys.readouterr().out.splitlines()
+    assert line.startswith(store["changed"].replace("T", " ")[:16])
+    assert line.endswith(f"{store['completions']} completions  {TINY_MODEL}")
     assert mlx_align("cache", "--purge", *where) == 0
     assert not list((tmp_path / "cache").glob("*.sqlite"))
 

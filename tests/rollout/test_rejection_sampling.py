@@ -70,6 +70,35 @@ def test_the_best_distinct_completions_are_kept():
     assert selected(threshold=3.5) == []
 
 
+@pytest.mark.parametrize(
+    ("scores", "threshold", "kept"),
+    [
+        ([0, 0, 0], None, []),
+        ([0, 0, 0], 0.0, [0, 0, 0]),
+        ([1, 0, 0], None, [1]),
+        ([0, -1, -2], None, [0, -1, -2]),
+        ([0.5, 0, -1], None, [0.5, 0, -1]),
+    ],
+)
+def test_completions_that_earned_nothing_are_no_demonstrations(scores, threshold, kept):
+    group = PromptGroup("Q", (), "f:1")
+    prompt = Prompt(group, TokenizedGroup(np.array([1], np.int32), (), "f:1"))
+    config = RejectionSamplingConfig(**{**CONFIG.__dict__, "keep": 3, "threshold": threshold})
+    rows = select_rows(prompt, ["a", "b", "c"], np.array(scores, float), config)
+    assert [row["score"] for row in rows] == kept
+
+
+def test_nothing_to_write_if_every_sample_scored_0(sample, capsys):
+    Path("zero.py").write_text(
+        "def zero(completions, **columns):\n    return [0.0] * len(completions)\n"
+    )
+    code, rows = sample(reward="zero.py:zero")
+    assert (code, rows) == (1, [])
+    err = capsys.readouterr().err
+    assert "the best score is 0" in err
+    assert "Train on them" not in err
+
+
 def test_pairs_are_best_and_worst():
     (pair,) = selected(pairs=True)
     assert (pair["chosen"], pair["rejected"]) == ("b", "a")
