@@ -79,7 +79,6 @@ def sample(json: bool, **options: Any) -> None:
     )
     for note in (*report.notes, *remarks):
         console.note(f"! {note}")
-    loaded, policy, score = load_sampler(folder, config.adapter_path, config.reward_model)
     sampling = RejectionSamplingConfig(
         config.n,
         config.keep or 1,
@@ -91,8 +90,11 @@ def sample(json: bool, **options: Any) -> None:
     )
     scores: list[float] = []
     kept: set[str] = set()
-    with Rewards(settings, score) as rewards:
+    # Before the model is loaded, so that an error in a reward is found at once.
+    with Rewards(settings) as rewards:
         rewards.check([prompt.text for prompt in prompts])
+        loaded, policy, score = load_sampler(folder, config.adapter_path, config.reward_model)
+        rewards.score_model = score
         with (
             console.bar("Sampling", len(prompts)) as bar,
             wrap_write_errors(target, (OSError,)),

@@ -83,14 +83,17 @@ class Rewards(AbstractContextManager["Rewards"]):
 
     Args:
         settings: The rewards.
-        score_model: Scores completions by the reward model; None without one.
+        score_model: Scores completions by the reward model; None without one. It can be set later
+            (`score_model`), so that functions are imported before models are loaded.
 
     Raises:
         ConfigError: A reward function can't be imported.
     """
 
-    def __init__(self, settings: RewardSettings, score_model: CompletionScorer | None) -> None:
-        self._settings, self._score_model = settings, score_model
+    def __init__(
+        self, settings: RewardSettings, score_model: CompletionScorer | None = None
+    ) -> None:
+        self._settings, self.score_model = settings, score_model
         self._functions = open_rewards(parse_rewards(settings.functions), settings.timeout)
 
     def __enter__(self) -> Self:
@@ -136,9 +139,9 @@ class Rewards(AbstractContextManager["Rewards"]):
             by_prompt(completions.texts, size),
             by_prompt(facts, size),
         )
-        if self._score_model is None:
+        if self.score_model is None:
             return table
-        values = np.column_stack([table.values, self._score_model(completions)])
+        values = np.column_stack([table.values, self.score_model(completions)])
         weights = [*table.weights, self._settings.model_weight]
         return combine([*table.names, MODEL_NAME], values, weights)
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -65,7 +64,7 @@ class OfflineSetup(Setup):
     valid: list[TokenizedGroup]
     held_out: list[TokenizedGroup]
 
-    def load(self, run: Path, console: Console, stack: ExitStack) -> OfflineJob:
+    def load(self, run: Path, console: Console) -> OfflineJob:
         """Load the model, and compute or look up the reference's log-probs."""
         return OfflineJob(self, run, console)
 

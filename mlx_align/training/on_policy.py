@@ -70,7 +70,7 @@ class OnPolicySetup(Setup):
         config: The options.
         train: Prompts to train on.
         valid: Held-out prompts.
-        rewards: The rewards to train on.
+        rewards: The rewards to train on, opened.
         held_out_rewards: Rewards that are only measured on held-out prompts; None for none.
         reward_models: The reward models, by the option that names them.
         shapes: Shapes of microbatches.
@@ -81,37 +81,40 @@ class OnPolicySetup(Setup):
     config: OnPolicyConfig
     train: list[Prompt]
     valid: list[Prompt]
-    rewards: RewardSettings
-    held_out_rewards: RewardSettings | None
+    rewards: Rewards
+    held_out_rewards: Rewards | None
     reward_models: Mapping[str, RewardModelSource]
     shapes: list[AnyShape]
     demonstrations: list[TokenizedGroup]
 
-    def load(self, run: Path, console: Console, stack: ExitStack) -> OnPolicyJob:
-        """Load the model with the weights of all roles; open the rewards."""
-        return OnPolicyJob(self, run, console, stack)
+    def load(self, run: Path, console: Console) -> OnPolicyJob:
+        """Load the model with the weights of all roles."""
+        return OnPolicyJob(self, run, console)
 
 
 def prepare_on_policy(
     method: OnPolicyMethod,
     config: OnPolicyConfig,
     folder: ModelFolder,
+    stack: ExitStack,
     data: Data | None = None,
     rewards: Sequence[RewardSource] = (),
     eval_rewards: Sequence[RewardSource] = (),
 ) -> OnPolicySetup:
-    """Check options, read and tokenise the prompts, and check that the run fits the machine.
+    """Check options, read and tokenise the prompts, import the rewards, and check the memory.
 
     Args:
         method: Makes the algorithm.
         config: The resolved options.
         folder: The base model.
+        stack: Closes the rewards at the end of the run.
         data: The prompts, if they are not `config.data`.
         rewards: Reward functions in addition to `config.reward`.
         eval_rewards: Reward functions in addition to `config.eval_reward`.
 
     Raises:
-        ConfigError: An option is missing, wrong, or without effect.
+        ConfigError: An option is missing, wrong, or without effect; a reward can't be imported, or
+            the data lacks a column that it needs.
         DataError: The prompts can't be used; the message names file and line.
     """
     check_on_policy_options(config)
@@ -149,6 +152,13 @@ def prepare_on_policy(
     memory = reward_model_memory(models.values(), folder, layout)
     lines.append(check_on_policy_fits(config, layout, folder, prompts, memory))
     size = config.batch_size or DEFAULT_BATCH_SIZE
+    texts = [prompt.text for prompt in (*train, *valid)]
+
+    def opened(settings: RewardSettings) -> Rewards:
+        one = stack.enter_context(Rewards(settings))
+        one.check(texts)
+        return one
+
     return OnPolicySetup(
         layout=layout,
         folder=folder,
@@ -157,8 +167,8 @@ def prepare_on_policy(
         config=config,
         train=train,
         valid=valid,
-        rewards=wanted,
-        held_out_rewards=held_out,
+        rewards=opened(wanted),
+        held_out_rewards=None if held_out is None else opened(held_out),
         reward_models=models,
         shapes=rollout_shapes(shown, config.max_completion_length, size),
         demonstrations=demonstrations,
@@ -301,10 +311,10 @@ def reward_model_memory(
 class OnPolicyJob:
     """An on-policy run with its weights; see `setup.Job`."""
 
-    def __init__(self, setup: OnPolicySetup, run: Path, console: Console, stack: ExitStack) -> None:
+    def __init__(self, setup: OnPolicySetup, run: Path, console: Console) -> None:
         config = setup.config
         self._config, self._run, self._console = config, run, console
-        collector, evaluation = load_collector(setup, stack, console)
+        collector, evaluation = load_collector(setup, console)
         self.policy = collector.policy
         algorithm = setup.method.make(config, collector)
         self.trainer = OnPolicyTrainer(algorithm, collector, evaluation, config, run)
@@ -352,18 +362,16 @@ class OnPolicyJob:
 
 
 def load_collector(
-    setup: OnPolicySetup, stack: ExitStack, console: Console
+    setup: OnPolicySetup, console: Console
 ) -> tuple[RolloutCollector, RolloutEvaluation]:
-    """Load the model with the weights of all roles, and open the rewards.
+    """Load the model with the weights of all roles, and the reward models.
 
     Args:
         setup: The run before its weights are loaded.
-        stack: Closes the rewards at the end of the run.
         console: Shows which models are loaded.
 
     Raises:
         ModelError: A model, adapter or run can't be used.
-        ConfigError: A reward can't be opened, or the data lacks a field it needs.
     """
     config, folder, layout = setup.config, setup.folder, setup.layout
     memory = reward_model_memory(setup.reward_models.values(), folder, layout)
@@ -375,7 +383,7 @@ def load_collector(
     console.note(describe_policy(policy))
     console.note("The reference is the policy as it starts; both share one base model.")
 
-    def open_one(settings: RewardSettings, option: str) -> tuple[Rewards, AdapterWeights | None]:
+    def load_one(rewards: Rewards, option: str) -> AdapterWeights | None:
         source = setup.reward_models.get(option)
         score: CompletionScorer | None = None
         weights = None
@@ -388,14 +396,12 @@ def load_collector(
                 score = SeparateRewardModel(open_reward_model(source))
                 where = "a second model in memory, with another base"
             console.note(f"{option} {source.name}: {where}.")
-        rewards = stack.enter_context(Rewards(settings, score))
-        rewards.check([prompt.text for prompt in (*setup.train, *setup.valid)])
-        return rewards, weights
+        rewards.score_model = score
+        return weights
 
-    rewards, reward_weights = open_one(setup.rewards, "--reward-model")
-    held_out = None
+    reward_weights = load_one(setup.rewards, "--reward-model")
     if setup.held_out_rewards is not None:
-        held_out = open_one(setup.held_out_rewards, "--eval-reward-model")[0]
+        load_one(setup.held_out_rewards, "--eval-reward-model")
     collector = RolloutCollector(
         config,
         policy,
@@ -403,7 +409,7 @@ def load_collector(
         setup.train,
         setup.shapes,
         MemoryLimit(),
-        rewards,
+        setup.rewards,
         setup.demonstrations,
     )
-    return collector, RolloutEvaluation(collector, setup.valid, held_out)
+    return collector, RolloutEvaluation(collector, setup.valid, setup.held_out_rewards)

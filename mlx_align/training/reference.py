@@ -363,10 +363,10 @@ def stored_caches(folder: Path) -> list[StoredCache]:
     """Every cache in `folder`, the last used first."""
     stores = []
     for file in folder.glob("*.sqlite"):
-        rows, names = 0, ("", "")
+        rows, model, adapter = 0, "", ""
         with suppress(sqlite3.Error), closing(sqlite3.connect(file)) as db:
             rows = db.execute("SELECT COUNT(*) FROM logps").fetchone()[0]
-            names = db.execute("SELECT model, adapter FROM names").fetchone() or names
+            model, adapter = db.execute("SELECT model, adapter FROM names").fetchone() or ("", "")
         about = file.stat()
-        stores.append(StoredCache(file, about.st_size, rows, *map(str, names), about.st_mtime))
+        stores.append(StoredCache(file, about.st_size, rows, model, adapter, about.st_mtime))
     return sorted(stores, key=lambda store: -store.changed)

@@ -160,25 +160,25 @@ def train(
     check_trackers(config)
     folder = open_model(config.model)
     setup: Setup
-    if isinstance(algorithm, OnPolicyMethod):
-        from mlx_align.training.on_policy import prepare_on_policy
-
-        assert isinstance(config, OnPolicyConfig)
-        setup = prepare_on_policy(algorithm, config, folder, data, rewards, eval_rewards)
-    else:
-        from mlx_align.training.offline import prepare_offline
-
-        setup = prepare_offline(algorithm, config, folder, data)
-    for line in setup.lines:
-        console.note(line)
     with ExitStack() as stack:
+        if isinstance(algorithm, OnPolicyMethod):
+            from mlx_align.training.on_policy import prepare_on_policy
+
+            assert isinstance(config, OnPolicyConfig)
+            setup = prepare_on_policy(algorithm, config, folder, stack, data, rewards, eval_rewards)
+        else:
+            from mlx_align.training.offline import prepare_offline
+
+            setup = prepare_offline(algorithm, config, folder, data)
+        for line in setup.lines:
+            console.note(line)
         stack.enter_context(
             open_run_folder(run, config, setup.made_of, console.note, resume=resume)
         )
         health = HealthMonitor(algorithm.command, mean_completion_tokens(setup.facts))
         page = RunPage(run, algorithm.command, setup.facts, setup.eval_examples, health, console)
         everyone = Callbacks([Trackers(config, run, console), page, *callbacks])
-        job = setup.load(run, console, stack)
+        job = setup.load(run, console)
         trainer, policy = job.trainer, job.policy
         schedule = make_schedule(
             config.lr_schedule, config.learning_rate, trainer.total_steps, config.warmup

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -52,13 +51,12 @@ class Setup(ABC):
     made_of: dict[str, Any]
 
     @abstractmethod
-    def load(self, run: Path, console: Console, stack: ExitStack) -> Job:
+    def load(self, run: Path, console: Console) -> Job:
         """Load the model, and make what trains it.
 
         Args:
             run: The run folder, which exists.
             console: Shows messages and progress.
-            stack: Closes what the run has opened.
 
         Raises:
             MlxAlignError: A model, adapter or reward can't be used.

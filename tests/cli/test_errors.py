@@ -126,6 +126,18 @@ def test_names_of_other_libraries(fails, write):
     assert "Use mlx-align data check" in fails("check")
 
 
+@pytest.mark.parametrize(
+    "command", [("grpo",), ("ppo",), ("data", "sample", "--output", "o.jsonl")]
+)
+def test_a_misspelt_reward_is_found_before_the_model_is_loaded(fails, write, command):
+    Path("mine.py").write_text("def short(completions, **columns):\n    return [1.0]\n")
+    given = (*command.split(), "--model", TINY_MODEL, "--data", write(*many()), "--reward")
+    assert "mine.py has no function 'shrot' (it has: short)" in fails(*given, "mine.py:shrot")
+    assert "no module 'nowhere'" in fails(*given, "nowhere:short")
+    assert "did you mean length?" in fails(*given, "lenght")
+    assert not Path("runs").exists()
+
+
 def test_a_run_folder_is_not_overwritten(fails, write, tmp_path):
     data = write(*many())
     (tmp_path / "run").mkdir()
