@@ -104,7 +104,7 @@ def sample(json: bool, **options: Any) -> None:
                 stream.write(to_json(row, ascii=False) + "\n")
                 stream.flush()
                 scores.append(row["score_chosen" if config.pairs else "score"])
-                kept.add(json_module.dumps(row["prompt"]))
+                kept.add(to_json(row["prompt"]))
     if not scores:
         target.unlink()
         above = "" if config.threshold is None else f" of at least --threshold {config.threshold:g}"

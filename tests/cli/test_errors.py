@@ -126,9 +126,7 @@ def test_names_of_other_libraries(fails, write):
     assert "Use mlx-align data check" in fails("check")
 
 
-@pytest.mark.parametrize(
-    "command", [("grpo",), ("ppo",), ("data", "sample", "--output", "o.jsonl")]
-)
+@pytest.mark.parametrize("command", ["grpo", "ppo", "data sample --output out.jsonl"])
 def test_a_misspelt_reward_is_found_before_the_model_is_loaded(fails, write, command):
     Path("mine.py").write_text("def short(completions, **columns):\n    return [1.0]\n")
     given = (*command.split(), "--model", TINY_MODEL, "--data", write(*many()), "--reward")
