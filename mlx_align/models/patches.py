@@ -11,6 +11,9 @@ Patched:
   does neither. `float32_attention` patches it too, for the check at load.
 - `mx.fast.rope`, by `rope_per_token`: mlx accepts one offset per row, a packed row needs one per
   token.
+- `gated_delta_ops` of mlx-lm, by `replace_gated_delta`: a loop over tokens, which keeps every
+  token's state for the backward pass. `gated_delta.py` keeps one in 32. While training, the kernel
+  of mlx-lm too: it has no backward pass.
 - `swiglu` in mlx-lm's model files, by `replace_swiglu`: mlx's gradient keeps one more array of the
   MLP's width per block.
 - `__call__` of the block classes, by `wrap_blocks`: mlx-lm's own gradient checkpointing loses the
@@ -34,7 +37,9 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.models import activations
+from mlx_lm.models import activations, gated_delta
+
+from mlx_align.models.gated_delta import gated_delta_rule
 
 _custom_function: Any = mx.custom_function  # the stubs lose the signature of what it wraps
 
@@ -54,7 +59,8 @@ def apply_patches(
         packed: Whether rows hold several prompts or completions, each with its own positions.
     """
     rope = rope_per_token() if packed else nullcontext()
-    with rope, replace_attention(attention), replace_swiglu(model):
+    recurrence = replace_gated_delta(training=model.training)
+    with rope, replace_attention(attention), replace_swiglu(model), recurrence:
         yield
 
 
@@ -164,6 +170,27 @@ def replace_swiglu(model: nn.Module) -> Iterator[None]:
     finally:
         for file in callers:
             file.swiglu = original
+
+
+# Gated delta rule
+
+
+@contextmanager
+def replace_gated_delta(*, training: bool) -> Iterator[None]:
+    """Within the block, mlx-lm's hybrid models compute the gated delta rule chunk by chunk.
+
+    Args:
+        training: Whether there will be a backward pass. Without one, GPUs use mlx-lm's kernel.
+    """
+    names = ["gated_delta_ops", "gated_delta_kernel"] if training else ["gated_delta_ops"]
+    originals = {name: getattr(gated_delta, name) for name in names}
+    for name in names:
+        setattr(gated_delta, name, gated_delta_rule)
+    try:
+        yield
+    finally:
+        for name, original in originals.items():
+            setattr(gated_delta, name, original)
 
 
 # Parts of a model

@@ -61,6 +61,9 @@ _LATENT = {
 }
 _DELTA = {
     "num_hidden_layers": 4,
+    # The outputs of linear attention are normalised, and those of a tiny random model may be nearly
+    # zero: with an epsilon of 1e-5, summing in another order changed gradients by up to 6e-5.
+    "rms_norm_eps": 1e-2,
     "linear_num_value_heads": 4,
     "linear_num_key_heads": 2,
     "linear_key_head_dim": 16,
@@ -124,6 +127,31 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "norm_topk_prob": True,
     },
     "qwen3_5": _DELTA,
+    "kimi_linear": {
+        "num_hidden_layers": 3,
+        "linear_attn_config": {
+            "kda_layers": [1, 2],
+            "full_attn_layers": [3],
+            "num_heads": 4,
+            "head_dim": 16,
+            "short_conv_kernel_size": 4,
+        },
+        "kv_lora_rank": 16,
+        "qk_nope_head_dim": 16,
+        "qk_rope_head_dim": 8,
+        "v_head_dim": 16,
+        "num_experts": 4,
+        "num_experts_per_token": 2,
+        "moe_intermediate_size": 32,
+        "num_shared_experts": 1,
+        "first_k_dense_replace": 1,
+        "num_key_value_heads": 4,
+        "model_max_length": 512,
+        "moe_router_activation_func": "sigmoid",
+        "moe_renormalize": True,
+        "routed_scaling_factor": 1.0,
+        "tie_word_embeddings": False,
+    },
     "gemma": {},
     "gemma2": {
         "num_hidden_layers": 4,
