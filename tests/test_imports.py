@@ -15,6 +15,7 @@ LEVELS = (
     {"data", "models", "tracking"},
     {"inference", "planning", "report"},
     {"rollout", "evaluation"},
+    {"preferences"},
     {"algorithms"},
     {"training"},
     {"commands"},

@@ -7,10 +7,12 @@ import click
 from mlx_align import __version__
 from mlx_align.cli.cache import cache
 from mlx_align.cli.completion import completion
+from mlx_align.cli.constitution import constitution
 from mlx_align.cli.data import data
 from mlx_align.cli.evaluate import evaluate
 from mlx_align.cli.export import export
 from mlx_align.cli.fuse import fuse
+from mlx_align.cli.judge import judge
 from mlx_align.cli.options import Group
 from mlx_align.cli.plan import plan
 from mlx_align.cli.report import report
@@ -23,6 +25,7 @@ from mlx_align.losses.registry import PAIRWISE_LOSSES
 SECTIONS = {
     "Train": ("dpo", "kto", "sft", "reward", "ppo", "grpo"),
     "Use and evaluate a run": ("eval", "score", "rerank", "fuse", "export", "report"),
+    "Make preferences": ("judge", "constitution"),
     "Prepare": ("plan", "data", "cache", "completion"),
 }
 
@@ -82,6 +85,8 @@ for command in (
     fuse,
     export,
     report,
+    judge,
+    constitution,
     plan,
     data,
     cache,

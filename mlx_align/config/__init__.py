@@ -10,6 +10,7 @@ from mlx_align.config.evaluation import (
     ScoreConfig,
     ScorerConfig,
 )
+from mlx_align.config.judges import ConstitutionConfig, JudgeConfig
 from mlx_align.config.offline import (
     DEFAULT_BATCH_SIZE,
     DPOConfig,
@@ -39,12 +40,14 @@ __all__ = [
     "AdapterExportConfig",
     "CacheConfig",
     "CheckDataConfig",
+    "ConstitutionConfig",
     "ConvertDataConfig",
     "DPOConfig",
     "EvalConfig",
     "ExportConfig",
     "FuseConfig",
     "GRPOConfig",
+    "JudgeConfig",
     "KTOConfig",
     "LabelOptions",
     "LossConfig",

@@ -57,6 +57,36 @@ class CheckDataOptions(TypedDict, total=False):
     max_completion_length: int | None
 
 
+class ConstitutionOptions(TypedDict, total=False):
+    """Keyword arguments checked by `ConstitutionConfig`."""
+
+    model: Required[str | Path]
+    adapter_path: str | PathLike[str] | None
+    url: str | None
+    api_key_variable: str | None
+    data: Required[Data]
+    format: str | None
+    columns: Mapping[str, float | str]
+    output: Required[str | Path]
+    constitution: str | Path | None
+    judge_model: str | Path | None
+    judge_adapter_path: str | PathLike[str] | None
+    judge_url: str | None
+    min_verdict_mass: float | None
+    human: str | Path | None
+    pairs: bool
+    allow_unproven: bool
+    ties: Literal["skip", "half"]
+    min_confidence: float
+    labels: Literal["soft", "hard"]
+    rounds: int
+    answers: int
+    max_completion_length: int
+    temperature: float
+    seed: int
+    samples: int
+
+
 class ConvertDataOptions(TypedDict, total=False):
     """Keyword arguments checked by `ConvertDataConfig`."""
 
@@ -84,6 +114,7 @@ class DPOOptions(TypedDict, total=False):
     thinking: Literal["auto", "on", "off"]
     max_seq_length: int
     max_completion_length: int | None
+    allow_circular: bool
     valid_fraction: float
     ties: Literal["skip", "half"]
     strength: Literal["ignore", "margin", "soft-label"]
@@ -171,6 +202,7 @@ class GRPOOptions(TypedDict, total=False):
     format: str | None
     columns: Mapping[str, float | str]
     thinking: Literal["auto", "on", "off"]
+    allow_circular: bool
     valid_fraction: float
     fine_tune_type: Literal["lora", "dora", "full"] | None
     lora_rank: int | None
@@ -228,6 +260,36 @@ class GRPOOptions(TypedDict, total=False):
     guard: bool
 
 
+class JudgeOptions(TypedDict, total=False):
+    """Keyword arguments checked by `JudgeConfig`."""
+
+    data: Required[Data]
+    split: str
+    format: str | None
+    columns: Mapping[str, float | str]
+    output: Required[str | Path]
+    human: str | Path | None
+    model: str | Path | None
+    adapter_path: str | PathLike[str] | None
+    reward_model: str | PathLike[str] | None
+    reward: Rewards | None
+    url: str | None
+    api_key_variable: str | None
+    concurrency: int | None
+    rubric: str | Path | None
+    by_criterion: bool
+    min_verdict_mass: float | None
+    own_name: str | Sequence[str] | None
+    max_seq_length: int | None
+    batch_size: int | None
+    allow_unproven: bool
+    pairs_per_prompt: int | None
+    ties: Literal["skip", "half"]
+    min_confidence: float
+    labels: Literal["soft", "hard"]
+    seed: int
+
+
 class KTOOptions(TypedDict, total=False):
     """Keyword arguments checked by `KTOConfig`."""
 
@@ -240,6 +302,7 @@ class KTOOptions(TypedDict, total=False):
     thinking: Literal["auto", "on", "off"]
     max_seq_length: int
     max_completion_length: int | None
+    allow_circular: bool
     valid_fraction: float
     fine_tune_type: Literal["lora", "dora", "full"] | None
     lora_rank: int | None
@@ -288,6 +351,7 @@ class PPOOptions(TypedDict, total=False):
     format: str | None
     columns: Mapping[str, float | str]
     thinking: Literal["auto", "on", "off"]
+    allow_circular: bool
     valid_fraction: float
     fine_tune_type: Literal["lora", "dora", "full"] | None
     lora_rank: int | None
@@ -403,6 +467,7 @@ class RewardOptions(TypedDict, total=False):
     thinking: Literal["auto", "on", "off"]
     max_seq_length: int
     max_completion_length: int | None
+    allow_circular: bool
     valid_fraction: float
     ties: Literal["skip", "half"]
     strength: Literal["ignore", "margin", "soft-label"]
@@ -454,6 +519,7 @@ class SFTOptions(TypedDict, total=False):
     thinking: Literal["auto", "on", "off"]
     max_seq_length: int
     max_completion_length: int | None
+    allow_circular: bool
     valid_fraction: float
     fine_tune_type: Literal["lora", "dora", "full"] | None
     lora_rank: int | None

@@ -91,6 +91,11 @@ class TrainConfig(Options):
     max_completion_length: int | None = option(
         None, "Truncate completions to N tokens, rather than drop rows.", MODEL, at_least=1
     )
+    allow_circular: bool = option(
+        False,
+        "Train on labels by a judge that is the model to train, or was trained from it.",
+        MODEL,
+    )
     valid_fraction: float = option(
         0.05,
         "Fraction to hold out if there is no valid split.",

@@ -41,6 +41,8 @@ ROLLOUT = "Rollouts"
 OPTIMISATION = "Optimisation"
 LOSS = "Loss"
 CRITIC = "Critic"
+JUDGE = "Judge"
+LABELS = "Labels"
 SCORING = "Scoring"
 SAMPLING = "Sampling"
 EVALUATION = "Evaluation"
@@ -54,6 +56,8 @@ GROUPS = (
     OPTIMISATION,
     LOSS,
     CRITIC,
+    JUDGE,
+    LABELS,
     SCORING,
     SAMPLING,
     EVALUATION,

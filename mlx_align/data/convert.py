@@ -58,8 +58,8 @@ def plain_row(group: PromptGroup) -> dict[str, Any]:
     completions `completion` and `label`, `messages` or `text`; prompts keep their other columns.
     Text stays text, because it is trained on without a chat template.
     """
-    row: dict[str, Any] = {"prompt": _plain(group.prompt)}
-    texts = [_plain(text) for text in group.completions]
+    row: dict[str, Any] = {"prompt": plain_text(group.prompt)}
+    texts = [plain_text(text) for text in group.completions]
     if len(texts) == 2:
         row.update(zip(("chosen", "rejected"), texts, strict=True))
         if group.scores is not None:
@@ -92,5 +92,6 @@ def unique_groups(groups: Iterable[PromptGroup]) -> list[PromptGroup]:
     return list(seen.values())
 
 
-def _plain(text: Text) -> Any:
+def plain_text(text: Text) -> Any:
+    """Text as it is; a conversation as a list of messages for a JSON file."""
     return text if isinstance(text, str) else [turn.to_dict() for turn in text]

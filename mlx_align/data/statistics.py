@@ -10,13 +10,14 @@ from __future__ import annotations
 import textwrap
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from mlx_align.data.chat_template import Thinking
 from mlx_align.data.formats import ReadReport
+from mlx_align.data.provenance import Lineage, judges_of
 from mlx_align.data.tokenization import TokenizeReport, percentiles
 from mlx_align.types import PromptGroup, TokenIds, TokenizedGroup
 
@@ -83,6 +84,7 @@ class DatasetStatistics:
         text_dropped: Groups with other text that the chat template leaves out.
         max_positions: The longest sequence that the model was made for, tokens, if known.
         beyond_positions: Kept groups that are longer.
+        judges: The judges that labelled the rows: their lineage by name.
     """
 
     read_as: str
@@ -116,6 +118,7 @@ class DatasetStatistics:
     text_dropped: int = 0
     max_positions: int | None = None
     beyond_positions: int = 0
+    judges: Mapping[str, Lineage] = field(default_factory=dict)
 
 
 def compute_statistics(
@@ -190,6 +193,7 @@ def compute_statistics(
             and len(group.prompt) + max(map(len, group.completions), default=0) > max_positions
             for group in tokenized
         ),
+        judges=judges_of(groups),
     )
 
 

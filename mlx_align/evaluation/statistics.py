@@ -50,7 +50,10 @@ def ratio_estimate(
     above = np.bincount(index, weights=numerator)
     below = np.bincount(index, weights=denominator)
     ratios = np.concatenate(
-        [(counts @ above) / (counts @ below) for counts in _resamples(len(above), len(above), seed)]
+        [
+            (counts @ above) / (counts @ below)
+            for counts in resample_counts(len(above), len(above), seed)
+        ]
     )
     low, high = np.quantile(ratios, _TAILS)
     return Estimate(float(above.sum() / below.sum()), float(low), float(high))
@@ -120,7 +123,7 @@ def length_controlled(
     thetas = np.concatenate(
         [
             fit_logistic(outcomes, feature, counts[:, index], start=fit[0])[:, 0]
-            for counts in _resamples(
+            for counts in resample_counts(
                 int(index.max()) + 1, len(outcomes), seed, LENGTH_CONTROLLED_RESAMPLES
             )
         ]
@@ -196,7 +199,9 @@ def detectable_rate(outcomes: Floats, cluster: Clusters) -> float:
 _TAILS = [(1 - LEVEL) / 2, (1 + LEVEL) / 2]
 
 
-def _resamples(clusters: int, width: int, seed: int, count: int = RESAMPLES) -> Iterator[Floats]:
+def resample_counts(
+    clusters: int, width: int, seed: int, count: int = RESAMPLES
+) -> Iterator[Floats]:
     """Yield the number of times that clusters occur in resamples, (resamples, clusters), in blocks.
 
     `width` is the width of the widest array that is made from a block.

@@ -581,6 +581,9 @@ def diagnose(record: RunRecord) -> list[Finding]:
         if kept.signal not in shown:
             found.append(kept)
             shown.add(kept.signal)
+    circular = record.data_statistics.get("circular")
+    if isinstance(circular, str) and circular:
+        found.append(_circular_finding(circular))
     report = record.summary.get("held_out")
     if isinstance(report, Mapping):
         found += [_report_finding(str(text)) for text in report.get("warnings") or ()]
@@ -631,6 +634,16 @@ def _recorded(record: RunRecord) -> list[Finding]:
             signal, advice = str(one.get("signal")), str(one.get("advice"))
             found.append(Finding(one["level"], signal, problem, advice))
     return found
+
+
+def _circular_finding(text: str) -> Finding:
+    """The run was started with --allow-circular: its judge is the policy or a descendant."""
+    return Finding(
+        "warn",
+        "provenance",
+        f"Circular: {text}.",
+        "It may only reinforce what the model prefers already; evaluate it with another judge.",
+    )
 
 
 def _report_finding(text: str) -> Finding:

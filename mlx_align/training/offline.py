@@ -42,7 +42,13 @@ from mlx_align.training.evaluation import EvaluationResult, kl_from_reference
 from mlx_align.training.metrics import MetricsWindow, Progress, StepResult, Throughput
 from mlx_align.training.reference import References, reference_logprobs
 from mlx_align.training.resume import fingerprints
-from mlx_align.training.setup import Setup, describe_policy, prepare_data, resolve_layout
+from mlx_align.training.setup import (
+    Setup,
+    check_circular_run,
+    describe_policy,
+    prepare_data,
+    resolve_layout,
+)
 from mlx_align.types import TokenizedGroup
 
 
@@ -91,6 +97,10 @@ def prepare_offline(
     lines.append(check_fits(config, layout, folder, train))
     parts = {"training data": train, "held-out data": valid}
     held_out = held_out_groups(valid, config)
+    made_of = fingerprints(algorithm.command, config, folder.path, parts)
+    judges = check_circular_run(config, made_of, dataset.statistics.judges)
+    if "circular" in judges:
+        lines.append(f"! Circular: {judges['circular']}.")
     return OfflineSetup(
         layout=layout,
         folder=folder,
@@ -101,8 +111,8 @@ def prepare_offline(
         valid=valid,
         held_out=held_out,
         lines=lines,
-        facts=asdict(dataset.statistics),
-        made_of=fingerprints(algorithm.command, config, folder.path, parts),
+        facts={**asdict(dataset.statistics), **judges},
+        made_of=made_of,
     )
 
 

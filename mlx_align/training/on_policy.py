@@ -20,6 +20,7 @@ from mlx_align.config import DEFAULT_BATCH_SIZE, OnPolicyConfig, PPOConfig
 from mlx_align.data.buckets import AnyShape, rollout_shapes
 from mlx_align.data.columns import configure_data
 from mlx_align.data.formats import read_prompts
+from mlx_align.data.provenance import Lineage
 from mlx_align.data.readers import Data, has_split
 from mlx_align.data.tokenization import PromptReport, tokenize_prompts
 from mlx_align.data.transforms import split_validation
@@ -53,11 +54,16 @@ from mlx_align.rollout.rewards import (
 from mlx_align.rollout.sampler import Prompt
 from mlx_align.system.memory_limit import MemoryLimit
 from mlx_align.system.progress import Console
-from mlx_align.tracking.run_dir import append_samples
+from mlx_align.tracking.run_dir import SUMMARY_FILE, append_samples, read_run_record
 from mlx_align.training.checkpoint import checkpoint_folder
 from mlx_align.training.on_policy_trainer import OnPolicyTrainer, RolloutEvaluation
 from mlx_align.training.resume import fingerprints
-from mlx_align.training.setup import Setup, describe_policy, resolve_layout
+from mlx_align.training.setup import (
+    Setup,
+    check_circular_run,
+    describe_policy,
+    resolve_layout,
+)
 from mlx_align.types import TokenizedGroup
 
 
@@ -148,6 +154,10 @@ def prepare_on_policy(
         )
     lines, facts = _describe_prompts(report, title, train, valid)
     made_of = fingerprints(method.command, config, folder.path, parts, hashes)
+    judges = check_circular_run(config, made_of, recorded_judges(models.get("--reward-model")))
+    facts |= judges
+    if "circular" in judges:
+        lines.append(f"! Circular: {judges['circular']}.")
     prompts = parts["prompts"], parts["held-out prompts"]
     memory = reward_model_memory(models.values(), folder, layout)
     lines.append(check_on_policy_fits(config, layout, folder, prompts, memory))
@@ -176,6 +186,16 @@ def prepare_on_policy(
         facts=facts,
         made_of=made_of,
     )
+
+
+def recorded_judges(reward: RewardModelSource | None) -> dict[str, Lineage]:
+    """The judges that labelled the data of a reward model's run; {} if unknown."""
+    if reward is None or reward.run is None or not (reward.run / SUMMARY_FILE).is_file():
+        return {}
+    found = read_run_record(reward.run).data_statistics.get("judges")
+    if not isinstance(found, Mapping):
+        return {}
+    return {str(name): tuple(lineage) for name, lineage in found.items()}
 
 
 def check_on_policy_options(config: OnPolicyConfig) -> None:

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import Any, Protocol
 from mlx.utils import tree_flatten
 
 from mlx_align.config import TrainConfig
+from mlx_align.data.provenance import Lineage, check_circularity
 from mlx_align.data.readers import Data
 from mlx_align.data.splits import GroupReader, read_splits
 from mlx_align.data.statistics import TokenizedDataset, compute_statistics
@@ -26,6 +27,7 @@ from mlx_align.models.policy import Policy
 from mlx_align.models.row_limits import check_rows
 from mlx_align.models.weights import AdapterWeights
 from mlx_align.system.progress import Console
+from mlx_align.tracking.run_dir import INIT_ADAPTER
 from mlx_align.training.loop import Trainer
 from mlx_align.types import TokenizedGroup
 
@@ -98,6 +100,28 @@ class Job(Protocol):
 
     def counts(self, groups: int) -> dict[str, int]:
         """Counts of the training data, for the summary."""
+
+
+def check_circular_run(
+    config: TrainConfig, made_of: Mapping[str, Any], judges: Mapping[str, Lineage]
+) -> dict[str, Any]:
+    """Facts about the judges of the training data, for the summary and the page.
+
+    Args:
+        config: Says whether a circular run is allowed.
+        made_of: Fingerprints of the run.
+        judges: Lineage of each judge, by name.
+
+    Raises:
+        ConfigError: A judge is the policy or was trained from it, and that is not allowed.
+    """
+    if not judges:
+        return {}
+    hashes = made_of["hashes"]
+    policy = (hashes.get(INIT_ADAPTER, hashes["model"]),)
+    circular = check_circularity(policy, judges, allow=config.allow_circular)
+    facts: dict[str, Any] = {"judges": {name: list(lineage) for name, lineage in judges.items()}}
+    return {**facts, "circular": circular} if circular else facts
 
 
 def prepare_data(

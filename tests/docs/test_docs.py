@@ -294,6 +294,7 @@ def folder(tmp_path_factory):
             for q, r in votes
         ],
     )
+    write("human.jsonl", many)
     write("prompts.jsonl", [{"prompt": row["prompt"]} for row in rows])
     write("demonstrations.jsonl", [{"messages": row["prompt"] + row["chosen"]} for row in rows])
     labels = ({"prompt": row["prompt"], "completion": row["chosen"]} for row in many)

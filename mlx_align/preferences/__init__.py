@@ -1,0 +1,1 @@
+"""Preferences before training: answers, judgements by people and models, and their quality."""

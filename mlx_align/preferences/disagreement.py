@@ -1,0 +1,77 @@
+"""Which pairs to ask people about first: those on which an ensemble of reward heads disagrees.
+
+Source: Christiano et al. 2017, "Deep Reinforcement Learning from Human Preferences", section 2.2.4
+(the variance of the predicted preference across an ensemble).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from mlx_align.errors import ConfigError
+from mlx_align.evaluation.statistics import Floats, sigmoid
+from mlx_align.inference.reward_model import RewardModel
+from mlx_align.preferences.verdicts import as_plain_text
+from mlx_align.types import Message, PromptGroup, Text
+
+
+def preference_disagreement(first: Floats, second: Floats) -> Floats:
+    """How far the members of an ensemble disagree about pairs.
+
+    Args:
+        first: (n, members) scores of the first answer of each pair.
+        second: (n, members) scores of the second.
+
+    Returns:
+        (n,) standard deviation over the members of σ(first − second), 0 to ½.
+    """
+    found: Floats = sigmoid(first - second).std(axis=1)
+    return found
+
+
+def score_disagreement(
+    model: RewardModel, pairs: Sequence[tuple[Text, Text, Text]]
+) -> npt.NDArray[np.float64]:
+    """The disagreement of a reward model's heads on pairs (prompt, answer, answer).
+
+    Args:
+        model: An ensemble.
+        pairs: The pairs.
+
+    Returns:
+        (n,) as `preference_disagreement`; NaN for pairs that can't be scored.
+
+    Raises:
+        ConfigError: The reward model has a single head.
+    """
+    groups = [_group(*pair) for pair in pairs]
+    found = np.full(len(pairs), np.nan)
+    for index, scored in enumerate(model.score_groups(groups)):
+        if scored.members is None:
+            continue
+        if scored.members.shape[1] < 2:
+            raise ConfigError(
+                "--ask-by disagreement needs an ensemble: train one with mlx-align reward "
+                "--ensemble 5"
+            )
+        members = scored.members.astype(np.float64)
+        found[index] = preference_disagreement(members[:1], members[1:2])[0]
+    return found
+
+
+def most_disagreement_first(disagreement: Floats) -> list[int]:
+    """Indices of pairs, the largest disagreement first; those without a score come last."""
+    known = np.where(np.isnan(disagreement), -1.0, disagreement)
+    return [int(index) for index in np.argsort(-known, kind="stable")]
+
+
+def _group(prompt: Text, first: Text, second: Text) -> PromptGroup:
+    if isinstance(prompt, str):
+        return PromptGroup(prompt, (as_plain_text(first), as_plain_text(second)), "a pair")
+    turns = (
+        (Message("assistant", one),) if isinstance(one, str) else one for one in (first, second)
+    )
+    return PromptGroup(prompt, tuple(turns), "a pair")
