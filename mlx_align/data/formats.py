@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from mlx_align.data import converters, public_formats
+from mlx_align.data import converters, judgements, public_formats
 from mlx_align.data.columns import ConfiguredSource, LabelRules, suggest_columns
 from mlx_align.data.messages import UnusableRow
 from mlx_align.data.readers import Data, Row, container_of, read_rows
@@ -148,8 +148,15 @@ PREFERENCE_FORMATS = (
     Format(
         "comparison",
         "two answers and which is better",
-        public_formats.is_comparison,
+        lambda row: public_formats.is_comparison(row) and not judgements.is_judgement(row),
         public_formats.comparison,
+    ),
+    Format(
+        "judgements",
+        "judgements of raters, joined by pair",
+        judgements.is_judgement,
+        judgements.read_joined,
+        judgements.join_judgements,
     ),
     Format(
         "summaries",
