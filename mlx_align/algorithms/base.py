@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 
 import mlx.core as mx
 import mlx.optimizers as optim
+import numpy as np
 
 from mlx_align.data.batching import Microbatch
 from mlx_align.data.buckets import BatchLimit
@@ -29,6 +30,7 @@ from mlx_align.losses.masking import weighted_sum
 from mlx_align.models.loading import LanguageModel, ModelFolder
 from mlx_align.models.policy import Policy
 from mlx_align.models.weights import AdapterWeights
+from mlx_align.system.intervals import RATES
 from mlx_align.system.progress import Console
 from mlx_align.types import Logps, PromptGroup, TokenizedGroup
 
@@ -162,7 +164,7 @@ class Algorithm(ABC):
         reference: CompletionLogps,
         groups: Sequence[TokenizedGroup],
     ) -> dict[str, float]:
-        """Held-out metrics, with `loss` among them.
+        """Held-out metrics, with `loss` among them, and their deviations (`held_out_means`).
 
         Args:
             logps: The policy's log-probs, or a reward model's scores, from `make_scorer`.
@@ -261,6 +263,24 @@ class OnPolicyMethod:
 
     command: str
     make: Callable[[Any, RolloutCollector], OnPolicyAlgorithm]
+
+
+def held_out_means(rows: Mapping[str, Any]) -> dict[str, float]:
+    """Means of held-out metrics, and the standard deviation of each that is not a rate.
+
+    Args:
+        rows: Per metric an array with a value per example.
+
+    Returns:
+        `<name>` and `<name>_std`, for `system.intervals.metric_interval`.
+    """
+    found: dict[str, float] = {}
+    for name, column in rows.items():
+        values = np.array(column)
+        found[name] = float(values.mean())
+        if name not in RATES and values.size > 1:
+            found[f"{name}_std"] = float(values.std(ddof=1, dtype=np.float64))
+    return found
 
 
 def weighted_metrics(metrics: Mapping[str, mx.array], weight: mx.array) -> MetricSums:

@@ -13,6 +13,7 @@ from mlx_align.algorithms.base import (
     CompletionLogps,
     MetricSums,
     Objective,
+    held_out_means,
     weighted_metrics,
 )
 from mlx_align.config import DPOConfig
@@ -294,7 +295,7 @@ def evaluate_pairs(
     )
     values = {"loss": loss(pairs, pairs.chosen_length.mean())}
     values.update(pair_metrics(pairs, loss.beta or 1.0))
-    return {name: float(np.array(value).mean()) for name, value in values.items()}
+    return held_out_means(values)
 
 
 def read_pairs(data: Data, split: str, format: str | None) -> tuple[list[PromptGroup], ReadReport]:

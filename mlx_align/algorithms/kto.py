@@ -10,6 +10,7 @@ update is its reference point: 8 microbatches of 1 row give the same update as 1
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, ClassVar, NamedTuple
 
@@ -22,6 +23,7 @@ from mlx_align.algorithms.base import (
     MetricSums,
     Objective,
     count_tokens,
+    held_out_means,
     weighted_metrics,
 )
 from mlx_align.config import KTOConfig
@@ -308,7 +310,7 @@ def evaluate_rows(
     good = np.array([bool(group.label) for group in groups])
     kl = max(0.0, float(logratios(MISMATCHED).mean())) if loss.loss.needs_kl else 0.0
     values = loss(mx.array(own.astype(np.float32)), mx.array(good), mx.array(kl))
-    metrics = {"loss": float(np.array(values).mean()), "kl": kl}
+    metrics = {**held_out_means({"loss": values}), "kl": kl}
     metrics |= {"count/chosen": float(good.sum()), "count/rejected": float((~good).sum())}
     total = np.array([p[OWN].sum(dtype=np.float64) for p in logps])
     for name, kind in (("chosen", good), ("rejected", ~good)):
@@ -318,6 +320,11 @@ def evaluate_rows(
     if good.any() and not good.all():
         metrics["rewards/accuracies"] = float(np.where(good, own > kl, own < kl).mean())
         metrics["rewards/margins"] = metrics["rewards/chosen"] - metrics["rewards/rejected"]
+        if good.sum() > 1 and (~good).sum() > 1:
+            # The margin is a difference of two means, not a mean of n values: this is the standard
+            # deviation that gives its standard error.
+            variance = sum(own[kind].var(ddof=1) / kind.sum() for kind in (good, ~good))
+            metrics["rewards/margins_std"] = float(loss.beta * math.sqrt(variance * len(own)))
         metrics["rewards/auc"] = _auc(own[good], own[~good])
     return metrics
 

@@ -22,6 +22,7 @@ from mlx_align.algorithms.base import (
     HeldOutReport,
     MetricSums,
     Objective,
+    held_out_means,
     weighted_metrics,
 )
 from mlx_align.config import RewardConfig
@@ -255,7 +256,7 @@ def evaluate_comparisons(
     comparisons = Comparisons(*(mx.array(column) for column in columns))
     values = {"loss": _loss(mx.array(rows), comparisons, config)}
     values.update(reward_metrics(mx.array(rows), comparisons))
-    return {name: float(np.array(value).mean()) for name, value in values.items()}
+    return held_out_means(values)
 
 
 def check_comparisons(data: TokenizedDataset, config: RewardConfig) -> list[str]:

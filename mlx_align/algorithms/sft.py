@@ -154,4 +154,11 @@ def evaluate_demonstrations(
     rows = [p[0][completion_mask(group, 0)] for p, group in zip(logps, groups, strict=True)]
     tokens = np.concatenate(rows).astype(np.float64)
     values = np.array(TOKEN_LOSSES[loss](mx.array(tokens.astype(np.float32))), np.float64)
-    return with_perplexity({"loss": float(values.mean()), "nll": float(-tokens.mean())})
+    metrics = with_perplexity({"loss": float(values.mean()), "nll": float(-tokens.mean())})
+    if len(rows) > 1:
+        # Tokens of a row depend on each other, so the row is the unit: the linearised standard
+        # error of a ratio of sums (Cochran 1977, "Sampling Techniques", section 2.11).
+        rest = np.array([(-row - (-tokens.mean())).sum(dtype=np.float64) for row in rows])
+        deviation = len(rows) / len(tokens) * math.sqrt((rest**2).sum() / (len(rows) - 1))
+        metrics["perplexity_std"] = metrics["perplexity"] * deviation
+    return metrics

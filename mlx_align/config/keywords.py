@@ -145,6 +145,7 @@ class DPOOptions(TypedDict, total=False):
     steps_per_eval: int
     val_batches: int
     save_every: int
+    keep: Literal["best", "last"]
     samples: int
     sample_tokens: int
     report_to: str | Sequence[str] | None
@@ -246,6 +247,7 @@ class GRPOOptions(TypedDict, total=False):
     steps_per_eval: int
     val_batches: int
     save_every: int
+    keep: Literal["best", "last"]
     samples: int
     sample_tokens: int
     report_to: str | Sequence[str] | None
@@ -329,6 +331,7 @@ class KTOOptions(TypedDict, total=False):
     steps_per_eval: int
     val_batches: int
     save_every: int
+    keep: Literal["best", "last"]
     samples: int
     sample_tokens: int
     report_to: str | Sequence[str] | None
@@ -401,6 +404,7 @@ class PPOOptions(TypedDict, total=False):
     steps_per_eval: int
     val_batches: int
     save_every: int
+    keep: Literal["best", "last"]
     samples: int
     sample_tokens: int
     report_to: str | Sequence[str] | None
@@ -496,6 +500,7 @@ class RewardOptions(TypedDict, total=False):
     steps_per_eval: int
     val_batches: int
     save_every: int
+    keep: Literal["best", "last"]
     samples: int
     sample_tokens: int
     report_to: str | Sequence[str] | None
@@ -543,6 +548,7 @@ class SFTOptions(TypedDict, total=False):
     steps_per_eval: int
     val_batches: int
     save_every: int
+    keep: Literal["best", "last"]
     samples: int
     sample_tokens: int
     report_to: str | Sequence[str] | None

@@ -241,6 +241,12 @@ class TrainConfig(Options):
         change_on_resume=True,
         aliases=("save_steps",),
     )
+    keep: Literal["best", "last"] = option(
+        "best",
+        "Adapter to keep: the one that is best on held-out data, or the last.",
+        EVALUATION,
+        change_on_resume=True,
+    )
     samples: int = option(
         8, "Held-out prompts to complete before and after training.", EVALUATION, at_least=0
     )

@@ -29,24 +29,26 @@ from mlx_align.data.readers import (
 from mlx_align.data.splits import GroupReader, prompts_needed, read_splits
 from mlx_align.data.tokenization import try_tokenize_group
 from mlx_align.data.transforms import keep_last_completion, to_pairs
-from mlx_align.errors import ConfigError, DataError
+from mlx_align.errors import ConfigError, DataError, MlxAlignError
 from mlx_align.inference.trained_run import TrainedRun
-from mlx_align.types import PromptGroup, TokenizedGroup
+from mlx_align.types import PromptGroup, Text, TokenizedGroup
 
 
 @dataclass(frozen=True)
 class HeldOutData:
-    """Rows that the run was not trained on.
+    """Rows to evaluate a run on.
 
     Attributes:
         pairs: Preference pairs, chosen first; empty if the data has none.
         prompts: Each prompt once, without completions.
         title: Source of the rows, for display.
+        trained: Number of prompts that the run was trained on.
     """
 
     pairs: list[PromptGroup]
     prompts: list[PromptGroup]
     title: str
+    trained: int = 0
 
 
 @dataclass(frozen=True)
@@ -97,8 +99,25 @@ def read_held_out_data(
     split = "valid" if has_split(data, "valid") else "train"
     source = ConfiguredSource(open_data(data), columns or {}, run.labels)
     pairs = _pairs(source, split, format)
-    groups = pairs or read_prompts(source, split, format)[0]
-    return HeldOutData(pairs, _unique_prompts(groups), f"{_name(data)}, {split} split")
+    prompts = _unique_prompts(pairs or read_prompts(source, split, format)[0])
+    trained = _trained_prompts(run, own)
+    known = sum(group.prompt in trained for group in prompts)
+    title = f"{_name(data)}, {split} split"
+    if known:
+        title += f" (trained on: {'all' if known == len(prompts) else known} of the prompts)"
+    return HeldOutData(pairs, prompts, title, known)
+
+
+def _trained_prompts(run: TrainedRun, data: Data | None) -> set[Text]:
+    """The prompts that the run was trained on; none if its data can't be read any more."""
+    config = run.config
+    if config is None or data is None:
+        return set()
+    try:
+        source = configure_data(data, config, run.labels)
+        return {group.prompt for group in read_splits(config, _reader(run), source).train}
+    except MlxAlignError:
+        return set()
 
 
 def _read_own_data(run: TrainedRun, data: Data) -> HeldOutData:

@@ -50,6 +50,7 @@ from mlx_align.models.generation import Generated, generate_groups
 from mlx_align.models.loading import LanguageModel, ModelFolder, load_adapters, open_model
 from mlx_align.models.row_limits import check_lengths, check_token_ids, row_lengths
 from mlx_align.models.weights import AdapterWeights
+from mlx_align.system.formatting import counted
 from mlx_align.system.progress import Console, SilentConsole
 from mlx_align.types import Message, PromptGroup, Text, TokenizedGroup
 
@@ -227,7 +228,11 @@ def evaluate_policy(
         wins=wins,
         best_of=best_of_curve(scores[scored], seed=config.seed),
         perplexity=measured.perplexity,
-        warnings=(*_warnings(config, run, folder, samples, len(prompts)), *longest),
+        warnings=(
+            *_trained_on(held_out),
+            *_warnings(config, run, folder, samples, len(prompts)),
+            *longest,
+        ),
     )
     return EvaluationResult(evaluation, _sample_rows(prompts, samples, scores, reference_scores))
 
@@ -515,6 +520,17 @@ def _describe_reference(run: TrainedRun) -> str:
     if run.config is not None and run.config.init_adapter is not None:
         return f"the adapter the run started from, {run.config.init_adapter}"
     return "the base model"
+
+
+def _trained_on(data: HeldOutData) -> tuple[str, ...]:
+    """A warning if the data has prompts that the run was trained on."""
+    if not data.trained:
+        return ()
+    which = f"{data.trained} of the {counted(len(data.prompts), 'prompt')}"
+    return (
+        f"{which} are in the run's training data: their numbers say how well the run fits what it "
+        "was trained on, not how it does on new prompts",
+    )
 
 
 def _warnings(

@@ -19,7 +19,7 @@ def render_evaluation(found: Evaluation) -> str:
     """Format an evaluation to fit one screen; ranges are 95% intervals over prompts."""
     parts = [
         f"{found.run} against {found.reference}\n"
-        f"held-out rows: {found.data}; ranges are 95% intervals over prompts",
+        f"rows: {found.data}; ranges are 95% intervals over prompts",
         _NO_PAIRS if found.preferences is None else _preferences(found.preferences),
         _divergence(found.divergence),
         _NO_REWARD_MODEL if found.wins is None else _win_rate(found.wins, str(found.judge)),
@@ -60,7 +60,7 @@ def _preferences(one: Preferences) -> str:
             *_value_and_interval(one.rejected_change, _signed),
         ),
     ]
-    table = _table(f"{one.pairs:,} held-out pairs of {one.prompts:,} prompts", rows)
+    table = _table(f"{one.pairs:,} pairs of {one.prompts:,} prompts", rows)
     return (
         f"{table}\n"
         "  own log-prob: the completion more likely under the model; implicit reward: the one that "

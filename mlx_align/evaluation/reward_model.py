@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mlx_align.data.comparisons import GroupComparisons, compare_completions
-from mlx_align.evaluation.statistics import Floats, mean_estimate, sigmoid
+from mlx_align.evaluation.statistics import Floats, mean_estimate, rate_estimate, sigmoid
 from mlx_align.inference.scoring import GroupScores
 from mlx_align.types import TokenizedGroup
 
@@ -136,7 +136,8 @@ def reward_report(
         compared.prompt[decided],
     )
     right = _is_right(one.difference)
-    low, high = bootstrap_interval(right, one.prompt, seed=seed)
+    rate = rate_estimate(right, one.prompt, seed=seed)
+    low, high = rate.low, rate.high
     longer = _is_right(one.better_length - one.worse_length)
     shorter = one.better_length < one.worse_length
     temperature = fitted_temperature(compared.difference, compared.probability)
@@ -320,7 +321,8 @@ def pair_report(compared: ScoredComparisons, *, seed: int = 0) -> PairReport:
     margins, prompt = compared.difference[decided], compared.prompt[decided]
     right = _is_right(margins)
     longer = _is_right(compared.better_length[decided] - compared.worse_length[decided])
-    accuracy_low, accuracy_high = bootstrap_interval(right, prompt, seed=seed)
+    rate = rate_estimate(right, prompt, seed=seed)
+    accuracy_low, accuracy_high = rate.low, rate.high
     margin_low, margin_high = bootstrap_interval(margins, prompt, seed=seed)
     return PairReport(
         comparisons=len(right),

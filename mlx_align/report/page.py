@@ -26,9 +26,10 @@ from mlx_align.report.tables import (
     sample_rows,
 )
 from mlx_align.system.formatting import format_date, format_duration, format_value
+from mlx_align.system.intervals import kl_interval, metric_interval
 from mlx_align.tracking.diagnostics import Finding, diagnose
 from mlx_align.tracking.run_dir import RunRecord
-from mlx_align.tracking.verdict import compare_runs, verdict
+from mlx_align.tracking.verdict import compare_runs, held_out_examples, verdict
 
 # Interval at which the page of a running run reloads itself.
 RELOAD_SECONDS = 30
@@ -62,6 +63,10 @@ class Headline:
     unit: str = ""
     show_start: bool = True
 
+
+# Options that set the scale of a loss, and of a reward margin.
+_MARGIN_OPTIONS = ("loss", "beta", "loss_option")
+_LOSS_OPTIONS = (*_MARGIN_OPTIONS, "label_smoothing", "wpo", "ld_alpha")
 
 HEADLINES = (
     Headline("eval/logps/accuracies", "held-out: chosen completion more likely", "share"),
@@ -295,20 +300,20 @@ def _cards(record: RunRecord) -> list[Card]:
         if not values or (headline.key == "loss" and record.held_out):
             continue
         show_start = headline.show_start or record.command == "reward"
-        note = f"at first {format_value(values[0], headline.unit)}"
-        cards.append(
-            Card(
-                headline.label,
-                format_value(values[-1], headline.unit),
-                note if show_start and len(values) > 1 else "",
-            )
-        )
+        notes = [_interval(record, headline)]
+        if show_start and len(values) > 1:
+            notes.append(f"at first {format_value(values[0], headline.unit)}")
+        value = _kept_value(record, headline.key)
+        note = "; ".join(note for note in notes if note)
+        cards.append(Card(headline.label, format_value(value, headline.unit), note))
     kl = record.summary.get("kl")
     if kl and kl.get("mean") is not None:
-        error = kl.get("standard_error")
-        spread = "" if error is None else f"± {format_value(error)}, {kl.get('samples')} samples"
+        found = kl_interval(kl)
+        note = f"{kl.get('samples')} samples"
+        if found is not None:
+            note = f"{format_value(found.low)} to {format_value(found.high)}, {note}"
         cards.append(
-            Card("KL from the reference, per completion", format_value(kl["mean"], "nats"), spread)
+            Card("KL from the reference, per completion", format_value(kl["mean"], "nats"), note)
         )
     seconds, speed = record.status.get("seconds"), record.last("tokens_per_second")
     seconds = record.summary.get("seconds", seconds)
@@ -321,6 +326,33 @@ def _cards(record: RunRecord) -> list[Card]:
     return cards
 
 
+def _kept_value(record: RunRecord, key: str) -> float | None:
+    """A metric of the adapter that was kept; its last value if it is not a held-out metric."""
+    return record.kept_evaluation.get(key, record.last(key))
+
+
+def _interval(record: RunRecord, headline: Headline) -> str:
+    """The 95% interval of a held-out metric and its number of examples, or ""."""
+    examples = held_out_examples(record)
+    found = metric_interval(record.kept_evaluation, headline.key, examples)
+    if found is None:
+        return ""
+    low, high = (format_value(end, headline.unit) for end in (found.low, found.high))
+    return f"{low} to {high}, n = {examples:,}"
+
+
+def _comparable(records: Sequence[RunRecord], key: str) -> bool:
+    """Whether a metric means the same for these runs: losses have scales, and margins a beta."""
+    options: dict[str, tuple[str, ...]] = {"eval/loss": _LOSS_OPTIONS, "loss": _LOSS_OPTIONS}
+    options["eval/rewards/margins"] = _MARGIN_OPTIONS
+    names = options.get(key, ())
+    seen = {
+        (record.command if names else "", *(option_text(record.config.get(n)) for n in names))
+        for record in records
+    }
+    return len(seen) < 2
+
+
 def _results(
     records: Sequence[RunRecord], findings: Sequence[Sequence[Finding]]
 ) -> list[list[str]]:
@@ -328,9 +360,17 @@ def _results(
     rows.append(["verdict", *(verdict(record).kind for record in records)])
     rows.append(["updates", *(f"{record.step:,}" for record in records)])
     for headline in HEADLINES:
-        values = [record.last(headline.key) for record in records]
-        if any(value is not None for value in values):
-            rows.append([headline.label, *(format_value(value, headline.unit) for value in values)])
+        values = [_kept_value(record, headline.key) for record in records]
+        if any(value is not None for value in values) and _comparable(records, headline.key):
+            shown = [
+                f"{format_value(value, headline.unit)} ({ends})"
+                if ends
+                else format_value(value, headline.unit)
+                for value, ends in zip(
+                    values, (_interval(record, headline) for record in records), strict=True
+                )
+            ]
+            rows.append([headline.label, *shown])
     for label, key, inner, unit in (
         ("KL from the reference, per completion", "kl", "mean", "nats"),
         ("accuracy on all held-out comparisons", "held_out", "accuracy", "share"),

@@ -148,12 +148,15 @@ def prompt_text(prompt: Any) -> str:
 
 
 def metric_rows(record: RunRecord) -> list[list[str]]:
-    """The first and last value of every metric, on training and on held-out data."""
+    """The first and last value of every metric, on training and on held-out data.
+
+    Standard deviations are left out: they are there for intervals.
+    """
     keys = dict.fromkeys(
         key.removeprefix("eval/")
         for row in (*record.training, *record.held_out)
         for key in row
-        if key != "step"
+        if key != "step" and not key.endswith("_std")
     )
     rows = []
     for key in keys:

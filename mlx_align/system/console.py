@@ -26,6 +26,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mlx_align.system.formatting import format_duration
+from mlx_align.system.intervals import Estimate, kl_interval, metric_interval
 from mlx_align.system.progress import ProgressBar
 from mlx_align.system.terminal import encodable, escape_controls
 
@@ -83,7 +84,9 @@ class Console:
             return
         before, after = summary["eval_before"], summary["eval"]
         if after:
-            self.console.print(_metric_table(before, after, summary["kl"]))
+            self.console.print(
+                _metric_table(before, after, summary["eval_examples"], summary["kl"])
+            )
         for row in summary["samples"][:4]:
             self.console.print()
             for name, text in (
@@ -220,24 +223,35 @@ _ROWS = (
 
 
 def _metric_table(
-    before: Mapping[str, float], after: Mapping[str, float], kl: Mapping[str, Any] | None
+    before: Mapping[str, float],
+    after: Mapping[str, float],
+    examples: int,
+    kl: Mapping[str, Any] | None,
 ) -> Table:
-    table = Table(title="Held-out data", title_justify="left", box=None, pad_edge=False)
+    title = f"Held-out data, n = {examples:,}"
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
     table.add_column("")
     table.add_column("before", justify="right")
     table.add_column("after", justify="right")
+    table.add_column("95% interval", justify="right")
     for label, key, pattern in _ROWS:
         if after.get(key) is not None:
             first = before.get(key)
             # Implicit rewards are all 0 before training, so an accuracy would be meaningless.
             shown = "–" if first is None or key == "rewards/accuracies" else pattern.format(first)
-            table.add_row(label, shown, pattern.format(after[key]))
+            found = metric_interval(after, key, examples)
+            ends = "" if found is None else _ends(found, pattern)
+            table.add_row(label, shown, pattern.format(after[key]), ends)
     if kl is not None:
-        error = kl["standard_error"]
-        spread = "" if error is None or error != error else f" ± {error:.2f}"
-        label = "KL from the reference, nats per completion"
-        table.add_row(label, "0.00", f"{kl['mean']:.2f}{spread}")
+        label = f"KL from the reference, nats per completion (n = {kl['samples']})"
+        found = kl_interval(kl)
+        ends = "" if found is None else _ends(found, "{:.2f}")
+        table.add_row(label, "0.00", f"{kl['mean']:.2f}", ends)
     return table
+
+
+def _ends(found: Estimate, pattern: str) -> str:
+    return f"{pattern.format(found.low)} to {pattern.format(found.high)}"
 
 
 def _one_line(text: str, limit: int = 160) -> str:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import datetime
+
+from mlx_align.system.intervals import metric_interval
 
 
 def format_value(value: float | None, unit: str = "") -> str:
@@ -39,6 +41,11 @@ def _digits(value: float) -> str:
     return text.replace("-", "−")
 
 
+def counted(count: int, noun: str) -> str:
+    """A number with its noun: 1 pair, 2 pairs, 1,200 pairs."""
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+
+
 def format_duration(seconds: float) -> str:
     """A duration in seconds, minutes or hours, rounded for planning."""
     if seconds < 90:
@@ -57,28 +64,45 @@ def format_date(written: object) -> str:
     return f"{when.day} {when:%B %Y, %H:%M}"
 
 
-def format_metrics(row: Mapping[str, float]) -> str:
-    """A row of training or held-out metrics as one line for the terminal."""
+def format_metrics(row: Mapping[str, float], examples: int | None = None) -> str:
+    """A row of training or held-out metrics as one line for the terminal.
+
+    Args:
+        row: The metrics.
+        examples: Number of held-out examples, to show 95% intervals; None for training metrics.
+    """
+
+    def ends(name: str, pattern: str) -> str:
+        """The interval of a metric in parentheses, or ""."""
+        found = metric_interval(row, name, examples)
+        if found is None:
+            return ""
+        return f" ({pattern.format(found.low)} to {pattern.format(found.high)})"
+
     parts = []
     if "reward" in row:
-        parts += _format_rollout_metrics(row)
+        parts += _format_rollout_metrics(row, ends)
     elif "loss" in row:
         parts.append(f"loss {row['loss']:.4f}")
     if "rewards/accuracies" in row:
-        parts.append(f"accuracy {row['rewards/accuracies']:.0%}")
-        parts.append(f"margin {row['rewards/margins']:+.3f}")
+        parts.append(
+            f"accuracy {row['rewards/accuracies']:.0%}{ends('rewards/accuracies', '{:.0%}')}"
+        )
+        parts.append(f"margin {row['rewards/margins']:+.3f}{ends('rewards/margins', '{:+.3f}')}")
     if "perplexity" in row:
-        parts.append(f"perplexity {row['perplexity']:.3f}")
+        parts.append(f"perplexity {row['perplexity']:.3f}{ends('perplexity', '{:.3f}')}")
     if row.get("tokens_per_second"):
         parts.append(f"{row['tokens_per_second']:,.0f} tokens/s")
         parts.append(f"{row['peak_memory_bytes'] / 1e9:.2f} GB")
+    if examples is not None:
+        parts.append(f"n = {examples:,}")
     return ", ".join(parts)
 
 
-def _format_rollout_metrics(row: Mapping[str, float]) -> list[str]:
-    parts = [f"reward {row['reward']:+.3f}"]
+def _format_rollout_metrics(row: Mapping[str, float], ends: Callable[[str, str], str]) -> list[str]:
+    parts = [f"reward {row['reward']:+.3f}{ends('reward', '{:+.3f}')}"]
     if "held_out" in row:
-        parts.append(f"held-out reward {row['held_out']:+.3f}")
+        parts.append(f"held-out reward {row['held_out']:+.3f}{ends('held_out', '{:+.3f}')}")
     if "objective/kl" in row:
         parts.append(f"KL {row['objective/kl']:.2f}")
     if "value/explained_variance" in row:

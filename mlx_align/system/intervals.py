@@ -1,12 +1,16 @@
-"""Confidence intervals of rates that are known only as a rate and a count."""
+"""95% confidence intervals of rates and means, from what a row of metrics has of them."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from statistics import NormalDist
+from typing import Any
 
 LEVEL = 0.95
+# Rates: each example counts as 0 or 1 (a tie as ½). All other metrics are means.
+RATES = frozenset({"rewards/accuracies", "logps/accuracies", "completions/ended"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,3 +78,44 @@ def mean_difference(
     """
     value, half = first - second, z_score() * math.hypot(first_std, second_std) / math.sqrt(n)
     return Estimate(value, value - half, value + half)
+
+
+def mean_interval(mean: float, std: float, n: int) -> Estimate:
+    """A mean of `n` independent values, at least 2, with a normal interval.
+
+    Args:
+        mean: The mean.
+        std: Standard deviation of the values.
+        n: Number of values.
+    """
+    half = z_score() * std / math.sqrt(n)
+    return Estimate(mean, mean - half, mean + half)
+
+
+def metric_interval(metrics: Mapping[str, float], name: str, n: int | None) -> Estimate | None:
+    """A held-out metric with its interval: Wilson's for rates, a normal one for means.
+
+    Args:
+        metrics: Metrics by name, with `<name>_std`, the standard deviation over examples.
+        name: The metric.
+        n: Number of held-out examples; None if unknown.
+
+    Returns:
+        None if the metric, its number of examples or its standard deviation is unknown.
+    """
+    value = metrics.get(name)
+    if value is None or not n:
+        return None
+    if name.removeprefix("eval/") in RATES:
+        return wilson_interval(value, n) if 0 <= value <= 1 else None
+    std = metrics.get(f"{name}_std")
+    return mean_interval(value, std, n) if std is not None and n > 1 else None
+
+
+def kl_interval(kl: Mapping[str, Any]) -> Estimate | None:
+    """The interval of a KL as in summary.json: mean, standard error and number of samples."""
+    mean, error = kl.get("mean"), kl.get("standard_error")
+    if mean is None or error is None or not math.isfinite(error):
+        return None
+    half = z_score() * error
+    return Estimate(mean, mean - half, mean + half)

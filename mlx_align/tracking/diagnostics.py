@@ -136,6 +136,8 @@ class History:
         counts: Number of values of each training metric.
         held_out: All values of each held-out metric, without the prefix `eval/`.
         trained_rewards: At each evaluation, the recent mean of the training reward.
+        answers: Metrics of answers to held-out prompts before (`before/…`) and after an offline run
+            (`after/…`), from `answer_metrics`, and the KL of its samples, `kl`.
         deviations: For each evaluation, the reward trained on and the held-out reward, as changes
             since the first evaluation in units of its standard deviation.
     """
@@ -148,6 +150,7 @@ class History:
     counts: dict[str, int] = field(default_factory=dict)
     held_out: dict[str, list[float]] = field(default_factory=dict)
     trained_rewards: list[float] = field(default_factory=list)
+    answers: dict[str, float] = field(default_factory=dict)
     deviations: list[list[float]] = field(default_factory=list)
 
     def add(self, row: Mapping[str, float], step: int) -> None:
@@ -318,6 +321,38 @@ def _accuracy_stuck(history: History) -> Finding | None:
         f"{held_out[-1]:.0%} on held-out ones: the model does not learn the preference.",
         "Raise --learning-rate or train longer, and check that chosen and rejected are not mixed "
         "up in the data.",
+    )
+
+
+def _far_from_start(history: History) -> Finding | None:
+    kl, tokens = history.answers.get("kl"), history.answers.get("after/mean_length", 0.0)
+    if kl is None:
+        return None
+    scale = max(1.0, tokens / KL_TOKENS)
+    # An overflow is as far as it gets.
+    kl = math.inf if math.isnan(kl) else kl
+    if kl <= WARN_KL * scale:
+        return None
+    return Finding(
+        "stop" if kl > STOP_KL * scale else "warn",
+        "kl",
+        f"The policy's own samples are {kl:.0f} nats from the start (above {WARN_KL * scale:.0f}).",
+        "Lower --learning-rate, raise --beta, or train for fewer updates, and read the answers.",
+        kl / (WARN_KL * scale),
+    )
+
+
+def _answers_repeat(history: History) -> Finding | None:
+    key = "text/repeated_4grams"
+    start, now = history.answers.get(f"before/{key}", 0.0), history.answers.get(f"after/{key}")
+    if now is None or now - start <= WARN_REPEATED:
+        return None
+    return Finding(
+        "stop" if now - start > STOP_REPEATED else "warn",
+        "answers",
+        f"The answers after training repeat {now:.0%} of their 4-grams, before it {start:.0%}.",
+        "Lower --learning-rate, raise --beta, or train for fewer updates, and read the answers.",
+        (now - start) / WARN_REPEATED,
     )
 
 
@@ -522,16 +557,19 @@ class Check:
         reads: Training metrics that it reads.
         held_out: Held-out metrics that it reads, without the prefix `eval/`.
         find: The check itself; returns None if it finds no problem.
+        answers: Metrics of the answers at the end of an offline run that it reads.
     """
 
     commands: frozenset[str]
     reads: tuple[str, ...]
     held_out: tuple[str, ...]
     find: Callable[[History], Finding | None]
+    answers: tuple[str, ...] = ()
 
 
 _LOGPS = ("logps/chosen", "logps/rejected")
 _ACCURACIES = ("rewards/accuracies",)
+_REPETITION = ("before/text/repeated_4grams", "after/text/repeated_4grams")
 
 CHECKS: tuple[Check, ...] = (
     Check(_PAIRS, _LOGPS, _LOGPS, _chosen_falls),
@@ -539,6 +577,8 @@ CHECKS: tuple[Check, ...] = (
     Check(_PREFERENCES, _ACCURACIES, _ACCURACIES, _accuracy_gap),
     Check(frozenset({"dpo", "reward"}), _ACCURACIES, _ACCURACIES, _accuracy_stuck),
     Check(_OFFLINE, ("loss",), ("loss",), _held_out_loss_rises),
+    Check(_OFFLINE, (), (), _far_from_start, ("kl", "after/mean_length")),
+    Check(_OFFLINE, (), (), _answers_repeat, _REPETITION),
     Check(_ON_POLICY, ("policy/approx_kl",), (), _large_updates),
     Check(_ON_POLICY, ("policy/clip_ratio",), (), _clipped),
     Check(_ON_POLICY, ("objective/kl", "completions/mean_length"), (), _far_from_reference),
@@ -620,7 +660,25 @@ def history_of(record: RunRecord) -> History:
         history.add_evaluation(metrics, int(row["step"]), deviations)
     history.tail["reward"] = rewards[-_KEPT:]
     history.step = record.step
+    history.answers = answers_in(record.summary)
     return history
+
+
+def answers_in(summary: Mapping[str, Any]) -> dict[str, float]:
+    """Metrics of the answers of an offline run, and its KL, from its summary."""
+    found: dict[str, float] = {}
+    answers, kl = summary.get("answers"), summary.get("kl")
+    for when in ("before", "after"):
+        metrics = answers.get(when) if isinstance(answers, Mapping) else None
+        if isinstance(metrics, Mapping):
+            found |= {f"{when}/{k}": float(v) for k, v in metrics.items() if _is_number(v)}
+    if isinstance(kl, Mapping) and _is_number(kl.get("mean")):
+        found["kl"] = float(kl["mean"])
+    return found
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _recorded(record: RunRecord) -> list[Finding]:
@@ -710,6 +768,11 @@ class HealthMonitor:
         self.history.add_evaluation(metrics, step, deviations)
         return self._new(step)
 
+    def observe_summary(self, summary: Mapping[str, Any]) -> list[Finding]:
+        """Check the answers and the KL at the end of an offline run, from its summary."""
+        self.history.answers = answers_in(summary)
+        return self._new(self.history.step)
+
     def _new(self, step: int) -> list[Finding]:
         found = run_checks(self.history)
         self.stop = next((finding for finding in found if finding.level == "stop"), None)
@@ -785,6 +848,14 @@ def _level(name: Any) -> Level:
         raise ValueError(f"{name!r} is not a level of a finding")
     level: Level = name
     return level
+
+
+def answer_metrics(completions: Sequence[Sequence[int]]) -> dict[str, float]:
+    """`text_metrics` of answers, and `mean_length` in tokens; {} without answers."""
+    if not completions:
+        return {}
+    lengths = sum(len(ids) for ids in completions)
+    return {"mean_length": lengths / len(completions), **text_metrics(completions)}
 
 
 def text_metrics(completions: Sequence[Sequence[int]]) -> dict[str, float]:

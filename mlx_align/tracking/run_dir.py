@@ -181,13 +181,13 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     ]
 
 
-def read_eval_metrics(folder: Path) -> list[dict[str, Any]]:
-    """Held-out metrics of every evaluation so far, without step and without the prefix `eval/`."""
-    return [
-        {key.removeprefix("eval/"): value for key, value in row.items() if key != "step"}
+def read_eval_metrics(folder: Path) -> dict[int, dict[str, Any]]:
+    """Held-out metrics of every evaluation so far by step, without the prefix `eval/`."""
+    return {
+        int(row["step"]): {k.removeprefix("eval/"): v for k, v in row.items() if k != "step"}
         for row in read_metrics(folder)
         if any(key.startswith("eval/") for key in row)
-    ]
+    }
 
 
 def read_training_metrics(folder: Path) -> list[dict[str, Any]]:
@@ -249,6 +249,21 @@ class RunRecord:
     def held_out_keys(self) -> frozenset[str]:
         """Names of all held-out metrics."""
         return frozenset(key for row in self.held_out for key in row)
+
+    @property
+    def kept_step(self) -> int | None:
+        """The step whose adapter the run kept; None if it is not finished, or of an old version."""
+        step = self.summary.get("kept_step")
+        return step if isinstance(step, int) else None
+
+    @property
+    def kept_evaluation(self) -> Row:
+        """Held-out metrics of the adapter that was kept, else the last ones; may be {}.
+
+        Keys begin with `eval/`.
+        """
+        last = self.held_out[-1] if self.held_out else {}
+        return next((row for row in self.held_out if row["step"] == self.kept_step), last)
 
     def values(self, key: str) -> list[float]:
         """All values of a metric, in order."""

@@ -6,18 +6,48 @@ The terminal prints it at the end of a run, and the run page begins with it.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, NamedTuple, cast
 
-from mlx_align.system.formatting import format_value
-from mlx_align.system.intervals import Estimate, mean_difference, rate_difference, wilson_interval
-from mlx_align.tracking.diagnostics import diagnose
+from mlx_align.system.formatting import counted, format_value
+from mlx_align.system.intervals import (
+    Estimate,
+    kl_interval,
+    mean_difference,
+    rate_difference,
+    wilson_interval,
+)
+from mlx_align.tracking.diagnostics import RISING_LOSS, Finding, diagnose
 from mlx_align.tracking.run_dir import RunRecord
 
-Kind = Literal["better", "no difference", "worse", "overfitted", "not trained", "unknown"]
+Kind = Literal[
+    "better",
+    "no difference",
+    "worse",
+    "not trained",
+    "overfitted",
+    "at risk",
+    "broken",
+    "unknown",
+]
 
 # Signals of the findings that indicate overfitting.
 _OVERFITTING = frozenset({"rewards/accuracies", "eval/loss"})
+# Signals of the findings that indicate text unlike what the policy began with, at level "stop".
+_BREAKAGE = frozenset(
+    {
+        "kl",
+        "answers",
+        "objective/kl",
+        "objective/entropy",
+        "text/repeated_4grams",
+        "text/distinct_2",
+    }
+)
+# Of five tosses of a coin, all are the same in 6.3% of cases; of six, in 3.1%.
+MIN_EXAMPLES = 6
+# A rate of "the longer completion is chosen" (or the shorter one) that could explain an accuracy.
+_LENGTH_RULE = 0.55
 # Smallest relative change of a perplexity that counts. There is no interval: only means are known.
 _PERPLEXITY_CHANGE = 0.01
 
@@ -27,8 +57,9 @@ class Verdict:
     """The result of a run on held-out data.
 
     Attributes:
-        kind: better, no difference (that is significant), worse, overfitted, not trained, or
-            unknown (no held-out data).
+        kind: better, no difference (that is significant), worse, not trained (the policy answers
+            as before), overfitted, at risk (better, but log-probs fall or length explains it),
+            broken (text unlike that of the start), or unknown (no held-out data).
         sentence: The verdict in words, for terminal and page.
         estimate: The number behind it, with its 95% interval; None if unknown.
         n: Number of held-out examples; None if unknown.
@@ -38,6 +69,10 @@ class Verdict:
     sentence: str
     estimate: Estimate | None = None
     n: int | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """The verdict for summary.json."""
+        return asdict(self)
 
 
 def verdict(record: RunRecord) -> Verdict:
@@ -56,11 +91,83 @@ def verdict(record: RunRecord) -> Verdict:
         or _perplexity_verdict(record)
         or _without_held_out(record)
     )
-    overfits = any(finding.signal in _OVERFITTING for finding in diagnose(record))
-    if not overfits or found.kind == "unknown":
-        return found
-    sentence = f"{found.sentence.removesuffix('.')}, and the model overfits its training data."
-    return Verdict("overfitted", sentence, found.estimate, found.n)
+    findings = diagnose(record)
+    for kind, reason in (
+        ("broken", _breakage(findings)),
+        ("not trained", _unchanged(record)),
+        ("overfitted", _overfitting(record, findings)),
+        ("at risk", _risk(record, found, findings)),
+    ):
+        first = kind in ("broken", "not trained")
+        if not reason or (found.kind == "unknown" and not first):
+            continue
+        # What makes the result meaningless comes first; what qualifies it comes after it.
+        parts = (reason, found.sentence) if first else (found.sentence, reason)
+        sentence = reason if found.kind == "unknown" else " ".join(parts)
+        return Verdict(cast(Kind, kind), sentence, found.estimate, found.n)
+    return found
+
+
+def _breakage(findings: Sequence[Finding]) -> str:
+    """Why the policy's text is broken, or ""."""
+    broken = [one for one in findings if one.level == "stop" and one.signal in _BREAKAGE]
+    return f"Broken: {broken[0].problem[:1].lower()}{broken[0].problem[1:]}" if broken else ""
+
+
+def _unchanged(record: RunRecord) -> str:
+    """How the policy is the same as before training, or ""."""
+    answers = [(row["before"], row["after"]) for row in record.samples if "before" in row]
+    kl = record.summary.get("kl")
+    if not answers or any(before != after for before, after in answers):
+        return ""
+    noise = kl_interval(kl) if isinstance(kl, Mapping) else None
+    if noise is not None and noise.low > 0:
+        return ""
+    distance = ""
+    if noise is not None:
+        nats = format_value(noise.value)
+        distance = f", and its KL from the start ({nats} nats) is within its error of 0"
+    prompts = "the held-out prompt" if len(answers) == 1 else f"all {len(answers)} held-out prompts"
+    return (
+        f"Not trained: after {counted(record.step, 'update')} the policy answers {prompts} as "
+        f"before{distance}. Train for more updates, or raise --learning-rate."
+    )
+
+
+def _overfitting(record: RunRecord, findings: Sequence[Finding]) -> str:
+    """How the run overfitted, or ""."""
+    kept, losses = record.kept_step, record.values("eval/loss")
+    past_best = kept is not None and 0 < kept < record.step
+    if past_best and losses:
+        lowest = record.kept_evaluation.get("eval/loss", losses[-1])
+        past_best = losses[-1] > lowest + (RISING_LOSS - 1) * abs(lowest)
+    if not past_best and not any(finding.signal in _OVERFITTING for finding in findings):
+        return ""
+    if kept is None or kept >= record.step:
+        return "The model overfits its training data."
+    return (
+        f"It overfits its training data: the result is best after update {kept:,} of "
+        f"{record.step:,}, and that adapter is kept."
+    )
+
+
+def _risk(record: RunRecord, found: Verdict, findings: Sequence[Finding]) -> str:
+    """Why a better result may not be a better policy, or ""."""
+    if found.kind != "better" or record.command not in ("dpo", "kto"):
+        return ""
+    if any(finding.signal == "logps/chosen" for finding in findings):
+        return "But the log-probs of chosen completions fall: read the answers."
+    statistics = record.data_statistics
+    longer, shorter = statistics.get("chosen_longer"), statistics.get("rejected_longer")
+    if found.estimate is None or not isinstance(longer, float) or not isinstance(shorter, float):
+        return ""
+    which, rate = ("longer", longer) if longer >= shorter else ("shorter", shorter)
+    if rate <= _LENGTH_RULE or found.estimate.low > rate:
+        return ""
+    return (
+        f"But length alone may explain it: the {which} completion is chosen in {rate:.0%} of the "
+        "training pairs."
+    )
 
 
 def held_out_examples(record: RunRecord) -> int | None:
@@ -92,7 +199,7 @@ class _Rate(NamedTuple):
 
     Attributes:
         what: The middle of the sentence.
-        unit: The examples: pairs or completions.
+        unit: An example: pair or completion.
         value: The last value.
         baseline: The value without training.
         baseline_name: The baseline in words.
@@ -108,20 +215,21 @@ class _Rate(NamedTuple):
 def _rate(record: RunRecord) -> _Rate | None:
     key = "eval/rewards/accuracies"
     values, margins = record.values(key), record.values("eval/rewards/margins")
-    if not values or record.held_out[-1]["step"] == 0:
+    kept = record.kept_evaluation
+    if key not in kept or kept["step"] == 0:
         return None
     if record.command == "kto":
-        what, unit = "the reward has the right sign for", "completions"
+        what, unit = "the reward has the right sign for", "completion"
     elif record.command == "reward":
-        what, unit = "the reward model ranks the better completion first in", "pairs"
+        what, unit = "the reward model ranks the better completion first in", "pair"
     else:
-        what, unit = "the policy's reward prefers the chosen completion in", "pairs"
+        what, unit = "the policy's reward prefers the chosen completion in", "pair"
     # Implicit rewards are 0 before training, so the baseline is 50%. Rewards without a reference
     # model are not, so their baseline is the value before training.
     started = len(values) > 1 and bool(margins) and margins[0] != 0 and record.command == "dpo"
     if started and record.held_out[0]["step"] == 0:
-        return _Rate(what, unit, values[-1], values[0], f"{values[0]:.0%} before training")
-    return _Rate(what, unit, values[-1], 0.5, "50%")
+        return _Rate(what, unit, kept[key], values[0], f"{values[0]:.0%} before training")
+    return _Rate(what, unit, kept[key], 0.5, "50%")
 
 
 def _rate_verdict(record: RunRecord) -> Verdict | None:
@@ -131,16 +239,19 @@ def _rate_verdict(record: RunRecord) -> Verdict | None:
     if n is None:
         return Verdict(
             "unknown",
-            f"On held-out {rate.unit} {rate.what} {rate.value:.0%}; their number is not recorded, "
+            f"On held-out {rate.unit}s {rate.what} {rate.value:.0%}; their number is not recorded, "
             "so there is no interval.",
         )
     found = wilson_interval(rate.value, n)
-    kind, ending = _compare(found, rate.baseline, rate.baseline_name)
-    sentence = f"On {n:,} held-out {rate.unit} {rate.what} {_interval(found, n)}: {ending}."
+    kind, ending = _compare(found, rate.baseline, rate.baseline_name, n)
+    examples = counted(n, f"held-out {rate.unit}")
+    sentence = f"On {examples} {rate.what} {_interval(found, n)}: {ending}."
     return Verdict(kind, sentence, found, n)
 
 
-def _compare(found: Estimate, baseline: float, name: str) -> tuple[Kind, str]:
+def _compare(found: Estimate, baseline: float, name: str, n: int) -> tuple[Kind, str]:
+    if n < MIN_EXAMPLES:
+        return "no difference", f"too few to tell it from {name}"
     if found.low > baseline:
         return "better", f"better than {name}"
     if found.high < baseline:
@@ -161,18 +272,18 @@ def _percent(rate: float, n: int) -> str:
 def _reward_model_verdict(report: Mapping[str, Any]) -> Verdict:
     low, high = report["accuracy_low"], report["accuracy_high"]
     found, n = Estimate(report["accuracy"], low, high), int(report["comparisons"])
-    kind, ending = _compare(found, 0.5, "50%")
+    kind, ending = _compare(found, 0.5, "50%", n)
     longer = report.get("longer_accuracy")
     if longer is not None:
-        versus, words = _compare(found, longer, f"choosing the longer one ({longer:.1%})")
+        versus, words = _compare(found, longer, f"choosing the longer one ({longer:.1%})", n)
         if kind == "better" and versus != "better":
             kind = versus
             ending += f", but {words}"
         elif kind == "better":
             ending += f" and than choosing the longer one ({longer:.1%})"
     sentence = (
-        f"On {n:,} held-out comparisons the reward model ranks the better completion first in "
-        f"{_interval(found, n)}: {ending}."
+        f"On {counted(n, 'held-out comparison')} the reward model ranks the better completion "
+        f"first in {_interval(found, n)}: {ending}."
     )
     return Verdict(kind, sentence, found, n)
 
@@ -184,6 +295,8 @@ def _reward_verdict(record: RunRecord) -> Verdict | None:
     if len(rows) < 2:
         return None
     first, last = rows[0], rows[-1]
+    if f"eval/{name}" in record.kept_evaluation:
+        last = record.kept_evaluation
     before, now = first[f"eval/{name}"], last[f"eval/{name}"]
     label = "held-out reward" if name == "held_out" else "reward"
     change = f"went from {format_value(before)} to {format_value(now)}"
@@ -192,11 +305,11 @@ def _reward_verdict(record: RunRecord) -> Verdict | None:
     if n is None or spreads[0] is None or spreads[1] is None:
         return Verdict("unknown", f"On held-out prompts the mean {label} {change}.", None, n)
     found = mean_difference(now, spreads[1], before, spreads[0], n)
-    kind, ending = _compare(found, 0.0, "the start")
+    kind, ending = _compare(found, 0.0, "the start", n)
     low, high = (_signed(value) for value in (found.low, found.high))
     sentence = (
-        f"On {n:,} held-out prompts the mean {label} {change} (change {_signed(found.value)}, 95% "
-        f"interval {low} to {high}): {ending}."
+        f"On {counted(n, 'held-out prompt')} the mean {label} {change} (change "
+        f"{_signed(found.value)}, 95% interval {low} to {high}): {ending}."
     )
     return Verdict(kind, sentence, found, n)
 
@@ -209,16 +322,17 @@ def _perplexity_verdict(record: RunRecord) -> Verdict | None:
     values = record.values("eval/perplexity")
     if len(values) < 2 or values[0] <= 0:
         return None
-    change = values[-1] / values[0] - 1
+    now = record.kept_evaluation.get("eval/perplexity", values[-1])
+    change = now / values[0] - 1
     kind: Kind = "better" if change < 0 else "worse"
     if abs(change) < _PERPLEXITY_CHANGE:
         kind = "no difference"
     n = held_out_examples(record)
-    examples = "held-out examples" if n is None else f"{n:,} held-out examples"
+    examples = "held-out examples" if n is None else counted(n, "held-out example")
     ending = {"better": "better", "worse": "worse", "no difference": "no real change"}[kind]
     sentence = (
         f"On {examples} perplexity went from {format_value(values[0])} to "
-        f"{format_value(values[-1])} ({f'{change:+.1%}'.replace('-', '−')}): {ending}."
+        f"{format_value(now)} ({f'{change:+.1%}'.replace('-', '−')}): {ending}."
     )
     return Verdict(kind, sentence, None, n)
 
@@ -256,12 +370,14 @@ def compare_runs(records: Sequence[RunRecord], names: Sequence[str]) -> Verdict:
     assert second.estimate is not None
     difference = rate_difference(best.estimate, second.estimate)
     n = min(best.n or 1, second.n or 1)
-    counts = f"{n:,}" if best.n == second.n else f"{best.n:,} and {second.n:,}"
+    examples = counted(n, f"held-out {unit}")
+    if best.n != second.n:
+        examples = f"{best.n:,} and {second.n:,} held-out {unit}s"
     clear = difference.low > 0
     points = [f"{100 * x:+.0f}".replace("-", "−") for x in (difference.low, difference.high)]
     ending = f"{name} is better" if clear else "they can't be told apart"
     sentence = (
-        f"On {counts} held-out {unit} {what} {best.estimate.value:.0%} ({name}) and "
+        f"On {examples} {what} {best.estimate.value:.0%} ({name}) and "
         f"{second.estimate.value:.0%} ({other}); the difference is "
         f"{100 * difference.value:.0f} points (95% interval {points[0]} to {points[1]}): {ending}."
     )

@@ -12,6 +12,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import os
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -22,7 +23,7 @@ import mlx.optimizers as optim
 from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_align.errors import ModelError, TrainingError
-from mlx_align.models.adapters import ADAPTER_FILE, AdapterLayout, save_adapter
+from mlx_align.models.adapters import ADAPTER_CONFIG_FILE, ADAPTER_FILE, AdapterLayout, save_adapter
 from mlx_align.models.heads import REWARD_HEAD_FILE, has_reward_head
 from mlx_align.models.patches import random_key, restore_random_key
 from mlx_align.models.weights import AdapterWeights, read_tensors
@@ -159,6 +160,44 @@ def load_checkpoint(
             else f"{found[0]}: damaged, and the only checkpoint; start a new run"
         )
     return None
+
+
+def read_adapter(run: Path, step: int) -> AdapterWeights | None:
+    """The adapter (and reward head) of the checkpoint after `step`; None if it is damaged."""
+    folder = checkpoint_folder(run, step)
+    try:
+        _verify(folder)
+        tensors = read_tensors(folder / ADAPTER_FILE)
+        if has_reward_head(folder):
+            tensors.update(read_tensors(folder / REWARD_HEAD_FILE))
+    except (_Damaged, OSError, ModelError):
+        return None
+    weights: AdapterWeights = tree_unflatten(list(tensors.items()))
+    return weights
+
+
+def publish_adapter(run: Path, step: int) -> None:
+    """Put the adapter of a checkpoint into the run folder, where stock mlx-lm loads it.
+
+    The files are linked, so that weights of full fine-tuning take no more room.
+
+    Raises:
+        WriteError: The folder can't be written to.
+    """
+    folder = checkpoint_folder(run, step)
+    # As in `save_adapter`, the weights come last.
+    for name in (ADAPTER_CONFIG_FILE, REWARD_HEAD_FILE, ADAPTER_FILE):
+        source, target = folder / name, run / name
+        if not source.is_file():
+            continue
+        link = run / f".{name}.partial"
+        with wrap_write_errors(target):
+            link.unlink(missing_ok=True)
+            try:
+                os.link(source, link)
+            except OSError:  # a drive without links
+                shutil.copyfile(source, link)
+            os.replace(link, target)
 
 
 class _Damaged(Exception):

@@ -23,12 +23,14 @@ class EvaluationResult(NamedTuple):
 
     Attributes:
         metrics: The metrics by name, without `eval/`.
+        examples: Number of held-out examples.
         is_best: Whether the result is the best so far.
         deviations: Changes of the training reward and the held-out reward since the first
             evaluation, in units of its standard deviation; None if there are not two rewards.
     """
 
     metrics: dict[str, float]
+    examples: int
     is_best: bool
     deviations: tuple[float, float] | None = None
 

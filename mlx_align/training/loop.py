@@ -24,7 +24,14 @@ from mlx_align.system.progress import Console
 from mlx_align.tracking.diagnostics import Finding, HealthMonitor
 from mlx_align.tracking.run_dir import append_metrics, truncate_metrics, truncate_samples
 from mlx_align.training.callbacks import Callbacks
-from mlx_align.training.checkpoint import State, checkpoint_folder, load_checkpoint, save_checkpoint
+from mlx_align.training.checkpoint import (
+    State,
+    checkpoint_folder,
+    load_checkpoint,
+    publish_adapter,
+    read_adapter,
+    save_checkpoint,
+)
 from mlx_align.training.evaluation import EvaluationResult
 from mlx_align.training.metrics import Progress, StepResult
 
@@ -62,7 +69,11 @@ class Trainer(Protocol):
 
     @property
     def best_step(self) -> int | None:
-        """The step with the best held-out result so far."""
+        """The step with the best held-out result so far, of those after the start."""
+
+    @property
+    def start_is_best(self) -> bool:
+        """Whether no held-out result is better than that of the start."""
 
     def prepare(self) -> str:
         """Called before the first step of a new run; returns a line to show, or ""."""
@@ -202,6 +213,40 @@ class TrainingLoop:
                 if pending:
                     raise Interrupted(pending[0])
 
+    def kept_adapter(self) -> tuple[int, AdapterWeights]:
+        """The step whose adapter the run keeps, and its weights.
+
+        That is the best one on held-out data with `--keep best`, and in an on-policy run that was
+        ended early, because its last policy has failed a health check.
+        """
+        trainer, config, last = self._trainer, self._config, self.progress.step
+        weights = next(iter(trainer.weights.values()))
+        early = trainer.on_policy and last < trainer.total_steps
+        if early and trainer.start_is_best:
+            self._note_kept(0)
+            return 0, self._policy.start
+        best = trainer.best_step
+        if best in (None, last) or not (early or config.keep == "best"):
+            return last, weights
+        found = read_adapter(self._run, best)
+        if found is None:
+            where = checkpoint_folder(self._run, best)
+            self._console.note(f"! {where} is damaged: the last adapter is kept, not the best.")
+            return last, weights
+        self._note_kept(best)
+        return best, found
+
+    def _note_kept(self, step: int) -> None:
+        trainer, last = self._trainer, self.progress.step
+        name = trainer.step_name
+        which = f"of {name} {step}" if step else "of the start"
+        stopped = f" The run ended early, after {name} {last} of {trainer.total_steps}."
+        self._console.note(
+            f"Keeping the adapter {which}, the best on held-out data; the last is in "
+            f"{checkpoint_folder(self._run, last)}."
+            + (stopped if last < trainer.total_steps else "")
+        )
+
     def _step(self, raise_if_interrupted: Callable[[], None], pending: list[int]) -> bool:
         """Make a step and report it. Returns whether the run has to stop."""
         trainer, progress = self._trainer, self.progress
@@ -259,7 +304,9 @@ class TrainingLoop:
         append_metrics(self._run, {"step": step, **row})
         stop = False
         if step:
-            self._console.note(f"  held-out after {step}: {format_metrics(result.metrics)}")
+            self._console.note(
+                f"  held-out after {step}: {format_metrics(result.metrics, result.examples)}"
+            )
             stop = self._callbacks.on_evaluate(step, result.metrics)
         else:
             self._start_metrics = result.metrics
@@ -299,6 +346,8 @@ class TrainingLoop:
             str(self._policy.model.folder.path),
             best=trainer.best_step,
         )
+        best = trainer.best_step if self._config.keep == "best" else None
+        publish_adapter(self._run, self.progress.step if best is None else best)
         self._callbacks.on_save(
             self.progress.step, checkpoint_folder(self._run, self.progress.step)
         )

@@ -37,7 +37,6 @@ from mlx_align.planning.plan import check_fits
 from mlx_align.system.memory_limit import MemoryLimit
 from mlx_align.system.progress import Console
 from mlx_align.tracking.run_dir import write_samples
-from mlx_align.training.checkpoint import checkpoint_folder
 from mlx_align.training.evaluation import EvaluationResult, kl_from_reference
 from mlx_align.training.metrics import MetricsWindow, Progress, StepResult, Throughput
 from mlx_align.training.reference import References, reference_logprobs
@@ -162,20 +161,14 @@ class OfflineJob:
         self.next_command = algorithm.next_command(
             setup.folder, run, trained_thinking(config.thinking, setup.facts)
         )
-        self._last_step = 0
 
     def _microbatches(self, start: int) -> Any:
         return microbatch_stream(
             self._setup.train, self._shapes, seed=self._setup.config.seed, start=start
         )
 
-    def final_weights(self, step: int) -> AdapterWeights:
-        """The last weights, after update `step`."""
-        self._last_step = step
-        return self.trainer.weights["policy"]
-
     def finish(
-        self, weights: AdapterWeights, samples: list[dict[str, Any]]
+        self, weights: AdapterWeights, kept: int, samples: list[dict[str, Any]]
     ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
         """Report on held-out data and write the samples.
 
@@ -200,12 +193,6 @@ class OfflineJob:
         order = epoch_order(setup.train, self._shapes, seed=config.seed)
         evaluation = self.trainer.evaluation
         best = None if evaluation is None else evaluation.best
-        if best is not None and best["step"] < self._last_step:
-            step, loss = int(best["step"]), best["loss"]
-            where = checkpoint_folder(self._run, step)
-            self._console.note(
-                f"! Held-out loss was lowest after update {step} ({loss:.4f}): {where}."
-            )
         return samples, {
             "shapes": [list(shape) for shape in self._shapes],
             "padding_share": padding_fraction(order, setup.train),
@@ -291,6 +278,11 @@ class OfflineTrainer:
         """The update with the lowest held-out loss."""
         best = None if self.evaluation is None else self.evaluation.best
         return None if best is None else int(best["step"])
+
+    @property
+    def start_is_best(self) -> bool:
+        """False: the loss at the start is not compared."""
+        return False
 
     def prepare(self) -> str:
         """Nothing to do before the first update."""
@@ -433,7 +425,7 @@ class Evaluation:
         is_best = step > 0 and metrics["loss"] < lowest
         if is_best:
             self.best = {"step": step, "loss": metrics["loss"]}
-        return EvaluationResult(metrics, is_best)
+        return EvaluationResult(metrics, len(self._groups), is_best)
 
     def restore_best(self, best: Any) -> None:
         """Restore `best` from a checkpoint.

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from mlx.utils import tree_unflatten
 
 from mlx_align.algorithms.base import OnPolicyMethod, chat_command
 from mlx_align.config import DEFAULT_BATCH_SIZE, OnPolicyConfig, PPOConfig
@@ -31,11 +30,11 @@ from mlx_align.inference.reward_model import (
     load_reward_weights,
     open_reward_model,
 )
-from mlx_align.models.adapters import ADAPTER_FILE, AdapterLayout, read_layout
+from mlx_align.models.adapters import AdapterLayout, read_layout
 from mlx_align.models.loading import ModelFolder
 from mlx_align.models.policy import Policy, make_roles
 from mlx_align.models.row_limits import check_rows
-from mlx_align.models.weights import AdapterWeights, read_tensors
+from mlx_align.models.weights import AdapterWeights
 from mlx_align.planning.plan import RewardModelMemory, check_on_policy_fits
 from mlx_align.rollout.collector import RolloutCollector
 from mlx_align.rollout.reward_functions import RewardSource
@@ -55,7 +54,6 @@ from mlx_align.rollout.sampler import Prompt
 from mlx_align.system.memory_limit import MemoryLimit
 from mlx_align.system.progress import Console
 from mlx_align.tracking.run_dir import SUMMARY_FILE, append_samples, read_run_record
-from mlx_align.training.checkpoint import checkpoint_folder
 from mlx_align.training.on_policy_trainer import OnPolicyTrainer, RolloutEvaluation
 from mlx_align.training.resume import fingerprints
 from mlx_align.training.setup import (
@@ -340,26 +338,9 @@ class OnPolicyJob:
         self.trainer = OnPolicyTrainer(algorithm, collector, evaluation, config, run)
         self.prompts = evaluation.groups[: config.samples]
         self.next_command = chat_command(setup.folder, run, config.thinking)
-        self._stopped_early = False
-
-    def final_weights(self, step: int) -> AdapterWeights:
-        """The last weights, or those of the best evaluation if the run was stopped early."""
-        total, best = self.trainer.total_steps, self.trainer.best_step
-        self._stopped_early = step < total
-        if step == total or best is None or best == step:
-            return self.trainer.weights["policy"]
-        self._console.note(
-            f"! stopped after rollout batch {step} of {total}; keeping the policy after {best}, "
-            "the best on held-out prompts"
-        )
-        if best == 0:
-            return self.policy.start
-        tensors = read_tensors(checkpoint_folder(self._run, best) / ADAPTER_FILE)
-        weights: AdapterWeights = tree_unflatten(list(tensors.items()))
-        return weights
 
     def finish(
-        self, weights: AdapterWeights, samples: list[dict[str, Any]]
+        self, weights: AdapterWeights, kept: int, samples: list[dict[str, Any]]
     ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
         """Add the samples to those of training.
 
@@ -367,12 +348,11 @@ class OnPolicyJob:
             The samples, and entries of the summary.
         """
         append_samples(self._run, samples)
-        trainer = self.trainer
+        trainer, evaluation = self.trainer, self.trainer.evaluation
         return samples, {
             "shapes": [list(shape) for shape in trainer.collector.shapes],
-            "stopped_early": self._stopped_early,
-            "best_step": trainer.best_step,
-            "kl": trainer.evaluation.last_kl,
+            "best_step": 0 if trainer.start_is_best else trainer.best_step,
+            "kl": evaluation.best_kl if kept == trainer.best_step else evaluation.last_kl,
             "learner": trainer.algorithm.state(),
         }
 

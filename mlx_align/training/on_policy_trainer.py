@@ -75,8 +75,13 @@ class OnPolicyTrainer:
 
     @property
     def best_step(self) -> int | None:
-        """The rollout batch after which the held-out reward was highest; 0 is the start."""
+        """The rollout batch after which the held-out reward was highest."""
         return self.evaluation.best_step
+
+    @property
+    def start_is_best(self) -> bool:
+        """Whether the held-out reward has never been higher than at the start."""
+        return self.evaluation.start_is_best
 
     def prepare(self) -> str:
         """Run the algorithm's preparation."""
@@ -217,8 +222,8 @@ def _check_ratio(deviation: float | None) -> None:
 class RolloutEvaluation:
     """Held-out rewards of an on-policy run: one completion per held-out prompt.
 
-    The random seed is the same in every evaluation. The best result is the highest held-out
-    reward, or the highest training reward if there is no held-out one.
+    The random seed is the same in every evaluation. The best result after the start is the highest
+    held-out reward, or the highest training reward if there is no held-out one.
 
     Args:
         collector: Samples and scores; its shapes must fit the prompts.
@@ -237,6 +242,7 @@ class RolloutEvaluation:
         self.groups: list[TokenizedGroup] = [prompt.tokens for prompt in prompts]
         self.best_step: int | None = None
         self.last_kl: dict[str, float] | None = None
+        self.best_kl: dict[str, float] | None = None
         self._best = -math.inf
         # Mean and standard deviation of both rewards in the first evaluation.
         self._first: dict[str, list[float]] = {}
@@ -249,20 +255,23 @@ class RolloutEvaluation:
             "best": best,
             "first": self._first,
             "last_kl": self.last_kl,
+            "best_kl": self.best_kl,
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Restore a state that `state` returned."""
-        self.best_step, self._first = state["best_step"], dict(state["first"])
-        self._best = -math.inf if state["best"] is None else float(state["best"])
-        self.last_kl = state["last_kl"]
+        # Older versions counted the start among the results, as step 0.
+        self.best_step, self._first = state["best_step"] or None, dict(state["first"])
+        self._best = -math.inf if self.best_step is None else float(state["best"])
+        self.last_kl, self.best_kl = state["last_kl"], state.get("best_kl")
 
     def evaluate(self, step: int, weights: AdapterWeights) -> EvaluationResult | None:
         """Metrics of `weights` after rollout batch `step`; None without held-out prompts."""
         metrics = self.measure(weights)
         if metrics is None:
             return None
-        return EvaluationResult(metrics, self._is_best(metrics, step), self.deviations(metrics))
+        best = self._is_best(metrics, step)
+        return EvaluationResult(metrics, len(self._prompts), best, self.deviations(metrics))
 
     def measure(self, weights: AdapterWeights) -> dict[str, float] | None:
         """Metrics of one completion per prompt; None without prompts.
@@ -298,11 +307,17 @@ class RolloutEvaluation:
         metrics["completions/ended"] = float(completions.finished.mean())
         return metrics
 
+    @property
+    def start_is_best(self) -> bool:
+        """Whether there was an evaluation at the start, and no better one since."""
+        start = self._first.get("held_out", self._first.get("reward"))
+        return start is not None and self._best <= start[0]
+
     def _is_best(self, metrics: Mapping[str, float], step: int) -> bool:
         score = metrics.get("held_out", metrics.get("reward"))
-        if score is None or score <= self._best:
+        if step == 0 or score is None or score <= self._best:
             return False
-        self._best, self.best_step = score, step
+        self._best, self.best_step, self.best_kl = score, step, self.last_kl
         return True
 
     def deviations(self, metrics: Mapping[str, float]) -> tuple[float, float] | None:

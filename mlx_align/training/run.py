@@ -7,7 +7,7 @@ What differs between training on given completions and on the policy's own is in
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -35,8 +35,9 @@ from mlx_align.models.adapters import save_adapter
 from mlx_align.models.loading import open_model
 from mlx_align.planning.duration import rate_key, save_rate
 from mlx_align.planning.machine import this_machine
+from mlx_align.system.intervals import metric_interval
 from mlx_align.system.progress import Console
-from mlx_align.tracking.diagnostics import HealthMonitor, mean_completion_tokens
+from mlx_align.tracking.diagnostics import HealthMonitor, answer_metrics, mean_completion_tokens
 from mlx_align.tracking.run_dir import (
     SUMMARY_FILE,
     package_versions,
@@ -189,7 +190,7 @@ def train(
         before = answers(policy, policy.start, prompts, config)
         loop.run()
         progress = loop.progress
-        weights = job.final_weights(progress.step)
+        kept, weights = loop.kept_adapter()
         save_adapter(run, weights, policy.layout, str(folder.path))
         if (rate := trainer.rate()) is not None:
             key = rate_key(
@@ -202,8 +203,9 @@ def train(
             {"source": group.source, "prompt": prompt, "before": old, "after": new}
             for group, prompt, old, new in zip(prompts, texts, before, after, strict=True)
         ]
-        samples, results = job.finish(weights, samples)
+        samples, results = job.finish(weights, kept, samples)
     evaluations, last = read_eval_metrics(run), (read_training_metrics(run) or [{}])[-1]
+    evaluation = evaluations.get(kept, {})
     counts = {"steps": progress.step, "skipped": progress.skipped, **job.counts(progress.groups)}
     summary = {
         "command": algorithm.command,
@@ -218,9 +220,13 @@ def train(
         "trained_parameters": sum(array.size for _, array in tree_flatten(policy.start)),
         "prompts_shared": policy.model.shared,
         "train": last,
-        "eval_before": next(iter(evaluations), {}),
-        "eval": evaluations[-1] if evaluations else {},
+        "eval_before": evaluations.get(0, {}),
+        "eval": evaluation,
+        "eval_intervals": _intervals(evaluation, setup.eval_examples),
+        "kept_step": kept,
+        **({"stopped_early": progress.step < trainer.total_steps} if trainer.on_policy else {}),
         **results,
+        **_answer_metrics(folder.tokenizer, before, after),
         "eval_examples": setup.eval_examples,
         "data_facts": setup.facts,
         "talk": job.next_command,
@@ -228,8 +234,32 @@ def train(
         "seed": config.seed,
     }
     # The summary is passed, because read_run_record ignores it until status.json says "finished".
-    found = verdict(replace(read_run_record(run), summary=summary))
-    summary["verdict"] = {"kind": found.kind, "sentence": found.sentence}
+    for finding in health.observe_summary(summary):
+        console.note(f"! {finding.text}")
+    record = replace(read_run_record(run), summary=summary, samples=samples)
+    found = verdict(record)
+    summary["verdict"] = found.to_json()
     write_json(run / SUMMARY_FILE, summary)
     everyone.on_run_end(summary)
     return {**summary, "samples": samples}
+
+
+def _answer_metrics(tokenizer: Any, before: list[str], after: list[str]) -> dict[str, Any]:
+    """Metrics of the answers for the summary, if there are any."""
+    if not after:
+        return {}
+
+    def metrics(texts: list[str]) -> dict[str, float]:
+        return answer_metrics([tokenizer.encode(text, add_special_tokens=False) for text in texts])
+
+    return {"answers": {"before": metrics(before), "after": metrics(after)}}
+
+
+def _intervals(evaluation: Mapping[str, float], examples: int) -> dict[str, dict[str, float]]:
+    """The 95% intervals of held-out metrics, and their number of examples."""
+    found = {name: metric_interval(evaluation, name, examples) for name in evaluation}
+    return {
+        name: {"low": one.low, "high": one.high, "n": examples}
+        for name, one in found.items()
+        if one is not None
+    }

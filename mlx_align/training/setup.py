@@ -82,16 +82,14 @@ class Job(Protocol):
     def trainer(self) -> Trainer:
         """Makes the steps."""
 
-    def final_weights(self, step: int) -> AdapterWeights:
-        """The weights to keep, after the last step."""
-
     def finish(
-        self, weights: AdapterWeights, samples: list[dict[str, Any]]
+        self, weights: AdapterWeights, kept: int, samples: list[dict[str, Any]]
     ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
         """Write the samples, and report on the run.
 
         Args:
             weights: The weights that are kept.
+            kept: The step after which they were saved.
             samples: Answers before and after training.
 
         Returns:

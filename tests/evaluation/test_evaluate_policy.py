@@ -18,7 +18,7 @@ from mlx_align.config import DPOConfig, KTOConfig, SFTConfig
 from mlx_align.config.schema import to_yaml
 from mlx_align.data.tokenization import tokenize_groups
 from mlx_align.evaluation.data import EvalPrompt, read_held_out_data
-from mlx_align.evaluation.policy import completion_text
+from mlx_align.evaluation.policy import _trained_on, completion_text
 from mlx_align.inference.trained_run import read_trained_run
 from mlx_align.models.adapters import AdapterLayout, install_adapters, load_adapter, save_adapter
 from mlx_align.models.generation import Generated
@@ -294,6 +294,17 @@ def test_other_data_and_prompts_alone(tmp_path, runs, evaluate, capsys):
     assert "Win rate: not measured; it needs a judge, --reward-model." in shown
 
 
+def test_rows_that_were_trained_on_are_called_that(data, runs):
+    run = read_trained_run(runs / "dpo")
+    trained = read_held_out_data(run, str(data / "train.jsonl"), None)
+    assert trained.trained == len(trained.prompts) > 0
+    assert trained.title.endswith("(trained on: all of the prompts)")
+    (warning,) = _trained_on(trained)
+    assert f"{trained.trained} of the {trained.trained} prompts are in the run's" in warning
+    held_out = read_held_out_data(run, str(data / "valid.jsonl"), None)
+    assert (held_out.trained, _trained_on(held_out)) == (0, ())
+
+
 def test_a_text_completion_continues_its_prompt():
     folder = open_model(str(TINY_MODEL))
     encode, end = folder.tokenizer.encode, min(folder.tokenizer.eos_token_ids)
@@ -317,7 +328,7 @@ def test_printed_scorecard(runs, text, capsys):
     shown = capsys.readouterr().out
     for words in (
         "against the base model",
-        "16 held-out pairs of 16 prompts",
+        "16 pairs of 16 prompts",
         "reward margin (β = 0.3)",
         "KL from the reference: ",
         "Win rate against the reference: ",

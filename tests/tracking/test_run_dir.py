@@ -23,7 +23,7 @@ def test_rows_that_are_not_metrics_are_skipped(tmp_path):
     rows = [{"step": 1, "loss": None}, {"step": 1, "eval/loss": 0.5}]
     assert run_dir.read_metrics(tmp_path) == rows
     assert run_dir.read_training_metrics(tmp_path) == rows[:1]
-    assert run_dir.read_eval_metrics(tmp_path) == [{"loss": 0.5}]
+    assert run_dir.read_eval_metrics(tmp_path) == {1: {"loss": 0.5}}
     record = run_dir.read_run_record(tmp_path)
     assert record.training == [{"step": 1}]
     assert record.held_out == rows[1:]

@@ -86,7 +86,120 @@ def test_overfitting_is_part_of_the_verdict(tmp_path):
     found = verdict(record(tmp_path / "run", rows, status=status))
     assert found.kind == "overfitted"
     assert found.sentence.endswith(
-        "(95% interval 53.8% to 65.9%): better than 50%, and the model overfits its training data."
+        "(95% interval 53.8% to 65.9%): better than 50%. The model overfits its training data."
+    )
+
+
+def finished(folder, rows, **summary):
+    kept = {"command": "dpo", "eval_examples": 120, "steps": 200, **summary}
+    samples = kept.pop("samples", ())
+    folder.mkdir()
+    lines = "".join(json.dumps(row) + "\n" for row in samples)
+    (folder / "samples.jsonl").write_text(lines)
+    return record(folder, rows, status={"command": "dpo", "state": "finished"}, summary=kept)
+
+
+def evaluations(*losses):
+    """A DPO run of 200 updates, evaluated at equal distances, with 80% accuracy."""
+    start = {"step": 0, "eval/rewards/accuracies": 0.0, "eval/rewards/margins": 0.0}
+    rows = [{**start, "eval/loss": 0.6931}]
+    for i, loss in enumerate(losses, 1):
+        step = 200 * i // len(losses)
+        rows.append({"step": step, "loss": 1 / i})
+        rows.append({**start, "step": step, "eval/rewards/accuracies": 0.8, "eval/loss": loss})
+    return rows
+
+
+def test_the_adapter_that_is_kept_decides(tmp_path):
+    rows = evaluations(0.5, 0.6)
+    rows[-1]["eval/rewards/accuracies"] = 0.5
+    found = verdict(finished(tmp_path / "run", rows, kept_step=100))
+    assert found.estimate.value == 0.8
+    assert found.kind == "overfitted"
+    assert found.sentence.endswith(
+        "better than 50%. It overfits its training data: the result is best after update 100 of "
+        "200, and that adapter is kept."
+    )
+    # A loss that rose by less than 2% is no overfitting.
+    rows[-1]["eval/loss"] = 0.505
+    assert verdict(finished(tmp_path / "other", rows, kept_step=100)).kind == "better"
+
+
+SAME = [{"prompt": "Q", "before": "A", "after": "A"}] * 8
+
+
+def test_answers_as_before_are_no_training(tmp_path):
+    kl = {"mean": 0.01, "standard_error": 0.02, "samples": 8}
+    found = verdict(finished(tmp_path / "run", evaluations(0.6), samples=SAME, kl=kl))
+    assert found.kind == "not trained"
+    assert found.sentence.startswith(
+        "Not trained: after 200 updates the policy answers all 8 held-out prompts as before, and "
+        "its KL from the start (0.010 nats) is within its error of 0. Train for more updates, or "
+        "raise --learning-rate. On 120 held-out pairs"
+    )
+    # Sampled completions may differ where greedy ones do not; one different answer is enough.
+    moved = {"mean": 0.9, "standard_error": 0.2, "samples": 8}
+    other = [*SAME[:7], {"prompt": "Q", "before": "A", "after": "B"}]
+    for i, (samples, distance) in enumerate([(SAME, moved), (other, kl)]):
+        run = finished(tmp_path / str(i), evaluations(0.6), samples=samples, kl=distance)
+        assert verdict(run).kind == "better"
+
+
+@pytest.mark.parametrize(
+    ("mean", "length", "kind"),
+    [(695.0, 100, "broken"), (31.0, 100, "broken"), (29.0, 100, "better"), (50.0, 256, "better")],
+)
+def test_a_policy_far_from_its_start_is_broken(tmp_path, mean, length, kind):
+    kl = {"mean": mean, "standard_error": 1.0, "samples": 8}
+    answers = {"before": {"mean_length": 20.0}, "after": {"mean_length": float(length)}}
+    found = verdict(finished(tmp_path / "run", evaluations(0.6), kl=kl, answers=answers))
+    assert found.kind == kind
+    if kind == "broken":
+        assert found.sentence.startswith(
+            f"Broken: the policy's own samples are {mean:.0f} nats from the start (above 15). On"
+        )
+
+
+def test_answers_that_repeat_themselves_are_broken(tmp_path):
+    key = "text/repeated_4grams"
+    answers = {"before": {key: 0.02}, "after": {key: 0.9}}
+    found = verdict(finished(tmp_path / "run", evaluations(0.6), answers=answers))
+    assert found.kind == "broken"
+    assert "repeat 90% of their 4-grams, before it 2%" in found.sentence
+
+
+@pytest.mark.parametrize(("rate", "kind"), [(0.79, "at risk"), (0.6, "better")])
+def test_length_may_explain_an_accuracy(tmp_path, rate, kind):
+    # 80% of 120 pairs: 72% to 86%.
+    facts = {"chosen_longer": rate, "rejected_longer": 1 - rate}
+    found = verdict(finished(tmp_path / "run", evaluations(0.6), data_facts=facts))
+    assert found.kind == kind
+    assert ("the longer completion is chosen in 79%" in found.sentence) == (kind == "at risk")
+
+
+def test_a_falling_chosen_logprob_is_a_risk(tmp_path):
+    rows = evaluations(0.6)
+    for row, chosen in zip((rows[0], rows[-1]), (-50.0, -60.0), strict=True):
+        row.update({"eval/logps/chosen": chosen, "eval/logps/rejected": chosen - 20})
+    found = verdict(finished(tmp_path / "run", rows))
+    assert found.kind == "at risk"
+    assert found.sentence.endswith(
+        "But the log-probs of chosen completions fall: read the answers."
+    )
+
+
+def test_five_examples_are_too_few(tmp_path):
+    # Wilson's interval of 5 of 5 begins at 57%, but five tosses of a coin agree in 6% of cases.
+    rows, status = pairs(1.0, 5)
+    found = verdict(record(tmp_path / "run", rows, status=status))
+    assert found.kind == "no difference"
+    assert found.sentence.endswith("too few to tell it from 50%.")
+
+
+def test_one_example_is_singular(tmp_path):
+    rows, status = pairs(1.0, 1)
+    assert (
+        "On 1 held-out pair the" in verdict(record(tmp_path / "run", rows, status=status)).sentence
     )
 
 

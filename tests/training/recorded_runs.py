@@ -41,6 +41,8 @@ DIGITS = 9
 # Fields that differ from run to run or from machine to machine, and sentences.
 IGNORED = re.compile(
     r"second|peak_memory|^(time|software|system|here|basis|remarks|advice|moment|reference|data)$"
+    # Deviations of held-out metrics, which were not recorded.
+    r"|^eval/(loss|perplexity|((logps|rewards)/(chosen|rejected|margins)))_std$"
 )
 # Weights whose fingerprints are recorded: in a run folder or a fused model, in its checkpoint, and
 # in the checkpoints of two cases.
@@ -54,9 +56,9 @@ OPTIMIZERS = {
 # ---------------------------------------------------------------- cases
 
 OFFLINE = (
-    "--model model --output runs/{name} --iters 3 --batch-size 2 --grad-accumulation-steps 2 "
-    "--lora-rank 4 --learning-rate 1e-3 --warmup 0 --max-seq-length 64 --steps-per-report 1 "
-    "--samples 0"
+    "--model model --output runs/{name} --keep last --iters 3 --batch-size 2 "
+    "--grad-accumulation-steps 2 --lora-rank 4 --learning-rate 1e-3 --warmup 0 "
+    "--max-seq-length 64 --steps-per-report 1 --samples 0"
 )
 DPO = f"dpo --data pairs --reference-cache caches/{{name}} {OFFLINE}"
 KTO = f"kto --data labelled.jsonl --valid-fraction 0.25 --reference-cache caches/{{name}} {OFFLINE}"
@@ -65,7 +67,7 @@ REWARD = f"reward --data pairs {OFFLINE}"
 ON_POLICY = (
     "--model model --data pairs --output runs/{name} --iters 2 --batch-size 2 "
     "--grad-accumulation-steps 2 --group-size 4 --max-completion-length 8 --max-seq-length 64 "
-    "--lora-rank 4 --learning-rate 1e-3 --samples 0 --no-guard"
+    "--lora-rank 4 --learning-rate 1e-3 --samples 0 --no-guard --keep last"
 )
 # For folders of runs that are kept in the repository.
 FEW = "--lora-keys self_attn.q_proj,mlp.down_proj"
@@ -389,7 +391,8 @@ class Recorder:
                 self._run(other)
         if name.endswith("-resumed"):
             self._interrupt(name, words)
-            words = [words[0], "--resume", f"runs/{name}"]
+            # These runs began before there was a choice.
+            words = [words[0], "--resume", f"runs/{name}", "--keep", "last"]
         self.printed[name] = self._call(name, words, expected=0)
 
     def _interrupt(self, name: str, words: list[str]) -> None:
