@@ -19,6 +19,7 @@ LEVELS = (
     {"algorithms"},
     {"training"},
     {"commands"},
+    {"improve"},
     {"run"},
     {"api"},
     {"trl"},

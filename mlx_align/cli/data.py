@@ -18,6 +18,7 @@ from mlx_align.cli.options import (
     new_file,
 )
 from mlx_align.cli.sample import sample
+from mlx_align.cli.select import select
 from mlx_align.config import CheckDataConfig, ConvertDataConfig, TrainConfig, make_config
 from mlx_align.config.schema import require
 from mlx_align.errors import ConfigError
@@ -30,7 +31,7 @@ _WIDTH = 96
 @click.group(
     cls=Group,
     invoke_without_command=True,
-    sections={"Commands": ("check", "convert", "sample")},
+    sections={"Commands": ("check", "convert", "sample", "select")},
     short_help="Check or convert data before training; create some by rejection sampling.",
 )
 @click.pass_context
@@ -41,6 +42,7 @@ def data(context: click.Context) -> None:
 
 
 data.add_command(sample)
+data.add_command(select)
 
 
 @data.command(cls=Command, short_help="Read, tokenise and describe preference data.")

@@ -12,6 +12,7 @@ from mlx_align.cli.data import data
 from mlx_align.cli.evaluate import evaluate
 from mlx_align.cli.export import export
 from mlx_align.cli.fuse import fuse
+from mlx_align.cli.improve import improve
 from mlx_align.cli.judge import judge
 from mlx_align.cli.options import Group
 from mlx_align.cli.plan import plan
@@ -25,7 +26,7 @@ from mlx_align.losses.registry import PAIRWISE_LOSSES
 SECTIONS = {
     "Train": ("dpo", "kto", "sft", "reward", "ppo", "grpo"),
     "Use and evaluate a run": ("eval", "score", "rerank", "fuse", "export", "report"),
-    "Make preferences": ("judge", "constitution"),
+    "Make preferences": ("judge", "constitution", "improve"),
     "Prepare": ("plan", "data", "cache", "completion"),
 }
 
@@ -87,6 +88,7 @@ for command in (
     report,
     judge,
     constitution,
+    improve,
     plan,
     data,
     cache,

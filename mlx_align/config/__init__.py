@@ -10,7 +10,7 @@ from mlx_align.config.evaluation import (
     ScoreConfig,
     ScorerConfig,
 )
-from mlx_align.config.judges import ConstitutionConfig, JudgeConfig
+from mlx_align.config.judges import ConstitutionConfig, ImproveConfig, JudgeConfig, SelectConfig
 from mlx_align.config.offline import (
     DEFAULT_BATCH_SIZE,
     DPOConfig,
@@ -47,6 +47,7 @@ __all__ = [
     "ExportConfig",
     "FuseConfig",
     "GRPOConfig",
+    "ImproveConfig",
     "JudgeConfig",
     "KTOConfig",
     "LabelOptions",
@@ -62,6 +63,7 @@ __all__ = [
     "SampleConfig",
     "ScoreConfig",
     "ScorerConfig",
+    "SelectConfig",
     "TrainConfig",
     "make_config",
 ]

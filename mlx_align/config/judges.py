@@ -1,4 +1,4 @@
-"""Options of the commands in which models make preferences: judge, constitution."""
+"""Options of judge, constitution, improve and data select, in which models make preferences."""
 
 from __future__ import annotations
 
@@ -6,12 +6,14 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from mlx_align.config.evaluation import EvalConfig, SampleConfig, ScoreConfig
-from mlx_align.config.offline import TrainConfig
+from mlx_align.config.offline import DPOConfig, TrainConfig
 from mlx_align.config.on_policy import OnPolicyConfig
 from mlx_align.config.schema import (
+    EVALUATION,
     JUDGE,
     LABELS,
     MODEL,
+    OPTIMISATION,
     REQUIRED,
     SAMPLING,
     Options,
@@ -197,6 +199,7 @@ class ConstitutionConfig(Options):
         "model",
         help="Judge that compares, or its name at --judge-url.",
         group=JUDGE,
+        aliases=(),
         default_text="--model itself",
     )
     judge_adapter_path: str | None = override(
@@ -211,3 +214,124 @@ class ConstitutionConfig(Options):
     ties: Literal["skip", "half"] = override(JudgeConfig, "ties")
     min_confidence: float = override(JudgeConfig, "min_confidence")
     labels: Literal["soft", "hard"] = override(JudgeConfig, "labels")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SelectConfig(Options):
+    """Options of `mlx-align data select`."""
+
+    data: str = override(
+        TrainConfig, "data", REQUIRED, help="Pairs or lists of answers; their labels are ignored."
+    )
+    split: str = override(ScoreConfig, "split")
+    format: str | None = override(TrainConfig, "format")
+    columns: dict[str, Any] = override(TrainConfig, "columns")
+    output: str = override(ScoreConfig, "output")
+    by: Literal["random", "disagreement"] = option(
+        "random", "Draw pairs, or take those on which reward heads disagree most.", LABELS
+    )
+    count: int | None = option(None, "Number of pairs to write.", LABELS, at_least=1)
+    share: float | None = option(
+        None, "Share of the pairs to write, such as 0.05.", LABELS, above=0
+    )
+    reward_model: str | None = override(
+        JudgeConfig,
+        "reward_model",
+        help="Ensemble for --by disagreement: a run of mlx-align reward --members 5.",
+        group=LABELS,
+    )
+    seed: int = override(JudgeConfig, "seed")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImproveConfig(Options):
+    """Options of `mlx-align improve`."""
+
+    model: str = override(TrainConfig, "model", REQUIRED, help="Base model of the policy.")
+    init_adapter: str | None = override(
+        TrainConfig, "init_adapter", help="Run that the first round starts from."
+    )
+    data: str = override(
+        TrainConfig, "data", REQUIRED, help="Prompts; its valid split, or a part, is held out."
+    )
+    format: str | None = override(TrainConfig, "format")
+    columns: dict[str, Any] = override(TrainConfig, "columns")
+    output: str = override(
+        TrainConfig, "output", REQUIRED, help="Folder with one folder per round.", default_text=None
+    )
+    rounds: int = option(3, "Rounds at most.", OPTIMISATION, at_least=1)
+    train_config: str | None = option(
+        None,
+        "YAML file with options of mlx-align dpo for every round.",
+        OPTIMISATION,
+        metavar="FILE",
+        python_type="str | Path",
+    )
+    iters: int | None = override(TrainConfig, "iters", help="Optimizer updates per round.")
+    learning_rate: float | None = override(
+        TrainConfig, "learning_rate", None, default_text="as in dpo"
+    )
+    beta: float | None = override(DPOConfig, "beta")
+    prompts_per_round: int | None = option(
+        None,
+        "Prompts of a round, others in each; all are used again once none is left.",
+        SAMPLING,
+        default_text="all",
+        at_least=1,
+    )
+    answers: int = option(2, "Answers per prompt.", SAMPLING, at_least=2)
+    max_completion_length: int = override(SampleConfig, "max_completion_length")
+    temperature: float = override(SampleConfig, "temperature")
+    seed: int = override(SampleConfig, "seed")
+    labels_by: Literal["judge", "people"] = option(
+        "judge",
+        "Who labels; with people, a round waits for its file labels.jsonl.",
+        LABELS,
+    )
+    judge_model: str | None = override(
+        ConstitutionConfig, "judge_model", help="Judge, or its name at --judge-url.",
+        default_text=None,
+    )  # fmt: skip
+    judge_adapter_path: str | None = override(ConstitutionConfig, "judge_adapter_path")
+    judge_url: str | None = override(ConstitutionConfig, "judge_url")
+    api_key_variable: str | None = override(
+        JudgeConfig,
+        "api_key_variable",
+        help="Environment variable with the API key of --judge-url and --eval-judge-url.",
+    )
+    reward_model: str | None = override(JudgeConfig, "reward_model")
+    reward: tuple[str, ...] | None = override(JudgeConfig, "reward")
+    rubric: str | None = override(JudgeConfig, "rubric")
+    human: str | None = override(JudgeConfig, "human", group=JUDGE)
+    allow_unproven: bool = override(JudgeConfig, "allow_unproven")
+    allow_circular: bool = override(TrainConfig, "allow_circular", group=LABELS)
+    min_confidence: float = override(JudgeConfig, "min_confidence")
+    eval_judge_model: str | None = override(
+        JudgeConfig,
+        "model",
+        help="Held-out judge, or its name at --eval-judge-url.",
+        group=EVALUATION,
+        aliases=(),
+    )
+    eval_judge_url: str | None = override(
+        JudgeConfig,
+        "url",
+        help="OpenAI-compatible endpoint of --eval-judge-model.",
+        group=EVALUATION,
+    )
+    eval_reward_model: str | None = override(
+        JudgeConfig,
+        "reward_model",
+        help="Held-out judge: a run of mlx-align reward, or a classifier.",
+        group=EVALUATION,
+    )
+    eval_reward: tuple[str, ...] | None = override(
+        JudgeConfig, "reward", help="Held-out judge: reward functions.", group=EVALUATION
+    )
+    eval_prompts: int = option(
+        64, "Held-out prompts that the policies answer.", EVALUATION, at_least=1
+    )
+    valid_fraction: float = override(TrainConfig, "valid_fraction", 0.2, above=0, at_least=None)
+    guard: bool = option(
+        True, "Stop when the held-out judge no longer prefers the new policy.", EVALUATION
+    )

@@ -262,6 +262,46 @@ class GRPOOptions(TypedDict, total=False):
     guard: bool
 
 
+class ImproveOptions(TypedDict, total=False):
+    """Keyword arguments checked by `ImproveConfig`."""
+
+    model: Required[str | Path]
+    init_adapter: str | PathLike[str] | None
+    data: Required[Data]
+    format: str | None
+    columns: Mapping[str, float | str]
+    output: Required[str | Path]
+    valid_fraction: float
+    rounds: int
+    train_config: str | Path | None
+    iters: int | None
+    learning_rate: float | None
+    beta: float | None
+    judge_model: str | Path | None
+    judge_adapter_path: str | PathLike[str] | None
+    judge_url: str | None
+    api_key_variable: str | None
+    reward_model: str | PathLike[str] | None
+    reward: Rewards | None
+    rubric: str | Path | None
+    human: str | Path | None
+    labels_by: Literal["judge", "people"]
+    allow_unproven: bool
+    allow_circular: bool
+    min_confidence: float
+    prompts_per_round: int | None
+    answers: int
+    max_completion_length: int
+    temperature: float
+    seed: int
+    eval_judge_model: str | Path | None
+    eval_judge_url: str | None
+    eval_reward_model: str | PathLike[str] | None
+    eval_reward: Rewards | None
+    eval_prompts: int
+    guard: bool
+
+
 class JudgeOptions(TypedDict, total=False):
     """Keyword arguments checked by `JudgeConfig`."""
 
@@ -603,3 +643,18 @@ class ScoreOptions(TypedDict, total=False):
     logps: bool
     combine: Literal["mean", "min", "mean-variance"]
     variance_penalty: float | None
+
+
+class SelectOptions(TypedDict, total=False):
+    """Keyword arguments checked by `SelectConfig`."""
+
+    data: Required[Data]
+    split: str
+    format: str | None
+    columns: Mapping[str, float | str]
+    output: Required[str | Path]
+    by: Literal["random", "disagreement"]
+    count: int | None
+    share: float | None
+    reward_model: str | PathLike[str] | None
+    seed: int

@@ -112,8 +112,10 @@ class Reviser:
         self._writer, self._identity, self._principles = writer, identity, principles
         self._settings, self._log = settings, log
 
-    def revise(self, groups: Sequence[PromptGroup], console: Console) -> list[RevisedPrompt]:
-        """Answer and revise every prompt.
+    def revise(
+        self, groups: Sequence[PromptGroup], console: Console, label: str = "Revising"
+    ) -> list[RevisedPrompt]:
+        """Answer and revise every prompt; without rounds, only answer.
 
         Raises:
             MlxAlignError: The writer can't be used any longer; the steps so far are in the log.
@@ -121,7 +123,7 @@ class Reviser:
         settings = self._settings
         steps = settings.answers + 2 * settings.rounds
         found: list[RevisedPrompt] = []
-        with console.bar("Revising", len(groups) * steps) as bar:
+        with console.bar(label, len(groups) * steps) as bar:
             for start in range(0, len(groups), AT_ONCE):
                 part = [RevisedPrompt(group) for group in groups[start : start + AT_ONCE]]
                 for k in range(settings.answers):

@@ -13,7 +13,8 @@ import numpy.typing as npt
 
 from mlx_align.errors import ConfigError
 from mlx_align.evaluation.statistics import Floats, sigmoid
-from mlx_align.inference.reward_model import RewardModel
+from mlx_align.inference.reward_model import RewardModel, open_reward_model
+from mlx_align.preferences.ai_feedback import AnswerPair
 from mlx_align.preferences.verdicts import as_plain_text
 from mlx_align.types import Message, PromptGroup, Text
 
@@ -54,8 +55,7 @@ def score_disagreement(
             continue
         if scored.members.shape[1] < 2:
             raise ConfigError(
-                "--ask-by disagreement needs an ensemble: train one with mlx-align reward "
-                "--ensemble 5"
+                "--by disagreement needs an ensemble: train one with mlx-align reward --members 5"
             )
         members = scored.members.astype(np.float64)
         found[index] = preference_disagreement(members[:1], members[1:2])[0]
@@ -66,6 +66,34 @@ def most_disagreement_first(disagreement: Floats) -> list[int]:
     """Indices of pairs, the largest disagreement first; those without a score come last."""
     known = np.where(np.isnan(disagreement), -1.0, disagreement)
     return [int(index) for index in np.argsort(-known, kind="stable")]
+
+
+def select_pairs(
+    pairs: Sequence[AnswerPair], count: int, reward_model: str | None, seed: int
+) -> tuple[list[int], dict[int, float] | None]:
+    """Indices of `count` pairs to label: at random, or those with the most disagreement.
+
+    Args:
+        pairs: The pairs.
+        count: Number of pairs.
+        reward_model: An ensemble: a run of `mlx-align reward` with several members; None to draw.
+        seed: Random seed.
+
+    Returns:
+        The indices, and the disagreement of each; None if they were drawn.
+
+    Raises:
+        ConfigError: The reward model has a single head.
+        ModelError: It can't be loaded.
+    """
+    if reward_model is None:
+        drawn = np.random.default_rng(seed).permutation(len(pairs))[:count]
+        return sorted(int(index) for index in drawn), None
+    scores = score_disagreement(
+        open_reward_model(reward_model), [(pair.prompt, pair.a, pair.b) for pair in pairs]
+    )
+    order = [index for index in most_disagreement_first(scores) if not np.isnan(scores[index])]
+    return order[:count], {index: float(scores[index]) for index in order}
 
 
 def _group(prompt: Text, first: Text, second: Text) -> PromptGroup:

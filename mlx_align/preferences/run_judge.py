@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +65,7 @@ class JudgeSpec:
         max_seq_length: Longest prompt of the judge, tokens.
         batch_size: Comparisons per forward pass.
         prefix: What the options' names start with, for messages.
+        reward_prefix: The same for reward models and functions, if it is another.
     """
 
     model: str | None = None
@@ -77,7 +78,8 @@ class JudgeSpec:
     min_mass: float | None = None
     max_seq_length: int | None = None
     batch_size: int | None = None
-    prefix: str = "--"
+    prefix: str = field(default="--", compare=False)
+    reward_prefix: str | None = field(default=None, compare=False)
 
     def check(self) -> None:
         """Check that the options name one judge.
@@ -85,20 +87,20 @@ class JudgeSpec:
         Raises:
             ConfigError: They name none or several, or one has no effect.
         """
-        p = self.prefix
+        p, r = self.prefix, self.reward_prefix or self.prefix
         kinds = [
             flag
             for flag, given in (
                 (f"{p}model", self.model if self.url is None else None),
-                (f"{p}reward-model", self.reward_model),
-                (f"{p}reward", self.reward),
+                (f"{r}reward-model", self.reward_model),
+                (f"{r}reward", self.reward),
                 (f"{p}url", self.url),
             )
             if given
         ]
         if not kinds:
             raise ConfigError(
-                f"no judge; give {p}model (a language model), {p}reward-model, {p}reward or {p}url"
+                f"no judge; give {p}model (a language model), {r}reward-model, {r}reward or {p}url"
             )
         if len(kinds) > 1:
             raise ConfigError(f"{' and '.join(kinds)} name several judges; give one")
@@ -106,7 +108,7 @@ class JudgeSpec:
             raise ConfigError(f"{p}url {self.url}: needs {p}model, the model's name there")
         if self.adapter_path is not None and kinds != [f"{p}model"]:
             raise ConfigError(f"{p}adapter-path needs {p}model, the adapter's base model")
-        kind = kinds[0].removeprefix(p)
+        kind = kinds[0].removeprefix(p).removeprefix(r)
         for name, given, used_by in (
             ("api-key-variable", self.api_key_variable, ("url",)),
             ("concurrency", self.concurrency, ("url",)),
@@ -238,7 +240,9 @@ class JudgeOutcome:
         }
 
 
-def judge_data(config: JudgeConfig, output: Path, console: Console) -> JudgeOutcome:
+def judge_data(
+    config: JudgeConfig, output: Path, console: Console, *, log_file: Path | None = None
+) -> JudgeOutcome:
     """Measure a judge on people's labels, label the data, and write the pairs.
 
     Args:
@@ -246,6 +250,7 @@ def judge_data(config: JudgeConfig, output: Path, console: Console) -> JudgeOutc
         output: The file to write. The verdicts go into a file next to it, and an interrupted
             command that is given again continues from there.
         console: Shows notes and progress.
+        log_file: The file of the verdicts, if it is another.
 
     Raises:
         ConfigError: The options are wrong, or the judge doesn't beat a coin.
@@ -268,7 +273,7 @@ def judge_data(config: JudgeConfig, output: Path, console: Console) -> JudgeOutc
     if config.human is not None:
         sample, human_title = read_human_sample(resolve_starter(config.human, "data"))
         console.note(human_title)
-    log = KeyedLog(verdict_file(output), VERDICT_FIELDS)
+    log = KeyedLog(log_file or verdict_file(output), VERDICT_FIELDS)
     if len(log):
         console.note(f"continuing: {len(log):,} verdicts in {log.file}")
     with open_judge(spec) as opened:

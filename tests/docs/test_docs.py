@@ -295,6 +295,9 @@ def folder(tmp_path_factory):
         ],
     )
     write("human.jsonl", many)
+    both = ([row["rejected"], row["chosen"]] for row in many)
+    answers = zip(many, both, strict=True)
+    write("answers.jsonl", [{"prompt": r["prompt"], "completions": c} for r, c in answers])
     write("prompts.jsonl", [{"prompt": row["prompt"]} for row in rows])
     write("demonstrations.jsonl", [{"messages": row["prompt"] + row["chosen"]} for row in rows])
     labels = ({"prompt": row["prompt"], "completion": row["chosen"]} for row in many)
