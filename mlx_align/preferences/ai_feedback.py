@@ -188,6 +188,9 @@ def read_human_sample(data: Data, format: str | None = None) -> tuple[list[Answe
         a, b = group.completions
         author = [str(group.columns.get(f"{side}_model") or "") for side in ("chosen", "rejected")]
         label = 1.0 if group.soft_label is None else group.soft_label
+        if group.votes is not None:
+            # The share of the raters; the soft label is nearer to ½, and the calibration too.
+            label = group.votes[0] / sum(group.votes)
         found.append(
             AnswerPair(group.prompt, a, b, group.source, (author[0], author[1]), human=label)
         )

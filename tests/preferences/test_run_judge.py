@@ -12,6 +12,7 @@ from helpers.runs import mlx_align
 
 from mlx_align.data.formats import read_preferences
 from mlx_align.data.readers import read_rows as read_data
+from mlx_align.preferences.ai_feedback import read_human_sample
 
 RULE = """
 def better(prompts, completions):
@@ -226,6 +227,22 @@ def test_a_damaged_log_is_named(folder, capsys):
     (folder / "out.verdicts.jsonl").write_text("{}\n")
     assert rule("--human", "human.jsonl") == 1
     assert "out.verdicts.jsonl:1: damaged (no 'key')" in capsys.readouterr().err
+
+
+def test_several_raters_count_by_their_votes(folder):
+    rows = [
+        {"prompt": f"q{i}", "response_a": f"good {i}", "response_b": f"bad {i}", "rater": rater,
+         "winner": "b" if (i, rater) == (0, "cy") else "a"}
+        for i in range(30) for rater in ("ana", "bo", "cy")
+    ]  # fmt: skip
+    write_rows("raters.jsonl", rows)
+    pairs, _ = read_human_sample("raters.jsonl")
+    assert sorted(pair.human for pair in pairs)[:2] == pytest.approx([2 / 3, 1.0])
+    write_rows("pairs.jsonl", [pair(0)])
+    assert rule("--human", "raters.jsonl") == 0
+    # 30 of 30 pairs right, with one vote of 90 against: (30 - 1/3 + 1)/32.
+    label = read_rows("out.jsonl")[0]["soft_label"]
+    assert label == pytest.approx((30 - 1 / 3 + 1) / 32, abs=1e-3)
 
 
 def test_criteria_of_a_rubric_are_shown_and_can_be_judged_one_by_one(folder):
