@@ -15,6 +15,7 @@ from typing import Any, Literal
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_align.data.readers import one_line
+from mlx_align.errors import MlxAlignError
 from mlx_align.types import Message
 
 Ids = list[int]
@@ -400,6 +401,8 @@ def _apply(
         return tokenizer.apply_chat_template(
             list(turns), tokenize=tokenize, add_generation_prompt=generation_prompt, **options
         )
+    except MlxAlignError:  # it exceeds a limit
+        raise
     # A template is a program that comes with the model and may raise anything.
     except Exception as error:
         raise TemplateError(one_line(error, 100)) from None

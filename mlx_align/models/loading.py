@@ -38,6 +38,7 @@ from mlx_align.models.backbone import Backbone, split_backbone
 from mlx_align.models.classifiers import first_line, head_problem, is_classifier, load_classifier
 from mlx_align.models.model_config import loading_options, normalize_config, unsupported_reason
 from mlx_align.models.rotary import correct_rotations
+from mlx_align.models.templates import limit_template
 from mlx_align.models.verification import verify_forward
 from mlx_align.models.weights import AdapterWeights, use_adapter
 from mlx_align.types import GroupBatch
@@ -299,17 +300,21 @@ def read_model_config(path: Path) -> dict[str, Any]:
 def load_tokenizer(path: Path, config: dict[str, Any]) -> TokenizerWrapper:
     """Load the tokenizer of a model folder as mlx-lm wraps it. Never runs code from the folder.
 
+    Its chat template, which is a program too, runs with limits; see `templates.py`.
+
     Raises:
         ModelError: It can't be loaded.
     """
     eos = config.get("eos_token_id")
     try:
-        return _load_tokenizer(
+        tokenizer = _load_tokenizer(
             path,
             # Explicit, because transformers would ask on a terminal.
             tokenizer_config_extra={"trust_remote_code": False},
             eos_token_ids=[eos] if isinstance(eos, int) else eos,
         )
+        limit_template(tokenizer._tokenizer, path)
+        return tokenizer
     except Exception as error:  # transformers passes on the exceptions of several parsers
         raise ModelError(f"{path}: its tokenizer can't be loaded ({first_line(error)})") from error
 

@@ -18,6 +18,7 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_align.errors import ModelError
+from mlx_align.models.templates import SandboxError, matching_names
 from mlx_align.models.weights import read_tensors
 
 PEFT_WEIGHTS = "adapter_model.safetensors"
@@ -99,7 +100,7 @@ def read_peft_layout(folder: Path) -> dict[str, Any]:
     return {
         "fine_tune_type": "dora" if config.get("use_dora") else "lora",
         "rank": max(int(parts["A"].shape[0]) for parts in modules.values()),
-        "scale": _scale(config, "", int(config["r"])),
+        "scale": _scale(config, float(config["lora_alpha"]), int(config["r"])),
         "dropout": float(config.get("lora_dropout") or 0.0),
         "num_layers": -1,
         "keys": tuple(sorted({in_block(module)[1] for module in modules})),
@@ -112,15 +113,16 @@ def read_peft_weights(folder: Path) -> dict[str, mx.array]:
     Raises:
         ModelError: They are damaged, or can't be mapped.
     """
-    config = read_peft_config(folder)
-    whole = _scale(config, "", int(config["r"]))
+    config, modules = read_peft_config(folder), _modules(folder)
+    whole = _scale(config, float(config["lora_alpha"]), int(config["r"]))
+    alphas = _alphas(folder, config, modules)
     found = {}
-    for module, parts in _modules(folder).items():
+    for module, parts in modules.items():
         rank = int(parts["A"].shape[0])
         for part, tensor in parts.items():
             value = tensor.astype(mx.float32).T
             if part == "B":
-                value = value * (_scale(config, module, rank) / whole)
+                value = value * (_scale(config, alphas[module], rank) / whole)
             elif part == "magnitude_vector":
                 value = value.reshape(-1)
             found[f"{module}.{_LEAVES[part]}"] = value
@@ -176,22 +178,35 @@ def covered_names(folder: Path, tensors: Collection[str], names: Collection[str]
     blocks = None if wanted is None else {wanted} if isinstance(wanted, int) else set(wanted)
     present = {name.rpartition(".")[0] for name in tensors}
     keys = {in_block(module)[1] for module in present}
+    excluded = _excluded(folder, skipped, {name.rpartition(".")[0] for name in names})
     found = set()
     for name in names:
         module = name.rpartition(".")[0]
         block, inside = in_block(module)
         listed = isinstance(target, list) and inside in keys and _matches(module, target)
         listed = listed and (blocks is None or block in blocks)
-        listed = listed and not (skipped and _matches(module, skipped))
+        listed = listed and module not in excluded
         if module in present or listed:
             found.add(name)
     return found
 
 
-def _matches(module: str, wanted: Any) -> bool:
-    if isinstance(wanted, str):
-        return re.fullmatch(wanted, module) is not None
+def _matches(module: str, wanted: Collection[str]) -> bool:
     return any(module == one or module.endswith(f".{one}") for one in wanted)
+
+
+def _excluded(folder: Path, skipped: Any, modules: Collection[str]) -> set[str]:
+    """The modules that `exclude_modules` names, as a list or as a pattern."""
+    if isinstance(skipped, str):
+        return _matching(folder, skipped, modules)
+    return {module for module in modules if _matches(module, skipped or ())}
+
+
+def _matching(folder: Path, pattern: str, modules: Collection[str]) -> set[str]:
+    try:
+        return matching_names(pattern, list(modules))
+    except SandboxError as error:
+        raise ModelError(f"{folder / PEFT_CONFIG}: pattern {pattern!r:.100}: {error}") from None
 
 
 def _modules(folder: Path) -> dict[str, dict[str, mx.array]]:
@@ -223,13 +238,17 @@ def _modules(folder: Path) -> dict[str, dict[str, mx.array]]:
     return found
 
 
-def _scale(config: Mapping[str, Any], module: str, rank: int) -> float:
-    """alpha/r, or alpha/√r with rsLoRA, of one module; of the whole adapter for module ""."""
-    alpha = float(config["lora_alpha"])
-    for pattern, own in (config.get("alpha_pattern") or {}).items():
-        if module and re.match(rf"(.*\.)?({pattern})$", module):
-            alpha = float(own)
-            break
+def _alphas(folder: Path, config: Mapping[str, Any], modules: Collection[str]) -> dict[str, float]:
+    """alpha of each module: that of the first pattern which ends the module's name."""
+    found = dict.fromkeys(modules, float(config["lora_alpha"]))
+    for pattern, own in reversed((config.get("alpha_pattern") or {}).items()):
+        for module in _matching(folder, rf"(.*\.)?({pattern})", modules):
+            found[module] = float(own)
+    return found
+
+
+def _scale(config: Mapping[str, Any], alpha: float, rank: int) -> float:
+    """alpha/r, or alpha/√r with rsLoRA."""
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 

@@ -2,7 +2,8 @@ r"""The built-in rewards, and the extraction and comparison of final answers.
 
 Each function takes the options of `--reward "length(target=200)"` and returns a reward: a pure
 function of one completion's text, its facts and the other columns of its row. None means that a
-completion has no reward. They run in the training process.
+completion has no reward. Those with a pattern run in
+the process of the reward functions, under its timeout; the others take linear time.
 """
 
 from __future__ import annotations

@@ -8,9 +8,11 @@ lists have one entry per completion. Arguments are passed by name, and only thos
 accepts. Columns with the names of these arguments are not passed. None means that a completion has
 no reward from this function. `async def` functions are awaited.
 
-A function given by its spec (`module:function`, `file.py:function`) runs in a separate process: a
-call that hangs is stopped after the timeout, and a crash doesn't affect the training process. A
-Python callable runs in this process, without isolation and without a timeout.
+A function given by its spec (`module:function`, `file.py:function`), and a built-in reward with a
+pattern (a regular expression may take forever), runs in a separate process: a call that hangs is
+stopped after the timeout, and a crash doesn't affect the training process. The other built-in
+rewards take linear time. A Python callable runs in this process, without isolation and without a
+timeout.
 
 Only functions named on the command line, in the user's own configuration file, or by the calling
 program are run. They run with the user's permissions.
@@ -24,7 +26,7 @@ import math
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, field, replace
 from difflib import get_close_matches
 from pathlib import Path
 from types import TracebackType
@@ -35,7 +37,6 @@ import numpy.typing as npt
 
 from mlx_align.errors import ConfigError, TrainingError
 from mlx_align.rollout.builtin_rewards import BUILTIN_REWARDS, CompletionFacts, Reward
-from mlx_align.rollout.reward_process import RewardProcess, WorkerFailure
 from mlx_align.rollout.reward_worker import (
     RESERVED,
     InvalidReward,
@@ -45,6 +46,7 @@ from mlx_align.rollout.reward_worker import (
     describe_error,
     expand_batch,
 )
+from mlx_align.system.worker_process import WorkerFailure, WorkerProcess
 from mlx_align.types import PromptGroup, Text
 
 Values = npt.NDArray[np.float64]
@@ -56,6 +58,7 @@ TokenIds = Sequence[Sequence[Sequence[int]]]
 
 # Importing a module may load a model, so it may take longer than a call.
 IMPORT_SECONDS = 120.0
+WORKER = "mlx_align.rollout.reward_worker"
 # Finding the completion at which a function raised only improves the error message.
 _LOCATE_SECONDS = 10.0
 _MAX_SHOWN = 60
@@ -77,16 +80,18 @@ class RewardSpec:
             function of that name (`regex`, `regex_2`).
         weight: Weight in the total; 0 to log the reward only.
         builtin: A built-in reward, ready to call; else None.
+        options: The options of the built-in reward.
         column: The column that a built-in reward compares with; None if it needs none.
         callable: A Python callable, to be called in this process; else None.
         module: The module, or the file ending in .py, of a function given by its spec.
-        function: The name of the function there.
+        function: The name of the function there, or of the built-in reward.
     """
 
     text: str
     name: str
     weight: float = 1.0
     builtin: Reward | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
     column: str | None = None
     callable: RewardFunction | None = None
     module: str = ""
@@ -191,7 +196,9 @@ def _parse_builtin(text: str, name: str, written: str | None, weight: str | None
     except ConfigError as error:
         raise ConfigError(f"--reward {text}: {error}") from None
     column = options.get("column", accepted["column"].default) if "column" in accepted else None
-    return RewardSpec(text, name, _parse_weight(text, weight), reward, column)
+    return RewardSpec(
+        text, name, _parse_weight(text, weight), reward, options, column, function=name
+    )
 
 
 def _parse_function(text: str, module: str, function: str, weight: str | None) -> RewardSpec:
@@ -289,34 +296,49 @@ class RewardFunctions:
     def __init__(self, specs: Sequence[RewardSpec], timeout: float) -> None:
         self.specs = tuple(specs)
         self._timeout = timeout
-        self._process: RewardProcess | None = None
+        self._process: WorkerProcess | None = None
         # The parameters of each function that is not built in, by its index among the specs.
         self._parameters: dict[int, Mapping[str, Any]] = {}
         # Indices of the functions in the process, in the order in which it loaded them.
         self._loaded: list[int] = []
+        # The same for built-in rewards with a pattern.
+        self._builtins: list[int] = []
         try:
             for place, spec in enumerate(self.specs):
+                if spec.builtin is not None and "pattern" not in spec.options:
+                    continue
                 if spec.callable is not None:
                     self._parameters[place] = _parameters_of(spec, spec.callable)
-                elif spec.builtin is None:
-                    self._process = self._process or RewardProcess()
+                    continue
+                self._process = self._process or WorkerProcess(WORKER)
+                if spec.builtin is None:
                     self._parameters[place] = self._load(spec, self._process)
                     self._loaded.append(place)
+                else:
+                    message = {"name": spec.function, "options": spec.options}
+                    self._request(spec, self._process, "load_builtin", message)
+                    self._builtins.append(place)
         except BaseException:
             self.close()
             raise
 
-    def _load(self, spec: RewardSpec, process: RewardProcess) -> Mapping[str, Any]:
+    def _load(self, spec: RewardSpec, process: WorkerProcess) -> Mapping[str, Any]:
         message = {"target": spec.module, "name": spec.function}
-        try:
-            reply = process.request("load", message, max(self._timeout, IMPORT_SECONDS))
-        except WorkerFailure as failure:
-            raise ConfigError(
-                f"{spec.label}: while {spec.module} was imported: {failure}"
-            ) from None
+        reply = self._request(spec, process, "load", message)
         if "error" in reply:
             raise ConfigError(f"{spec.label}: {reply['error']}")
         return reply
+
+    def _request(
+        self, spec: RewardSpec, process: WorkerProcess, method: str, message: Mapping[str, Any]
+    ) -> Mapping[str, Any]:
+        """Load a function into the process."""
+        try:
+            return process.request(method, message, max(self._timeout, IMPORT_SECONDS))
+        except WorkerFailure as failure:
+            what = spec.module or "the process"
+            began = "was imported" if spec.module else "was started"
+            raise ConfigError(f"{spec.label}: while {what} {began}: {failure}") from None
 
     def __enter__(self) -> Self:
         return self
@@ -392,12 +414,19 @@ class RewardFunctions:
         if any("completion_ids" in known["names"] for known in self._parameters.values()):
             ids = [[fact.token_ids for fact in of_prompt] for of_prompt in facts]
         if count and self._process is not None:
-            self._send(self._process, _as_batch(groups, texts, ids))
+            batch = _as_batch(groups, texts, ids)
+            if self._builtins:
+                # Without the tokens, which they don't read.
+                batch["facts"] = [
+                    [astuple(replace(fact, token_ids=())) for fact in of_prompt]
+                    for of_prompt in facts
+                ]
+            self._send(self._process, batch)
         for place, spec in enumerate(self.specs):
             if not count:
                 break
             given: Sequence[float | None]
-            if spec.builtin is not None:
+            if spec.builtin is not None and place not in self._builtins:
                 given = [
                     _call_builtin(spec, spec.builtin, text, fact, group)
                     for group, of_prompt, known in zip(groups, texts, facts, strict=True)
@@ -438,7 +467,7 @@ class RewardFunctions:
             where = _location(groups, texts, None)
             raise TrainingError(f"{label}: raised {text}, {where}") from error
 
-    def _send(self, process: RewardProcess, batch: Mapping[str, Any]) -> None:
+    def _send(self, process: WorkerProcess, batch: Mapping[str, Any]) -> None:
         try:
             process.request("batch", batch, max(self._timeout, IMPORT_SECONDS))
         except WorkerFailure as failure:
@@ -446,15 +475,17 @@ class RewardFunctions:
 
     def _call_in_process(
         self,
-        process: RewardProcess,
+        process: WorkerProcess,
         place: int,
         groups: Sequence[PromptGroup],
         texts: Sequence[Sequence[str]],
     ) -> list[float | None]:
-        label, message = self.specs[place].label, {"function": self._loaded.index(place)}
+        label, builtin = self.specs[place].label, place in self._builtins
+        message = {"function": (self._builtins if builtin else self._loaded).index(place)}
         start = time.monotonic()
         try:
-            reply = process.request("call", message, self._timeout)
+            method = "call_builtin" if builtin else "call"
+            reply = process.request(method, message, self._timeout)
         except WorkerFailure as failure:
             hint = ""
             if time.monotonic() - start >= self._timeout:
@@ -462,6 +493,9 @@ class RewardFunctions:
             raise TrainingError(
                 f"{label}: {failure}, {_location(groups, texts, None)}{hint}"
             ) from None
+        if "wrong_column" in reply:
+            source = groups[reply["index"]].source
+            raise ConfigError(f"{label}: {source}: {reply['wrong_column']}")
         if "error" not in reply:
             return list(reply["values"])
         index = reply["index"]
@@ -480,7 +514,7 @@ def open_rewards(specs: Sequence[RewardSpec], timeout: float) -> RewardFunctions
 
     Args:
         specs: From `parse_rewards`.
-        timeout: Seconds that one call of one function given by its spec may take.
+        timeout: Seconds that one call of one function may take, unless it is a Python callable.
 
     Raises:
         ConfigError: A module or file can't be imported or does not have the function.

@@ -1,8 +1,7 @@
-"""The program of the reward process, started by `reward_process`.
+"""The program of the process in which reward functions run.
 
-It runs as a script in a separate interpreter, and imports only the standard library and the user's
-modules: no mlx, no model. Requests and replies are JSON frames over a socket that nothing else
-writes to. The functions' output goes to stderr. The process ends when its parent does.
+It imports only the standard library, the built-in rewards and the user's modules: no mlx, no model.
+The functions' output goes to stderr.
 
 `expand_batch`, `accepted_parameters`, `call_function` and `as_rewards` are also used for functions
 that are called without a process.
@@ -10,51 +9,23 @@ that are called without a process.
 
 from __future__ import annotations
 
-import faulthandler
 import importlib
 import importlib.util
 import inspect
 import json
 import os
-import signal
-import socket
-import struct
 import sys
-import threading
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-_HEADER = struct.Struct(">Q")
-# Seconds after the timeout at which faulthandler's C thread ends the process. Without it, a process
-# whose interpreter is stuck in one long call, such as a regular expression, would outlive its
-# parent: no Python thread gets to run.
-_GRACE = 5.0
+from mlx_align.errors import ConfigError
+from mlx_align.rollout.builtin_rewards import BUILTIN_REWARDS, CompletionFacts, Reward
+from mlx_align.system.worker import RequestError, serve
+
 # The arguments that every function gets; columns of these names are not passed.
 RESERVED = ("prompts", "completions", "completion_ids")
-
-
-def write_frame(connection: socket.socket, message: Any) -> None:
-    """Send a message: its length in 8 bytes, then JSON in ASCII, which keeps lone surrogates.
-
-    Values that JSON can't represent, such as dates in a Parquet file, are sent as their `str()`.
-
-    Raises:
-        OSError: The connection was closed, or timed out.
-    """
-    body = json.dumps(message, default=str).encode("ascii")
-    connection.sendall(_HEADER.pack(len(body)))
-    connection.sendall(body)
-
-
-def frame_size(header: bytes) -> int:
-    """The number of bytes that follow a frame's header."""
-    (size,) = _HEADER.unpack(header)
-    return int(size)
-
-
-HEADER_SIZE = _HEADER.size
 
 
 def expand_batch(batch: Mapping[str, Any]) -> dict[str, list[Any]]:
@@ -78,7 +49,7 @@ def expand_batch(batch: Mapping[str, Any]) -> dict[str, list[Any]]:
     return arguments
 
 
-class InvalidReward(Exception):
+class InvalidReward(RequestError):
     """A function or its return value can't be used.
 
     Attributes:
@@ -259,6 +230,7 @@ class Worker:
 
     def __init__(self) -> None:
         self._functions: list[tuple[Callable[..., Any], str | None, dict[str, Any]]] = []
+        self._builtins: list[Reward] = []
         self._batch = ""
 
     def load(self, request: Mapping[str, Any]) -> dict[str, Any]:
@@ -267,6 +239,31 @@ class Worker:
         accepted = accepted_parameters(function)
         self._functions.append((function, file, accepted))
         return accepted
+
+    def load_builtin(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        """Make a built-in reward."""
+        self._builtins.append(BUILTIN_REWARDS[request["name"]](**request["options"]))
+        return {}
+
+    def call_builtin(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        """Call a built-in reward on each completion; replies with the values.
+
+        In place of `values`, `wrong_column` is the problem of a column, of the prompt `index`.
+        """
+        reward = self._builtins[request["function"]]
+        batch = json.loads(self._batch)
+        values: list[float | None] = []
+        rows = zip(batch["completions"], batch["facts"], strict=True)
+        for index, (texts, facts) in enumerate(rows):
+            columns = {name: column[index] for name, column in batch["columns"].items()}
+            try:
+                values += [
+                    reward(text, CompletionFacts(*known), columns)
+                    for text, known in zip(texts, facts, strict=True)
+                ]
+            except ConfigError as error:
+                return {"wrong_column": str(error), "index": index}
+        return {"values": values}
 
     def batch(self, request: Mapping[str, Any]) -> dict[str, Any]:
         """Store the batch for the calls that follow."""
@@ -303,58 +300,7 @@ class Worker:
         return {"index": None}
 
 
-def _read(connection: socket.socket, size: int) -> bytes:
-    parts = []
-    while size:
-        part = connection.recv(min(size, 1 << 20))
-        if not part:
-            raise EOFError
-        parts.append(part)
-        size -= len(part)
-    return b"".join(parts)
-
-
-def _end_with_parent(lifeline: int) -> None:
-    os.read(lifeline, 1)  # the parent never writes: this returns when it is gone
-    os.killpg(0, signal.SIGKILL)
-
-
 def main(arguments: Sequence[str]) -> None:
-    """Answer requests until the connection closes.
-
-    Args:
-        arguments: File descriptors of the connection, of the lifeline, and of the pipe to which a
-            traceback is written when the process hangs or crashes.
-    """
-    descriptors = [int(text) for text in arguments]
-    for descriptor in descriptors:
-        os.set_inheritable(descriptor, False)
-    connection, lifeline, trace = socket.socket(fileno=descriptors[0]), *descriptors[1:]
+    """Answer the requests of `RewardFunctions`."""
     sys.path.insert(0, os.getcwd())
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(line_buffering=True, errors="backslashreplace")  # type: ignore[union-attr]
-    faulthandler.enable(trace, all_threads=False)
-    faulthandler.register(signal.SIGUSR1, trace, all_threads=False)
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
-    threading.Thread(target=_end_with_parent, args=(lifeline,), daemon=True).start()
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR1})
-    worker = Worker()
-    while True:
-        try:
-            request = json.loads(_read(connection, frame_size(_read(connection, HEADER_SIZE))))
-        except (EOFError, OSError):
-            return
-        faulthandler.dump_traceback_later(request["seconds"] + _GRACE, exit=True, file=trace)
-        try:
-            reply = getattr(worker, request["method"])(request)
-        except InvalidReward as error:
-            reply = {"error": str(error)}
-        faulthandler.cancel_dump_traceback_later()
-        try:
-            write_frame(connection, reply)
-        except OSError:
-            return
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])
+    serve(Worker(), arguments)

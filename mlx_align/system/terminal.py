@@ -49,11 +49,11 @@ class SafeStream:
     written alone, pass.
     """
 
-    # click would go around this stream to the bytes of the one behind it.
-    buffer = None
-
-    def __init__(self, stream: TextIO) -> None:
+    def __init__(self, stream: TextIO, *, bytes_too: bool = False) -> None:
+        """Stand in front of `stream`; with `bytes_too`, bytes can be written to its buffer."""
         self._stream = stream
+        # click would go around this stream to the bytes of the one behind it.
+        self.buffer = stream.buffer if bytes_too else None
 
     @property
     def rich_proxied_file(self) -> TextIO:

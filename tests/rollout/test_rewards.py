@@ -395,13 +395,14 @@ def test_closing_ends_the_process_after_its_own_exit_handlers(folder):
 # parent is gone: it ends five seconds after the timeout, here after half a second.
 PARENT = """
 import sys, time
-from mlx_align.rollout.reward_process import RewardProcess
-from mlx_align.rollout.reward_worker import write_frame
-process = RewardProcess()
+from mlx_align.rollout.reward_functions import WORKER
+from mlx_align.system.worker import encode_frame
+from mlx_align.system.worker_process import WorkerProcess
+process = WorkerProcess(WORKER)
 process.request("load", {"target": "mine.py", "name": sys.argv[1]}, 20)
 process.request("batch", {"prompts": ["x"], "completions": [["y"]], "columns": {}}, 20)
 call = {"method": "call", "function": 0, "seconds": float(sys.argv[2])}
-write_frame(process._connection, call)
+process._connection.sendall(encode_frame(call))
 print(process.pid, flush=True)
 time.sleep(60)
 """

@@ -1,0 +1,165 @@
+"""Chat templates and patterns of strangers, evaluated in a process with limits.
+
+A chat template is a program that comes with a model folder: nested loops run for days, and
+`'a'.center(10**10)` takes all memory. So it is rendered in a separate process, with limits of time,
+memory and length. The text is the same as transformers' own, which does the rendering there.
+"""
+
+from __future__ import annotations
+
+import atexit
+import inspect
+import re
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from mlx_align.errors import ModelError
+from mlx_align.system.worker_process import WorkerFailure, WorkerProcess
+
+# Of one conversation. A real one of 100,000 characters takes 2 ms.
+MAX_SECONDS = 5.0
+MAX_BYTES = 1 << 30
+# The longest text, characters. At 4 per token it is a million tokens.
+MAX_LENGTH = 1 << 22
+# Starting the process, on a busy machine.
+_START_SECONDS = 120.0
+_WORKER = "mlx_align.models.template_worker"
+# Renders a text that was rendered before.
+_RENDERED = "{{ rendered_text }}"
+
+
+class SandboxError(Exception):
+    """A template raised an error, or a pattern is none; the text is the message."""
+
+
+class Sandbox:
+    """The process that renders templates, started when it is first used and again after a failure.
+
+    Args:
+        templates: Whether it renders templates; patterns need no import that takes half a second.
+    """
+
+    def __init__(self, *, templates: bool) -> None:
+        self._templates = templates
+        self._process: WorkerProcess | None = None
+        self._lock = threading.Lock()
+        atexit.register(self.close)
+
+    def close(self) -> None:
+        """End the process, if there is one."""
+        if self._process is not None:
+            self._process.close(0)
+            self._process = None
+
+    def request(self, method: str, message: Mapping[str, Any]) -> dict[str, Any]:
+        """A method's reply.
+
+        Raises:
+            WorkerFailure: It exceeded the time or the memory.
+        """
+        with self._lock:
+            try:
+                if self._process is None:
+                    # Numbers and libraries of the process itself take up to 0.3 GB.
+                    self._process = WorkerProcess(_WORKER, MAX_BYTES + (1 << 29))
+                    start = {"templates": self._templates, "bytes": MAX_BYTES}
+                    self._process.request("start", start, _START_SECONDS)
+                return self._process.request(method, message, MAX_SECONDS)
+            except BaseException:
+                self.close()
+                raise
+
+
+_TEMPLATES, _PATTERNS = Sandbox(templates=True), Sandbox(templates=False)
+
+
+def matching_names(pattern: str, names: Sequence[str]) -> set[str]:
+    """The names that a stranger's regular expression matches as a whole.
+
+    Raises:
+        SandboxError: It is no regular expression, or takes too long.
+    """
+    if re.fullmatch(r"[\w.]*", pattern):  # a name, as in most adapters
+        return {name for name in names if re.fullmatch(pattern, name)}
+    try:
+        reply = _PATTERNS.request("match", {"pattern": pattern, "names": list(names)})
+    except WorkerFailure as failure:
+        raise SandboxError(str(failure)) from None
+    if "raised" in reply:
+        raise SandboxError(reply["raised"])
+    return set(reply["names"])
+
+
+def limit_template(tokenizer: Any, folder: Path) -> None:
+    """Let a Hugging Face tokenizer render its chat template in the process with limits.
+
+    Args:
+        tokenizer: The tokenizer, changed in place. One whose class has its own rendering, without
+            a template, is left as it is.
+        folder: The model's folder, for messages.
+    """
+    if type(tokenizer).apply_chat_template is PreTrainedTokenizerBase.apply_chat_template:
+        tokenizer.apply_chat_template = _LimitedTemplate(tokenizer, folder)
+
+
+class _LimitedTemplate:
+    """Stands in for `apply_chat_template` of a tokenizer."""
+
+    def __init__(self, tokenizer: Any, folder: Path) -> None:
+        self._tokenizer, self._folder = tokenizer, folder
+        own = inspect.signature(type(tokenizer).apply_chat_template).parameters
+        self._own = set(own) - {"self", "kwargs"}
+
+    def __call__(
+        self,
+        conversation: Sequence[Mapping[str, Any]],
+        tools: Sequence[Any] | None = None,
+        *,
+        chat_template: str | None = None,
+        add_generation_prompt: bool = False,
+        **options: Any,
+    ) -> Any:
+        """As `PreTrainedTokenizerBase.apply_chat_template`, for one conversation.
+
+        Raises:
+            ModelError: The template exceeds a limit.
+            SandboxError: The template raised an error.
+        """
+        own = {name: value for name, value in options.items() if name in self._own}
+        message = {
+            "conversation": list(conversation),
+            "tools": None if tools is None else list(tools),
+            "template": self._tokenizer.get_chat_template(chat_template, tools),
+            "generation_prompt": add_generation_prompt,
+            "variables": {
+                **self._tokenizer.special_tokens_map,
+                **{name: value for name, value in options.items() if name not in self._own},
+            },
+            "length": MAX_LENGTH,
+        }
+        try:
+            reply = _TEMPLATES.request("render", message)
+        except WorkerFailure as failure:
+            raise self._error(str(failure).partition(" (")[0]) from None
+        if "exceeded" in reply:
+            raise self._error(
+                f"needs more than {MAX_BYTES >> 30} GB of memory"
+                if reply["exceeded"] == "memory"
+                else f"writes more than {MAX_LENGTH:,} characters"
+            )
+        if "raised" in reply:
+            raise SandboxError(reply["raised"])
+        return type(self._tokenizer).apply_chat_template(
+            self._tokenizer,
+            [{"role": "user", "content": ""}],
+            chat_template=_RENDERED,
+            rendered_text=reply["text"],
+            **own,
+        )
+
+    def _error(self, what: str) -> ModelError:
+        return ModelError(f"{self._folder}: its chat template was given up: {what}")
