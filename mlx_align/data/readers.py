@@ -20,8 +20,15 @@ from pathlib import Path
 from typing import Any, NoReturn, Protocol, runtime_checkable
 
 import numpy as np
+import yaml
 
 from mlx_align.errors import DataError
+from mlx_align.system.regular_files import (
+    MAX_JSON_BYTES,
+    irregular_file,
+    leaves,
+    read_regular_file,
+)
 
 # Names of each split, in order of preference. `test` is never used as `valid`: choosing between
 # runs by their score on the test split would make it useless for reporting.
@@ -33,6 +40,9 @@ SPLIT_NAMES: Mapping[str, tuple[str, ...]] = {
 _ALL_SPLIT_NAMES = frozenset(name for names in SPLIT_NAMES.values() for name in names)
 FILE_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 
+# A row's size: beyond it, reading a row takes gigabytes. Columns for reward functions, such as the
+# tests of a program, are a part of it.
+MAX_ROW_BYTES = 64 << 20
 # Rows nested deeper than this are refused: real data is not, and recursive code could overflow.
 MAX_DEPTH = 64
 
@@ -306,6 +316,11 @@ class _FolderSource:
         if file is None:
             found = sorted(name for name in _listing(self._path) if name.endswith(FILE_SUFFIXES))
             raise _missing_split(self.name, split, found, _file_hint(split))
+        if leaves(file, self._path):
+            raise DataError(
+                f"{file}: is a link that leaves the data folder (to {file.resolve()}); copy the "
+                "file, or name it as --data"
+            )
         return _non_empty(_read_file(file), file.name)
 
     def _find(self, split: str) -> Path | None:
@@ -343,9 +358,11 @@ def _read_file(path: Path) -> Iterator[Row]:
     if path.suffix == ".parquet":
         return _read_parquet(path)
     try:
-        content = path.read_bytes()
+        content = read_regular_file(path)
     except OSError as error:
         raise DataError(f"{path.name}: can't be read ({error.strerror or error})") from None
+    except ValueError as error:
+        raise DataError(f"{path}: {error}") from None
     content = content.removeprefix(b"\xef\xbb\xbf")
     if path.suffix == ".csv":
         return _read_csv(path.name, content)
@@ -357,6 +374,7 @@ def _read_lines(name: str, content: bytes) -> Iterator[Row]:
     for number, line in enumerate(content.split(b"\n"), 1):
         if line.strip():
             source = f"{name}:{number}"
+            _check_size(source, len(line))
             yield _row(source, _parse(source, _decode(source, line)))
 
 
@@ -471,6 +489,8 @@ def _load_library(name: str) -> Mapping[str, Any]:
     import datasets  # takes seconds to import, and most runs read a plain file
 
     path = _expand(name)
+    if os.path.isdir(path):
+        _check_library_folder(path)
     try:
         if os.path.isdir(path) and {"dataset_dict.json", "state.json"} & set(_listing(path)):
             loaded = datasets.load_from_disk(str(path))
@@ -485,6 +505,52 @@ def _load_library(name: str) -> Mapping[str, Any]:
         where = "" if os.path.isdir(path) else " from the hub, and there is no such local path"
         raise DataError(f"--data {name!r}: can't be loaded{where} ({one_line(error)})") from None
     return loaded if isinstance(loaded, Mapping) else {"train": loaded}
+
+
+def _check_library_folder(folder: Path) -> None:
+    """Refuse pipes and devices, links out of the folder, and lists of files that are outside.
+
+    Raises:
+        DataError: There is one; the message names it.
+    """
+    for place, folders, names in os.walk(folder):
+        for name in (*folders, *names):
+            file = Path(place, name)
+            if file.is_symlink() and leaves(file, folder):
+                raise DataError(f"{file}: is a link that leaves the data folder; copy the file")
+        if problem := irregular_file(Path(place)):
+            raise DataError(f"{place}: {problem}")
+        for name in {"state.json", "dataset_dict.json", "README.md"} & set(names):
+            for text in _file_names(Path(place, name)):
+                outside = "://" in text or os.path.isabs(text) or ".." in Path(text).parts
+                if outside:
+                    raise DataError(f"{Path(place, name)}: names {text!r:.100}, outside the folder")
+
+
+def _file_names(file: Path) -> Iterator[str]:
+    """The files that a description of a dataset names: of `datasets`, or of a dataset card."""
+    try:
+        text = read_regular_file(file, MAX_JSON_BYTES).decode("utf-8", "replace")
+        if file.suffix == ".md":
+            head = re.match(r"---\n(.*?)\n---", text, re.DOTALL)
+            content = yaml.safe_load(head[1]) if head else None
+            found: Any = content.get("configs") if isinstance(content, dict) else None
+        else:
+            content = json.loads(text)
+            found = [content.get("_data_files"), content.get("splits")]
+    except (OSError, ValueError, AttributeError, RecursionError, yaml.YAMLError):
+        return  # the library says what is wrong
+    waiting = [found]
+    for _ in range(100_000):
+        if not waiting:
+            return
+        item = waiting.pop()
+        if isinstance(item, str):
+            yield item
+        elif isinstance(item, dict):
+            waiting += item.values()
+        elif isinstance(item, list):
+            waiting += item
 
 
 # --- parsing and checking one row ---
@@ -524,6 +590,14 @@ def _finite(digits: str) -> float:
     return number
 
 
+def _check_size(source: str, size: int) -> None:
+    if size > MAX_ROW_BYTES:
+        raise DataError(
+            f"{source}: a row of {size / 1e6:,.1f} MB; rows of more than "
+            f"{MAX_ROW_BYTES / 1e6:,.1f} MB are refused: split or shorten it"
+        )
+
+
 def _row(source: str, value: Any) -> Row:
     if not isinstance(value, dict):
         raise DataError(f"{source}: expected a JSON object {{…}}, found {type(value).__name__}")
@@ -532,12 +606,13 @@ def _row(source: str, value: Any) -> Row:
 
 
 def _check_value(source: str, value: Any) -> None:
-    """Refuse deep nesting, and unpaired surrogates, which no file or tokenizer accepts."""
-    level = [value]
+    """Refuse deep nesting, size, and unpaired surrogates, which no file or tokenizer accepts."""
+    level, size = [value], 0
     for _ in range(MAX_DEPTH):
         below: list[Any] = []
         for item in level:
             if isinstance(item, str):
+                size += len(item)
                 if not item.isascii():
                     _check_text(source, item)
             elif isinstance(item, dict):
@@ -546,6 +621,7 @@ def _check_value(source: str, value: Any) -> None:
             elif isinstance(item, list):
                 below += item
         if not below:
+            _check_size(source, size)
             return
         level = below
     raise DataError(f"{source}: nested deeper than {MAX_DEPTH} levels")

@@ -40,6 +40,9 @@ from mlx_align.types import Message, PromptGroup, Text, TokenizedGroup
 
 # If a larger fraction of the rows would be dropped, the data is refused.
 MAX_DROPPED = 0.1
+# Characters of a prompt or of a completion. At 4 per token it is a million tokens, more than models
+# read; tokenising it takes some seconds.
+MAX_TEXT = 1 << 22
 # If the boundary moves by more tokens than this, the row is dropped: part of the user's turn would
 # be trained on.
 MAX_BOUNDARY_SHIFT = 16
@@ -270,12 +273,14 @@ def try_tokenize_group(
 
     Raises:
         ConfigError: A limit is below 1.
+        DataError: A text has more than `MAX_TEXT` characters.
     """
     limit = max_completion_length
     if max_seq_length < 1:
         raise ConfigError(f"--max-seq-length {max_seq_length}: expected at least 1")
     if limit is not None and limit < 1:
         raise ConfigError(f"--max-completion-length {limit}: expected at least 1")
+    _check_length(group)
     folded = (
         template.folds_system
         and not isinstance(group.prompt, str)
@@ -319,6 +324,17 @@ def try_tokenize_group(
         loss_masks=tuple(mask[:limit] for mask in rendered.masks) if rendered.masks else None,
     )
     return replace(result, group=tokenized)
+
+
+def _check_length(group: PromptGroup) -> None:
+    """Refuse texts for which tokenising alone would take minutes and gigabytes."""
+    for text in (group.prompt, *group.completions):
+        size = len(text) if isinstance(text, str) else sum(len(turn.content) for turn in text)
+        if size > MAX_TEXT:
+            raise DataError(
+                f"{group.source}: a text of {size:,} characters; more than {MAX_TEXT:,} are "
+                "refused before they are tokenised: shorten or remove the row"
+            )
 
 
 def tokenize_prompts(

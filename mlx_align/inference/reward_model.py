@@ -10,7 +10,6 @@ on padding or on the rest of the batch.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -54,6 +53,7 @@ from mlx_align.models.loading import (
 )
 from mlx_align.models.row_limits import check_rows
 from mlx_align.models.weights import AdapterWeights
+from mlx_align.system.regular_files import read_json
 from mlx_align.types import PromptGroup, TokenizedGroup
 
 Scores = npt.NDArray[np.float32]
@@ -281,7 +281,7 @@ def find_base_model(
         ModelError: The run can't be read, or its base model can't be opened.
     """
     read_layout(run)
-    named = json.loads((run / ADAPTER_CONFIG_FILE).read_text(encoding="utf-8")).get("model")
+    named = read_json(run / ADAPTER_CONFIG_FILE).get("model")
     if base is not None:
         if not isinstance(named, str) or named == base.name:
             return base

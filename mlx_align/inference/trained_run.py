@@ -7,7 +7,6 @@ model.
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +31,7 @@ from mlx_align.models.adapters import (
 )
 from mlx_align.models.heads import has_reward_head
 from mlx_align.models.loading import LanguageModel
+from mlx_align.system.regular_files import MAX_JSON_BYTES, read_json, read_regular_file
 from mlx_align.tracking.run_dir import (
     CHECKPOINTS,
     CONFIG_FILE,
@@ -111,8 +111,8 @@ class TrainedRun:
         """The hash of a part of the run, from its fingerprints; None if not recorded."""
         file = _config_file(self.folder).with_name(FINGERPRINTS_FILE)
         try:
-            found = json.loads(file.read_text(encoding="utf-8"))["hashes"][part]
-        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            found = read_json(file)["hashes"][part]
+        except (OSError, ValueError, KeyError, TypeError):
             return None
         return str(found)
 
@@ -133,7 +133,7 @@ def read_trained_run(adapter_path: str | Path) -> TrainedRun:
             "mlx-align score measures its accuracy on labelled pairs"
         )
     layout = read_layout(folder)
-    written = json.loads((folder / ADAPTER_CONFIG_FILE).read_text(encoding="utf-8"))
+    written = read_json(folder / ADAPTER_CONFIG_FILE)
     base = written.get("model", written.get("base_model_name_or_path"))
     base = base if isinstance(base, str) else None
     file = _config_file(folder)
@@ -252,7 +252,7 @@ def _config_file(folder: Path) -> Path:
 
 def _read_yaml(file: Path) -> dict[str, Any]:
     try:
-        values = yaml.safe_load(file.read_text(encoding="utf-8"))
+        values = yaml.safe_load(read_regular_file(file, MAX_JSON_BYTES).decode("utf-8"))
     except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
         raise ConfigError(f"{file}: can't be read ({str(error).splitlines()[0][:120]})") from error
     if not isinstance(values, dict):
@@ -263,7 +263,7 @@ def _read_yaml(file: Path) -> dict[str, Any]:
 def _command(run: Path, values: dict[str, Any]) -> str:
     """The command in summary.json, or a guess from the options of an unfinished run."""
     try:
-        return str(json.loads((run / SUMMARY_FILE).read_text(encoding="utf-8"))["command"])
+        return str(read_json(run / SUMMARY_FILE)["command"])
     except (OSError, ValueError, KeyError, TypeError):
         if "loss_on" in values:
             return "sft"

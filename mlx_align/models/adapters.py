@@ -17,7 +17,6 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-import numpy as np
 from mlx.utils import tree_flatten, tree_map, tree_map_with_path, tree_unflatten
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
@@ -33,11 +32,23 @@ from mlx_align.models.peft import (
     read_peft_layout,
     read_peft_weights,
 )
-from mlx_align.models.weights import AdapterWeights, read_tensors
+from mlx_align.models.weights import AdapterWeights, read_tensors, tensor_shapes
 from mlx_align.system.atomic_io import write_tensors, write_text
+from mlx_align.system.regular_files import (
+    finite_number,
+    irregular_file,
+    list_of_names,
+    read_json,
+    whole_number,
+)
 
 ADAPTER_FILE = "adapters.safetensors"
 ADAPTER_CONFIG_FILE = "adapter_config.json"
+# Bounds of what an adapter's configuration may say; the largest in use are a fraction of these.
+MAX_RANK = 1 << 16
+MAX_SCALE = 1e9
+MAX_BLOCKS = 1 << 16
+MAX_KEYS = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -240,6 +251,8 @@ def read_layout(folder: Path) -> AdapterLayout:
     Raises:
         ModelError: The folder holds no adapter, or its configuration is invalid.
     """
+    if folder.is_dir() and (problem := irregular_file(folder)):
+        raise ModelError(f"{folder}: {problem}")
     if is_peft(folder):
         return AdapterLayout(**read_peft_layout(folder))
     config_file = folder / ADAPTER_CONFIG_FILE
@@ -249,28 +262,45 @@ def read_layout(folder: Path) -> AdapterLayout:
             f"or {PEFT_WEIGHTS} from PEFT)"
         )
     try:
-        config = json.loads(config_file.read_text(encoding="utf-8"))
+        config = read_json(config_file)
         kind = config.get("fine_tune_type", "lora")
         if kind not in ("lora", "dora", "full"):
-            raise ValueError(f"fine_tune_type {kind!r}, expected lora, dora or full")
+            raise ValueError(f"fine_tune_type {kind!r:.40}, expected lora, dora or full")
         if kind == "full":
-            return AdapterLayout("full", num_layers=int(config.get("num_layers", -1)) or -1)
+            blocks = whole_number(config, "num_layers", -1, MAX_BLOCKS, -1)
+            return AdapterLayout("full", num_layers=blocks or -1)
         lora = config["lora_parameters"]
-        keys = lora.get("keys")
         layout = AdapterLayout(
             fine_tune_type=kind,
-            rank=int(lora["rank"]),
-            scale=float(lora["scale"]),
-            dropout=float(lora.get("dropout", 0.0)),
-            num_layers=int(config["num_layers"]) or -1,
-            keys=None if keys is None else tuple(str(key) for key in keys),
+            rank=whole_number(lora, "rank", 1, MAX_RANK),
+            scale=finite_number(lora, "scale", -MAX_SCALE, MAX_SCALE),
+            dropout=finite_number(lora, "dropout", 0.0, 1.0, 0.0),
+            num_layers=whole_number(config, "num_layers", -1, MAX_BLOCKS) or -1,
+            keys=list_of_names(lora, "keys", MAX_KEYS),
         )
-        if layout.rank < 1 or not np.isfinite(layout.scale) or layout.scale == 0:
-            raise ValueError(f"rank {layout.rank} and scale {layout.scale}")
-    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        if layout.scale == 0:
+            raise ValueError("scale is 0, so the adapter changes nothing")
+    except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:
         what = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+        what = what.removeprefix("ValueError: ")
         raise ModelError(f"{config_file}: not mlx-lm's adapter format ({what})") from error
+    rank = _stored_rank(folder / ADAPTER_FILE)
+    if rank is not None and layout.rank != rank:
+        raise ModelError(
+            f"{config_file}: rank is {layout.rank}, but the tensors in {ADAPTER_FILE} have rank "
+            f"{rank}; restore the file that belongs to them"
+        )
     return layout
+
+
+def _stored_rank(file: Path) -> int | None:
+    """The largest rank of the LoRA matrices in a file, from its header; None without any."""
+    ranks = []
+    for name, shape in tensor_shapes(file).items():
+        axis = _RANK_AXIS.get((name.rsplit(".", 1)[-1], len(shape)))
+        if axis is not None:
+            ranks.append(shape[axis])
+    return max(ranks, default=None)
 
 
 def read_weights(folder: Path) -> dict[str, mx.array]:
@@ -417,7 +447,8 @@ def fingerprint_folder(folder: Path, names: str = "*") -> str:
     """Hash of the contents of a folder's weight and configuration files."""
     digest = hashlib.blake2b(digest_size=16)
     for file in sorted(folder.glob(names)):
-        if file.suffix in (".safetensors", ".json") and "tokenizer" not in file.name:
+        known = file.suffix in (".safetensors", ".json") and "tokenizer" not in file.name
+        if known and file.is_file():
             digest.update(file.name.encode())
             with file.open("rb") as stream:
                 while block := stream.read(1 << 24):

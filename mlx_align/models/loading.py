@@ -36,11 +36,18 @@ from mlx_align.models.adapters import (
 )
 from mlx_align.models.backbone import Backbone, split_backbone
 from mlx_align.models.classifiers import first_line, head_problem, is_classifier, load_classifier
-from mlx_align.models.model_config import loading_options, normalize_config, unsupported_reason
+from mlx_align.models.model_config import (
+    block_count,
+    check_config,
+    loading_options,
+    normalize_config,
+    unsupported_reason,
+)
 from mlx_align.models.rotary import correct_rotations
 from mlx_align.models.templates import limit_template
 from mlx_align.models.verification import verify_forward
-from mlx_align.models.weights import AdapterWeights, use_adapter
+from mlx_align.models.weights import AdapterWeights, tensor_shapes, use_adapter
+from mlx_align.system.regular_files import irregular_file
 from mlx_align.types import GroupBatch
 
 # Freed buffers kept for reuse. Without a limit, every new padded length leaves its own behind.
@@ -225,6 +232,8 @@ def open_model(path_or_name: str) -> ModelFolder:
         ModelError: There is no such model, or its configuration or tokenizer is broken.
     """
     path = resolve_model_path(path_or_name)
+    if problem := irregular_file(path):
+        raise ModelError(f"{path}: {problem}")
     config = read_model_config(path)
     return ModelFolder(path_or_name, path, config, load_tokenizer(path, config))
 
@@ -292,7 +301,8 @@ def read_model_config(path: Path) -> dict[str, Any]:
         config: dict[str, Any] = load_config(path)
         if not isinstance(config, dict) or "model_type" not in config:
             raise ValueError("no model_type in it")
-    except (OSError, ValueError) as error:
+        check_config(config)
+    except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"{path / 'config.json'}: {first_line(error)}") from error
     return normalize_config(config)
 
@@ -326,6 +336,7 @@ def load_module(path: Path) -> nn.Module:
         ModelError: mlx-lm can't load it.
     """
     config = read_model_config(path)
+    _check_blocks(path, config)
     try:
         model, _ = load_model(path, model_config=loading_options(config))
     except (Exception, SystemExit) as error:  # mlx-lm raises KeyError, ValueError, … or exits
@@ -333,6 +344,22 @@ def load_module(path: Path) -> nn.Module:
         raise ModelError(f"{path}: {reason}") from error
     model.eval()
     return model
+
+
+def _check_blocks(path: Path, config: Mapping[str, Any]) -> None:
+    """Compare the number of blocks with the weights; mlx-lm would build any number of them.
+
+    Raises:
+        ModelError: The weights have fewer, or a file of them is damaged.
+    """
+    names = [name for file in path.glob("model*.safetensors") for name in tensor_shapes(file)]
+    numbers = [int(part) for name in names for part in name.split(".") if part.isdecimal()]
+    said = block_count(config)
+    if said is not None and names and said > max(numbers, default=-1) + 1:
+        raise ModelError(
+            f"{path / 'config.json'}: has {said} layers, but the weights have "
+            f"{max(numbers, default=-1) + 1}"
+        )
 
 
 def set_memory_limits() -> None:

@@ -15,9 +15,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import MISSING, dataclass, fields
+from math import isnan
 from typing import Any
 
 from mlx_lm.utils import _get_classes
+
+from mlx_align.system.regular_files import whole_number
 
 # Rope types whose parameters are defined relative to the length that the model was trained with.
 _WITH_TRAINED_LENGTH = ("llama3", "yarn", "longrope")
@@ -41,6 +44,19 @@ _ONLY = {"qwen2_moe": {"norm_topk_prob": False}}
 # Families whose sliding window transformers computes, and mlx-lm does not.
 _ALL_LAYERS_SLIDE = ("mistral", "mixtral", "phi3", "phimoe", "starcoder2")
 _WINDOW_BY_OPTION = ("qwen2", "qwen2_moe", "qwen3", "qwen3_moe")
+# Bounds of a configuration. The largest open models have 126 blocks, a hidden size of 18,432 and
+# 256,000 tokens.
+_BLOCK_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+_SIZES = (
+    *("hidden_size", "n_embd", "d_model", "intermediate_size", "moe_intermediate_size"),
+    *("vocab_size", "head_dim", "num_attention_heads", "n_head", "num_key_value_heads"),
+    *("num_experts", "num_local_experts", "n_routed_experts", "num_experts_per_tok"),
+    *("max_position_embeddings", "n_positions", "sliding_window", "group_size", "bits"),
+)
+_MOST_BLOCKS = 4096
+_LARGEST_SIZE = (1 << 31) - 1
+_LARGEST = 1 << 100
+_MOST_VALUES = 1_000_000
 _SLIDING = "sliding_attention"
 _FULL = "full_attention"
 
@@ -58,6 +74,47 @@ class LengthLimit:
     tokens: int
     reason: str
     refused: bool = False
+
+
+def check_config(config: Mapping[str, Any]) -> None:
+    """Check the types and bounds of a configuration before anything is computed from it.
+
+    Raises:
+        ValueError: An option is of another type, or out of bounds.
+    """
+    waiting: list[Any] = [config]
+    count = 0
+    while waiting:
+        item = waiting.pop()
+        count += 1
+        if count > _MOST_VALUES:
+            raise ValueError(f"more than {_MOST_VALUES:,} values in it")
+        if isinstance(item, Mapping):
+            waiting += item.values()
+        elif isinstance(item, list):
+            waiting += item
+        elif isinstance(item, float) and isnan(item):  # infinity is a limit of Mamba's
+            raise ValueError(f"a number in it is {item}")
+        elif isinstance(item, int) and abs(item) > _LARGEST:
+            raise ValueError(f"a number in it has more than {len(str(_LARGEST))} digits")
+    for part in (config, config.get("text_config"), config.get("quantization")):
+        if part is None:
+            continue
+        if not isinstance(part, Mapping):
+            raise ValueError("text_config and quantization have to be objects")
+        for names, most in ((_BLOCK_COUNTS, _MOST_BLOCKS), (_SIZES, _LARGEST_SIZE)):
+            for name in names:
+                if part.get(name) is not None and not isinstance(part[name], list):
+                    whole_number(part, name, 0, most)
+    if not isinstance(config.get("model_type"), str):
+        raise ValueError("model_type is no text")
+
+
+def block_count(config: Mapping[str, Any]) -> int | None:
+    """The number of blocks that a configuration asks for; None if it has another name."""
+    text = text_config(config)
+    found = [text[name] for name in _BLOCK_COUNTS if isinstance(text.get(name), int)]
+    return max(found, default=None)
 
 
 def normalize_config(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,7 +8,6 @@ into B. Adapters that can't be expressed like this are refused.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Collection, Mapping, Sequence
@@ -20,6 +19,12 @@ import mlx.core as mx
 from mlx_align.errors import ModelError
 from mlx_align.models.templates import SandboxError, matching_names
 from mlx_align.models.weights import read_tensors
+from mlx_align.system.regular_files import (
+    finite_number,
+    list_of_names,
+    read_json,
+    whole_number,
+)
 
 PEFT_WEIGHTS = "adapter_model.safetensors"
 PEFT_CONFIG = "adapter_config.json"
@@ -62,13 +67,27 @@ def read_peft_config(folder: Path) -> dict[str, Any]:
     """
     file = folder / PEFT_CONFIG
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
+        config = read_json(file)
         if not isinstance(config, dict) or "peft_type" not in config:
             raise ValueError("no peft_type in it")
-        scale = float(config["lora_alpha"]) / int(config["r"])
-        if int(config["r"]) < 1 or not math.isfinite(scale) or scale == 0:
-            raise ValueError(f"r {config['r']} and lora_alpha {config['lora_alpha']}")
-    except (OSError, KeyError, TypeError, ValueError, ArithmeticError, RecursionError) as error:
+        config["r"] = whole_number(config, "r", 1, 1 << 16)
+        config["lora_alpha"] = finite_number(config, "lora_alpha", -1e9, 1e9)
+        if config["lora_alpha"] == 0:
+            raise ValueError("lora_alpha is 0")
+        finite_number(config, "lora_dropout", 0.0, 1.0, 0.0)
+        patterns = config.get("alpha_pattern") or {}
+        if not isinstance(patterns, dict) or len(patterns) > 10_000:
+            raise ValueError("alpha_pattern, expected an object")
+        for name in patterns:
+            finite_number(patterns, name, -1e9, 1e9)
+        for name in ("target_modules", "exclude_modules"):
+            if not isinstance(config.get(name), str):
+                list_of_names(config, name, 1 << 16)
+        blocks = config.get("layers_to_transform")
+        whole = blocks if isinstance(blocks, list) else [] if blocks is None else [blocks]
+        if not all(type(one) is int for one in whole):
+            raise ValueError("layers_to_transform, expected whole numbers")
+    except (OSError, KeyError, TypeError, ValueError, ArithmeticError) as error:
         what = f"{type(error).__name__}: {error}".splitlines()[0][:200]
         raise ModelError(f"{file}: not the configuration of a LoRA adapter of PEFT ({what})") from (
             error
@@ -239,7 +258,7 @@ def _modules(folder: Path) -> dict[str, dict[str, mx.array]]:
 
 
 def _alphas(folder: Path, config: Mapping[str, Any], modules: Collection[str]) -> dict[str, float]:
-    """alpha of each module: that of the first pattern which ends the module's name."""
+    """Alpha of each module: that of the first pattern which ends the module's name."""
     found = dict.fromkeys(modules, float(config["lora_alpha"]))
     for pattern, own in reversed((config.get("alpha_pattern") or {}).items()):
         for module in _matching(folder, rf"(.*\.)?({pattern})", modules):

@@ -13,6 +13,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+from safetensors import SafetensorError, safe_open
 
 from mlx_align.errors import ModelError
 
@@ -48,12 +49,32 @@ def _current_weights(module: nn.Module, weights: AdapterWeights) -> AdapterWeigh
     return current
 
 
+def tensor_shapes(file: Path) -> dict[str, tuple[int, ...]]:
+    """The shapes of the tensors in a safetensors file, by name, from its header.
+
+    The header is checked first, because mlx believes it: sizes that contradict the offsets are read
+    from memory that is not the file's.
+
+    Raises:
+        ModelError: The file is damaged, or not a regular file.
+    """
+    try:
+        if not file.is_file():
+            raise ValueError("not a regular file")
+        with safe_open(file, framework="numpy") as opened:
+            return {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
+    except (OSError, ValueError, SafetensorError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ModelError(f"{file}: damaged ({reason[:120]})") from error
+
+
 def read_tensors(file: Path) -> dict[str, mx.array]:
     """Read all tensors of a safetensors file into memory.
 
     Raises:
         ModelError: The file is damaged.
     """
+    tensor_shapes(file)
     try:
         tensors = mx.load(str(file))
         mx.eval(tensors)

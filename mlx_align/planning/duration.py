@@ -15,6 +15,7 @@ from mlx_align.data.batching import groups_per_batch
 from mlx_align.data.buckets import BatchLimit, batch_limit
 from mlx_align.errors import ConfigError
 from mlx_align.models.adapters import AdapterLayout
+from mlx_align.system.regular_files import read_json
 from mlx_align.system.user_folders import cache_folder
 from mlx_align.types import TokenizedGroup
 
@@ -80,7 +81,7 @@ def read_run_rate(folder: Path) -> float:
         ConfigError: The folder has no summary.json with a rate.
     """
     try:
-        rate = float(json.loads((folder / "summary.json").read_text("utf-8"))["tokens_per_second"])
+        rate = float(read_json(folder / "summary.json")["tokens_per_second"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(
             f"--run {folder}: has no summary.json with tokens_per_second; give the folder of a "
@@ -139,7 +140,7 @@ def read_rollout_rate(folder: Path, command: str) -> float:
         ConfigError: The folder is not a finished run of `command`.
     """
     try:
-        summary = json.loads((folder / "summary.json").read_text("utf-8"))
+        summary = read_json(folder / "summary.json")
         found, completions = str(summary["command"]), int(summary["completions"])
         seconds = float(summary["seconds"])
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -208,7 +209,7 @@ def save_rate(key: str, rate: float) -> None:
 
 def _load_rates() -> dict[str, object]:
     try:
-        content = json.loads(rates_file().read_text(encoding="utf-8"))
+        content = read_json(rates_file())
     except (OSError, ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}

@@ -40,6 +40,8 @@ INIT_ADAPTER = "init adapter"
 
 # A long on-policy run writes many rollouts. The page shows the last batch, at the end of the file.
 SAMPLES_TAIL_BYTES = 1 << 20
+# A run of a million steps that reports each has about this much.
+MAX_ROWS_BYTES = 1 << 30
 
 Row = Mapping[str, float]
 
@@ -342,9 +344,12 @@ def _finite(value: Any) -> float | None:
 
 def _read_text(file: Path, tail: int | None = None) -> str:
     try:
+        if not file.is_file():  # missing, or a pipe
+            return ""
         with file.open("rb") as stream:
-            if tail is not None:
-                stream.seek(max(0, file.stat().st_size - tail))
+            size = file.stat().st_size
+            # A stranger's folder may have any size; of rows, the last are read.
+            stream.seek(max(0, size - (MAX_ROWS_BYTES if tail is None else tail)))
             return stream.read().decode("utf-8", errors="replace")
     except OSError:
         return ""

@@ -9,8 +9,8 @@ another file.
 from __future__ import annotations
 
 import hashlib
-import json
 import sqlite3
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from itertools import islice
@@ -31,6 +31,7 @@ from mlx_align.models.loading import LanguageModel
 from mlx_align.models.policy import Policy
 from mlx_align.models.weights import AdapterWeights
 from mlx_align.system.progress import Console
+from mlx_align.system.regular_files import read_json
 from mlx_align.system.user_folders import cache_folder
 from mlx_align.tracking.run_dir import package_versions, write_json
 from mlx_align.types import Logps, TokenizedGroup
@@ -108,7 +109,7 @@ class StoredCache(NamedTuple):
 
 
 class ReferenceCache:
-    """Log-probs of one reference on disk, keyed by tokens. Close it after use.
+    """Log-probs of one reference on disk, keyed by tokens, with checksums. Close it after use.
 
     Args:
         folder: Folder of the file.
@@ -152,14 +153,21 @@ class ReferenceCache:
         """The log-probs of a group's completions, or None if one is missing."""
         found = []
         for k, completion in enumerate(group.completions):
+            key = _row_key(group, k)
             with self._convert_errors():
-                row = self._db.execute(
-                    "SELECT nats FROM logps WHERE row = ?", (_row_key(group, k),)
-                ).fetchone()
-            if row is None or not isinstance(row[0], bytes) or len(row[0]) != 4 * len(completion):
+                row = self._db.execute("SELECT nats FROM logps WHERE row = ?", (key,)).fetchone()
+            nats = None if row is None else _verified(key, row[0], len(completion))
+            if nats is None:
+                if row is not None:
+                    self._delete(key)
                 return None
-            found.append(np.frombuffer(row[0], np.float32))
+            found.append(np.frombuffer(nats, np.float32))
         return tuple(found)
+
+    def _delete(self, key: bytes) -> None:
+        """Delete a damaged row, so that its values are computed again."""
+        with self._convert_errors(), self._db:
+            self._db.execute("DELETE FROM logps WHERE row = ?", (key,))
 
     def put(self, groups: Sequence[TokenizedGroup], logps: Sequence[tuple[Logps, ...]]) -> None:
         """Store the log-probs of groups in one transaction.
@@ -167,7 +175,7 @@ class ReferenceCache:
         Existing rows are kept: a text that is in several batches keeps the values of the first.
         """
         rows = [
-            (_row_key(group, k), nats.tobytes())
+            (key := _row_key(group, k), nats.tobytes() + _checksum_of(key, nats.tobytes()))
             for group, per_completion in zip(groups, logps, strict=True)
             for k, nats in enumerate(per_completion)
         ]
@@ -177,6 +185,23 @@ class ReferenceCache:
                 "nats = excluded.nats WHERE length(nats) != length(excluded.nats)",
                 rows,
             )
+
+
+# Bytes of the checksum after the values. Rows of earlier versions have none.
+_CHECKSUM_BYTES = 8
+
+
+def _checksum_of(key: bytes, nats: bytes) -> bytes:
+    return hashlib.blake2b(key + nats, digest_size=_CHECKSUM_BYTES).digest()
+
+
+def _verified(key: bytes, stored: Any, tokens: int) -> bytes | None:
+    """The values of a row; None if it is damaged, or belongs to another key."""
+    size = 4 * tokens
+    if not isinstance(stored, bytes) or len(stored) not in (size, size + _CHECKSUM_BYTES):
+        return None
+    nats, checksum = stored[:size], stored[size:]
+    return nats if checksum in (b"", _checksum_of(key, nats)) else None
 
 
 def _row_key(group: TokenizedGroup, k: int) -> bytes:
@@ -273,7 +298,11 @@ def reference_logprobs(
     """
     groups, shapes = train
     used = used_groups(config, groups, shapes, microbatches)
-    folder = Path(getattr(config, "reference_cache", None) or default_cache_folder())
+    named = getattr(config, "reference_cache", None)
+    folder = Path(named or default_cache_folder()).expanduser()
+    if named is None and (problem := _unwritable(folder)):
+        console.note(f"! {folder} can't be written ({problem}): log-probs are stored in the run.")
+        folder = run / "reference-cache"
     adapter = Path(config.init_adapter) if config.init_adapter else None
     key = reference_key(
         policy.model.folder.path,
@@ -281,9 +310,7 @@ def reference_logprobs(
         config.adapter_dtype,
         describe_computation(policy.model),
     )
-    cache = ReferenceCache(
-        folder.expanduser(), key, str(config.model), str(config.init_adapter or "")
-    )
+    cache = ReferenceCache(folder, key, str(config.model), str(config.init_adapter or ""))
     parts = {
         "training data": ([groups[i] for i in used], shapes),
         "held-out data": (held_out, plan_shapes(held_out, limit) if held_out else []),
@@ -323,6 +350,16 @@ def reference_logprobs(
     return References(reference, valid)
 
 
+def _unwritable(folder: Path) -> str:
+    """Why no file can be made in a folder, which may not exist yet; "" if one can be made."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return ""
+    except OSError as error:
+        return str(error.strerror or error).lower()
+
+
 def used_groups(
     config: TrainConfig,
     groups: Sequence[TokenizedGroup],
@@ -342,7 +379,7 @@ def used_groups(
 def _read(run: Path) -> dict[str, Any]:
     """The reference file of an earlier start of this run; {} if it is missing or damaged."""
     try:
-        known = json.loads((run / REFERENCE_FILE).read_text(encoding="utf-8"))
+        known = read_json(run / REFERENCE_FILE)
         lists = [list(positions) for positions in known["missing"].values()]
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return {}

@@ -92,7 +92,7 @@ def test_limits(tokenizer_with, monkeypatch, template, said):
 
 def test_an_error_of_a_template_is_one_of_its_row(tokenizer_with):
     wrapper = tokenizer_with("{{ raise_exception('roles must alternate') }}")
-    with pytest.raises(SandboxError, match="^roles must alternate$"):
+    with pytest.raises(SandboxError, match=r"^roles must alternate$"):
         wrapper.apply_chat_template(TURNS[:1])
     wrapper = tokenizer_with("{{ ''.__class__.__mro__ }}{{ open('/etc/passwd') }}")
     with pytest.raises(SandboxError, match=r"unsafe|undefined"):
