@@ -14,10 +14,23 @@ earlier one. `evaluate`, `fuse` and `plan` do what the commands of these names d
 from __future__ import annotations
 
 import os
+import resource
 
 # mlx reads it at its first evaluation: a narrow evaluation order keeps fewer activations in memory
 # (it cut a checkpointed peak by 42%).
 os.environ.setdefault("MLX_BFS_MAX_WIDTH", "1")
+
+# mlx-lm raises the limit of open files when it is imported, and fails where 4,096 are not allowed.
+if resource.getrlimit(resource.RLIMIT_NOFILE)[1] in range(4096):
+    _set_limit = resource.setrlimit
+
+    def _set_allowed_limit(which: int, limits: tuple[int, int]) -> None:
+        hard = resource.getrlimit(which)[1]
+        if which == resource.RLIMIT_NOFILE:
+            limits = (min(limits[0], hard), hard)
+        _set_limit(which, limits)
+
+    resource.setrlimit = _set_allowed_limit
 
 # Not from typing, which takes milliseconds in which Ctrl-C would end in a traceback.
 TYPE_CHECKING = False

@@ -1,9 +1,10 @@
-"""Mutated data, configurations, adapters and run folders, through the real commands.
+"""Mutated data, configurations, models, adapters, run folders and command lines.
 
 hypothesis mutates what is good: bytes cut, flipped, doubled, invalid UTF-8; values of a wrong type,
 huge, NaN, nested without end; tensors of wrong shapes and names; aliases that grow without bound.
-Every example has to end with 0, or with 1 and one line on standard error, within 20 seconds, and
-leave no half-written file.
+Every example goes through a real command. It has to end with 0, or with 1 and one line on standard
+error, within 20 seconds; it must print no control characters and no NaN, leave no half-written
+file, and need less than a gigabyte more memory than the examples before.
 
     python scripts/fuzz.py --examples 2000
     python scripts/fuzz.py --examples 500 --targets data,config --seed 3
@@ -17,6 +18,7 @@ import contextlib
 import io
 import json
 import os
+import resource
 import shutil
 import signal
 import sys
@@ -39,13 +41,16 @@ import mlx.core as mx
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
+from mlx_align.cli.group import cli
 from mlx_align.config import GRPOConfig, PPOConfig
 from mlx_align.config.schema import to_yaml
 from mlx_align.errors import ModelError
-from mlx_align.models import loading
+from mlx_align.models import loading, templates
+from mlx_align.system.terminal import escape_controls
 from mlx_align.training import checkpoint
 
 LIMIT_SECONDS = 20
+LIMIT_BYTES = 1 << 30
 TINY = ROOT / "tests" / "oracle" / "models" / "policy"
 # JSON as it stands in a file; the last few are no JSON at all.
 ODD = (
@@ -202,13 +207,29 @@ def ends_well(arguments: list[str]) -> int:
     if too_long:
         raise Broken(f"{arguments}: more than {LIMIT_SECONDS} s")
     said = err.getvalue()
+    if escape_controls(printed := out.getvalue() + said) != printed:
+        raise Broken(f"{arguments}: printed control characters: {printed[:500]!r}")
+    if code == 0 and "--json" in arguments and "--help" not in arguments:
+        json.loads(out.getvalue(), parse_constant=_refuse_constant)
     if code == 70 or "this is a bug" in said:
         raise Broken(f"{arguments}: {said[:1000]}")
-    if code == 1 and not (said.startswith("error: ") and said.count("\n") == 1):
+    # With --json, notes go to standard error too.
+    last = said.splitlines(keepends=True)[-1:] if "--json" in arguments else [said]
+    if code == 1 and not ("".join(last).startswith("error: ") and "".join(last).count("\n") == 1):
         raise Broken(f"{arguments}: said {said[:500]!r}")
     if code not in (0, 1) or len(said) > 2000:
         raise Broken(f"{arguments}: ended with {code}, said {said[:500]!r}")
     return code
+
+
+def _refuse_constant(name: str) -> None:
+    raise Broken(f"printed {name}, which is no JSON")
+
+
+def peak_memory() -> int:
+    """The most memory that this process has used, bytes."""
+    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return used if sys.platform == "darwin" else used * 1024
 
 
 class Bench:
@@ -327,6 +348,54 @@ class Bench:
         if torn := list(run.rglob("*.partial*")):
             raise Broken(f"left {torn}")
 
+    def try_model(self, name: str, content: str | bytes, command: str) -> None:
+        """A model folder with one file changed: its data is tokenised, or its weights loaded."""
+        self.tried += 1
+        model = self.folder / f"model-{self.tried}"
+        shutil.copytree(TINY, model)
+        (model / name).write_bytes(_encoded(content))
+        data, out = str(self.good), self.fresh()
+        arguments = [command, "--model", str(model), "--data", data]
+        if command == "score":
+            arguments += ["--logps", "--output", str(out), "--split", "valid"]
+        ends_well(["data", "check", *arguments[1:]] if command == "check" else arguments)
+        shutil.rmtree(model)
+        out.unlink(missing_ok=True)
+
+    def try_tool(self, name: str, content: str | bytes, command: str) -> None:
+        """A run folder with one file changed, read by a command that uses runs."""
+        run = self.folder / "used"
+        shutil.rmtree(run, ignore_errors=True)
+        shutil.copytree(self.folder / "run", run)
+        self.write(f"used/{name}", content)
+        out = self.fresh()
+        model = ["--model", str(TINY), "--adapter-path", str(run)]
+        rows = str(self.good / "valid.jsonl")
+        arguments = {
+            "report": ["report", str(run), "--output", str(out)],
+            "compare": ["report", str(run), str(self.folder / "run"), "--output", str(out)],
+            "score": ["score", *model, "--data", rows, "--output", str(out), "--json"],
+            "rerank": ["rerank", *model, "--prompt", "a", "-n", "2", "--max-tokens", "3", "--json"],
+            "eval": ["eval", *model, "--data", rows, "--sample-tokens", "3", "--json"],
+            "fuse": ["fuse", *model, "--output", str(out), "--json"],
+            "export": ["export", *model, "--output", str(out), "--json"],
+            "plan": ["plan", "--command", "dpo", *model[:2], "--run", str(run), "--json"],
+        }[command]
+        ends_well(arguments)
+        if out.exists():
+            shutil.rmtree(out) if out.is_dir() else out.unlink()
+        if torn := list(self.folder.glob(".*partial*")):
+            raise Broken(f"{arguments}: left {torn}")
+
+    def try_command_line(self, arguments: list[str]) -> None:
+        """A command line with options of the command and values of other kinds."""
+        with mock.patch.object(loading, "load_module", _refuse):
+            ends_well(arguments)
+
+
+def _encoded(content: str | bytes) -> bytes:
+    return content.encode("utf-8", "surrogatepass") if isinstance(content, str) else content
+
 
 def _refuse(_: Path) -> Any:
     """Good data ends here: there is nothing more to read."""
@@ -419,12 +488,128 @@ def run_examples(bench: Bench) -> st.SearchStrategy[Any]:
     return st.tuples(st.one_of(files), st.booleans())
 
 
+# Chat templates that don't end, take all memory, or write without end; and some that are wrong.
+ODD_TEMPLATES = (
+    "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+    "{{ 'a'.center(3 * 10**9) }}",
+    "{% set x = 9**(9**9) %}",
+    "{% set n = namespace(t='a') %}{% for i in range(60) %}{% set n.t = n.t ~ n.t %}{% endfor %}",
+    "{{ 'ab' * 4000000 }}",
+    "{{ raise_exception('\x1b[2J') }}",
+    "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+    "{{ messages[0].content.format(messages) }}{{ '{0.__class__}'.format(1) }}",
+    "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}",
+    "{% include '/etc/passwd' %}",
+    *("{{", "{% for %}", "{{ x.y.z }}", "", "\x1b[2J{{ messages }}", "{{ 1 / 0 }}"),
+)
+
+
+def model_examples(bench: Bench) -> st.SearchStrategy[Any]:
+    """Model folders: configurations, the tokenizer, the chat template, weights."""
+    objects = [name for name in ("config.json", "tokenizer_config.json") if (TINY / name).exists()]
+    config = json.loads((TINY / "config.json").read_text())
+    tokenizer = json.loads((TINY / "tokenizer.json").read_text())
+    tokenizer["model"] = {
+        k: v for k, v in tokenizer["model"].items() if k not in ("vocab", "merges")
+    }
+    weights = next(TINY.glob("*.safetensors"))
+
+    def whole(text: str) -> str:
+        """The changed parts of a tokenizer together with its vocabulary, if they are JSON still."""
+        try:
+            changed = json.loads(text)
+            kept = json.loads((TINY / "tokenizer.json").read_text())["model"]
+            changed["model"] = {**kept, **changed["model"]}
+            return json.dumps(changed)
+        except (ValueError, TypeError, KeyError, RecursionError):
+            return text
+
+    files = [
+        *(
+            changed_json(json.loads((TINY / n).read_text())).map(lambda c, n=n: (n, c))
+            for n in objects
+        ),
+        changed_json({**config, "rope_scaling": {"type": "linear", "factor": 2.0}}).map(
+            lambda c: ("config.json", c)
+        ),
+        changed_json(tokenizer).map(lambda c: ("tokenizer.json", whole(c))),
+        changed_bytes((TINY / "config.json").read_bytes()).map(lambda c: ("config.json", c)),
+        changed_tensors(weights).map(lambda c: (weights.name, c)),
+        one_of(ODD_TEMPLATES).map(lambda c: ("chat_template.jinja", c)),
+        changed_bytes(b"{% for m in messages %}{{ m.role }}: {{ m.content }}{% endfor %}").map(
+            lambda c: ("chat_template.jinja", c)
+        ),
+        one_of(ODD).map(lambda c: ("generation_config.json", c)),
+    ]
+    return st.tuples(st.one_of(files), st.sampled_from(("check", "score")))
+
+
+def tool_examples(bench: Bench) -> st.SearchStrategy[Any]:
+    """Run folders: what reports, scores, fusing and the others read."""
+    run = bench.folder / "run"
+    objects = ("adapter_config.json", "summary.json", "status.json", "fingerprints.json")
+    files = [
+        *(
+            changed_json(json.loads((run / n).read_text())).map(lambda c, n=n: (n, c))
+            for n in objects
+        ),
+        *(
+            changed_bytes((run / n).read_bytes()).map(lambda c, n=n: (n, c))
+            for n in ("metrics.jsonl", "config.yaml", "samples.jsonl", *objects)
+            if (run / n).exists()
+        ),
+        *(
+            changed_json(json.loads(line)).map(lambda c: ("metrics.jsonl", c + "\n"))
+            for line in (run / "metrics.jsonl").read_text().splitlines()
+        ),
+        changed_tensors(run / "adapters.safetensors").map(lambda c: ("adapters.safetensors", c)),
+    ]
+    commands = ("report", "compare", "score", "rerank", "eval", "fuse", "export", "plan")
+    return st.tuples(st.one_of(files), st.sampled_from(commands))
+
+
+ODD_VALUES = (
+    *("", " ", "-1", "0", "1", "2", "1e999", "nan", "-0", "1_0", "x", "=", "a=b", "a=", ",", "--"),
+    *("..", "../x", "/dev/null", "/dev/zero", "/proc/self/mem", "~nobody/x", "{}", "[1]", "a:b"),
+    *("\x1b[2J", "\udcff", "é🙂", "a" * 5000, "%s", "regex(pattern='(')", "length(target=1)=nan"),
+    *("run", "good", "good/train.jsonl", str(TINY), "sigmoid", "lora", "train", "8"),
+)
+# They open a browser, or delete what other examples need.
+NOT_TRIED = ("open", "purge")
+
+
+def command_examples(bench: Bench) -> st.SearchStrategy[Any]:
+    """Command lines of all commands."""
+    commands = {name: command for name, command in cli.commands.items() if name != "data"}
+    for name, command in cli.commands["data"].commands.items():  # type: ignore[attr-defined]
+        commands[f"data {name}"] = command
+
+    def arguments(name: str) -> st.SearchStrategy[list[str]]:
+        options = [p for p in commands[name].params if p.name not in NOT_TRIED]
+        flags = sorted({flag for option in options for flag in option.opts if flag[0] == "-"})
+        values = one_of(ODD_VALUES)
+        option = st.tuples(st.sampled_from([*flags, "--help", "--odd"]), values).map(list)
+        words = st.lists(st.one_of(option, option, values.map(lambda v: [v])), max_size=5)
+        usual = ["--model", str(TINY), "--data", str(bench.good)]
+        start = st.sampled_from(([], usual, usual[:2]))
+        return st.builds(
+            lambda first, rest: [*name.split(), *first, *(w for part in rest for w in part)],
+            start,
+            words,
+        )
+
+    return st.sampled_from(sorted(commands)).flatmap(arguments)
+
+
 TARGETS: dict[str, tuple[float, Callable[[Bench], Any], Callable[[Bench, Any], None]]] = {
     # Share of the examples, how they are made, how one is tried.
-    "data": (0.45, data_examples, lambda b, e: b.try_data(*e[0], e[1])),
-    "config": (0.35, config_examples, lambda b, e: b.try_config(*e)),
+    "data": (0.35, data_examples, lambda b, e: b.try_data(*e[0], e[1])),
+    "config": (0.25, config_examples, lambda b, e: b.try_config(*e)),
     "adapter": (0.1, adapter_examples, lambda b, e: b.try_adapter(*e)),
-    "run": (0.1, run_examples, lambda b, e: b.try_run(*e[0], e[1])),
+    "run": (0.05, run_examples, lambda b, e: b.try_run(*e[0], e[1])),
+    "model": (0.1, model_examples, lambda b, e: b.try_model(*e[0], e[1])),
+    "tools": (0.05, tool_examples, lambda b, e: b.try_tool(*e[0], e[1])),
+    "command": (0.1, command_examples, lambda b, e: b.try_command_line(e)),
 }
 
 
@@ -434,11 +619,17 @@ def loaded_once() -> Any:
     load, kept = loading.load_tokenizer, {}
 
     def cached(path: Path, config: dict[str, Any]) -> Any:
+        if path != TINY:
+            return load(path, config)
         if path not in kept:
             kept[path] = load(path, config)
         return kept[path]
 
-    with mock.patch.object(loading, "load_tokenizer", cached):
+    # Templates without end are among the examples; the real limit would make up most of the time.
+    with (
+        mock.patch.object(loading, "load_tokenizer", cached),
+        mock.patch.object(templates, "MAX_SECONDS", 1.0),
+    ):
         yield
 
 
@@ -466,7 +657,10 @@ def fuzz(bench: Bench, target: str, examples: int, number: int, *, shrink: bool 
     def each(example: Any) -> None:
         nonlocal tried
         tried += 1
+        before = peak_memory()
         attempt(bench, example)
+        if tried > 5 and peak_memory() > before + LIMIT_BYTES:
+            raise Broken(f"{example!r:.500}: needs {(peak_memory() - before) / 1e9:.1f} GB more")
 
     each()
     return tried
@@ -481,8 +675,10 @@ def main() -> None:
     names = options.targets.split(",")
     shares = {name: TARGETS[name][0] for name in names}
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    cache = tempfile.mkdtemp()
+    os.environ["XDG_CACHE_HOME"] = os.environ["HOME"] = cache
     with tempfile.TemporaryDirectory() as folder, loaded_once():
-        # Whatever a configuration names as its output, it is written here.
+        # A configuration or a command line may name any output: it is written here.
         os.chdir(folder)
         bench = Bench(Path(folder))
         for name in names:
@@ -490,6 +686,7 @@ def main() -> None:
             wanted = round(options.examples * shares[name] / sum(shares.values()))
             tried = fuzz(bench, name, wanted, options.seed)
             print(f"{name}: {tried} examples, {time.perf_counter() - began:.0f} s", flush=True)
+    shutil.rmtree(cache, ignore_errors=True)
 
 
 if __name__ == "__main__":

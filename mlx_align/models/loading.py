@@ -39,6 +39,7 @@ from mlx_align.models.classifiers import first_line, head_problem, is_classifier
 from mlx_align.models.model_config import (
     block_count,
     check_config,
+    length_limits,
     loading_options,
     normalize_config,
     unsupported_reason,
@@ -302,9 +303,15 @@ def read_model_config(path: Path) -> dict[str, Any]:
         if not isinstance(config, dict) or "model_type" not in config:
             raise ValueError("no model_type in it")
         check_config(config)
-    except (OSError, ValueError, RecursionError) as error:
-        raise ModelError(f"{path / 'config.json'}: {first_line(error)}") from error
-    return normalize_config(config)
+        config = normalize_config(config)
+        # What reads nested values is tried once, so that a wrong type is found here.
+        is_classifier(config), unsupported_reason(config), length_limits(config)
+        return config
+    except (OSError, ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
+        # Nested values of a wrong type are found when they are read.
+        raise ModelError(
+            f"{path / 'config.json'}, or generation_config.json: {first_line(error)}"
+        ) from error
 
 
 def load_tokenizer(path: Path, config: dict[str, Any]) -> TokenizerWrapper:

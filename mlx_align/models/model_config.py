@@ -53,6 +53,15 @@ _SIZES = (
     *("num_experts", "num_local_experts", "n_routed_experts", "num_experts_per_tok"),
     *("max_position_embeddings", "n_positions", "sliding_window", "group_size", "bits"),
 )
+_TYPES: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(("architectures", "layer_types"), (list,)),
+    **dict.fromkeys(("rope_parameters", "rope_scaling", "id2label", "text_config"), (dict,)),
+    **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), (int, list)),
+    **dict.fromkeys(("rope_theta", "rms_norm_eps", "layer_norm_eps"), (int, float)),
+    **dict.fromkeys(("partial_rotary_factor", "rope_local_base_freq"), (int, float)),
+    **dict.fromkeys(("tie_word_embeddings", "attention_bias", "use_sliding_window"), (bool,)),
+    **dict.fromkeys(("dtype", "torch_dtype", "hidden_act", "model_type"), (str,)),
+}
 _MOST_BLOCKS = 4096
 _LARGEST_SIZE = (1 << 31) - 1
 _LARGEST = 1 << 100
@@ -106,8 +115,15 @@ def check_config(config: Mapping[str, Any]) -> None:
             for name in names:
                 if part.get(name) is not None and not isinstance(part[name], list):
                     whole_number(part, name, 0, most)
+        for name, kinds in _TYPES.items():
+            value = part.get(name)
+            wrong_bool = isinstance(value, bool) and bool not in kinds
+            if value is not None and (wrong_bool or not isinstance(value, kinds)):
+                raise ValueError(f"{name} is {value!r:.40}, which is of another type")
     if not isinstance(config.get("model_type"), str):
         raise ValueError("model_type is no text")
+    if not all(isinstance(name, str) for name in config.get("architectures") or ()):
+        raise ValueError("architectures is no list of names")
 
 
 def block_count(config: Mapping[str, Any]) -> int | None:

@@ -1,7 +1,8 @@
 """Write files completely or not at all.
 
 A process that is killed, a full disk or a power cut never leaves half a file: the new content is
-written to a temporary file in the same folder, flushed to disk, and renamed.
+written to a temporary file in the same folder, flushed to disk, and renamed. The temporary file is
+locked (`flock`), so that two processes that write the same file take turns.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import errno
 import fcntl
 import os
 import shutil
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -22,6 +24,8 @@ from mlx_align.errors import WriteError
 # mlx reports that a file could not be written, but not why. With less free space than this, the
 # disk is reported as full.
 FULL_BYTES = 1 << 20
+# Writing a page or a summary takes less; whoever holds a file for longer writes for minutes.
+LOCK_SECONDS = 5.0
 
 
 @contextmanager
@@ -117,28 +121,71 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
         WriteError: The folder can't be written; no new folder is left behind.
     """
     partial = folder.with_name(f".{folder.name}.partial")
-    try:
-        with wrap_write_errors(folder):
-            folder.parent.mkdir(parents=True, exist_ok=True)
+    with wrap_write_errors(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    with _locked(partial, folder, is_folder=True):
+        try:
+            with wrap_write_errors(folder):
+                for left in partial.iterdir():  # by a process that was killed
+                    left.unlink()
+            yield partial
+            with wrap_write_errors(folder):
+                for file in partial.iterdir():
+                    flush_to_disk(file)
+                if folder.is_dir():
+                    folder.rmdir()
+                partial.rename(folder)
+        except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir()
-        yield partial
-        with wrap_write_errors(folder):
-            for file in partial.iterdir():
-                flush_to_disk(file)
-            if folder.is_dir():
-                folder.rmdir()
-            partial.rename(folder)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+            raise
+
+
+@contextmanager
+def _locked(partial: Path, target: Path, *, is_folder: bool = False) -> Iterator[None]:
+    """Create a temporary file or folder, and hold its lock within the block.
+
+    Raises:
+        WriteError: It can't be created, or another process has held the lock for `LOCK_SECONDS`.
+    """
+    deadline = time.monotonic() + LOCK_SECONDS
+    while True:
+        with wrap_write_errors(target):
+            if is_folder:
+                partial.mkdir(exist_ok=True)
+                descriptor = os.open(partial, os.O_RDONLY)
+            else:
+                descriptor = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(descriptor)
+            if time.monotonic() >= deadline:
+                raise WriteError(
+                    f"{target}: another command is writing it; wait for it, or name another output"
+                ) from None
+            time.sleep(0.02)
+            continue
+        except OSError:
+            pass  # a network drive without locks
+        except BaseException:
+            os.close(descriptor)
+            raise
+        # The process that held the lock may have renamed the file in the meantime.
+        with suppress(OSError):
+            if os.path.samestat(os.stat(partial), os.fstat(descriptor)):
+                break
+        os.close(descriptor)
+    try:
+        yield
+    finally:
+        os.close(descriptor)
 
 
 @contextmanager
 def _replace(
     file: Path, partial: Path, errors: tuple[type[Exception], ...] = (OSError, RuntimeError)
 ) -> Iterator[None]:
-    with wrap_write_errors(file, errors):
+    with _locked(partial, file), wrap_write_errors(file, errors):
         try:
             yield
             flush_to_disk(partial)

@@ -181,3 +181,27 @@ def test_escape_sequences_in_completions_and_names_are_shown(train, tmp_path, ca
     assert r"\x1b]0;PWNED\x1b\\x1b[2Ja" in captured.out
     assert r"\u001b]0;PWNED" in captured.out
     assert r"PWNED\x1b\\x1b[2Ja.jsonl" in captured.err
+
+
+@pytest.mark.parametrize("files", [8, 20])
+def test_few_open_files(tmp_path, files):
+    """mlx-lm can't be imported where 4,096 open files are not allowed; this package can."""
+    rows = [{"prompt": f"{i}? what", "chosen": f" yes {i}", "rejected": " no"} for i in range(9)]
+    data = write_rows(tmp_path / "pairs.jsonl", rows)
+    code = (
+        f"import resource, sys; resource.setrlimit(resource.RLIMIT_NOFILE, ({files}, {files}));"
+        "from mlx_align.cli.main import main; main(sys.argv[1:])"
+    )
+    command = [sys.executable, "-c", code, "data", "check", "--model", str(TINY_MODEL)]
+    done = subprocess.run(
+        [*command, "--data", str(data)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    assert "Traceback" not in done.stderr
+    if files == 20:
+        assert done.returncode == 0
+    else:
+        assert done.returncode in (0, 1)
+        assert done.stderr.count("error: ") == done.returncode

@@ -462,3 +462,24 @@ def test_built_in_rewards_start_no_process():
         table = rewards(GROUPS, TEXTS, FACTS)
     np.testing.assert_array_equal(table.values[:, 0], [1, 0, np.nan, np.nan])
     np.testing.assert_array_equal(table.total, [1.625, 0, 0.625, 0])
+
+
+def test_a_built_in_reward_with_a_pattern_obeys_the_timeout():
+    """A regular expression that takes time exponential in the completion's length."""
+    text = "a\n" * 40
+    spec = r"regex(pattern='(.|\n)*(.|\n)*(.|\n)*(.|\n)*(.|\n)*(.|\n)*(.|\n)*ZZQ')"
+    with (
+        open_rewards(parse_rewards([spec]), 0.5) as rewards,
+        pytest.raises(TrainingError, match=r"no answer within 0.5 s.*--reward-timeout"),
+    ):
+        rewards(GROUPS[:1], [[text]], [FACTS[0][:1]])
+
+
+def test_built_in_rewards_with_and_without_a_pattern_are_the_same_in_the_process():
+    specs = ["format", "format(pattern='(Paris|4).*')", "regex(pattern='[0-9]')=0.5"]
+    texts = [["Paris", "4 of 5\n"], ["<think>a</think><answer>b</answer>", ""]]
+    facts = [[CompletionFacts(1, True, 8), CompletionFacts(2, False, 8)]] * 2
+    with open_rewards(parse_rewards(specs), 20.0) as rewards:
+        table = rewards(GROUPS[:2], texts, facts)
+    expected = [[0, 1, 0], [0, 1, 1], [1, 0, 0], [0, 0, 0]]
+    np.testing.assert_array_equal(table.values, expected)

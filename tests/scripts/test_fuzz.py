@@ -18,7 +18,16 @@ def bench(script, tmp_path_factory):
 # It would print all strategies with what breaks.
 @pytest.mark.filterwarnings("ignore::hypothesis.errors.HypothesisWarning")
 @pytest.mark.parametrize(
-    ("target", "examples"), [("data", 150), ("config", 80), ("adapter", 10), ("run", 12)]
+    ("target", "examples"),
+    [
+        ("data", 150),
+        ("config", 80),
+        ("adapter", 10),
+        ("run", 10),
+        ("model", 20),
+        ("tools", 10),
+        ("command", 60),
+    ],
 )
 def test_mutated_files(script, bench, monkeypatch, target, examples):
     monkeypatch.chdir(bench.folder)  # outputs that a configuration names are made here
