@@ -361,10 +361,10 @@ def _check_blocks(path: Path, config: Mapping[str, Any]) -> None:
     """
     names = [name for file in path.glob("model*.safetensors") for name in tensor_shapes(file)]
     numbers = [int(part) for name in names for part in name.split(".") if part.isdecimal()]
-    said = block_count(config)
-    if said is not None and names and said > max(numbers, default=-1) + 1:
+    claimed = block_count(config)
+    if claimed is not None and names and claimed > max(numbers, default=-1) + 1:
         raise ModelError(
-            f"{path / 'config.json'}: has {said} layers, but the weights have "
+            f"{path / 'config.json'}: has {claimed} layers, but the weights have "
             f"{max(numbers, default=-1) + 1}"
         )
 

@@ -53,7 +53,7 @@ class Worker:
         return {"exceeded": "length"} if len(text) > request["length"] else {"text": text}
 
     def match(self, request: Mapping[str, Any]) -> dict[str, Any]:
-        """The names that a pattern matches as a whole; `raised` if it is none."""
+        """The names that a pattern matches as a whole; `raised` if the pattern is wrong."""
         try:
             compiled = re.compile(request["pattern"])
             return {"names": [name for name in request["names"] if compiled.fullmatch(name)]}

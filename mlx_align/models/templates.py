@@ -33,7 +33,7 @@ _RENDERED = "{{ rendered_text }}"
 
 
 class SandboxError(Exception):
-    """A template raised an error, or a pattern is none; the text is the message."""
+    """A template raised an error, or a pattern is wrong; the text is the message."""
 
 
 class Sandbox:
@@ -81,7 +81,7 @@ def matching_names(pattern: str, names: Sequence[str]) -> set[str]:
     """The names that a stranger's regular expression matches as a whole.
 
     Raises:
-        SandboxError: It is no regular expression, or takes too long.
+        SandboxError: It is not a regular expression, or takes too long.
     """
     if re.fullmatch(r"[\w.]*", pattern):  # a name, as in most adapters
         return {name for name in names if re.fullmatch(pattern, name)}
@@ -107,7 +107,7 @@ def limit_template(tokenizer: Any, folder: Path) -> None:
 
 
 class _LimitedTemplate:
-    """Stands in for `apply_chat_template` of a tokenizer."""
+    """Replaces `apply_chat_template` of a tokenizer."""
 
     def __init__(self, tokenizer: Any, folder: Path) -> None:
         self._tokenizer, self._folder = tokenizer, folder

@@ -24,7 +24,7 @@ from mlx_align.errors import WriteError
 # mlx reports that a file could not be written, but not why. With less free space than this, the
 # disk is reported as full.
 FULL_BYTES = 1 << 20
-# Writing a page or a summary takes less; whoever holds a file for longer writes for minutes.
+# Writing a page or a summary takes less; a process that holds a file for longer writes for minutes.
 LOCK_SECONDS = 5.0
 
 

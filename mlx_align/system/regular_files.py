@@ -63,7 +63,7 @@ def read_json(file: Path, max_bytes: int = MAX_JSON_BYTES) -> Any:
 
 
 def irregular_file(folder: Path) -> str:
-    """A sentence about a pipe, socket or device in a folder; "" if there is none."""
+    """A sentence about a pipe, socket or device in a folder; "" without one."""
     with os.scandir(folder) as entries:
         for entry in entries:
             try:
