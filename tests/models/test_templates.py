@@ -87,6 +87,7 @@ def test_limits(tokenizer_with, monkeypatch, template, said):
     # Either limit may come first on a slow machine, where memory is what runs out.
     assert said in str(found.value) or ("GB" in said and "within" in str(found.value))
     assert "\n" not in str(found.value)
+    monkeypatch.setattr(templates, "MAX_SECONDS", 60.0)
     assert tokenizer_with("ok").apply_chat_template(TURNS[:1], tokenize=False) == "ok"
 
 
@@ -120,4 +121,4 @@ def test_patterns_of_strangers(monkeypatch):
     began = time.monotonic()
     with pytest.raises(SandboxError, match="within 1 s"):
         matching_names("(a|a)*b", names)
-    assert time.monotonic() - began < 20
+    assert time.monotonic() - began < 60

@@ -13,7 +13,7 @@ from mlx_align.system import worker_process
 from mlx_align.system.worker_process import WorkerFailure, WorkerProcess
 
 WORKER = "mlx_align.rollout.reward_worker"
-# Asks for a call of one second with a timeout of two, and says when it has.
+# Asks for a call of one second with a timeout of four, and says when it has.
 ASK = """
 import sys
 from mlx_align.system.worker_process import WorkerProcess
@@ -21,7 +21,7 @@ process = WorkerProcess("mlx_align.rollout.reward_worker")
 process.request("load", {"target": "slow.py", "name": "f"}, 60)
 process.request("batch", {"prompts": ["x"], "completions": [["y"]], "columns": {}}, 60)
 print("asking", flush=True)
-print(process.request("call", {"function": 0}, 2), flush=True)
+print(process.request("call", {"function": 0}, 4), flush=True)
 process.close()
 """
 
@@ -46,7 +46,7 @@ def test_time_in_which_the_program_was_stopped_does_not_count(slow):
         assert parent.stdout.readline() == "asking\n"
         time.sleep(0.2)
         parent.send_signal(signal.SIGSTOP)
-        time.sleep(3)
+        time.sleep(5)
         parent.send_signal(signal.SIGCONT)
         assert parent.stdout.readline() == "{'values': [1.0]}\n"
     assert parent.returncode == 0
