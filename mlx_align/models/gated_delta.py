@@ -147,9 +147,9 @@ def _chunkwise_backward(
 
 def _split(arrays: Sequence[mx.array]) -> list[list[mx.array]]:
     """The chunks of arrays (B, T, …); the last may be shorter."""
-    ends = list(range(CHUNK, arrays[0].shape[1], CHUNK))
-    by_array = (mx.split(array, ends, axis=1) for array in arrays)
-    return [list(chunk) for chunk in zip(*by_array, strict=True)]
+    # With mx.split, mlx 0.32.4 can't compile a training step: IndexError, _Map_base::at.
+    starts = range(0, arrays[0].shape[1], CHUNK)
+    return [[array[:, start : start + CHUNK] for array in arrays] for start in starts]
 
 
 def _heads_first(array: mx.array, heads: int, padding: float = 0.0) -> mx.array:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from helpers.families import make_model
 from helpers.forward import difference, gradient, plain_logps, ragged_batch, scramble
+from mlx.utils import tree_map
 
 from mlx_align.models import gated_delta
 from mlx_align.models.adapters import AdapterLayout, install_adapters
@@ -13,6 +14,7 @@ from mlx_align.models.backbone import split_backbone
 from mlx_align.models.forward import token_logprobs
 from mlx_align.models.gated_delta import gated_delta_rule
 from mlx_align.models.patches import replace_gated_delta
+from mlx_align.models.weights import use_adapter
 
 # The loop of mlx-lm, which a patch replaces while a forward pass runs.
 LOOP = mlx_lm_rule.gated_delta_ops
@@ -225,6 +227,23 @@ def test_a_training_step_runs_no_loop_over_tokens(family, monkeypatch):
         )
         assert got_value == pytest.approx(value, rel=2e-5)
         assert difference(got, expected) < 2e-5
+
+
+def test_a_training_step_of_several_chunks_compiles():
+    """It is traced, not run: compiling its kernels would take most of a minute."""
+    model = make_model("qwen3_5")
+    install_adapters(model, AdapterLayout(rank=4))
+    model.train()
+    backbone, batch = split_backbone(model), ragged_batch(prompts=(5,), completions=((40, 35),))
+
+    def loss(tree, batch):
+        with use_adapter(model, tree):
+            return token_logprobs(backbone, batch, grad_checkpoint=True).sum()
+
+    weights = model.trainable_parameters()
+    value, grads = mx.compile(mx.value_and_grad(loss))(weights, batch)
+    assert value.shape == ()
+    assert tree_map(lambda array: array.shape, grads) == tree_map(lambda a: a.shape, weights)
 
 
 # mlx's kernel
