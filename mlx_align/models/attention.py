@@ -57,7 +57,7 @@ def segment_attention(queries: mx.array, segments: Sequence[Segment], scale: flo
     def attention(queries: mx.array, *pairs: mx.array) -> tuple[mx.array, ...]:
         scores = []
         for keys, mask in zip(pairs[0::2], masks, strict=True):
-            score = _matmul(queries * scale, keys.swapaxes(-1, -2)).astype(mx.float32)
+            score = matmul(queries * scale, keys.swapaxes(-1, -2)).astype(mx.float32)
             scores.append(score if mask is None else mx.where(mask, score, -mx.inf))
         maximum = scores[0].max(axis=-1, keepdims=True)
         for score in scores[1:]:
@@ -65,7 +65,7 @@ def segment_attention(queries: mx.array, segments: Sequence[Segment], scale: flo
         exponentials = [exp(score - maximum) for score in scores]
         total = sum(exponential.sum(axis=-1, keepdims=True) for exponential in exponentials)
         kept = [exponential.astype(queries.dtype) for exponential in exponentials]
-        out = sum(_matmul(e, values) for e, values in zip(kept, pairs[1::2], strict=True))
+        out = sum(matmul(e, values) for e, values in zip(kept, pairs[1::2], strict=True))
         inverse = 1 / mx.array(total)
         return ((out * inverse).astype(queries.dtype), inverse, *kept)
 
@@ -78,7 +78,7 @@ def segment_attention(queries: mx.array, segments: Sequence[Segment], scale: flo
         queries, *pairs = primals
         _out, inverse, *kept = outputs
         grad_out = (cotangents[0] * inverse).astype(queries.dtype)
-        grad_exponentials = [_matmul(grad_out, values.swapaxes(-1, -2)) for values in pairs[1::2]]
+        grad_exponentials = [matmul(grad_out, values.swapaxes(-1, -2)) for values in pairs[1::2]]
         # Σ_t p_t·∂p_t of the softmax. FlashAttention computes it as the product of the output and
         # its cotangent, which saves a pass over the scores. That was no faster where measured, and
         # the gradients of queries and keys were a quarter less exact.
@@ -92,22 +92,22 @@ def segment_attention(queries: mx.array, segments: Sequence[Segment], scale: flo
             kept, grad_exponentials, pairs[0::2], pairs[1::2], strict=True
         ):
             grad_score = (exponential * (grad_exponential - mean)).astype(queries.dtype)
-            grad_queries = grad_queries + _matmul(grad_score, keys)
-            grad_pairs.append(_transposed_matmul(grad_score, queries * scale, like=keys))
-            grad_pairs.append(_transposed_matmul(exponential, grad_out, like=values))
+            grad_queries = grad_queries + matmul(grad_score, keys)
+            grad_pairs.append(transposed_matmul(grad_score, queries * scale, like=keys))
+            grad_pairs.append(transposed_matmul(exponential, grad_out, like=values))
         return (grad_queries * scale, *grad_pairs)
 
     pairs = [array for segment in segments for array in (segment.keys, segment.values)]
     return attention(queries, *pairs)[0]
 
 
-def _matmul(rows: mx.array, matrix: mx.array) -> mx.array:
+def matmul(rows: mx.array, matrix: mx.array) -> mx.array:
     """`rows` (B, G, K, R, L, x) @ `matrix` (B, G, [K,] x, y), folded into few and tall products."""
     folded = rows.reshape(*matrix.shape[:-2], -1, rows.shape[-1])
     return (folded @ matrix).reshape(*rows.shape[:-1], matrix.shape[-1])
 
 
-def _transposed_matmul(left: mx.array, right: mx.array, like: mx.array) -> mx.array:
+def transposed_matmul(left: mx.array, right: mx.array, like: mx.array) -> mx.array:
     """leftᵀ @ right in the shape of `like` (B, G, [K,] T, E), summed over rows that share it."""
     batch = like.shape[:-2]
     left = left.reshape(*batch, -1, left.shape[-1])

@@ -30,7 +30,8 @@ from mlx_align.errors import ModelError
 from mlx_align.models.attention import blockwise_causal_attention, shared_prompt_attention
 from mlx_align.models.backbone import Backbone
 from mlx_align.models.checkpointing import checkpointed
-from mlx_align.models.patches import apply_patches, exp, logsumexp
+from mlx_align.models.gpu_attention import gpu_attention, packed_gpu_attention
+from mlx_align.models.patches import apply_gpu_patches, apply_patches, exp, logsumexp, on_gpu
 from mlx_align.models.prefix_cache import (
     FOREIGN_KEYS,
     CompletionKV,
@@ -205,11 +206,12 @@ def packed_hidden_states(
 
 @contextmanager
 def _patches(backbone: Backbone) -> Iterator[None]:
-    # On a GPU, mlx's own attention computes no score matrix where no gradient is needed.
-    fused = not backbone.model.training and mx.default_device() == mx.gpu
-    attention = _attention_to_prompts if fused else _attention
+    if on_gpu():
+        patched = apply_gpu_patches(backbone.model, gpu_attention)
+    else:
+        patched = apply_patches(backbone.model, _attention)
     try:
-        with apply_patches(backbone.model, attention):
+        with patched:
             yield
     finally:
         CompletionKV.clear_last()
@@ -217,8 +219,12 @@ def _patches(backbone: Backbone) -> Iterator[None]:
 
 @contextmanager
 def _packed_patches(backbone: Backbone) -> Iterator[None]:
+    if on_gpu():
+        patched = apply_gpu_patches(backbone.model, _packed_attention_on_gpu, packed=True)
+    else:
+        patched = apply_patches(backbone.model, _attention_of_packed_rows, packed=True)
     try:
-        with apply_patches(backbone.model, _attention_of_packed_rows, packed=True):
+        with patched:
             yield
     finally:
         PackedKV.clear_last()
@@ -234,7 +240,7 @@ def _attention(
 def _attention_to_prompts(
     queries: mx.array, keys: mx.array, values: mx.array, scale: float
 ) -> mx.array | None:
-    """Attention of completions to shared prompts. None for other rows, to use mlx's attention.
+    """Attention of completions to shared prompts. None for other rows.
 
     Raises:
         ModelError: The keys are not a cache's, so it is unknown which of them are padding.
@@ -252,6 +258,12 @@ def _attention_of_packed_rows(
     queries: mx.array, keys: mx.array, _values: mx.array, scale: float
 ) -> mx.array | None:
     return PackedKV.find_by_keys(keys).attend(queries, scale)
+
+
+def _packed_attention_on_gpu(
+    queries: mx.array, keys: mx.array, _values: mx.array, scale: float, *_others: Any
+) -> mx.array:
+    return packed_gpu_attention(queries, keys, scale)
 
 
 def _shared_rows(backbone: Backbone, batch: GroupBatch) -> mx.array:

@@ -30,6 +30,8 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 
+from mlx_align.models.device import has_metal, on_gpu
+
 # Tokens of a chunk, a power of two. Kept for the backward pass are H·V·K / CHUNK elements of states
 # per token; work on the L × L matrices grows with L.
 CHUNK = 32
@@ -93,8 +95,8 @@ def _has_kernel(k: mx.array, v: mx.array, g: mx.array) -> bool:
     """Whether mlx has a kernel with a backward pass for these shapes on the default device."""
     return (
         g.ndim == 3
-        and mx.default_device() == mx.gpu
-        and mx.metal.is_available()
+        and on_gpu()
+        and has_metal()
         and hasattr(mx.fast, "gated_delta_update")
         and (k.shape[2], v.shape[2]) in KERNEL_HEADS
         and k.shape[3] == v.shape[3] == KERNEL_SIZE

@@ -8,7 +8,12 @@ Patched:
 
 - `mx.fast.scaled_dot_product_attention`, by `replace_attention`: mlx keeps the whole score matrix
   for the backward pass and needs the prompt's keys copied for every completion. `attention.py`
-  does neither. `float32_attention` patches it too, for the check at load.
+  does neither. `float32_attention` patches it too, for the check at load. On a GPU,
+  `replace_attention_on_gpu` passes all calls to `gpu_attention.py`.
+- `create_attention_mask` in mlx-lm's model files, by `describe_masks` on a GPU: an array for a
+  sliding window has an entry for every query and key.
+- `mx.default_device` and `mx.metal.is_available`, by `without_custom_kernels` while training on a
+  GPU: mlx-lm chooses Metal kernels that have no gradient (rwkv7; mamba2 for a single token).
 - `mx.fast.rope`, by `rope_per_token`: mlx accepts one offset per row, a packed row needs one per
   token.
 - `gated_delta_ops` of mlx-lm, by `replace_gated_delta`: a loop over tokens, which keeps every
@@ -25,33 +30,44 @@ Worked around without a patch:
 
 - `mx.exp`, `mx.sigmoid` and `mx.logsumexp` on CPUs other than Apple's (`exp` and others).
 - assignment to `mx.random.state`, which is silently wrong (`restore_random_key`).
+- the tiles of mlx's attention gradient on Metal (`limit_attention_tiles`).
 """
 
 from __future__ import annotations
 
 import math
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.models import activations, gated_delta
+from mlx_lm.models import activations, base, gated_delta
 
+from mlx_align.models.device import on_gpu
 from mlx_align.models.gated_delta import gated_delta_rule
 
 _custom_function: Any = mx.custom_function  # the stubs lose the signature of what it wraps
 
+# Queries and keys of a tile of mlx's attention gradient on Metal, at most.
+ATTENTION_TILE = 512
+
 # (queries, keys, values, scale) -> attention output, or None to let mlx compute it.
 Attention = Callable[[mx.array, mx.array, mx.array, float], mx.array | None]
+# (queries, keys, values, scale, mask, sinks, mlx's own function) -> attention output.
+GpuAttention = Callable[
+    [mx.array, mx.array, mx.array, float, Any, mx.array | None, Callable[..., mx.array]], mx.array
+]
 
 
 @contextmanager
 def apply_patches(
     model: nn.Module, attention: Attention, *, packed: bool = False
 ) -> Iterator[None]:
-    """Within the block, `model` runs with this package's replacements.
+    """Within the block, `model` runs with this package's replacements, on a CPU.
 
     Args:
         model: The mlx-lm model, any of the supported families.
@@ -62,6 +78,19 @@ def apply_patches(
     recurrence = replace_gated_delta(training=model.training)
     with rope, replace_attention(attention), replace_swiglu(model), recurrence:
         yield
+
+
+@contextmanager
+def apply_gpu_patches(
+    model: nn.Module, attention: GpuAttention, *, packed: bool = False
+) -> Iterator[None]:
+    """As `apply_patches`, on a GPU; `attention` gets every call of mlx's attention."""
+    limit_attention_tiles()
+    rope = rope_per_token() if packed else nullcontext()
+    kernels = without_custom_kernels() if model.training else nullcontext()
+    with rope, kernels, describe_masks(model):
+        with replace_attention_on_gpu(attention), replace_swiglu(model):
+            yield
 
 
 # Attention
@@ -86,6 +115,87 @@ def replace_attention(attention: Attention) -> Iterator[None]:
 
     with _scaled_dot_product_attention(dispatch):
         yield
+
+
+@contextmanager
+def replace_attention_on_gpu(attention: GpuAttention) -> Iterator[None]:
+    """Within the block, `attention` replaces mlx's attention, whose own function it is given."""
+    original = mx.fast.scaled_dot_product_attention
+
+    def dispatch(
+        q: mx.array,
+        k: mx.array,
+        v: mx.array,
+        *,
+        scale: float,
+        mask: Any = None,
+        sinks: mx.array | None = None,
+        **others: Any,
+    ) -> mx.array:
+        return attention(q, k, v, scale, mask, sinks, partial(original, **others))
+
+    with _scaled_dot_product_attention(dispatch):
+        yield
+
+
+class CausalMask(str):
+    """The mask "causal" with a sliding window, for which mlx has arrays only.
+
+    Attributes:
+        window: Number of keys that a query sees, its own included; None for all.
+    """
+
+    window: int | None
+
+    def __new__(cls, window: int | None) -> CausalMask:
+        """The mask with a window of so many tokens."""
+        mask = super().__new__(cls, "causal")
+        mask.window = window
+        return mask
+
+
+@contextmanager
+def describe_masks(model: nn.Module) -> Iterator[None]:
+    """Within the block, the model files of `model` get a `CausalMask` for rows without a cache."""
+    original = base.create_attention_mask
+
+    def create(
+        h: mx.array,
+        cache: Any = None,
+        window_size: int | None = None,
+        return_array: bool = False,
+    ) -> Any:
+        if cache is not None or return_array or h.shape[1] == 1:
+            return original(h, cache, window_size=window_size, return_array=return_array)
+        return CausalMask(window_size)
+
+    with _in_model_files(model, "create_attention_mask", original, create):
+        yield
+
+
+def limit_attention_tiles() -> None:
+    """Let mlx's attention gradient hold 512 × 512 scores per head at a time on Metal.
+
+    By default it holds three tiles of 1,024 × 1,024: 350 MB for a pair and 28 heads in 16 bits,
+    a quarter of that with this setting, which mlx 0.32.4 reads from the environment.
+    """
+    os.environ.setdefault("MLX_SDPA_VJP_BLOCK", str(ATTENTION_TILE))
+
+
+@contextmanager
+def without_custom_kernels() -> Iterator[None]:
+    """Within the block, mlx-lm's code takes operations that have a gradient, not Metal kernels."""
+    available: Any = mx.metal.is_available
+    device: Any = mx.default_device
+    no_metal: Any = lambda: False  # noqa: E731
+    cpu: Any = lambda: mx.Device(mx.cpu)  # noqa: E731
+    # Where `device.py` finds the real ones.
+    no_metal.hidden, cpu.hidden = (getattr(f, "hidden", f) for f in (available, device))
+    mx.metal.is_available, mx.default_device = no_metal, cpu
+    try:
+        yield
+    finally:
+        mx.metal.is_available, mx.default_device = available, device
 
 
 @contextmanager
@@ -160,16 +270,24 @@ def _swiglu_backward(
 @contextmanager
 def replace_swiglu(model: nn.Module) -> Iterator[None]:
     """Within the block, the model files of `model` that call mlx-lm's `swiglu` call this one."""
-    original = activations.swiglu
+    with _in_model_files(model, "swiglu", activations.swiglu, swiglu):
+        yield
+
+
+@contextmanager
+def _in_model_files(
+    model: nn.Module, name: str, original: Any, replacement: Any
+) -> Iterator[None]:
+    """Within the block, the files of `model`'s modules that import `original` use `replacement`."""
     files: set[Any] = {sys.modules[type(module).__module__] for module in model.modules()}
-    callers = [file for file in files if getattr(file, "swiglu", None) is original]
+    callers = [file for file in files if getattr(file, name, None) is original]
     for file in callers:
-        file.swiglu = swiglu
+        setattr(file, name, replacement)
     try:
         yield
     finally:
         for file in callers:
-            file.swiglu = original
+            setattr(file, name, original)
 
 
 # Gated delta rule
@@ -266,7 +384,7 @@ def logsumexp(x: mx.array) -> mx.array:
 
 
 def _by_power() -> bool:
-    return sys.platform != "darwin" and mx.default_device() == mx.cpu
+    return sys.platform != "darwin" and not on_gpu()
 
 
 # Random state

@@ -25,6 +25,7 @@ from mlx_lm.models.cache import ArraysCache, KVCache, RotatingKVCache, make_prom
 
 from mlx_align.errors import ModelError
 from mlx_align.models.attention import packed_attention
+from mlx_align.models.patches import CausalMask, on_gpu
 from mlx_align.types import GroupBatch, Packing
 
 # Indices for padding. The two differ, so that padding of the completions' row does not see padding
@@ -67,6 +68,8 @@ class PromptKV:
         """Causal mask. It hides padding too, which comes after the prompt."""
         window = window_size or self.window
         if window is not None and n > window:
+            if on_gpu() and not return_array:
+                return CausalMask(window)
             return create_causal_mask(n, window_size=window)
         if return_array:
             return create_causal_mask(n)
@@ -170,8 +173,11 @@ class CompletionKV:
         width = self.keys.shape[-2]
         if window is not None and width + n <= window:
             window = None
-        if self.mask_axes == 0 and window is None and not return_array:
-            return "causal"
+        if self.mask_axes == 0 and not return_array:
+            if window is None:
+                return "causal"
+            if on_gpu():
+                return CausalMask(window)
         query = mx.arange(n)[:, None]
         past = mx.arange(width)[None, None]
         length = self.offset[:, None, None]

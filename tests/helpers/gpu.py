@@ -1,0 +1,115 @@
+"""A CPU that answers like a Mac's GPU: which kernels a training step would call there.
+
+`as_on_a_mac` makes mlx and mlx-lm believe that the device is a GPU with Metal. Fused attention and
+custom kernels are recorded and give arrays of the right shape, under the rules of mlx 0.32.4's
+Metal backend; nothing is computed on a GPU. `trace_gradient` lists every array in the graph of a
+gradient.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+from mlx.utils import tree_flatten, tree_map
+
+# Head sizes (queries and keys, values) of mlx 0.32.4's attention kernels for more than 8 queries.
+FUSED_SIZES = {(size, size) for size in (64, 72, 80, 96, 128, 192, 256)} | {(96, 64)}
+# With at most this many queries, the kernel for decoding is chosen, which fails under a gradient.
+DECODING_QUERIES = 8
+
+
+class FusedCall(NamedTuple):
+    """A call of mlx's attention that runs as one kernel, forward and backward."""
+
+    queries: tuple[int, ...]
+    keys: tuple[int, ...]
+
+
+class Traced(NamedTuple):
+    """An array of a graph: the operation that makes it, and its shape."""
+
+    operation: str
+    shape: tuple[int, ...]
+
+
+@dataclass
+class Spy:
+    """What was called, and how.
+
+    Attributes:
+        fused: Calls of mlx's attention that run as one kernel.
+        unfused: Calls of mlx's attention that compute a matrix of scores, with the reason.
+        kernels: Names of the custom kernels called.
+    """
+
+    fused: list[FusedCall] = field(default_factory=list)
+    unfused: list[tuple[FusedCall, str]] = field(default_factory=list)
+    kernels: list[str] = field(default_factory=list)
+
+
+class _Opaque:
+    """A custom function as exporting accepts it: its backward pass is traced like an output.
+
+    Gradients pass through it as zeros of the right shapes.
+    """
+
+    pending: list[Callable[[], list[mx.array]]]
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function = function
+        self.backward: Callable[..., Any] | None = None
+
+    def vjp(self, backward: Callable[..., Any]) -> _Opaque:
+        self.backward = backward
+        return self
+
+    def __call__(self, *primals: Any) -> Any:
+        primals = tree_map(mx.stop_gradient, kept := primals)
+        outputs = tree_map(mx.stop_gradient, self.function(*primals))
+        if self.backward is not None:
+            backward, given = self.backward, primals if len(primals) > 1 else primals[0]
+            _Opaque.pending.append(
+                lambda: [
+                    leaf
+                    for _, leaf in tree_flatten(
+                        backward(given, tree_map(mx.ones_like, outputs), outputs)
+                    )
+                ]
+            )
+        floats = [a for _, a in tree_flatten(kept) if mx.issubdtype(a.dtype, mx.floating)]
+        zero = sum((a.sum().astype(mx.float32) for a in floats), mx.array(0.0)) * 0
+        return tree_map(lambda out: out + zero.astype(out.dtype), outputs)
+
+
+def _fused_attention(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
+    """Something of the shape of attention's output that depends on all inputs, without scores."""
+    rest = (k.sum() + v.sum()).astype(q.dtype)
+    out = q[..., :1] + rest
+    return mx.broadcast_to(out, (*q.shape[:-1], v.shape[-1]))
+
+
+def fused_on_metal(
+    q: mx.array, k: mx.array, v: mx.array, mask: Any, sinks: Any, gradient: bool
+) -> str:
+    """Why mlx 0.32.4 computes this call in several kernels on Metal; "" if in one.
+
+    Raises:
+        RuntimeError: mlx would choose a kernel that fails when it is evaluated.
+    """
+    if isinstance(mask, mx.array) and gradient:
+        return "an array as mask"
+    sizes = q.shape[-1], v.shape[-1]
+    if q.shape[2] > k.shape[2] or sizes not in FUSED_SIZES:
+        return f"head sizes {sizes}, {q.shape[2]} queries, {k.shape[2]} keys"
+    if gradient and q.shape[2] <= DECODING_QUERIES:
+        raise RuntimeError("the vector kernels do not produce a logsumexp")
+    if gradient and sinks is not None:
+        raise RuntimeError("[ScaledDotProductAttentionVJP] NYI: attention sinks")
+    return ""
