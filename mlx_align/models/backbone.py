@@ -37,6 +37,7 @@ class Backbone:
         flat_caches: Whether full rows need caches: in some families (gemma3n), later layers read
             the keys of earlier ones from them.
         packs: Whether several groups may be packed into one row.
+        fused: Whether mlx's own attention kernel may be used on a GPU, where it has a gradient.
         temperature: Logits are divided by it. It differs from 1 when training on samples that
             were drawn at another temperature.
     """
@@ -48,6 +49,7 @@ class Backbone:
     mask_axes: int = 1
     flat_caches: bool = False
     packs: bool = False
+    fused: bool = True
     temperature: float = 1.0
 
     def hidden(self, tokens: mx.array, cache: list[Any] | None = None) -> mx.array:

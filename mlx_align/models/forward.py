@@ -207,7 +207,8 @@ def packed_hidden_states(
 @contextmanager
 def _patches(backbone: Backbone) -> Iterator[None]:
     if on_gpu():
-        patched = apply_gpu_patches(backbone.model, gpu_attention)
+        attention = partial(gpu_attention, fused=backbone.fused)
+        patched = apply_gpu_patches(backbone.model, attention)
     else:
         patched = apply_patches(backbone.model, _attention)
     try:

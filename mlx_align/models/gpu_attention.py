@@ -55,7 +55,10 @@ def gpu_attention(
     scale: float,
     mask: Any,
     sinks: mx.array | None,
+    softcap: float | None,
     mlx_attention: MlxAttention,
+    *,
+    fused: bool = True,
 ) -> mx.array:
     """Attention as mlx-lm's blocks call it, without a score matrix.
 
@@ -66,7 +69,9 @@ def gpu_attention(
         scale: Factor on the scores.
         mask: "causal", a `CausalMask`, None, or an array.
         sinks: A score per query head (G·R,) that takes part in the softmax without a value.
-        mlx_attention: mlx's own function, for masks with a value per head.
+        softcap: Limit c of the scores, c·tanh(score / c).
+        mlx_attention: mlx's own function.
+        fused: Whether its kernel may be used.
 
     Returns:
         (N, G·R, L, E).
@@ -76,30 +81,58 @@ def gpu_attention(
             padding.
     """
     length, width = queries.shape[2], keys.shape[2]
+    extra = _Extra(getattr(mask, "window", None), sinks, softcap)
     if isinstance(mask, str) or (mask is None and length == 1):
-        window = getattr(mask, "window", None)
-        window = None if window is None or width <= window else window
-        plain = window is None and sinks is None
         if length == width:
+            plain = fused and extra.is_none(width)
             if plain and fused_length(queries, keys, values) is not None:
                 return _fused_rows(queries, keys, values, scale, mlx_attention)
-            return _rows_in_blocks(queries, keys, values, scale, window, None, sinks)
-        found = CompletionKV.find_by_keys(keys)
-        if found.own is None or found.keys is None or found.values is None:
-            raise ModelError(FOREIGN_KEYS)
-        prompt = (found.keys, found.values)
-        if plain and found.keys.shape[2] <= LONGEST_PROMPT_RATIO * length:
-            out = _fused_completions(
-                queries, found.own, prompt, found.lengths, scale, mlx_attention
-            )
+            return _rows_in_blocks(queries, keys, values, scale, None, extra)
+        own, prompt, lengths = _split_keys(queries, keys, values, mask)
+        plain = fused and extra.is_none(width)
+        if plain and prompt[0].shape[2] <= LONGEST_PROMPT_RATIO * length:
+            out = _fused_completions(queries, own, prompt, lengths, scale, mlx_attention)
             if out is not None:
                 return out
-        return _completions_in_blocks(
-            queries, found.own, prompt, found.lengths, scale, window, sinks
-        )
+        return _completions_in_blocks(queries, own, prompt, lengths, scale, extra)
     if isinstance(mask, mx.array) and mask.dtype == mx.bool_ and _same_for_all_heads(mask):
-        return _rows_in_blocks(queries, keys, values, scale, None, mask, sinks)
+        return _rows_in_blocks(queries, keys, values, scale, mask, extra)
     return mlx_attention(queries, keys, values, scale=scale, mask=mask, sinks=sinks)
+
+
+class _Extra(NamedTuple):
+    """What mlx's kernel does not compute, or not with a gradient."""
+
+    window: int | None = None
+    sinks: mx.array | None = None
+    softcap: float | None = None
+
+    def is_none(self, keys: int) -> bool:
+        """Whether this is plain causal attention to `keys` keys."""
+        inside = self.window is None or keys <= self.window
+        return inside and self.sinks is None and self.softcap is None
+
+
+def _split_keys(
+    queries: mx.array, keys: mx.array, values: mx.array, mask: Any
+) -> tuple[tuple[mx.array, mx.array], tuple[mx.array, mx.array], mx.array]:
+    """Keys and values of completions, of their prompts, and the lengths of the prompts.
+
+    From the cache that returned `keys`, where the prompts' exist once. Some blocks change the keys
+    first (stablelm, deepseek_v3) or attend to another block's (gemma4): those are cut in two.
+    """
+    found = CompletionKV.find(keys)
+    if found is not None and found.own is not None:
+        assert found.keys is not None
+        assert found.values is not None
+        return found.own, (found.keys, found.values), found.lengths
+    lengths = getattr(mask, "prompt_lengths", None)
+    if lengths is None:
+        raise ModelError(FOREIGN_KEYS)
+    width = keys.shape[2] - queries.shape[2]
+    own = (keys[:, :, width:], values[:, :, width:])
+    each = keys.shape[0] // lengths.shape[0]
+    return own, (keys[:, :, :width], values[:, :, :width]), mx.repeat(lengths, each, axis=0)
 
 
 def _same_for_all_heads(mask: mx.array) -> bool:
@@ -195,9 +228,7 @@ def _fused_completions(
         of_prompt = slice(b * each, (b + 1) * each)
         start = prompt_lengths[b : b + 1]
 
-        def behind_prompt(
-            array: mx.array, before: mx.array, start: mx.array = start
-        ) -> mx.array:
+        def behind_prompt(array: mx.array, before: mx.array, start: mx.array = start) -> mx.array:
             room = mx.pad(before, [(0, 0), (0, 0), (0, length), (0, 0)])
             room = mx.repeat(room, array.shape[0], axis=0)
             return mx.slice_update(room, array, start, axes=(2,))
@@ -244,7 +275,12 @@ def block_length(rows: int, keys: int) -> int:
 
 
 def attention_in_blocks(
-    queries: mx.array, sources: Sequence[Source], scale: float, sinks: mx.array | None = None
+    queries: mx.array,
+    sources: Sequence[Source],
+    scale: float,
+    *,
+    sinks: mx.array | None = None,
+    softcap: float | None = None,
 ) -> mx.array:
     """Softmax attention over the keys of all sources, a block of queries after the other.
 
@@ -256,6 +292,7 @@ def attention_in_blocks(
         sources: Keys and values.
         scale: Factor on the scores.
         sinks: (G·R,) scores without a value.
+        softcap: Limit c of the scores, c·tanh(score / c).
 
     Returns:
         (B, G, K, R, L, E), in the dtype of `queries`.
@@ -270,16 +307,20 @@ def attention_in_blocks(
 
     def scores(
         block: int, queries: mx.array, pairs: Sequence[mx.array]
-    ) -> list[tuple[mx.array, mx.array, mx.array]]:
-        """Scores of a block in float32, with the keys and values they belong to."""
+    ) -> list[tuple[mx.array, mx.array | None, mx.array, mx.array]]:
+        """For each source: scores in float32, their derivative if capped, keys and values."""
         found = []
         for source, keys, values, (first, last) in zip(
             sources, pairs[0::2], pairs[1::2], spans[block], strict=True
         ):
             keys, values = keys[..., first:last, :], values[..., first:last, :]
             score = matmul(queries * scale, keys.swapaxes(-1, -2)).astype(mx.float32)
+            slope = None
+            if softcap is not None:
+                capped = mx.tanh(score / softcap)
+                score, slope = softcap * capped, 1 - mx.square(capped)
             seen = source.mask(*blocks[block], first, last)
-            found.append((mx.where(seen, score, -mx.inf), keys, values))
+            found.append((mx.where(seen, score, -mx.inf), slope, keys, values))
         return found
 
     def as_scores(sinks: mx.array) -> mx.array:
@@ -296,14 +337,14 @@ def attention_in_blocks(
                 (block,) = mx.depends([block], [outs[-1]])
             parts = scores(index, block, pairs)
             top = parts[0][0].max(axis=-1, keepdims=True)
-            for score, _, _ in parts[1:]:
+            for score, *_ in parts[1:]:
                 top = mx.maximum(top, score.max(axis=-1, keepdims=True))
             total: Any = 0
             if sink is not None:
                 top = mx.maximum(top, sink)
                 total = exp(sink - top)
             out: Any = 0
-            for score, _, values in parts:
+            for score, _, _, values in parts:
                 exponential = exp(score - top)
                 total = total + exponential.sum(axis=-1, keepdims=True)
                 out = out + matmul(exponential.astype(queries.dtype), values)
@@ -330,15 +371,18 @@ def attention_in_blocks(
                 block, grad_out = mx.depends([block, grad_out], [grad_queries[-1], *grad_pairs])
             parts = []
             mean: Any = 0
-            for score, keys, values in scores(index, block, pairs):
+            for score, slope, keys, values in scores(index, block, pairs):
                 probability = exp(score - normaliser)
                 grad = matmul(grad_out, values.swapaxes(-1, -2))
                 mean = mean + (probability * grad).sum(axis=-1, keepdims=True)
-                parts.append((probability, grad, keys))
+                parts.append((probability, grad, slope, keys))
             grad_query: Any = 0
-            for place, (probability, grad, keys) in enumerate(parts):
+            for place, (probability, grad, slope, keys) in enumerate(parts):
                 first, last = spans[index][place]
-                grad_score = (probability * (grad - mean)).astype(queries.dtype)
+                grad_score = probability * (grad - mean)
+                if slope is not None:
+                    grad_score = grad_score * slope
+                grad_score = grad_score.astype(queries.dtype)
                 grad_query = grad_query + matmul(grad_score, keys)
                 for offset, left, right in (
                     (0, grad_score, block * scale),
@@ -360,9 +404,7 @@ def attention_in_blocks(
     return attention(queries, *pairs, *([] if sinks is None else [sinks]))[0]
 
 
-def _causal(
-    window: int | None, start: int, end: int, first: int, last: int
-) -> mx.array:
+def _causal(window: int | None, start: int, end: int, first: int, last: int) -> mx.array:
     """Mask (end − start, last − first) of queries that see themselves and their past."""
     query, key = mx.arange(start, end)[:, None], mx.arange(first, last)[None]
     seen = query >= key
@@ -373,21 +415,24 @@ def _past(window: int | None, start: int, end: int) -> tuple[int, int]:
     return 0 if window is None else max(0, start + 1 - window), end
 
 
+def _causal_source(keys: mx.array, values: mx.array, extra: _Extra) -> Source:
+    return Source(keys, values, partial(_past, extra.window), partial(_causal, extra.window))
+
+
 def _rows_in_blocks(
     queries: mx.array,
     keys: mx.array,
     values: mx.array,
     scale: float,
-    window: int | None,
     mask: mx.array | None,
-    sinks: mx.array | None,
+    extra: _Extra,
 ) -> mx.array:
     """Attention of whole rows (N, heads, L, E): causal, or with a bool mask for all heads."""
     rows, heads, length, size = queries.shape
     groups, width = keys.shape[1:3]
     split = queries.reshape(rows, groups, 1, heads // groups, length, size)
     if mask is None:
-        source = Source(keys, values, partial(_past, window), partial(_causal, window))
+        source = _causal_source(keys, values, extra)
     else:
         whole = mask.reshape(*[1] * (4 - mask.ndim), *mask.shape)
         whole = whole.reshape(whole.shape[0], 1, 1, 1, *whole.shape[-2:])
@@ -397,7 +442,7 @@ def _rows_in_blocks(
             return whole[..., rows, first:last]
 
         source = Source(keys, values, lambda _start, _end: (0, width), cut)
-    out = attention_in_blocks(split, [source], scale, sinks)
+    out = attention_in_blocks(split, [source], scale, sinks=extra.sinks, softcap=extra.softcap)
     return out.reshape(rows, heads, length, values.shape[-1])
 
 
@@ -407,10 +452,9 @@ def _completions_in_blocks(
     prompt: tuple[mx.array, mx.array],
     prompt_lengths: mx.array,
     scale: float,
-    window: int | None,
-    sinks: mx.array | None,
+    extra: _Extra,
 ) -> mx.array:
-    """As `attention.shared_prompt_attention`, with a sliding window and sinks."""
+    """As `attention.shared_prompt_attention`, with a sliding window, sinks and a soft cap."""
     rows, heads, length, _ = queries.shape
     prompts, groups, width, _ = prompt[0].shape
     per_prompt = rows // prompts
@@ -424,23 +468,19 @@ def _completions_in_blocks(
     def of_prompt(start: int, end: int, first: int, last: int) -> mx.array:
         key = mx.arange(first, last)
         inside = key < lengths
-        if window is None:
+        if extra.window is None:
             return inside
-        return inside & (lengths + mx.arange(start, end)[:, None] - key < window)
+        return inside & (lengths + mx.arange(start, end)[:, None] - key < extra.window)
 
     out = attention_in_blocks(
         group_by_prompt(queries, heads // groups),
         [
             Source(*prompt, lambda _start, _end: (0, width), of_prompt),
-            Source(
-                group_by_prompt(own[0]),
-                group_by_prompt(own[1]),
-                partial(_past, window),
-                partial(_causal, window),
-            ),
+            _causal_source(group_by_prompt(own[0]), group_by_prompt(own[1]), extra),
         ],
         scale,
-        sinks,
+        sinks=extra.sinks,
+        softcap=extra.softcap,
     )
     return mx.moveaxis(out, 2, 1).reshape(rows, heads, length, out.shape[-1])
 

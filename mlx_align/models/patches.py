@@ -11,7 +11,8 @@ Patched:
   does neither. `float32_attention` patches it too, for the check at load. On a GPU,
   `replace_attention_on_gpu` passes all calls to `gpu_attention.py`.
 - `create_attention_mask` in mlx-lm's model files, by `describe_masks` on a GPU: an array for a
-  sliding window has an entry for every query and key.
+  sliding window has an entry for every query and key. So have the scores that the attention of
+  gemma2, deepseek_v3 and glm4_moe_lite computes itself, whose `__call__` is replaced there too.
 - `mx.default_device` and `mx.metal.is_available`, by `without_custom_kernels` while training on a
   GPU: mlx-lm chooses Metal kernels that have no gradient (rwkv7; mamba2 for a single token).
 - `mx.fast.rope`, by `rope_per_token`: mlx accepts one offset per row, a packed row needs one per
@@ -45,7 +46,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.models import activations, base, gated_delta
+from mlx_lm.models import activations, base, deepseek_v3, gated_delta, gemma2, glm4_moe_lite
 
 from mlx_align.models.device import on_gpu
 from mlx_align.models.gated_delta import gated_delta_rule
@@ -57,10 +58,8 @@ ATTENTION_TILE = 512
 
 # (queries, keys, values, scale) -> attention output, or None to let mlx compute it.
 Attention = Callable[[mx.array, mx.array, mx.array, float], mx.array | None]
-# (queries, keys, values, scale, mask, sinks, mlx's own function) -> attention output.
-GpuAttention = Callable[
-    [mx.array, mx.array, mx.array, float, Any, mx.array | None, Callable[..., mx.array]], mx.array
-]
+# (queries, keys, values, scale, mask, sinks, softcap, mlx's own function) -> attention output.
+GpuAttention = Callable[..., mx.array]
 
 
 @contextmanager
@@ -88,9 +87,9 @@ def apply_gpu_patches(
     limit_attention_tiles()
     rope = rope_per_token() if packed else nullcontext()
     kernels = without_custom_kernels() if model.training else nullcontext()
-    with rope, kernels, describe_masks(model):
-        with replace_attention_on_gpu(attention), replace_swiglu(model):
-            yield
+    calls, masks = replace_attention_on_gpu(attention), describe_masks(model)
+    with rope, kernels, masks, calls, replace_swiglu(model):
+        yield
 
 
 # Attention
@@ -130,27 +129,31 @@ def replace_attention_on_gpu(attention: GpuAttention) -> Iterator[None]:
         scale: float,
         mask: Any = None,
         sinks: mx.array | None = None,
+        softcap: float | None = None,
         **others: Any,
     ) -> mx.array:
-        return attention(q, k, v, scale, mask, sinks, partial(original, **others))
+        return attention(q, k, v, scale, mask, sinks, softcap, partial(original, **others))
 
     with _scaled_dot_product_attention(dispatch):
         yield
 
 
 class CausalMask(str):
-    """The mask "causal" with a sliding window, for which mlx has arrays only.
+    """The mask "causal" with what else mlx would need an array for.
 
     Attributes:
         window: Number of keys that a query sees, its own included; None for all.
+        prompt_lengths: For completions behind their prompts, (B,): the first keys are the
+            prompt's, and padding from its length on.
     """
 
     window: int | None
+    prompt_lengths: mx.array | None
 
-    def __new__(cls, window: int | None) -> CausalMask:
-        """The mask with a window of so many tokens."""
+    def __new__(cls, window: int | None, prompt_lengths: mx.array | None = None) -> CausalMask:
+        """A string that equals "causal"."""
         mask = super().__new__(cls, "causal")
-        mask.window = window
+        mask.window, mask.prompt_lengths = window, prompt_lengths
         return mask
 
 
@@ -165,12 +168,78 @@ def describe_masks(model: nn.Module) -> Iterator[None]:
         window_size: int | None = None,
         return_array: bool = False,
     ) -> Any:
+        # The replaced classes need no array, although their own code does.
+        return_array = return_array and not replaced
         if cache is not None or return_array or h.shape[1] == 1:
             return original(h, cache, window_size=window_size, return_array=return_array)
         return CausalMask(window_size)
 
-    with _in_model_files(model, "create_attention_mask", original, create):
-        yield
+    replaced = [kind for kind in {type(module) for module in model.modules()} if kind in _REPLACED]
+    calls: Any = {kind: kind.__call__ for kind in replaced}
+    for kind in replaced:
+        kind.__call__ = _REPLACED[kind]
+    try:
+        with _in_model_files(model, "create_attention_mask", original, create):
+            yield
+    finally:
+        for kind, call in calls.items():
+            kind.__call__ = call
+
+
+def _gemma2_attention(self: Any, x: mx.array, mask: Any = None, cache: Any = None) -> mx.array:
+    """gemma2's attention, with its soft cap passed on instead of applied to all scores."""
+    rows, length, _ = x.shape
+    queries = self.q_proj(x).reshape(rows, length, self.n_heads, -1).transpose(0, 2, 1, 3)
+    keys = self.k_proj(x).reshape(rows, length, self.n_kv_heads, -1).transpose(0, 2, 1, 3)
+    values = self.v_proj(x).reshape(rows, length, self.n_kv_heads, -1).transpose(0, 2, 1, 3)
+    offset = 0 if cache is None else cache.offset
+    queries, keys = self.rope(queries, offset=offset), self.rope(keys, offset=offset)
+    if cache is not None:
+        keys, values = cache.update_and_fetch(keys, values)
+    attention: Any = mx.fast.scaled_dot_product_attention
+    out = attention(
+        queries, keys, values, scale=self.scale, mask=mask, softcap=self.attn_logit_softcapping
+    )
+    return self.o_proj(out.transpose(0, 2, 1, 3).reshape(rows, length, -1))
+
+
+def _latent_attention(self: Any, x: mx.array, mask: Any = None, cache: Any = None) -> mx.array:
+    """Latent attention of the deepseek_v3 kind, without the scores of the rotated part as a mask.
+
+    The rotated parts are appended to queries and keys instead: one product gives both scores.
+    """
+    rows, length, _ = x.shape
+    if self.q_lora_rank is None:
+        queries = self.q_proj(x)
+    else:
+        queries = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
+    queries = queries.reshape(rows, length, self.num_heads, self.q_head_dim).transpose(0, 2, 1, 3)
+    plain, rotated = mx.split(queries, [self.qk_nope_head_dim], axis=-1)
+    compressed, rotated_keys = mx.split(self.kv_a_proj_with_mqa(x), [self.kv_lora_rank], axis=-1)
+    latent = mx.expand_dims(self.kv_a_layernorm(compressed), axis=1)
+    offset = 0 if cache is None else cache.offset
+    rotated = self.rope(rotated, offset)
+    rotated_keys = self.rope(mx.expand_dims(rotated_keys, axis=1), offset)
+    if cache is not None:
+        latent, rotated_keys = cache.update_and_fetch(latent, rotated_keys)
+    keys, values = self.embed_q(latent, transpose=False), self.unembed_out(latent)
+    rotated_keys = mx.broadcast_to(rotated_keys, (*keys.shape[:3], rotated_keys.shape[-1]))
+    out = mx.fast.scaled_dot_product_attention(
+        mx.concatenate([plain, rotated], axis=-1),
+        mx.concatenate([keys, rotated_keys], axis=-1),
+        values,
+        scale=self.scale,
+        mask=mask,
+    )
+    return self.o_proj(out.transpose(0, 2, 1, 3).reshape(rows, length, -1))
+
+
+# Attention classes of mlx-lm that compute a score for every query and key themselves.
+_REPLACED: dict[Any, Callable[..., mx.array]] = {
+    gemma2.Attention: _gemma2_attention,
+    deepseek_v3.DeepseekV3Attention: _latent_attention,
+    glm4_moe_lite.Glm4MoeLiteAttention: _latent_attention,
+}
 
 
 def limit_attention_tiles() -> None:
@@ -275,9 +344,7 @@ def replace_swiglu(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _in_model_files(
-    model: nn.Module, name: str, original: Any, replacement: Any
-) -> Iterator[None]:
+def _in_model_files(model: nn.Module, name: str, original: Any, replacement: Any) -> Iterator[None]:
     """Within the block, the files of `model`'s modules that import `original` use `replacement`."""
     files: set[Any] = {sys.modules[type(module).__module__] for module in model.modules()}
     callers = [file for file in files if getattr(file, name, None) is original]

@@ -28,7 +28,7 @@ from mlx_align.models.heads import (
     read_reward_head,
 )
 from mlx_align.models.loading import LanguageModel, ModelFolder, load_language_model
-from mlx_align.models.verification import verify_adapters
+from mlx_align.models.verification import verify_adapters, verify_gradient
 from mlx_align.models.weights import AdapterWeights
 
 
@@ -114,6 +114,7 @@ def make_roles(
         )
     start = fresh if covering == layout else select_weights(fresh, layout)
     verify_adapters(model.backbone, folder.vocab_size)
+    model = replace(model, backbone=verify_gradient(model.backbone, folder.vocab_size))
     if init is not None:
         start = load_adapter(init, start, layout)
         model.hold(start)

@@ -152,9 +152,15 @@ class CompletionKV:
         Raises:
             ModelError: The keys are not a cache's, so it is unknown which of them are padding.
         """
-        if cls._last is None or cls._last[0] is not keys:
+        found = cls.find(keys)
+        if found is None:
             raise ModelError(FOREIGN_KEYS)
-        return cls._last[1]
+        return found
+
+    @classmethod
+    def find(cls, keys: mx.array) -> CompletionKV | None:
+        """As `find_by_keys`; None if the keys are not a cache's."""
+        return cls._last[1] if cls._last is not None and cls._last[0] is keys else None
 
     @classmethod
     def clear_last(cls) -> None:
@@ -174,10 +180,10 @@ class CompletionKV:
         if window is not None and width + n <= window:
             window = None
         if self.mask_axes == 0 and not return_array:
+            if on_gpu():
+                return CausalMask(window, self.lengths)
             if window is None:
                 return "causal"
-            if on_gpu():
-                return CausalMask(window)
         query = mx.arange(n)[:, None]
         past = mx.arange(width)[None, None]
         length = self.offset[:, None, None]

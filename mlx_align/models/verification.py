@@ -15,11 +15,18 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
+from mlx.utils import tree_flatten
 
 from mlx_align.errors import ModelError
 from mlx_align.models.backbone import Backbone
 from mlx_align.models.forward import full_rows, token_logprobs
-from mlx_align.models.patches import float32_attention
+from mlx_align.models.patches import (
+    float32_attention,
+    on_gpu,
+    random_key,
+    restore_random_key,
+)
+from mlx_align.models.weights import use_adapter
 from mlx_align.types import GroupBatch, Packing
 
 # Log-probs may differ by at most this multiple of the measured rounding error …
@@ -29,6 +36,9 @@ TOLERANCE = 3.0
 # log-probs by 0.3 to 17 nats.
 FLOOR = 1e-5
 FLOOR_16_BIT = 2e-3
+# Two ways to compute attention may change a gradient by this fraction. In bf16 and 4-bit they
+# differ by some percent (float32: 1e-6); a wrong gradient differs by its whole size.
+GRADIENT_TOLERANCE = 0.2
 
 # Exceptions of mlx-lm's code when it is called in a way that a family does not support.
 _FAILURES = (TypeError, AttributeError, ValueError, RuntimeError, IndexError, KeyError)
@@ -152,6 +162,66 @@ def verify_adapters(backbone: Backbone, vocab_size: int) -> None:
             f"this model does not run with these adapters ({_first_line(error)}); choose the "
             "layers to adapt with --lora-keys, for example self_attn.q_proj,self_attn.v_proj"
         ) from error
+
+
+def verify_gradient(backbone: Backbone, vocab_size: int) -> Backbone:
+    """On a GPU, compute one small gradient with mlx's attention kernel and one without it.
+
+    Returns:
+        The backbone; without the kernel if it fails on this device or its gradient is different.
+
+    Raises:
+        ModelError: The model's code has no gradient on a GPU: it calls a kernel without one.
+    """
+    if not on_gpu():
+        return backbone
+    in_blocks = replace(backbone, fused=False)
+    training = backbone.model.training
+    backbone.model.train()
+    try:
+        expected = _gradient(in_blocks, vocab_size)
+        try:
+            gap = _relative_difference(_gradient(backbone, vocab_size), expected)
+        except _FAILURES:
+            return in_blocks
+    except _FAILURES as error:
+        raise ModelError(
+            f"this model can't be trained on a GPU: its code has no gradient there "
+            f"({_first_line(error)})"
+        ) from error
+    finally:
+        backbone.model.train(training)
+    return backbone if gap <= GRADIENT_TOLERANCE else in_blocks
+
+
+def _gradient(backbone: Backbone, vocab_size: int) -> list[npt.NDArray[np.float32]]:
+    """Gradient of the first trained block, through all later ones, with the same dropout always."""
+    batch = random_batch(vocab_size, pad=0)
+    trained = [layer for layer in backbone.model.layers if tree_flatten(_trainable(layer))]
+    if not trained:
+        return []
+
+    def total(weights: Any) -> mx.array:
+        with use_adapter(trained[0], weights):
+            return token_logprobs(backbone, batch, shared=False).sum()
+
+    key = random_key()
+    gradient = mx.grad(total)(_trainable(trained[0]))
+    arrays = [np.array(array.astype(mx.float32)) for _, array in tree_flatten(gradient)]
+    restore_random_key(*key)
+    return arrays
+
+
+def _trainable(layer: Any) -> Any:
+    return layer.trainable_parameters()
+
+
+def _relative_difference(
+    a: Sequence[npt.NDArray[np.float32]], b: Sequence[npt.NDArray[np.float32]]
+) -> float:
+    square = sum(float(((x - y) ** 2).sum()) for x, y in zip(a, b, strict=True))
+    norm = sum(float((y**2).sum()) for y in b)
+    return (square / norm) ** 0.5 if norm else 0.0
 
 
 def _first_line(error: Exception) -> str:

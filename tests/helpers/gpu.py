@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -21,6 +22,8 @@ from mlx.utils import tree_flatten, tree_map
 
 # Head sizes (queries and keys, values) of mlx 0.32.4's attention kernels for more than 8 queries.
 FUSED_SIZES = {(size, size) for size in (64, 72, 80, 96, 128, 192, 256)} | {(96, 64)}
+# The files that ask whether the device is a GPU.
+_ON_GPU = ("patches", "forward", "prefix_cache")
 # With at most this many queries, the kernel for decoding is chosen, which fails under a gradient.
 DECODING_QUERIES = 8
 
@@ -113,3 +116,105 @@ def fused_on_metal(
     if gradient and sinks is not None:
         raise RuntimeError("[ScaledDotProductAttentionVJP] NYI: attention sinks")
     return ""
+
+
+@contextmanager
+def as_on_a_mac(monkeypatch: Any, *, gradient: bool) -> Iterator[Spy]:
+    """Within the block, the package and mlx-lm take the paths that they take on a Mac.
+
+    Args:
+        monkeypatch: pytest's.
+        gradient: Whether gradients are taken: mlx then chooses other kernels.
+    """
+    spy = Spy()
+    attention = mx.fast.scaled_dot_product_attention
+
+    def fused(q: mx.array, k: mx.array, v: mx.array, **others: Any) -> mx.array:
+        call = FusedCall(q.shape, k.shape)
+        reason = fused_on_metal(q, k, v, others.get("mask"), others.get("sinks"), gradient)
+        if reason:
+            spy.unfused.append((call, reason))
+            return attention(q, k, v, **others)
+        spy.fused.append(call)
+        return _fused_attention(q, k, v)
+
+    def has_fused_backward(
+        _heads: int, _groups: int, size: int, value_size: int, _length: int, _dtype: mx.Dtype
+    ) -> bool:
+        return (size, value_size) in FUSED_SIZES
+
+    def metal_kernel(name: str, **_others: Any) -> Callable[..., list[mx.array]]:
+        def kernel(
+            *, inputs: Sequence[mx.array], output_shapes: Any, output_dtypes: Any, **_others: Any
+        ) -> list[mx.array]:
+            spy.kernels.append(name)
+            # Made of operations that have no gradient either.
+            if gradient:
+                raise ValueError("[Primitive::vjp] Not implemented for CustomKernel.")
+            return [
+                mx.zeros(shape, dtype)
+                for shape, dtype in zip(output_shapes, output_dtypes, strict=True)
+            ]
+
+        return kernel
+
+    with monkeypatch.context() as patch:
+        for module in _ON_GPU:
+            patch.setattr(f"mlx_align.models.{module}.on_gpu", lambda: True)
+        patch.setattr("mlx_align.models.gpu_attention.has_fused_backward", has_fused_backward)
+        patch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))
+        patch.setattr(mx.metal, "is_available", lambda: True)
+        patch.setattr(mx.fast, "metal_kernel", metal_kernel)
+        patch.setattr(mx.fast, "scaled_dot_product_attention", fused)
+        for module, kernel, make in _KERNELS:
+            file = importlib.import_module(f"mlx_lm.models.{module}")
+            patch.setattr(file, kernel, getattr(file, make)())
+        yield spy
+
+
+# Kernels that mlx-lm makes on import, where there is Metal: file, variable, and how it is made.
+_KERNELS = (
+    ("rwkv7", "_wkv7_kernel", "_make_wkv7_kernel"),
+    ("ssm", "_ssm_kernel", "make_ssm_kernel"),
+)
+
+
+def trace_gradient(
+    monkeypatch: Any, scalar: Callable[..., mx.array], arrays: Sequence[mx.array]
+) -> list[Traced]:
+    """All arrays in the graph of `scalar`'s gradient by the floating-point ones of `arrays`.
+
+    Checkpoints are left out: they compute the same arrays again.
+    """
+    trained = tuple(i for i, a in enumerate(arrays) if mx.issubdtype(a.dtype, mx.floating))
+    found: list[Traced] = []
+
+    def note(event: dict[str, Any]) -> None:
+        # Views take no memory.
+        if event["type"] == "primitive" and event["name"] != "Broadcast":
+            found.extend(Traced(event["name"], shape) for _, shape, _ in event["outputs"])
+
+    def step(*arrays: mx.array) -> list[mx.array]:
+        _Opaque.pending = []
+        gradients = mx.grad(scalar, argnums=trained)(*arrays)
+        backward = [array for run in _Opaque.pending for array in run()]
+        return [*gradients, *backward]
+
+    with monkeypatch.context() as patch:
+        for name in ("attention", "gpu_attention", "forward", "patches"):
+            patch.setattr(sys.modules[f"mlx_align.models.{name}"], "_custom_function", _Opaque)
+        swiglu = _Opaque(lambda gate, x: gate * mx.sigmoid(gate) * x)
+        patch.setattr("mlx_align.models.patches.swiglu", swiglu)
+        patch.setattr(mx, "checkpoint", lambda function: function)
+        # The gradient of a product with experts can't be exported.
+        product = mx.gather_mm
+        patch.setattr(
+            mx, "gather_mm", lambda a, b, **others: _Opaque(partial(product, **others))(a, b)
+        )
+        mx.export_function(note, step, *arrays)
+    return found
+
+
+def largest(traced: Sequence[Traced]) -> int:
+    """Elements of the largest array."""
+    return max(math.prod(array.shape) for array in traced)
