@@ -1,11 +1,11 @@
-"""Causal attention that computes and keeps fewer scores than mlx's own, for training.
+"""Causal attention that computes and keeps fewer scores than mlx's own, on a CPU.
 
-mlx's attention is not fused when a gradient is needed: it computes and keeps the whole score
-matrix, half of which a causal mask hides, and needs the keys and values of a shared prompt copied
-for each completion. Here queries attend to *segments* of keys: completions to those of their
-prompt, stored once, and to their own; a block of a prompt's queries to all keys before it, without
-a mask, and to itself. The softmax runs over all segments together. Its backward pass is written
-by hand and keeps only the exponentials, the inputs and the output.
+On a GPU, `gpu_attention.py` is used. On a CPU, mlx computes and keeps the whole score matrix where
+a gradient is needed, half of which a causal mask hides, and needs the keys and values of a shared
+prompt copied for each completion. Here queries attend to *segments* of keys: completions to those
+of their prompt, stored once, and to their own; a block of a prompt's queries to all keys before it,
+without a mask, and to itself. The softmax runs over all segments together. Its backward pass is
+written by hand and keeps only the exponentials, the inputs and the output.
 
 `patches.replace_attention` puts these functions in the place of mlx's.
 
