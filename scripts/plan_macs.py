@@ -11,14 +11,15 @@ check on a Mac:
 """
 
 import argparse
+from typing import get_args
 
 from mlx_align.data.buckets import Shape
 from mlx_align.planning.machine import parse_machine
-from mlx_align.planning.memory import Workload, plan_memory
+from mlx_align.planning.memory import Attention, Workload, plan_memory
 from mlx_align.planning.model_shape import Linear, ModelShape
 
 MACS = (16, 24, 32, 48, 64)
-LENGTHS = (256, 512, 1024, 2048, 4096, 8192, 16384)
+LENGTHS = (256, 512, 1024, 1536, 2048, 3072, 4096, 6144, 8192, 12288, 16384, 24576, 32768)
 # Name, hidden, blocks, MLP, heads, key-value heads, head size, vocabulary, tied: from the
 # models' config.json.
 MODELS = (
@@ -80,13 +81,21 @@ def shape(
     )
 
 
-def peak(model: ModelShape, length: int) -> int:
+def peak(model: ModelShape, length: int, attention: Attention) -> int:
     """Bytes for one pair of `length` tokens, half of them the prompt's."""
-    return plan_memory(model, Workload((Shape(length // 2, length // 2, 1),))).peak_bytes
+    work = Workload((Shape(length // 2, length // 2, 1),), attention=attention)
+    return plan_memory(model, work).peak_bytes
 
 
 def main() -> None:
-    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--attention",
+        choices=get_args(Attention),
+        default="kernel",
+        help="mlx's kernel, blocks, or all scores kept, as before mlx 0.32.4",
+    )
+    attention = parser.parse_args().attention
     machines = [parse_machine(f"{memory} GB") for memory in MACS]
     print(f"| 4-bit model | at 1,024 | {' | '.join(f'{memory} GB' for memory in MACS)} |")
     print("|---|---:|" + "---:|" * len(MACS))
@@ -94,9 +103,9 @@ def main() -> None:
         model = shape(*sizes)
         cells = []
         for machine in machines:
-            fitting = [n for n in LENGTHS if peak(model, n) <= machine.working_set_bytes]
+            fitting = [n for n in LENGTHS if peak(model, n, attention) <= machine.working_set_bytes]
             cells.append(f"{fitting[-1]:,}" if fitting else "–")
-        print(f"| {name} | {peak(model, 1024) / 1e9:.1f} GB | {' | '.join(cells)} |")
+        print(f"| {name} | {peak(model, 1024, attention) / 1e9:.1f} GB | {' | '.join(cells)} |")
 
 
 if __name__ == "__main__":

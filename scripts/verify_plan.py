@@ -293,6 +293,7 @@ def measure(case: Case) -> dict[str, Any]:
     from mlx_align.models.backbone import split_backbone
     from mlx_align.models.heads import REWARD_HEAD, add_reward_head
     from mlx_align.models.loading import LanguageModel, ModelFolder, load_module, set_memory_limits
+    from mlx_align.models.patches import on_gpu
     from mlx_align.planning.memory import ADAPTER_BYTES, Workload, plan_memory, trained_parameters
     from mlx_align.planning.model_shape import read_model_shape
     from mlx_align.training.metrics import Progress
@@ -312,6 +313,7 @@ def measure(case: Case) -> dict[str, Any]:
             grad_checkpoint=case.grad_checkpoint,
             adapter_bytes=4 if case.adapter_dtype == "float32" else 2,
             vocabulary=not case.reward,
+            attention="kernel" if on_gpu() else "scores",
             **on_policy_work(case),
         )
         read = read_model_shape(Path(name), config)

@@ -32,14 +32,16 @@ from mlx_align.models.prefix_cache import FOREIGN_KEYS, CompletionKV, PackedKV
 # With 8 queries or fewer, mlx 0.32.4 chooses its kernel for decoding on Metal, and then fails
 # because that has no backward pass.
 FEWEST_QUERIES = 9
+# Sizes of heads that mlx 0.32.4 has kernels for on Metal.
+KERNEL_HEAD_SIZES = (64, 72, 80, 96, 128, 192, 256)
 # Fused attention of completions also computes scores for queries of their prompt, which are not
 # used: (P + L)² / 2 instead of L·(P + L). Beyond this ratio of P to L, blocks compute less.
 LONGEST_PROMPT_RATIO = 8
 # cuDNN's backward pass takes lengths that are a multiple of this.
 CUDA_LENGTH_MULTIPLE = 128
-# Scores of a block of queries, all rows and heads together: 64 MB in float32. A block has at most
+# Scores of a block of queries, all rows and heads together: 34 MB in float32. A block has at most
 # 512 queries, and at least 16.
-BLOCK_SCORES = 1 << 24
+BLOCK_SCORES = 1 << 23
 MAX_BLOCK_LENGTH, MIN_BLOCK_LENGTH = 512, 16
 
 _custom_function: Any = mx.custom_function  # the stubs lose the signature of what it wraps
@@ -298,9 +300,10 @@ def attention_in_blocks(
         (B, G, K, R, L, E), in the dtype of `queries`.
     """
     length = queries.shape[-2]
-    keys_of_all = sum(source.keys.shape[-2] for source in sources)
     rows = queries.size // (length * queries.shape[-1])
-    step = block_length(rows, keys_of_all)
+    # Keys that the last queries see: with a window, far fewer than all.
+    widest = [source.visible(max(0, length - MAX_BLOCK_LENGTH), length) for source in sources]
+    step = block_length(rows, sum(last - first for first, last in widest))
     blocks = [(start, min(start + step, length)) for start in range(0, length, step)]
     groups, each = queries.shape[1], queries.shape[3]
     spans = [[source.visible(*block) for source in sources] for block in blocks]

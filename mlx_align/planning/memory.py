@@ -10,7 +10,8 @@ the arrays of the recomputed block.
 *Log-probs of the roles*: the forward pass of one block on all completions of a microbatch.
 
 What a block holds for its backward pass follows from what mlx-lm's blocks compute (see
-`_held_by_block`). The temporaries (`WORK_*`) were measured on mlx's CPU backend without run-ahead.
+`_held_by_block`). The temporaries (`WORK_*`) were measured on mlx's CPU backend without run-ahead;
+those of attention on a GPU are the arrays that mlx's source and `models/gpu_attention.py` allocate.
 The memory for running ahead, which `system/memory_limit.py` limits, is a separate part.
 `scripts/verify_plan.py` compares the estimates with real steps on any machine.
 """
@@ -19,11 +20,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 from mlx_align.data.buckets import AnyShape, BatchLimit, PackedShape
 from mlx_align.models.attention import causal_fraction
 from mlx_align.models.forward import CHUNK_ELEMENTS, MIN_CHUNK_ROWS
 from mlx_align.models.generation import ROWS_AT_ONCE, TOKENS_AT_ONCE
+from mlx_align.models.gpu_attention import BLOCK_SCORES, LONGEST_PROMPT_RATIO
+from mlx_align.models.patches import ATTENTION_TILE
 from mlx_align.planning.model_shape import Linear, ModelShape
 from mlx_align.system.memory_limit import headroom_bytes
 
@@ -49,8 +53,17 @@ SAMPLING = "sampling"
 WORK_MLP, WORK_WIDE, WORK_SCORES = 1.6, 2.0, 0.8
 # A chunk of logits exists twice: in the model's dtype, and its exponential in float32.
 LOGIT_BYTES = 4
+# mlx's attention gradient on Metal holds this many tiles of scores in the activations' dtype, and
+# sums in float32. A block in `gpu_attention.py` exists this many times in float32: scores,
+# probabilities, their two gradients, and one in the making.
+KERNEL_TILES, BLOCK_ARRAYS, SUM_BYTES = 3, 5, 4
 # mlx-lm's caches grow in steps of this many tokens.
 CACHE_STEP = 256
+
+
+# How attention is computed: with all scores kept (on a CPU), by mlx's kernel, or in blocks too
+# where a layer has a window, sinks, a soft cap, or heads that mlx has no kernel for.
+Attention = Literal["scores", "kernel", "blocks"]
 
 
 @dataclass(frozen=True)
@@ -100,6 +113,7 @@ class Workload:
         sampling: How the run samples; None for offline training.
         critic: Whether a critic of the policy's size is trained.
         reward_model_bytes: Bytes taken by reward models.
+        attention: How attention is computed.
     """
 
     shapes: tuple[AnyShape, ...]
@@ -118,6 +132,7 @@ class Workload:
     sampling: Sampling | None = None
     critic: bool = False
     reward_model_bytes: int = 0
+    attention: Attention = "scores"
 
 
 @dataclass(frozen=True)
@@ -185,11 +200,13 @@ class _Pass:
         tokens: Token positions, all rows together.
         rows: Number of rows.
         keys: Keys of the prompt that a row attends to in addition to its own, tokens.
+        packed: Whether a row holds several sequences.
     """
 
     tokens: int
     rows: int
     keys: int = 0
+    packed: bool = False
 
     @property
     def scores(self) -> float:
@@ -199,13 +216,23 @@ class _Pass:
             return own * causal_fraction(self.tokens // self.rows)
         return own + self.tokens * self.keys
 
+    @property
+    def aligned_tokens(self) -> int:
+        """Tokens of the rows that mlx's kernel gets: completions behind a copy of their prompt.
+
+        0 if it gets none, because blocks compute less.
+        """
+        if self.packed or self.keys > LONGEST_PROMPT_RATIO * (self.tokens // self.rows):
+            return 0
+        return self.tokens + self.rows * self.keys
+
 
 def _passes(workload: Workload, shape: AnyShape) -> list[_Pass]:
     if isinstance(shape, PackedShape):
         # Scores for the keys of other groups are computed too, then masked.
         return [
-            _Pass(shape.prompt, 1),
-            _Pass(shape.completion, 1, shape.prompt),
+            _Pass(shape.prompt, 1, packed=True),
+            _Pass(shape.completion, 1, shape.prompt, packed=True),
         ]
     prompts, rows = shape.groups, shape.groups * workload.rows
     if not workload.shared:
@@ -358,10 +385,16 @@ def _held_by_block(model: ModelShape, workload: Workload, one: _Pass) -> _Bytes:
             per_token += sum(linear.inputs for linear in in_block) * (size + 1)
     else:
         per_token += model.intermediate * size
-    return _Bytes(
-        activations=one.tokens * per_token,
-        attention=(2 * model.kv_width * one.tokens + model.heads * one.scores) * size,
-    )
+    attention = 2.0 * model.kv_width * one.tokens * size
+    if workload.attention == "scores":
+        attention += model.heads * one.scores * size
+    else:
+        # The logarithm of each query's normaliser and, behind a copy of the prompt, queries, keys,
+        # values and output.
+        attention += model.heads * max(one.tokens, one.aligned_tokens) * SUM_BYTES
+        if one.keys:
+            attention += one.aligned_tokens * 2 * (model.query_width + model.kv_width) * size
+    return _Bytes(activations=one.tokens * per_token, attention=attention)
 
 
 def _held_checkpointed(model: ModelShape, passes: Sequence[_Pass]) -> _Bytes:
@@ -393,10 +426,28 @@ def _temporaries(model: ModelShape, workload: Workload, passes: Sequence[_Pass])
         size = max(size, workload.adapter_bytes)
     tokens = sum(one.tokens for one in passes)
     scores = sum(one.scores for one in passes) * model.heads
+    attention = WORK_SCORES * scores * size
+    if workload.attention != "scores":
+        attention = max(_gpu_temporaries(model, workload, one) for one in passes)
     return _Bytes(
         activations=tokens * (WORK_MLP * model.intermediate + WORK_WIDE * model.hidden) * size,
-        attention=WORK_SCORES * scores * size,
+        attention=attention,
     )
+
+
+def _gpu_temporaries(model: ModelShape, workload: Workload, one: _Pass) -> float:
+    """Bytes that the gradient of attention holds on a GPU: sums in float32, and scores."""
+    size, length = model.activation_bytes, one.tokens // one.rows + one.keys
+    tokens = max(one.tokens, one.aligned_tokens)
+    # Gradients of queries, keys and values are summed in float32, then copied; the output's comes
+    # in.
+    sums = tokens * (model.query_width + 2 * model.kv_width) * (SUM_BYTES + size)
+    sums += tokens * model.query_width * size
+    kernel = KERNEL_TILES * one.rows * model.heads * min(length, ATTENTION_TILE) ** 2 * size
+    blocks = BLOCK_ARRAYS * min(model.heads * one.scores, BLOCK_SCORES) * SUM_BYTES
+    if workload.attention == "blocks":
+        return sums + max(kernel, blocks)
+    return sums + (kernel if one.aligned_tokens else blocks)
 
 
 def _chunk(model: ModelShape, head_tokens: int) -> _Bytes:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import numpy as np
@@ -30,11 +30,13 @@ from mlx_align.data.buckets import (
 )
 from mlx_align.errors import ConfigError, ModelError
 from mlx_align.models.adapters import AdapterLayout, resolve_adapter_dtype
+from mlx_align.models.gpu_attention import KERNEL_HEAD_SIZES
 from mlx_align.models.loading import ModelFolder
 from mlx_align.planning.advice import ShapesWithin, Suggestion, advise
 from mlx_align.planning.machine import Machine, this_machine
 from mlx_align.planning.memory import (
     ADAPTER_BYTES,
+    Attention,
     MemoryPlan,
     Sampling,
     Workload,
@@ -56,6 +58,10 @@ UNSHARED_FAMILIES = (
     "mamba2",
     "nemotron_h",
 )
+# Families whose own code computes a score, or a mask, for every query and key on a GPU too.
+SCORE_FAMILIES = ("llama4", "deepseek_v32")
+# Families with attention sinks.
+SINK_FAMILIES = ("gpt_oss",)
 # Families that can't be packed although they have no sliding window.
 UNPACKED_FAMILIES = (
     "gemma2",
@@ -128,7 +134,7 @@ def make_plan(
     if isinstance(config, KTOConfig | SFTConfig):
         rows = 1  # KTO runs its second, mismatched completion separately and without gradient
     workload = replace(
-        _workload(config, layout, folder, model),
+        _workload(config, layout, folder, model, machine),
         shapes=tuple(within(config.max_seq_length, limit)),
         limit=limit,
         rows=rows,
@@ -170,7 +176,7 @@ def make_on_policy_plan(
     def within(completion: int, limit: BatchLimit) -> list[AnyShape]:
         return rollout_shapes(every_prompt, completion, limit.groups)
 
-    workload = _workload(config, layout, folder, model)
+    workload = _workload(config, layout, folder, model, machine)
     workload = replace(
         workload,
         shapes=tuple(within(config.max_completion_length, BatchLimit(size))),
@@ -251,7 +257,11 @@ def format_bytes(count: float) -> str:
 
 
 def _workload(
-    config: TrainConfig, layout: AdapterLayout, folder: ModelFolder, model: ModelShape
+    config: TrainConfig,
+    layout: AdapterLayout,
+    folder: ModelFolder,
+    model: ModelShape,
+    machine: Machine,
 ) -> Workload:
     """The part of a workload that follows from the common options; it has no shapes yet."""
     dtypes = [mx.bfloat16] if model.activation_dtype == "BF16" else []
@@ -267,7 +277,23 @@ def _workload(
         grad_checkpoint=config.grad_checkpoint,
         adapter_bytes=ADAPTER_BYTES if computed is None else computed.size,
         shared=folder.config.get("model_type") not in UNSHARED_FAMILIES,
+        attention=attention_on(machine, model, folder.config),
     )
+
+
+def attention_on(machine: Machine, model: ModelShape, config: Mapping[str, Any]) -> Attention:
+    """How a model's attention is computed on a machine, according to its configuration."""
+    if not machine.metal or config.get("model_type") in SCORE_FAMILIES:
+        return "scores"
+    text = {**config, **(config.get("text_config") or {})}
+    special = (
+        text.get("model_type") in SINK_FAMILIES
+        or text.get("attn_logit_softcapping")
+        or "qk_nope_head_dim" in text  # other sizes of queries than of values
+        or (text.get("sliding_window") and text.get("use_sliding_window", True))
+        or model.query_width // model.heads not in KERNEL_HEAD_SIZES
+    )
+    return "blocks" if special else "kernel"
 
 
 def _plan(

@@ -21,6 +21,7 @@ from mlx_align.planning.duration import rollout_batches
 from mlx_align.planning.machine import Machine, parse_machine, platform_warnings, this_machine
 from mlx_align.planning.memory import PARTS, Sampling, Workload, plan_memory, trained_parameters
 from mlx_align.planning.model_shape import Linear, ModelShape, read_header, read_model_shape
+from mlx_align.planning.plan import attention_on
 
 GIB = 2**30
 
@@ -122,6 +123,55 @@ def test_the_parts_add_up_to_the_peak():
     assert all(value > 0 for name, value in plan.parts.items() if name != "reward models")
     # 40,370,176 parameters of rank 16 on all linear layers of this model.
     assert plan.trained_parameters == 40_370_176
+
+
+def pair(length, attention):
+    return Workload((Shape(length // 2, length // 2, 1),), attention=attention)
+
+
+@pytest.mark.parametrize("attention", ["kernel", "blocks"])
+def test_attention_on_a_gpu_grows_with_the_length(attention):
+    """With all scores kept, twice the length takes nearly four times as much."""
+
+    def grown(attention):
+        short, long = (
+            plan_memory(seven_b(), pair(length, attention)).parts["attention"]
+            for length in (8192, 16384)
+        )
+        return long / short
+
+    assert grown("scores") > 3.8
+    assert grown(attention) <= 2.1
+    for length in (2048, 8192):
+        peaks = [plan_memory(seven_b(), pair(length, a)).peak_bytes for a in (attention, "scores")]
+        assert peaks[0] < peaks[1]
+
+
+def test_a_long_prompt_with_short_completions_is_not_copied():
+    """Blocks then compute less than mlx's kernel, and read the prompt's keys where they are."""
+    copied, shared = (
+        plan_memory(
+            seven_b(),
+            Workload((Shape(prompt, 257, 1),), attention="kernel", grad_checkpoint=False),
+        ).parts["attention"]
+        for prompt in (8 * 256, 8 * 256 + 8)
+    )
+    assert shared < 0.5 * copied
+
+
+def test_attention_is_planned_for_the_machine_and_the_model():
+    mac, here = parse_machine("16 GB M2"), replace(parse_machine("16 GB M2"), metal=False)
+    model = seven_b()
+    assert attention_on(here, model, {"model_type": "qwen2"}) == "scores"
+    assert attention_on(mac, model, {"model_type": "qwen2"}) == "kernel"
+    window = {"model_type": "qwen2", "sliding_window": 4096}
+    assert attention_on(mac, model, window) == "blocks"
+    assert attention_on(mac, model, {**window, "use_sliding_window": False}) == "kernel"
+    assert attention_on(mac, model, {"attn_logit_softcapping": 50.0}) == "blocks"
+    assert attention_on(mac, model, {"text_config": {"model_type": "gpt_oss"}}) == "blocks"
+    assert attention_on(mac, model, {"qk_nope_head_dim": 128}) == "blocks"
+    assert attention_on(mac, replace(model, query_width=28 * 40), {}) == "blocks"
+    assert attention_on(mac, model, {"model_type": "llama4"}) == "scores"
 
 
 def test_options_that_need_memory_raise_the_peak():
