@@ -4,10 +4,13 @@ The same pairs of random token ids, LoRA of rank 8 on all linear layers of all b
 float32, through the real trainers of mlx-align, mlx-lm-lora, mlx-tune and the mlx half of
 unsloth_zoo (reference log-probs precomputed), each in a process and a virtual environment of its
 own; on request through TRL on torch's CPU backend. The model is a random Llama (34M by default),
-made here. For each row of the table the packages take turns, `--rounds` times: a ratio compares
-runs that lie close together in time, and the median of the rounds is shown. Times of different
-calls of this script can't be compared on a machine that does other work too; where that is much,
-CPU seconds (of all threads of a process) say more than the clock on the wall.
+made here. Ours runs with mlx's own exponential, as on a Mac; `--power-exponential` adds the faster
+one that it takes on x86.
+
+For each row of the table the packages take turns, `--rounds` times: a ratio compares runs that lie
+close together in time, and the median of the rounds is shown. Times of different calls of this
+script can't be compared on a machine that does other work too; where that is much, CPU seconds (of
+all threads of a process) say more than the clock on the wall.
 
     python scripts/bench.py                              # all rows, all packages (an hour)
     python scripts/bench.py --cases 1,256,128 --packages mlx-tune --steps 8
@@ -35,7 +38,7 @@ HERE = Path(__file__).resolve().parent / "bench"
 sys.path.insert(0, str(HERE))
 
 from common import MARK, Result
-from environments import OURS, PEERS, TRL, Package, python_of
+from environments import OURS, PEERS, TRL, WITH_POWER, Package, python_of
 
 # mlx's Linux wheel brings a slow matrix product; with this in front it is some 60 times faster.
 OPENBLAS = (
@@ -143,6 +146,7 @@ def run(
             *("--batch-size", str(case.batch_size)),
             *("--prompt", str(case.prompt), "--completion", str(case.completion)),
             *(["--grad-checkpoint"] if case.grad_checkpoint else []),
+            *package.arguments,
         ]
         try:
             done = subprocess.run(
@@ -242,12 +246,13 @@ def runner_environment() -> tuple[dict[str, str], str]:
 def chosen_packages(args: argparse.Namespace) -> list[Package]:
     """Ours and whom it is compared with."""
     if args.ours_only:
-        return [OURS]
+        return [OURS, *([WITH_POWER] if args.power_exponential else [])]
     known = {package.name: package for package in PEERS}
     names = args.packages.split(",") if args.packages else list(known)
     if unknown := [name for name in names if name not in known]:
         raise SystemExit(f"error: --packages {unknown[0]}: known are {', '.join(known)}")
-    return [OURS, *(known[name] for name in names), *([TRL] if args.trl else [])]
+    peers = [*(known[name] for name in names), *([TRL] if args.trl else [])]
+    return [OURS, *([WITH_POWER] if args.power_exponential else []), *peers]
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -264,6 +269,11 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--packages", help="comma-separated; default: all but trl")
     parser.add_argument("--ours-only", action="store_true", help="only mlx-align")
+    parser.add_argument(
+        "--power-exponential",
+        action="store_true",
+        help="mlx-align once more with the exponential that it takes on x86",
+    )
     parser.add_argument("--trl", action="store_true", help="TRL on torch's CPU backend too")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--warmup", type=int, default=3, help="first steps left out of the median")

@@ -291,9 +291,9 @@ def measure(case: Case) -> dict[str, Any]:
     from mlx_align.losses.registry import combine, parse_losses
     from mlx_align.models.adapters import AdapterLayout, install_adapters, resolve_adapter_dtype
     from mlx_align.models.backbone import split_backbone
+    from mlx_align.models.device import on_gpu
     from mlx_align.models.heads import REWARD_HEAD, add_reward_head
     from mlx_align.models.loading import LanguageModel, ModelFolder, load_module, set_memory_limits
-    from mlx_align.models.patches import on_gpu
     from mlx_align.planning.memory import ADAPTER_BYTES, Workload, plan_memory, trained_parameters
     from mlx_align.planning.model_shape import read_model_shape
     from mlx_align.training.metrics import Progress

@@ -30,8 +30,9 @@ from mlx_align.errors import ModelError
 from mlx_align.models.attention import blockwise_causal_attention, shared_prompt_attention
 from mlx_align.models.backbone import Backbone
 from mlx_align.models.checkpointing import checkpointed
+from mlx_align.models.device import on_gpu
 from mlx_align.models.gpu_attention import gpu_attention, packed_gpu_attention
-from mlx_align.models.patches import apply_gpu_patches, apply_patches, exp, logsumexp, on_gpu
+from mlx_align.models.patches import apply_gpu_patches, apply_patches, exp, logsumexp
 from mlx_align.models.prefix_cache import (
     FOREIGN_KEYS,
     CompletionKV,

@@ -12,7 +12,8 @@ Patched:
   `replace_attention_on_gpu` passes all calls to `gpu_attention.py`.
 - `create_attention_mask` in mlx-lm's model files, by `describe_masks` on a GPU: an array for a
   sliding window has an entry for every query and key. So have the scores that the attention of
-  gemma2, deepseek_v3 and glm4_moe_lite computes itself, whose `__call__` is replaced there too.
+  gemma2, deepseek_v3, glm4_moe_lite and kimi_linear computes itself: its `__call__` is replaced
+  there too.
 - `mx.default_device` and `mx.metal.is_available`, by `without_custom_kernels` while training on a
   GPU: mlx-lm chooses Metal kernels that have no gradient (rwkv7; mamba2 for a single token).
 - `mx.fast.rope`, by `rope_per_token`: mlx accepts one offset per row, a packed row needs one per
@@ -46,7 +47,15 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.models import activations, base, deepseek_v3, gated_delta, gemma2, glm4_moe_lite
+from mlx_lm.models import (
+    activations,
+    base,
+    deepseek_v3,
+    gated_delta,
+    gemma2,
+    glm4_moe_lite,
+    kimi_linear,
+)
 
 from mlx_align.models.device import on_gpu
 from mlx_align.models.gated_delta import gated_delta_rule
@@ -88,7 +97,8 @@ def apply_gpu_patches(
     rope = rope_per_token() if packed else nullcontext()
     kernels = without_custom_kernels() if model.training else nullcontext()
     calls, masks = replace_attention_on_gpu(attention), describe_masks(model)
-    with rope, kernels, masks, calls, replace_swiglu(model):
+    recurrence = replace_gated_delta(training=model.training)
+    with rope, kernels, masks, calls, replace_swiglu(model), recurrence:
         yield
 
 
@@ -209,7 +219,7 @@ def _latent_attention(self: Any, x: mx.array, mask: Any = None, cache: Any = Non
     The rotated parts are appended to queries and keys instead: one product gives both scores.
     """
     rows, length, _ = x.shape
-    if self.q_lora_rank is None:
+    if getattr(self, "q_lora_rank", None) is None:
         queries = self.q_proj(x)
     else:
         queries = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
@@ -217,9 +227,10 @@ def _latent_attention(self: Any, x: mx.array, mask: Any = None, cache: Any = Non
     plain, rotated = mx.split(queries, [self.qk_nope_head_dim], axis=-1)
     compressed, rotated_keys = mx.split(self.kv_a_proj_with_mqa(x), [self.kv_lora_rank], axis=-1)
     latent = mx.expand_dims(self.kv_a_layernorm(compressed), axis=1)
-    offset = 0 if cache is None else cache.offset
-    rotated = self.rope(rotated, offset)
-    rotated_keys = self.rope(mx.expand_dims(rotated_keys, axis=1), offset)
+    rotated_keys = mx.expand_dims(rotated_keys, axis=1)
+    if hasattr(self, "rope"):  # kimi_linear rotates nothing
+        offset = 0 if cache is None else cache.offset
+        rotated, rotated_keys = self.rope(rotated, offset), self.rope(rotated_keys, offset)
     if cache is not None:
         latent, rotated_keys = cache.update_and_fetch(latent, rotated_keys)
     keys, values = self.embed_q(latent, transpose=False), self.unembed_out(latent)
@@ -239,6 +250,7 @@ _REPLACED: dict[Any, Callable[..., mx.array]] = {
     gemma2.Attention: _gemma2_attention,
     deepseek_v3.DeepseekV3Attention: _latent_attention,
     glm4_moe_lite.Glm4MoeLiteAttention: _latent_attention,
+    kimi_linear.KimiMLAAttention: _latent_attention,
 }
 
 
@@ -428,6 +440,10 @@ class _FixedOutput:
 # power takes 6 (x86-64, mlx 0.32.4, one core). In a DPO step of 34M parameters with a vocabulary
 # of 32,000 that was two fifths of the time. GPUs and Apple's processors use mlx's own functions.
 
+# False to use mlx's functions on all processors, as `scripts/bench.py` does: nothing else depends
+# on it.
+EXPONENTIAL_BY_POWER = True
+
 
 def exp(x: mx.array) -> mx.array:
     """e^x, elementwise, of float32. As a power, exact to 3e-8·|x| + 1e-7 of its value."""
@@ -451,7 +467,7 @@ def logsumexp(x: mx.array) -> mx.array:
 
 
 def _by_power() -> bool:
-    return sys.platform != "darwin" and not on_gpu()
+    return EXPONENTIAL_BY_POWER and sys.platform != "darwin" and not on_gpu()
 
 
 # Random state

@@ -25,7 +25,8 @@ from mlx_lm.models.cache import ArraysCache, KVCache, RotatingKVCache, make_prom
 
 from mlx_align.errors import ModelError
 from mlx_align.models.attention import packed_attention
-from mlx_align.models.patches import CausalMask, on_gpu
+from mlx_align.models.device import on_gpu
+from mlx_align.models.patches import CausalMask
 from mlx_align.types import GroupBatch, Packing
 
 # Indices for padding. The two differ, so that padding of the completions' row does not see padding

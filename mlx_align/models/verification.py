@@ -19,10 +19,10 @@ from mlx.utils import tree_flatten
 
 from mlx_align.errors import ModelError
 from mlx_align.models.backbone import Backbone
+from mlx_align.models.device import on_gpu
 from mlx_align.models.forward import full_rows, token_logprobs
 from mlx_align.models.patches import (
     float32_attention,
-    on_gpu,
     random_key,
     restore_random_key,
 )

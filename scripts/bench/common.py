@@ -88,8 +88,10 @@ class StepClock:
         self._last, self._last_cpu = now, cpu
 
 
-def runner_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Arguments of a runner; the same for all."""
+def runner_arguments(
+    argv: Sequence[str] | None = None, flags: Sequence[str] = ()
+) -> argparse.Namespace:
+    """Arguments of a runner; the same for all, and its own `flags`."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--model", required=True)
     parser.add_argument("--batch-size", type=int, required=True)
@@ -98,6 +100,8 @@ def runner_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, required=True)
     parser.add_argument("--grad-checkpoint", action="store_true")
     parser.add_argument("--out", required=True, help="folder for what the trainer writes")
+    for flag in flags:
+        parser.add_argument(flag, action="store_true")
     return parser.parse_args(argv)
 
 

@@ -20,6 +20,7 @@ from mlx_align.config import DPOConfig
 from mlx_align.data.batching import microbatch_stream
 from mlx_align.data.buckets import BatchLimit, plan_shapes
 from mlx_align.inference.scoring import make_logprob_scorer
+from mlx_align.models import patches
 from mlx_align.models.loading import open_model
 from mlx_align.models.policy import make_policy
 from mlx_align.training.metrics import Progress
@@ -30,7 +31,8 @@ from mlx_align.types import TokenizedGroup
 
 
 def main() -> None:
-    args = common.runner_arguments()
+    args = common.runner_arguments(flags=["--power-exponential"])
+    patches.EXPONENTIAL_BY_POWER = args.power_exponential
     result = common.Result(f"mlx-align {mlx_align.__version__}")
     config = DPOConfig(
         model=args.model,

@@ -9,6 +9,7 @@ gradient.
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -22,8 +23,6 @@ from mlx.utils import tree_flatten, tree_map
 
 # Head sizes (queries and keys, values) of mlx 0.32.4's attention kernels for more than 8 queries.
 FUSED_SIZES = {(size, size) for size in (64, 72, 80, 96, 128, 192, 256)} | {(96, 64)}
-# The files that ask whether the device is a GPU.
-_ON_GPU = ("patches", "forward", "prefix_cache")
 # With at most this many queries, the kernel for decoding is chosen, which fails under a gradient.
 DECODING_QUERIES = 8
 
@@ -159,8 +158,6 @@ def as_on_a_mac(monkeypatch: Any, *, gradient: bool) -> Iterator[Spy]:
         return kernel
 
     with monkeypatch.context() as patch:
-        for module in _ON_GPU:
-            patch.setattr(f"mlx_align.models.{module}.on_gpu", lambda: True)
         patch.setattr("mlx_align.models.gpu_attention.has_fused_backward", has_fused_backward)
         patch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))
         patch.setattr(mx.metal, "is_available", lambda: True)
@@ -177,6 +174,16 @@ _KERNELS = (
     ("rwkv7", "_wkv7_kernel", "_make_wkv7_kernel"),
     ("ssm", "_ssm_kernel", "make_ssm_kernel"),
 )
+
+
+def _opaque_copy(monkeypatch: Any) -> Any:
+    """A copy of `gated_delta.py`, whose custom functions are made when it is imported."""
+    spec: Any = importlib.util.find_spec("mlx_align.models.gated_delta")
+    module = importlib.util.module_from_spec(spec)
+    with monkeypatch.context() as patch:
+        patch.setattr(mx, "custom_function", _Opaque)
+        spec.loader.exec_module(module)
+    return module
 
 
 def trace_gradient(
@@ -206,6 +213,7 @@ def trace_gradient(
         swiglu = _Opaque(lambda gate, x: gate * mx.sigmoid(gate) * x)
         patch.setattr("mlx_align.models.patches.swiglu", swiglu)
         patch.setattr(mx, "checkpoint", lambda function: function)
+        patch.setattr("mlx_align.models.gated_delta._chunkwise", _opaque_copy(patch)._chunkwise)
         # The gradient of a product with experts can't be exported.
         product = mx.gather_mm
         patch.setattr(

@@ -56,3 +56,15 @@ def test_logsumexp_and_its_gradient() -> None:
     total = share.sum(-1, keepdims=True)
     assert value.item() == pytest.approx((np.log(total) + top).sum(), rel=1e-6)
     np.testing.assert_allclose(np.array(gradient), share / total, rtol=1e-5, atol=1e-30)
+
+
+def test_one_switch_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_power(*_args: object) -> mx.array:
+        raise AssertionError("computed as a power")
+
+    monkeypatch.setattr(patches, "EXPONENTIAL_BY_POWER", False)
+    monkeypatch.setattr(mx, "power", no_power)
+    x = mx.array([0.5, 1.0])
+    assert mx.allclose(exp(x), mx.exp(x))
+    assert mx.allclose(sigmoid(x), mx.sigmoid(x))
+    assert mx.allclose(logsumexp(x), mx.logsumexp(x))

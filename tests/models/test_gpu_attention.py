@@ -82,8 +82,7 @@ def small_blocks(monkeypatch):
 @pytest.fixture(params=["one kernel", "blocks"])
 def on_gpu(request, monkeypatch, small_blocks):
     """The package takes its paths for GPUs; mlx's attention is computed on the CPU."""
-    for module in ("patches", "forward", "prefix_cache", "verification"):
-        monkeypatch.setattr(f"mlx_align.models.{module}.on_gpu", lambda: True)
+    monkeypatch.setattr(mx, "default_device", lambda: mx.gpu)
     fused = request.param == "one kernel"
     monkeypatch.setattr(gpu_attention, "has_fused_backward", lambda *_: fused)
     # Shapes that a kernel would not take are padded, up to a length that no row here has.
@@ -187,6 +186,7 @@ KINDS = (
     "deepseek_v3",
     "gemma4_text",
     "stablelm",
+    "kimi_linear",
     "llama4",
 )
 
@@ -202,12 +202,14 @@ def test_gradients_equal_plain_rows(on_gpu, family):
     assert backbone.mask_axes == (0 if shared else 1), note
     model.train()
     value, wanted = gradient(model, partial(plain_logps, model), batch)
+    # kimi_linear amplifies rounding: the CPU's path is off by 2.6e-5 of the plain one.
+    tolerance = 1e-4 if family == "kimi_linear" else 1e-5
     ways = [(shared, True), (False, False)]
     for together, checkpoint in ways:
         way = partial(token_logprobs, backbone, shared=together, grad_checkpoint=checkpoint)
         got_value, got = gradient(model, way, batch)
         assert got_value == pytest.approx(value, rel=1e-5)
-        assert difference(got, wanted) < 1e-5, (family, together, checkpoint)
+        assert difference(got, wanted) < tolerance, (family, together, checkpoint)
 
 
 def test_packed_rows(on_gpu):
@@ -300,6 +302,7 @@ NOT_FUSED = {
     "deepseek_v3": "24 and 16 per head",
     "minicpm3": "24 and 16 per head",
     "deepseek_v32": "24 and 16 per head",
+    "kimi_linear": "24 and 16 per head",
     "mamba2": "no attention",
     "mamba": "no attention",
     "rwkv7": "no attention",
@@ -307,7 +310,7 @@ NOT_FUSED = {
 # Their own code makes a mask for every query and key, and deepseek_v32 scores.
 QUADRATIC = {"llama4", "deepseek_v32"}
 # mlx-lm runs their layers token by token.
-LOOPS = {"qwen3_next", "qwen3_5", "rwkv7", "mamba", "jamba"}
+LOOPS = {"rwkv7", "mamba", "jamba"}
 # Their scores are those of chunks of 256 tokens.
 CHUNKS = {"mamba2", "nemotron_h", "falcon_h1"}
 
@@ -333,11 +336,10 @@ def test_the_spy_sees_score_matrices(mac):
     # As it was: attention.py keeps the exponentials of the scores.
     backbone = trained("llama")
     mac.setattr("mlx_align.models.forward.on_gpu", lambda: False)
+    mac.setattr("mlx_align.models.prefix_cache.on_gpu", lambda: False)
     largest = []
     for length in (64, 128):
-        with mac.context() as patch:
-            patch.setattr(gpu, "_ON_GPU", ("patches", "prefix_cache"))
-            traced, spy = step(mac, backbone, True, batch_of(length))
+        traced, spy = step(mac, backbone, True, batch_of(length))
         largest.append(gpu.largest(traced))
     assert not spy.fused
     assert largest[1] > 3 * largest[0]

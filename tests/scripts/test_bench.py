@@ -41,12 +41,15 @@ def test_packages_are_chosen(bench):
     assert names() == ["mlx-align", "mlx-lm-lora", "mlx-tune", "unsloth_zoo"]
     assert names("--ours-only") == ["mlx-align"]
     assert names("--packages", "mlx-tune", "--trl") == ["mlx-align", "mlx-tune", "trl"]
+    both = ["mlx-align", "mlx-align with power"]
+    assert names("--ours-only", "--power-exponential") == both
+    assert names("--packages", "mlx-tune", "--power-exponential") == [*both, "mlx-tune"]
     with pytest.raises(SystemExit, match="mlx-toon"):
         names("--packages", "mlx-toon")
 
 
 def test_every_package_has_a_runner_and_fixed_versions(bench):
-    for package in (bench.OURS, *bench.PEERS, bench.TRL):
+    for package in (bench.OURS, bench.WITH_POWER, *bench.PEERS, bench.TRL):
         assert (BENCH / package.runner).is_file()
     assert any("5.10.2" in install for install in bench.PEERS[0].installs[0])
 
@@ -81,7 +84,8 @@ def test_runner_of_this_package(bench, model, tmp_path, checkpoint):
     case = bench.Case(2, 12, 6, grad_checkpoint=checkpoint)
     args = bench.parse(["--steps", "4", "--warmup", "2", "--model", str(model)])
     environment, _ = bench.runner_environment()
-    one = bench.run(bench.OURS, case, 0, args, environment)
+    ours = bench.WITH_POWER if checkpoint else bench.OURS
+    one = bench.run(ours, case, 0, args, environment)
     assert one.error == ""
     assert one.step_seconds > 0
     assert one.cpu_seconds > 0
