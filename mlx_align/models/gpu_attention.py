@@ -212,7 +212,7 @@ def _fused_completions(
 
     mlx's backward pass takes fewer queries than keys, but only with a mask that ends with the last
     query, and prompts are padded before the completions start. So each completion's keys are moved
-    to the end of its own prompt, and its queries to the same place in a row of that length.
+    right behind its prompt, and its queries to the same place in a row of that length.
 
     Args:
         queries: (N, G·R, L, E), the completions of a prompt next to each other.
@@ -440,11 +440,11 @@ def _rows_in_blocks(
         whole = mask.reshape(*[1] * (4 - mask.ndim), *mask.shape)
         whole = whole.reshape(whole.shape[0], 1, 1, 1, *whole.shape[-2:])
 
-        def cut(start: int, end: int, first: int, last: int) -> mx.array:
+        def part_of_mask(start: int, end: int, first: int, last: int) -> mx.array:
             rows = slice(None) if whole.shape[-2] == 1 else slice(start, end)
             return whole[..., rows, first:last]
 
-        source = Source(keys, values, lambda _start, _end: (0, width), cut)
+        source = Source(keys, values, lambda _start, _end: (0, width), part_of_mask)
     out = attention_in_blocks(split, [source], scale, sinks=extra.sinks, softcap=extra.softcap)
     return out.reshape(rows, heads, length, values.shape[-1])
 
