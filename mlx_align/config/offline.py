@@ -150,6 +150,7 @@ class TrainConfig(Options):
         default_text="one epoch",
         at_least=1,
         aliases=("max_steps",),
+        change_on_resume=True,
     )
     epochs: float | None = option(
         None,
@@ -159,6 +160,7 @@ class TrainConfig(Options):
         above=0,
         below=1e6,
         aliases=("num_epochs", "num_train_epochs"),
+        change_on_resume=True,
     )
     # One pair at a time fits 16 GB; accumulating 8 reduces the gradient's noise. None, to
     # distinguish the default from a 1 that was given together with --batch-tokens.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from datetime import datetime
 
@@ -76,7 +77,8 @@ def format_metrics(row: Mapping[str, float]) -> str:
 
 
 def _format_rollout_metrics(row: Mapping[str, float]) -> list[str]:
-    parts = [f"reward {row['reward']:+.3f}"]
+    reward = row["reward"]
+    parts = [f"reward {reward:+.3f}" if math.isfinite(reward) else "no rewards"]
     if "held_out" in row:
         parts.append(f"held-out reward {row['held_out']:+.3f}")
     if "objective/kl" in row:
