@@ -43,84 +43,96 @@ RunPath = str | os.PathLike[str]
 def sft(
     *,
     resume: RunPath | bool | None = None,
+    accept_changed: str | Sequence[str] = (),
     config: RunPath | None = None,
     callbacks: Sequence[Callback] = (),
     progress: bool = True,
     **options: Unpack[SFTOptions],
 ) -> Run:
     """Train on demonstrations."""
-    return _train("sft", options, resume, config, callbacks, progress)
+    return _train("sft", options, resume, accept_changed, config, callbacks, progress)
 
 
 def dpo(
     *,
     resume: RunPath | bool | None = None,
+    accept_changed: str | Sequence[str] = (),
     config: RunPath | None = None,
     callbacks: Sequence[Callback] = (),
     progress: bool = True,
     **options: Unpack[DPOOptions],
 ) -> Run:
     """Train on preference pairs."""
-    return _train("dpo", options, resume, config, callbacks, progress)
+    return _train("dpo", options, resume, accept_changed, config, callbacks, progress)
 
 
 def kto(
     *,
     resume: RunPath | bool | None = None,
+    accept_changed: str | Sequence[str] = (),
     config: RunPath | None = None,
     callbacks: Sequence[Callback] = (),
     progress: bool = True,
     **options: Unpack[KTOOptions],
 ) -> Run:
     """Train on unpaired good and bad completions."""
-    return _train("kto", options, resume, config, callbacks, progress)
+    return _train("kto", options, resume, accept_changed, config, callbacks, progress)
 
 
 def reward(
     *,
     resume: RunPath | bool | None = None,
+    accept_changed: str | Sequence[str] = (),
     config: RunPath | None = None,
     callbacks: Sequence[Callback] = (),
     progress: bool = True,
     **options: Unpack[RewardOptions],
 ) -> Run:
     """Train a reward model."""
-    return _train("reward", options, resume, config, callbacks, progress)
+    return _train("reward", options, resume, accept_changed, config, callbacks, progress)
 
 
 def ppo(
     *,
     resume: RunPath | bool | None = None,
+    accept_changed: str | Sequence[str] = (),
     config: RunPath | None = None,
     callbacks: Sequence[Callback] = (),
     progress: bool = True,
     **options: Unpack[PPOOptions],
 ) -> Run:
     """Train on the policy's own completions, with a critic."""
-    return _train("ppo", options, resume, config, callbacks, progress)
+    return _train("ppo", options, resume, accept_changed, config, callbacks, progress)
 
 
 def grpo(
     *,
     resume: RunPath | bool | None = None,
+    accept_changed: str | Sequence[str] = (),
     config: RunPath | None = None,
     callbacks: Sequence[Callback] = (),
     progress: bool = True,
     **options: Unpack[GRPOOptions],
 ) -> Run:
     """Train on the policy's own completions, compared in groups."""
-    return _train("grpo", options, resume, config, callbacks, progress)
+    return _train("grpo", options, resume, accept_changed, config, callbacks, progress)
 
 
 def _train(
     command: str,
     options: Mapping[str, Any],
     resume: RunPath | bool | None,
+    accept_changed: str | Sequence[str],
     config: RunPath | None,
     callbacks: Sequence[Callback],
     progress: bool,
 ) -> Run:
-    extra = {"config": config, "callbacks": callbacks, "progress": progress}
+    extra = {
+        "accept_changed": accept_changed,
+        "config": config,
+        "callbacks": callbacks,
+        "progress": progress,
+    }
     return start_run(command, {**options, **extra}, resume=resume)
 
 
@@ -237,7 +249,11 @@ _TRAINING_EXTRA = (
     (
         "resume",
         "Run folder to continue from its last checkpoint; True for the one that output names. "
-        "Other options may be left out.",
+        "Other options may be left out; a larger iters or epochs trains it for longer.",
+    ),
+    (
+        "accept_changed",
+        'With resume: "rewards", "data" or both, which may differ from what the run began with.',
     ),
     ("config", "YAML file of options; keyword arguments take precedence."),
     ("callbacks", "Objects with the methods of mlx_align.Callback."),
@@ -249,7 +265,10 @@ _RAISES = (
         "An option, the data or a model can't be used, or training failed; one line that says what "
         "to change.",
     ),
-    ("KeyboardInterrupt", "Ctrl-C. A checkpoint was written; resume= continues the run."),
+    (
+        "KeyboardInterrupt",
+        "Ctrl-C. If the run had begun, a checkpoint was written, and resume= continues the run.",
+    ),
 )
 
 

@@ -24,7 +24,7 @@ from mlx_align.config import (
     make_config,
 )
 from mlx_align.config.schema import Source, declared_options, flag_of, require, to_yaml
-from mlx_align.errors import ConfigError, WriteError
+from mlx_align.errors import ConfigError, RewardError, TrainingError, WriteError
 from mlx_align.system.json_text import to_json
 from mlx_align.system.starter import resolve_starter, shipped_file
 
@@ -80,6 +80,7 @@ def train(
     *,
     file: Path | None = None,
     resume: str | None = None,
+    accept_changed: Sequence[str] = (),
     source: Source = "python",
     objects: PythonObjects | None = None,
 ) -> tuple[Path, dict[str, Any]]:
@@ -92,6 +93,7 @@ def train(
         file: A YAML file of further options.
         resume: The run folder to continue; "" for the one that the option `output` names; None to
             start a new run.
+        accept_changed: "rewards", "data" or both: what may differ from the earlier part of the run.
         source: The source of the options, for messages.
         objects: Arguments that only a Python caller can pass.
 
@@ -103,6 +105,7 @@ def train(
         Interrupted: A signal ended the run, after a checkpoint.
     """
     objects = objects or PythonObjects()
+    accept = _check_accepted(command, accept_changed, resume)
     if resume is None:
         config = configure(command, options, console, file=file, source=source, objects=objects)
     elif file is not None:
@@ -111,7 +114,9 @@ def train(
             "its own config.yaml; leave one out"
         )
     else:
-        config = configure_resumed(command, resume, options, source=source, objects=objects)
+        config = configure_resumed(
+            command, resume, options, accept=accept, source=source, objects=objects
+        )
 
     from mlx_align.tracking.run_dir import new_run_dir
     from mlx_align.training import run as training
@@ -119,6 +124,7 @@ def train(
     algorithm = training.make_algorithm(config, loss=objects.loss, rewards=objects.rewards)
     if resume is None:
         run = new_run_dir(config.output, command)
+        _check_not_input(str(run), "data", config.data)
     else:
         assert config.output is not None
         run = Path(config.output)
@@ -130,6 +136,7 @@ def train(
             run,
             console,
             resume=resume is not None,
+            accept=accept,
             data=objects.data,
             rewards=objects.rewards,
             eval_rewards=objects.eval_rewards,
@@ -169,6 +176,7 @@ def configure_resumed(
     resume: str,
     options: Mapping[str, Any],
     *,
+    accept: Sequence[str] = (),
     source: Source = "python",
     objects: PythonObjects | None = None,
 ) -> TrainConfig:
@@ -177,7 +185,14 @@ def configure_resumed(
     Its option `output` is the run folder. Arguments and errors as in `train`.
     """
     from mlx_align.tracking.run_dir import CONFIG_FILE
-    from mlx_align.training.resume import check_command, read_fingerprints
+    from mlx_align.training.checkpoint import last_step
+    from mlx_align.training.resume import (
+        check_command,
+        effective_value,
+        may_change,
+        read_fingerprints,
+        run_config,
+    )
 
     objects = objects or PythonObjects()
     given = dict(options)
@@ -196,7 +211,7 @@ def configure_resumed(
     began = read_fingerprints(run)
     check_command(run, command, began)
     config_class = TRAINING_CONFIGS[command]
-    config = make_config(config_class, {}, run / CONFIG_FILE)
+    config = run_config(run, config_class, began)
     if config.model is None:
         raise ConfigError(f"--resume {folder}: its {CONFIG_FILE} has no model")
     if objects.data is not None:
@@ -210,14 +225,45 @@ def configure_resumed(
         if name not in given:
             continue
         value = getattr(wanted, name)
-        if declared.change_on_resume:
+        before, shown = effective_value(config, name, run)
+        if declared.change_on_resume or may_change(name, accept):
             changed[name] = value
-        elif value != getattr(config, name):
+        elif value not in (before, getattr(config, name)):
             raise ConfigError(
-                f"{declared.flag} {value}: the run has {getattr(config, name)}, and a resumed run "
-                "can't change it; leave it out, or start a new run"
+                f"{declared.flag} {value}: the run has {shown}, and a resumed run can't change it; "
+                "leave it out, or start a new run"
             )
+    for one, other in (("iters", "epochs"), ("epochs", "iters")):
+        if one in given:
+            changed[other] = None
+    done = last_step(run)
+    if changed.get("iters") is not None and done >= changed["iters"] != config.iters:
+        raise ConfigError(
+            f"--iters {changed['iters']}: the run has made {done} steps already; give a larger "
+            "number"
+        )
     return replace(config, **changed, output=str(run))
+
+
+def _check_accepted(command: str, accept: Sequence[str], resume: str | None) -> tuple[str, ...]:
+    """The kinds of changes that `--accept-changed` names; a ConfigError if it is wrong."""
+    if not accept:
+        return ()
+
+    from mlx_align.training.resume import ACCEPTABLE
+
+    given = (accept,) if isinstance(accept, str) else accept
+    kinds = tuple(dict.fromkeys(kind.strip() for one in given for kind in one.split(",")))
+    for kind in kinds:
+        if kind not in ACCEPTABLE:
+            raise ConfigError(
+                f"--accept-changed {kind}: unknown; choose from {', '.join(ACCEPTABLE)}"
+            )
+        if resume is None:
+            raise ConfigError(f"--accept-changed {kind} needs --resume; add it, or leave it out")
+        if kind == "rewards" and not issubclass(TRAINING_CONFIGS[command], OnPolicyConfig):
+            raise ConfigError(f"--accept-changed rewards: {command} has no rewards; leave it out")
+    return kinds
 
 
 def _check_functions(
@@ -270,10 +316,16 @@ def _resume_command(command: str, run: Path, source: Source, objects: PythonObje
 
 @contextmanager
 def _explain_resume(run: Path, console: Console, resume: str) -> Iterator[None]:
-    """Within the block, an interruption prints the command `resume`, which resumes the run."""
+    """Within the block, what ends the run early prints what is kept and how to resume.
+
+    Args:
+        run: The run folder.
+        console: Shows the line.
+        resume: The command that resumes the run.
+    """
     from mlx_align.system.interrupts import Interrupted
     from mlx_align.tracking.run_dir import CONFIG_FILE
-    from mlx_align.training.checkpoint import has_checkpoint
+    from mlx_align.training.checkpoint import checkpoint_folder, has_checkpoint, last_step
 
     try:
         yield
@@ -287,8 +339,28 @@ def _explain_resume(run: Path, console: Console, resume: str) -> Iterator[None]:
         raise
     except WriteError:
         if (run / CONFIG_FILE).is_file():
-            console.note(f"the run folder is intact; free some space and resume with: {resume}")
+            kept = "the last checkpoint is intact"
+            if not has_checkpoint(run):
+                kept = "no checkpoint was written yet"
+            console.note(f"{kept}; free some space and resume with: {resume}")
         raise
+    except TrainingError as error:
+        first = ""
+        if isinstance(error, RewardError):
+            first, resume = "after correcting the reward, ", _accepting_rewards(resume)
+        if has_checkpoint(run):
+            last = checkpoint_folder(run, last_step(run))
+            console.note(f"the last checkpoint is {last}; {first}resume from it with: {resume}")
+        elif (run / CONFIG_FILE).is_file():
+            console.note(f"no checkpoint was written yet; {first}start again with: {resume}")
+        raise
+
+
+def _accepting_rewards(resume: str) -> str:
+    """The command or call that resumes a run, with what accepts changed rewards."""
+    if resume.startswith("mlx-align "):
+        return f"{resume} --accept-changed rewards"
+    return f"{resume.removesuffix(')')}, accept_changed='rewards')"
 
 
 # --- evaluation and fusing ---
@@ -336,6 +408,8 @@ def evaluate(
         data=None if config.data is None else resolve_starter(config.data, "data"),
     )
     folder = None if config.output is None else _new_evaluation_folder(config.output)
+    if config.output is not None:
+        _check_not_input(config.output, "model", config.model)
     evaluation, rows = evaluate_policy(config, console, data=data, own_data=own_data)
     content = evaluation.as_json()
     if folder is not None:
@@ -344,6 +418,14 @@ def evaluate(
         lines = "".join(to_json(row, ascii=False) + "\n" for row in rows)
         (folder / ANSWERS_FILE).write_text(lines, encoding="utf-8")
     return EvaluationOutcome(evaluation, content, folder)
+
+
+def _check_not_input(output: str, name: str, path: str | None) -> None:
+    """Raise a ConfigError if `--output` is the folder that the option `name` names."""
+    if path is None or not Path(path).expanduser().is_dir():
+        return
+    if Path(output).expanduser().resolve() == Path(path).expanduser().resolve():
+        raise ConfigError(f"--output {output}: is the folder of --{name}; name a new folder")
 
 
 def _new_evaluation_folder(output: str) -> Path:

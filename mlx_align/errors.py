@@ -24,6 +24,10 @@ class TrainingError(MlxAlignError):
     """
 
 
+class RewardError(TrainingError):
+    """A reward function or reward model failed, or its rewards can't be computed with."""
+
+
 class WriteError(MlxAlignError):
     """A file can't be written (disk full, quota, permissions); the message names it.
 

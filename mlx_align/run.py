@@ -175,11 +175,12 @@ class Run:
     # --- continuing ---
 
     def resume(self, **options: Any) -> Run:
-        """Continue an interrupted run from its last checkpoint.
+        """Continue a run from its last checkpoint.
 
         Args:
-            **options: What a resumed run may change, such as `save_every`; `callbacks` and
-                `progress`; and data, reward or loss again, if they were passed from Python.
+            **options: What a resumed run may change, such as `save_every`, or `iters` to train it
+                for longer; `callbacks`, `progress` and `accept_changed`; and data, reward or loss
+                again, if they were passed from Python.
 
         Raises:
             MlxAlignError: An option can't be changed, or the run can't be continued.
@@ -441,18 +442,20 @@ def start_run(
 
     Args:
         command: dpo, kto, sft, reward, ppo or grpo.
-        options: The command's options by name; besides them `config`, `callbacks` and `progress`.
-            `data`, `loss`, `reward` and `eval_reward` may be Python objects.
+        options: The command's options by name; besides them `accept_changed`, `config`,
+            `callbacks` and `progress`. `data`, `loss`, `reward` and `eval_reward` may be Python
+            objects.
         resume: The run folder to continue; True for the one that `output` names.
         names: Other names for options in messages.
 
     Raises:
         MlxAlignError: An option, the data or a model can't be used, or training failed.
-        KeyboardInterrupt: Ctrl-C; a checkpoint was written.
+        KeyboardInterrupt: Ctrl-C; if the run had begun, a checkpoint was written.
     """
     keywords = dict(options)
     file = keywords.pop("config", None)
     callbacks = keywords.pop("callbacks", None)
+    accept_changed = keywords.pop("accept_changed", None) or ()
     console = python_console(progress=keywords.pop("progress", True), names=names)
     data = keywords.get("data")
     with python_messages(names), _keyboard_interrupt(command):
@@ -463,6 +466,7 @@ def start_run(
             console,
             file=None if file is None else Path(file),
             resume=_resumed_folder(resume),
+            accept_changed=accept_changed,
             source="python" if names is None else "command line",
             objects=objects,
         )

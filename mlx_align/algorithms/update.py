@@ -141,7 +141,7 @@ class Updater:
         return OptimizerStep(weights, loss, sums, norm)
 
     def _advice(self) -> str:
-        kept = "nothing was updated with it, and the last checkpoint has the state before it"
+        kept = "nothing was updated with it"
         if self._max_skips:
             kept = f"{self._max_skips} updates before it were skipped for the same reason; {kept}"
         other = "" if self._max_skips else ", or skip such updates with --on-non-finite skip"

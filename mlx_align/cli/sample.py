@@ -91,7 +91,7 @@ def sample(json: bool, **options: Any) -> None:
     scores: list[float] = []
     kept: set[str] = set()
     # Before the model is loaded, so that an error in a reward is found at once.
-    with Rewards(settings) as rewards:
+    with Rewards(settings, note=console.note) as rewards:
         rewards.check([prompt.text for prompt in prompts])
         loaded, policy, score = load_sampler(folder, config.adapter_path, config.reward_model)
         rewards.score_model = score

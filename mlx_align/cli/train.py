@@ -130,7 +130,14 @@ def _parameters(entry: TrainingCommand) -> list[click.Parameter]:
             flag_value="",
             type=click.Path(),
             metavar="[RUN]",
-            help="Resume an interrupted run: RUN, or the one at --output.",
+            help="Resume an interrupted run, or train a finished one for longer: RUN, or the one "
+            "at --output.",
+        ),
+        click.Option(
+            ["--accept-changed"],
+            type=click.Choice(["rewards", "data"]),
+            multiple=True,
+            help="With --resume: continue although these changed, and record it in the run.",
         ),
         click.Option(
             ["--json"], is_flag=True, help="Print the summary as JSON; all else goes to stderr."
@@ -143,6 +150,7 @@ def _train(
     *,
     config_file: str | None,
     resume: str | None,
+    accept_changed: tuple[str, ...],
     json: bool,
     **options: Any,
 ) -> None:
@@ -158,6 +166,7 @@ def _train(
         console,
         file=None if config_file is None else Path(config_file),
         resume=resume,
+        accept_changed=accept_changed,
         source="command line",
     )
     if json:

@@ -151,6 +151,7 @@ class TrainConfig(Options):
         default_text="chosen from the data",
         at_least=1,
         aliases=("max_steps",),
+        change_on_resume=True,
     )
     epochs: float | None = option(
         None,
@@ -160,6 +161,7 @@ class TrainConfig(Options):
         above=0,
         below=1e6,
         aliases=("num_epochs", "num_train_epochs"),
+        change_on_resume=True,
     )
     # One pair at a time fits 16 GB; accumulating reduces the gradient's noise. None, to
     # distinguish the default from a 1 that was given together with --batch-tokens.

@@ -65,6 +65,25 @@ GROUPS = (
     OTHER,
 )
 REQUIRED: Any = dataclasses.MISSING
+
+
+@dataclass(frozen=True, slots=True)
+class RemovedOption:
+    """An option that an earlier version had.
+
+    Attributes:
+        version: The first version without it.
+        default: Its default. A run that had this value can be resumed without the option.
+        instead: What to do instead, as the end of a sentence: "use --beta".
+    """
+
+    version: str
+    default: Any
+    instead: str
+
+
+# Options that earlier versions had, by name. An option that is removed or renamed is added here.
+REMOVED_OPTIONS: dict[str, RemovedOption] = {}
 _UNCHANGED: Any = object()
 
 
@@ -358,8 +377,14 @@ def fixed_options(config: Options) -> dict[str, Any]:
     }
 
 
-def read_yaml(file: Path, config_class: type[Options]) -> dict[str, Any]:
+def read_yaml(file: Path, config_class: type[Options], *, of_run: bool = False) -> dict[str, Any]:
     """Read and check the options in a YAML file.
+
+    Args:
+        file: The file.
+        config_class: The class of the options.
+        of_run: Whether the file is the config.yaml of a run. It may have removed options, if they
+            were at their defaults.
 
     Raises:
         ConfigError: It can't be read or parsed, or has a wrong key or value.
@@ -385,6 +410,12 @@ def read_yaml(file: Path, config_class: type[Options]) -> dict[str, Any]:
     given = {_format_value(key, str).replace("-", "_"): value for key, value in content.items()}
     given = without_aliases(config_class, given, _Origin("file", file, lines))
     lines = without_aliases(config_class, lines)
+    if of_run:
+        given = {
+            name: value
+            for name, value in given.items()
+            if name not in REMOVED_OPTIONS or value != REMOVED_OPTIONS[name].default
+        }
     return _check_values(config_class, given, _Origin("file", file, lines))
 
 
@@ -443,6 +474,12 @@ def _check_values(
     for name in given:
         if name not in declared:
             show = flag_of if origin.source == "command line" else str
+            if name in REMOVED_OPTIONS:
+                removed = REMOVED_OPTIONS[name]
+                raise ConfigError(
+                    f"{origin.prefix(name)}{show(name)} was removed in mlx-align "
+                    f"{removed.version}; {removed.instead}"
+                )
             aliases = (alias for one in declared.values() for alias in one.aliases)
             close = difflib.get_close_matches(name, [*declared, *aliases], n=1)
             hint = f"; did you mean {show(close[0])}?" if close else ""

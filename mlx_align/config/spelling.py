@@ -15,7 +15,7 @@ from mlx_align import config
 from mlx_align.config.schema import Option, Options, declared_options
 
 # Command-line options that are keywords of the Python functions, but not part of the schema.
-_OTHERS = ("resume", "config")
+_OTHERS = ("resume", "accept_changed", "config")
 _COMMAND = re.compile(r"mlx-align (\w+) --resume (\S+)")
 # An option at the start of a message, with its value: `--beta -1: must be above 0`.
 _FIRST = re.compile(r"--([a-z][a-z0-9-]*) (\S+)(?=: )")

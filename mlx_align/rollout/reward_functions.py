@@ -35,7 +35,7 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
-from mlx_align.errors import ConfigError, TrainingError
+from mlx_align.errors import ConfigError, RewardError
 from mlx_align.rollout.builtin_rewards import BUILTIN_REWARDS, CompletionFacts, Reward
 from mlx_align.rollout.reward_worker import (
     RESERVED,
@@ -61,6 +61,10 @@ IMPORT_SECONDS = 120.0
 WORKER = "mlx_align.rollout.reward_worker"
 # Finding the completion at which a function raised only improves the error message.
 _LOCATE_SECONDS = 10.0
+# Pause before a function that raised is called once more: its cause may be a service that was busy.
+_RETRY_SECONDS = 1.0
+# Largest reward. Losses square rewards and advantages in float32, whose largest number is 3e38.
+MAX_REWARD = 1e18
 _MAX_SHOWN = 60
 
 _BUILTIN = re.compile(r"(\w+)\s*(?:\((.*)\))?(?:\s*=([^()]*))?", re.DOTALL)
@@ -293,9 +297,14 @@ class RewardFunctions:
     state between calls.
     """
 
-    def __init__(self, specs: Sequence[RewardSpec], timeout: float) -> None:
+    def __init__(
+        self,
+        specs: Sequence[RewardSpec],
+        timeout: float,
+        note: Callable[[str], None] = lambda _: None,
+    ) -> None:
         self.specs = tuple(specs)
-        self._timeout = timeout
+        self._timeout, self._note = timeout, note
         self._process: WorkerProcess | None = None
         # The parameters of each function that is not built in, by its index among the specs.
         self._parameters: dict[int, Mapping[str, Any]] = {}
@@ -403,9 +412,9 @@ class RewardFunctions:
             The rewards of all N completions, in the order of the prompts.
 
         Raises:
-            TrainingError: A function raised an error, did not return a finite number or None per
-                completion, exceeded the timeout, or ended its process. All functions are closed
-                then.
+            RewardError: A function raised twice, did not return a finite number or None per
+                completion, exceeded the timeout, or ended its process; or rewards are too large.
+                All functions are closed then.
         """
         texts = [list(of_prompt) for of_prompt in completions]
         count = sum(map(len, texts))
@@ -438,6 +447,7 @@ class RewardFunctions:
                 assert self._process is not None
                 given = self._call_in_process(self._process, place, groups, texts)
             values[:, place] = [np.nan if value is None else value for value in given]
+            _check_size(spec, values[:, place], groups, texts)
         return combine(
             [spec.name for spec in self.specs], values, [spec.weight for spec in self.specs]
         )
@@ -449,6 +459,8 @@ class RewardFunctions:
         groups: Sequence[PromptGroup],
         texts: Sequence[Sequence[str]],
         ids: TokenIds | None,
+        *,
+        again: bool = False,
     ) -> list[float | None]:
         label = self.specs[place].label
         # Made for every call: a function may change its arguments.
@@ -459,19 +471,23 @@ class RewardFunctions:
         except InvalidReward as error:
             self.close()
             where = _location(groups, texts, error.index)
-            raise TrainingError(f"{label}: {error}, {where}") from None
+            raise RewardError(f"{label}: {error}, {where}") from None
         except (Exception, SystemExit) as error:
-            self.close()
             code = getattr(inspect.unwrap(function), "__code__", None)
             text = describe_error(error, None if code is None else code.co_filename)
+            if not again:
+                self._note(f"! {label}: raised {text}; calling it again.")
+                time.sleep(_RETRY_SECONDS)
+                return self._call_directly(function, place, groups, texts, ids, again=True)
+            self.close()
             where = _location(groups, texts, None)
-            raise TrainingError(f"{label}: raised {text}, {where}") from error
+            raise RewardError(f"{label}: raised {text}, {where}") from error
 
     def _send(self, process: WorkerProcess, batch: Mapping[str, Any]) -> None:
         try:
             process.request("batch", batch, max(self._timeout, IMPORT_SECONDS))
         except WorkerFailure as failure:
-            raise TrainingError(f"--reward: {failure}, between two calls") from None
+            raise RewardError(f"--reward: {failure}, between two calls") from None
 
     def _call_in_process(
         self,
@@ -479,6 +495,8 @@ class RewardFunctions:
         place: int,
         groups: Sequence[PromptGroup],
         texts: Sequence[Sequence[str]],
+        *,
+        again: bool = False,
     ) -> list[float | None]:
         label, builtin = self.specs[place].label, place in self._builtins
         message = {"function": (self._builtins if builtin else self._loaded).index(place)}
@@ -490,7 +508,7 @@ class RewardFunctions:
             hint = ""
             if time.monotonic() - start >= self._timeout:
                 hint = "; fix it, or allow more time with --reward-timeout"
-            raise TrainingError(
+            raise RewardError(
                 f"{label}: {failure}, {_location(groups, texts, None)}{hint}"
             ) from None
         if "wrong_column" in reply:
@@ -499,6 +517,10 @@ class RewardFunctions:
         if "error" not in reply:
             return list(reply["values"])
         index = reply["index"]
+        if "raised" in reply and not again:
+            self._note(f"! {label}: {reply['error']}; calling it again.")
+            time.sleep(_RETRY_SECONDS)
+            return self._call_in_process(process, place, groups, texts, again=True)
         if "raised" in reply:
             try:
                 search = {**message, "raised": reply["raised"]}
@@ -506,22 +528,43 @@ class RewardFunctions:
             except WorkerFailure:
                 index = None
         self.close()
-        raise TrainingError(f"{label}: {reply['error']}, {_location(groups, texts, index)}")
+        raise RewardError(f"{label}: {reply['error']}, {_location(groups, texts, index)}")
 
 
-def open_rewards(specs: Sequence[RewardSpec], timeout: float) -> RewardFunctions:
+def _check_size(
+    spec: RewardSpec,
+    values: Values,
+    groups: Sequence[PromptGroup],
+    texts: Sequence[Sequence[str]],
+) -> None:
+    """Raise a RewardError if a reward (N,) is too large to compute with, times its weight."""
+    large = np.flatnonzero(np.abs(values) > MAX_REWARD / max(abs(spec.weight), 1.0))
+    if len(large):
+        index = int(large[0])
+        times = "" if spec.weight == 1 else f" with weight {spec.weight:g}"
+        raise RewardError(
+            f"{spec.label}: returned {values[index]:.3g}{times}, "
+            f"{_location(groups, texts, index)}; rewards above {MAX_REWARD:g} overflow in "
+            "training: scale them down"
+        )
+
+
+def open_rewards(
+    specs: Sequence[RewardSpec], timeout: float, note: Callable[[str], None] = lambda _: None
+) -> RewardFunctions:
     """Prepare reward functions for calls; those given by specs are imported in a new process.
 
     Args:
         specs: From `parse_rewards`.
         timeout: Seconds that one call of one function may take, unless it is a Python callable.
+        note: Called with a line when a function raised and is called again.
 
     Raises:
         ConfigError: A module or file can't be imported or does not have the function.
     """
     if not 0 < timeout < float("inf"):
         raise ConfigError(f"--reward-timeout {timeout:g}: expected more than 0 seconds")
-    return RewardFunctions(specs, timeout)
+    return RewardFunctions(specs, timeout, note)
 
 
 def _parameters_of(spec: RewardSpec, function: RewardFunction) -> Mapping[str, Any]:

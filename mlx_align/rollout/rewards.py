@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,12 +13,13 @@ from typing import Any, Self
 
 import numpy as np
 
-from mlx_align.errors import ConfigError
+from mlx_align.errors import ConfigError, RewardError
 from mlx_align.inference.reward_model import RewardModelSource
 from mlx_align.models.adapters import fingerprint_folder, read_layout
 from mlx_align.models.loading import ModelFolder
 from mlx_align.rollout.builtin_rewards import CompletionFacts
 from mlx_align.rollout.reward_functions import (
+    MAX_REWARD,
     RewardSource,
     RewardTable,
     combine,
@@ -85,16 +86,22 @@ class Rewards(AbstractContextManager["Rewards"]):
         settings: The rewards.
         score_model: Scores completions by the reward model; None without one. It can be set later
             (`score_model`), so that functions are imported before models are loaded.
+        note: Called with a line when a function raised and is called again. It can be set later.
 
     Raises:
         ConfigError: A reward function can't be imported.
     """
 
     def __init__(
-        self, settings: RewardSettings, score_model: CompletionScorer | None = None
+        self,
+        settings: RewardSettings,
+        score_model: CompletionScorer | None = None,
+        note: Callable[[str], None] = lambda _: None,
     ) -> None:
-        self._settings, self.score_model = settings, score_model
-        self._functions = open_rewards(parse_rewards(settings.functions), settings.timeout)
+        self._settings, self.score_model, self.note = settings, score_model, note
+        self._functions = open_rewards(
+            parse_rewards(settings.functions), settings.timeout, lambda line: self.note(line)
+        )
 
     def __enter__(self) -> Self:
         return self
@@ -119,7 +126,7 @@ class Rewards(AbstractContextManager["Rewards"]):
         """The rewards of N completions.
 
         Raises:
-            TrainingError: A reward function failed.
+            RewardError: A reward function failed, or rewards are too large.
         """
         size, limit = completions.group_size, completions.mask.shape[1]
         facts = [
@@ -141,8 +148,15 @@ class Rewards(AbstractContextManager["Rewards"]):
         )
         if self.score_model is None:
             return table
-        values = np.column_stack([table.values, self.score_model(completions)])
-        weights = [*table.weights, self._settings.model_weight]
+        scores = self.score_model(completions)
+        weight = self._settings.model_weight
+        if not np.abs(scores[~np.isnan(scores)] * weight).max(initial=0.0) <= MAX_REWARD:
+            raise RewardError(
+                f"--reward-model {self._settings.model}: a score times its weight {weight:g} is "
+                f"above {MAX_REWARD:g}, which overflows in training; lower --reward-model-weight"
+            )
+        values = np.column_stack([table.values, scores])
+        weights = [*table.weights, weight]
         return combine([*table.names, MODEL_NAME], values, weights)
 
 

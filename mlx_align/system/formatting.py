@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from datetime import datetime
 
@@ -100,7 +101,9 @@ def format_metrics(row: Mapping[str, float], examples: int | None = None) -> str
 
 
 def _format_rollout_metrics(row: Mapping[str, float], ends: Callable[[str, str], str]) -> list[str]:
-    parts = [f"reward {row['reward']:+.3f}{ends('reward', '{:+.3f}')}"]
+    reward = row["reward"]
+    shown = f"reward {reward:+.3f}{ends('reward', '{:+.3f}')}"
+    parts = [shown if math.isfinite(reward) else "no rewards"]
     if "held_out" in row:
         parts.append(f"held-out reward {row['held_out']:+.3f}{ends('held_out', '{:+.3f}')}")
     if "objective/kl" in row:

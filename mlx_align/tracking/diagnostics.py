@@ -74,6 +74,12 @@ WARN_DISTINCT, STOP_DISTINCT = 0.2, 0.4
 FALLING_EVALUATIONS = 3
 STOP_REWARD_GAP = 1.0
 
+# Rows after which a run that has learned nothing is called that before its end: the rewards of a
+# few batches may be equal by chance.
+MIN_ROWS_WITHOUT_CHANGE = 5
+# Relative rounding of a loss: that of an unchanged policy is ln 2 to within 2e-7 (float32).
+ROUNDING = 1e-6
+
 # A finding is shown again once its severity is this many times what it was when last shown.
 WORSE_BY = 2.0
 
@@ -134,12 +140,15 @@ class History:
         head: The first values of each training metric.
         tail: The last values of each training metric.
         counts: Number of values of each training metric.
+        lowest: The lowest value of each training metric.
+        highest: The highest value of each training metric.
         held_out: All values of each held-out metric, without the prefix `eval/`.
         trained_rewards: At each evaluation, the recent mean of the training reward.
         answers: Metrics of answers to held-out prompts before (`before/…`) and after an offline run
             (`after/…`), from `answer_metrics`, and the KL of its samples, `kl`.
         deviations: For each evaluation, the reward trained on and the held-out reward, as changes
             since the first evaluation in units of its standard deviation.
+        over: Whether the run is finished.
     """
 
     command: str = "run"
@@ -148,10 +157,13 @@ class History:
     head: dict[str, list[float]] = field(default_factory=dict)
     tail: dict[str, list[float]] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=dict)
+    lowest: dict[str, float] = field(default_factory=dict)
+    highest: dict[str, float] = field(default_factory=dict)
     held_out: dict[str, list[float]] = field(default_factory=dict)
     trained_rewards: list[float] = field(default_factory=list)
     answers: dict[str, float] = field(default_factory=dict)
     deviations: list[list[float]] = field(default_factory=list)
+    over: bool = False
 
     def add(self, row: Mapping[str, float], step: int) -> None:
         """Add a row of training metrics."""
@@ -161,6 +173,8 @@ class History:
             if value is None or not math.isfinite(value):
                 continue
             self.counts[key] = self.counts.get(key, 0) + 1
+            self.lowest[key] = min(value, self.lowest.get(key, math.inf))
+            self.highest[key] = max(value, self.highest.get(key, -math.inf))
             head, tail = self.head.setdefault(key, []), self.tail.setdefault(key, [])
             if len(head) < _KEPT:
                 head.append(float(value))
@@ -183,6 +197,14 @@ class History:
             self.trained_rewards.append(sum(rewards) / len(rewards))
         if deviations is not None:
             self.deviations.append([float(one) for one in deviations])
+
+    def always(self, key: str, value: float, tolerance: float = 0.0) -> bool:
+        """Whether a training metric had this value in every row, of which there are enough."""
+        rows = self.counts.get(key, 0)
+        if rows < MIN_ROWS_WITHOUT_CHANGE and not (self.over and rows):
+            return False
+        lowest, highest = self.lowest.get(key, math.inf), self.highest.get(key, math.inf)
+        return max(abs(lowest - value), abs(highest - value)) <= tolerance
 
     def first(self, key: str) -> float | None:
         """The first value of a training metric."""
@@ -212,6 +234,67 @@ class History:
         if self.counts.get(key, 0) < 2 * _KEPT:
             return None
         return sum(self.head[key]) / _KEPT, sum(self.tail[key]) / _KEPT
+
+
+# Checks of whether anything was learned
+
+
+def _no_reward(history: History) -> Finding | None:
+    # A batch without rewards has no mean, but a deviation of 0.
+    batches = history.counts.get("reward_std", 0)
+    enough = batches >= MIN_ROWS_WITHOUT_CHANGE or (history.over and batches > 0)
+    if not enough or history.counts.get("reward", 0):
+        return None
+    return Finding(
+        "warn",
+        "reward",
+        "Nothing was learned: no completion got a reward.",
+        "Check the reward functions, which returned None every time, or the reward model.",
+    )
+
+
+def _equal_rewards(history: History) -> Finding | None:
+    if not history.counts.get("reward", 0):
+        return None
+    if history.always("frac_reward_zero_std", 1.0):
+        key, what = "frac_reward_zero_std", "the completions of every prompt had equal rewards"
+    elif "frac_reward_zero_std" not in history.counts and history.always("reward_std", 0.0):
+        key, what = "reward_std", "all completions of every rollout batch had equal rewards"
+    else:
+        return None
+    return Finding(
+        "warn",
+        key,
+        f"Nothing was learned from the rewards: {what}.",
+        "Use harder or easier prompts, a finer reward, or a larger --group-size.",
+        # Shown again after the warning about most of the prompts.
+        WORSE_BY / MAX_ZERO_STD_SHARE,
+    )
+
+
+def _zero_gradient(history: History) -> Finding | None:
+    if _no_reward(history) or _equal_rewards(history) or not history.always("grad_norm", 0.0):
+        return None
+    return Finding(
+        "warn",
+        "grad_norm",
+        "Nothing was learned: the gradient was zero in every update.",
+        "Check the data, the loss and its options.",
+    )
+
+
+def _constant_loss(history: History) -> Finding | None:
+    rows, value = history.counts.get("loss", 0), history.lowest.get("loss")
+    if rows < 2 or value is None or _zero_gradient(history):
+        return None
+    if not history.always("loss", value, ROUNDING * abs(value)):
+        return None
+    return Finding(
+        "warn",
+        "loss",
+        f"Nothing was learned: the loss was {value:.6g} in every row.",
+        "Raise --learning-rate, and check the data.",
+    )
 
 
 # Checks of offline runs
@@ -412,6 +495,8 @@ def _no_contrast(history: History) -> Finding | None:
     share = history.last("frac_reward_zero_std")
     if share is None or share <= MAX_ZERO_STD_SHARE:
         return None
+    if _no_reward(history) or _equal_rewards(history):
+        return None
     return Finding(
         "warn",
         "frac_reward_zero_std",
@@ -458,7 +543,7 @@ def _entropy_collapse(history: History) -> Finding | None:
         "objective/entropy",
         f"Entropy is {now / start:.0%} of what it was at the start: completions are nearly the "
         "same every time, and nothing new is explored.",
-        "Return to an earlier checkpoint with a lower --learning-rate or a higher --kl-coef.",
+        "Start again with a lower --learning-rate or a higher --kl-coef.",
         STOP_ENTROPY_SHARE / max(now / start, 1e-9),
     )
 
@@ -539,7 +624,7 @@ def _over_optimised(history: History) -> Finding | None:
         "eval/held_out" if other else "eval/reward",
         f"The held-out reward fell in three evaluations in a row, to {format_value(falling[-1])}, "
         "while the reward that is trained on rose.",
-        "Return to the checkpoint before that, raise --kl-coef, or fix the reward.",
+        "Train for fewer steps, raise --kl-coef, or fix the reward.",
     )
 
 
@@ -572,6 +657,10 @@ _ACCURACIES = ("rewards/accuracies",)
 _REPETITION = ("before/text/repeated_4grams", "after/text/repeated_4grams")
 
 CHECKS: tuple[Check, ...] = (
+    Check(_ON_POLICY, ("reward", "reward_std"), (), _no_reward),
+    Check(_ON_POLICY, ("reward", "frac_reward_zero_std", "reward_std"), (), _equal_rewards),
+    Check(_OFFLINE | _ON_POLICY, ("grad_norm",), (), _zero_gradient),
+    Check(_OFFLINE, ("loss",), (), _constant_loss),
     Check(_PAIRS, _LOGPS, _LOGPS, _chosen_falls),
     Check(_PAIRS, (), ("rewards/margins", "rewards/accuracies"), _margin_too_wide),
     Check(_PREFERENCES, _ACCURACIES, _ACCURACIES, _accuracy_gap),
@@ -624,6 +713,7 @@ def diagnose(record: RunRecord) -> list[Finding]:
     circular = record.data_statistics.get("circular")
     if isinstance(circular, str) and circular:
         found.append(_circular_finding(circular))
+    found += _changed_inputs(record)
     report = record.summary.get("held_out")
     if isinstance(report, Mapping):
         found += [_report_finding(str(text)) for text in report.get("warnings") or ()]
@@ -643,6 +733,7 @@ def history_of(record: RunRecord) -> History:
         if values := record.values(key):
             history.head[key], history.tail[key] = values[:_KEPT], values[-_KEPT:]
             history.counts[key] = len(values)
+            history.lowest[key], history.highest[key] = min(values), max(values)
     first: dict[str, tuple[float, float]] = {}
     rewards = record.values("reward")
     steps = [row["step"] for row in record.training if "reward" in row]
@@ -661,6 +752,7 @@ def history_of(record: RunRecord) -> History:
     history.tail["reward"] = rewards[-_KEPT:]
     history.step = record.step
     history.answers = answers_in(record.summary)
+    history.over = record.finished
     return history
 
 
@@ -702,6 +794,20 @@ def _circular_finding(text: str) -> Finding:
         f"Circular: {text}.",
         "It may only reinforce what the model prefers already; evaluate it with another judge.",
     )
+
+
+def _changed_inputs(record: RunRecord) -> list[Finding]:
+    """A finding for every resume with changed data or rewards."""
+    found = []
+    for row in record.resumes:
+        changed = row.get("changed")
+        inputs = changed.get("inputs") if isinstance(changed, Mapping) else None
+        if isinstance(inputs, list) and inputs:
+            names = " and ".join(f"the {name}" for name in inputs)
+            problem = f"After step {row.get('step')}, {names} changed (--accept-changed)."
+            advice = "Compare training metrics only with those on the same side of it."
+            found.append(Finding("warn", "resume", problem, advice))
+    return found
 
 
 def _report_finding(text: str) -> Finding:
@@ -791,6 +897,22 @@ class HealthMonitor:
         worse = finding.severity >= WORSE_BY * severity
         return _RANK[finding.level] > _RANK[level] or (finding.level == level and worse)
 
+    def finish(self) -> list[Finding]:
+        """The findings that only the whole run shows, to be called after its last step."""
+        self.history.over = True
+        return self._new(self.history.step)
+
+    @property
+    def stopped_run(self) -> bool:
+        """Whether a finding so far was a reason to stop the run."""
+        return any(one.get("level") == "stop" for one in self.recorded)
+
+    def forget_evaluations(self) -> None:
+        """Forget held-out metrics, because later ones are of other data or rewards."""
+        self.history.held_out.clear()
+        self.history.trained_rewards.clear()
+        self.history.deviations.clear()
+
     def state(self) -> dict[str, Any]:
         """The monitor's state for a checkpoint, JSON-serialisable."""
         history = self.history
@@ -802,6 +924,8 @@ class HealthMonitor:
             "head": {key: list(values) for key, values in history.head.items()},
             "tail": {key: list(values) for key, values in history.tail.items()},
             "counts": dict(history.counts),
+            "lowest": dict(history.lowest),
+            "highest": dict(history.highest),
             "held_out": {key: list(values) for key, values in history.held_out.items()},
             "trained_rewards": list(history.trained_rewards),
             "recorded": [dict(one) for one in self.recorded],
@@ -821,6 +945,11 @@ class HealthMonitor:
         history.head = _lists(state.get("head", {}))
         history.tail = _lists(state.get("tail", {}))
         history.counts = {str(key): int(n) for key, n in state.get("counts", {}).items()}
+        for name, pick in (("lowest", min), ("highest", max)):
+            # Older versions kept the first and last rows only.
+            known = {key: pick(history.head.get(key, []) + v) for key, v in history.tail.items()}
+            known = {str(key): float(value) for key, value in state.get(name, known).items()}
+            setattr(history, name, known)
         history.held_out = _lists(state.get("held_out", {}))
         history.trained_rewards = [float(one) for one in state.get("trained_rewards", ())]
         history.deviations = [[float(a), float(b)] for a, b in state["evaluations"]]

@@ -32,6 +32,11 @@ STATUS_FILE = "status.json"
 SUMMARY_FILE = "summary.json"
 PAGE_FILE = "report.html"
 FINGERPRINTS_FILE = "fingerprints.json"
+# Of a run with a reference: the number of microbatches, the rows whose log-probs were missing at
+# the start, and a hash of all log-probs.
+REFERENCE_FILE = "reference.json"
+# One row per resume: when, after which step, with which versions, and what had changed.
+RESUMES_FILE = "resumes.jsonl"
 LOCK_FILE = ".lock"
 # The folder of the checkpoints.
 CHECKPOINTS = "checkpoints"
@@ -54,7 +59,8 @@ def new_run_dir(output: str | None, command: str) -> Path:
         command: Name of the training command.
 
     Raises:
-        ConfigError: The folder holds another run, or can't be created or written.
+        ConfigError: The folder holds another run, a model or an adapter, or can't be created or
+            written.
     """
     if output is None:
         output = f"runs/{command}-{datetime.now():%Y%m%d-%H%M%S}"
@@ -64,6 +70,13 @@ def new_run_dir(output: str | None, command: str) -> Path:
             f"--output {output}: already contains another run; name a new folder, or add --resume "
             "to continue that run"
         )
+    # A run's files would become part of the model (whose hash is checked on --resume), and its
+    # adapter would replace the one that is there.
+    for found in (folder / "config.json", *sorted(folder.glob("*.safetensors"))):
+        if found.exists():
+            raise ConfigError(
+                f"--output {output}: holds a model or an adapter ({found.name}); name a new folder"
+            )
     nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK):
         raise ConfigError(f"--output {output}: {nearest} is not a folder that can be written to")
@@ -120,6 +133,13 @@ def append_samples(folder: Path, samples: Sequence[Mapping[str, Any]]) -> None:
         stream.write(_sample_lines(samples))
 
 
+def append_resume(folder: Path, row: Mapping[str, Any]) -> None:
+    """Append one row to resumes.jsonl."""
+    file = folder / RESUMES_FILE
+    with wrap_write_errors(file), file.open("a", encoding="utf-8") as stream:
+        stream.write(json.dumps(to_json(row), ensure_ascii=False) + "\n")
+
+
 def write_samples(folder: Path, samples: Sequence[Mapping[str, Any]]) -> None:
     """Write samples.jsonl, replacing its content."""
     write_text(folder / SAMPLES_FILE, _sample_lines(samples))
@@ -135,6 +155,31 @@ def truncate_metrics(folder: Path, step: int) -> None:
     if (folder / METRICS_FILE).exists():
         kept = [row for row in read_metrics(folder) if row["step"] <= step]
         write_text(folder / METRICS_FILE, "".join(json.dumps(row) + "\n" for row in kept))
+
+
+def replace_held_out_metrics(folder: Path, start: Row | None) -> Path | None:
+    """Move the held-out rows of metrics.jsonl to a new file, and begin with another row.
+
+    For a run whose held-out data or rewards changed: rows before and after can't be compared.
+
+    Args:
+        folder: The run folder.
+        start: The new first row, of the start of the run; None for none.
+
+    Returns:
+        The new file; None if there were no held-out rows.
+    """
+    rows = read_metrics(folder)
+    held_out = [row for row in rows if _is_held_out(row)]
+    others = [row for row in rows if not _is_held_out(row)]
+    number = 1
+    while (file := folder / f"metrics-held-out-{number}.jsonl").exists():
+        number += 1
+    if held_out:
+        write_text(file, "".join(json.dumps(row) + "\n" for row in held_out))
+    begin = [] if start is None else [to_json(start)]
+    write_text(folder / METRICS_FILE, "".join(json.dumps(row) + "\n" for row in [*begin, *others]))
+    return file if held_out else None
 
 
 def truncate_samples(folder: Path, step: int) -> None:
@@ -183,6 +228,11 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     ]
 
 
+def read_resumes(folder: Path) -> list[dict[str, Any]]:
+    """All rows of resumes.jsonl."""
+    return _json_lines(folder / RESUMES_FILE)
+
+
 def read_eval_metrics(folder: Path) -> dict[int, dict[str, Any]]:
     """Held-out metrics of every evaluation so far by step, without the prefix `eval/`."""
     return {
@@ -210,6 +260,7 @@ class RunRecord:
         summary: Content of summary.json; empty until the run is finished.
         samples: Rows of samples.jsonl of a finished run that are not rollouts.
         rollouts: Rows of the last rollout batch in samples.jsonl.
+        resumes: Rows of resumes.jsonl.
     """
 
     name: str
@@ -220,6 +271,7 @@ class RunRecord:
     summary: Mapping[str, Any]
     samples: Sequence[Mapping[str, Any]]
     rollouts: Sequence[Mapping[str, Any]]
+    resumes: Sequence[Mapping[str, Any]] = ()
 
     @property
     def command(self) -> str:
@@ -314,6 +366,7 @@ def read_run_record(folder: Path) -> RunRecord:
         summary=_json_object(folder / SUMMARY_FILE) if over else {},
         samples=[row for row in samples if "completion" not in row] if over else [],
         rollouts=[row for row in rollouts if row.get("step") == rollouts[-1].get("step")],
+        resumes=read_resumes(folder),
     )
 
 

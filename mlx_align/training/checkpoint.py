@@ -103,8 +103,8 @@ def _check_finite(state: State) -> None:
     sums = [mx.isfinite(a).all() for one in state.weights.values() for _, a in tree_flatten(one)]
     if not mx.stack(sums).all().item():
         raise TrainingError(
-            f"the trained weights are not finite after step {state.progress.step}; the checkpoint "
-            "before it is kept: start again with a lower --learning-rate (or --weight-decay)"
+            f"the trained weights are not finite after step {state.progress.step}, so they are not "
+            "saved; start a new run with a lower --learning-rate (or --weight-decay)"
         )
 
 
@@ -262,7 +262,8 @@ def _progress(content: Any) -> Progress:
     """The progress, checked to be non-negative numbers."""
     numbers = {}
     for entry in dataclasses.fields(Progress):
-        value = content[entry.name]
+        # A version that counted less wrote fewer numbers.
+        value = content.get(entry.name, entry.default)
         if type(value) not in (type(entry.default), int) or not 0 <= value < math.inf:
             raise ValueError(f"{entry.name} {value!r}")
         numbers[entry.name] = value
@@ -308,6 +309,12 @@ def checkpoint_folder(run: Path, step: int) -> Path:
 def has_checkpoint(run: Path) -> bool:
     """Whether `run` has a checkpoint to resume from."""
     return bool(_checkpoints(run))
+
+
+def last_step(run: Path) -> int:
+    """The step of the last checkpoint; 0 without one."""
+    found = _checkpoints(run)
+    return int(found[-1].name) if found else 0
 
 
 def _checkpoints(run: Path) -> list[Path]:

@@ -7,14 +7,16 @@ updates. Checkpoints are written between steps.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import mlx.core as mx
 import mlx.optimizers as optim
 
+from mlx_align.algorithms.update import make_schedule
 from mlx_align.config import OnPolicyConfig, TrainConfig
-from mlx_align.errors import ModelError, TrainingError
+from mlx_align.errors import ConfigError, ModelError, TrainingError
 from mlx_align.models.policy import Policy
 from mlx_align.models.weights import AdapterWeights
 from mlx_align.system.formatting import format_duration, format_metrics
@@ -22,11 +24,17 @@ from mlx_align.system.interrupts import Interrupted, defer_signals
 from mlx_align.system.memory_limit import MemoryLimit
 from mlx_align.system.progress import Console
 from mlx_align.tracking.diagnostics import Finding, HealthMonitor
-from mlx_align.tracking.run_dir import append_metrics, truncate_metrics, truncate_samples
+from mlx_align.tracking.run_dir import (
+    append_metrics,
+    replace_held_out_metrics,
+    truncate_metrics,
+    truncate_samples,
+)
 from mlx_align.training.callbacks import Callbacks
 from mlx_align.training.checkpoint import (
     State,
     checkpoint_folder,
+    has_checkpoint,
     load_checkpoint,
     publish_adapter,
     read_adapter,
@@ -35,9 +43,30 @@ from mlx_align.training.checkpoint import (
 from mlx_align.training.evaluation import EvaluationResult
 from mlx_align.training.metrics import Progress, StepResult
 
+# The entries of a trainer's state that hold results on held-out data.
+HELD_OUT_STATE = ("best", "held_out")
+# Of the state of an algorithm, what `prepare` measured on rewards.
+MEASURED_REWARDS = ("reward_mean", "reward_deviation")
+
 
 class StepAbandoned(Exception):
     """A step was stopped by a signal, before it changed anything."""
+
+
+@dataclass(frozen=True)
+class Changes:
+    """What differs when a run is resumed, as far as the loop has to act on it.
+
+    Attributes:
+        length: Whether the run is to have another number of steps.
+        held_out: Whether held-out metrics can't be compared with earlier ones: the start of the run
+            is measured again.
+        rewards: Whether rewards differ: what is derived from them is measured again.
+    """
+
+    length: bool = False
+    held_out: bool = False
+    rewards: bool = False
 
 
 class Trainer(Protocol):
@@ -47,7 +76,7 @@ class Trainer(Protocol):
         title: Label of the progress bar.
         step_name: The name of a step in messages: "update" or "batch".
         on_policy: Whether steps sample completions.
-        total_steps: Steps of the whole run.
+        total_steps: Steps of the whole run; known for sure once the run has begun.
         memory: Bounds how far mlx runs ahead, and knows the peak.
         mid_step: Whether some but not all updates of a step were made. Such a state is not saved.
     """
@@ -112,8 +141,15 @@ class Trainer(Protocol):
     def state(self) -> dict[str, Any]:
         """State for a checkpoint besides weights, optimizers and progress; JSON-serialisable."""
 
-    def restore(self, weights: Mapping[str, AdapterWeights], state: Mapping[str, Any]) -> None:
+    def restore(
+        self, weights: Mapping[str, AdapterWeights], state: Mapping[str, Any], progress: Progress
+    ) -> None:
         """Continue from a checkpoint; the optimizers are restored already.
+
+        Args:
+            weights: The trained weights.
+            state: What `state` returned.
+            progress: The progress of the run, from which the remaining steps follow.
 
         Raises:
             KeyError, TypeError, ValueError: The state is not one of this trainer.
@@ -133,14 +169,12 @@ class TrainingLoop:
         trainer: Trainer,
         policy: Policy,
         config: TrainConfig,
-        learning_rate: Callable[[int], float],
         run: Path,
         console: Console,
         callbacks: Callbacks,
         health: HealthMonitor,
     ) -> None:
         self._trainer, self._policy, self._config = trainer, policy, config
-        self._learning_rate = learning_rate
         self._run, self._console, self._callbacks = run, console, callbacks
         self._health = health
         self._guard = isinstance(config, OnPolicyConfig) and config.guard
@@ -149,31 +183,94 @@ class TrainingLoop:
         # Held-out metrics before training; callbacks get them when training begins.
         self._start_metrics: dict[str, float] | None = None
 
-    def begin(self, *, resume: bool) -> None:
+    def begin(self, *, resume: bool, changes: Changes | None = None) -> None:
         """Evaluate a new run before training, or restore the last checkpoint.
+
+        Args:
+            resume: Whether to restore the last checkpoint, if there is one.
+            changes: What is different from the earlier part of the run.
 
         Raises:
             ModelError: The checkpoints are damaged, or not of this run.
+            ConfigError: The run is already as long as it is to become.
         """
-        trainer, total = self._trainer, self._trainer.total_steps
+        trainer, changes = self._trainer, changes or Changes()
+        baseline = None
+        if resume and has_checkpoint(self._run):
+            if changes.rewards and (line := trainer.prepare()):
+                self._console.note(line)
+            if changes.held_out:
+                # Before the checkpoint is restored, the weights are those of the start.
+                baseline = trainer.evaluate(0)
+        fresh = trainer.state()
         found = None
         if resume:
             found = load_checkpoint(
                 self._run, trainer.weights, trainer.optimizers, self._console.note
             )
         if found is not None:
-            self._restore(found)
+            self._restore(found, fresh, changes)
         done = -1 if found is None else self.progress.step
         truncate_metrics(self._run, done)
         truncate_samples(self._run, done)
         if found is not None:
-            self._console.note(f"Resuming after {trainer.step_name} {done} of {total}.")
+            if changes.held_out:
+                self._replace_baseline(baseline)
+            self._console.note(
+                f"Resuming after {trainer.step_name} {done} of {trainer.total_steps}."
+            )
+            if changes.length:
+                self._announce_length()
             return
         if resume:
             self._console.note("No checkpoint yet: starting from the beginning.")
         if line := trainer.prepare():
             self._console.note(line)
         self._evaluate()
+
+    def _replace_baseline(self, baseline: EvaluationResult | None) -> None:
+        """Put new metrics of the start in the place of held-out metrics so far."""
+        row = None
+        if baseline is not None:
+            row = {"step": 0, **{f"eval/{name}": v for name, v in baseline.metrics.items()}}
+        kept = replace_held_out_metrics(self._run, row)
+        self._health.forget_evaluations()
+        if kept is not None:
+            self._console.note(
+                f"Earlier held-out metrics are in {kept}; the start is measured again."
+            )
+        if baseline is not None:
+            self._health.observe_evaluation(baseline.metrics, 0, baseline.deviations)
+
+    def _announce_length(self) -> None:
+        """Say what the new number of steps means for the learning rate.
+
+        Raises:
+            ConfigError: The run has as many steps already.
+        """
+        trainer, config, done = self._trainer, self._config, self.progress.step
+        name = trainer.step_name
+        option = "--iters" if config.epochs is None else f"--epochs {config.epochs:g}"
+        if trainer.total_steps <= done:
+            raise ConfigError(
+                f"{option}: the run is after {name} {done} already; give a larger number"
+            )
+        if self.stopped:
+            raise ConfigError(
+                f"{option}: a health check ended the run after {name} {done}, so it is not "
+                f"continued; start a new run from it with --init-adapter {self._run}"
+            )
+        self._console.note(
+            f"Training to {name} {trainer.total_steps}. The learning rate continues as in a run "
+            f"begun with this length ({config.lr_schedule} schedule): {self._rate(done):.3g} at "
+            f"{name} {done + 1}."
+        )
+
+    def _rate(self, step: int) -> float:
+        """The learning rate of step 0, 1, …, without the reductions of the health checks."""
+        config = self._config
+        total = self._trainer.total_steps
+        return make_schedule(config.lr_schedule, config.rate, total, config.warmup)(step)
 
     def run(self) -> None:
         """Make all remaining steps.
@@ -212,6 +309,7 @@ class TrainingLoop:
                     self._save()
                 if pending:
                     raise Interrupted(pending[0])
+            self._act_on(self._health.finish())
 
     def kept_adapter(self) -> tuple[int, AdapterWeights]:
         """The step whose adapter the run keeps, and its weights.
@@ -250,7 +348,7 @@ class TrainingLoop:
     def _step(self, raise_if_interrupted: Callable[[], None], pending: list[int]) -> bool:
         """Make a step and report it. Returns whether the run has to stop."""
         trainer, progress = self._trainer, self.progress
-        rate = self._learning_rate(progress.step) * self._health.lr_scale
+        rate = self._rate(progress.step) * self._health.lr_scale
         try:
             result = trainer.step(progress, rate, raise_if_interrupted)
         except StepAbandoned:
@@ -320,12 +418,22 @@ class TrainingLoop:
             self._console.note(f"! {finding.text}")
         return self._guard and self._health.stop is not None
 
-    def _restore(self, found: State) -> None:
+    def _restore(self, found: State, fresh: Mapping[str, Any], changes: Changes) -> None:
+        """Restore a checkpoint, but what depends on changed inputs from `fresh`, a new state."""
+        extra = dict(found.extra)
+        if changes.held_out:
+            extra.update({name: fresh[name] for name in HELD_OUT_STATE if name in fresh})
+        if changes.rewards and "learner" in fresh:
+            measured = {k: v for k, v in fresh["learner"].items() if k in MEASURED_REWARDS}
+            extra["learner"] = {**extra.get("learner", {}), **measured}
         try:
-            self._trainer.restore(found.weights, found.extra)
-            if "health" in found.extra:
-                self._health.restore(found.extra["health"])
-            self.stopped = bool(found.extra.get("stopped", False))
+            self._trainer.restore(found.weights, extra, found.progress)
+            if "health" in extra:
+                self._health.restore(extra["health"])
+            self.stopped = bool(extra.get("stopped", False))
+            # More steps replace the decision of a callback to stop, but not that of the guard.
+            if changes.length and not (self._guard and self._health.stopped_run):
+                self.stopped = False
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise ModelError(
                 f"{self._run}: its last checkpoint is not one of this command"

@@ -156,6 +156,7 @@ class OfflineJob:
             self.policy.start,
             make_optimizer(self.policy.start, config.weight_decay),
             accumulation=accumulation,
+            updates=config.iters,
             max_grad_norm=config.max_grad_norm,
             skip_non_finite=config.on_non_finite == "skip",
             total_microbatches=microbatches,
@@ -236,6 +237,7 @@ class OfflineTrainer:
         weights: The weights to start from.
         optimizer: Initialised for them.
         accumulation: Microbatches per update.
+        updates: Updates of the whole run; None if it is as long as its microbatches.
         max_grad_norm: Gradients with a larger norm are scaled down to it.
         skip_non_finite: Skip updates whose loss or gradient is not finite.
         total_microbatches: Microbatches of the whole run; the last update may have fewer. 0 for
@@ -259,6 +261,7 @@ class OfflineTrainer:
         *,
         accumulation: int,
         max_grad_norm: float,
+        updates: int | None = None,
         skip_non_finite: bool = False,
         total_microbatches: int = 0,
         title: str = "",
@@ -266,7 +269,7 @@ class OfflineTrainer:
         report: Callable[[dict[str, float]], dict[str, float]] = dict,
     ) -> None:
         self.title, self.total_steps = title, -(-total_microbatches // accumulation)
-        self._total_microbatches = total_microbatches
+        self._total_microbatches, self._updates = total_microbatches, updates
         self.weights: dict[str, AdapterWeights] = {"policy": weights}
         self.optimizers = {"policy": optimizer}
         self.memory = MemoryLimit()
@@ -373,13 +376,25 @@ class OfflineTrainer:
         best = None if self.evaluation is None else self.evaluation.best
         return {"window": self._window.state(), "best": best}
 
-    def restore(self, weights: Mapping[str, AdapterWeights], state: Mapping[str, Any]) -> None:
-        """Continue from a checkpoint."""
+    def restore(
+        self, weights: Mapping[str, AdapterWeights], state: Mapping[str, Any], progress: Progress
+    ) -> None:
+        """Continue from a checkpoint.
+
+        The last update of an epoch may have been smaller, so the number of updates of a run that is
+        made longer follows from its progress.
+        """
         self.weights = dict(weights)
         self._window = MetricsWindow.restored(state["window"])
         if self.evaluation is not None:
             self.evaluation.restore_best(state["best"])
         self._model.hold(self.weights["policy"])
+        if self._updates is not None:
+            left = max(0, self._updates - progress.step) * self._accumulation
+            self._total_microbatches = progress.microbatches + left
+        else:
+            left = max(0, self._total_microbatches - progress.microbatches)
+        self.total_steps = progress.step + -(-left // self._accumulation)
 
     def rate(self) -> float | None:
         """Tokens per second; None if too few updates were timed."""

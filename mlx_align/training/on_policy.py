@@ -417,7 +417,7 @@ def load_collector(
                 score = SeparateRewardModel(open_reward_model(source))
                 where = "a second model in memory, with another base"
             console.note(f"{option} {source.name}: {where}.")
-        rewards.score_model = score
+        rewards.score_model, rewards.note = score, console.note
         return weights
 
     reward_weights = load_one(setup.rewards, "--reward-model")

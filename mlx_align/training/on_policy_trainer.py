@@ -173,7 +173,9 @@ class OnPolicyTrainer:
             "rows": self._rows,
         }
 
-    def restore(self, weights: Mapping[str, AdapterWeights], state: Mapping[str, Any]) -> None:
+    def restore(
+        self, weights: Mapping[str, AdapterWeights], state: Mapping[str, Any], progress: Progress
+    ) -> None:
         """Continue from a checkpoint."""
         self.algorithm.weights = dict(weights)
         self.algorithm.restore(state["learner"])

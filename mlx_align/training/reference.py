@@ -33,13 +33,11 @@ from mlx_align.models.weights import AdapterWeights
 from mlx_align.system.progress import Console
 from mlx_align.system.regular_files import read_json
 from mlx_align.system.user_folders import cache_folder
-from mlx_align.tracking.run_dir import package_versions, write_json
+from mlx_align.tracking.run_dir import REFERENCE_FILE, package_versions, write_json
 from mlx_align.types import Logps, TokenizedGroup
 
 # Part of every key; to be increased when the same inputs give other numbers.
 VERSION = 1
-# File in the run folder: the rows that were missing at the start, and a hash of all log-probs.
-REFERENCE_FILE = "reference.json"
 
 
 class References(NamedTuple):
@@ -317,12 +315,22 @@ def reference_logprobs(
     }
     try:
         known = _read(run)
+        before = known.get("microbatches", microbatches)
+        if before != microbatches:
+            # The run is to be longer or shorter, so other rows are used. Those that were used
+            # before have to be as they were.
+            used_before = set(used_groups(config, groups, shapes, before))
+            known.pop("missing", None)
+            if before > microbatches:
+                known.pop("checksum", None)
         missing_at_start = known.get("missing")
         if missing_at_start is None:
             missing_at_start = {
                 name: missing_groups(cache, part) for name, (part, _) in parts.items()
             }
-            write_json(run / REFERENCE_FILE, {"missing": missing_at_start})
+            if before == microbatches:
+                start = {"microbatches": microbatches, "missing": missing_at_start}
+                write_json(run / REFERENCE_FILE, start)
         found: dict[str, CompletionLogps] = {}
         for name, (part, part_shapes) in parts.items():
             missing = [i for i in missing_at_start.get(name, []) if i < len(part)]
@@ -335,12 +343,17 @@ def reference_logprobs(
     finally:
         cache.close()
     checksum = _checksum(found)
-    if known.get("checksum", checksum) != checksum:
+    again = checksum
+    if before != microbatches and "training data" in found:
+        pairs = zip(used, found["training data"], strict=True)
+        again = _checksum({**found, "training data": [n for i, n in pairs if i in used_before]})
+    if known.get("checksum", again) != again:
         console.note(
             "! The reference's log-probs were computed again and differ in their last digits from "
             "those at the start of the run; the result may differ too."
         )
-    write_json(run / REFERENCE_FILE, {"missing": missing_at_start, "checksum": checksum})
+    state = {"microbatches": microbatches, "missing": missing_at_start, "checksum": checksum}
+    write_json(run / REFERENCE_FILE, state)
     valid = found.get("held-out data", [])
     if not used:
         return References(None, valid)
@@ -383,7 +396,8 @@ def _read(run: Path) -> dict[str, Any]:
         lists = [list(positions) for positions in known["missing"].values()]
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return {}
-    valid = all(type(i) is int and i >= 0 for positions in lists for i in positions)
+    numbers = [i for positions in lists for i in positions] + [known.get("microbatches", 0)]
+    valid = all(type(i) is int and i >= 0 for i in numbers)
     return dict(known) if valid else {}
 
 

@@ -17,7 +17,6 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from mlx_align.algorithms.base import Algorithm, OnPolicyMethod
-from mlx_align.algorithms.update import make_schedule
 from mlx_align.config import (
     DPOConfig,
     GRPOConfig,
@@ -37,11 +36,18 @@ from mlx_align.planning.duration import rate_key, save_rate
 from mlx_align.planning.machine import this_machine
 from mlx_align.system.intervals import metric_interval
 from mlx_align.system.progress import Console
-from mlx_align.tracking.diagnostics import HealthMonitor, answer_metrics, mean_completion_tokens
+from mlx_align.tracking.diagnostics import (
+    HealthMonitor,
+    answer_metrics,
+    diagnose,
+    mean_completion_tokens,
+)
 from mlx_align.tracking.run_dir import (
+    REFERENCE_FILE,
     SUMMARY_FILE,
     package_versions,
     read_eval_metrics,
+    read_resumes,
     read_run_record,
     read_training_metrics,
     write_json,
@@ -49,7 +55,7 @@ from mlx_align.tracking.run_dir import (
 from mlx_align.tracking.verdict import verdict
 from mlx_align.training.callbacks import Callback, Callbacks, RunPage, Trackers, check_trackers
 from mlx_align.training.evaluation import answers, prompt_texts
-from mlx_align.training.loop import TrainingLoop
+from mlx_align.training.loop import Changes, TrainingLoop
 from mlx_align.training.resume import open_run_folder
 from mlx_align.training.setup import Setup
 
@@ -129,6 +135,7 @@ def train(
     console: Console,
     *,
     resume: bool = False,
+    accept: Sequence[str] = (),
     data: Data | None = None,
     rewards: Sequence[RewardSource] = (),
     eval_rewards: Sequence[RewardSource] = (),
@@ -144,6 +151,7 @@ def train(
         run: The run folder; created once options and data are checked.
         console: Shows messages and progress.
         resume: Continue from the folder's last checkpoint.
+        accept: "rewards", "data" or both: what may have changed since the run began.
         data: The data, if it is not `config.data`.
         rewards: Reward functions in addition to `config.reward`, for ppo and grpo.
         eval_rewards: Reward functions in addition to `config.eval_reward`.
@@ -176,19 +184,27 @@ def train(
         config = setup.config
         for line in setup.lines:
             console.note(line)
-        stack.enter_context(
-            open_run_folder(run, config, setup.made_of, console.note, resume=resume)
+        resumption = stack.enter_context(
+            open_run_folder(run, config, setup.made_of, console.note, resume=resume, accept=accept)
         )
+        if resumption is not None and resumption.inputs:
+            (run / REFERENCE_FILE).unlink(missing_ok=True)
         health = HealthMonitor(algorithm.command, mean_completion_tokens(setup.facts))
         page = RunPage(run, algorithm.command, setup.facts, setup.eval_examples, health, console)
         everyone = Callbacks([Trackers(config, run, console), page, *callbacks])
         job = setup.load(run, console)
         trainer, policy = job.trainer, job.policy
-        schedule = make_schedule(
-            config.lr_schedule, config.rate, trainer.total_steps, config.warmup
-        )
-        loop = TrainingLoop(trainer, policy, config, schedule, run, console, everyone, health)
-        loop.begin(resume=resume)
+        loop = TrainingLoop(trainer, policy, config, run, console, everyone, health)
+        if resumption is None:
+            loop.begin(resume=False)
+        else:
+            changes = Changes(
+                length=resumption.length_changed,
+                held_out=resumption.held_out_changed,
+                rewards=resumption.rewards_changed,
+            )
+            loop.begin(resume=True, changes=changes)
+            resumption.record(loop.progress.step, trainer.total_steps)
         prompts = job.prompts
         before = answers(policy, policy.start, prompts, config)
         loop.run()
@@ -234,14 +250,15 @@ def train(
         "data_facts": setup.facts,
         "talk": job.next_command,
         "versions": package_versions(),
+        "resumes": read_resumes(run),
         "seed": config.seed,
     }
     # The summary is passed, because read_run_record ignores it until status.json says "finished".
     for finding in health.observe_summary(summary):
         console.note(f"! {finding.text}")
     record = replace(read_run_record(run), summary=summary, samples=samples)
-    found = verdict(record)
-    summary["verdict"] = found.to_json()
+    summary["findings"] = [finding.to_json(record.step) for finding in diagnose(record)]
+    summary["verdict"] = verdict(record).to_json()
     write_json(run / SUMMARY_FILE, summary)
     everyone.on_run_end(summary)
     return {**summary, "samples": samples}
