@@ -469,6 +469,7 @@ class _Planner:
         from mlx_align.algorithms.base import Algorithm
         from mlx_align.planning.duration import expected_duration
         from mlx_align.planning.plan import make_plan
+        from mlx_align.training.defaults import resolve_offline
         from mlx_align.training.run import make_algorithm
         from mlx_align.training.setup import prepare_data, resolve_layout
 
@@ -480,6 +481,8 @@ class _Planner:
         if config.data is not None or data is not None:
             dataset = prepare_data(config, self.folder, algorithm.read, data)
             groups = algorithm.arrange(dataset.train)
+            valid = len(dataset.valid)
+            config, _ = resolve_offline(config, layout, groups, valid, dataset.valid_fraction)
         made = make_plan(config, layout, self.folder, groups, self.machine)
         if not groups or not self.machine.here:
             return PlanOutcome(made, None)
@@ -501,8 +504,10 @@ class _Planner:
             read_rollout_rate,
         )
         from mlx_align.planning.plan import make_on_policy_plan
+        from mlx_align.training.defaults import resolve_on_policy
         from mlx_align.training.on_policy import (
             find_reward_models,
+            limit_held_out,
             read_prompt_splits,
             reward_model_memory,
         )
@@ -519,7 +524,9 @@ class _Planner:
         layout = resolve_layout(config)
         prompts = None
         if config.data is not None or self.objects.data is not None:
-            train, held_out, *_ = read_prompt_splits(config, folder, self.objects.data)
+            train, held_out, *_, fraction = read_prompt_splits(config, folder, self.objects.data)
+            config, _ = resolve_on_policy(config, layout, len(train), len(held_out), fraction)
+            held_out = limit_held_out(held_out, config)
             prompts = [one.tokens for one in train], [one.tokens for one in held_out]
         models = find_reward_models(config, folder)
         rewards = reward_model_memory(models.values(), folder, layout)

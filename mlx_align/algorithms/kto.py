@@ -367,7 +367,7 @@ def check_rows(data: TokenizedDataset, config: KTOConfig, loss: KtoLoss) -> list
     if not loss.loss.needs_kl:
         return lines
     per_batch = groups_per_batch(add_mismatched(data.train, config.seed), batch_limit(config))
-    rows = round(per_batch * config.grad_accumulation_steps)
+    rows = round(per_batch * config.accumulation)
     if rows < MIN_ROWS_PER_UPDATE:
         lines.append(
             f"! an update has {rows} row{'s' * (rows > 1)}: a noisy KL estimate; raise "

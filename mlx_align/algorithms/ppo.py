@@ -295,7 +295,7 @@ class PPO:
             self.weights["critic"],
             split_microbatches(batch.completions, selected, shapes, targets.collate),
             targets.denominators(selected),
-            config.critic_learning_rate * rate / config.learning_rate,
+            config.critic_learning_rate * rate / config.rate,
         )
         self.weights["critic"] = critic.weights
         if not with_policy:
@@ -550,7 +550,7 @@ class Demonstrations:
 
     def next_microbatches(self) -> tuple[list[CollatedMicrobatch], mx.array]:
         """The next `grad_accumulation_steps` microbatches, and the scale of their log-losses."""
-        count = self._config.grad_accumulation_steps
+        count = self._config.accumulation
         stream: Iterator[Microbatch] = microbatch_stream(
             self._groups, self._shapes, seed=self._config.seed, start=self.microbatches_taken
         )

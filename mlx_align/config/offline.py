@@ -96,10 +96,11 @@ class TrainConfig(Options):
         "Train on labels by a judge that is the model to train, or was trained from it.",
         MODEL,
     )
-    valid_fraction: float = option(
-        0.05,
+    valid_fraction: float | None = option(
+        None,
         "Fraction to hold out if there is no valid split.",
         MODEL,
+        default_text="0.05, more of few rows",
         at_least=0,
         below=1,
         aliases=("val_set_size",),
@@ -147,7 +148,7 @@ class TrainConfig(Options):
         None,
         "Number of optimizer updates.",
         OPTIMISATION,
-        default_text="one epoch",
+        default_text="chosen from the data",
         at_least=1,
         aliases=("max_steps",),
     )
@@ -155,12 +156,12 @@ class TrainConfig(Options):
         None,
         "Passes over the data, instead of --iters.",
         OPTIMISATION,
-        default_text="1",
+        default_text="1, more of few rows",
         above=0,
         below=1e6,
         aliases=("num_epochs", "num_train_epochs"),
     )
-    # One pair at a time fits 16 GB; accumulating 8 reduces the gradient's noise. None, to
+    # One pair at a time fits 16 GB; accumulating reduces the gradient's noise. None, to
     # distinguish the default from a 1 that was given together with --batch-tokens.
     batch_size: int | None = option(
         None,
@@ -176,18 +177,19 @@ class TrainConfig(Options):
         OPTIMISATION,
         at_least=1,
     )
-    grad_accumulation_steps: int = option(
-        8,
+    grad_accumulation_steps: int | None = option(
+        None,
         "Microbatches per update; exact, as if one batch.",
         OPTIMISATION,
+        default_text="4 to 16 rows",
         at_least=1,
         aliases=("gradient_accumulation_steps",),
     )
-    # 10 x TRL's rate for full fine-tuning, as TRL advises for LoRA.
-    learning_rate: float = option(
-        1e-5,
+    learning_rate: float | None = option(
+        None,
         "Peak learning rate of AdamW.",
         OPTIMISATION,
+        default_text="1e-4 and less",
         above=0,
         aliases=("lr",),
     )
@@ -223,15 +225,20 @@ class TrainConfig(Options):
         change_on_resume=True,
         aliases=("logging_steps",),
     )
-    steps_per_eval: int = option(
-        100,
+    steps_per_eval: int | None = option(
+        None,
         "Updates between evaluations; 0: only the final one.",
         EVALUATION,
+        default_text="8 evaluations",
         at_least=0,
         aliases=("eval_steps",),
     )
-    val_batches: int = option(
-        25, "Microbatches per evaluation; -1 for all.", EVALUATION, at_least=-1
+    val_batches: int | None = option(
+        None,
+        "Microbatches per evaluation; -1 for all.",
+        EVALUATION,
+        default_text="all, if they cost under a tenth of the run",
+        at_least=-1,
     )
     save_every: int = option(
         100,
@@ -286,6 +293,17 @@ class TrainConfig(Options):
         ADVANCED,
         change_on_resume=True,
     )
+
+    @property
+    def accumulation(self) -> int:
+        """Microbatches per update; 8 if it was neither given nor chosen yet."""
+        return self.grad_accumulation_steps or 8
+
+    @property
+    def rate(self) -> float:
+        """The peak learning rate, once it was given or chosen."""
+        assert self.learning_rate is not None
+        return self.learning_rate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -438,7 +456,7 @@ class SFTConfig(TrainConfig):
     """Options of `mlx-align sft`."""
 
     # 10 x TRL's rate for full fine-tuning, as TRL advises for LoRA.
-    learning_rate: float = override(TrainConfig, "learning_rate", 2e-4)
+    learning_rate: float | None = override(TrainConfig, "learning_rate", default_text="2e-4")
     loss: Literal["nll", "dft"] = option(
         "nll", "Token loss: nll, or dft, which weights unlikely tokens less.", LOSS
     )
@@ -454,7 +472,7 @@ class RewardConfig(LabelOptions, TrainConfig):
     """Options of `mlx-align reward`."""
 
     # TRL's default: a reward model starts from a random head, and learns only a scalar.
-    learning_rate: float = override(TrainConfig, "learning_rate", 1e-4)
+    learning_rate: float | None = override(TrainConfig, "learning_rate", default_text="1e-4")
     members: int = option(
         1,
         "Heads of an ensemble, each trained without another fold of the data.",

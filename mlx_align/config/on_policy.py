@@ -129,10 +129,11 @@ class OnPolicyConfig(TrainConfig):
     steps_per_report: int = override(
         TrainConfig, "steps_per_report", 1, help="Rollout batches between reports."
     )
-    steps_per_eval: int = override(
+    steps_per_eval: int | None = override(
         TrainConfig,
         "steps_per_eval",
         10,
+        default_text=None,
         help="Rollout batches between evaluations; 0: only the final one.",
     )
     save_every: int = override(
@@ -141,7 +142,19 @@ class OnPolicyConfig(TrainConfig):
         10,
         help="Rollout batches between checkpoints; 0: only the final one.",
     )
-    iters: int | None = override(TrainConfig, "iters", help="Number of rollout batches.")
+    iters: int | None = override(
+        TrainConfig,
+        "iters",
+        help="Number of rollout batches.",
+        default_text="one pass, at least 60 of few prompts",
+    )
+    epochs: float | None = override(TrainConfig, "epochs", default_text="as --iters")
+    grad_accumulation_steps: int | None = override(
+        TrainConfig, "grad_accumulation_steps", default_text="8 prompts"
+    )
+    learning_rate: float | None = override(
+        TrainConfig, "learning_rate", default_text="5e-5 and less"
+    )
     warmup: float = override(
         TrainConfig,
         "warmup",
@@ -171,7 +184,12 @@ class PPOConfig(OnPolicyConfig):
 
     group_size: int = override(OnPolicyConfig, "group_size", 4)
     # 16 prompts x 4 = 64 episodes a rollout batch.
-    grad_accumulation_steps: int = override(TrainConfig, "grad_accumulation_steps", 16)
+    grad_accumulation_steps: int | None = override(
+        TrainConfig, "grad_accumulation_steps", default_text="16 prompts"
+    )
+    learning_rate: float | None = override(
+        TrainConfig, "learning_rate", default_text="3e-5 and less"
+    )
     update_epochs: int = override(OnPolicyConfig, "update_epochs", 2)
     kl_coef: float = override(
         OnPolicyConfig, "kl_coef", 0.05, help="Initial weight of the per-token KL penalty."
@@ -248,6 +266,11 @@ class PPOConfig(OnPolicyConfig):
         group=LOSS,
         python_type="str | Path",
     )
+
+    @property
+    def accumulation(self) -> int:
+        """Microbatches per update; 16 if it was neither given nor chosen yet."""
+        return self.grad_accumulation_steps or 16
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -37,11 +37,13 @@ class TokenizedDataset(NamedTuple):
         train: Groups to train on.
         valid: Held-out groups.
         statistics: Statistics of the training split.
+        valid_fraction: The fraction that was held out; None if the data has a valid split.
     """
 
     train: list[TokenizedGroup]
     valid: list[TokenizedGroup]
     statistics: DatasetStatistics
+    valid_fraction: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

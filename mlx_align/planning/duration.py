@@ -64,7 +64,7 @@ def expected_duration(
     per_epoch = sum(len(g.prompt) + sum(map(len, g.completions[:trained])) for g in groups)
     reference_tokens = sum(len(g.prompt) + sum(map(len, g.completions)) for g in groups)
     if config.iters is not None:
-        per_update = config.grad_accumulation_steps * groups_per_batch(groups, limit)
+        per_update = config.accumulation * groups_per_batch(groups, limit)
         seen = config.iters * per_update / len(groups)
     else:
         seen = config.epochs or 1.0
@@ -121,7 +121,7 @@ def rollout_batches(config: OnPolicyConfig, prompts: int) -> int:
 def prompts_per_batch(config: OnPolicyConfig) -> int:
     """Number of prompts in a rollout batch."""
     size = config.batch_size or DEFAULT_BATCH_SIZE
-    return size * config.grad_accumulation_steps * config.minibatches
+    return size * config.accumulation * config.minibatches
 
 
 def expected_rollout_duration(
@@ -181,7 +181,7 @@ def rate_key(
         facts += [
             config.group_size,
             config.max_completion_length,
-            config.grad_accumulation_steps * config.minibatches,
+            config.accumulation * config.minibatches,
             config.update_epochs,
             config.reward,
             config.reward_model,

@@ -183,7 +183,7 @@ def make_on_policy_plan(
         limit=BatchLimit(size),
         rows=_completions_per_update(config),
         sampling=Sampling(
-            prompts=size * config.grad_accumulation_steps * config.minibatches,
+            prompts=size * config.accumulation * config.minibatches,
             held_out=len(held_out),
             group_size=config.group_size,
             prompt=max(len(group.prompt) for group in every_prompt),
@@ -268,7 +268,7 @@ def _workload(
     computed = resolve_adapter_dtype(config.adapter_dtype, dtypes)
     return Workload(
         shapes=(),
-        accumulation=config.grad_accumulation_steps,
+        accumulation=config.accumulation,
         fine_tune_type=layout.fine_tune_type,
         rank=layout.rank,
         num_layers=layout.num_layers,

@@ -165,7 +165,7 @@ class RolloutCollector:
         """Prompts per rollout batch."""
         config = self.config
         size = config.batch_size or DEFAULT_BATCH_SIZE
-        return size * config.grad_accumulation_steps * config.minibatches
+        return size * config.accumulation * config.minibatches
 
     def collect(
         self,

@@ -40,7 +40,7 @@ def measure_rate(
         lambda start: microbatch_stream(groups, shapes, seed=config.seed, start=start),
         policy.start,
         make_optimizer(policy.start, config.weight_decay),
-        accumulation=min(config.grad_accumulation_steps, 4),
+        accumulation=min(config.accumulation, 4),
         max_grad_norm=1.0,
     )
     with trainer.memory:

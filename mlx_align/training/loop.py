@@ -202,7 +202,7 @@ class TrainingLoop:
                 bar.advance()
                 step, best = self.progress.step, False
                 last = stop or step == total
-                if last or _due(step, self._config.steps_per_eval):
+                if last or _due(step, self._config.steps_per_eval or 0):
                     best, stop_now = self._evaluate()
                     stop = stop or stop_now
                 if stop:

@@ -37,6 +37,7 @@ from mlx_align.planning.plan import check_fits
 from mlx_align.system.memory_limit import MemoryLimit
 from mlx_align.system.progress import Console
 from mlx_align.tracking.run_dir import write_samples
+from mlx_align.training.defaults import resolve_offline
 from mlx_align.training.evaluation import EvaluationResult, kl_from_reference
 from mlx_align.training.metrics import MetricsWindow, Progress, StepResult, Throughput
 from mlx_align.training.reference import References, reference_logprobs
@@ -57,14 +58,12 @@ class OfflineSetup(Setup):
 
     Attributes:
         algorithm: What trains.
-        config: The options.
         train: Groups to train on.
         valid: Held-out groups.
         held_out: The held-out groups of an evaluation.
     """
 
     algorithm: Algorithm
-    config: TrainConfig
     train: list[TokenizedGroup]
     valid: list[TokenizedGroup]
     held_out: list[TokenizedGroup]
@@ -75,15 +74,21 @@ class OfflineSetup(Setup):
 
 
 def prepare_offline(
-    algorithm: Algorithm, config: TrainConfig, folder: ModelFolder, data: Data | None = None
+    algorithm: Algorithm,
+    config: TrainConfig,
+    folder: ModelFolder,
+    data: Data | None = None,
+    *,
+    resume: bool = False,
 ) -> OfflineSetup:
     """Check options, read and tokenise the data, and check that the run fits the machine.
 
     Args:
         algorithm: Reads and checks the data.
-        config: The resolved options.
+        config: The options as given; defaults that depend on the data are chosen here.
         folder: The base model.
         data: The data, if it is not `config.data`.
+        resume: Whether the options are those of an earlier run, in which all was chosen.
 
     Raises:
         MlxAlignError: An option, the data or the memory doesn't fit.
@@ -93,6 +98,9 @@ def prepare_offline(
     remarks = algorithm.check(dataset)
     train, valid = algorithm.arrange(dataset.train), algorithm.arrange(dataset.valid)
     lines = ["\n".join([render_statistics(dataset.statistics), *remarks])]
+    if not resume:
+        config, chosen = resolve_offline(config, layout, train, len(valid), dataset.valid_fraction)
+        lines += chosen
     lines.append(check_fits(config, layout, folder, train))
     parts = {"training data": train, "held-out data": valid}
     held_out = held_out_groups(valid, config)
@@ -126,7 +134,7 @@ class OfflineJob:
         self._scorer = algorithm.make_scorer(self.policy.model)
         self._limit = batch_limit(config, packs=self.policy.model.packs and algorithm.packs)
         self._shapes = plan_shapes(setup.train, self._limit)
-        accumulation = config.grad_accumulation_steps
+        accumulation = config.accumulation
         microbatches = _total_microbatches(config, setup.train, self._shapes)
         references = References(None, [])
         if algorithm.has_reference:
@@ -211,7 +219,7 @@ def _total_microbatches(
 ) -> int:
     """Microbatches of the whole run: `iters` full updates, or every row once per epoch."""
     if config.iters is not None:
-        return config.iters * config.grad_accumulation_steps
+        return config.iters * config.accumulation
     per_epoch = len(epoch_order(groups, shapes, seed=config.seed))
     return max(1, round((config.epochs or 1.0) * per_epoch))
 
@@ -440,8 +448,9 @@ class Evaluation:
 
 def held_out_groups(valid: Sequence[TokenizedGroup], config: TrainConfig) -> list[TokenizedGroup]:
     """The held-out groups of an evaluation; the same ones every time."""
-    if config.val_batches == -1 or not valid:
+    if config.val_batches in (None, -1) or not valid:
         return list(valid)
+    assert config.val_batches is not None
     wanted = round(config.val_batches * groups_per_batch(valid, batch_limit(config)))
     order = np.random.default_rng(config.seed).permutation(len(valid))
     return [valid[i] for i in sorted(order[:wanted])]

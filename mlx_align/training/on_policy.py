@@ -21,6 +21,7 @@ from mlx_align.data.columns import configure_data
 from mlx_align.data.formats import read_prompts
 from mlx_align.data.provenance import Lineage
 from mlx_align.data.readers import Data, has_split
+from mlx_align.data.splits import default_valid_fraction
 from mlx_align.data.tokenization import PromptReport, tokenize_prompts
 from mlx_align.data.transforms import split_validation
 from mlx_align.errors import ConfigError
@@ -54,6 +55,7 @@ from mlx_align.rollout.sampler import Prompt
 from mlx_align.system.memory_limit import MemoryLimit
 from mlx_align.system.progress import Console
 from mlx_align.tracking.run_dir import SUMMARY_FILE, append_samples, read_run_record
+from mlx_align.training.defaults import resolve_on_policy
 from mlx_align.training.on_policy_trainer import OnPolicyTrainer, RolloutEvaluation
 from mlx_align.training.resume import fingerprints
 from mlx_align.training.setup import (
@@ -62,7 +64,7 @@ from mlx_align.training.setup import (
     describe_policy,
     resolve_layout,
 )
-from mlx_align.types import TokenizedGroup
+from mlx_align.types import PromptGroup, TokenizedGroup
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +73,7 @@ class OnPolicySetup(Setup):
 
     Attributes:
         method: Makes the algorithm.
-        config: The options.
+        config: The options, all resolved.
         train: Prompts to train on.
         valid: Held-out prompts.
         rewards: The rewards to train on, opened.
@@ -104,17 +106,20 @@ def prepare_on_policy(
     data: Data | None = None,
     rewards: Sequence[RewardSource] = (),
     eval_rewards: Sequence[RewardSource] = (),
+    *,
+    resume: bool = False,
 ) -> OnPolicySetup:
     """Check options, read and tokenise the prompts, import the rewards, and check the memory.
 
     Args:
         method: Makes the algorithm.
-        config: The resolved options.
+        config: The options as given; defaults that depend on the data are chosen here.
         folder: The base model.
         stack: Closes the rewards at the end of the run.
         data: The prompts, if they are not `config.data`.
         rewards: Reward functions in addition to `config.reward`.
         eval_rewards: Reward functions in addition to `config.eval_reward`.
+        resume: Whether the options are those of an earlier run, in which all was chosen.
 
     Raises:
         ConfigError: An option is missing, wrong, or without effect; a reward can't be imported, or
@@ -131,7 +136,11 @@ def prepare_on_policy(
     )
     eval_functions = (*(config.eval_reward or ()), *eval_rewards)
     held_out = reward_settings(eval_functions, config.eval_reward_model, 1.0, config.reward_timeout)
-    train, valid, report, title = read_prompt_splits(config, folder, data)
+    train, valid, report, title, fraction = read_prompt_splits(config, folder, data)
+    chosen: list[str] = []
+    if not resume:
+        config, chosen = resolve_on_policy(config, layout, len(train), len(valid), fraction)
+    valid = limit_held_out(valid, config)
     parts: dict[str, Sequence[TokenizedGroup]] = {
         "prompts": [prompt.tokens for prompt in train],
         "held-out prompts": [prompt.tokens for prompt in valid],
@@ -151,6 +160,7 @@ def prepare_on_policy(
             held_out, models.get("--eval-reward-model"), "held-out reward model", folder
         )
     lines, facts = _describe_prompts(report, title, train, valid)
+    lines += chosen
     made_of = fingerprints(method.command, config, folder.path, parts, hashes)
     judges = check_circular_run(config, made_of, recorded_judges(models.get("--reward-model")))
     facts |= judges
@@ -226,23 +236,26 @@ def check_on_policy_options(config: OnPolicyConfig) -> None:
 
 def read_prompt_splits(
     config: OnPolicyConfig, folder: ModelFolder, data: Data | None = None
-) -> tuple[list[Prompt], list[Prompt], PromptReport, str]:
+) -> tuple[list[Prompt], list[Prompt], PromptReport, str, float | None]:
     """Read training and held-out prompts.
 
     Returns:
-        Training prompts, held-out prompts, a report on the training prompts, and the description of
-        the data's format.
+        Training prompts, held-out prompts, a report on the training prompts, the description of
+        the data's format, and the fraction that was held out (None with a valid split).
     """
     named: Any = config.data if data is None else data
     assert named is not None
     named = configure_data(named, config)
     groups, reading = read_prompts(named, "train", config.format)
+    held_out: list[PromptGroup] = []
+    fraction = None
     if has_split(named, "valid"):
         held_out, _ = read_prompts(named, "valid", config.format)
-    elif config.valid_fraction > 0:
-        groups, held_out = split_validation(groups, config.valid_fraction, config.seed)
     else:
-        held_out = []
+        fraction = config.valid_fraction
+        fraction = default_valid_fraction(len(groups)) if fraction is None else fraction
+        if fraction > 0:
+            groups, held_out = split_validation(groups, fraction, config.seed)
     longest = config.max_prompt_length or config.max_seq_length - config.max_completion_length
     tokens, report = tokenize_prompts(groups, folder.tokenizer, longest, config.thinking)
     train = [Prompt(groups[i], one) for i, one in zip(report.indices, tokens, strict=True)]
@@ -257,11 +270,19 @@ def read_prompt_splits(
         source="the longest prompt with --max-completion-length",
     )
     report = replace(report, notes=(*report.notes, *remarks))
+    return train, valid, report, reading.title, fraction
+
+
+def limit_held_out(valid: list[Prompt], config: OnPolicyConfig) -> list[Prompt]:
+    """The held-out prompts of an evaluation; the same ones every time."""
+    if config.val_batches in (None, -1):
+        return valid
+    assert config.val_batches is not None
     wanted = config.val_batches * (config.batch_size or DEFAULT_BATCH_SIZE)
-    if config.val_batches >= 0 and wanted < len(valid):
-        order = np.random.default_rng(config.seed).permutation(len(valid))
-        valid = [valid[i] for i in sorted(order[:wanted])]
-    return train, valid, report, reading.title
+    if wanted >= len(valid):
+        return valid
+    order = np.random.default_rng(config.seed).permutation(len(valid))
+    return [valid[i] for i in sorted(order[:wanted])]
 
 
 def _describe_prompts(

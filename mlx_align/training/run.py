@@ -166,11 +166,14 @@ def train(
             from mlx_align.training.on_policy import prepare_on_policy
 
             assert isinstance(config, OnPolicyConfig)
-            setup = prepare_on_policy(algorithm, config, folder, stack, data, rewards, eval_rewards)
+            setup = prepare_on_policy(
+                algorithm, config, folder, stack, data, rewards, eval_rewards, resume=resume
+            )
         else:
             from mlx_align.training.offline import prepare_offline
 
-            setup = prepare_offline(algorithm, config, folder, data)
+            setup = prepare_offline(algorithm, config, folder, data, resume=resume)
+        config = setup.config
         for line in setup.lines:
             console.note(line)
         stack.enter_context(
@@ -182,7 +185,7 @@ def train(
         job = setup.load(run, console)
         trainer, policy = job.trainer, job.policy
         schedule = make_schedule(
-            config.lr_schedule, config.learning_rate, trainer.total_steps, config.warmup
+            config.lr_schedule, config.rate, trainer.total_steps, config.warmup
         )
         loop = TrainingLoop(trainer, policy, config, schedule, run, console, everyone, health)
         loop.begin(resume=resume)

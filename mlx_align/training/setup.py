@@ -37,6 +37,7 @@ class Setup(ABC):
     """A run before its weights are loaded.
 
     Attributes:
+        config: The options, all resolved.
         layout: The layout to train.
         folder: The base model.
         eval_examples: Number of held-out examples in an evaluation.
@@ -45,6 +46,7 @@ class Setup(ABC):
         made_of: Fingerprints of the run.
     """
 
+    config: TrainConfig
     layout: AdapterLayout
     folder: ModelFolder
     eval_examples: int
@@ -136,7 +138,7 @@ def prepare_data(
     Raises:
         DataError: The data can't be used; the message names file and line.
     """
-    groups, held_out, reading = read_splits(config, read, data)
+    groups, held_out, reading, fraction = read_splits(config, read, data)
     tokenize = partial(
         tokenize_groups,
         tokenizer=folder.tokenizer,
@@ -156,7 +158,8 @@ def prepare_data(
         valid=held_out,
         max_positions=folder.max_positions,
     )
-    return TokenizedDataset(train, valid, replace(facts, notes=(*facts.notes, *remarks)))
+    notes = (*facts.notes, *remarks)
+    return TokenizedDataset(train, valid, replace(facts, notes=notes), fraction)
 
 
 def resolve_layout(config: TrainConfig) -> AdapterLayout:

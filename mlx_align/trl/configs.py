@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from mlx_align.config import TRAINING_CONFIGS
-from mlx_align.config.schema import declared_options
 from mlx_align.trl.arguments import Arguments, arguments, fixed, ignored, used
 
 _LEAVE_OUT = "leave it out"
@@ -24,9 +22,8 @@ _RATE = "Peak learning rate. The default is one for LoRA, not TRL's."
 _WITH_VLLM = "Only has an effect with use_vllm."
 
 
-def _learning_rate(command: str) -> float:
-    rate: float = declared_options(TRAINING_CONFIGS[command])["learning_rate"].default
-    return rate
+# Peak learning rates for LoRA, ten times TRL's for full fine-tuning or about that.
+_RATES = {"dpo": 1e-5, "kto": 1e-5, "sft": 2e-4, "reward": 1e-4, "grpo": 1e-5}
 
 
 @arguments
@@ -240,7 +237,7 @@ class TrainingArguments(Arguments):
 class DPOConfig(TrainingArguments):
     """Arguments of `DPOTrainer`."""
 
-    learning_rate: float = used(_RATE, default=_learning_rate("dpo"))
+    learning_rate: float = used(_RATE, default=_RATES["dpo"])
     max_length: int | None = used("Longest row in tokens; longer ones are dropped.", default=1024)
     truncation_mode: str = fixed("rows longer than max_length are dropped", default="keep_start")
     padding_free: bool = ignored("Rows are packed where the model allows it.", default=False)
@@ -275,7 +272,7 @@ class DPOConfig(TrainingArguments):
 class KTOConfig(TrainingArguments):
     """Arguments of `KTOTrainer`."""
 
-    learning_rate: float = used(_RATE, default=_learning_rate("kto"))
+    learning_rate: float = used(_RATE, default=_RATES["kto"])
     train_sampling_strategy: str = ignored(
         "The order is random: mismatched completions are paired without it.", default="sequential"
     )
@@ -295,7 +292,7 @@ class KTOConfig(TrainingArguments):
 class SFTConfig(TrainingArguments):
     """Arguments of `SFTTrainer`."""
 
-    learning_rate: float = used(_RATE, default=_learning_rate("sft"))
+    learning_rate: float = used(_RATE, default=_RATES["sft"])
     max_length: int | None = used("Longest row in tokens; longer ones are dropped.", default=1024)
     truncation_mode: str = fixed("rows longer than max_length are dropped", default="keep_start")
     dataset_text_field: str = used("Name of the column with text.", default="text")
@@ -327,7 +324,7 @@ class SFTConfig(TrainingArguments):
 class RewardConfig(TrainingArguments):
     """Arguments of `RewardTrainer`."""
 
-    learning_rate: float = used(_RATE, default=_learning_rate("reward"))
+    learning_rate: float = used(_RATE, default=_RATES["reward"])
     max_length: int | None = used("Longest row in tokens; longer ones are dropped.", default=1024)
     center_rewards_coefficient: float | None = used(
         "Weight of (r_chosen + r_rejected)^2; None for 0.", default=None
@@ -406,7 +403,7 @@ class _RolloutArguments(TrainingArguments):
 class GRPOConfig(_RolloutArguments):
     """Arguments of `GRPOTrainer`."""
 
-    learning_rate: float = used(_RATE, default=_learning_rate("grpo"))
+    learning_rate: float = used(_RATE, default=_RATES["grpo"])
     beta: float = used("Weight of the KL penalty in the loss (k3, as in TRL).", default=0.0)
     epsilon: float = used("Clip ratios at 1 - epsilon.", default=0.2)
     epsilon_high: float | None = used(
@@ -459,7 +456,7 @@ class GRPOConfig(_RolloutArguments):
 class RLOOConfig(_RolloutArguments):
     """Arguments of `RLOOTrainer`."""
 
-    learning_rate: float = used(_RATE, default=_learning_rate("grpo"))
+    learning_rate: float = used(_RATE, default=_RATES["grpo"])
     num_generations: int = used("Completions per prompt.", default=2)
     beta: float = used("Weight of the KL penalty in the reward.", default=0.05)
     num_iterations: int = fixed("each rollout batch is used for one update", default=1)

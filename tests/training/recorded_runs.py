@@ -58,7 +58,7 @@ OPTIMIZERS = {
 OFFLINE = (
     "--model model --output runs/{name} --keep last --iters 3 --batch-size 2 "
     "--grad-accumulation-steps 2 --lora-rank 4 --learning-rate 1e-3 --warmup 0 "
-    "--max-seq-length 64 --steps-per-report 1 --samples 0"
+    "--max-seq-length 64 --steps-per-report 1 --samples 0 --val-batches 25 --steps-per-eval 100"
 )
 DPO = f"dpo --data pairs --reference-cache caches/{{name}} {OFFLINE}"
 KTO = f"kto --data labelled.jsonl --valid-fraction 0.25 --reference-cache caches/{{name}} {OFFLINE}"
@@ -67,13 +67,16 @@ REWARD = f"reward --data pairs {OFFLINE}"
 ON_POLICY = (
     "--model model --data pairs --output runs/{name} --iters 2 --batch-size 2 "
     "--grad-accumulation-steps 2 --group-size 4 --max-completion-length 8 --max-seq-length 64 "
-    "--lora-rank 4 --learning-rate 1e-3 --samples 0 --no-guard --keep last"
+    "--lora-rank 4 --learning-rate 1e-3 --samples 0 --no-guard --keep last "
+    "--val-batches 25"
 )
 # For folders of runs that are kept in the repository.
 FEW = "--lora-keys self_attn.q_proj,mlp.down_proj"
 LENGTH = "--reward length(target=4)"
 GRPO = f"grpo {ON_POLICY} {LENGTH}"
 PPO = f"ppo {ON_POLICY} --reward-rollouts 8 --critic-warmup 1"
+
+PLAN = "--model model --data pairs --machine '16 GB M2' --json --grad-accumulation-steps 8"
 
 PAIRWISE_LOSSES = {
     "sigmoid": "--label-smoothing 0.1",
@@ -198,7 +201,7 @@ CASES: dict[str, str] = {
     ),
     "sample": (
         "data sample --model model --adapter-path runs/dpo --data pairs --reward length(target=4) "
-        "-n 4 --keep 2 --max-tokens 8 --output {out}"
+        "-n 4 --keep 2 --threshold 0 --max-tokens 8 --output {out}"
     ),
     "sample-pairs": (
         "data sample --model model --adapter-path runs/dpo --data pairs "
@@ -210,20 +213,16 @@ CASES: dict[str, str] = {
     "reward-export": (
         "reward export --model model --adapter-path runs/reward --output runs/{name}"
     ),
-    "plan": "plan --model model --data pairs --machine '16 GB M2' --json",
+    "plan": f"plan {PLAN}",
     "plan-packed": (
-        "plan --model 4-bit --data pairs --batch-tokens 160 --no-grad-checkpoint "
-        "--machine '16 GB M2' --json"
+        f"plan {PLAN.replace('--model model', '--model 4-bit')} --batch-tokens 160 "
+        "--no-grad-checkpoint"
     ),
-    "plan-reward": "plan --command reward --model model --data pairs --machine '16 GB M2' --json",
+    "plan-reward": f"plan --command reward {PLAN}",
     "plan-ppo": (
-        "plan --command ppo --model model --data pairs --reward length(target=4) "
-        "--machine '16 GB M2' --json"
+        f"plan --command ppo {PLAN.replace('steps 8', 'steps 16')} --reward length(target=4)"
     ),
-    "plan-grpo": (
-        "plan --command grpo --model model --data pairs --reward length(target=4) "
-        "--machine '16 GB M2' --json"
-    ),
+    "plan-grpo": (f"plan --command grpo {PLAN} --reward length(target=4)"),
 }
 
 # ---------------------------------------------------------------- inputs

@@ -1,0 +1,273 @@
+"""Defaults that depend on the data: updates, batch, learning rate, held-out rows, evaluations.
+
+Options that were not given are chosen here, once the number of rows is known, and written to
+config.yaml. A resumed run reads them from there. Measurements: docs/verified/defaults.md.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, TypeVar
+
+from mlx_align.config import (
+    DEFAULT_BATCH_SIZE,
+    DPOConfig,
+    KTOConfig,
+    OnPolicyConfig,
+    PPOConfig,
+    RewardConfig,
+    SFTConfig,
+    TrainConfig,
+)
+from mlx_align.data.batching import groups_per_batch
+from mlx_align.data.buckets import batch_limit
+from mlx_align.errors import ConfigError
+from mlx_align.losses.registry import (
+    PAIRWISE_LOSSES,
+    combine,
+    parse_losses,
+    resolve_options,
+)
+from mlx_align.models.adapters import AdapterLayout
+from mlx_align.types import TokenizedGroup
+
+Config = TypeVar("Config", bound=TrainConfig)
+
+# Rows that a run visits at least, as long as that takes no more than the passes below.
+ROWS_VISITED = 500
+# Passes over few rows. A reward model overfits after few; demonstrations are learned by heart.
+MAX_PASSES = {"dpo": 8, "kto": 8, "sft": 5, "reward": 4}
+# Rows per update for fewer than this many rows of data.
+ROWS_PER_UPDATE = ((100, 4), (1000, 8), (math.inf, 16))
+# KTO estimates a KL from the rows of an update.
+MIN_KTO_ROWS = 8
+# Rollout batches of an on-policy run at least, and passes over few prompts at most.
+MIN_ROLLOUT_BATCHES, MAX_PROMPT_PASSES = 60, 20
+# Peak learning rates for LoRA. Preference and policy methods move further from the reference the
+# longer they train, so that their rate falls with the square root of the updates beyond
+# FULL_RATE_UPDATES. Losses without a reference have nothing that holds them.
+PREFERENCE_RATE, REFERENCE_FREE_RATE = 5e-5, 2e-5
+SFT_RATE, REWARD_RATE, GRPO_RATE, PPO_RATE = 2e-4, 1e-4, 5e-5, 3e-5
+FULL_RATE_UPDATES = 100
+# Full fine-tuning takes 1/10 to 1/20 of the rate of LoRA.
+FULL_FINE_TUNING = 1 / 20
+# Evaluations during a run, at least this many updates apart and at most 100.
+EVALUATIONS, MIN_UPDATES_BETWEEN = 8, 10
+MAX_UPDATES_BETWEEN = 100
+# All evaluations together may cost this share of a run, but this many rows are always evaluated.
+EVALUATION_SHARE, MIN_EVALUATED = 0.1, 100
+# A forward pass costs a third of a training step: its backward pass costs twice as much.
+FORWARD_SHARE = 1 / 3
+# With fewer held-out rows, not even all of them right tells a rate from 50% (Wilson, 95%).
+MIN_INFORMATIVE = 5
+
+
+def resolve_offline(
+    config: Config,
+    layout: AdapterLayout,
+    train: Sequence[TokenizedGroup],
+    valid: int,
+    fraction: float | None = None,
+) -> tuple[Config, list[str]]:
+    """The config with every default resolved, and lines that say what was chosen.
+
+    Args:
+        config: The options of dpo, kto, sft or reward, as given.
+        layout: What is trained.
+        train: The training rows.
+        valid: Number of held-out rows.
+        fraction: The fraction that was held out; None if the data has a valid split.
+    """
+    command = _command(config)
+    rows = len(train)
+    per_microbatch = groups_per_batch(train, batch_limit(config))
+    chosen: dict[str, Any] = {}
+    if config.valid_fraction is None:
+        chosen["valid_fraction"] = fraction
+    if config.grad_accumulation_steps is None:
+        wanted = next(count for below, count in ROWS_PER_UPDATE if rows < below)
+        wanted = max(wanted, MIN_KTO_ROWS) if command == "kto" else wanted
+        chosen["grad_accumulation_steps"] = max(1, round(wanted / per_microbatch))
+    accumulation = chosen.get("grad_accumulation_steps", config.accumulation)
+    per_update = per_microbatch * accumulation
+    if config.iters is None and config.epochs is None:
+        chosen["epochs"] = float(min(MAX_PASSES[command], max(1, math.ceil(ROWS_VISITED / rows))))
+    epochs: float = chosen.get("epochs", config.epochs or 1.0)
+    updates = config.iters or max(1, math.ceil(epochs * rows / per_update))
+    if config.learning_rate is None:
+        chosen["learning_rate"] = _offline_rate(config, layout, updates)
+    chosen |= _evaluation(config, valid, updates, updates * per_update, per_microbatch)
+    lines = []
+    if {"grad_accumulation_steps", "epochs", "learning_rate"} & chosen.keys():
+        passes = updates * per_update / rows
+        rate = chosen.get("learning_rate", config.learning_rate)
+        reason = (
+            f"so few rows take {passes:.2g} passes to change the model"
+            if "epochs" in chosen and epochs > 1
+            else "one pass is enough"
+            if "epochs" in chosen
+            else f"{passes:.2g} passes"
+        )
+        lines.append(
+            f"Defaults for {rows:,} rows: {updates:,} updates of {per_update:.3g} rows at learning "
+            f"rate {rate:.2g}; {reason}. (--epochs, --grad-accumulation-steps, --learning-rate)"
+        )
+    lines += _held_out_lines(config, chosen, valid)
+    return _complete(replace(config, **chosen), layout), lines
+
+
+def resolve_on_policy(
+    config: Config,
+    layout: AdapterLayout,
+    prompts: int,
+    valid: int,
+    fraction: float | None = None,
+) -> tuple[Config, list[str]]:
+    """The config of ppo or grpo with every default resolved, and lines that say what was chosen.
+
+    Args:
+        config: The options, as given.
+        layout: What is trained.
+        prompts: Number of training prompts.
+        valid: Number of held-out prompts.
+        fraction: The fraction that was held out; None if the data has a valid split.
+    """
+    assert isinstance(config, OnPolicyConfig)
+    chosen: dict[str, Any] = {}
+    if config.valid_fraction is None:
+        chosen["valid_fraction"] = fraction
+    size = (config.batch_size or DEFAULT_BATCH_SIZE) * config.minibatches
+    if config.grad_accumulation_steps is None:
+        chosen["grad_accumulation_steps"] = max(1, min(config.accumulation, prompts // size))
+    per_batch = size * chosen.get("grad_accumulation_steps", config.accumulation)
+    if config.iters is None and config.epochs is None:
+        one_pass = math.ceil(prompts / per_batch)
+        most = math.ceil(MAX_PROMPT_PASSES * prompts / per_batch)
+        chosen["iters"] = max(one_pass, min(MIN_ROLLOUT_BATCHES, most))
+    batches = chosen.get("iters", config.iters)
+    if batches is None:
+        assert config.epochs is not None
+        batches = max(1, math.ceil(round(config.epochs * prompts) / per_batch))
+    if config.learning_rate is None:
+        peak = PPO_RATE if isinstance(config, PPOConfig) else GRPO_RATE
+        chosen["learning_rate"] = _rate(peak, layout, batches)
+    # A rollout batch samples and trains on group_size completions of each prompt, an evaluation
+    # samples one.
+    trained = batches * per_batch * config.group_size
+    if config.val_batches is None:
+        evaluations = 2 + batches // config.steps_per_eval if config.steps_per_eval else 2
+        fitting = int(EVALUATION_SHARE * trained / evaluations)
+        limit = max(MIN_EVALUATED, fitting)
+        chosen["val_batches"] = -1 if valid <= limit else max(1, limit // max(1, size))
+    lines = []
+    if {"grad_accumulation_steps", "iters", "learning_rate"} & chosen.keys():
+        passes = batches * per_batch / prompts
+        rate = chosen.get("learning_rate", config.learning_rate)
+        lines.append(
+            f"Defaults for {prompts:,} prompts: {batches:,} rollout batches of {per_batch:,} "
+            f"prompts ({passes:.2g} passes) at learning rate {rate:.2g}. "
+            "(--iters, --grad-accumulation-steps, --learning-rate)"
+        )
+    lines += _held_out_lines(config, chosen, valid)
+    return _complete(replace(config, **chosen), layout), lines
+
+
+def _command(config: TrainConfig) -> str:
+    kinds = {DPOConfig: "dpo", KTOConfig: "kto", SFTConfig: "sft", RewardConfig: "reward"}
+    return next((name for kind, name in kinds.items() if isinstance(config, kind)), "dpo")
+
+
+def _offline_rate(config: TrainConfig, layout: AdapterLayout, updates: int) -> float:
+    if isinstance(config, SFTConfig):
+        return _rate(SFT_RATE, layout)
+    if isinstance(config, RewardConfig):
+        return _rate(REWARD_RATE, layout)
+    held = True
+    if isinstance(config, DPOConfig):
+        try:
+            names = [name for name, _ in parse_losses(config.loss)]
+        except ConfigError:  # a loss function that was passed from Python
+            names = []
+        held = not names or any(PAIRWISE_LOSSES[name].needs_reference for name in names)
+    return _rate(PREFERENCE_RATE if held else REFERENCE_FREE_RATE, layout, updates)
+
+
+def _rate(peak: float, layout: AdapterLayout, updates: int = 0) -> float:
+    """The learning rate, rounded to two digits."""
+    rate = peak * min(1.0, math.sqrt(FULL_RATE_UPDATES / max(updates, 1)))
+    if layout.fine_tune_type == "full":
+        rate *= FULL_FINE_TUNING
+    return float(f"{rate:.2g}")
+
+
+def _evaluation(
+    config: TrainConfig, valid: int, updates: int, visited: float, per_microbatch: float
+) -> dict[str, Any]:
+    """How often to evaluate, and how many microbatches, if that was not given."""
+    chosen: dict[str, Any] = {}
+    every = config.steps_per_eval
+    if every is None:
+        every = max(MIN_UPDATES_BETWEEN, math.ceil(updates / EVALUATIONS))
+        # As often as a tenth of the run pays for; at the start and at the end in any case.
+        affordable = EVALUATION_SHARE * visited / (FORWARD_SHARE * max(valid, 1))
+        if affordable < EVALUATIONS:
+            every = max(every, math.ceil(updates / max(1, int(affordable))))
+        every = chosen["steps_per_eval"] = min(every, MAX_UPDATES_BETWEEN)
+    if config.val_batches is None:
+        evaluations = 2 + (updates - 1) // every if every else 2
+        limit = max(MIN_EVALUATED, EVALUATION_SHARE * visited / (FORWARD_SHARE * evaluations))
+        fits = valid <= limit
+        chosen["val_batches"] = -1 if fits else max(1, math.ceil(limit / per_microbatch))
+    return chosen
+
+
+def _held_out_lines(config: TrainConfig, chosen: dict[str, Any], valid: int) -> list[str]:
+    lines = []
+    if chosen.get("val_batches", -1) != -1:
+        size = config.batch_size or DEFAULT_BATCH_SIZE
+        lines.append(
+            f"Evaluations use {chosen['val_batches'] * size:,} of {valid:,} held-out rows, because "
+            "all of them would cost more than a tenth of the run (--val-batches -1 for all)."
+        )
+    if 0 < valid < MIN_INFORMATIVE:
+        lines.append(
+            f"! {valid} held-out rows are too few to tell an improvement from chance "
+            f"({MIN_INFORMATIVE} at least)."
+        )
+    return lines
+
+
+def _complete(config: Config, layout: AdapterLayout) -> Config:
+    """The config with the defaults that don't depend on the data in it."""
+    found: dict[str, Any] = {"fine_tune_type": layout.fine_tune_type}
+    found["num_layers"] = layout.num_layers
+    if config.batch_size is None and config.batch_tokens is None:
+        found["batch_size"] = DEFAULT_BATCH_SIZE
+    if layout.fine_tune_type != "full":
+        found["lora_rank"] = layout.rank
+        alpha = layout.scale * layout.rank
+        # A resumed run computes the scale from it, and must get the same bits.
+        if alpha / layout.rank == layout.scale:
+            found["lora_alpha"] = alpha
+    for name, value in _loss_defaults(config).items():
+        if getattr(config, name) is None and name not in getattr(config, "loss_option", {}):
+            found[name] = value
+    return replace(config, **found)
+
+
+def _loss_defaults(config: TrainConfig) -> dict[str, float]:
+    """β and the weights of labels, if they are options of the config's loss."""
+    if isinstance(config, KTOConfig):
+        options = resolve_options(config.loss, config.loss_options())
+        names = ("beta", "desirable_weight", "undesirable_weight")
+        return {name: float(options[name]) for name in names if name in options}
+    if isinstance(config, DPOConfig):
+        try:
+            combined = combine(parse_losses(config.loss), config.loss_options())
+        except ConfigError:  # a loss function that was passed from Python
+            return {}
+        values = {one["beta"] for one in combined.options.values() if "beta" in one}
+        return {"beta": float(values.pop())} if len(values) == 1 else {}
+    return {}
