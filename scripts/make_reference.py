@@ -66,7 +66,7 @@ command line takes precedence over the YAML file, and that over the defaults.
 
 An option that is unknown, out of range, or without effect is an error. "Also" lists the names that
 mlx-lm, TRL and axolotl have for an option; they are accepted in all three places. On the command
-line, `--learning_rate` is `--learning-rate`.
+line, names with underscores are accepted too.
 
 <!-- Generated from the schema by scripts/make_reference.py; don't edit. -->
 """

@@ -115,7 +115,7 @@ class DPOOptions(TypedDict, total=False):
     max_seq_length: int
     max_completion_length: int | None
     allow_circular: bool
-    valid_fraction: float
+    valid_fraction: float | None
     ties: Literal["skip", "half"]
     strength: Literal["ignore", "margin", "soft-label"]
     votes: Literal["soft-label", "ignore"]
@@ -129,8 +129,8 @@ class DPOOptions(TypedDict, total=False):
     epochs: float | None
     batch_size: int | None
     batch_tokens: int | None
-    grad_accumulation_steps: int
-    learning_rate: float
+    grad_accumulation_steps: int | None
+    learning_rate: float | None
     lr_schedule: Literal["constant", "linear", "cosine"]
     warmup: float
     grad_checkpoint: bool
@@ -142,8 +142,8 @@ class DPOOptions(TypedDict, total=False):
     wpo: bool
     ld_alpha: float | None
     steps_per_report: int
-    steps_per_eval: int
-    val_batches: int
+    steps_per_eval: int | None
+    val_batches: int | None
     save_every: int
     keep: Literal["best", "last"]
     samples: int
@@ -204,7 +204,7 @@ class GRPOOptions(TypedDict, total=False):
     columns: Mapping[str, float | str]
     thinking: Literal["auto", "on", "off"]
     allow_circular: bool
-    valid_fraction: float
+    valid_fraction: float | None
     fine_tune_type: Literal["lora", "dora", "full"] | None
     lora_rank: int | None
     lora_alpha: float | None
@@ -230,8 +230,8 @@ class GRPOOptions(TypedDict, total=False):
     epochs: float | None
     batch_size: int | None
     batch_tokens: int | None
-    grad_accumulation_steps: int
-    learning_rate: float
+    grad_accumulation_steps: int | None
+    learning_rate: float | None
     lr_schedule: Literal["constant", "linear", "cosine"]
     warmup: float
     grad_checkpoint: bool
@@ -245,7 +245,7 @@ class GRPOOptions(TypedDict, total=False):
     entropy_coef: float
     steps_per_report: int
     steps_per_eval: int
-    val_batches: int
+    val_batches: int | None
     save_every: int
     keep: Literal["best", "last"]
     samples: int
@@ -345,7 +345,7 @@ class KTOOptions(TypedDict, total=False):
     max_seq_length: int
     max_completion_length: int | None
     allow_circular: bool
-    valid_fraction: float
+    valid_fraction: float | None
     fine_tune_type: Literal["lora", "dora", "full"] | None
     lora_rank: int | None
     lora_alpha: float | None
@@ -356,8 +356,8 @@ class KTOOptions(TypedDict, total=False):
     epochs: float | None
     batch_size: int | None
     batch_tokens: int | None
-    grad_accumulation_steps: int
-    learning_rate: float
+    grad_accumulation_steps: int | None
+    learning_rate: float | None
     lr_schedule: Literal["constant", "linear", "cosine"]
     warmup: float
     grad_checkpoint: bool
@@ -368,8 +368,8 @@ class KTOOptions(TypedDict, total=False):
     desirable_weight: float | None
     undesirable_weight: float | None
     steps_per_report: int
-    steps_per_eval: int
-    val_batches: int
+    steps_per_eval: int | None
+    val_batches: int | None
     save_every: int
     keep: Literal["best", "last"]
     samples: int
@@ -395,7 +395,7 @@ class PPOOptions(TypedDict, total=False):
     columns: Mapping[str, float | str]
     thinking: Literal["auto", "on", "off"]
     allow_circular: bool
-    valid_fraction: float
+    valid_fraction: float | None
     fine_tune_type: Literal["lora", "dora", "full"] | None
     lora_rank: int | None
     lora_alpha: float | None
@@ -421,8 +421,8 @@ class PPOOptions(TypedDict, total=False):
     epochs: float | None
     batch_size: int | None
     batch_tokens: int | None
-    grad_accumulation_steps: int
-    learning_rate: float
+    grad_accumulation_steps: int | None
+    learning_rate: float | None
     lr_schedule: Literal["constant", "linear", "cosine"]
     warmup: float
     grad_checkpoint: bool
@@ -442,7 +442,7 @@ class PPOOptions(TypedDict, total=False):
     value_coef: float
     steps_per_report: int
     steps_per_eval: int
-    val_batches: int
+    val_batches: int | None
     save_every: int
     keep: Literal["best", "last"]
     samples: int
@@ -512,7 +512,7 @@ class RewardOptions(TypedDict, total=False):
     max_seq_length: int
     max_completion_length: int | None
     allow_circular: bool
-    valid_fraction: float
+    valid_fraction: float | None
     ties: Literal["skip", "half"]
     strength: Literal["ignore", "margin", "soft-label"]
     votes: Literal["soft-label", "ignore"]
@@ -526,8 +526,8 @@ class RewardOptions(TypedDict, total=False):
     epochs: float | None
     batch_size: int | None
     batch_tokens: int | None
-    grad_accumulation_steps: int
-    learning_rate: float
+    grad_accumulation_steps: int | None
+    learning_rate: float | None
     lr_schedule: Literal["constant", "linear", "cosine"]
     warmup: float
     grad_checkpoint: bool
@@ -537,8 +537,8 @@ class RewardOptions(TypedDict, total=False):
     label_smoothing: float
     rating_margin: float
     steps_per_report: int
-    steps_per_eval: int
-    val_batches: int
+    steps_per_eval: int | None
+    val_batches: int | None
     save_every: int
     keep: Literal["best", "last"]
     samples: int
@@ -565,7 +565,7 @@ class SFTOptions(TypedDict, total=False):
     max_seq_length: int
     max_completion_length: int | None
     allow_circular: bool
-    valid_fraction: float
+    valid_fraction: float | None
     fine_tune_type: Literal["lora", "dora", "full"] | None
     lora_rank: int | None
     lora_alpha: float | None
@@ -576,8 +576,8 @@ class SFTOptions(TypedDict, total=False):
     epochs: float | None
     batch_size: int | None
     batch_tokens: int | None
-    grad_accumulation_steps: int
-    learning_rate: float
+    grad_accumulation_steps: int | None
+    learning_rate: float | None
     lr_schedule: Literal["constant", "linear", "cosine"]
     warmup: float
     grad_checkpoint: bool
@@ -585,8 +585,8 @@ class SFTOptions(TypedDict, total=False):
     loss: Literal["nll", "dft"]
     loss_on: Literal["completion", "assistant"]
     steps_per_report: int
-    steps_per_eval: int
-    val_batches: int
+    steps_per_eval: int | None
+    val_batches: int | None
     save_every: int
     keep: Literal["best", "last"]
     samples: int

@@ -53,7 +53,7 @@ SFT_RATE, REWARD_RATE, GRPO_RATE, PPO_RATE = 2e-4, 1e-4, 5e-5, 3e-5
 FULL_RATE_UPDATES = 100
 # Full fine-tuning takes 1/10 to 1/20 of the rate of LoRA.
 FULL_FINE_TUNING = 1 / 20
-# Evaluations during a run, at least this many updates apart and at most 100.
+# Evaluations during a run, and the smallest and largest number of updates between two of them.
 EVALUATIONS, MIN_UPDATES_BETWEEN = 8, 10
 MAX_UPDATES_BETWEEN = 100
 # All evaluations together may cost this share of a run, but this many rows are always evaluated.

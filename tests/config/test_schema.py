@@ -181,7 +181,8 @@ def test_a_signature_has_every_option():
     signature = signature_of(DPOConfig, extra=[extra], leave_out=["force"], returns="Run")
     names = set(declared_options(DPOConfig)) - {"force"} | {"callbacks"}
     assert set(signature.parameters) == names
-    assert "learning_rate: float = 1e-05" in str(signature)
+    assert "learning_rate: float | None = None" in str(signature)
+    assert "max_grad_norm: float = 1.0" in str(signature)
     assert "Literal['lora', 'dora', 'full'] | None = None" in str(signature)
     assert signature_of(ScoreConfig).parameters["model"].default is inspect.Parameter.empty
 

@@ -1,0 +1,145 @@
+"""Defaults that depend on the data: what is chosen, what the user gave, and what is written."""
+
+import math
+
+import numpy as np
+import pytest
+import yaml
+from helpers.data import write_rows
+from helpers.paths import TINY_MODEL
+from helpers.runs import metric_rows, mlx_align, summary_of
+
+from mlx_align.config import DPOConfig, GRPOConfig, KTOConfig, PPOConfig, RewardConfig, SFTConfig
+from mlx_align.data.splits import default_valid_fraction
+from mlx_align.models.adapters import AdapterLayout
+from mlx_align.system.intervals import wilson_interval
+from mlx_align.training.defaults import (
+    EVALUATION_SHARE,
+    FORWARD_SHARE,
+    MIN_EVALUATED,
+    MIN_INFORMATIVE,
+    resolve_offline,
+    resolve_on_policy,
+)
+from mlx_align.types import TokenizedGroup
+
+LORA = AdapterLayout()
+
+
+def rows(count):
+    ids = np.arange(4, dtype=np.int32)
+    return [TokenizedGroup(ids, (ids, ids), f"f:{i}") for i in range(count)]
+
+
+def offline(config, count, valid=50, layout=LORA):
+    found, lines = resolve_offline(config, layout, rows(count), valid)
+    updates = found.iters or math.ceil(found.epochs * count / found.accumulation)
+    return found, updates, lines
+
+
+@pytest.mark.parametrize("config", [DPOConfig(), KTOConfig(), SFTConfig(), RewardConfig()])
+@pytest.mark.parametrize("count", [24, 250, 2850, 60_000])
+def test_few_rows_get_enough_updates_and_many_one_pass(config, count):
+    found, updates, _ = offline(config, count)
+    assert updates >= 10
+    # 4 updates at 1e-5, the defaults of earlier versions on 30 pairs, changed no answer.
+    assert updates * found.rate > 10 * 4 * 1e-5
+    assert found.epochs == (1 if count >= 500 else found.epochs)
+    assert 1 <= found.epochs <= 8
+
+
+def test_the_rate_of_preference_losses_falls_with_the_updates():
+    rates = [offline(DPOConfig(), count)[0].rate for count in (30, 3_000, 30_000, 300_000)]
+    assert rates == sorted(rates, reverse=True)
+    assert rates[0] > 5 * rates[-1]
+    assert offline(DPOConfig(loss="simpo"), 30)[0].rate < rates[0]
+    assert offline(DPOConfig(loss="sigmoid=1,sft=0.2"), 30)[0].rate == rates[0]
+    assert offline(DPOConfig(), 30, layout=AdapterLayout("full"))[0].rate <= rates[0] / 10
+
+
+def test_given_options_are_kept_and_only_chosen_ones_are_explained():
+    given = {"epochs": 2.0, "grad_accumulation_steps": 3, "learning_rate": 1e-3}
+    found, _, lines = offline(DPOConfig(**given, steps_per_eval=7, val_batches=1), 250)
+    assert (found.epochs, found.accumulation, found.rate) == (2.0, 3, 1e-3)
+    assert (found.steps_per_eval, found.val_batches, found.iters) == (7, 1, None)
+    assert not any(line.startswith("Defaults") for line in lines)
+    found, _, lines = offline(DPOConfig(iters=5), 250)
+    assert (found.iters, found.epochs) == (5, None)
+    assert "5 updates of 8 rows at learning rate 5e-05" in lines[0]
+    # --batch-size counts towards the rows of an update.
+    assert offline(DPOConfig(batch_size=4), 250)[0].accumulation == 2
+
+
+def test_resolving_again_changes_nothing():
+    found, _, _ = offline(DPOConfig(beta=0.3), 30)
+    assert found.beta == 0.3
+    assert (found.batch_size, found.lora_rank, found.lora_alpha) == (1, 16, 32)
+    assert (found.num_layers, found.fine_tune_type) == (-1, "lora")
+    again, lines = resolve_offline(found, LORA, rows(30), 50)
+    assert again == found
+    assert lines == []
+    assert offline(DPOConfig(loss="ipo"), 30)[0].beta is not None
+    assert offline(DPOConfig(loss="sft"), 30)[0].beta is None
+    assert offline(DPOConfig(loss_option={"beta": "0.2"}), 30)[0].beta is None
+
+
+@pytest.mark.parametrize("count", [30, 300, 3_000, 60_000])
+@pytest.mark.parametrize("valid", [6, 50, 400, 20_000])
+def test_evaluations_use_all_held_out_rows_unless_they_cost_a_tenth(count, valid):
+    found, updates, lines = offline(DPOConfig(), count, valid)
+    evaluated = valid if found.val_batches == -1 else found.val_batches
+    evaluations = 2 + (updates - 1) // found.steps_per_eval
+    cost = evaluations * evaluated * FORWARD_SHARE
+    budget = EVALUATION_SHARE * updates * found.accumulation
+    assert evaluated <= MIN_EVALUATED or cost <= 1.05 * budget
+    if found.val_batches == -1:
+        return
+    assert any(f"of {valid:,} held-out rows" in line for line in lines)
+    assert evaluations * valid * FORWARD_SHARE > budget
+
+
+def test_thirty_pairs_hold_out_enough_to_say_something():
+    for count in (30, 100, 300, 1_000, 3_000, 100_000):
+        held_out = round(default_valid_fraction(count) * count)
+        assert held_out >= min(count // 5, 50)
+        assert held_out >= 0.05 * count - 1
+    assert wilson_interval(1.0, round(30 * default_valid_fraction(30))).low > 0.5
+    assert wilson_interval(1.0, MIN_INFORMATIVE).low > 0.5
+    assert wilson_interval(1.0, 3).low < 0.5
+    assert any("too few to tell" in line for line in offline(DPOConfig(), 10, valid=3)[2])
+
+
+@pytest.mark.parametrize(("config", "per_batch"), [(GRPOConfig(), 8), (PPOConfig(), 16)])
+def test_few_prompts_get_enough_rollout_batches_and_many_one_pass(config, per_batch):
+    few, lines = resolve_on_policy(config, LORA, 30, 6)
+    assert 30 <= few.iters <= 60
+    assert f"rollout batches of {per_batch}" in lines[0]
+    many, _ = resolve_on_policy(config, LORA, 30_000, 200)
+    assert many.iters == math.ceil(30_000 / per_batch)
+    assert many.rate < few.rate
+    tiny, _ = resolve_on_policy(config, LORA, 3, 1)
+    assert tiny.accumulation == 3
+
+
+def test_a_run_writes_every_choice_and_is_resumed_with_them(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write_rows(
+        "pairs.jsonl",
+        [{"prompt": f"Say yes {i}.", "chosen": " yes", "rejected": " no"} for i in range(10)],
+    )
+    options = ("--model", TINY_MODEL, "--data", "pairs.jsonl", "--samples", 0)
+    assert mlx_align("dpo", *options, "--output", "run", "--lora-keys", "self_attn.q_proj") == 0
+    assert "Defaults for 8 rows: 16 updates of 4 rows" in capsys.readouterr().out
+    written = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert written["epochs"] == 8
+    assert written["learning_rate"] == 5e-5
+    assert (written["beta"], written["lora_rank"], written["lora_alpha"]) == (0.1, 16, 32)
+    assert (written["batch_size"], written["grad_accumulation_steps"]) == (1, 4)
+    assert written["valid_fraction"] == 0.2
+    assert summary_of("run")["steps"] == 16
+    assert len(metric_rows("run", "eval/loss")) == 3
+    # The file gives the same run again, whatever is chosen for other data.
+    assert mlx_align("dpo", "-c", "run/config.yaml", "--output", "again") == 0
+    assert "Defaults" not in capsys.readouterr().out
+    again = yaml.safe_load((tmp_path / "again" / "config.yaml").read_text())
+    assert {**again, "output": "run"} == written
