@@ -53,7 +53,7 @@ SFT_RATE, REWARD_RATE, GRPO_RATE, PPO_RATE = 2e-4, 1e-4, 5e-5, 3e-5
 FULL_RATE_UPDATES = 100
 # Full fine-tuning takes 1/10 to 1/20 of the rate of LoRA.
 FULL_FINE_TUNING = 1 / 20
-# Evaluations during a run, and the smallest and largest number of updates between two of them.
+# Evaluations after the start, evenly spaced, and the bounds of the updates between two of them.
 EVALUATIONS, MIN_UPDATES_BETWEEN = 8, 10
 MAX_UPDATES_BETWEEN = 100
 # All evaluations together may cost this share of a run, but this many rows are always evaluated.
@@ -140,7 +140,7 @@ def resolve_on_policy(
         chosen["valid_fraction"] = fraction
     size = (config.batch_size or DEFAULT_BATCH_SIZE) * config.minibatches
     if config.grad_accumulation_steps is None:
-        chosen["grad_accumulation_steps"] = max(1, min(config.accumulation, prompts // size))
+        chosen["grad_accumulation_steps"] = max(1, min(config.accumulation, prompts) // size)
     per_batch = size * chosen.get("grad_accumulation_steps", config.accumulation)
     if config.iters is None and config.epochs is None:
         one_pass = math.ceil(prompts / per_batch)
@@ -209,11 +209,10 @@ def _evaluation(
     chosen: dict[str, Any] = {}
     every = config.steps_per_eval
     if every is None:
-        every = max(MIN_UPDATES_BETWEEN, math.ceil(updates / EVALUATIONS))
-        # As often as a tenth of the run pays for; at the start and at the end in any case.
+        count = min(EVALUATIONS, updates // MIN_UPDATES_BETWEEN)
+        # As often as a tenth of the run pays for, but once at the end in any case.
         affordable = EVALUATION_SHARE * visited / (FORWARD_SHARE * max(valid, 1))
-        if affordable < EVALUATIONS:
-            every = max(every, math.ceil(updates / max(1, int(affordable))))
+        every = math.ceil(updates / max(1, min(count, int(affordable))))
         every = chosen["steps_per_eval"] = min(every, MAX_UPDATES_BETWEEN)
     if config.val_batches is None:
         evaluations = 2 + (updates - 1) // every if every else 2
