@@ -671,7 +671,9 @@ def main() -> None:
     parser.add_argument("--examples", type=int, default=2000)
     parser.add_argument("--targets", default=",".join(TARGETS))
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--limit", type=int, default=LIMIT_SECONDS, help="seconds per example")
     options = parser.parse_args()
+    globals()["LIMIT_SECONDS"] = options.limit
     names = options.targets.split(",")
     shares = {name: TARGETS[name][0] for name in names}
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
