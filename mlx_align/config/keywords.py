@@ -53,6 +53,7 @@ class CheckDataOptions(TypedDict, total=False):
     ties: Literal["skip", "half"]
     strength: Literal["ignore", "margin", "soft-label"]
     votes: Literal["soft-label", "ignore"]
+    min_agreement: float | None
     max_seq_length: int
     max_completion_length: int | None
 
@@ -97,6 +98,7 @@ class ConvertDataOptions(TypedDict, total=False):
     ties: Literal["skip", "half"]
     strength: Literal["ignore", "margin", "soft-label"]
     votes: Literal["soft-label", "ignore"]
+    min_agreement: float | None
     split: str
     dedup: bool
     max_rows: int | None
@@ -119,6 +121,7 @@ class DPOOptions(TypedDict, total=False):
     ties: Literal["skip", "half"]
     strength: Literal["ignore", "margin", "soft-label"]
     votes: Literal["soft-label", "ignore"]
+    min_agreement: float | None
     fine_tune_type: Literal["lora", "dora", "full"] | None
     lora_rank: int | None
     lora_alpha: float | None
@@ -516,6 +519,7 @@ class RewardOptions(TypedDict, total=False):
     ties: Literal["skip", "half"]
     strength: Literal["ignore", "margin", "soft-label"]
     votes: Literal["soft-label", "ignore"]
+    min_agreement: float | None
     fine_tune_type: Literal["lora", "dora", "full"] | None
     lora_rank: int | None
     lora_alpha: float | None
