@@ -59,7 +59,7 @@ def check(json: bool, **options: Any) -> None:
 
     Looks for near duplicates, prompts that are in train and valid, conflicting labels, HTML and
     template tokens in the text, and outliers of language and length; says how often the longer and
-    the more formatted completion is chosen.
+    the more formatted completion is chosen. Of judgements by raters, shows how far they agree.
     """
     from mlx_align.algorithms.dpo import read_pairs
     from mlx_align.data.columns import configure_data
@@ -67,6 +67,8 @@ def check(json: bool, **options: Any) -> None:
     from mlx_align.data.readers import has_split
     from mlx_align.data.statistics import render_statistics
     from mlx_align.models.loading import open_model
+    from mlx_align.preferences.raters import render_agreement, report_agreement
+    from mlx_align.preferences.run_agreement import read_any_judgements
     from mlx_align.training.setup import prepare_data
 
     config = make_config(CheckDataConfig, given_options(options), None, "command line")
@@ -87,12 +89,16 @@ def check(json: bool, **options: Any) -> None:
     valid = read_pairs(source, "valid", config.format)[0] if held_out else []
     train = read_pairs(source, "train", config.format)[0]
     quality = check_quality(train, valid, folder.tokenizer)
+    judged = read_any_judgements(source)
+    raters = report_agreement(judged) if judged else None
     if json:
         found = {**dataclasses.asdict(facts), "quality": dataclasses.asdict(quality)}
+        found["raters"] = None if raters is None else dataclasses.asdict(raters)
         echo_json(found, indent=2)
         return
     click.echo(render_statistics(facts))
-    for line in render_quality(quality).splitlines():
+    lines = [] if raters is None else render_agreement(raters).splitlines()
+    for line in (*render_quality(quality).splitlines(), *lines):
         click.echo("\n".join(textwrap.wrap(line, _WIDTH, subsequent_indent="    ")))
 
 

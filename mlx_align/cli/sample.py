@@ -30,8 +30,8 @@ def sample(json: bool, **options: Any) -> None:
     """Sample N completions per prompt, score them, and write the best as rows for sft.
 
     Without --reward and --reward-model, all of them are written, a line per prompt, for `mlx-align
-    label` and `mlx-align judge`: at several --temperatures, or by --arms, which may have models,
-    adapters and system prompts of their own. After an interruption the same command continues.
+    label` and `mlx-align judge`: at several --temperatures, or by --arms, which name models,
+    adapters and system prompts. After an interruption the same command continues.
 
     Rows have prompt, completion, score and n, and the other fields of the prompt's row, in the
     order of the prompts. A prompt without a completion that scores (at least --threshold) gets no

@@ -35,6 +35,16 @@ class AdapterExportOptions(TypedDict, total=False):
     format: Literal["peft"]
 
 
+class AgreementOptions(TypedDict, total=False):
+    """Keyword arguments checked by `AgreementConfig`."""
+
+    input: Required[str | Sequence[str]]
+    output: str | Path | None
+    ties: Literal["skip", "half"]
+    min_agreement: float | None
+    seed: int
+
+
 class CacheOptions(TypedDict, total=False):
     """Keyword arguments checked by `CacheConfig`."""
 
@@ -387,6 +397,31 @@ class KTOOptions(TypedDict, total=False):
     reference_cache: str | Path | None
 
 
+class LabelOptions(TypedDict, total=False):
+    """Keyword arguments checked by `LabelConfig`."""
+
+    input: Required[str | Sequence[str]]
+    output: Required[str | Path]
+    format: str | None
+    columns: Mapping[str, float | str]
+    model: str | Path | None
+    rater: str | None
+    web: bool
+    port: int | None
+    open: bool
+    rubric: str | Path | None
+    by_criterion: bool
+    pairs_per_prompt: int
+    max_pairs: int | None
+    seed: int
+    adapter_path: str | PathLike[str] | None
+    arms: str | Path | None
+    temperatures: str | Sequence[str] | None
+    n: int | None
+    max_completion_length: int | None
+    thinking: Literal["auto", "on", "off"] | None
+
+
 class PPOOptions(TypedDict, total=False):
     """Keyword arguments checked by `PPOConfig`."""
 
@@ -625,6 +660,8 @@ class SampleOptions(TypedDict, total=False):
     pairs: bool
     max_completion_length: int
     temperature: float
+    temperatures: str | Sequence[str] | None
+    arms: str | Path | None
     seed: int
 
 

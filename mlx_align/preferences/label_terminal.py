@@ -21,7 +21,7 @@ from mlx_align.types import Text
 SIDE_BY_SIDE = 110
 HELP = """\
 1  the first is better      2  the second is better     =  both are equally good
-?  can't tell               s  skip, asked again at the end
+?  can't tell               s  skip; it comes again at the end
 c  verdict by criterion     n  note                     u  undo the last verdict
 q  quit; the same command continues later               h  this help"""
 

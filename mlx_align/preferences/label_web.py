@@ -243,7 +243,7 @@ class _Handler(BaseHTTPRequestHandler):
         page = _PAGE.read_text(encoding="utf-8").replace("NONCE", nonce)
         facts = {"rater": self.server_of.rater, "choices": CHOICES}
         # In a script element, only "<" could end it.
-        page = page.replace("FACTS", to_json(facts).replace("<", "\\u003c"))
+        page = page.replace("@FACTS@", to_json(facts).replace("<", "\\u003c"))
         policy = (
             f"default-src 'none'; script-src 'nonce-{nonce}'; style-src 'nonce-{nonce}'; "
             "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"

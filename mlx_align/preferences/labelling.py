@@ -27,7 +27,7 @@ CHOICES: Mapping[str, str] = {
     "2": "the second is better",
     "=": "both are equally good",
     "?": "can't tell",
-    "s": "skip, and ask again at the end",
+    "s": "skip; it comes again at the end",
 }
 # Keys that are verdicts on a criterion.
 CRITERION_CHOICES = ("1", "2", "=")
@@ -202,7 +202,7 @@ class LabelSession:
             return judgement
 
     def undo(self, rater: str) -> AnswerPair | None:
-        """Take the rater's last verdict back; its pair comes next. None if there is none."""
+        """Take the rater's last verdict back; its pair comes next. None without a verdict."""
         with self._lock:
             judged = [one for one in self._log.by(rater).values() if one.pair.id in self._by_id]
             if not judged:

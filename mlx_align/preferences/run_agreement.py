@@ -10,7 +10,7 @@ from mlx_align.data.columns import ConfiguredSource, LabelRules
 from mlx_align.data.convert import plain_row
 from mlx_align.data.formats import read_preferences
 from mlx_align.data.judgements import Judgement, is_judgement, read_judgement
-from mlx_align.data.readers import Row, read_rows
+from mlx_align.data.readers import DataSource, Row, read_rows
 from mlx_align.errors import DataError
 from mlx_align.system.atomic_io import open_atomic
 from mlx_align.system.json_text import to_json
@@ -51,6 +51,16 @@ def read_judgements(files: Sequence[str]) -> tuple[list[Row], list[Judgement]]:
                 "and rater, as mlx-align label writes them"
             )
     return rows, [read_judgement(row) for row in rows]
+
+
+def read_any_judgements(data: DataSource) -> list[Judgement]:
+    """The judgements in training data; none if it has another format.
+
+    Raises:
+        DataError: The data can't be read.
+    """
+    rows = data.rows("train")
+    return [read_judgement(row) for row in rows] if is_judgement(rows[0]) else []
 
 
 def join_files(

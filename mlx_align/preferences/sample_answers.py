@@ -215,7 +215,7 @@ class _ArmSampler:
 
 
 def with_system_prompt(prompt: Text, system: str | None) -> Text:
-    """The prompt with this system prompt instead of its own; None leaves it as it is."""
+    """The prompt with this system prompt and no other; None leaves it as it is."""
     if system is None:
         return prompt
     turns = (Message("user", prompt),) if isinstance(prompt, str) else prompt

@@ -279,6 +279,9 @@ def test_the_page_and_its_policy(browser):
     nonce = policy.split("'nonce-")[1].split("'")[0]
     assert page.count(f'nonce="{nonce}"') == 2
     assert "NONCE" not in page
+    facts = page.split("const PAGE = ")[1].split(";\n")[0]
+    assert list(json.loads(facts)["choices"]) == ["1", "2", "=", "?", "s"]
+    assert "@FACTS@" not in page
     assert browser.server.token not in page
     assert browser.server._server.server_address[0] == "127.0.0.1"
     again = browser.request("GET", f"/?token={browser.server.token}")[2]

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 from helpers.data import read_rows, write_rows
+from helpers.paths import STARTER
 
 from mlx_align.cli.main import run as run_command
 from mlx_align.data.agreement import cohen_kappa, fit_preferences, krippendorff_alpha
@@ -50,7 +51,7 @@ def planted(count=200, seed=0):
 def test_planted_raters_are_found_out():
     judgements = planted()
     report = report_agreement(judgements)
-    ana, ben, eve = report.raters
+    ana, _, eve = report.raters
     assert (report.pairs, report.several) == (200, 200)
     assert ana.reliability == pytest.approx(0.9, abs=0.05)
     assert eve.reliability == pytest.approx(0.5, abs=0.08)
@@ -146,3 +147,15 @@ def test_other_files_are_refused(tmp_path, capsys):
     file = write_rows(tmp_path / "pairs.jsonl", [{"prompt": "x", "chosen": "y", "rejected": "z"}])
     assert run_command(["data", "agreement", str(file)]) == 1
     assert "pairs.jsonl:1: not a judgement" in capsys.readouterr().err
+
+
+def test_data_check_shows_how_far_raters_agree(tmp_path, capsys):
+    rows = [one.to_dict() for one in planted(30)]
+    file = write_rows(tmp_path / "labels.jsonl", rows)
+    command = ["data", "check", "--model", str(STARTER / "model"), "--data", str(file)]
+    assert run_command(command) == 0
+    shown = capsys.readouterr().out
+    assert "30 pairs, 3 raters" in shown
+    assert "Krippendorff's alpha" in shown
+    assert run_command([*command, "--json"]) == 0
+    assert len(json.loads(capsys.readouterr().out)["raters"]["raters"]) == 3
