@@ -9,7 +9,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 
 # Names under which a distribution is imported, where they differ from its own.
-IMPORTED_AS = {"pyyaml": "yaml", "mlx-lm": "mlx_lm"}
+IMPORTED_AS = {"pyyaml": "yaml", "mlx-lm": "mlx_lm", "markdown-it-py": "markdown_it"}
 
 
 def imported() -> set[str]:

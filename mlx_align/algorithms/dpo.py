@@ -79,7 +79,7 @@ class DPO(Algorithm):
             known = ", ".join(name for name, loss in PAIRWISE_LOSSES.items() if loss.soft_labels)
             raise ConfigError(
                 f"--loss {self._config.loss}: ignores soft labels, which the data has; remove "
-                f"them, or choose one of {known}"
+                f"them (those made of votes: --votes ignore), or choose one of {known}"
             )
         if self._config.strength == "margin":
             raise ConfigError(

@@ -19,7 +19,13 @@ from mlx_align.cli.options import (
 )
 from mlx_align.cli.sample import sample
 from mlx_align.cli.select import select
-from mlx_align.config import CheckDataConfig, ConvertDataConfig, TrainConfig, make_config
+from mlx_align.config import (
+    AgreementConfig,
+    CheckDataConfig,
+    ConvertDataConfig,
+    TrainConfig,
+    make_config,
+)
 from mlx_align.config.schema import require
 from mlx_align.errors import ConfigError
 from mlx_align.system.json_text import to_json
@@ -31,7 +37,7 @@ _WIDTH = 96
 @click.group(
     cls=Group,
     invoke_without_command=True,
-    sections={"Commands": ("check", "convert", "sample", "select")},
+    sections={"Commands": ("check", "agreement", "convert", "sample", "select")},
     short_help="Check or convert data before training; create some by rejection sampling.",
 )
 @click.pass_context
@@ -53,7 +59,7 @@ def check(json: bool, **options: Any) -> None:
 
     Looks for near duplicates, prompts that are in train and valid, conflicting labels, HTML and
     template tokens in the text, and outliers of language and length; says how often the longer and
-    the more formatted completion is chosen.
+    the more formatted completion is chosen. Of judgements by raters, shows how far they agree.
     """
     from mlx_align.algorithms.dpo import read_pairs
     from mlx_align.data.columns import configure_data
@@ -61,6 +67,8 @@ def check(json: bool, **options: Any) -> None:
     from mlx_align.data.readers import has_split
     from mlx_align.data.statistics import render_statistics
     from mlx_align.models.loading import open_model
+    from mlx_align.preferences.raters import render_agreement, report_agreement
+    from mlx_align.preferences.run_agreement import read_any_judgements
     from mlx_align.training.setup import prepare_data
 
     config = make_config(CheckDataConfig, given_options(options), None, "command line")
@@ -81,12 +89,16 @@ def check(json: bool, **options: Any) -> None:
     valid = read_pairs(source, "valid", config.format)[0] if held_out else []
     train = read_pairs(source, "train", config.format)[0]
     quality = check_quality(train, valid, folder.tokenizer)
+    judged = read_any_judgements(source)
+    raters = report_agreement(judged) if judged else None
     if json:
         found = {**dataclasses.asdict(facts), "quality": dataclasses.asdict(quality)}
+        found["raters"] = None if raters is None else dataclasses.asdict(raters)
         echo_json(found, indent=2)
         return
     click.echo(render_statistics(facts))
-    for line in render_quality(quality).splitlines():
+    lines = [] if raters is None else render_agreement(raters).splitlines()
+    for line in (*render_quality(quality).splitlines(), *lines):
         click.echo("\n".join(textwrap.wrap(line, _WIDTH, subsequent_indent="    ")))
 
 
@@ -130,3 +142,36 @@ def convert(json: bool, **options: Any) -> None:
     click.echo(str(report))
     removed = f"; {duplicates:,} duplicates left out" if duplicates else ""
     click.echo(f"Wrote {len(kept):,} rows to {target}{removed}")
+
+
+@data.command(cls=Command, short_help="How far raters agree; join their judgements.")
+@config_options(AgreementConfig)
+@json_option("Print as JSON.")
+def agreement(json: bool, **options: Any) -> None:
+    """Report on the raters of files that `mlx-align label` wrote, and join the files.
+
+    Shows Krippendorff's alpha, Fleiss' and Cohen's kappa; for each rater the agreement with the
+    rest, the reliability, the share of preferences for the first shown and the longer answer, and
+    the time per judgement. With --output, writes the pairs with soft labels: the probability, by
+    the model of Dawid and Skene, that the chosen answer is better.
+    """
+    from mlx_align.preferences.raters import render_agreement, report_agreement, warnings_of
+    from mlx_align.preferences.run_agreement import join_files, read_judgements
+
+    config = make_config(AgreementConfig, given_options(options), None, "command line")
+    target = None if config.output is None else new_file(config.output)
+    rows, judgements = read_judgements(config.input)
+    report = report_agreement(judgements, seed=config.seed)
+    joined = None if target is None else join_files(rows, config, target)
+    if json:
+        found = {**dataclasses.asdict(report), "warnings": warnings_of(report)}
+        if joined is not None:
+            found |= {"output": str(target), "written": joined[0], "dropped": dict(joined[1])}
+        click.echo(to_json(found, indent=2))
+        return
+    for line in render_agreement(report).splitlines():
+        click.echo("\n".join(textwrap.wrap(line, _WIDTH, subsequent_indent="    ")))
+    if joined is not None:
+        left_out = ", ".join(f"{count:,} {reason}" for reason, count in joined[1].items())
+        note = f" (left out: {left_out})" if left_out else ""
+        click.echo(f"Wrote {joined[0]:,} pairs to {target}{note}")

@@ -14,6 +14,7 @@ from mlx_align.cli.export import export
 from mlx_align.cli.fuse import fuse
 from mlx_align.cli.improve import improve
 from mlx_align.cli.judge import judge
+from mlx_align.cli.label import label
 from mlx_align.cli.options import Group
 from mlx_align.cli.plan import plan
 from mlx_align.cli.report import report
@@ -26,7 +27,7 @@ from mlx_align.losses.registry import PAIRWISE_LOSSES
 SECTIONS = {
     "Train": ("dpo", "kto", "sft", "reward", "ppo", "grpo"),
     "Use and evaluate a run": ("eval", "score", "rerank", "fuse", "export", "report"),
-    "Make preferences": ("judge", "constitution", "improve"),
+    "Make preferences": ("label", "judge", "constitution", "improve"),
     "Prepare": ("plan", "data", "cache", "completion"),
 }
 
@@ -47,6 +48,8 @@ ELSEWHERE = {
     "check": "mlx-align data check",
     "convert": "mlx-align data convert",
     "sample": "mlx-align data sample",
+    "agreement": "mlx-align data agreement",
+    "annotate": "mlx-align label",
 }
 
 
@@ -86,6 +89,7 @@ for command in (
     fuse,
     export,
     report,
+    label,
     judge,
     constitution,
     improve,

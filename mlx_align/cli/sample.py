@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import click
@@ -28,13 +29,17 @@ from mlx_align.system.starter import resolve_starter
 def sample(json: bool, **options: Any) -> None:
     """Sample N completions per prompt, score them, and write the best as rows for sft.
 
+    Without --reward and --reward-model, all of them are written, a line per prompt, for `mlx-align
+    label` and `mlx-align judge`: at several --temperatures, or by --arms, which name models,
+    adapters and system prompts. After an interruption the same command continues.
+
     Rows have prompt, completion, score and n, and the other fields of the prompt's row, in the
     order of the prompts. A prompt without a completion that scores (at least --threshold) gets no
     row; with --pairs, neither does one whose completions all score the same. Without --threshold,
     a completion that scored 0, the least of its prompt, is not kept.
 
-    The file has only whole lines, also when interrupted. To continue, start again with a new
-    --output: the same options write the same rows.
+    With a reward, the file has only whole lines, also when interrupted. To continue, start again
+    with a new --output: the same options write the same rows.
     """
     from mlx_align.data.columns import configure_data
     from mlx_align.data.formats import read_prompts
@@ -53,6 +58,9 @@ def sample(json: bool, **options: Any) -> None:
 
     config = make_config(SampleConfig, given_options(options), None, "command line")
     _check_config(config)
+    if config.reward is None and config.reward_model is None:
+        _sample_answers(config, json)
+        return
     weight = 1.0 if config.reward_model_weight is None else config.reward_model_weight
     settings = require_rewards(
         reward_settings(config.reward, config.reward_model, weight, config.reward_timeout)
@@ -138,7 +146,42 @@ def sample(json: bool, **options: Any) -> None:
     )
 
 
+def _sample_answers(config: SampleConfig, json: bool) -> None:
+    """Write all answers, a line per prompt."""
+    from mlx_align.preferences.run_label import read_prompt_groups, sample_to_file
+    from mlx_align.system.console import Console
+
+    console = Console(json)
+    target = new_file(config.output)
+    groups = read_prompt_groups(config.data, config, console)
+    found = sample_to_file(groups, config, target, console)
+    if json:
+        click.echo(to_json({"output": str(target), **dataclasses.asdict(found)}))
+        return
+    left_out = ", ".join(
+        f"{count:,} {what}"
+        for what, count in (("empty", found.empty), ("duplicates", found.duplicates))
+        if count
+    )
+    console.note(
+        f"Wrote {found.answers:,} answers to {found.lines:,} prompts to {target}"
+        f"{f' ({left_out} left out)' if left_out else ''}. Compare them:\n"
+        f"  mlx-align label {target} --output labels.jsonl"
+    )
+
+
 def _check_config(config: SampleConfig) -> None:
+    if config.reward is None and config.reward_model is None:
+        for name in ("keep", "threshold", "pairs"):
+            value = getattr(config, name)
+            if value not in (None, False):
+                shown = "" if value is True else f" {value:g}"
+                raise ConfigError(f"--{name}{shown} needs --reward or --reward-model")
+    elif config.arms is not None or config.temperatures is not None:
+        given = "arms" if config.arms is not None else "temperatures"
+        raise ConfigError(
+            f"--{given} is for all answers, without --reward and --reward-model; drop one"
+        )
     if config.pairs and config.keep is not None:
         raise ConfigError(f"--keep {config.keep} has no effect with --pairs; drop one")
     if config.pairs and config.n < 2:

@@ -11,6 +11,7 @@ from mlx_align.config.evaluation import (
     ScorerConfig,
 )
 from mlx_align.config.judges import ConstitutionConfig, ImproveConfig, JudgeConfig, SelectConfig
+from mlx_align.config.labels import AgreementConfig, LabelConfig
 from mlx_align.config.offline import (
     DEFAULT_BATCH_SIZE,
     DPOConfig,
@@ -38,6 +39,7 @@ __all__ = [
     "DEFAULT_BATCH_SIZE",
     "TRAINING_CONFIGS",
     "AdapterExportConfig",
+    "AgreementConfig",
     "CacheConfig",
     "CheckDataConfig",
     "ConstitutionConfig",
@@ -50,6 +52,7 @@ __all__ = [
     "ImproveConfig",
     "JudgeConfig",
     "KTOConfig",
+    "LabelConfig",
     "LabelOptions",
     "LossConfig",
     "OnPolicyConfig",

@@ -242,4 +242,18 @@ class SampleConfig(Options):
         above=0,
         aliases=("temp",),
     )
+    temperatures: tuple[str, ...] | None = option(
+        None,
+        "Without a reward: -n answers at each of these temperatures (comma-separated).",
+        SAMPLING,
+        metavar="X,X",
+    )
+    arms: str | None = option(
+        None,
+        "Without a reward: YAML list of arms, each with name, model, adapter_path, system, "
+        "temperature or n.",
+        SAMPLING,
+        metavar="FILE",
+        python_type="str | Path",
+    )
     seed: int = option(0, "Random seed for sampling.", SAMPLING, at_least=0)

@@ -35,6 +35,16 @@ class AdapterExportOptions(TypedDict, total=False):
     format: Literal["peft"]
 
 
+class AgreementOptions(TypedDict, total=False):
+    """Keyword arguments checked by `AgreementConfig`."""
+
+    input: Required[str | Sequence[str]]
+    output: str | Path | None
+    ties: Literal["skip", "half"]
+    min_agreement: float | None
+    seed: int
+
+
 class CacheOptions(TypedDict, total=False):
     """Keyword arguments checked by `CacheConfig`."""
 
@@ -53,6 +63,7 @@ class CheckDataOptions(TypedDict, total=False):
     ties: Literal["skip", "half"]
     strength: Literal["ignore", "margin", "soft-label"]
     votes: Literal["soft-label", "ignore"]
+    min_agreement: float | None
     max_seq_length: int
     max_completion_length: int | None
 
@@ -97,6 +108,7 @@ class ConvertDataOptions(TypedDict, total=False):
     ties: Literal["skip", "half"]
     strength: Literal["ignore", "margin", "soft-label"]
     votes: Literal["soft-label", "ignore"]
+    min_agreement: float | None
     split: str
     dedup: bool
     max_rows: int | None
@@ -119,6 +131,7 @@ class DPOOptions(TypedDict, total=False):
     ties: Literal["skip", "half"]
     strength: Literal["ignore", "margin", "soft-label"]
     votes: Literal["soft-label", "ignore"]
+    min_agreement: float | None
     fine_tune_type: Literal["lora", "dora", "full"] | None
     lora_rank: int | None
     lora_alpha: float | None
@@ -384,6 +397,31 @@ class KTOOptions(TypedDict, total=False):
     reference_cache: str | Path | None
 
 
+class LabelOptions(TypedDict, total=False):
+    """Keyword arguments checked by `LabelConfig`."""
+
+    input: Required[str | Sequence[str]]
+    output: Required[str | Path]
+    format: str | None
+    columns: Mapping[str, float | str]
+    model: str | Path | None
+    rater: str | None
+    web: bool
+    port: int | None
+    open: bool
+    rubric: str | Path | None
+    by_criterion: bool
+    pairs_per_prompt: int
+    max_pairs: int | None
+    seed: int
+    adapter_path: str | PathLike[str] | None
+    arms: str | Path | None
+    temperatures: str | Sequence[str] | None
+    n: int | None
+    max_completion_length: int | None
+    thinking: Literal["auto", "on", "off"] | None
+
+
 class PPOOptions(TypedDict, total=False):
     """Keyword arguments checked by `PPOConfig`."""
 
@@ -516,6 +554,7 @@ class RewardOptions(TypedDict, total=False):
     ties: Literal["skip", "half"]
     strength: Literal["ignore", "margin", "soft-label"]
     votes: Literal["soft-label", "ignore"]
+    min_agreement: float | None
     fine_tune_type: Literal["lora", "dora", "full"] | None
     lora_rank: int | None
     lora_alpha: float | None
@@ -621,6 +660,8 @@ class SampleOptions(TypedDict, total=False):
     pairs: bool
     max_completion_length: int
     temperature: float
+    temperatures: str | Sequence[str] | None
+    arms: str | Path | None
     seed: int
 
 

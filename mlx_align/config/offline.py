@@ -325,6 +325,13 @@ class LabelOptions(Options):
     votes: Literal["soft-label", "ignore"] = option(
         "soft-label", "Use votes for each completion as soft label, or only for the order.", MODEL
     )
+    min_agreement: float | None = option(
+        None,
+        "Least share of a pair's raters (or votes) for one completion; others are left out.",
+        MODEL,
+        above=0.5,
+        at_most=1,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

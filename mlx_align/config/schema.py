@@ -101,6 +101,7 @@ class Option:
         choices: All values it takes; empty if it takes others too.
         names: Names to show and complete if a value can combine them (`sigmoid=1,sft=0.2`).
         at_least: Inclusive lower bound.
+        at_most: Inclusive upper bound.
         above: Exclusive lower bound.
         below: Exclusive upper bound.
         metavar: Placeholder for the value in --help.
@@ -122,6 +123,7 @@ class Option:
     choices: tuple[str, ...] = ()
     names: tuple[str, ...] = ()
     at_least: float | None = None
+    at_most: float | None = None
     above: float | None = None
     below: float | None = None
     metavar: str | None = None
@@ -147,6 +149,7 @@ class Option:
         """The allowed range in words; empty if any value is allowed."""
         bounds = (
             ("at least", self.at_least),
+            ("at most", self.at_most),
             ("above", self.above),
             ("below", self.below),
         )
@@ -170,6 +173,7 @@ def option(
     default_text: str | None = None,
     names: tuple[str, ...] = (),
     at_least: float | None = None,
+    at_most: float | None = None,
     above: float | None = None,
     below: float | None = None,
     metavar: str | None = None,
@@ -194,6 +198,7 @@ def option(
             default_text=default_text,
             names=names,
             at_least=at_least,
+            at_most=at_most,
             above=above,
             below=below,
             metavar=metavar,
@@ -510,7 +515,10 @@ def _validator(config_class: type[Options]) -> type[BaseModel]:
         return _convert(value, declared[str(info.field_name)])
 
     fields: dict[str, Any] = {
-        name: (hints[name], Field(None, ge=one.at_least, gt=one.above, lt=one.below))
+        name: (
+            hints[name],
+            Field(None, ge=one.at_least, le=one.at_most, gt=one.above, lt=one.below),
+        )
         for name, one in declared.items()
     }
     _validators[config_class] = create_model(

@@ -22,6 +22,7 @@ class CheckDataConfig(Options):
     ties: Literal["skip", "half"] = override(LabelOptions, "ties")
     strength: Literal["ignore", "margin", "soft-label"] = override(LabelOptions, "strength")
     votes: Literal["soft-label", "ignore"] = override(LabelOptions, "votes")
+    min_agreement: float | None = override(LabelOptions, "min_agreement")
     max_seq_length: int = override(TrainConfig, "max_seq_length")
     max_completion_length: int | None = override(TrainConfig, "max_completion_length")
 
@@ -51,6 +52,7 @@ class ConvertDataConfig(Options):
     ties: Literal["skip", "half"] = override(LabelOptions, "ties")
     strength: Literal["ignore", "margin", "soft-label"] = override(LabelOptions, "strength")
     votes: Literal["soft-label", "ignore"] = override(LabelOptions, "votes")
+    min_agreement: float | None = override(LabelOptions, "min_agreement")
     split: str = option("train", "Split to convert: train, valid or test.", MODEL, metavar="NAME")
     dedup: bool = option(False, "Leave out rows equal to an earlier one.", MODEL)
     max_rows: int | None = option(

@@ -41,6 +41,10 @@ _TEXT = ("prompt", "chosen", "rejected", "completion", "completions", "messages"
 _KEPT = ("system", "tools")
 
 
+# Options of `LabelRules`.
+_RULES = ("ties", "strength", "votes", "min_agreement")
+
+
 @dataclass(frozen=True, slots=True)
 class LabelRules:
     """How ties, strength and votes of pairs are read.
@@ -50,11 +54,13 @@ class LabelRules:
         strength: What the strength of a preference becomes: nothing, the `margin` of a reward
             model, or a `soft-label`, the logistic function of it.
         votes: Votes become a `soft-label`, (votes + ½)/(n + 1), or are left out (`ignore`).
+        min_agreement: Least share of a pair's votes for one answer; pairs with less are dropped.
     """
 
     ties: Literal["skip", "half"] = "skip"
     strength: Literal["ignore", "margin", "soft-label"] = "ignore"
     votes: Literal["soft-label", "ignore"] = "soft-label"
+    min_agreement: float | None = None
 
 
 class ConfiguredSource:
@@ -114,7 +120,7 @@ def configure_data(data: Data, options: Any, rules: LabelRules | None = None) ->
     """
     if isinstance(data, ConfiguredSource):
         return data
-    given = {name: getattr(options, name, None) for name in ("ties", "strength", "votes")}
+    given = {name: getattr(options, name, None) for name in _RULES}
     rules = rules or LabelRules(**{name: rule for name, rule in given.items() if rule is not None})
     return ConfiguredSource(open_data(data), getattr(options, "columns", {}), rules)
 

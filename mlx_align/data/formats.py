@@ -350,9 +350,12 @@ def _read(
         rows = data_format.expand(rows)
     groups: list[PromptGroup] = []
     dropped: Counter[str] = Counter()
+    counted = False
     for row in rows:
         try:
-            group = _apply_rules(data_format.convert(row), rules)
+            group = data_format.convert(row)
+            counted = counted or group.votes is not None
+            group = _apply_rules(group, rules)
         except UnusableRow as reason:
             dropped[str(reason)] += 1
             continue
@@ -363,6 +366,11 @@ def _read(
             )
         _check_same_kind(group, groups)
         groups.append(group)
+    if rules.min_agreement is not None and not counted:
+        raise ConfigError(
+            f"--min-agreement {rules.min_agreement:g}: has no effect, the data has no votes of "
+            "several raters; leave it out"
+        )
     if not groups:
         reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.items())
         where = container_of(rows[0].source)
@@ -374,10 +382,16 @@ def _apply_rules(group: PromptGroup, rules: LabelRules) -> PromptGroup:
     """A pair whose strength and votes are read as the rules say.
 
     Raises:
-        UnusableRow: It is tied, and ties are skipped.
+        UnusableRow: It is tied, and ties are skipped; or its raters agree too little.
     """
     if len(group.completions) != 2:
         return group
+    if (
+        group.votes is not None
+        and rules.min_agreement is not None
+        and max(group.votes) < rules.min_agreement * sum(group.votes)
+    ):
+        raise UnusableRow("with less agreement of the raters than --min-agreement")
     if group.votes is not None and rules.votes == "ignore":
         group = replace(group, soft_label=None)
     if group.strength == 0:

@@ -14,7 +14,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
-from mlx_align.data.converters import make_group, soft_label_of_votes
+import numpy as np
+
+from mlx_align.data.agreement import MISSING, VERDICT_LABELS, fit_preferences, verdict_table
+from mlx_align.data.converters import make_group
 from mlx_align.data.messages import (
     UnusableRow,
     as_number,
@@ -34,8 +37,8 @@ Side = Literal["a", "b"]
 WINNERS: tuple[Winner, ...] = get_args(Winner)
 # Verdicts that say something about the answers.
 DECIDED = ("a", "b", "tie")
-# What a verdict adds to the votes for a and for b.
-VOTES: Mapping[Winner, tuple[float, float]] = {"a": (1, 0), "b": (0, 1), "tie": (0.5, 0.5)}
+# Soft labels that differ from 0.5 by less are ties.
+_EQUAL = 1e-6
 # The fields that make a row a judgement.
 _REQUIRED = ("prompt", "response_a", "response_b", "winner", "rater")
 
@@ -51,6 +54,7 @@ class AnswerPair:
         source: File and line of the row, for messages.
         authors: The models that wrote a and b; "" if the data doesn't say.
         columns: The other fields of the row.
+        id: A hash of the prompt and the answers, 16 hexadecimal digits.
     """
 
     prompt: Text
@@ -59,11 +63,11 @@ class AnswerPair:
     source: str = ""
     authors: tuple[str, str] = ("", "")
     columns: Mapping[str, Any] = field(default_factory=dict)
+    id: str = field(init=False)
 
-    @property
-    def id(self) -> str:
-        """A hash of the prompt and the answers, 16 hexadecimal digits."""
-        return _digest([text_as_json(text) for text in (self.prompt, self.a, self.b)])
+    def __post_init__(self) -> None:
+        name = _digest([text_as_json(text) for text in (self.prompt, self.a, self.b)])
+        object.__setattr__(self, "id", name)
 
 
 def pair_answers(
@@ -204,9 +208,8 @@ def latest_judgements(judgements: Iterable[Judgement]) -> list[Judgement]:
     latest: dict[tuple[str, str], Judgement] = {}
     for judgement in ordered:
         key = (judgement.pair.id, judgement.rater)
-        if judgement.winner == "undone":
-            latest.pop(key, None)
-        else:
+        latest.pop(key, None)  # so that the dict is in the order of the last ones
+        if judgement.winner != "undone":
             latest[key] = judgement
     return list(latest.values())
 
@@ -214,36 +217,36 @@ def latest_judgements(judgements: Iterable[Judgement]) -> list[Judgement]:
 def join_judgements(rows: Sequence[Row]) -> list[Row]:
     """One row per pair, from the judgements of all raters: `read_joined` converts it.
 
-    With one rater the verdict is the label. With several, each has a vote, and a tie is half a vote
-    for each answer.
+    With one rater the verdict is the label. With several, the label is the probability that
+    `fit_preferences` finds.
 
     Raises:
         DataError: A row is not a judgement.
     """
     judgements = latest_judgements(map(read_judgement, rows))
-    raters = {one.rater for one in judgements if one.winner in DECIDED}
-    by_pair: dict[str, list[Judgement]] = {}
-    for one in judgements:
-        by_pair.setdefault(one.pair.id, []).append(one)
-    joined = []
-    for of_pair in by_pair.values():
-        pair = of_pair[0].pair
-        decided = [one for one in of_pair if one.winner in DECIDED]
-        fields: dict[str, Any] = {"pair": pair}
-        if decided:
-            votes = [sum(VOTES[one.winner][side] for one in decided) for side in (0, 1)]
-            fields |= {"votes": votes, "soft": len(raters) > 1}
-        extra = dict(pair.columns)
-        if any(pair.authors):
-            extra |= {"model_a": pair.authors[0], "model_b": pair.authors[1]}
-        joined.append(Row(of_pair[0].source, fields, extra))
-    if not joined:
+    if not judgements:
         raise DataError(f"{rows[0].source}: every judgement was undone; nothing is left")
+    verdicts = {(one.rater, one.pair.id): one.winner for one in judgements}
+    _, ids, table = verdict_table(verdicts)
+    votes = np.stack([(table == VERDICT_LABELS[side]).sum(0) for side in ("a", "b")], 1)
+    votes = votes + (table == VERDICT_LABELS["tie"]).sum(0)[:, None] / 2
+    several = int((table != MISSING).any(1).sum()) > 1
+    soft = fit_preferences(table).soft_labels if several else None
+    first = {one.pair.id: one for one in reversed(judgements)}
+    joined = []
+    for index, name in enumerate(ids):
+        pair = first[name].pair
+        fields: dict[str, Any] = {"pair": pair}
+        if votes[index].sum():
+            fields["votes"] = tuple(votes[index].tolist())
+        if soft is not None:
+            fields["soft_label"] = float(soft[index])
+        joined.append(Row(first[name].source, fields))
     return joined
 
 
 def read_joined(row: Row) -> PromptGroup:
-    """The pair in a row of `join_judgements`, the answer with more votes first.
+    """The pair in a row of `join_judgements`, the answer that is more probably better first.
 
     Raises:
         UnusableRow: No rater decided.
@@ -251,18 +254,17 @@ def read_joined(row: Row) -> PromptGroup:
     pair: AnswerPair = row.fields["pair"]
     if "votes" not in row.fields:
         raise UnusableRow("without a verdict (unsure or skipped)")
-    first, second = row.fields["votes"]
-    answers, columns = [pair.a, pair.b], dict(row.extra or {})
-    models = [columns.pop(key, "") for key in ("model_a", "model_b")]
-    if second > first:
-        first, second = second, first
-        answers.reverse()
-        models.reverse()
+    votes, soft = row.fields["votes"], row.fields.get("soft_label")
+    answers, models = [pair.a, pair.b], list(pair.authors)
+    if (votes[1] - votes[0] if soft is None else 0.5 - soft) > 0:
+        answers, models, votes = answers[::-1], models[::-1], votes[::-1]
+        soft = None if soft is None else 1 - soft
+    columns = dict(pair.columns)
     if any(models):
         columns |= dict(zip(("chosen_model", "rejected_model"), models, strict=True))
-    soft = soft_label_of_votes(first, second) if row.fields["soft"] else None
     group = make_group(Row(row.source, {}, columns), pair.prompt, answers, (), soft_label=soft)
-    return replace(group, strength=abs(first - second), votes=(first, second))
+    size = abs(votes[0] - votes[1]) if soft is None else abs(soft - 0.5)
+    return replace(group, strength=0.0 if size < _EQUAL else abs(votes[0] - votes[1]), votes=votes)
 
 
 def text_as_json(text: Text) -> str | list[dict[str, Any]]:

@@ -7,7 +7,6 @@ changed.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,6 +24,7 @@ from mlx_align.data.judgements import (
 from mlx_align.data.readers import Row, read_rows
 from mlx_align.errors import DataError
 from mlx_align.system.atomic_io import wrap_write_errors
+from mlx_align.system.json_text import to_json
 from mlx_align.types import Text
 
 
@@ -95,7 +95,7 @@ class JsonLog:
         Raises:
             WriteError: The file can't be written.
         """
-        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        lines = "".join(to_json(row, ascii=False) + "\n" for row in rows)
         with wrap_write_errors(self.file), self.file.open("ab", buffering=0) as stream:
             stream.write(lines.encode("utf-8", "replace"))
             os.fsync(stream.fileno())

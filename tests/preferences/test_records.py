@@ -2,13 +2,17 @@
 
 import json
 
+import numpy as np
 import pytest
 from helpers.data import read_rows, write_rows
 
+from mlx_align.config import LabelOptions
+from mlx_align.data.agreement import fit_preferences
+from mlx_align.data.columns import configure_data
 from mlx_align.data.formats import read_preferences, read_scorable
 from mlx_align.data.judgements import Judgement, latest_judgements, pair_answers, read_judgement
 from mlx_align.data.readers import Row
-from mlx_align.errors import DataError
+from mlx_align.errors import ConfigError, DataError
 from mlx_align.preferences.records import Answers, JsonLog, JudgementLog
 from mlx_align.types import Message
 
@@ -153,3 +157,67 @@ def test_one_rater_gives_plain_pairs(tmp_path):
     assert groups[0].soft_label is None
     assert groups[0].columns["chosen_model"] == pair.authors[1]
     assert report.dropped == {"tied": 1, "without a verdict (unsure or skipped)": 1}
+
+
+def raters_rows(verdicts):
+    """Judgements by (rater, pair number, winner)."""
+    pairs = [pair_of(f"{n} + 1?", (str(n + 1), str(n))) for n in range(8)]
+    return pairs, [judged(pairs[n], winner, rater).to_dict() for rater, n, winner in verdicts]
+
+
+def test_several_raters_give_soft_labels_by_dawid_skene(tmp_path):
+    verdicts = [(rater, n, "a") for rater in ("ana", "ben", "eva") for n in range(8)]
+    verdicts[8] = ("ben", 0, "b")
+    verdicts[16] = ("eva", 0, "b")
+    pairs, rows = raters_rows(verdicts)
+    groups, _ = read_preferences(write_rows(tmp_path / "labels.jsonl", rows))
+    labels = np.array(
+        [
+            [0 if w == "a" else 2 for r, _, w in verdicts if r == name]
+            for name in ("ana", "ben", "eva")
+        ]
+    )
+    expected = fit_preferences(labels).soft_labels
+    assert groups[0].completions == (pairs[0].b, pairs[0].a)
+    assert groups[0].votes == (2, 1)
+    assert groups[0].soft_label == pytest.approx(1 - expected[0])
+    assert [group.soft_label for group in groups[1:]] == pytest.approx(expected[1:].tolist())
+
+
+def test_min_agreement_leaves_out_pairs_that_raters_disagree_on(tmp_path):
+    verdicts = [(rater, n, "a") for rater in ("ana", "ben", "eva") for n in range(8)]
+    verdicts[8] = ("ben", 0, "b")
+    _, rows = raters_rows(verdicts)
+    file = write_rows(tmp_path / "labels.jsonl", rows)
+
+    def read(share):
+        return read_preferences(configure_data(file, LabelOptions(min_agreement=share)))
+
+    assert len(read(0.6)[0]) == 8
+    groups, report = read(0.7)
+    assert len(groups) == 7
+    assert report.dropped == {"with less agreement of the raters than --min-agreement": 1}
+    rows = [{"prompt": "x", "chosen": "y", "rejected": "z"}]
+    plain = configure_data(write_rows(tmp_path / "p.jsonl", rows), LabelOptions(min_agreement=0.7))
+    with pytest.raises(ConfigError, match="has no votes of several raters"):
+        read_preferences(plain)
+    with pytest.raises(ConfigError, match="at most 1"):
+        LabelOptions(min_agreement=1.5)
+
+
+def test_votes_of_other_formats_have_an_agreement_too(tmp_path):
+    row = {"prompt": "x", "chosen": "y", "rejected": "z", "votes_chosen": 3, "votes_rejected": 2}
+    rows = [row, {**row, "prompt": "w", "votes_chosen": 5}]
+    data = configure_data(write_rows(tmp_path / "p.jsonl", rows), LabelOptions(min_agreement=0.7))
+    assert [group.prompt for group in read_preferences(data)[0]] == ["w"]
+
+
+def test_equal_raters_who_contradict_each_other_tie(tmp_path):
+    _, rows = raters_rows([("ana", 0, "a"), ("ben", 0, "b"), ("ana", 1, "a"), ("ben", 1, "a")])
+    groups, report = read_preferences(write_rows(tmp_path / "labels.jsonl", rows))
+    assert len(groups) == 1
+    assert report.dropped == {"tied": 1}
+    _, rows = raters_rows([("ana", 0, "a"), ("ana", 0, "undone")])
+    undone = write_rows(tmp_path / "undone.jsonl", rows)
+    with pytest.raises(DataError, match="nothing is left"):
+        read_preferences(undone)

@@ -1,0 +1,219 @@
+"""`mlx-align label`: from its options to a session in the terminal or the browser."""
+
+from __future__ import annotations
+
+import getpass
+import webbrowser
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mlx_align.config import LabelConfig, SampleConfig
+from mlx_align.config.schema import flag_of
+from mlx_align.data.columns import configure_data
+from mlx_align.data.formats import read_prompts
+from mlx_align.data.judgements import AnswerPair, pair_answers
+from mlx_align.errors import ConfigError, DataError
+from mlx_align.preferences.ai_feedback import read_answer_pairs
+from mlx_align.preferences.arms import Arm, read_arms, temperature_arms
+from mlx_align.preferences.label_terminal import label_in_terminal, open_keys
+from mlx_align.preferences.label_web import LabelServer
+from mlx_align.preferences.labelling import LabelSession, check_rater
+from mlx_align.preferences.records import JudgementLog
+from mlx_align.preferences.rubric import read_rubric
+from mlx_align.system.console import Console
+from mlx_align.system.starter import resolve_starter
+from mlx_align.types import PromptGroup
+
+if TYPE_CHECKING:
+    from mlx_align.preferences.sample_answers import SampledAnswers
+
+# Options of sampling, which need prompts without answers.
+_SAMPLING = (
+    "model",
+    "adapter_path",
+    "arms",
+    "temperatures",
+    "n",
+    "max_completion_length",
+    "thinking",
+)
+
+
+def label_data(config: LabelConfig, console: Console) -> Path:
+    """Label pairs as the options say; returns the file of judgements.
+
+    Raises:
+        ConfigError: An option is wrong or without effect.
+        DataError: The data has nothing to compare.
+        WriteError: A judgement can't be written.
+    """
+    output = output_file(config.output)
+    rater = check_rater(config.rater or _login())
+    criteria = read_rubric(config.rubric)
+    if not config.web and (config.port is not None or config.open):
+        raise ConfigError(f"--{'open' if config.open else 'port'}: has no effect without --web")
+    log = JudgementLog(output)
+    pairs = read_pairs(config, output, console)
+    session = LabelSession(pairs, log, criteria, by_criterion=config.by_criterion, seed=config.seed)
+    if config.web:
+        _label_in_browser(session, config, rater, console)
+    else:
+        label_in_terminal(session, rater, console.console, open_keys())
+    return output
+
+
+def output_file(name: str) -> Path:
+    """The file of judgements, which may exist.
+
+    Raises:
+        ConfigError: Its folder doesn't exist.
+    """
+    file = Path(name).expanduser()
+    if file.is_dir() or not file.absolute().parent.is_dir():
+        raise ConfigError(f"--output {name}: expected a file in a folder that exists")
+    return file
+
+
+def read_pairs(config: LabelConfig, output: Path, console: Console) -> list[AnswerPair]:
+    """The pairs to label, in the order in which they are shown.
+
+    Prompts without answers are answered first, into a file next to the output.
+
+    Raises:
+        ConfigError: There are prompts only, and no model; or a model, and answers already.
+        DataError: The data can't be read.
+    """
+    (name,) = config.input if len(config.input) == 1 else (None,)
+    if name is None:
+        raise ConfigError(f"label takes one input, found {len(config.input)}; label each alone")
+    data = configure_data(resolve_starter(name, "data"), config)
+    pairs_per_prompt, seed = config.pairs_per_prompt, config.seed
+    try:
+        found, title = read_answer_pairs(
+            data, "train", config.format, pairs_per_prompt=pairs_per_prompt, seed=seed
+        )
+    except DataError as error:
+        prompts = _prompts_alone(data, config)
+        if prompts is None:
+            raise
+        if config.model is None:
+            raise ConfigError(
+                f"{name}: has prompts without answers to compare; give --model to sample answers, "
+                f"or a file of mlx-align data sample ({error})"
+            ) from error
+        answers = output.with_name(f"{output.stem}.answers.jsonl")
+        if not answers.is_file():
+            sample_to_file(prompts[: config.max_pairs], _sampling_config(config), answers, console)
+        console.note(f"Answers: {answers}")
+        found, title = read_answer_pairs(str(answers), pairs_per_prompt=pairs_per_prompt, seed=seed)
+    else:
+        given = [key for key in _SAMPLING if getattr(config, key) is not None]
+        if given:
+            raise ConfigError(
+                f"{flag_of(given[0])}: has no effect, {name} has answers already; leave it out"
+            )
+    console.note(title)
+    pairs = [
+        pair_answers(one.prompt, (one.a, one.b), one.source, one.authors, one.columns)
+        for one in found
+    ]
+    unique = list({pair.id: pair for pair in pairs}.values())
+    order = np.random.default_rng(config.seed).permutation(len(unique))[: config.max_pairs]
+    return [unique[i] for i in order]
+
+
+def _prompts_alone(data: object, config: LabelConfig) -> list[PromptGroup] | None:
+    """The prompts of data without answers; None if it isn't such data."""
+    try:
+        return read_prompts(data, "train", config.format)[0]  # type: ignore[arg-type]
+    except (DataError, ConfigError):
+        return None
+
+
+def _sampling_config(config: LabelConfig) -> SampleConfig:
+    """The options of `data sample` that the options of `label` stand for."""
+    assert config.model is not None
+    several = config.arms is not None or config.temperatures is not None
+    given: dict[str, Any] = {}
+    if config.max_completion_length is not None:
+        given["max_completion_length"] = config.max_completion_length
+    return SampleConfig(
+        model=config.model,
+        adapter_path=config.adapter_path,
+        data=config.input[0],
+        output=config.output,
+        arms=config.arms,
+        temperatures=config.temperatures,
+        n=config.n or (1 if several else 2),
+        thinking=config.thinking or "auto",
+        seed=config.seed,
+        **given,
+    )
+
+
+def read_prompt_groups(name: str, config: SampleConfig, console: Console) -> list[PromptGroup]:
+    """The prompts to answer.
+
+    Raises:
+        DataError: The data can't be read as prompts.
+    """
+    data = configure_data(resolve_starter(name, "data"), config)
+    groups, reading = read_prompts(data, "train", config.format)
+    console.note(str(reading))
+    return groups
+
+
+def sample_to_file(
+    prompts: Sequence[PromptGroup], config: SampleConfig, output: Path, console: Console
+) -> SampledAnswers:
+    """Sample answers by the arms that the options say, and write them.
+
+    Raises:
+        ConfigError: The arms are wrong.
+        ModelError: A model can't be used.
+        DataError: There are no answers.
+    """
+    # Imports the model code, which labelling does without.
+    from mlx_align.preferences.sample_answers import SamplingOptions, sample_answers
+
+    default = Arm("answers", config.model, config.adapter_path, None, config.temperature, config.n)
+    if config.arms is not None and config.temperatures is not None:
+        raise ConfigError("--arms and --temperatures exclude each other; an arm has a temperature")
+    if config.arms is not None:
+        arms = read_arms(config.arms, default)
+    elif config.temperatures is not None:
+        arms = temperature_arms(config.temperatures, default)
+    else:
+        arms = [default]
+    options = SamplingOptions(
+        config.max_prompt_length, config.max_completion_length, config.thinking, config.seed
+    )
+    found = sample_answers(prompts, arms, options, output, console)
+    if found.dropped:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in found.dropped.items())
+        console.note(f"! prompts without an answer of an arm: {reasons}")
+    return found
+
+
+def _label_in_browser(
+    session: LabelSession, config: LabelConfig, rater: str, console: Console
+) -> None:
+    proposed = rater if config.rater is not None else ""
+    with LabelServer(session, proposed, config.port or 0) as server:
+        console.note(
+            f"Label {len(session.pairs):,} pairs in the browser (only on this machine):\n"
+            f"  {server.url}\nStop with q on the page, or Ctrl-C here; every verdict is saved."
+        )
+        if config.open:
+            webbrowser.open(server.url)
+        server.wait()
+
+
+def _login() -> str:
+    try:
+        return getpass.getuser()
+    except (OSError, KeyError):  # an account without a name
+        return "me"
