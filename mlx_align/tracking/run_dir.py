@@ -137,7 +137,7 @@ def append_resume(folder: Path, row: Mapping[str, Any]) -> None:
     """Append one row to resumes.jsonl."""
     file = folder / RESUMES_FILE
     with wrap_write_errors(file), file.open("a", encoding="utf-8") as stream:
-        stream.write(json.dumps(to_json(row), ensure_ascii=False) + "\n")
+        stream.write(to_json(row, ascii=False) + "\n")
 
 
 def write_samples(folder: Path, samples: Sequence[Mapping[str, Any]]) -> None:
@@ -177,8 +177,8 @@ def replace_held_out_metrics(folder: Path, start: Row | None) -> Path | None:
         number += 1
     if held_out:
         write_text(file, "".join(json.dumps(row) + "\n" for row in held_out))
-    begin = [] if start is None else [to_json(start)]
-    write_text(folder / METRICS_FILE, "".join(json.dumps(row) + "\n" for row in [*begin, *others]))
+    begin = [] if start is None else [start]
+    write_text(folder / METRICS_FILE, "".join(to_json(row) + "\n" for row in [*begin, *others]))
     return file if held_out else None
 
 
