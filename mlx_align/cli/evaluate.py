@@ -6,12 +6,20 @@ from typing import Any
 
 import click
 
-from mlx_align.cli.options import Command, config_options, echo_json, given_options, json_option
+from mlx_align.cli.options import (
+    Command,
+    config_options,
+    echo_json,
+    json_option,
+    options_of_run,
+    run_argument,
+)
 from mlx_align.config import EvalConfig, make_config
 from mlx_align.config.schema import require
 
 
 @click.command("eval", cls=Command, short_help="Measure a run against its reference.")
+@run_argument
 @config_options(EvalConfig)
 @json_option("Print the numbers as JSON; all else goes to stderr.")
 def evaluate(json: bool, **options: Any) -> None:
@@ -27,7 +35,7 @@ def evaluate(json: bool, **options: Any) -> None:
     from mlx_align.system.console import Console
 
     console = Console(json)
-    config = make_config(EvalConfig, given_options(options), None, "command line")
+    config = make_config(EvalConfig, options_of_run(options), None, "command line")
     require(config, "model", "adapter_path")
     found = commands.evaluate(config, console)
     if json:

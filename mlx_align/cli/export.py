@@ -7,12 +7,20 @@ from typing import Any
 
 import click
 
-from mlx_align.cli.options import Command, config_options, echo_json, given_options, json_option
+from mlx_align.cli.options import (
+    Command,
+    config_options,
+    echo_json,
+    json_option,
+    options_of_run,
+    run_argument,
+)
 from mlx_align.config import AdapterExportConfig, make_config
 from mlx_align.system.starter import resolve_starter
 
 
 @click.command(cls=Command, short_help="Write a run's adapter for transformers (PEFT).")
+@run_argument
 @config_options(AdapterExportConfig)
 @json_option("Print the report as JSON.")
 def export(json: bool, **options: Any) -> None:
@@ -26,7 +34,7 @@ def export(json: bool, **options: Any) -> None:
     from mlx_align.system.console import Console
 
     console = Console(json)
-    config = make_config(AdapterExportConfig, given_options(options), None, "command line")
+    config = make_config(AdapterExportConfig, options_of_run(options), None, "command line")
     folder = open_model(resolve_starter(config.model, "model"))
     layers = export_peft_adapter(folder, Path(config.adapter_path), Path(config.output))
     if json:

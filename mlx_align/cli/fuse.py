@@ -8,11 +8,19 @@ from typing import Any
 
 import click
 
-from mlx_align.cli.options import Command, config_options, echo_json, given_options, json_option
+from mlx_align.cli.options import (
+    Command,
+    config_options,
+    echo_json,
+    json_option,
+    options_of_run,
+    run_argument,
+)
 from mlx_align.config import FuseConfig, make_config
 
 
 @click.command(cls=Command, short_help="Merge a run's adapter into its base model.")
+@run_argument
 @config_options(FuseConfig)
 @json_option("Print the report as JSON.")
 def fuse(json: bool, **options: Any) -> None:
@@ -27,7 +35,7 @@ def fuse(json: bool, **options: Any) -> None:
     from mlx_align.system.console import Console
 
     console = Console(json)
-    config = make_config(FuseConfig, given_options(options), None, "command line")
+    config = make_config(FuseConfig, options_of_run(options), None, "command line")
     report = commands.fuse(config)
     if json:
         echo_json(dataclasses.asdict(report), indent=2)

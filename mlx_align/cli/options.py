@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -125,6 +126,36 @@ def config_options(
         return function
 
     return decorate
+
+
+def run_argument(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A decorator that adds the argument RUN; `options_of_run` turns it into options."""
+    return click.argument("run", required=False, type=click.Path())(function)
+
+
+def options_of_run(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that were given; RUN stands for `--adapter-path`, and names the base model.
+
+    Raises:
+        ConfigError: RUN is not a folder with an adapter, or --adapter-path is given too.
+    """
+    found = given_options({name: value for name, value in options.items() if name != "run"})
+    run = options["run"]
+    if run is None:
+        return found
+    if "adapter_path" in found:
+        raise ConfigError(f"{run} and --adapter-path {found['adapter_path']}: give one of them")
+    file = Path(run).expanduser() / "adapter_config.json"
+    if not file.is_file():
+        raise ConfigError(f"{run}: has no {file.name}; expected the --output folder of a run")
+    found["adapter_path"] = run
+    try:
+        model = json.loads(file.read_text(encoding="utf-8")).get("model")
+    except (OSError, ValueError, AttributeError, RecursionError):
+        model = None  # what reads the adapter says what is wrong with it
+    if isinstance(model, str) and "model" not in found:
+        found["model"] = model
+    return found
 
 
 def json_option(help: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:

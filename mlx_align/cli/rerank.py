@@ -13,9 +13,10 @@ from mlx_align.cli.options import (
     Command,
     config_options,
     echo_json,
-    given_options,
     json_option,
     new_file,
+    options_of_run,
+    run_argument,
 )
 from mlx_align.config import RerankConfig, make_config
 from mlx_align.config.schema import flag_of
@@ -31,6 +32,7 @@ N, MAX_TOKENS = 8, 256
 
 
 @click.command(cls=Command, short_help="Sample completions and rank them, or rank given ones.")
+@run_argument
 @config_options(RerankConfig)
 @json_option("Print a JSON object per prompt; all else goes to stderr.")
 def rerank(json: bool, **options: Any) -> None:
@@ -52,7 +54,7 @@ def rerank(json: bool, **options: Any) -> None:
     )
     from mlx_align.system.console import Console
 
-    config = make_config(RerankConfig, given_options(options), None, "command line")
+    config = make_config(RerankConfig, options_of_run(options), None, "command line")
     _check_config(config)
     console = Console(json)
     target = None if config.output is None else new_file(config.output)

@@ -13,9 +13,10 @@ from mlx_align.cli.options import (
     Command,
     config_options,
     echo_json,
-    given_options,
     json_option,
     new_file,
+    options_of_run,
+    run_argument,
 )
 from mlx_align.config import ScoreConfig, make_config
 from mlx_align.config.schema import flag_of
@@ -41,6 +42,7 @@ POLICY, REFERENCE = "policy_logps", "reference_logps"
 @click.command(
     cls=Command, short_help="Score completions: reward model, implicit reward or log-prob."
 )
+@run_argument
 @config_options(ScoreConfig)
 @json_option("Print the summary as JSON; all else goes to stderr.")
 def score(json: bool, **options: Any) -> None:
@@ -57,7 +59,7 @@ def score(json: bool, **options: Any) -> None:
     from mlx_align.system.console import Console
 
     console = Console(json)
-    config = make_config(ScoreConfig, given_options(options), None, "command line")
+    config = make_config(ScoreConfig, options_of_run(options), None, "command line")
     file = new_file(config.output)
     data = configure_data(resolve_starter(config.data, "data"), config)
     source = read_scorable(data, config.split, config.format)

@@ -1,0 +1,64 @@
+"""A run folder is enough: its base model and data are found in it."""
+
+import json
+
+import pytest
+from helpers.paths import TINY_MODEL
+from helpers.runs import mlx_align
+
+
+@pytest.fixture(scope="module")
+def run(pairs, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "dpo"
+    cache = ["--reference-cache", folder.parent / "cache"]
+    options = ["--iters", 1, "--batch-size", 1, "--samples", 0, *cache]
+    assert (
+        mlx_align("dpo", "--model", TINY_MODEL, "--data", pairs, "--output", folder, *options) == 0
+    )
+    return folder
+
+
+QUICK = ("--samples", 2, "-n", 1, "--max-completion-length", 4)
+
+
+@pytest.mark.parametrize(
+    ("command", "options"),
+    [
+        ("eval", (*QUICK, "--output", "out")),
+        ("score", ("--data", "pairs", "--output", "out")),
+        ("rerank", ("--prompt", "Is rain good?", "-n", 2, "--max-completion-length", 4)),
+        ("fuse", ("--output", "out")),
+        ("export", ("--output", "out")),
+    ],
+)
+def test_run_alone(run, pairs, tmp_path, monkeypatch, capsys, command, options):
+    monkeypatch.chdir(tmp_path)
+    given = [pairs / "valid.jsonl" if option == "pairs" else option for option in options]
+    assert mlx_align(command, run, *given) == 0
+    if "--output" in options:
+        assert (tmp_path / "out").exists()
+    else:
+        assert capsys.readouterr().out
+
+
+def test_errors_are_one_line(run, tmp_path, capsys):
+    for arguments, said in (
+        ((tmp_path,), "has no adapter_config.json; expected the --output folder of a run"),
+        ((run, "--adapter-path", run), "give one of them"),
+    ):
+        assert mlx_align("eval", *arguments) == 1
+        error = capsys.readouterr().err
+        assert said in error
+        assert error.count("\n") == 1
+
+
+def test_another_base_model_may_be_named(run, tmp_path, capsys):
+    config = tmp_path / "copy" / "adapter_config.json"
+    config.parent.mkdir()
+    for name in ("adapter_config.json", "adapters.safetensors"):
+        (config.parent / name).write_bytes((run / name).read_bytes())
+    config.write_text(json.dumps({**json.loads(config.read_text()), "model": "gone"}))
+    options = ["--output", tmp_path / "fused"]
+    assert mlx_align("fuse", config.parent, *options) == 1
+    assert "gone" in capsys.readouterr().err
+    assert mlx_align("fuse", config.parent, "--model", TINY_MODEL, *options) == 0
