@@ -33,3 +33,7 @@ class WriteError(MlxAlignError):
 
     Files are replaced atomically: none is left half-written.
     """
+
+
+class SelftestError(MlxAlignError):
+    """A check of `mlx-align selftest` failed."""

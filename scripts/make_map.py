@@ -15,8 +15,8 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "files.md"
 # The package's folders from top to bottom: each imports only itself and those below it.
 PACKAGE = (
-    *("", "cli", "trl", "training", "algorithms", "preferences", "evaluation", "rollout"),
-    *("inference", "planning"),
+    *("", "cli", "selftest", "trl", "training", "algorithms", "preferences", "evaluation"),
+    *("rollout", "inference", "planning"),
     *("report", "models", "data", "tracking", "config", "losses", "system"),
 )
 HEAD = """# Files

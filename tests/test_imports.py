@@ -18,7 +18,7 @@ LEVELS = (
     {"preferences"},
     {"algorithms"},
     {"training"},
-    {"commands"},
+    {"commands", "selftest"},
     {"improve"},
     {"run"},
     {"api"},

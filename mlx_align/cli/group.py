@@ -20,6 +20,7 @@ from mlx_align.cli.plan import plan
 from mlx_align.cli.report import report
 from mlx_align.cli.rerank import rerank
 from mlx_align.cli.score import score
+from mlx_align.cli.selftest import selftest
 from mlx_align.cli.train import dpo, grpo, kto, ppo, reward, sft
 from mlx_align.losses.policy import POLICY_METHODS
 from mlx_align.losses.registry import PAIRWISE_LOSSES
@@ -28,7 +29,7 @@ SECTIONS = {
     "Train": ("dpo", "kto", "sft", "reward", "ppo", "grpo"),
     "Use and evaluate a run": ("eval", "score", "rerank", "fuse", "export", "report"),
     "Make preferences": ("label", "judge", "constitution", "improve"),
-    "Prepare": ("plan", "data", "cache", "completion"),
+    "Prepare": ("plan", "data", "cache", "selftest", "completion"),
 }
 
 # Names that a user may expect to be commands, and the command to use.
@@ -96,6 +97,7 @@ for command in (
     plan,
     data,
     cache,
+    selftest,
     completion,
 ):
     cli.add_command(command)

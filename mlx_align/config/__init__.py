@@ -33,6 +33,7 @@ from mlx_align.config.tools import (
     FuseConfig,
     PlanConfig,
     ReportConfig,
+    SelftestConfig,
 )
 
 __all__ = [
@@ -67,6 +68,7 @@ __all__ = [
     "ScoreConfig",
     "ScorerConfig",
     "SelectConfig",
+    "SelftestConfig",
     "TrainConfig",
     "make_config",
 ]

@@ -699,3 +699,11 @@ class SelectOptions(TypedDict, total=False):
     share: float | None
     reward_model: str | PathLike[str] | None
     seed: int
+
+
+class SelftestOptions(TypedDict, total=False):
+    """Keyword arguments checked by `SelftestConfig`."""
+
+    size: Literal["small", "full"] | None
+    minutes: float
+    output: str | Path

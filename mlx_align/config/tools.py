@@ -1,4 +1,4 @@
-"""Options of the commands that neither train nor score: data check, fuse, plan, report, cache."""
+"""Options of data check, data convert, fuse, export, plan, report, cache and selftest."""
 
 from __future__ import annotations
 
@@ -142,3 +142,16 @@ class CacheConfig(Options):
 
     reference_cache: str | None = override(LossConfig, "reference_cache", group=OTHER)
     purge: bool = option(False, "Delete all stored log-probs.", OTHER)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SelftestConfig(Options):
+    """Options of `mlx-align selftest`."""
+
+    size: Literal["small", "full"] | None = option(
+        None, "Size of the checks.", OTHER, default_text="full on a GPU, small on a CPU"
+    )
+    minutes: float = option(8.0, "Stop after this time.", OTHER, above=0)
+    output: str = option(
+        "selftest.json", "File to write.", OTHER, metavar="FILE", python_type="str | Path"
+    )
