@@ -137,7 +137,7 @@ def _parameters(entry: TrainingCommand) -> list[click.Parameter]:
             ["--accept-changed"],
             type=click.Choice(["rewards", "data"]),
             multiple=True,
-            help="With --resume: continue although these changed, and record it in the run.",
+            help="With --resume: continue although this changed.",
         ),
         click.Option(
             ["--json"], is_flag=True, help="Print the summary as JSON; all else goes to stderr."

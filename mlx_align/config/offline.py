@@ -93,56 +93,56 @@ class TrainConfig(Options):
     )
     allow_circular: bool = option(
         False,
-        "Train on labels by a judge that is the model to train, or was trained from it.",
+        "Train on labels by a judge that is, or came from, this model.",
         MODEL,
     )
     valid_fraction: float | None = option(
         None,
-        "Fraction to hold out if there is no valid split.",
+        "Fraction to hold out without a valid split.",
         MODEL,
-        default_text="0.05, more of few rows",
+        default_text="0.05 or more",
         at_least=0,
         below=1,
         aliases=("val_set_size",),
     )
     fine_tune_type: Literal["lora", "dora", "full"] | None = option(
         None,
-        "Adapters, or all weights (full).",
+        "Adapters, or all weights.",
         LORA,
-        default_text="lora, or as --init-adapter",
+        default_text="lora or --init-adapter's",
     )
     # r 16 and alpha 32 are TRL's. All linear layers, because adapting attention alone learns less:
     # the choice of layers matters more than the rank (Biderman et al. 2024, "LoRA learns less and
     # forgets less").
     lora_rank: int | None = option(
         None,
-        "Rank of the adapters.",
+        "Adapter rank.",
         LORA,
-        default_text="16, or as --init-adapter",
+        default_text="16 or --init-adapter's",
         at_least=1,
         aliases=("lora_r",),
     )
     lora_alpha: float | None = option(
         None,
-        "Adapters are scaled by alpha / rank.",
+        "Scale is alpha / rank.",
         LORA,
-        default_text="2 x rank, or as --init-adapter",
+        default_text="2 x rank or --init-adapter's",
         above=0,
     )
     # 0, because the reference has no dropout: it would only add noise to the policy's log-probs.
     lora_dropout: float = option(0.0, "Dropout on the adapters' input.", LORA, at_least=0, below=1)
     lora_keys: tuple[str, ...] | None = option(
         None,
-        "Layers to adapt (self_attn.q_proj,mlp.up_proj).",
+        "Layers to adapt, as self_attn.q_proj.",
         LORA,
         default_text="all linear",
         metavar="KEYS",
     )
     num_layers: int | None = option(
         None,
-        "Blocks to train, from the last; -1 for all.",
+        "Last blocks to train; -1: all.",
         LORA,
-        default_text="-1, or as --init-adapter",
+        default_text="-1 or --init-adapter's",
     )
     iters: int | None = option(
         None,
@@ -157,7 +157,7 @@ class TrainConfig(Options):
         None,
         "Passes over the data, instead of --iters.",
         OPTIMISATION,
-        default_text="1, more of few rows",
+        default_text="1 or more",
         above=0,
         below=1e6,
         aliases=("num_epochs", "num_train_epochs"),
@@ -181,7 +181,7 @@ class TrainConfig(Options):
     )
     grad_accumulation_steps: int | None = option(
         None,
-        "Microbatches per update; exact, as if one batch.",
+        "Microbatches per update; exact.",
         OPTIMISATION,
         default_text="4 to 16 rows",
         at_least=1,
@@ -204,7 +204,7 @@ class TrainConfig(Options):
     # Adam's second moment is unreliable in the first steps; a tenth of the run is common.
     warmup: float = option(
         0.1,
-        "Warm-up: a fraction of the updates if below 1, else updates.",
+        "Warm-up updates; below 1, a fraction of them.",
         OPTIMISATION,
         at_least=0,
         aliases=("warmup_ratio", "warmup_steps"),
@@ -229,7 +229,7 @@ class TrainConfig(Options):
     )
     steps_per_eval: int | None = option(
         None,
-        "Updates between evaluations; 0: only the final one.",
+        "Updates between evaluations; 0: only at the end.",
         EVALUATION,
         default_text="8 evaluations",
         at_least=0,
@@ -252,13 +252,11 @@ class TrainConfig(Options):
     )
     keep: Literal["best", "last"] = option(
         "best",
-        "Adapter to keep: the one that is best on held-out data, or the last.",
+        "Keep the adapter best on held-out data, or the last.",
         EVALUATION,
         change_on_resume=True,
     )
-    samples: int = option(
-        8, "Held-out prompts to complete before and after training.", EVALUATION, at_least=0
-    )
+    samples: int = option(8, "Held-out prompts to answer before and after.", EVALUATION, at_least=0)
     sample_tokens: int = option(128, "Longest sample in tokens.", EVALUATION, at_least=1)
     report_to: tuple[str, ...] | None = option(
         None,
@@ -323,11 +321,11 @@ class LabelOptions(Options):
     )
     # (votes + 1/2) / (n + 1): three of three votes are no certainty.
     votes: Literal["soft-label", "ignore"] = option(
-        "soft-label", "Use votes for each completion as soft label, or only for the order.", MODEL
+        "soft-label", "Votes as soft label, or only for the order.", MODEL
     )
     min_agreement: float | None = option(
         None,
-        "Least share of a pair's raters (or votes) for one completion; others are left out.",
+        "Leave out pairs on which fewer raters (or votes) agree.",
         MODEL,
         above=0.5,
         at_most=1,
@@ -357,7 +355,7 @@ class LossConfig(TrainConfig):
     )
     beta: float | None = option(
         None,
-        "Strength of the KL penalty; short for --loss-option.",
+        "KL penalty's strength (a --loss-option).",
         LOSS,
         default_text="the loss's",
         above=0,
@@ -420,7 +418,7 @@ class DPOConfig(LabelOptions, LossConfig):
     # At 1 it would be plain DPO.
     ld_alpha: float | None = option(
         None,
-        "LD-DPO: weight of tokens beyond the shorter completion's length.",
+        "LD-DPO: weight of tokens past the shorter length.",
         LOSS,
         default_text="off",
         at_least=0,
