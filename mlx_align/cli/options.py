@@ -134,7 +134,7 @@ def run_argument(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def options_of_run(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options that were given; RUN stands for `--adapter-path`, and names the base model.
+    """The options that were given; RUN is the `--adapter-path`, and names the base model.
 
     Raises:
         ConfigError: RUN is not a folder with an adapter, or --adapter-path is given too.
