@@ -28,11 +28,13 @@ from mlx_align.training.resume import run_config
 
 SMALL = (
     *("--batch-size", 2, "--grad-accumulation-steps", 2, "--lora-rank", 2, "--samples", 0),
-    *("--reference-cache", "cache", "--steps-per-report", 1, "--save-every", 2),
+    *("--reference-cache", "cache", "--steps-per-report", 1, "--save-every", 2, "--keep", "last"),
+    *("--learning-rate", 1e-5),
 )
 ROLLOUTS = (
     *("--group-size", 2, "--grad-accumulation-steps", 1, "--lora-rank", 2, "--samples", 0),
     *("--max-completion-length", 6, "--save-every", 1, "--no-guard", "--lr-schedule", "constant"),
+    *("--keep", "last"),
 )
 
 
@@ -122,7 +124,7 @@ def test_the_learning_rate_is_that_of_a_run_begun_with_the_new_length(capsys, sc
 def test_epochs_are_added_after_a_smaller_last_update():
     """5 microbatches are 3 updates, and 5 more are 3 more."""
     same = ("--lr-schedule", "constant", "--warmup", 0)
-    assert dpo(*same) == 0
+    assert dpo(*same, "--epochs", 1) == 0
     assert mlx_align("dpo", "--resume", "run", "--epochs", 2) == 0
     assert summary_of("run")["steps"] == 6
     assert summary_of("run")["pairs"] == 20
@@ -132,7 +134,7 @@ def test_epochs_are_added_after_a_smaller_last_update():
     assert config["iters"] == 7
     assert "epochs" not in config
     assert [row["changed"]["options"] for row in resumes()] == [
-        {"epochs": [None, 2.0]},
+        {"epochs": [1.0, 2.0]},
         {"iters": [None, 7], "epochs": [2.0, None]},
     ]
 
