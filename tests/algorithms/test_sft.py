@@ -42,10 +42,14 @@ def test_held_out_means_are_over_scored_tokens():
     ]
     nll = (np.log(2) + np.log(4) + 1) / 3
     got = evaluate_demonstrations(logps, groups, "nll")
-    assert got == pytest.approx({"loss": nll, "perplexity": np.exp(nll)})
+    # The row is the unit of the deviation: two rows, of two tokens and of one.
+    rest = np.array([np.log(8) - 2 * nll, 1 - nll])
+    spread = np.exp(nll) * 2 / 3 * np.sqrt((rest**2).sum())
+    expected = {"loss": nll, "perplexity": np.exp(nll), "perplexity_std": spread}
+    assert got == pytest.approx(expected)
     dft = (0.5 * np.log(2) + 0.25 * np.log(4) + np.exp(-1)) / 3
     got = evaluate_demonstrations(logps, groups, "dft")
-    assert got == pytest.approx({"loss": dft, "perplexity": np.exp(nll)})
+    assert got == pytest.approx({**expected, "loss": dft})
 
 
 def test_keep_last_completion():
