@@ -246,6 +246,7 @@ class RolloutEvaluation:
         self.last_kl: dict[str, float] | None = None
         self.best_kl: dict[str, float] | None = None
         self._best = -math.inf
+        self._start: float | None = None
         # Mean and standard deviation of both rewards in the first evaluation.
         self._first: dict[str, list[float]] = {}
 
@@ -258,6 +259,7 @@ class RolloutEvaluation:
             "first": self._first,
             "last_kl": self.last_kl,
             "best_kl": self.best_kl,
+            "start": self._start,
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
@@ -266,6 +268,8 @@ class RolloutEvaluation:
         self.best_step, self._first = state["best_step"] or None, dict(state["first"])
         self._best = -math.inf if self.best_step is None else float(state["best"])
         self.last_kl, self.best_kl = state["last_kl"], state.get("best_kl")
+        first = self._first.get("held_out", self._first.get("reward"))
+        self._start = state.get("start", None if first is None else float(first[0]))
 
     def evaluate(self, step: int, weights: AdapterWeights) -> EvaluationResult | None:
         """Metrics of `weights` after rollout batch `step`; None without held-out prompts."""
@@ -312,11 +316,12 @@ class RolloutEvaluation:
     @property
     def start_is_best(self) -> bool:
         """Whether there was an evaluation at the start, and no better one since."""
-        start = self._first.get("held_out", self._first.get("reward"))
-        return start is not None and self._best <= start[0]
+        return self._start is not None and self._best <= self._start
 
     def _is_best(self, metrics: Mapping[str, float], step: int) -> bool:
         score = metrics.get("held_out", metrics.get("reward"))
+        if step == 0:
+            self._start = score
         if step == 0 or score is None or score <= self._best:
             return False
         self._best, self.best_step, self.best_kl = score, step, self.last_kl

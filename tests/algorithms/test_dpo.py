@@ -213,7 +213,7 @@ def test_resumed_run_ends_with_the_same_bytes(train_dpo, tmp_path, capsys, monke
     assert train_dpo(*options, output="parts")[0] == 1
     assert "already contains another run" in capsys.readouterr().err
     assert mlx_align("dpo", "--resume", "parts", "--beta", "0.7") == 1
-    assert "--beta 0.7: the run has None" in capsys.readouterr().err
+    assert "--beta 0.7: the run has 0.1" in capsys.readouterr().err
     assert mlx_align("dpo", "--resume", "parts") == 0
     whole, both = ((tmp_path / n / "adapters.safetensors").read_bytes() for n in ("whole", "parts"))
     assert whole == both

@@ -161,7 +161,7 @@ def test_a_run_is_evaluated_on_what_it_held_out(run, pairs, capsys, tmp_path):
     options = {"samples": 2, "n": 2, "sample_tokens": 4, "progress": False}
     found = run.evaluate(**options)
     assert found["data"] == "data, the part that the run held out"
-    assert found["preferences"]["pairs"] == 1
+    assert found["preferences"]["pairs"] == 4
     assert ma.evaluate(adapter_path=run, **options) == found
     with pytest.raises(ma.ConfigError, match=r"^data is missing: .* data passed from Python"):
         ma.load_run(run.path).evaluate(**options)
@@ -348,7 +348,7 @@ def test_an_interrupted_run_is_resumed_to_the_same_bytes(tiny, pairs, small, cap
     resumed = stopped.resume(save_every=2, progress=False)
     assert adapter(resumed) == adapter(whole)
     assert [row["step"] for row in resumed.history] == [0, 1, 3, 3]
-    with pytest.raises(ma.ConfigError, match=r"^beta=0.7: the run has None"):
+    with pytest.raises(ma.ConfigError, match=r"^beta=0.7: the run has 0.1"):
         stopped.resume(beta=0.7)
     with pytest.raises(ma.ConfigError, match="config and resume"):
         ma.dpo(resume="run", config="run/config.yaml")
@@ -497,4 +497,4 @@ def test_types_for_editors_have_the_options_of_the_schema(name):
     assert options is getattr(keywords, options.__name__)
     assert set(options.__annotations__) == set(declared_options(TRAINING_CONFIGS[name]))
     own = set(inspect.signature(getattr(api, name)).parameters) - set(options.__annotations__)
-    assert own == {"resume", "config", "callbacks", "progress"}
+    assert own == {"resume", "accept_changed", "config", "callbacks", "progress"}

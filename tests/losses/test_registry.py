@@ -54,7 +54,10 @@ def test_parse_losses():
         ("sigmoid=0", ["positive weight"]),
         ("sigmoid=nan", ["positive weight"]),
         ("sigmoid=inf", ["positive weight"]),
-        ("kto", ["--loss kto: unknown"]),  # no loss of pairs
+        (
+            "kto",
+            ["--loss kto: is not a loss of preference pairs; use mlx-align kto"],
+        ),  # no loss of pairs
     ],
 )
 def test_losses_that_are_refused(text, says):
