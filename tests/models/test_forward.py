@@ -143,7 +143,7 @@ def test_filler_groups_do_not_change_the_gradient(script):
     loss, grads = script.plain_gradient(model.module, tree, pairs, reference)
     way = script.Way(checkpoint=True, compiled=False, accumulated=True)
     got_loss, got = script.package_gradient(model, tree, pairs, reference, way, batch_size=3)
-    # The gated delta rule is summed in chunks, and in mlx-lm's loop token by token: a gap of 1.04e-6.
+    # The gated delta rule is summed in chunks, in mlx-lm token by token: a gap of 1.04e-6.
     assert got_loss == pytest.approx(loss, rel=2e-6)
     assert difference(got, grads) < 1e-5
 
