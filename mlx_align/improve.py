@@ -22,8 +22,8 @@ import numpy as np
 from mlx_align.config import ImproveConfig, JudgeConfig
 from mlx_align.config.schema import flag_of
 from mlx_align.data.columns import configure_data
-from mlx_align.data.convert import plain_text
 from mlx_align.data.formats import read_prompts
+from mlx_align.data.messages import text_as_json
 from mlx_align.data.provenance import check_circularity
 from mlx_align.data.readers import has_split
 from mlx_align.data.transforms import split_validation
@@ -399,7 +399,7 @@ def _answer_row(one: RevisedPrompt, model: str) -> dict[str, Any] | None:
         return None
     return {
         **{name: value for name, value in one.group.columns.items() if name not in _RESERVED},
-        "prompt": plain_text(one.prompt),
+        "prompt": text_as_json(one.prompt),
         "completions": texts,
         "models": [model] * len(texts),
     }

@@ -24,7 +24,7 @@ def select(json: bool, **options: Any) -> None:
     most (Christiano et al. 2017). Rows have prompt, completions with the two answers, and models.
     """
     from mlx_align.data.columns import configure_data
-    from mlx_align.data.convert import plain_text
+    from mlx_align.data.messages import text_as_json
     from mlx_align.preferences.ai_feedback import read_answer_pairs
     from mlx_align.preferences.disagreement import select_pairs
     from mlx_align.system.atomic_io import open_atomic
@@ -51,8 +51,8 @@ def select(json: bool, **options: Any) -> None:
         for index in chosen:
             pair = pairs[index]
             row: dict[str, Any] = {
-                "prompt": plain_text(pair.prompt),
-                "completions": [plain_text(pair.a), plain_text(pair.b)],
+                "prompt": text_as_json(pair.prompt),
+                "completions": [text_as_json(pair.a), text_as_json(pair.b)],
                 "models": list(pair.authors),
             }
             if scores is not None:

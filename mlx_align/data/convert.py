@@ -18,8 +18,9 @@ from mlx_align.data.formats import (
     read_supervised,
     read_unpaired,
 )
+from mlx_align.data.messages import text_as_json
 from mlx_align.data.readers import DataSource, read_rows
-from mlx_align.types import PromptGroup, Text
+from mlx_align.types import PromptGroup
 
 _Reader = Callable[[DataSource, str, str | None], tuple[list[PromptGroup], ReadReport]]
 _KINDS: tuple[tuple[tuple[Format, ...], _Reader], ...] = (
@@ -58,8 +59,8 @@ def plain_row(group: PromptGroup) -> dict[str, Any]:
     completions `completion` and `label`, `messages` or `text`; prompts keep their other columns.
     Text stays text, because it is trained on without a chat template.
     """
-    row: dict[str, Any] = {"prompt": plain_text(group.prompt)}
-    texts = [plain_text(text) for text in group.completions]
+    row: dict[str, Any] = {"prompt": text_as_json(group.prompt)}
+    texts = [text_as_json(text) for text in group.completions]
     if len(texts) == 2:
         row.update(zip(("chosen", "rejected"), texts, strict=True))
         if group.scores is not None:
@@ -90,8 +91,3 @@ def unique_groups(groups: Iterable[PromptGroup]) -> list[PromptGroup]:
     for group in groups:
         seen.setdefault((group.prompt, group.completions, group.label), group)
     return list(seen.values())
-
-
-def plain_text(text: Text) -> Any:
-    """Text as it is; a conversation as a list of messages for a JSON file."""
-    return text if isinstance(text, str) else [turn.to_dict() for turn in text]

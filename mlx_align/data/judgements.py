@@ -25,6 +25,7 @@ from mlx_align.data.messages import (
     as_text,
     describe_value,
     required_field,
+    text_as_json,
 )
 from mlx_align.data.readers import Row
 from mlx_align.errors import DataError
@@ -265,11 +266,6 @@ def read_joined(row: Row) -> PromptGroup:
     group = make_group(Row(row.source, {}, columns), pair.prompt, answers, (), soft_label=soft)
     size = abs(votes[0] - votes[1]) if soft is None else abs(soft - 0.5)
     return replace(group, strength=0.0 if size < _EQUAL else abs(votes[0] - votes[1]), votes=votes)
-
-
-def text_as_json(text: Text) -> str | list[dict[str, Any]]:
-    """Text as it is; a conversation as a list of messages."""
-    return text if isinstance(text, str) else [turn.to_dict() for turn in text]
 
 
 def text_of(text: Text) -> str:

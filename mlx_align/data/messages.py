@@ -326,3 +326,8 @@ def split_shared_text(texts: Sequence[str]) -> tuple[str, tuple[str, ...]]:
     if not head.strip():
         raise UnusableRow("no shared beginning to take as prompt")
     return head, tuple(text[len(head) :] for text in texts)
+
+
+def text_as_json(text: Text) -> str | list[dict[str, Any]]:
+    """Text as it is; a conversation as a list of messages."""
+    return text if isinstance(text, str) else [turn.to_dict() for turn in text]

@@ -17,8 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from mlx_align.data.convert import plain_text
 from mlx_align.data.formats import ScorableRow, read_preferences, read_scorable
+from mlx_align.data.messages import text_as_json
 from mlx_align.data.provenance import PROVENANCE, Lineage
 from mlx_align.data.readers import Data
 from mlx_align.errors import DataError
@@ -270,7 +270,7 @@ class Feedback:
 
     def _key(self, comparison: Comparison) -> str:
         texts = (comparison.prompt, comparison.first, comparison.second)
-        return hash_key(self.identity, *map(plain_text, texts), dict(comparison.criteria))
+        return hash_key(self.identity, *map(text_as_json, texts), dict(comparison.criteria))
 
     def _combine(self, pair: AnswerPair, comparisons: Sequence[Comparison]) -> JudgedPair:
         rows = [self.log.get(self._key(comparison)) for comparison in comparisons]
@@ -418,9 +418,9 @@ def _training_row(
     authors = pair.authors if a_chosen else pair.authors[::-1]
     row: dict[str, Any] = {k: v for k, v in pair.columns.items() if k not in _DROPPED}
     row |= {
-        "prompt": plain_text(pair.prompt),
-        "chosen": plain_text(sides[0]),
-        "rejected": plain_text(sides[1]),
+        "prompt": text_as_json(pair.prompt),
+        "chosen": text_as_json(sides[0]),
+        "rejected": text_as_json(sides[1]),
     }
     for side, author in zip(("chosen", "rejected"), authors, strict=True):
         if author:

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from mlx_align.data.convert import plain_text
+from mlx_align.data.messages import text_as_json
 from mlx_align.data.provenance import PROVENANCE
 from mlx_align.preferences.ai_feedback import AnswerPair
 from mlx_align.preferences.keyed_log import KeyedLog, hash_key
@@ -180,7 +180,7 @@ class Reviser:
 
     def _draw(self, one: RevisedPrompt, k: int) -> Principle:
         """The principle of round k: drawn by seed and prompt, without repetition while possible."""
-        key = hash_key(plain_text(one.group.prompt), self._settings.seed)
+        key = hash_key(text_as_json(one.group.prompt), self._settings.seed)
         order = np.random.default_rng(int(key[:15], 16)).permutation(len(self._principles))
         return self._principles[int(order[k % len(order)])]
 
@@ -190,7 +190,7 @@ class Reviser:
         """The next turn of each conversation, from the log or written now."""
         settings = self._settings
         about = [self._identity, settings.max_tokens, settings.temperature, settings.seed, stage]
-        keys = [hash_key(about, plain_text(turns)) for _, turns in asks]
+        keys = [hash_key(about, text_as_json(turns)) for _, turns in asks]
         waiting = [i for i, key in enumerate(keys) if self._log.get(key) is None]
         if waiting:
             entropy = np.random.SeedSequence((settings.seed, start, *stage.encode()))
@@ -227,8 +227,8 @@ def revision_rows(
     """Demonstrations for `sft`: the last revision of every prompt that has one."""
     return [
         {
-            "prompt": plain_text(one.prompt),
-            "completion": plain_text((_assistant(one.latest),)),
+            "prompt": text_as_json(one.prompt),
+            "completion": text_as_json((_assistant(one.latest),)),
             "changed": one.changed,
             "principles": [principle.name for principle in one.principles],
             PROVENANCE: dict(provenance),

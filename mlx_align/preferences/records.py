@@ -19,8 +19,8 @@ from mlx_align.data.judgements import (
     is_judgement,
     latest_judgements,
     read_judgement,
-    text_as_json,
 )
+from mlx_align.data.messages import text_as_json
 from mlx_align.data.readers import Row, read_rows
 from mlx_align.errors import DataError
 from mlx_align.system.atomic_io import wrap_write_errors

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from mlx_align.data.chat_template import Thinking
-from mlx_align.data.judgements import text_as_json
+from mlx_align.data.messages import text_as_json
 from mlx_align.data.tokenization import tokenize_prompts
 from mlx_align.errors import DataError
 from mlx_align.inference.trained_run import match_adapter_dtype, read_trained_run
