@@ -58,6 +58,7 @@ from mlx_align.inference.scoring import make_logprob_scorer
 from mlx_align.models.loading import ModelFolder, open_model
 from mlx_align.models.policy import make_policy
 from mlx_align.system.memory_limit import headroom_bytes
+from mlx_align.training.defaults import resolve_offline
 from mlx_align.training.metrics import Progress
 from mlx_align.training.offline import OfflineTrainer
 from mlx_align.training.setup import resolve_layout
@@ -113,10 +114,13 @@ def measure(
 ) -> Measurements:
     """Train for `steps` updates on `groups` and measure."""
     assert config.model is not None
-    policy = make_policy(config, open_model(config.model), resolve_layout(config))
+    layout = resolve_layout(config)
+    config, _ = resolve_offline(config, layout, groups, valid=0)
+    assert config.learning_rate is not None
+    policy = make_policy(config, open_model(config.model), layout)
     shapes = plan_shapes(groups, batch_limit(config, packs=policy.model.packs))
     stream = microbatch_stream(groups, shapes, seed=config.seed)
-    batches = list(islice(stream, steps * config.grad_accumulation_steps))
+    batches = list(islice(stream, steps * config.accumulation))
     # Reference log-probs change neither shapes nor memory.
     zeros = [tuple(np.zeros(len(c), np.float32) for c in group.completions) for group in groups]
     objective = DPO(config).objective(policy, groups, zeros, make_logprob_scorer(policy.model))
@@ -132,7 +136,7 @@ def measure(
         lambda start: iter(batches[start:]),
         policy.start,
         make_optimizer(policy.start, config.weight_decay),
-        accumulation=config.grad_accumulation_steps,
+        accumulation=config.accumulation,
         max_grad_norm=1.0,
     )
     progress = Progress()

@@ -557,7 +557,7 @@ def _describe_problem(declared: Option, error: Any) -> str:
     if kind == "value_error":
         return str(error["ctx"]["error"])
     if kind == "literal_error":
-        close = difflib.get_close_matches(str(error["input"]), declared.choices, n=1)
+        close = difflib.get_close_matches(_format_value(error["input"], str), declared.choices, n=1)
         hint = f"did you mean {close[0]}? " if close else ""
         return f"unknown; {hint}choose from {', '.join(declared.choices)}"
     if kind.startswith(("greater_than", "less_than")):

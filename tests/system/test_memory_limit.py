@@ -29,16 +29,22 @@ def test_steps_stay_within_the_limit(monkeypatch):
     limit = mx.set_memory_limit(1 << 40)
     mx.reset_peak_memory()
     with MemoryLimit() as memory:
-        for _ in range(4):
+        with memory.bounded([LARGE.shape]):
+            step(LARGE)
+        first = memory.peak_bytes
+        for _ in range(3):
             with memory.bounded([LARGE.shape]):
                 step(LARGE)
         bounded = memory.peak_bytes - before
+        needed = first - before
         # A new shape resets mlx's counter, but not the reported peak.
         with memory.bounded([SMALL.shape]):
             step(SMALL)
         assert mx.get_peak_memory() < memory.peak_bytes
         assert memory.peak_bytes - before == bounded
     array = 4 * LARGE.shape.prompt
-    assert bounded <= 4 * array + 4096  # and small arrays
+    # mlx compares what is in use with the limit before it allocates, so one array may exceed it.
+    assert bounded <= needed + memory_limit.headroom_bytes(needed) + array
+    assert needed <= 4 * array + 4096  # and small arrays
     assert free >= 2 * bounded
     assert mx.set_memory_limit(limit) == 1 << 40  # the previous limit is restored
