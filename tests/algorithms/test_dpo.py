@@ -150,35 +150,36 @@ def test_reference_log_probs_are_computed_once(
 
     change_results(monkeypatch, scoring, "compile_forward", counting)
 
-    def passes(output, *options, **named):
+    def scored_by(output, *options, **named):
         scored.clear()
         model = named.pop("model", "float32")
         # One evaluation, after the last update: 12 held-out pairs.
-        options = ("--samples", 0, "--steps-per-eval", 0, *options)
+        passes = () if "--iters" in options else ("--epochs", 1)
+        options = ("--samples", 0, "--steps-per-eval", 0, *passes, *options)
         assert train_dpo(*options, output=output, **named, model=tiny_models[model])[0] == 0
         assert scored.count(0) == 0
         return sum(scored) - 24
 
     every = 2 * (40 + 12)
-    assert passes("a", "--epochs", 3) == every
-    assert passes("b", "--epochs", 3) == 0
-    assert passes("c", "--epochs", 1, "--loss", "ipo") == 0
-    assert passes("d", "--init-adapter", tmp_path / "a") == every
-    assert passes("e", "--init-adapter", tmp_path / "a") == 0
+    assert scored_by("a", "--epochs", 3) == every
+    assert scored_by("b", "--epochs", 3) == 0
+    assert scored_by("c", "--loss", "ipo") == 0
+    assert scored_by("d", "--init-adapter", tmp_path / "a") == every
+    assert scored_by("e", "--init-adapter", tmp_path / "a") == 0
     # Another adapter in the same folder; another model; two answers that changed.
     weights = tmp_path / "a" / "adapters.safetensors"
     mx.save_safetensors(str(weights), {k: 2 * v for k, v in mx.load(str(weights)).items()})
-    assert passes("f", "--init-adapter", tmp_path / "a") == every
-    assert passes("g", model="bfloat16") == every
-    assert passes("h", "--adapter-dtype", "bfloat16", model="bfloat16") == every
+    assert scored_by("f", "--init-adapter", tmp_path / "a") == every
+    assert scored_by("g", model="bfloat16") == every
+    assert scored_by("h", "--adapter-dtype", "bfloat16", model="bfloat16") == every
     rows = {split: read_rows(pairs / f"{split}.jsonl") for split in ("train", "valid")}
     for row in rows["train"][3:5]:
         row["rejected"] = assistant("not now")
     changed = write_splits(tmp_path / "changed", **rows)
-    assert passes("i", data=changed) == 4
+    assert scored_by("i", data=changed) == 4
     # A run that sees a part of the data computes that part.
     other = ("--reference-cache", tmp_path / "other")
-    assert passes("j", "--iters", 1, *other) == 2 * (8 + 12)
+    assert scored_by("j", "--iters", 1, *other) == 2 * (8 + 12)
 
 
 @pytest.mark.parametrize("kind", [("--fine-tune-type", "dora"), ("--fine-tune-type", "full")])
