@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import textwrap
+from functools import partial
 from typing import Any
 
 import click
@@ -13,6 +14,7 @@ from mlx_align.cli.options import (
     Group,
     config_options,
     echo_json,
+    fingerprint_options,
     given_options,
     json_option,
     new_file,
@@ -29,9 +31,11 @@ from mlx_align.config import (
 from mlx_align.config.schema import require
 from mlx_align.errors import ConfigError
 from mlx_align.system.json_text import to_json
+from mlx_align.system.row_file import hash_rows, open_rows
 from mlx_align.system.starter import resolve_starter
 
 _WIDTH = 96
+ROWS_PER_COMMIT = 1000
 
 
 @click.group(
@@ -110,24 +114,29 @@ def convert(json: bool, **options: Any) -> None:
 
     Conversations become messages; text that is not of a conversation stays text. Ties, strength and
     votes become soft labels and margins as the options say. Columns that training doesn't read are
-    left out, except those of prompts, which reward functions may need.
+    left out, except those of prompts, which reward functions may need. An interrupted command keeps
+    its rows, and --resume continues.
     """
     from mlx_align.data.columns import configure_data
     from mlx_align.data.convert import plain_row, read_any, unique_groups
-    from mlx_align.system.atomic_io import open_atomic
 
     config = make_config(ConvertDataConfig, given_options(options), None, "command line")
     if len(config.input) != 1:
         raise ConfigError(f"convert takes one input, found {len(config.input)}; convert each alone")
-    target = new_file(config.output)
+    target = new_file(config.output, resume=config.resume)
     source = configure_data(resolve_starter(config.input[0], "data"), config)
     groups, report = read_any(source, config.split, config.format)
     kept = unique_groups(groups) if config.dedup else groups
     duplicates = len(groups) - len(kept)
     kept = kept[: config.max_rows]
-    with open_atomic(target) as stream:
-        for group in kept:
-            stream.write(to_json(plain_row(group), ascii=False) + "\n")
+    inputs = fingerprint_options(config, {"input": hash_rows(map(plain_row, kept))})
+    with open_rows(
+        target, inputs, resume=config.resume, total=len(kept), note=partial(click.echo, err=True)
+    ) as written:
+        for done, group in enumerate(kept[written.done :], written.done + 1):
+            written.write(plain_row(group))
+            if done % ROWS_PER_COMMIT == 0:
+                written.commit(done)
     if json:
         summary = {
             "output": str(target),

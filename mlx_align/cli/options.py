@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ from click.shell_completion import CompletionItem
 from mlx_align.config.schema import GROUPS, OTHER, Option, Options, declared_options, flag_of
 from mlx_align.errors import ConfigError
 from mlx_align.system.json_text import to_json
+from mlx_align.system.row_file import is_being_written, progress_file
 
 # Width of the first column of --help, the same in all sections.
 FLAG_COLUMN = 28
@@ -318,17 +320,56 @@ def write_groups(
                 formatter.write_dl(padded, col_max=FLAG_COLUMN)
 
 
-def new_file(output: str) -> Path:
-    """The file that `--output` names, which must not exist.
+def fingerprint_options(config: Options, hashes: Mapping[str, str]) -> dict[str, str]:
+    """What the rows of an output file depend on, by flag: a hash, or else the option's value.
+
+    Args:
+        config: The options of the command.
+        hashes: Hashes of the content that options name, by the name of the option. Those of
+            `adapter_path` and `reference_adapter` are computed here.
+    """
+    # Imports mlx, which other commands do without.
+    from mlx_align.models.adapters import fingerprint_folder
+
+    found = {}
+    for name, declared in declared_options(type(config)).items():
+        if name in ("output", "resume", "reward_timeout"):
+            continue
+        value = getattr(config, name)
+        if name in ("adapter_path", "reference_adapter") and value is not None:
+            folder = Path(value).expanduser()
+            found[declared.flag] = "".join(
+                fingerprint_folder(folder, names)
+                for names in ("*.safetensors", "adapter_config.json")
+            )
+        else:
+            found[declared.flag] = hashes.get(name, repr(value))
+    return found
+
+
+def new_file(output: str, *, resume: bool = False) -> Path:
+    """The file that `--output` names, which must not exist, unless the command is resumed.
 
     Raises:
-        ConfigError: It exists, or its folder doesn't.
+        ConfigError: It exists, another command is writing it, or its folder can't be written.
     """
     file = Path(output).expanduser()
     if file.exists():
-        raise ConfigError(f"--output {output}: exists already; name a new file")
-    if not file.absolute().parent.is_dir():
-        raise ConfigError(
-            f"--output {output}: there is no folder {file.absolute().parent}; create it first"
-        )
+        if not file.is_file():
+            raise ConfigError(f"--output {output}: is not a regular file; name a new file")
+        if is_being_written(file):
+            raise ConfigError(
+                f"--output {output}: another command is writing it; wait for it, or name another "
+                "output"
+            )
+        if not resume:
+            hint = "name a new file"
+            if progress_file(file).exists():
+                hint = "it is not complete: add --resume to continue it, or name a new file"
+            raise ConfigError(f"--output {output}: exists already; {hint}")
+    folder = file.absolute().parent
+    if not folder.is_dir():
+        raise ConfigError(f"--output {output}: there is no folder {folder}; create it first")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise ConfigError(f"--output {output}: {folder} can't be written; name another folder")
     return file

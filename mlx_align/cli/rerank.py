@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -13,6 +14,7 @@ from mlx_align.cli.options import (
     Command,
     config_options,
     echo_json,
+    fingerprint_options,
     json_option,
     new_file,
     options_of_run,
@@ -21,7 +23,7 @@ from mlx_align.cli.options import (
 from mlx_align.config import RerankConfig, make_config
 from mlx_align.config.schema import flag_of
 from mlx_align.errors import ConfigError
-from mlx_align.system.json_text import to_json
+from mlx_align.system.row_file import hash_rows, open_rows
 from mlx_align.system.starter import resolve_starter
 
 if TYPE_CHECKING:
@@ -43,10 +45,12 @@ def rerank(json: bool, **options: Any) -> None:
     reads one prompt per line from the terminal, until Ctrl-D.
 
     Prompts in files are used verbatim if they are text; use messages for the chat template.
-    Identical samples are listed once, with their count; given completions are all kept.
+    Identical samples are listed once, with their count; given completions are all kept. With
+    --input and --output, an interrupted command keeps its rankings, and --resume continues.
     """
     from mlx_align.inference.rerank import (
         NOTE,
+        PROMPTS_AT_ONCE,
         Reranker,
         SamplingOptions,
         ranking_row,
@@ -57,7 +61,7 @@ def rerank(json: bool, **options: Any) -> None:
     config = make_config(RerankConfig, options_of_run(options), None, "command line")
     _check_config(config)
     console = Console(json)
-    target = None if config.output is None else new_file(config.output)
+    target = None if config.output is None else new_file(config.output, resume=config.resume)
     source = None if config.input is None else read_rerank_input(config.input)
     if source is not None:
         console.note(source.read_as)
@@ -80,23 +84,33 @@ def rerank(json: bool, **options: Any) -> None:
         temperature=1.0 if config.temperature is None else config.temperature,
         seed=config.seed or 0,
     )
-    if source is not None:
-        rankings = _rank_file(reranker, source, sampling, console)
-    else:
-        chat = reranker.style.has_template and not config.ignore_chat_template
-        texts = _read_lines(console) if config.prompt is None else [config.prompt]
-        rankings = _rank_texts(reranker, texts, chat, sampling, console)
+    total = None if source is None else len(source.rows)
+    output: Any = nullcontext()
+    if target is not None:
+        hashes = {} if source is None else _hashes(config, reranker, source)
+        inputs = fingerprint_options(config, hashes)
+        output = open_rows(target, inputs, resume=config.resume, total=total, note=console.note)
     count = unranked = 0
-    with nullcontext() if target is None else target.open("w", encoding="utf-8") as stream:
+    with output as written:
+        if source is not None:
+            done = 0 if written is None else written.done
+            if written is not None:
+                count, unranked = done, sum(NOTE in row for row in written.read())
+            rankings = _rank_file(reranker, source, sampling, console, done)
+        else:
+            rankings = _rank_texts(
+                reranker, _texts(config, console), _uses_chat(config, reranker), sampling, console
+            )
         for ranking in rankings:
             count, unranked = count + 1, unranked + bool(ranking.reason)
             row = ranking_row(ranking)
-            if stream is not None:
-                stream.write(to_json(row, ascii=False) + "\n")
-                stream.flush()
-            if json and (stream is None or source is None):
+            if written is not None:
+                written.write(row)
+                if total is not None and (count % PROMPTS_AT_ONCE == 0 or count == total):
+                    written.commit(count)
+            if json and (written is None or source is None):
                 echo_json(row, ascii=False)
-            elif not json and (stream is None or source is None):
+            elif not json and (written is None or source is None):
                 console.note(_format_ranking(ranking))
     if target is not None:
         missing = f"; {unranked} prompts without one (see {NOTE})" if unranked else ""
@@ -106,7 +120,33 @@ def rerank(json: bool, **options: Any) -> None:
             echo_json(summary)
 
 
+def _texts(config: RerankConfig, console: Console) -> Iterable[str]:
+    return _read_lines(console) if config.prompt is None else [config.prompt]
+
+
+def _uses_chat(config: RerankConfig, reranker: Reranker) -> bool:
+    return reranker.style.has_template and not config.ignore_chat_template
+
+
+def _hashes(config: RerankConfig, reranker: Reranker, source: RerankInput) -> dict[str, str]:
+    """Hashes of what rankings depend on, by the option that names it."""
+    from mlx_align.models.adapters import fingerprint_folder
+
+    hashes = {
+        "model": fingerprint_folder(reranker.generator.model.folder.path),
+        "input": hash_rows(row.row.fields for row in source.rows),
+    }
+    if config.reward_model is not None:
+        folder = reranker.scorer.model.folder.path
+        hashes["reward_model"] = fingerprint_folder(folder)
+        if (run := Path(config.reward_model).expanduser()).is_dir():
+            hashes["reward_model"] += fingerprint_folder(run, "*.safetensors")
+    return hashes
+
+
 def _check_config(config: RerankConfig) -> None:
+    if config.resume and (config.input is None or config.output is None):
+        raise ConfigError("--resume needs --input and --output; add them, or leave it out")
     if config.prompt is not None and config.input is not None:
         raise ConfigError("--prompt and --input exclude each other; give one")
     if config.prompt is None and config.input is None and not sys.stdin.isatty():
@@ -134,12 +174,16 @@ def _check_sampling_options(config: RerankConfig, source: RerankInput) -> None:
 
 
 def _rank_file(
-    reranker: Reranker, source: RerankInput, sampling: SamplingOptions, console: Console
+    reranker: Reranker,
+    source: RerankInput,
+    sampling: SamplingOptions,
+    console: Console,
+    done: int = 0,
 ) -> Iterator[Ranking]:
     if reranker.style.has_template and any(isinstance(g.prompt, str) for g in source.readable):
         console.note("! text prompts are used verbatim; write messages to use the chat template")
-    with console.bar("Ranking", len(source.rows)) as bar:
-        for ranking in source.rankings(reranker, sampling):
+    with console.bar("Ranking", len(source.rows), done) as bar:
+        for ranking in source.rankings(reranker, sampling, done):
             yield ranking
             bar.advance()
 

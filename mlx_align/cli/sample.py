@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -11,6 +11,7 @@ from mlx_align.cli.options import (
     Command,
     config_options,
     echo_json,
+    fingerprint_options,
     given_options,
     json_option,
     new_file,
@@ -18,7 +19,13 @@ from mlx_align.cli.options import (
 from mlx_align.config import SampleConfig, make_config
 from mlx_align.errors import ConfigError, DataError
 from mlx_align.system.json_text import to_json
+from mlx_align.system.row_file import hash_rows, open_rows
 from mlx_align.system.starter import resolve_starter
+
+if TYPE_CHECKING:
+    from mlx_align.models.loading import ModelFolder
+    from mlx_align.rollout.rewards import RewardSettings
+    from mlx_align.rollout.sampler import Prompt
 
 
 @click.command(
@@ -38,8 +45,8 @@ def sample(json: bool, **options: Any) -> None:
     row; with --pairs, neither does one whose completions all score the same. Without --threshold,
     a completion that scored 0, the least of its prompt, is not kept.
 
-    With a reward, the file has only whole lines, also when interrupted. To continue, start again
-    with a new --output: the same options write the same rows.
+    The file has only whole lines, also when interrupted; --resume continues it, with the same rows
+    as if it had not been.
     """
     from mlx_align.data.columns import configure_data
     from mlx_align.data.formats import read_prompts
@@ -53,7 +60,6 @@ def sample(json: bool, **options: Any) -> None:
     )
     from mlx_align.rollout.rewards import Rewards, require_rewards, reward_settings
     from mlx_align.rollout.sampler import Prompt
-    from mlx_align.system.atomic_io import wrap_write_errors
     from mlx_align.system.console import Console
 
     config = make_config(SampleConfig, given_options(options), None, "command line")
@@ -66,7 +72,7 @@ def sample(json: bool, **options: Any) -> None:
         reward_settings(config.reward, config.reward_model, weight, config.reward_timeout)
     )
     console = Console(json)
-    target = new_file(config.output)
+    target = new_file(config.output, resume=config.resume)
     data = configure_data(resolve_starter(config.data, "data"), config)
     groups, reading = read_prompts(data, "train", config.format)
     console.note(str(reading))
@@ -96,22 +102,26 @@ def sample(json: bool, **options: Any) -> None:
         config.temperature,
         config.seed,
     )
-    scores: list[float] = []
-    kept: set[str] = set()
-    # Before the model is loaded, so that an error in a reward is found at once.
-    with Rewards(settings, note=console.note) as rewards:
+    key = "score_chosen" if config.pairs else "score"
+    inputs = fingerprint_options(config, _hashes(config, settings, folder, prompts))
+    output = open_rows(target, inputs, resume=config.resume, total=len(prompts), note=console.note)
+    # The rewards are opened before the model is loaded, so that an error in one is found at once.
+    with output as written, Rewards(settings, note=console.note) as rewards:
         rewards.check([prompt.text for prompt in prompts])
         loaded, policy, score = load_sampler(folder, config.adapter_path, config.reward_model)
         rewards.score_model = score
-        with (
-            console.bar("Sampling", len(prompts)) as bar,
-            wrap_write_errors(target, (OSError,)),
-            target.open("w", encoding="utf-8") as stream,
-        ):
-            for row in sample_rows(loaded, policy, rewards, prompts, sampling, bar.advance):
-                stream.write(to_json(row, ascii=False) + "\n")
-                stream.flush()
-                scores.append(row["score_chosen" if config.pairs else "score"])
+        earlier = list(written.read())
+        scores = [float(row[key]) for row in earlier]
+        kept = {to_json(row["prompt"]) for row in earlier}
+        with console.bar("Sampling", len(prompts), written.done) as bar:
+
+            def count(finished: int) -> None:
+                written.commit(written.done + finished)
+                bar.advance(finished)
+
+            for row in sample_rows(loaded, policy, rewards, prompts, sampling, count, written.done):
+                written.write(row)
+                scores.append(row[key])
                 kept.add(to_json(row["prompt"]))
     if not scores:
         target.unlink()
@@ -168,6 +178,28 @@ def _sample_answers(config: SampleConfig, json: bool) -> None:
         f"{f' ({left_out} left out)' if left_out else ''}. Compare them:\n"
         f"  mlx-align label {target} --output labels.jsonl"
     )
+
+
+def _hashes(
+    config: SampleConfig, settings: RewardSettings, folder: ModelFolder, prompts: list[Prompt]
+) -> dict[str, str]:
+    """Hashes of what the rows depend on, by the option that names it."""
+    from mlx_align.inference.reward_model import find_reward_model
+    from mlx_align.models.adapters import fingerprint_folder
+    from mlx_align.rollout.rewards import fingerprint_rewards
+
+    model = None
+    if config.reward_model is not None:
+        model = find_reward_model(config.reward_model, folder)
+    rewards = fingerprint_rewards(settings, model, "reward model", folder)
+    hashes = {
+        "model": fingerprint_folder(folder.path),
+        "data": hash_rows([one.tokens.prompt.tolist(), dict(one.text.columns)] for one in prompts),
+        "reward": f"{config.reward!r} {rewards}",
+    }
+    if "reward model" in rewards:
+        hashes["reward_model"] = rewards["reward model"]
+    return hashes
 
 
 def _check_config(config: SampleConfig) -> None:

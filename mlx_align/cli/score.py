@@ -13,6 +13,7 @@ from mlx_align.cli.options import (
     Command,
     config_options,
     echo_json,
+    fingerprint_options,
     json_option,
     new_file,
     options_of_run,
@@ -21,8 +22,7 @@ from mlx_align.cli.options import (
 from mlx_align.config import ScoreConfig, make_config
 from mlx_align.config.schema import flag_of
 from mlx_align.errors import ConfigError, DataError
-from mlx_align.system.atomic_io import open_atomic
-from mlx_align.system.json_text import to_json
+from mlx_align.system.row_file import hash_rows, open_rows
 from mlx_align.system.starter import resolve_starter
 
 if TYPE_CHECKING:
@@ -50,7 +50,8 @@ def score(json: bool, **options: Any) -> None:
 
     Rows are pairs, prompts with one completion or a list of them, or conversations, whose last
     assistant turn is scored. A row that can't be scored gets null, and the reason in
-    model_scores_note. For pairs, the summary also says how well the scores agree with the labels.
+    model_scores_note. Rows are written as they are scored: an interrupted command keeps them, and
+    --resume continues. For pairs, the summary also says how well the scores agree with the labels.
     Implicit rewards, beta * log(policy / reference), come with policy_logps and reference_logps.
     """
     from mlx_align.data.columns import configure_data
@@ -60,7 +61,7 @@ def score(json: bool, **options: Any) -> None:
 
     console = Console(json)
     config = make_config(ScoreConfig, options_of_run(options), None, "command line")
-    file = new_file(config.output)
+    file = new_file(config.output, resume=config.resume)
     data = configure_data(resolve_starter(config.data, "data"), config)
     source = read_scorable(data, config.split, config.format)
     if any(name in source.rows[0].fields for name in (SCORES, MEMBERS, NOTE, POLICY, REFERENCE)):
@@ -73,19 +74,29 @@ def score(json: bool, **options: Any) -> None:
     found: list[GroupScores] = []
     lengths: list[int] = []
     unscored = completions = 0
-    bars = console.bar("Scoring", len(source.rows))
-    with open_atomic(file) as stream, bars as bar:
-        for rows in _windows(source):
-            for scored, entry in _score_rows(scorer, rows):
-                row = _output_row(entry, scored)
-                stream.write(to_json(row, ascii=False) + "\n")
+    inputs = fingerprint_options(config, _hashes(scorer, source))
+    output = open_rows(
+        file, inputs, resume=config.resume, total=len(source.rows), note=console.note
+    )
+    with output as written, console.bar("Scoring", len(source.rows)) as bar:
+        earlier = written.read()
+        for start, rows in enumerate(_windows(source)):
+            done = min(start * WINDOW, len(source.rows)) + len(rows)
+            is_new = done > written.done
+            results = (
+                _score_rows(scorer, rows) if is_new else _scored_earlier(scorer, rows, earlier)
+            )
+            for scored, entry in results:
+                if is_new:
+                    written.write(_output_row(entry, scored))
                 unscored += scored.scores is None
                 completions += 0 if scored.scores is None else len(scored.scores)
                 if scored.tokens is not None:
                     lengths += row_lengths([scored.tokens])
                 if source.is_pairs:
                     found.append(scored)
-            stream.flush()
+            if is_new:
+                written.commit(done)
             bar.advance(len(rows))
     for remark in check_lengths(scorer.model.folder, lengths):
         console.note(f"! {remark}")
@@ -174,6 +185,35 @@ def _score_rows(
     found = iter(model.score_groups([row.group for row in rows if row.group is not None]))
     for row in rows:
         yield (GroupScores(None, reason=row.reason) if row.group is None else next(found)), row
+
+
+def _scored_earlier(
+    model: RewardModel | ImplicitReward, rows: list[ScorableRow], earlier: Iterator[dict[str, Any]]
+) -> Iterator[tuple[GroupScores, ScorableRow]]:
+    """The results of rows that an interrupted command wrote, for the summary."""
+    import numpy as np
+
+    from mlx_align.inference.scoring import GroupScores
+
+    tokens = iter(model.tokenize([row.group for row in rows if row.group is not None]))
+    for row, written in zip(rows, islice(earlier, len(rows)), strict=True):
+        result = None if row.group is None else next(tokens)
+        scores = written[SCORES]
+        if scores is None or result is None or isinstance(result, GroupScores):
+            yield GroupScores(None, reason=str(written.get(NOTE))), row
+        else:
+            found = np.array([np.nan if one is None else one for one in scores])
+            yield GroupScores(found, tokens=result), row
+
+
+def _hashes(scorer: RewardModel | ImplicitReward, source: ScorableDataset) -> dict[str, str]:
+    """Hashes of what the scores depend on, by the option that names it."""
+    from mlx_align.models.adapters import fingerprint_folder
+
+    return {
+        "model": fingerprint_folder(scorer.model.folder.path),
+        "data": hash_rows(row.fields for row in source.rows),
+    }
 
 
 def _output_row(entry: ScorableRow, scored: GroupScores) -> dict[str, Any]:

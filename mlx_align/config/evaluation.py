@@ -11,6 +11,7 @@ from mlx_align.config.schema import (
     EVALUATION,
     MODEL,
     REQUIRED,
+    RESUME_HELP,
     REWARD,
     SAMPLING,
     SCORING,
@@ -77,6 +78,7 @@ class EvalConfig(Options):
         metavar="PATH",
         python_type="str | Path",
     )
+    resume: bool = option(False, "Continue an interrupted evaluation in --output.", MODEL)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,6 +137,7 @@ class ScoreConfig(ScorerConfig):
         metavar="FILE",
         default_text=None,
     )
+    resume: bool = option(False, RESUME_HELP, MODEL)
     format: str | None = override(TrainConfig, "format")
     columns: dict[str, Any] = override(TrainConfig, "columns")
     combine: Literal["mean", "min", "mean-variance"] = option(
@@ -180,6 +183,7 @@ class RerankConfig(ScorerConfig):
         metavar="FILE",
         python_type="str | Path",
     )
+    resume: bool = option(False, RESUME_HELP, MODEL)
     ignore_chat_template: bool = option(False, "Use --prompt verbatim, not as a message.", MODEL)
     # None, to detect an option that has no effect on given completions.
     n: int | None = option(None, "Completions per prompt.", SAMPLING, default_text="8", at_least=1)
@@ -212,6 +216,7 @@ class SampleConfig(Options):
     columns: dict[str, Any] = override(TrainConfig, "columns")
     thinking: Literal["auto", "on", "off"] = override(TrainConfig, "thinking")
     output: str = override(ScoreConfig, "output")
+    resume: bool = option(False, RESUME_HELP, MODEL)
     max_prompt_length: int = option(
         768, "Longest prompt in tokens; drops longer ones.", MODEL, at_least=1
     )

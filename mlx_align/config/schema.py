@@ -65,6 +65,7 @@ GROUPS = (
     OTHER,
 )
 REQUIRED: Any = dataclasses.MISSING
+RESUME_HELP = "Continue an --output that was interrupted, after its finished rows."
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from mlx_align.config.evaluation import EvalConfig
 from mlx_align.config.offline import LabelOptions, LossConfig, TrainConfig
-from mlx_align.config.schema import MODEL, OTHER, REQUIRED, Options, option, override
+from mlx_align.config.schema import MODEL, OTHER, REQUIRED, RESUME_HELP, Options, option, override
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +47,7 @@ class ConvertDataConfig(Options):
         metavar="FILE",
         default_text=None,
     )
+    resume: bool = option(False, RESUME_HELP, MODEL)
     format: str | None = override(TrainConfig, "format")
     columns: dict[str, Any] = override(TrainConfig, "columns")
     ties: Literal["skip", "half"] = override(LabelOptions, "ties")

@@ -103,9 +103,13 @@ class ImplicitReward:
 
     def score_groups(self, groups: Sequence[PromptGroup]) -> list[GroupScores]:
         """Score the completions of each group."""
-        results = tokenize_for_scoring(groups, self.style, self.max_seq_length)
+        results = self.tokenize(groups)
         scores = iter(self.score_tokens([r for r in results if isinstance(r, TokenizedGroup)]))
         return [next(scores) if isinstance(r, TokenizedGroup) else r for r in results]
+
+    def tokenize(self, groups: Sequence[PromptGroup]) -> list[TokenizedGroup | GroupScores]:
+        """The groups as the model reads them, or why one can't be scored."""
+        return tokenize_for_scoring(groups, self.style, self.max_seq_length)
 
     def score_tokens(self, groups: Sequence[TokenizedGroup]) -> list[GroupScores]:
         """Score tokenized groups; each prompt is run once per role.

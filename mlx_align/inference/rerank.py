@@ -475,9 +475,14 @@ class RerankInput:
         """The groups of all rows that could be read."""
         return [row.group for row in self.rows if row.group is not None]
 
-    def rankings(self, reranker: Reranker, options: SamplingOptions) -> Iterator[Ranking]:
-        """Yield a ranking per row, in order."""
-        for start in range(0, len(self.rows), PROMPTS_AT_ONCE):
+    def rankings(
+        self, reranker: Reranker, options: SamplingOptions, done: int = 0
+    ) -> Iterator[Ranking]:
+        """Yield a ranking per row, in order, after the first `done` rows.
+
+        `done` is a multiple of `PROMPTS_AT_ONCE`, or the number of rows.
+        """
+        for start in range(done, len(self.rows), PROMPTS_AT_ONCE):
             rows = self.rows[start : start + PROMPTS_AT_ONCE]
             groups = [row.group for row in rows if row.group is not None]
             if self.needs_sampling:

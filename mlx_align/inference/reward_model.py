@@ -170,16 +170,20 @@ class RewardModel:
 
     def score_groups(self, groups: Sequence[PromptGroup]) -> list[GroupScores]:
         """Score the completions of each group."""
-        results = tokenize_for_scoring(groups, self.style, self.max_seq_length)
-        tokens = [
-            self._with_ending(group, result)
-            for group, result in zip(groups, results, strict=True)
-            if isinstance(result, TokenizedGroup)
-        ]
+        results = self.tokenize(groups)
+        tokens = [result for result in results if isinstance(result, TokenizedGroup)]
         found = iter(zip(tokens, self.score_tokens(tokens), strict=True))
         return [
             self._combined(*next(found)) if isinstance(result, TokenizedGroup) else result
             for result in results
+        ]
+
+    def tokenize(self, groups: Sequence[PromptGroup]) -> list[TokenizedGroup | GroupScores]:
+        """The groups as the model reads them, or why one can't be scored."""
+        results = tokenize_for_scoring(groups, self.style, self.max_seq_length)
+        return [
+            self._with_ending(group, result) if isinstance(result, TokenizedGroup) else result
+            for group, result in zip(groups, results, strict=True)
         ]
 
     def score_tokens(self, groups: Sequence[TokenizedGroup]) -> list[Scores]:

@@ -87,6 +87,7 @@ def sample_rows(
     prompts: Sequence[Prompt],
     config: RejectionSamplingConfig,
     on_prompts: Callable[[int], None],
+    done: int = 0,
 ) -> Iterator[dict[str, Any]]:
     """Sample, reward and select, in the order of the prompts; deterministic for a config.
 
@@ -96,12 +97,13 @@ def sample_rows(
         rewards: Rewards the completions.
         prompts: The prompts.
         config: The options.
-        on_prompts: Called with the number of prompts just finished.
+        on_prompts: Called with the number of prompts just finished, after their rows.
+        done: Prompts to leave out at the start: a multiple of `PROMPTS_PER_BATCH`, or all.
 
     Raises:
         TrainingError: A reward function failed.
     """
-    for start in range(0, len(prompts), PROMPTS_PER_BATCH):
+    for start in range(done, len(prompts), PROMPTS_PER_BATCH):
         part = prompts[start : start + PROMPTS_PER_BATCH]
         entropy = np.random.SeedSequence((config.seed, start))
         completions = sample_completions(

@@ -8,8 +8,9 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-# json.dumps escapes C0 only. These would reach a terminal, or split a line.
-_CONTROLS = re.compile("[\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
+# json.dumps escapes C0 only. These would reach a terminal, or split a line; half of a surrogate
+# pair can't be written in UTF-8.
+_CONTROLS = re.compile("[\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def finite(value: Any) -> Any:

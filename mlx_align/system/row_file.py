@@ -1,0 +1,247 @@
+"""JSON Lines files that are written row by row, and continued after an interruption.
+
+A command that is stopped, or meets a full disk, keeps the rows that are finished, as whole lines.
+Next to the file, `.NAME.progress.json` has a hash of everything that the rows are made of, and the
+number of inputs whose rows are in the file; it is removed when the file is complete.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from mlx_align.errors import ConfigError, WriteError
+from mlx_align.system.atomic_io import wrap_write_errors, write_text
+from mlx_align.system.json_text import to_json
+
+
+class RowFile:
+    """An open JSON Lines file; made by `open_rows`.
+
+    Attributes:
+        file: Its path.
+        done: The number of inputs whose rows are in the file.
+        rows: The number of rows in the file.
+    """
+
+    def __init__(self, file: Path, descriptor: int, inputs: Mapping[str, str]) -> None:
+        self.file, self.done, self.rows = file, 0, 0
+        self._descriptor, self._inputs = descriptor, dict(inputs)
+        self._bytes = 0
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        """Append a row.
+
+        Raises:
+            WriteError: It can't be written; the file ends with the row before it.
+        """
+        self._write(to_json(row, ascii=False).encode() + b"\n")
+        self.rows += 1
+
+    def _write(self, line: bytes) -> None:
+        data, written = memoryview(line), 0
+        with wrap_write_errors(self.file, (OSError,)):
+            try:
+                while written < len(data):
+                    written += os.write(self._descriptor, data[written:])
+            except BaseException:
+                os.ftruncate(self._descriptor, self._bytes)
+                os.lseek(self._descriptor, self._bytes, os.SEEK_SET)
+                raise
+        self._bytes += len(data)
+
+    def commit(self, done: int) -> None:
+        """Record that the rows of `done` inputs are in the file.
+
+        Raises:
+            WriteError: That can't be written; a resumed command continues from the record before.
+        """
+        with wrap_write_errors(self.file, (OSError,)):
+            os.fsync(self._descriptor)
+        content = {
+            "inputs": self._inputs,
+            "done": done,
+            "rows": self.rows,
+            "bytes": self._bytes,
+        }
+        write_text(progress_file(self.file), json.dumps(content, indent=2) + "\n")
+        self.done = done
+
+    def read(self) -> Iterator[dict[str, Any]]:
+        """The rows that are in the file."""
+        with self.file.open("rb") as stream:
+            for line in stream.read(self._bytes).split(b"\n")[:-1]:
+                yield json.loads(line)
+
+    def restore(self, content: Mapping[str, Any]) -> None:
+        """Continue after the rows of the last `commit`; what was written later is removed."""
+        self.done, self.rows = int(content["done"]), int(content["rows"])
+        self._bytes = int(content["bytes"])
+        with wrap_write_errors(self.file, (OSError,)):
+            os.ftruncate(self._descriptor, self._bytes)
+            os.lseek(self._descriptor, self._bytes, os.SEEK_SET)
+
+    def close(self) -> None:
+        """Close the file."""
+        os.close(self._descriptor)
+
+
+@contextmanager
+def open_rows(
+    file: Path,
+    inputs: Mapping[str, str],
+    *,
+    resume: bool = False,
+    total: int | None,
+    note: Callable[[str], None],
+) -> Iterator[RowFile]:
+    """Open a new file, or one that an interrupted command began.
+
+    Args:
+        file: The file. Without `resume` it must not exist.
+        inputs: Hashes or values of all that the rows depend on, by the option that names it.
+        resume: Continue the file if it exists.
+        total: The number of inputs; None if the file can't be continued, because the inputs are
+            typed in.
+        note: Called with a line when an error or a signal ends the block.
+
+    Raises:
+        ConfigError: The file is complete, of other inputs, or another process writes it.
+        WriteError: It can't be written.
+    """
+    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | (0 if resume else os.O_EXCL)
+    try:
+        with wrap_write_errors(file, (OSError,)):
+            descriptor = os.open(file, flags, 0o666)
+    except WriteError as error:
+        if isinstance(error.__cause__, FileExistsError):  # it wasn't there when the command began
+            raise ConfigError(
+                f"--output {file}: another command has just created it; name a new file"
+            ) from None
+        raise
+    rows = RowFile(file, descriptor, inputs)
+    try:
+        _lock(file, descriptor)
+        earlier = read_progress(file) if resume else None
+        if earlier is not None:
+            _check_same(file, earlier, inputs, os.fstat(descriptor).st_size)
+            rows.restore(earlier)
+            note(f"Resuming after {rows.done:,} of {total or 0:,}.")
+        elif os.fstat(descriptor).st_size:
+            raise ConfigError(
+                f"--resume: {file} is complete, or is not a file that this command began; name "
+                "another --output"
+            )
+        try:
+            if total is not None:
+                rows.commit(rows.done)
+            yield rows
+        except BaseException:
+            _keep(rows, total, note)
+            raise
+        with wrap_write_errors(file, (OSError,)):
+            os.fsync(descriptor)
+            progress_file(file).unlink(missing_ok=True)
+    finally:
+        rows.close()
+
+
+def _keep(rows: RowFile, total: int | None, note: Callable[[str], None]) -> None:
+    """Say what an interrupted command leaves; remove files without a row."""
+    if rows.rows and total is None:
+        return
+    if rows.rows or rows.done:
+        note(
+            f"stopped after {rows.done:,} of {total:,}; {rows.file} keeps its rows: continue with "
+            "the same command and --resume"
+        )
+        return
+    with suppress(OSError):
+        rows.file.unlink(missing_ok=True)
+        progress_file(rows.file).unlink(missing_ok=True)
+
+
+def _lock(file: Path, descriptor: int) -> None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ConfigError(
+            f"--output {file}: another command is writing it; wait for it, or name another output"
+        ) from None
+    except OSError:
+        pass  # a network drive without locks
+
+
+def is_being_written(file: Path) -> bool:
+    """Whether another process has `file` open in `open_rows`."""
+    try:
+        descriptor = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    finally:
+        os.close(descriptor)
+    return False
+
+
+def progress_file(file: Path) -> Path:
+    """The file next to `file` that says how far it is."""
+    return file.with_name(f".{file.name}.progress.json")
+
+
+def read_progress(file: Path) -> dict[str, Any] | None:
+    """The last `commit` of an unfinished file; None if there is none.
+
+    Raises:
+        ConfigError: It is damaged.
+    """
+    progress = progress_file(file)
+    if not progress.exists():
+        return None
+    try:
+        content = json.loads(progress.read_text(encoding="utf-8"))
+        numbers = [content[name] for name in ("done", "rows", "bytes")]
+        if not all(type(number) is int and number >= 0 for number in numbers):
+            raise ValueError(numbers)
+        return {**content, "inputs": dict(content["inputs"])}
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ConfigError(
+            f"--resume: {progress} is damaged; remove it and {file}, and start again"
+        ) from error
+
+
+def _check_same(
+    file: Path, earlier: Mapping[str, Any], inputs: Mapping[str, str], size: int
+) -> None:
+    before = earlier["inputs"]
+    changed = [name for name in {**before, **inputs} if before.get(name) != inputs.get(name)]
+    if changed:
+        raise ConfigError(
+            f"--resume: {', '.join(changed)} changed since {file} was begun; restore that, or name "
+            "another --output"
+        )
+    if size < earlier["bytes"]:
+        raise ConfigError(
+            f"--resume: {file} is shorter than when it was stopped; remove it and "
+            f"{progress_file(file)}, and start again"
+        )
+
+
+def hash_rows(rows: Iterable[Any]) -> str:
+    """A hash of rows of data; values that JSON lacks are hashed as their text."""
+    digest = hashlib.blake2b(digest_size=16)
+    for row in rows:
+        digest.update(json.dumps(row, sort_keys=True, default=str).encode())
+        digest.update(b"\n")
+    return digest.hexdigest()
