@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -38,15 +39,15 @@ def sample(json: bool, **options: Any) -> None:
 
     Without --reward and --reward-model, all of them are written, a line per prompt, for `mlx-align
     label` and `mlx-align judge`: at several --temperatures, or by --arms, which name models,
-    adapters and system prompts. After an interruption the same command continues.
+    adapters and system prompts.
 
     Rows have prompt, completion, score and n, and the other fields of the prompt's row, in the
     order of the prompts. A prompt without a completion that scores (at least --threshold) gets no
     row; with --pairs, neither does one whose completions all score the same. Without --threshold,
     a completion that scored 0, the least of its prompt, is not kept.
 
-    The file has only whole lines, also when interrupted; --resume continues it, with the same rows
-    as if it had not been.
+    After an interruption, --resume continues, with the same rows as if there had been none. With a
+    reward, the file has the finished rows until then; answers without one are written at the end.
     """
     from mlx_align.data.columns import configure_data
     from mlx_align.data.formats import read_prompts
@@ -162,6 +163,8 @@ def _sample_answers(config: SampleConfig, json: bool) -> None:
     from mlx_align.system.console import Console
 
     console = Console(json)
+    if config.resume and Path(config.output).expanduser().is_file():
+        raise ConfigError(f"--resume: {config.output} is complete; name another --output")
     target = new_file(config.output)
     groups = read_prompt_groups(config.data, config, console)
     found = sample_to_file(groups, config, target, console)

@@ -103,6 +103,7 @@ class ConvertDataOptions(TypedDict, total=False):
 
     input: Required[str | Sequence[str]]
     output: Required[str | Path]
+    resume: bool
     format: str | None
     columns: Mapping[str, float | str]
     ties: Literal["skip", "half"]
@@ -181,6 +182,7 @@ class EvalOptions(TypedDict, total=False):
     columns: Mapping[str, float | str]
     max_seq_length: int | None
     output: str | Path | None
+    resume: bool
     samples: int
     n: int
     max_completion_length: int
@@ -524,6 +526,7 @@ class RerankOptions(TypedDict, total=False):
     prompt: str | None
     input: str | Path | None
     output: str | Path | None
+    resume: bool
     ignore_chat_template: bool
     beta: float | None
     reference_adapter: str | PathLike[str] | None
@@ -649,6 +652,7 @@ class SampleOptions(TypedDict, total=False):
     columns: Mapping[str, float | str]
     thinking: Literal["auto", "on", "off"]
     output: Required[str | Path]
+    resume: bool
     max_prompt_length: int
     reward: Rewards | None
     reward_model: str | PathLike[str] | None
@@ -673,6 +677,7 @@ class ScoreOptions(TypedDict, total=False):
     data: Required[Data]
     split: str
     output: Required[str | Path]
+    resume: bool
     format: str | None
     columns: Mapping[str, float | str]
     beta: float | None

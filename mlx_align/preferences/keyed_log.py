@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from mlx_align.errors import DataError
-from mlx_align.system.atomic_io import wrap_write_errors
-from mlx_align.system.json_text import to_json
+from mlx_align.system.row_file import OutputLock, append_rows, remove_partial_line
 
 
 class KeyedLog:
@@ -22,17 +20,20 @@ class KeyedLog:
         required: Fields that every row has.
 
     Raises:
+        ConfigError: Another command is writing the file.
         DataError: A line, other than an incomplete last one, can't be read.
     """
 
     def __init__(self, file: Path, required: Sequence[str] = ()) -> None:
         self.file = file
         self._rows: dict[str, dict[str, Any]] = {}
+        self._lock: OutputLock | None = None
         if not file.is_file():
             return
-        content = file.read_bytes()
-        complete = content[: content.rfind(b"\n") + 1]
-        for number, line in enumerate(complete.decode("utf-8", "replace").split("\n")[:-1], 1):
+        self._lock = OutputLock.take(file)
+        remove_partial_line(file)
+        content = file.read_text(encoding="utf-8", errors="replace")
+        for number, line in enumerate(content.split("\n")[:-1], 1):
             try:
                 row = json.loads(line)
                 missing = [name for name in ("key", *required) if name not in row]
@@ -44,10 +45,6 @@ class KeyedLog:
                     "held is computed again"
                 )
             self._rows[str(row["key"])] = row
-        if complete != content:
-            # The process ended while it wrote the last line.
-            with wrap_write_errors(file), file.open("r+b") as stream:
-                stream.truncate(len(complete))
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -57,16 +54,16 @@ class KeyedLog:
         return self._rows.get(key)
 
     def add(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Add rows, which have a `key`, and flush them to the disk.
+        """Add rows, which have a `key`, all or none, and flush them to the disk.
 
         Raises:
+            ConfigError: Another command is writing the file.
             WriteError: The file can't be written.
         """
-        text = "".join(to_json(row, ascii=False) + "\n" for row in rows)
-        with wrap_write_errors(self.file), self.file.open("ab", buffering=0) as stream:
-            # Unpaired surrogates, which a model may write as bytes, have no UTF-8.
-            stream.write(text.encode("utf-8", "replace"))
-            os.fsync(stream.fileno())
+        if self._lock is None:
+            append_rows(self.file, ())  # creates the file
+            self._lock = OutputLock.take(self.file)
+        append_rows(self.file, rows)
         self._rows.update((str(row["key"]), dict(row)) for row in rows)
 
 

@@ -7,7 +7,6 @@ changed.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,8 +22,7 @@ from mlx_align.data.judgements import (
 from mlx_align.data.messages import text_as_json
 from mlx_align.data.readers import Row, read_rows
 from mlx_align.errors import DataError
-from mlx_align.system.atomic_io import wrap_write_errors
-from mlx_align.system.json_text import to_json
+from mlx_align.system.row_file import append_rows, remove_partial_line
 from mlx_align.types import Text
 
 
@@ -72,13 +70,8 @@ class JsonLog:
 
     def __init__(self, file: Path) -> None:
         self.file = file
-        if not file.is_file():
-            return
-        content = file.read_bytes()
-        end = content.rfind(b"\n") + 1
-        if end < len(content):
-            with wrap_write_errors(file), file.open("r+b") as stream:
-                stream.truncate(end)
+        if file.is_file():
+            remove_partial_line(file, shared=True)
 
     def rows(self) -> Iterator[Row]:
         """The rows in the file; none if there is no file yet.
@@ -90,15 +83,12 @@ class JsonLog:
             yield from read_rows(self.file)
 
     def add(self, *rows: Mapping[str, Any]) -> None:
-        """Add lines.
+        """Add lines, all or none.
 
         Raises:
             WriteError: The file can't be written.
         """
-        lines = "".join(to_json(row, ascii=False) + "\n" for row in rows)
-        with wrap_write_errors(self.file), self.file.open("ab", buffering=0) as stream:
-            stream.write(lines.encode("utf-8", "replace"))
-            os.fsync(stream.fileno())
+        append_rows(self.file, rows, shared=True)
 
 
 class JudgementLog:

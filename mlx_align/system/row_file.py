@@ -11,10 +11,12 @@ import fcntl
 import hashlib
 import json
 import os
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
+from weakref import WeakValueDictionary
 
 from mlx_align.errors import ConfigError, WriteError
 from mlx_align.system.atomic_io import wrap_write_errors, write_text
@@ -45,16 +47,9 @@ class RowFile:
         self.rows += 1
 
     def _write(self, line: bytes) -> None:
-        data, written = memoryview(line), 0
         with wrap_write_errors(self.file, (OSError,)):
-            try:
-                while written < len(data):
-                    written += os.write(self._descriptor, data[written:])
-            except BaseException:
-                os.ftruncate(self._descriptor, self._bytes)
-                os.lseek(self._descriptor, self._bytes, os.SEEK_SET)
-                raise
-        self._bytes += len(data)
+            _write_all(self._descriptor, line, self._bytes)
+        self._bytes += len(line)
 
     def commit(self, done: int) -> None:
         """Record that the rows of `done` inputs are in the file.
@@ -178,6 +173,104 @@ def _lock(file: Path, descriptor: int) -> None:
         pass  # a network drive without locks
 
 
+def _write_all(descriptor: int, data: bytes, start: int) -> None:
+    """Write at the end of a file, which has `start` bytes, all of `data` or nothing."""
+    view, written = memoryview(data), 0
+    try:
+        while written < len(view):  # a disk that is almost full takes a part, without an error
+            written += os.write(descriptor, view[written:])
+    except BaseException:
+        os.ftruncate(descriptor, start)
+        os.lseek(descriptor, start, os.SEEK_SET)
+        raise
+
+
+def append_rows(file: Path, rows: Iterable[Mapping[str, Any]], *, shared: bool = False) -> None:
+    """Add rows to a JSON Lines file, all or none, and flush them to the disk.
+
+    Args:
+        file: The file; created if it doesn't exist.
+        rows: The rows.
+        shared: Whether other processes may add to the file at the same time: they take turns.
+
+    Raises:
+        WriteError: They can't be written; the file ends with the rows before them.
+    """
+    data = "".join(to_json(row, ascii=False) + "\n" for row in rows).encode()
+    with wrap_write_errors(file, (OSError,)):
+        descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+        try:
+            if shared:
+                with suppress(OSError):  # a network drive without locks
+                    fcntl.flock(descriptor, fcntl.LOCK_EX)
+            _write_all(descriptor, data, os.fstat(descriptor).st_size)
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def remove_partial_line(file: Path, *, shared: bool = False) -> None:
+    """Remove a last line without an end, which a process that was killed may have left.
+
+    Args:
+        file: The file.
+        shared: As for `append_rows`.
+
+    Raises:
+        WriteError: The file can't be changed.
+    """
+    with wrap_write_errors(file, (OSError,)):
+        descriptor = os.open(file, os.O_RDWR | os.O_CLOEXEC)
+        try:
+            if shared:
+                with suppress(OSError):
+                    fcntl.flock(descriptor, fcntl.LOCK_EX)
+            with open(descriptor, "rb", closefd=False) as stream:
+                content = stream.read()
+            complete = content.rfind(b"\n") + 1
+            if complete < len(content):
+                os.ftruncate(descriptor, complete)
+        finally:
+            os.close(descriptor)
+
+
+class OutputLock:
+    """Keeps other processes from writing the same output, until it is garbage collected.
+
+    Within a process, all users of a file share one lock.
+
+    Attributes:
+        file: The file, which exists.
+    """
+
+    _held: ClassVar[WeakValueDictionary[Path, OutputLock]] = WeakValueDictionary()
+
+    def __init__(self, file: Path, descriptor: int) -> None:
+        self.file = file
+        weakref.finalize(self, os.close, descriptor)
+
+    @classmethod
+    def take(cls, file: Path) -> OutputLock:
+        """The lock of a file or folder.
+
+        Raises:
+            ConfigError: Another process has it.
+            WriteError: The file can't be opened.
+        """
+        path = file.resolve()
+        if (held := cls._held.get(path)) is not None:
+            return held
+        with wrap_write_errors(file, (OSError,)):
+            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            _lock(file, descriptor)
+        except BaseException:
+            os.close(descriptor)
+            raise
+        lock = cls._held[path] = cls(path, descriptor)
+        return lock
+
+
 def is_being_written(file: Path) -> bool:
     """Whether another process has `file` open in `open_rows`."""
     try:
@@ -201,7 +294,7 @@ def progress_file(file: Path) -> Path:
 
 
 def read_progress(file: Path) -> dict[str, Any] | None:
-    """The last `commit` of an unfinished file; None if there is none.
+    """The last `commit` of an unfinished file; None if the file doesn't exist.
 
     Raises:
         ConfigError: It is damaged.

@@ -1,6 +1,8 @@
 """JSON Lines files keep whole rows when writing stops, and continue after them."""
 
 import errno
+import fcntl
+import gc
 import json
 import os
 import subprocess
@@ -12,7 +14,13 @@ from helpers.paths import ROOT
 
 from mlx_align.errors import ConfigError, WriteError
 from mlx_align.system import row_file
-from mlx_align.system.row_file import open_rows, progress_file
+from mlx_align.system.row_file import (
+    OutputLock,
+    append_rows,
+    open_rows,
+    progress_file,
+    remove_partial_line,
+)
 
 INPUTS = {"--model": "a", "--seed": "0"}
 
@@ -130,6 +138,54 @@ def test_other_inputs_and_complete_files_are_refused(tmp_path):
         write(file, 7, resume=True)
     # Without anything to continue, it begins.
     assert len(write(tmp_path / "new.jsonl", 3, resume=True)) == 3
+
+
+def almost_full(monkeypatch, left):
+    """The disk takes a part of what is written, as it does before it reports that it is full."""
+    original = os.write
+
+    def write(descriptor, data):
+        nonlocal left
+        if not left:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        taken = original(descriptor, data[:left])
+        left -= taken
+        return taken
+
+    monkeypatch.setattr(row_file.os, "write", write)
+
+
+def test_rows_are_appended_all_or_none(tmp_path, monkeypatch):
+    file = tmp_path / "log.jsonl"
+    append_rows(file, [{"a": 1}])
+    with monkeypatch.context() as patched:
+        almost_full(patched, 12)
+        with pytest.raises(WriteError, match="no space left"):
+            append_rows(file, [{"a": 2}, {"a": 3}])
+    assert read_rows(file) == [{"a": 1}]
+    append_rows(file, [{"a": 2}, {"a": "\ud800é"}], shared=True)
+    assert read_rows(file) == [{"a": 1}, {"a": 2}, {"a": "\ud800é"}]
+    with file.open("a") as stream:
+        stream.write('{"a": 4')
+    remove_partial_line(file)
+    assert len(read_rows(file)) == 3
+    assert file.read_bytes().endswith(b"}\n")
+
+
+def test_only_one_process_has_a_lock(tmp_path):
+    file = tmp_path / "log.jsonl"
+    file.touch()
+    with file.open() as other:  # a second open file conflicts as another process does
+        first = OutputLock.take(file)
+        assert OutputLock.take(tmp_path / "." / "log.jsonl") is first
+        with pytest.raises(BlockingIOError):
+            fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        del first
+        gc.collect()
+        fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with pytest.raises(ConfigError, match="another command is writing it; wait for it"):
+            OutputLock.take(file)
+    OutputLock.take(file)
 
 
 def test_half_of_a_surrogate_pair_is_escaped(tmp_path):
