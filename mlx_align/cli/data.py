@@ -25,7 +25,6 @@ from mlx_align.config import (
     AgreementConfig,
     CheckDataConfig,
     ConvertDataConfig,
-    TrainConfig,
     make_config,
 )
 from mlx_align.config.schema import require
@@ -55,55 +54,54 @@ data.add_command(sample)
 data.add_command(select)
 
 
-@data.command(cls=Command, short_help="Read, tokenise and describe preference data.")
+@data.command(cls=Command, short_help="Describe data, and say which commands can use it.")
+@click.argument("file", required=False, type=click.Path(), metavar="[FILE]")
 @config_options(CheckDataConfig)
 @json_option("Print as JSON.")
-def check(json: bool, **options: Any) -> None:
-    """Print the data report that `mlx-align dpo` prints before it trains, and what is suspicious.
+def check(file: str | None, json: bool, **options: Any) -> None:
+    """Say how data is read, which training commands can use it, and what is suspicious.
+
+    FILE is a data file, a folder or a hub name, like --data. With --model, prints the lengths in
+    tokens and the rows that would be dropped, as training does.
 
     Looks for near duplicates, prompts that are in train and valid, conflicting labels, HTML and
     template tokens in the text, and outliers of language and length; says how often the longer and
     the more formatted completion is chosen. Of judgements by raters, shows how far they agree.
     """
-    from mlx_align.algorithms.dpo import read_pairs
-    from mlx_align.data.columns import configure_data
-    from mlx_align.data.quality import check_quality, render_quality
-    from mlx_align.data.readers import has_split
-    from mlx_align.data.statistics import render_statistics
-    from mlx_align.models.loading import open_model
+    from mlx_align.data.quality import render_quality
+    from mlx_align.data.uses import render_uses
     from mlx_align.preferences.raters import render_agreement, report_agreement
     from mlx_align.preferences.run_agreement import read_any_judgements
-    from mlx_align.training.setup import prepare_data
+    from mlx_align.training.data_check import check_dataset
 
-    config = make_config(CheckDataConfig, given_options(options), None, "command line")
-    require(config, "model", "data")
-    assert config.model is not None
+    given = given_options(options)
+    if file is not None:
+        if "data" in given:
+            raise ConfigError(f"{file} and --data {given['data']}: give one of them")
+        given["data"] = file
+    config = make_config(CheckDataConfig, given, None, "command line")
+    require(config, "data")
     assert config.data is not None
-    names = {field.name for field in dataclasses.fields(TrainConfig)}
-    values = {k: v for k, v in dataclasses.asdict(config).items() if k in names}
-    values["model"] = resolve_starter(config.model, "model")
-    values["data"] = resolve_starter(config.data, "data")
-    training = TrainConfig(**values)
-    assert training.model is not None
-    assert training.data is not None
-    source = configure_data(training.data, config)
-    folder = open_model(training.model)
-    facts = prepare_data(training, folder, read_pairs, source).statistics
-    held_out = has_split(source, "valid")
-    valid = read_pairs(source, "valid", config.format)[0] if held_out else []
-    train = read_pairs(source, "train", config.format)[0]
-    quality = check_quality(train, valid, folder.tokenizer)
-    judged = read_any_judgements(source)
+    model = None if config.model is None else resolve_starter(config.model, "model")
+    found = check_dataset(config, resolve_starter(config.data, "data"), model)
+    judged = read_any_judgements(found.source)
     raters = report_agreement(judged) if judged else None
     if json:
-        found = {**dataclasses.asdict(facts), "quality": dataclasses.asdict(quality)}
-        found["raters"] = None if raters is None else dataclasses.asdict(raters)
-        echo_json(found, indent=2)
+        content = {
+            **found.facts,
+            "quality": dataclasses.asdict(found.quality),
+            "uses": {use.command: dataclasses.asdict(use) for use in found.uses},
+            "raters": None if raters is None else dataclasses.asdict(raters),
+        }
+        echo_json(content, indent=2)
         return
-    click.echo(render_statistics(facts))
-    lines = [] if raters is None else render_agreement(raters).splitlines()
-    for line in (*render_quality(quality).splitlines(), *lines):
-        click.echo("\n".join(textwrap.wrap(line, _WIDTH, subsequent_indent="    ")))
+    click.echo(found.text)
+    lines = render_quality(found.quality).splitlines()
+    lines += [] if raters is None else render_agreement(raters).splitlines()
+    for line in (*lines, *render_uses(found.uses).splitlines()):
+        indent = " " * (len(line) - len(line.lstrip()))
+        wrapped = textwrap.wrap(line, _WIDTH, subsequent_indent=indent + "    ")
+        click.echo("\n".join(wrapped))
 
 
 @data.command(cls=Command, short_help="Write data of any format as plain rows of messages.")
@@ -112,13 +110,13 @@ def check(json: bool, **options: Any) -> None:
 def convert(json: bool, **options: Any) -> None:
     """Write any data that training reads as JSONL: prompt, chosen, rejected, or what it holds.
 
-    Conversations become messages; text that is not of a conversation stays text. Ties, strength and
-    votes become soft labels and margins as the options say. Columns that training doesn't read are
-    left out, except those of prompts, which reward functions may need. An interrupted command keeps
-    its rows, and --resume continues.
+    Conversations become messages; other text stays text, unless --as-messages is given. Ties,
+    strength and votes become soft labels and margins as the options say. Columns that training
+    doesn't read are left out, except those of prompts, which reward functions may need. An
+    interrupted command keeps its rows, and --resume continues.
     """
     from mlx_align.data.columns import configure_data
-    from mlx_align.data.convert import plain_row, read_any, unique_groups
+    from mlx_align.data.convert import as_messages, plain_row, read_any, unique_groups
 
     config = make_config(ConvertDataConfig, given_options(options), None, "command line")
     if len(config.input) != 1:
@@ -126,6 +124,8 @@ def convert(json: bool, **options: Any) -> None:
     target = new_file(config.output, resume=config.resume)
     source = configure_data(resolve_starter(config.input[0], "data"), config)
     groups, report = read_any(source, config.split, config.format)
+    if config.as_messages:
+        groups = [as_messages(group) for group in groups]
     kept = unique_groups(groups) if config.dedup else groups
     duplicates = len(groups) - len(kept)
     kept = kept[: config.max_rows]

@@ -111,6 +111,7 @@ class ConvertDataOptions(TypedDict, total=False):
     votes: Literal["soft-label", "ignore"]
     min_agreement: float | None
     split: str
+    as_messages: bool
     dedup: bool
     max_rows: int | None
 

@@ -14,7 +14,12 @@ from mlx_align.config.schema import MODEL, OTHER, REQUIRED, RESUME_HELP, Options
 class CheckDataConfig(Options):
     """Options of `mlx-align data check`."""
 
-    model: str | None = override(TrainConfig, "model", help="Model whose tokenizer to use.")
+    model: str | None = override(
+        TrainConfig,
+        "model",
+        help="Model whose tokenizer and chat template to use.",
+        default_text="none: no lengths in tokens",
+    )
     data: str | None = override(TrainConfig, "data")
     format: str | None = override(TrainConfig, "format")
     columns: dict[str, Any] = override(TrainConfig, "columns")
@@ -55,6 +60,9 @@ class ConvertDataConfig(Options):
     votes: Literal["soft-label", "ignore"] = override(LabelOptions, "votes")
     min_agreement: float | None = override(LabelOptions, "min_agreement")
     split: str = option("train", "Split to convert: train, valid or test.", MODEL, metavar="NAME")
+    as_messages: bool = option(
+        False, "Write text as messages of user and assistant, for the chat template.", MODEL
+    )
     dedup: bool = option(False, "Leave out rows equal to an earlier one.", MODEL)
     max_rows: int | None = option(
         None, "Write at most N rows, the first ones.", MODEL, default_text="all", at_least=1

@@ -57,6 +57,12 @@ class TemplateError(Exception):
     """The chat template raised an error for a conversation; the text is its message."""
 
 
+TEXT_NOTE = (
+    "The prompts are plain text, so the model's chat template is not used. A chat model needs "
+    "messages: mlx-align data convert --as-messages writes them."
+)
+
+
 @dataclass(frozen=True, slots=True)
 class ChatTemplate:
     """A tokenizer's rendering of conversations and strings.
@@ -90,6 +96,16 @@ class ChatTemplate:
     switches_thinking: bool = False
     reasoning_key: str = _INLINE
     thinking: Thinking = "auto"
+
+    def notes_on(self, *, chats: bool, text: bool) -> tuple[str, ...]:
+        """The notes that users of some data should know.
+
+        Args:
+            chats: Whether the data has conversations.
+            text: Whether it has prompts that are plain text.
+        """
+        notes = self.notes + (self.chat_notes if chats else ())
+        return (*notes, TEXT_NOTE) if text and self.has_template else notes
 
     @property
     def think_tags(self) -> tuple[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any
 
 from mlx_align.data.formats import (
@@ -20,7 +21,7 @@ from mlx_align.data.formats import (
 )
 from mlx_align.data.messages import text_as_json
 from mlx_align.data.readers import DataSource, read_rows
-from mlx_align.types import PromptGroup
+from mlx_align.types import Message, PromptGroup
 
 _Reader = Callable[[DataSource, str, str | None], tuple[list[PromptGroup], ReadReport]]
 _KINDS: tuple[tuple[tuple[Format, ...], _Reader], ...] = (
@@ -83,6 +84,23 @@ def plain_row(group: PromptGroup) -> dict[str, Any]:
     if group.tools:
         row["tools"] = list(group.tools)
     return row
+
+
+def as_messages(group: PromptGroup) -> PromptGroup:
+    """A group of text as a conversation: the prompt by the user, completions by the assistant.
+
+    Groups of messages, and text without a prompt, are returned unchanged.
+    """
+    if not isinstance(group.prompt, str) or not group.prompt:
+        return group
+    return replace(
+        group,
+        prompt=(Message("user", group.prompt.strip()),),
+        completions=tuple(
+            (Message("assistant", text.strip()),) if isinstance(text, str) else text
+            for text in group.completions
+        ),
+    )
 
 
 def unique_groups(groups: Iterable[PromptGroup]) -> list[PromptGroup]:

@@ -236,7 +236,8 @@ PROMPT_FORMATS = (
         converters.conversation_prompt,
     ),
 )
-_EXPECTED = {
+# What each kind of data has, for messages.
+EXPECTED_FIELDS = {
     "preference": "prompt, chosen and rejected (or another pair format)",
     "unpaired": "prompt, completion and label (or pairs)",
     "supervised": "messages, prompt and completion, or text",
@@ -413,7 +414,7 @@ def detect_format(row: Row, kind: str, preferred: Sequence[Sequence[Format]]) ->
 
     Args:
         row: The first row of the data.
-        kind: The kind of data, for messages: a key of `_EXPECTED`.
+        kind: The kind of data, for messages: a key of `EXPECTED_FIELDS`.
         preferred: Lists of formats; a list is only tried if no format of an earlier one matches.
 
     Raises:
@@ -435,7 +436,7 @@ def detect_format(row: Row, kind: str, preferred: Sequence[Sequence[Format]]) ->
     mapping = suggest_columns(row) or "--columns prompt=COLUMN …"
     raise DataError(
         f"{row.source}: not recognised as {kind} data; found {found_keys}, expected "
-        f"{_EXPECTED[kind]}; try {mapping}"
+        f"{EXPECTED_FIELDS[kind]}; try {mapping}"
     )
 
 

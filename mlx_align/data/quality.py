@@ -219,7 +219,7 @@ def _picked(measures: Sequence[Sequence[int]]) -> float | None:
 
 
 def _finding(what: str, sources: Iterable[str]) -> Finding:
-    rows = list(sources)
+    rows = list(dict.fromkeys(sources))  # a ranked list is several pairs of one row
     return Finding(what, len(rows), tuple(rows[:_SHOWN]))
 
 
@@ -241,7 +241,8 @@ def _conflicts(groups: Sequence[PromptGroup]) -> list[str]:
             continue
         for side, completion in sides:
             side.setdefault((group.prompt, completion), group.source)
-    return [source for key, source in good.items() if key in bad]
+    # The middle of a ranked list is better than one and worse than another.
+    return [source for key, source in good.items() if bad.get(key, source) != source]
 
 
 def _near_overlap(groups: Sequence[PromptGroup], valid: Sequence[PromptGroup]) -> list[str]:

@@ -199,6 +199,25 @@ def _non_empty(rows: Iterable[Row], label: str) -> list[Row]:
     return rows
 
 
+class ReadOnce:
+    """A data source that keeps the rows it has read, for data that is read in several ways."""
+
+    def __init__(self, source: DataSource) -> None:
+        self.name = source.name
+        self._source = source
+        self._rows: dict[str, list[Row]] = {}
+
+    def has_split(self, split: str) -> bool:
+        """As the source's."""
+        return self._source.has_split(split)
+
+    def rows(self, split: str) -> list[Row]:
+        """The rows of a split, in a new list; errors are the source's."""
+        if split not in self._rows:
+            self._rows[split] = self._source.rows(split)
+        return list(self._rows[split])
+
+
 # --- Python objects ---
 
 

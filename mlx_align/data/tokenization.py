@@ -222,9 +222,10 @@ def tokenize_groups(
     """
     template = inspect_chat_template(tokenizer, thinking)
     results = []
-    chats = False
+    chats = text = False
     for group in groups:
         chats = chats or not isinstance(group.prompt, str)
+        text = text or (isinstance(group.prompt, str) and bool(group.prompt))
         results.append(
             try_tokenize_group(
                 group,
@@ -244,7 +245,7 @@ def tokenize_groups(
         thinking_off=sum(r.thinking_off for r in results),
         system_folded=sum(r.system_folded for r in results),
         lengths=percentiles([r.length for r in results if r.length]),
-        notes=template.notes + (template.chat_notes if chats else ()),
+        notes=template.notes_on(chats=chats, text=text),
         reasoning_dropped=sum(r.reasoning_dropped for r in results),
         reasoning_removed=sum(r.reasoning_removed for r in results),
         text_dropped=sum(r.text_dropped for r in results),
@@ -378,7 +379,9 @@ def tokenize_prompts(
         dropped=dict(Counter(r.dropped for r in results if r.dropped is not None)),
         system_folded=sum(r.system_folded for r in results),
         lengths=percentiles([r.length for r in results if r.length]),
-        notes=template.notes + (template.chat_notes if chats else ()),
+        notes=template.notes_on(
+            chats=chats, text=any(isinstance(g.prompt, str) and g.prompt for g in groups)
+        ),
     )
 
 

@@ -91,6 +91,8 @@ def split_validation(
 ) -> tuple[list[PromptGroup], list[PromptGroup]]:
     """Split groups into (train, valid). All groups with the same prompt go to the same split.
 
+    Plain text has no prompt; there, all groups with the same text do.
+
     Args:
         groups: The groups; both splits keep their order.
         fraction: The fraction of groups to put into valid, in (0, 1). Both splits get at least one.
@@ -103,7 +105,8 @@ def split_validation(
     """
     if not 0 < fraction < 1:
         raise ConfigError(f"--valid-fraction {fraction}: expected between 0 and 1")
-    sizes = Counter(group.prompt for group in groups)
+    keys = [group.prompt or group.completions for group in groups]
+    sizes = Counter(keys)
     if len(sizes) < 2:
         raise DataError(
             "can't make a validation split: the data has fewer than two different prompts; "
@@ -111,7 +114,7 @@ def split_validation(
         )
     prompts = list(sizes)
     target_size = fraction * len(groups)
-    held_out: set[Text] = set()
+    held_out: set[Text | tuple[Text, ...]] = set()
     size = 0
     min_prompts = min(min_prompts, len(sizes) // 2)
     for index in np.random.default_rng(seed).permutation(len(prompts)).tolist()[:-1]:
@@ -121,8 +124,8 @@ def split_validation(
         held_out.add(prompts[index])
         size += sizes[prompts[index]]
     return (
-        [group for group in groups if group.prompt not in held_out],
-        [group for group in groups if group.prompt in held_out],
+        [group for group, key in zip(groups, keys, strict=True) if key not in held_out],
+        [group for group, key in zip(groups, keys, strict=True) if key in held_out],
     )
 
 

@@ -159,7 +159,7 @@ def prepare_on_policy(
         hashes |= fingerprint_rewards(
             held_out, models.get("--eval-reward-model"), "held-out reward model", folder
         )
-    lines, facts = _describe_prompts(report, title, train, valid)
+    lines, facts = describe_prompts(report, title, train, valid)
     lines += chosen
     made_of = fingerprints(method.command, config, folder.path, parts, hashes)
     judges = check_circular_run(config, made_of, recorded_judges(models.get("--reward-model")))
@@ -285,7 +285,7 @@ def limit_held_out(valid: list[Prompt], config: OnPolicyConfig) -> list[Prompt]:
     return [valid[i] for i in sorted(order[:wanted])]
 
 
-def _describe_prompts(
+def describe_prompts(
     report: PromptReport, title: str, train: Sequence[Prompt], valid: Sequence[Prompt]
 ) -> tuple[list[str], dict[str, Any]]:
     """Statistics of the prompts, as lines to show and as facts for the summary."""

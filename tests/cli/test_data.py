@@ -78,3 +78,72 @@ def test_tools_are_never_dropped_silently(folder, capsys):
         assert run([command, *named, *options]) == 1
         error = capsys.readouterr().err
         assert "3 with tools or tool calls, which the chat template leaves out" in error
+
+
+QUESTIONS = [f"How do I {verb} a {thing}?" for verb in ("mend", "wash") for thing in "abcde"]
+GOOD, BAD = "Slowly, and with care.", "I can't say."
+FILES = {
+    "pairs": [{"prompt": q, "chosen": GOOD, "rejected": BAD} for q in QUESTIONS],
+    "prompts": [{"prompt": q, "answer": "x"} for q in QUESTIONS],
+    "labels": [{"prompt": q, "completion": GOOD, "label": i < 4} for i, q in enumerate(QUESTIONS)],
+    "chats": [
+        {"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": GOOD}]}
+        for q in QUESTIONS
+    ],
+    "scores": [
+        {"prompt": q, "response": text, "score": score}
+        for q in QUESTIONS
+        for text, score in ((GOOD, 3), (BAD, 1), ("Ask the shop.", 2))
+    ],
+    "text": [{"text": f"{q} {GOOD}"} for q in QUESTIONS],
+}
+USES = {
+    "pairs": {"dpo": 10, "reward": 10, "kto": 20, "sft": 10, "ppo": 10, "grpo": 10},
+    "prompts": {"ppo": 10, "grpo": 10},
+    "labels": {"kto": 10, "sft": 4, "ppo": 10, "grpo": 10},
+    "chats": {"sft": 10, "ppo": 10, "grpo": 10},
+    "scores": {"dpo": 30, "reward": 10, "kto": 60, "sft": 10, "ppo": 30, "grpo": 30},
+    "text": {"sft": 10},
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("model", [[], ["--model", STARTER / "model"]], ids=["alone", "model"])
+def test_check_says_which_commands_can_use_a_file(name, model, tmp_path, capsys):
+    file = tmp_path / f"{name}.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in FILES[name]))
+    command = ["data", "check", str(file), *map(str, model)]
+    assert run([*command, "--json"]) == 0
+    uses = json.loads(capsys.readouterr().out)["uses"]
+    assert {use: one["rows"] for use, one in uses.items() if one["rows"]} == USES[name]
+    assert all(bool(one["reason"]) == (not one["rows"]) for one in uses.values())
+    assert run(command) == 0
+    out = capsys.readouterr().out
+    assert "Can be used by" in out
+    assert ("median" in out) == bool(model)
+    assert "rejected in another" not in out
+
+
+def test_check_needs_one_file_and_data_that_something_can_use(tmp_path, capsys):
+    file = tmp_path / "odd.jsonl"
+    file.write_text('{"q": "a", "a": "b"}\n')
+    assert run(["data", "check", str(file)]) == 1
+    assert "odd.jsonl:1: not recognised" in capsys.readouterr().err
+    assert run(["data", "check", str(file), "--data", "other.jsonl"]) == 1
+    assert "give one of them" in capsys.readouterr().err
+    assert run(["data", "check"]) == 1
+    assert "--data is missing" in capsys.readouterr().err
+
+
+def test_text_for_a_chat_model_is_named_and_converted(tmp_path, capsys):
+    file, converted = tmp_path / "pairs.jsonl", tmp_path / "messages.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in FILES["pairs"]))
+    model = ["--model", str(STARTER / "model")]
+    assert run(["data", "check", str(file), *model]) == 0
+    assert "data convert --as-messages writes them" in capsys.readouterr().out
+    assert run(["data", "convert", str(file), "--as-messages", "--output", str(converted)]) == 0
+    capsys.readouterr()
+    assert run(["data", "check", str(converted), *model]) == 0
+    out = capsys.readouterr().out
+    assert "--as-messages" not in out
+    assert f"<|user|>{QUESTIONS[0]}<|end|><|assistant|>" in out
