@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,6 +33,7 @@ from mlx_align.system.starter import resolve_starter, shipped_file
 if TYPE_CHECKING:
     from mlx_align.algorithms.base import Algorithm
     from mlx_align.data.readers import DataSource
+    from mlx_align.evaluation.parts import FinishedParts
     from mlx_align.models.fuse import FuseReport
     from mlx_align.models.loading import ModelFolder
     from mlx_align.planning.duration import Duration, RolloutDuration
@@ -400,6 +401,7 @@ def evaluate(
         MlxAlignError: An option is wrong, or a model, run or data can't be used.
     """
     from mlx_align.evaluation.policy import evaluate_policy
+    from mlx_align.system.atomic_io import open_atomic, write_text
 
     assert config.model is not None
     config = replace(
@@ -407,17 +409,54 @@ def evaluate(
         model=resolve_starter(config.model, "model"),
         data=None if config.data is None else resolve_starter(config.data, "data"),
     )
-    folder = None if config.output is None else _new_evaluation_folder(config.output)
-    if config.output is not None:
-        _check_not_input(config.output, "model", config.model)
-    evaluation, rows = evaluate_policy(config, console, data=data, own_data=own_data)
-    content = evaluation.as_json()
-    if folder is not None:
-        text = to_json(content, indent=2)
-        (folder / EVALUATION_FILE).write_text(text + "\n", encoding="utf-8")
-        lines = "".join(to_json(row, ascii=False) + "\n" for row in rows)
-        (folder / ANSWERS_FILE).write_text(lines, encoding="utf-8")
+    if config.resume and config.output is None:
+        raise ConfigError("--resume needs --output, the folder of the evaluation; add it")
+    with _evaluation_output(config, console) as (folder, parts):
+        evaluation, rows = evaluate_policy(
+            config, console, data=data, own_data=own_data, parts=parts
+        )
+        content = evaluation.as_json()
+        if folder is not None:
+            with open_atomic(folder / ANSWERS_FILE) as stream:
+                stream.writelines(to_json(row, ascii=False) + "\n" for row in rows)
+            write_text(folder / EVALUATION_FILE, to_json(content, indent=2) + "\n")
+            parts.remove()
     return EvaluationOutcome(evaluation, content, folder)
+
+
+@contextmanager
+def _evaluation_output(
+    config: EvalConfig, console: Console
+) -> Iterator[tuple[Path | None, FinishedParts]]:
+    """The folder of an evaluation, and its finished parts, which stay if the block is ended early.
+
+    Raises:
+        ConfigError: The folder has an evaluation already, or can't be created.
+    """
+    from mlx_align.evaluation.parts import FinishedParts
+
+    if config.output is None:
+        if config.resume:
+            raise ConfigError("--resume needs --output, the folder of the evaluation; add it")
+        yield None, FinishedParts()
+        return
+    existed = Path(config.output).expanduser().exists()
+    folder = _new_evaluation_folder(config.output, resume=config.resume)
+    _check_not_input(config.output, "model", config.model)
+    parts = FinishedParts(folder, resume=config.resume)
+    try:
+        yield folder, parts
+    except BaseException as error:
+        if not parts.close():
+            if not existed:
+                with suppress(OSError):  # it isn't empty
+                    folder.rmdir()
+        elif not isinstance(error, ConfigError):
+            console.note(
+                f"stopped; {folder} keeps what is finished: continue with the same command and "
+                "--resume"
+            )
+        raise
 
 
 def _check_not_input(output: str, name: str, path: str | None) -> None:
@@ -428,13 +467,14 @@ def _check_not_input(output: str, name: str, path: str | None) -> None:
         raise ConfigError(f"--output {output}: is the folder of --{name}; name a new folder")
 
 
-def _new_evaluation_folder(output: str) -> Path:
+def _new_evaluation_folder(output: str, *, resume: bool) -> Path:
     folder = Path(output).expanduser()
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"--output {output}: is a file; name a folder")
-    for name in (EVALUATION_FILE, ANSWERS_FILE):
-        if (folder / name).exists():
-            raise ConfigError(f"--output {output}: has {name} already; name a new folder")
+    if (folder / EVALUATION_FILE).exists():
+        raise ConfigError(f"--output {output}: has {EVALUATION_FILE} already; name a new folder")
+    if (folder / ANSWERS_FILE).exists() and not resume:
+        raise ConfigError(f"--output {output}: has {ANSWERS_FILE} already; name a new folder")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

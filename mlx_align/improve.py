@@ -43,7 +43,6 @@ from mlx_align.preferences.constitution import (
     RevisionSettings,
 )
 from mlx_align.preferences.judge_statistics import average_orders
-from mlx_align.preferences.keyed_log import KeyedLog
 from mlx_align.preferences.lineage import model_lineage
 from mlx_align.preferences.rubric import read_rubric
 from mlx_align.preferences.run_judge import JudgeSpec, judge_data, open_judge
@@ -51,6 +50,7 @@ from mlx_align.preferences.writers import ModelWriter
 from mlx_align.system.atomic_io import open_atomic, wrap_write_errors, write_text
 from mlx_align.system.intervals import Estimate, wilson_interval
 from mlx_align.system.json_text import to_json
+from mlx_align.system.keyed_log import KeyedLog
 from mlx_align.system.progress import Console
 from mlx_align.system.starter import resolve_starter
 from mlx_align.types import Message, PromptGroup

@@ -14,7 +14,6 @@ from mlx_align.cli.options import (
     Group,
     config_options,
     echo_json,
-    fingerprint_options,
     given_options,
     json_option,
     new_file,
@@ -27,7 +26,7 @@ from mlx_align.config import (
     ConvertDataConfig,
     make_config,
 )
-from mlx_align.config.schema import require
+from mlx_align.config.schema import fingerprint_options, require
 from mlx_align.errors import ConfigError
 from mlx_align.system.json_text import to_json
 from mlx_align.system.row_file import hash_rows, open_rows

@@ -28,7 +28,8 @@ def evaluate(json: bool, **options: Any) -> None:
     Reports held-out preference accuracy and margins, and the KL from the reference on the run's
     own completions. With --reward-model: the win rate over the reference, also at equal length,
     and the gain of best-of-n. With --perplexity-data: what the run cost on other text. Both models
-    complete the same prompts at temperature 1.
+    complete the same prompts at temperature 1. With --output, an interrupted evaluation keeps its
+    finished parts, and --resume continues.
     """
     from mlx_align import commands
     from mlx_align.evaluation.render import render_evaluation

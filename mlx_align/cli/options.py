@@ -320,33 +320,6 @@ def write_groups(
                 formatter.write_dl(padded, col_max=FLAG_COLUMN)
 
 
-def fingerprint_options(config: Options, hashes: Mapping[str, str]) -> dict[str, str]:
-    """What the rows of an output file depend on, by flag: a hash, or else the option's value.
-
-    Args:
-        config: The options of the command.
-        hashes: Hashes of the content that options name, by the name of the option. Those of
-            `adapter_path` and `reference_adapter` are computed here.
-    """
-    # Imports mlx, which other commands do without.
-    from mlx_align.models.adapters import fingerprint_folder
-
-    found = {}
-    for name, declared in declared_options(type(config)).items():
-        if name in ("output", "resume", "reward_timeout"):
-            continue
-        value = getattr(config, name)
-        if name in ("adapter_path", "reference_adapter") and value is not None:
-            folder = Path(value).expanduser()
-            found[declared.flag] = "".join(
-                fingerprint_folder(folder, names)
-                for names in ("*.safetensors", "adapter_config.json")
-            )
-        else:
-            found[declared.flag] = hashes.get(name, repr(value))
-    return found
-
-
 def new_file(output: str, *, resume: bool = False) -> Path:
     """The file that `--output` names, which must not exist, unless the command is resumed.
 

@@ -14,14 +14,13 @@ from mlx_align.cli.options import (
     Command,
     config_options,
     echo_json,
-    fingerprint_options,
     json_option,
     new_file,
     options_of_run,
     run_argument,
 )
 from mlx_align.config import RerankConfig, make_config
-from mlx_align.config.schema import flag_of
+from mlx_align.config.schema import fingerprint_options, flag_of
 from mlx_align.errors import ConfigError
 from mlx_align.system.row_file import hash_rows, open_rows
 from mlx_align.system.starter import resolve_starter
@@ -130,9 +129,10 @@ def _uses_chat(config: RerankConfig, reranker: Reranker) -> bool:
 
 def _hashes(config: RerankConfig, reranker: Reranker, source: RerankInput) -> dict[str, str]:
     """Hashes of what rankings depend on, by the option that names it."""
-    from mlx_align.models.adapters import fingerprint_folder
+    from mlx_align.models.adapters import fingerprint_adapters, fingerprint_folder
 
     hashes = {
+        **fingerprint_adapters(config),
         "model": fingerprint_folder(reranker.generator.model.folder.path),
         "input": hash_rows(row.row.fields for row in source.rows),
     }

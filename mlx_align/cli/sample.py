@@ -12,12 +12,12 @@ from mlx_align.cli.options import (
     Command,
     config_options,
     echo_json,
-    fingerprint_options,
     given_options,
     json_option,
     new_file,
 )
 from mlx_align.config import SampleConfig, make_config
+from mlx_align.config.schema import fingerprint_options
 from mlx_align.errors import ConfigError, DataError
 from mlx_align.system.json_text import to_json
 from mlx_align.system.row_file import hash_rows, open_rows
@@ -188,7 +188,7 @@ def _hashes(
 ) -> dict[str, str]:
     """Hashes of what the rows depend on, by the option that names it."""
     from mlx_align.inference.reward_model import find_reward_model
-    from mlx_align.models.adapters import fingerprint_folder
+    from mlx_align.models.adapters import fingerprint_adapters, fingerprint_folder
     from mlx_align.rollout.rewards import fingerprint_rewards
 
     model = None
@@ -196,6 +196,7 @@ def _hashes(
         model = find_reward_model(config.reward_model, folder)
     rewards = fingerprint_rewards(settings, model, "reward model", folder)
     hashes = {
+        **fingerprint_adapters(config),
         "model": fingerprint_folder(folder.path),
         "data": hash_rows([one.tokens.prompt.tolist(), dict(one.text.columns)] for one in prompts),
         "reward": f"{config.reward!r} {rewards}",

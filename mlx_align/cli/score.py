@@ -13,14 +13,13 @@ from mlx_align.cli.options import (
     Command,
     config_options,
     echo_json,
-    fingerprint_options,
     json_option,
     new_file,
     options_of_run,
     run_argument,
 )
 from mlx_align.config import ScoreConfig, make_config
-from mlx_align.config.schema import flag_of
+from mlx_align.config.schema import fingerprint_options, flag_of
 from mlx_align.errors import ConfigError, DataError
 from mlx_align.system.row_file import hash_rows, open_rows
 from mlx_align.system.starter import resolve_starter
@@ -74,7 +73,7 @@ def score(json: bool, **options: Any) -> None:
     found: list[GroupScores] = []
     lengths: list[int] = []
     unscored = completions = 0
-    inputs = fingerprint_options(config, _hashes(scorer, source))
+    inputs = fingerprint_options(config, _hashes(config, scorer, source))
     output = open_rows(
         file, inputs, resume=config.resume, total=len(source.rows), note=console.note
     )
@@ -206,11 +205,14 @@ def _scored_earlier(
             yield GroupScores(found, tokens=result), row
 
 
-def _hashes(scorer: RewardModel | ImplicitReward, source: ScorableDataset) -> dict[str, str]:
+def _hashes(
+    config: ScoreConfig, scorer: RewardModel | ImplicitReward, source: ScorableDataset
+) -> dict[str, str]:
     """Hashes of what the scores depend on, by the option that names it."""
-    from mlx_align.models.adapters import fingerprint_folder
+    from mlx_align.models.adapters import fingerprint_adapters, fingerprint_folder
 
     return {
+        **fingerprint_adapters(config),
         "model": fingerprint_folder(scorer.model.folder.path),
         "data": hash_rows(row.fields for row in source.rows),
     }

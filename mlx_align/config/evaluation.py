@@ -78,7 +78,7 @@ class EvalConfig(Options):
         metavar="PATH",
         python_type="str | Path",
     )
-    resume: bool = option(False, "Continue an interrupted evaluation in --output.", MODEL)
+    resume: bool = option(False, "Continue an evaluation in --output that was interrupted.", MODEL)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -637,3 +637,17 @@ def _parse_mapping(value: Any) -> dict[str, Any]:
                 f"{_format_value(name, str)}: {_format_value(item)} is not a single value"
             )
     return {str(name): item for name, item in value.items()}
+
+
+def fingerprint_options(config: Options, hashes: Mapping[str, str]) -> dict[str, str]:
+    """What the content of an output depends on, by flag: a hash, or else the option's value.
+
+    Args:
+        config: The options of the command.
+        hashes: Hashes of the content that options name, by the name of the option.
+    """
+    return {
+        declared.flag: hashes.get(name, repr(getattr(config, name)))
+        for name, declared in declared_options(type(config)).items()
+        if name not in ("output", "resume", "reward_timeout")
+    }

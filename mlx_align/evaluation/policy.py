@@ -6,6 +6,7 @@ early; then it is released, and loaded again when the completions have been samp
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -16,8 +17,9 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_align.config import EvalConfig, TrainConfig
+from mlx_align.config.schema import fingerprint_options
 from mlx_align.data.batching import completion_mask
-from mlx_align.data.buckets import BatchLimit, plan_shapes
+from mlx_align.data.buckets import AnyShape, BatchLimit, plan_shapes
 from mlx_align.data.chat_template import ChatTemplate, inspect_chat_template
 from mlx_align.data.readers import DataSource
 from mlx_align.data.tokenization import tokenize_groups
@@ -42,17 +44,21 @@ from mlx_align.evaluation.metrics import (
     preferences,
     win_rate,
 )
+from mlx_align.evaluation.parts import FinishedParts, pack, unpack
 from mlx_align.evaluation.statistics import Floats
-from mlx_align.inference.reward_model import open_reward_model
+from mlx_align.inference.reward_model import find_reward_model, open_reward_model
 from mlx_align.inference.scoring import Scorer, make_logprob_scorer, score_groups
 from mlx_align.inference.trained_run import TrainedRun, match_adapter_dtype, read_trained_run
+from mlx_align.models.adapters import fingerprint_adapters, fingerprint_folder
 from mlx_align.models.generation import Generated, generate_groups
 from mlx_align.models.loading import LanguageModel, ModelFolder, load_adapters, open_model
 from mlx_align.models.row_limits import check_lengths, check_token_ids, row_lengths
 from mlx_align.models.weights import AdapterWeights
+from mlx_align.rollout.rewards import fingerprint_reward_model
 from mlx_align.system.formatting import counted
-from mlx_align.system.progress import Console, SilentConsole
-from mlx_align.types import Message, PromptGroup, Text, TokenizedGroup
+from mlx_align.system.progress import Console, ProgressBar, SilentConsole
+from mlx_align.system.row_file import hash_rows
+from mlx_align.types import Logps, Message, PromptGroup, Text, TokenizedGroup
 
 # Tokens per batch, padding counted; at least one group per batch.
 BATCH_TOKENS = 2048
@@ -146,6 +152,7 @@ def evaluate_policy(
     *,
     data: DataSource | None = None,
     own_data: DataSource | None = None,
+    parts: FinishedParts | None = None,
 ) -> EvaluationResult:
     """Evaluate a run against its reference.
 
@@ -154,10 +161,12 @@ def evaluate_policy(
         console: Shows progress; None for no output.
         data: Held-out data in place of `config.data`.
         own_data: The data that the run was trained on, if it was passed from Python.
+        parts: Keeps finished parts, and has those of an earlier call; None to keep nothing.
 
     Raises:
         MlxAlignError: An option is wrong, or a model, run or data can't be used.
     """
+    parts = FinishedParts() if parts is None else parts
     console = SilentConsole() if console is None else console
     if config.model is None or config.adapter_path is None:
         missing = "--model" if config.model is None else "--adapter-path"
@@ -184,8 +193,12 @@ def evaluate_policy(
     if config.reward_model is not None:
         open_reward_model(config.reward_model, folder)
         _free_memory()
+    if parts.is_kept:
+        hashes = _hashes(config, folder, held_out, pairs, documents or ())
+        if finished := parts.begin(fingerprint_options(config, hashes)):
+            console.note(f"Resuming after {counted(finished, 'finished part')}.")
     measured = _measure_policy(
-        config, folder, run, style, pairs, prompts, documents, max_length, console
+        config, folder, run, style, pairs, prompts, documents, max_length, console, parts
     )
     _free_memory()
     samples = measured.samples
@@ -194,7 +207,7 @@ def evaluate_policy(
     scored = np.ones(len(prompts), np.bool_)
     if samples.reference is not None:
         texts = [a + b for a, b in zip(samples.policy, samples.reference, strict=True)]
-        both = score_samples(config, folder, prompts, texts, console)
+        both = score_samples(config, folder, prompts, texts, console, parts)
         scored = np.asarray(np.isfinite(both).all(axis=1))
         if not scored.any():
             raise DataError(
@@ -247,6 +260,7 @@ class PolicyAndReference:
         reference: Adapter weights of the reference.
         scorer: Token log-probs under either.
         console: Shows progress.
+        parts: Keeps finished parts, and has those of an earlier command.
     """
 
     model: LanguageModel
@@ -254,9 +268,12 @@ class PolicyAndReference:
     reference: AdapterWeights
     scorer: Scorer
     console: Console
+    parts: FinishedParts = dataclasses.field(default_factory=FinishedParts)
 
     @classmethod
-    def load(cls, folder: ModelFolder, run: TrainedRun, console: Console) -> PolicyAndReference:
+    def load(
+        cls, folder: ModelFolder, run: TrainedRun, console: Console, parts: FinishedParts
+    ) -> PolicyAndReference:
         """Load the policy of a run and its reference: the adapter or model the run started from.
 
         Raises:
@@ -266,7 +283,7 @@ class PolicyAndReference:
         start = run.find_reference("restore it, or run this in the folder the run was started in")
         model, (policy, reference) = load_adapters(folder, [run.folder, start])
         model = match_adapter_dtype(model, run)
-        return cls(model, policy, reference, make_logprob_scorer(model), console)
+        return cls(model, policy, reference, make_logprob_scorer(model), console, parts)
 
     def compare(self, groups: Sequence[TokenizedGroup], label: str) -> tuple[Floats, Floats]:
         """Sequence log-probs under the reference, and log-ratios policy − reference.
@@ -283,16 +300,8 @@ class PolicyAndReference:
         shapes = plan_shapes(groups, BatchLimit(tokens=BATCH_TOKENS))
         found = []
         with self.console.bar(label, 2 * len(groups)) as bar:
-            for weights in (self.policy, self.reference):
-                found.append(
-                    score_groups(
-                        self.scorer,
-                        weights,
-                        groups,
-                        shapes,
-                        on_batch=lambda indices, _: bar.advance(len(indices)),
-                    )
-                )
+            for role, weights in (("policy", self.policy), ("reference", self.reference)):
+                found.append(self._role_logps((label, role), weights, groups, shapes, bar))
         policy, reference = found
         size = len(groups), len(groups[0].completions)
         logps, logratios = np.zeros(size), np.zeros(size)
@@ -303,6 +312,33 @@ class PolicyAndReference:
                 logps[i, k] = reference_logps.sum()
                 logratios[i, k] = (policy[i][k][mask] - reference_logps).sum()
         return logps, logratios
+
+    def _role_logps(
+        self,
+        name: tuple[str, str],
+        weights: AdapterWeights,
+        groups: Sequence[TokenizedGroup],
+        shapes: Sequence[AnyShape],
+        bar: ProgressBar,
+    ) -> list[tuple[Logps, ...]]:
+        """The log-probs of each group's completions, without the batches that are finished."""
+        earlier: list[tuple[Logps, ...]] = [()] * len(groups)
+
+        def keep(indices: list[int], scored: list[tuple[Logps, ...]]) -> None:
+            self.parts.add(*name, indices, value=[pack(logps) for logps in scored])
+            bar.advance(len(indices))
+
+        def is_finished(indices: list[int]) -> bool:
+            found = self.parts.get(*name, indices)
+            if found is None:
+                return False
+            for index, packed in zip(indices, found, strict=True):
+                earlier[index] = unpack(packed)
+            bar.advance(len(indices))
+            return True
+
+        scored = score_groups(self.scorer, weights, groups, shapes, on_batch=keep, skip=is_finished)
+        return [new or old for new, old in zip(scored, earlier, strict=True)]
 
     def sample(self, config: EvalConfig, prompts: Sequence[EvalPrompt]) -> Samples:
         """Sample the policy's completions and, if a reward model compares them, the reference's.
@@ -349,15 +385,20 @@ class PolicyAndReference:
         with self.console.bar(label, len(prompts)) as bar, self.model.use_adapter(weights):
             for start in range(0, len(prompts), step):
                 part = prompts[start : start + step]
-                found += generate_groups(
-                    self.model.module,
-                    [prompt.tokens.prompt.tolist() for prompt in part],
-                    config.n,
-                    stop,
-                    max_tokens=config.max_completion_length,
-                    temperature=1.0,
-                    seed=int(np.random.SeedSequence([*seed, start]).generate_state(1)[0]),
-                )
+                kept = self.parts.get(label, start)
+                if kept is None:
+                    sampled = generate_groups(
+                        self.model.module,
+                        [prompt.tokens.prompt.tolist() for prompt in part],
+                        config.n,
+                        stop,
+                        max_tokens=config.max_completion_length,
+                        temperature=1.0,
+                        seed=int(np.random.SeedSequence([*seed, start]).generate_state(1)[0]),
+                    )
+                    kept = [[[one.tokens, one.finished] for one in group] for group in sampled]
+                    self.parts.add(label, start, value=kept)
+                found += [[Generated(one[0], [], one[1]) for one in group] for group in kept]
                 bar.advance(len(part))
         return found
 
@@ -376,6 +417,7 @@ def score_samples(
     prompts: Sequence[EvalPrompt],
     texts: list[list[str]],
     console: Console,
+    parts: FinishedParts,
 ) -> Floats:
     """Score completions with the reward model; equal texts are scored once.
 
@@ -385,6 +427,7 @@ def score_samples(
         prompts: The P prompts.
         texts: The texts of each prompt's completions, the same number for all.
         console: Shows progress.
+        parts: Keeps finished parts, and has those of an earlier command.
 
     Returns:
         (P, completions) scores; NaN in rows that could not be scored.
@@ -404,9 +447,15 @@ def score_samples(
     with console.bar("Scoring", len(groups)) as bar:
         for start in range(0, len(groups), PROMPTS_AT_ONCE):
             part = groups[start : start + PROMPTS_AT_ONCE]
-            for row, found in enumerate(reward_model.score_groups(part), start):
-                if found.scores is not None:
-                    by_text = dict(zip(distinct[row], found.scores.tolist(), strict=True))
+            kept = parts.get("scores", start)
+            if kept is None:
+                found = reward_model.score_groups(part)
+                kept = [None if one.scores is None else pack([one.scores])[0] for one in found]
+                parts.add("scores", start, value=kept)
+            for row, packed in enumerate(kept, start):
+                if packed is not None:
+                    (values,) = unpack([packed])
+                    by_text = dict(zip(distinct[row], values.tolist(), strict=True))
                     scores[row] = [by_text[text] for text in texts[row]]
             bar.advance(len(part))
     return scores
@@ -434,9 +483,10 @@ def _measure_policy(
     documents: Sequence[PromptGroup] | None,
     max_length: int,
     console: Console,
+    parts: FinishedParts,
 ) -> _PolicyMetrics:
     """Compute what needs policy and reference in memory; both are released on return."""
-    roles = PolicyAndReference.load(folder, run, console)
+    roles = PolicyAndReference.load(folder, run, console, parts)
     preferred = perplexity = None
     if pairs:
         reference, logratios = roles.compare(pairs, "Held-out pairs")
@@ -455,6 +505,29 @@ def _measure_policy(
             reference[:, 0], logratios[:, 0], tokens, np.array(document), seed=config.seed
         )
     return _PolicyMetrics(preferred, samples, perplexity)
+
+
+def _hashes(
+    config: EvalConfig,
+    folder: ModelFolder,
+    held_out: HeldOutData,
+    pairs: Sequence[TokenizedGroup],
+    documents: Sequence[PromptGroup],
+) -> dict[str, str]:
+    """Hashes of what the numbers depend on, by the option that names it."""
+    tokens = [[one.prompt.tolist(), *(c.tolist() for c in one.completions)] for one in pairs]
+    hashes = {
+        **fingerprint_adapters(config),
+        "model": fingerprint_folder(folder.path),
+        "data": hash_rows([*tokens, *(one.prompt for one in held_out.prompts)]),
+    }
+    if config.perplexity_data is not None:
+        hashes["perplexity_data"] = hash_rows(str(one.completions[0]) for one in documents)
+    if config.reward_model is not None:
+        hashes["reward_model"] = fingerprint_reward_model(
+            find_reward_model(config.reward_model, folder), folder
+        )
+    return hashes
 
 
 def _tokenize_pairs(

@@ -454,3 +454,14 @@ def fingerprint_folder(folder: Path, names: str = "*") -> str:
                 while block := stream.read(1 << 24):
                     digest.update(block)
     return digest.hexdigest()
+
+
+def fingerprint_adapters(config: Any) -> dict[str, str]:
+    """Hashes of the adapters that options name, by the name of the option."""
+    found = {}
+    for name in ("adapter_path", "reference_adapter"):
+        if (path := getattr(config, name, None)) is not None:
+            folder = Path(path).expanduser()
+            parts = (fingerprint_folder(folder, n) for n in ("*.safetensors", ADAPTER_CONFIG_FILE))
+            found[name] = "".join(parts)
+    return found

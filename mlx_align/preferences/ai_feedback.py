@@ -32,8 +32,8 @@ from mlx_align.preferences.judge_statistics import (
     log_odds,
     measure_judge,
 )
-from mlx_align.preferences.keyed_log import KeyedLog, hash_key
 from mlx_align.preferences.verdicts import Comparison, Judge, Verdict
+from mlx_align.system.keyed_log import KeyedLog, hash_key
 from mlx_align.system.progress import Console
 from mlx_align.types import PromptGroup, Text
 

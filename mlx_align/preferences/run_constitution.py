@@ -37,7 +37,6 @@ from mlx_align.preferences.constitution import (
 from mlx_align.preferences.endpoint import Endpoint
 from mlx_align.preferences.judge_statistics import Calibration, JudgeReport
 from mlx_align.preferences.judges import MIN_MASS, LanguageModelJudge
-from mlx_align.preferences.keyed_log import KeyedLog
 from mlx_align.preferences.lineage import model_lineage
 from mlx_align.preferences.principles import Principle, read_constitution
 from mlx_align.preferences.rubric import read_rubric
@@ -51,6 +50,7 @@ from mlx_align.preferences.run_judge import (
 from mlx_align.preferences.writers import EndpointWriter, ModelWriter, Writer
 from mlx_align.system.atomic_io import open_atomic, wrap_write_errors, write_text
 from mlx_align.system.json_text import to_json
+from mlx_align.system.keyed_log import KeyedLog
 from mlx_align.system.progress import Console
 from mlx_align.system.starter import resolve_starter
 

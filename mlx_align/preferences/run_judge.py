@@ -35,13 +35,13 @@ from mlx_align.preferences.judges import (
     RewardFunctionJudge,
     RewardModelJudge,
 )
-from mlx_align.preferences.keyed_log import KeyedLog
 from mlx_align.preferences.lineage import model_lineage
 from mlx_align.preferences.rubric import read_rubric
 from mlx_align.preferences.verdicts import Judge
 from mlx_align.system.atomic_io import open_atomic, write_text
 from mlx_align.system.intervals import Estimate
 from mlx_align.system.json_text import to_json
+from mlx_align.system.keyed_log import KeyedLog
 from mlx_align.system.progress import Console
 from mlx_align.system.starter import resolve_starter
 

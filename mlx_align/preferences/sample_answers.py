@@ -17,11 +17,11 @@ from mlx_align.inference.trained_run import match_adapter_dtype, read_trained_ru
 from mlx_align.models.loading import ModelFolder, load_adapters, open_model
 from mlx_align.models.row_limits import check_rows
 from mlx_align.preferences.arms import Arm
-from mlx_align.preferences.keyed_log import KeyedLog, hash_key
 from mlx_align.preferences.records import Answers
 from mlx_align.rollout.sampler import Prompt, sample_completions
 from mlx_align.system.atomic_io import open_atomic
 from mlx_align.system.json_text import to_json
+from mlx_align.system.keyed_log import KeyedLog, hash_key
 from mlx_align.system.progress import Console
 from mlx_align.system.starter import resolve_starter
 from mlx_align.types import Message, PromptGroup, Text, TokenizedGroup

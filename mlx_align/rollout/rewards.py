@@ -165,6 +165,17 @@ def by_prompt(items: Sequence[Any], size: int) -> list[Sequence[Any]]:
     return [items[start : start + size] for start in range(0, len(items), size)]
 
 
+def fingerprint_reward_model(model: RewardModelSource, folder: ModelFolder) -> str:
+    """Hash of a reward model, without its base if that is the policy's, in `folder`."""
+    if model.run is None:
+        content = fingerprint_folder(model.base.path)
+    else:
+        content = repr(read_layout(model.run)) + fingerprint_folder(model.run, "*.safetensors")
+        if model.base.path.resolve() != folder.path.resolve():
+            content += fingerprint_folder(model.base.path)
+    return _hash(content.encode())
+
+
 def fingerprint_rewards(
     settings: RewardSettings,
     model: RewardModelSource | None,
@@ -188,13 +199,7 @@ def fingerprint_rewards(
     """
     found = {}
     if model is not None:
-        if model.run is None:
-            content = fingerprint_folder(model.base.path)
-        else:
-            content = repr(read_layout(model.run)) + fingerprint_folder(model.run, "*.safetensors")
-            if model.base.path.resolve() != folder.path.resolve():
-                content += fingerprint_folder(model.base.path)
-        found[model_name] = _hash(content.encode())
+        found[model_name] = fingerprint_reward_model(model, folder)
     for spec in parse_rewards(settings.functions):
         if spec.module.endswith(".py"):
             try:

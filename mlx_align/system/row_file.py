@@ -317,17 +317,21 @@ def read_progress(file: Path) -> dict[str, Any] | None:
 def _check_same(
     file: Path, earlier: Mapping[str, Any], inputs: Mapping[str, str], size: int
 ) -> None:
-    before = earlier["inputs"]
-    changed = [name for name in {**before, **inputs} if before.get(name) != inputs.get(name)]
-    if changed:
-        raise ConfigError(
-            f"--resume: {', '.join(changed)} changed since {file} was begun; restore that, or name "
-            "another --output"
-        )
+    check_same_inputs(file, earlier["inputs"], inputs)
     if size < earlier["bytes"]:
         raise ConfigError(
             f"--resume: {file} is shorter than when it was stopped; remove it and "
             f"{progress_file(file)}, and start again"
+        )
+
+
+def check_same_inputs(file: Path, before: Mapping[str, str], now: Mapping[str, str]) -> None:
+    """Raise a ConfigError that names the options which differ from those `file` was begun with."""
+    changed = [name for name in {**before, **now} if before.get(name) != now.get(name)]
+    if changed:
+        raise ConfigError(
+            f"--resume: {', '.join(changed)} changed since {file} was begun; restore that, or name "
+            "another --output"
         )
 
 

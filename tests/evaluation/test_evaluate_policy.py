@@ -1,5 +1,6 @@
 """`mlx-align eval` from options to numbers, on a tiny model with a chat template."""
 
+import fcntl
 import json
 import shutil
 
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 from helpers.data import assistant, read_rows, user, write_rows
 from helpers.paths import TINY_MODEL
-from helpers.runs import mlx_align
+from helpers.runs import before_call, interrupt, mlx_align
 from mlx_lm import load as mlx_lm_load
 
 from mlx_align.algorithms.dpo import DPO, read_pairs
@@ -17,12 +18,15 @@ from mlx_align.algorithms.sft import SFT
 from mlx_align.config import DPOConfig, KTOConfig, SFTConfig
 from mlx_align.config.schema import to_yaml
 from mlx_align.data.tokenization import tokenize_groups
+from mlx_align.evaluation import policy
 from mlx_align.evaluation.data import EvalPrompt, read_held_out_data
+from mlx_align.evaluation.parts import FinishedParts
 from mlx_align.evaluation.policy import _trained_on, completion_text
 from mlx_align.inference.trained_run import read_trained_run
 from mlx_align.models.adapters import AdapterLayout, install_adapters, load_adapter, save_adapter
 from mlx_align.models.generation import Generated
 from mlx_align.models.loading import load_module, open_model
+from mlx_align.system.keyed_log import KeyedLog
 from mlx_align.training.setup import prepare_data
 from mlx_align.types import Message, PromptGroup, TokenizedGroup
 
@@ -394,6 +398,56 @@ def test_errors_are_one_line(tmp_path, data, runs, refused):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "evaluation.json").write_text("{}")
     assert "already" in refused(*dpo, "--output", tmp_path / "out")
+
+
+def test_an_interrupted_evaluation_continues(tmp_path, runs, text, evaluate, monkeypatch, capsys):
+    """The same bytes as one that was never stopped, and no part is computed again."""
+    more = ("--reward-model", runs / "rm", "--perplexity-data", text, "--json")
+    command = ("eval", "--model", TINY_MODEL, "--adapter-path", runs / "dpo", *QUICK, *more)
+    monkeypatch.setattr(policy, "COMPLETIONS_AT_ONCE", 6)
+    monkeypatch.setattr(policy, "PROMPTS_AT_ONCE", 4)
+    monkeypatch.setattr(policy, "BATCH_TOKENS", 256)
+    names, add = [], FinishedParts.add
+
+    def counted(self, *name, value):
+        names.append(name)
+        add(self, *name, value=value)
+
+    monkeypatch.setattr(FinishedParts, "add", counted)
+    assert mlx_align(*command, "--output", tmp_path / "whole") == 0
+    expected, printed = sorted(map(str, names)), capsys.readouterr().out
+    assert len({name[0] for name in names}) == 6
+    assert len(names) >= 12
+    names.clear()
+    folder = tmp_path / "out"
+    resumed = (*command, "--output", folder)
+    for n, resume in ((1, ()), (3, ("--resume",)), (len(expected) // 2, ("--resume",))):
+        with monkeypatch.context() as patched:
+            before_call(patched, KeyedLog, "add", n + 1, interrupt)
+            assert mlx_align(*resumed, *resume) == 130
+        error = capsys.readouterr().err
+        assert (f"stopped; {folder} keeps what is finished" in error) == (n > 1)
+        assert folder.exists() == (n > 1)
+        assert not list(folder.glob("evaluation.json"))
+        if n > 1:
+            assert mlx_align(*resumed) == 1
+            assert "has an unfinished evaluation; add --resume" in capsys.readouterr().err
+            assert mlx_align(*resumed, "--resume", "--seed", 3) == 1
+            assert "--resume: --seed changed since" in capsys.readouterr().err
+    with (folder / "evaluation.partial.jsonl").open() as log:
+        fcntl.flock(log, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        assert mlx_align(*resumed, "--resume") == 1
+        assert "another command is writing it" in capsys.readouterr().err
+    assert mlx_align(*resumed, "--resume") == 0
+    assert capsys.readouterr().out == printed
+    assert sorted(path.name for path in folder.iterdir()) == ["answers.jsonl", "evaluation.json"]
+    for file in folder.iterdir():
+        assert file.read_bytes() == (tmp_path / "whole" / file.name).read_bytes()
+    # Those that were interrupted as they were written are there twice.
+    assert sorted(set(map(str, names))) == expected
+    assert len(names) == len(expected) + 3
+    assert mlx_align(*resumed, "--resume") == 1
+    assert "has evaluation.json already" in capsys.readouterr().err
 
 
 def test_a_run_on_another_base_is_refused(tmp_path, refused):
