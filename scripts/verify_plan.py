@@ -14,6 +14,7 @@ with LD_PRELOAD naming libopenblas (apt-get install libopenblas0-pthread).
 """
 
 import argparse
+import importlib
 import json
 import os
 import subprocess
@@ -22,7 +23,7 @@ import tempfile
 import time
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,8 @@ class Case:
     reward: bool = False
     algorithm: str = ""  # ppo or grpo: one iteration, with a swapped reward model, instead of dpo
     group_size: int = 2
+    family: str = "llama"
+    others: dict[str, Any] = field(default_factory=dict)  # more of config.json
 
 
 CASES = (
@@ -85,6 +88,64 @@ CASES = (
     Case("reward model", reward=True),
     Case("reward model, plain, batch 2", reward=True, grad_checkpoint=False, batch_size=2),
     Case("reward model, 4-bit", reward=True, dtype="4-bit"),
+)
+# Hybrids: proportions of Qwen3.5-9B, Qwen3-Next-80B-A3B and Kimi-Linear-48B-A3B, narrower and with
+# fewer experts.
+_DELTA = {
+    "linear_num_key_heads": 4,
+    "linear_num_value_heads": 8,
+    "linear_key_head_dim": 64,
+    "linear_value_head_dim": 64,
+    "linear_conv_kernel_dim": 4,
+    "full_attention_interval": 4,
+    "head_dim": 64,
+    "max_position_embeddings": 4096,
+}
+_NEXT = {
+    **_DELTA,
+    "num_experts": 16,
+    "num_experts_per_tok": 4,
+    "moe_intermediate_size": 64,
+    "shared_expert_intermediate_size": 64,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+    "norm_topk_prob": True,
+    "partial_rotary_factor": 0.25,
+    "rope_theta": 10_000.0,
+}
+_KIMI = {
+    "linear_attn_config": {
+        "kda_layers": [1, 2, 3],
+        "full_attn_layers": [4],
+        "num_heads": 8,
+        "head_dim": 32,
+        "short_conv_kernel_size": 4,
+    },
+    "head_dim": 32,
+    "kv_lora_rank": 64,
+    "qk_nope_head_dim": 32,
+    "qk_rope_head_dim": 16,
+    "v_head_dim": 32,
+    "num_experts": 16,
+    "num_experts_per_token": 4,
+    "moe_intermediate_size": 128,
+    "num_shared_experts": 1,
+    "first_k_dense_replace": 1,
+    "model_max_length": 4096,
+    "rope_theta": 10_000.0,
+}
+_QWEN35 = Case("hybrid, Qwen3.5", vocabulary=2048, kv_heads=2, family="qwen3_5", others=_DELTA, heads=4)
+_QWEN_NEXT = Case("hybrid, Qwen3-Next", vocabulary=2048, kv_heads=2, family="qwen3_next", others=_NEXT, heads=4)
+_KIMI_LINEAR = Case("hybrid, Kimi-Linear", vocabulary=2048, kv_heads=8, family="kimi_linear", others=_KIMI)
+HYBRIDS = tuple(
+    replace(case, name=f"{case.name}{name}", **other)
+    for case in (_QWEN35, _QWEN_NEXT, _KIMI_LINEAR)
+    for name, other in (
+        ("", {}),
+        (", long prompts", {"prompt": 448, "completion": 64}),
+        (", no checkpointing", {"grad_checkpoint": False}),
+        (", bf16", {"dtype": "bf16", "prompt": 64, "completion": 64}),
+    )
 )
 # Iterations of on-policy algorithms, from sampling to the updates. The first two have the same
 # number of tokens, and an adapter takes about the share of the peak (2.2%) that rank 16 takes in a
@@ -146,11 +207,11 @@ def write_model(case: Case, folder: Path) -> dict[str, Any]:
     """A random model in `folder`, as mlx-lm writes one; its configuration."""
     import mlx.core as mx
     from mlx.utils import tree_flatten
-    from mlx_lm.models.llama import Model, ModelArgs
     from mlx_lm.utils import quantize_model
 
+    family = importlib.import_module(f"mlx_lm.models.{case.family}")
     config: dict[str, Any] = {
-        "model_type": "llama",
+        "model_type": case.family,
         "hidden_size": case.hidden,
         "num_hidden_layers": case.layers,
         "intermediate_size": case.intermediate,
@@ -159,9 +220,10 @@ def write_model(case: Case, folder: Path) -> dict[str, Any]:
         "rms_norm_eps": 1e-5,
         "vocab_size": case.vocabulary,
         "tie_word_embeddings": case.tied,
+        **case.others,
     }
     mx.random.seed(0)
-    model = Model(ModelArgs.from_dict(config))
+    model = family.Model(family.ModelArgs.from_dict(config))
     if not case.dtype.endswith("float32"):
         model.set_dtype(mx.bfloat16)
     if case.dtype.startswith("4-bit"):
@@ -427,7 +489,7 @@ def main() -> None:
     if arguments.one:
         print(json.dumps(measure(Case(**json.loads(arguments.one)))))
         return
-    cases = [*CASES, *ON_POLICY, *HEADS, *(LARGE if arguments.large else ())]
+    cases = [*CASES, *HYBRIDS, *ON_POLICY, *HEADS, *(LARGE if arguments.large else ())]
     cases = [case for case in cases if not arguments.only or arguments.only in case.name]
     titles = ["MB", "weights", "(measured)", "trained", "rewards", "activ.", "attention", "head"]
     titles += ["planned", "measured", "off"]

@@ -7,7 +7,9 @@ from mlx_align.data.buckets import Shape
 from mlx_align.system import memory_limit
 from mlx_align.system.memory_limit import MemoryLimit
 
-SMALL, LARGE = (Microbatch((0,), Shape(width, 1, 1)) for width in (250_000, 1_000_000))
+LARGE = Microbatch((0,), Shape(1_000_000, 1, 1))
+# Narrower, but not smaller in every respect.
+OTHER = Microbatch((0,), Shape(250_000, 2, 1))
 
 
 def step(micro):
@@ -30,8 +32,8 @@ def bounded_peak():
                 step(LARGE)
         bounded = memory.peak_bytes - before
         # A new shape resets mlx's counter, but not the reported peak.
-        with memory.bounded([SMALL.shape]):
-            step(SMALL)
+        with memory.bounded([OTHER.shape]):
+            step(OTHER)
         assert mx.get_peak_memory() < memory.peak_bytes
         assert memory.peak_bytes - before == bounded
     return bounded
@@ -55,3 +57,18 @@ def test_steps_stay_within_the_limit(monkeypatch):
     assert peaks[-1] <= allowed
     assert free >= 2 * max(peaks)
     assert mx.set_memory_limit(limit) == 1 << 40  # the previous limit is restored
+
+
+def test_a_smaller_shape_is_not_measured():
+    smaller, larger = Shape(10, 20, 1), Shape(10, 21, 2)
+    with MemoryLimit() as memory:
+        with memory.bounded([larger]):
+            mx.eval(mx.zeros(1000))
+        limit = mx.set_memory_limit(1)  # the one after the larger shape's step
+        mx.set_memory_limit(limit)
+        for shapes in ([smaller], [smaller, larger]):
+            with memory.bounded(shapes):
+                mx.eval(mx.zeros(100_000))
+                assert mx.set_memory_limit(limit) == limit
+        with memory.bounded([Shape(11, 1, 1)]):
+            assert mx.set_memory_limit(1) == 1
