@@ -25,10 +25,11 @@ from typing import Literal
 from mlx_align.data.buckets import AnyShape, BatchLimit, PackedShape
 from mlx_align.models.attention import causal_fraction
 from mlx_align.models.forward import CHUNK_ELEMENTS, MIN_CHUNK_ROWS
+from mlx_align.models.gated_delta import CHUNK
 from mlx_align.models.generation import ROWS_AT_ONCE, TOKENS_AT_ONCE
 from mlx_align.models.gpu_attention import BLOCK_SCORES, LONGEST_PROMPT_RATIO
 from mlx_align.models.patches import ATTENTION_TILE
-from mlx_align.planning.model_shape import Linear, ModelShape
+from mlx_align.planning.model_shape import Linear, LinearAttention, ModelShape
 from mlx_align.system.memory_limit import headroom_bytes
 
 # Adapters are float32, also on 16-bit models, unless they are cast where they compute.
@@ -57,6 +58,11 @@ LOGIT_BYTES = 4
 # sums in float32. A block in `gpu_attention.py` exists this many times in float32: scores,
 # probabilities, their two gradients, and one in the making.
 KERNEL_TILES, BLOCK_ARRAYS, SUM_BYTES = 3, 5, 4
+# Linear attention, in elements per token and unit of the width of keys or values: held in the
+# model's dtype and in float32, and the temporaries of its gradient. States are counted per row.
+# Fitted to 20 steps of Qwen3.5's blocks in float32 and bf16, with heads of 32, 64 and 128.
+LINEAR_KEYS, LINEAR_NARROW, LINEAR_WIDE, LINEAR_GATES = 8, 3, 5, 3
+WORK_KEYS, WORK_VALUES, WORK_STATES = (3, 5), 1.5, 2.7
 # mlx-lm's caches grow in steps of this many tokens.
 CACHE_STEP = 256
 
@@ -270,17 +276,23 @@ class _Bytes:
 
 def _plan_shape(model: ModelShape, workload: Workload, shape: AnyShape) -> MemoryPlan:
     passes = _passes(workload, shape)
-    blocks = model.blocks if workload.num_layers < 0 else min(workload.num_layers, model.blocks)
-    block = sum((_held_by_block(model, workload, one) for one in passes), _Bytes())
-    held = _held_checkpointed(model, passes) if workload.grad_checkpoint else block
-    held = held * blocks + _dense_copies(model, workload)
+    attention, linear = _trained_blocks(model, workload)
+    block, temporary = _block(model, workload, passes)
+    held = (_held_checkpointed(model, passes) if workload.grad_checkpoint else block) * attention
+    if (delta := model.linear_attention) is not None and linear:
+        one, work = _linear_block(model, delta, workload, passes)
+        kept = _linear_checkpointed(model, delta, passes) if workload.grad_checkpoint else one
+        held += kept * linear
+        # The block that needs most while its gradient is computed.
+        if not attention or (one + work).total > (block + temporary).total:
+            block, temporary = one, work
+    held += _dense_copies(model, workload)
     rows = 1 if isinstance(shape, PackedShape) else shape.groups * workload.rows
     head_tokens = rows * shape.completion if workload.vocabulary else 0
     # Per completion token: the gradient with respect to its hidden state, kept until the loss.
     gradient = _Bytes(head=head_tokens * model.hidden * model.activation_bytes)
-    temporary = _temporaries(model, workload, passes) + (
-        block if workload.grad_checkpoint else _Bytes()
-    )
+    if workload.grad_checkpoint:
+        temporary += block
     parameters = trained_parameters(model, workload)
     copies = _weight_copies(workload)
     updating = _copies_bytes(model, workload, parameters, copies + (workload.accumulation > 1))
@@ -308,6 +320,21 @@ def _plan_shape(model: ModelShape, workload: Workload, shape: AnyShape) -> Memor
     }
     parts["running ahead"] = max(0, update + headroom_bytes(update) - sum(parts.values()))
     return MemoryPlan(parts=parts, moment=moment, shape=shape, trained_parameters=parameters)
+
+
+def _trained_blocks(model: ModelShape, workload: Workload) -> tuple[int, int]:
+    """How many of the trained blocks have attention, and how many linear attention."""
+    first = 0 if workload.num_layers < 0 else max(0, model.blocks - workload.num_layers)
+    linear = model.linear_attention.blocks if model.linear_attention is not None else ()
+    trained = range(first, model.blocks)
+    count = sum(block in linear for block in trained)
+    return len(trained) - count, count
+
+
+def _block(model: ModelShape, workload: Workload, passes: Sequence[_Pass]) -> tuple[_Bytes, _Bytes]:
+    """What the gradient of a block with attention needs: bytes held, and temporaries."""
+    held = sum((_held_by_block(model, workload, one) for one in passes), _Bytes())
+    return held, _temporaries(model, workload, passes)
 
 
 def _weight_copies(workload: Workload) -> int:
@@ -368,23 +395,9 @@ def _held_by_block(model: ModelShape, workload: Workload, one: _Pass) -> _Bytes:
     and values, and attention probabilities.
     """
     size = model.activation_bytes
-    adapters = workload.fine_tune_type != "full"
-    wide, queries = model.hidden, model.query_width
-    per_token = (4 * wide + 2 * queries + 3 * model.intermediate) * size
-    if adapters:
-        per_token += model.intermediate * workload.adapter_bytes
-        if size < workload.adapter_bytes:
-            per_token += (2 * wide + queries) * workload.adapter_bytes
-        in_block = [linear for linear in model.linears if linear.block == model.blocks - 1]
-        per_token += len(in_block) * workload.rank * workload.adapter_bytes
-        if workload.fine_tune_type == "dora":
-            # Outputs before the magnitude is applied, for the magnitude's gradient.
-            per_token += sum(linear.outputs for linear in in_block) * size
-        if workload.dropout:
-            # Each adapter keeps its own dropped-out inputs and their mask.
-            per_token += sum(linear.inputs for linear in in_block) * (size + 1)
-    else:
-        per_token += model.intermediate * size
+    per_token = _held_per_token(model, workload, _attention_block(model))
+    per_token += 2 * model.query_width * size
+    per_token += _adapter_copy(model, workload) * model.query_width
     attention = 2.0 * model.kv_width * one.tokens * size
     if workload.attention == "scores":
         attention += model.heads * one.scores * size
@@ -395,6 +408,77 @@ def _held_by_block(model: ModelShape, workload: Workload, one: _Pass) -> _Bytes:
         if one.keys:
             attention += one.aligned_tokens * 2 * (model.query_width + model.kv_width) * size
     return _Bytes(activations=one.tokens * per_token, attention=attention)
+
+
+def _adapter_copy(model: ModelShape, workload: Workload) -> int:
+    """Bytes per element of an adapter's input that are held beside the model's narrower ones."""
+    adapters = workload.fine_tune_type != "full"
+    narrow = model.activation_bytes < workload.adapter_bytes
+    return workload.adapter_bytes if adapters and narrow else 0
+
+
+def _attention_block(model: ModelShape) -> int:
+    """The number of the last block with attention."""
+    linear = model.linear_attention.blocks if model.linear_attention is not None else ()
+    return max((block for block in range(model.blocks) if block not in linear), default=0)
+
+
+def _held_per_token(model: ModelShape, workload: Workload, block: int) -> float:
+    """Bytes per token that the backward pass of a block needs, without its attention's."""
+    size = model.activation_bytes
+    wide, experts = model.hidden, model.active_experts
+    per_token: float = (4 * wide + 3 * model.intermediate) * size
+    per_token += 2 * wide * _adapter_copy(model, workload)
+    # Of routed experts: their inputs, sorted by expert, and their outputs, before and after they
+    # are sorted by token.
+    per_token += experts * wide * (3 * size + _adapter_copy(model, workload))
+    if workload.fine_tune_type == "full":
+        return per_token + model.intermediate * size
+    per_token += model.intermediate * workload.adapter_bytes
+    in_block = [linear for linear in model.linears if linear.block == block]
+    per_token += len(in_block) * workload.rank * workload.adapter_bytes
+    if workload.fine_tune_type == "dora":
+        # Outputs before the magnitude is applied, for the magnitude's gradient.
+        per_token += sum(linear.outputs for linear in in_block) * size
+    if workload.dropout:
+        # Each adapter keeps its own dropped-out inputs and their mask.
+        per_token += sum(linear.inputs for linear in in_block) * (size + 1)
+    return per_token
+
+
+def _linear_block(
+    model: ModelShape, delta: LinearAttention, workload: Workload, passes: Sequence[_Pass]
+) -> tuple[_Bytes, _Bytes]:
+    """What the gradient of a block with linear attention needs: bytes held, and temporaries.
+
+    Held per token: the convolution's output, its sigmoid and their product for queries, keys and
+    values; queries and keys before and after they are normalised; outputs, gates and their products
+    in float32; and a state per chunk of tokens (`models/gated_delta.py`). While the gradient of
+    the rule is computed, the MLP's arrays are free again.
+    """
+    size = model.activation_bytes
+    tokens, rows = sum(one.tokens for one in passes), max(one.rows for one in passes)
+    values: float = LINEAR_NARROW * size + LINEAR_WIDE * SUM_BYTES + _adapter_copy(model, workload)
+    mixer: float = LINEAR_KEYS * delta.key_width * size + delta.value_width * values
+    mixer += delta.state / CHUNK * SUM_BYTES
+    if delta.gate_per_key:
+        mixer += LINEAR_GATES * delta.key_width * SUM_BYTES
+    rest = _held_per_token(model, workload, min(delta.blocks))
+    work: float = delta.key_width * (WORK_KEYS[0] * size + WORK_KEYS[1] * SUM_BYTES)
+    work += WORK_VALUES * delta.value_width * SUM_BYTES
+    mlp = rest - 2 * model.hidden * size
+    in_rule = tokens * (work - mlp) + WORK_STATES * rows * delta.state * SUM_BYTES
+    in_mlp = _temporaries(model, workload, passes).activations
+    return _Bytes(activations=tokens * (rest + mixer)), _Bytes(activations=max(in_mlp, in_rule))
+
+
+def _linear_checkpointed(
+    model: ModelShape, delta: LinearAttention, passes: Sequence[_Pass]
+) -> _Bytes:
+    """Bytes held by a checkpointed block: its inputs, and the states after shared prompts."""
+    inputs = sum(one.tokens for one in passes) * model.hidden * model.activation_bytes
+    states = sum(one.rows for one in passes[:-1]) * delta.state * SUM_BYTES
+    return _Bytes(inputs, states)
 
 
 def _held_checkpointed(model: ModelShape, passes: Sequence[_Pass]) -> _Bytes:

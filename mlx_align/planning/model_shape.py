@@ -18,6 +18,7 @@ from mlx_align.errors import ModelError
 MAX_HEADER_BYTES = 100_000_000
 _FLOAT_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 _BLOCK = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.(.+)\.weight$")
+_BLOCK_DECAY = re.compile(r"(?:^|\.)layers\.(\d+)\..*\bA_log$")
 _EXPERT = re.compile(r"\bexperts?\.\d+\.")
 # mlx's default group sizes; 64 for the affine mode.
 _GROUP_SIZES = {"mxfp4": 32, "mxfp8": 32, "nvfp4": 16}
@@ -43,6 +44,24 @@ class Linear(NamedTuple):
     experts: int
 
 
+class LinearAttention(NamedTuple):
+    """The gated delta rule of a hybrid model (Qwen3.5, Qwen3-Next, Kimi-Linear, OLMo hybrid).
+
+    Attributes:
+        blocks: Numbers of the blocks that have it instead of attention.
+        key_width: Elements of all heads of keys per token; queries have as many.
+        value_width: Elements of all heads of values per token.
+        state: Elements of the state of a row: heads of values × both head sizes.
+        gate_per_key: Whether each key element has its own gate, instead of each head.
+    """
+
+    blocks: frozenset[int]
+    key_width: int
+    value_width: int
+    state: int
+    gate_per_key: bool
+
+
 @dataclass(frozen=True)
 class ModelShape:
     """Sizes of a model. Widths are numbers of elements; `*_bytes` are bytes.
@@ -62,6 +81,8 @@ class ModelShape:
         bits: Bits per quantised weight; None if the configuration does not say.
         linears: The linear layers of all blocks.
         linear_bytes: Bytes they take in the file.
+        linear_attention: What a hybrid has in some blocks; None for other models.
+        active_experts: Routed experts per token; 0 without experts.
     """
 
     weights_bytes: int
@@ -78,6 +99,8 @@ class ModelShape:
     bits: int | None
     linears: tuple[Linear, ...]
     linear_bytes: int
+    linear_attention: LinearAttention | None = None
+    active_experts: int = 0
 
 
 def read_header(file: Path) -> dict[str, Tensor]:
@@ -161,6 +184,8 @@ def read_model_shape(folder: Path, config: Mapping[str, Any]) -> ModelShape:
         bits=_size(config.get("quantization") or {}, "bits") or None,
         linears=tuple(linears),
         linear_bytes=linear_bytes,
+        linear_attention=_linear_attention(text, tensors),
+        active_experts=_active_experts(text, linears),
     )
 
 
@@ -201,10 +226,37 @@ def _linears(
     return found, nbytes
 
 
+def _linear_attention(
+    text: Mapping[str, Any], tensors: Mapping[str, Tensor]
+) -> LinearAttention | None:
+    """The gated delta rule that the configuration describes, in the blocks that have its decay."""
+    blocks = frozenset(
+        int(match[1]) for name in tensors if (match := _BLOCK_DECAY.search(name)) is not None
+    )
+    values = _size(text, "linear_num_value_heads")
+    value_size = key_size = _size(text, "linear_value_head_dim")
+    keys = _size(text, "linear_num_key_heads")
+    per_key = not values
+    if values:
+        key_size = _size(text, "linear_key_head_dim")
+    elif isinstance(kimi := text.get("linear_attn_config"), dict):
+        keys = values = _size(kimi, "num_heads")
+        key_size = value_size = _size(kimi, "head_dim")
+    if not (blocks and values and key_size and value_size):
+        return None
+    state = values * key_size * value_size
+    return LinearAttention(blocks, keys * key_size, values * value_size, state, per_key)
+
+
+def _active_experts(text: Mapping[str, Any], linears: list[Linear]) -> int:
+    """Routed experts per token."""
+    if not any(_EXPERT.search(linear.name) or linear.experts > 1 for linear in linears):
+        return 0
+    return _size(text, "num_experts_per_tok", "num_experts_per_token", "top_k_experts")
+
+
 def _intermediate(text: Mapping[str, Any], linears: list[Linear], hidden: int) -> int:
-    active = _size(text, "num_experts_per_tok", "num_experts_per_token", "top_k_experts")
-    routed = any(_EXPERT.search(linear.name) or linear.experts > 1 for linear in linears)
-    if active and routed:
+    if active := _active_experts(text, linears):
         width = _size(text, "moe_intermediate_size", "intermediate_size")
         shared = _size(text, "shared_expert_intermediate_size") or width * _size(
             text, "n_shared_experts"
