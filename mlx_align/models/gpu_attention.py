@@ -86,6 +86,19 @@ def gpu_attention(
     extra = _Extra(getattr(mask, "window", None), sinks, softcap)
     if isinstance(mask, str) or (mask is None and length == 1):
         if length == width:
+            if (chunk := getattr(mask, "chunk", None)) is not None and chunk < length:
+                chunks = gpu_attention(
+                    _chunks_as_rows(queries, chunk),
+                    _chunks_as_rows(keys, chunk),
+                    _chunks_as_rows(values, chunk),
+                    scale,
+                    "causal",
+                    sinks,
+                    softcap,
+                    mlx_attention,
+                    fused=fused,
+                )
+                return _rows_of_chunks(chunks, queries.shape[0], length)
             plain = fused and extra.is_none(width)
             if plain and fused_length(queries, keys, values) is not None:
                 return _fused_rows(queries, keys, values, scale, mlx_attention)
@@ -100,6 +113,19 @@ def gpu_attention(
     if isinstance(mask, mx.array) and mask.dtype == mx.bool_ and _same_for_all_heads(mask):
         return _rows_in_blocks(queries, keys, values, scale, mask, extra)
     return mlx_attention(queries, keys, values, scale=scale, mask=mask, sinks=sinks)
+
+
+def _chunks_as_rows(array: mx.array, chunk: int) -> mx.array:
+    """(N, G, L, E) as (N·chunks, G, `chunk`, E), padded at the end."""
+    rows, heads, length, size = array.shape
+    array = mx.pad(array, [(0, 0), (0, 0), (0, -length % chunk), (0, 0)])
+    return array.reshape(rows, heads, -1, chunk, size).swapaxes(1, 2).flatten(0, 1)
+
+
+def _rows_of_chunks(array: mx.array, rows: int, length: int) -> mx.array:
+    """The inverse of `_chunks_as_rows`."""
+    whole = mx.unflatten(array, 0, (rows, -1)).swapaxes(1, 2).flatten(2, 3)
+    return whole[:, :, :length]
 
 
 class _Extra(NamedTuple):

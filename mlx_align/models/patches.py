@@ -55,6 +55,7 @@ from mlx_lm.models import (
     gemma2,
     glm4_moe_lite,
     kimi_linear,
+    llama4,
 )
 
 from mlx_align.models.device import on_gpu
@@ -155,15 +156,22 @@ class CausalMask(str):
         window: Number of keys that a query sees, its own included; None for all.
         prompt_lengths: For completions behind their prompts, (B,): the first keys are the
             prompt's, and padding from its length on.
+        chunk: A query sees only keys of the same chunk of this many tokens (llama4); None for all.
     """
 
     window: int | None
     prompt_lengths: mx.array | None
+    chunk: int | None
 
-    def __new__(cls, window: int | None, prompt_lengths: mx.array | None = None) -> CausalMask:
+    def __new__(
+        cls,
+        window: int | None,
+        prompt_lengths: mx.array | None = None,
+        chunk: int | None = None,
+    ) -> CausalMask:
         """A string that equals "causal"."""
         mask = super().__new__(cls, "causal")
-        mask.window, mask.prompt_lengths = window, prompt_lengths
+        mask.window, mask.prompt_lengths, mask.chunk = window, prompt_lengths, chunk
         return mask
 
 
@@ -245,12 +253,26 @@ def _latent_attention(self: Any, x: mx.array, mask: Any = None, cache: Any = Non
     return self.o_proj(out.transpose(0, 2, 1, 3).reshape(rows, length, -1))
 
 
-# Attention classes of mlx-lm that compute a score for every query and key themselves.
+def _llama4_blocks(self: Any, inputs: mx.array, cache: Any = None) -> mx.array:
+    """llama4's blocks on rows without a cache; three of four attend within chunks of tokens."""
+    if cache is not None:
+        original: Callable[..., mx.array] = _LLAMA4_BLOCKS
+        return original(self, inputs, cache)
+    h = self.embed_tokens(inputs)
+    chunked = CausalMask(None, chunk=self.attention_chunk_size)
+    for number, layer in enumerate(self.layers, start=1):
+        h = layer(h, chunked if number % 4 else CausalMask(None), cache=None)
+    return self.norm(h)
+
+
+_LLAMA4_BLOCKS: Any = llama4.LlamaModel.__call__
+# Classes of mlx-lm that compute a score, or a mask, for every query and key themselves.
 _REPLACED: dict[Any, Callable[..., mx.array]] = {
     gemma2.Attention: _gemma2_attention,
     deepseek_v3.DeepseekV3Attention: _latent_attention,
     glm4_moe_lite.Glm4MoeLiteAttention: _latent_attention,
     kimi_linear.KimiMLAAttention: _latent_attention,
+    llama4.LlamaModel: _llama4_blocks,
 }
 
 

@@ -411,7 +411,7 @@ def _held_by_block(model: ModelShape, workload: Workload, one: _Pass) -> _Bytes:
 
 
 def _adapter_copy(model: ModelShape, workload: Workload) -> int:
-    """Bytes per element of an adapter's input that are held beside the model's narrower ones."""
+    """Bytes per element of an adapter's input, which is held if the model's own is narrower."""
     adapters = workload.fine_tune_type != "full"
     narrow = model.activation_bytes < workload.adapter_bytes
     return workload.adapter_bytes if adapters and narrow else 0

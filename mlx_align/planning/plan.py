@@ -58,8 +58,8 @@ UNSHARED_FAMILIES = (
     "mamba2",
     "nemotron_h",
 )
-# Families whose own code computes a score, or a mask, for every query and key on a GPU too.
-SCORE_FAMILIES = ("llama4", "deepseek_v32")
+# Families whose own code computes a score for every query and key on a GPU too.
+SCORE_FAMILIES = ("deepseek_v32",)
 # Families with attention sinks.
 SINK_FAMILIES = ("gpt_oss",)
 # Families that can't be packed although they have no sliding window.

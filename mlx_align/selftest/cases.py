@@ -6,7 +6,7 @@ the self-test, because the CPU has to compute it too.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 Precision = Literal["float32", "bf16", "4-bit"]
@@ -115,9 +115,11 @@ def cases(size: Size) -> list[Case]:
 def _small() -> list[Case]:
     # In float32: on a CPU, 4-bit products in bf16 take some hundred times as long.
     llama = RandomModel(hidden=256, intermediate=704, heads=4, vocabulary=4096)
+    hybrid = replace(llama, family="qwen3_5", layers=4, linear_heads=(2, 4))
     return [
         StepCase("256 tokens", llama, 256),
         StepCase("512 tokens", llama, 512, twice="256 tokens"),
+        StepCase("256 tokens, hybrid", hybrid, 256),
         SamplingCase("sampling", llama, prompt=32, completion=16),
     ]
 

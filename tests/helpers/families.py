@@ -195,6 +195,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
     "deepseek_v2": {**_LATENT, "topk_method": "greedy"},
     "deepseek_v3": {**_LATENT, "n_group": 2, "topk_group": 1},
+    "glm4_moe_lite": {**_LATENT, "n_group": 1, "topk_group": 1},
     "glm4": {"partial_rotary_factor": 0.5},
     "glm4_moe": {
         "moe_intermediate_size": 32,

@@ -300,6 +300,7 @@ NOT_FUSED = {
     "gemma4_text": "32 per head",
     "deepseek_v2": "24 and 16 per head",
     "deepseek_v3": "24 and 16 per head",
+    "glm4_moe_lite": "24 and 16 per head",
     "minicpm3": "24 and 16 per head",
     "deepseek_v32": "24 and 16 per head",
     "kimi_linear": "24 and 16 per head",
@@ -307,8 +308,8 @@ NOT_FUSED = {
     "mamba": "no attention",
     "rwkv7": "no attention",
 }
-# Their own code makes a mask for every query and key, and deepseek_v32 scores.
-QUADRATIC = {"llama4", "deepseek_v32"}
+# Its indexer scores every query and key.
+QUADRATIC = {"deepseek_v32"}
 # mlx-lm runs their layers token by token.
 LOOPS = {"rwkv7", "mamba", "jamba"}
 # Their scores are those of chunks of 256 tokens.

@@ -171,7 +171,7 @@ def test_attention_is_planned_for_the_machine_and_the_model():
     assert attention_on(mac, model, {"text_config": {"model_type": "gpt_oss"}}) == "blocks"
     assert attention_on(mac, model, {"qk_nope_head_dim": 128}) == "blocks"
     assert attention_on(mac, replace(model, query_width=28 * 40), {}) == "blocks"
-    assert attention_on(mac, model, {"model_type": "llama4"}) == "scores"
+    assert attention_on(mac, model, {"model_type": "deepseek_v32"}) == "scores"
 
 
 def test_options_that_need_memory_raise_the_peak():
