@@ -139,6 +139,7 @@ class TokenizedGroup:
         margin: As in `PromptGroup`.
         loss_masks: Per completion, which tokens count in the loss; None if all do. (Supervised
             training on every assistant turn masks the user's turns in the completion.)
+        text: The prompt as text, of held-out groups, whose samples are shown; else None.
     """
 
     prompt: TokenIds
@@ -149,6 +150,7 @@ class TokenizedGroup:
     soft_label: float | None = None
     margin: float | None = None
     loss_masks: tuple[npt.NDArray[np.bool_], ...] | None = None
+    text: Text | None = None
 
 
 class Packing(NamedTuple):

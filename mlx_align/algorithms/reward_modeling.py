@@ -37,6 +37,7 @@ from mlx_align.data.comparisons import (
     pad_completion_lists,
 )
 from mlx_align.data.formats import ReadReport, read_preferences
+from mlx_align.data.messages import text_as_json
 from mlx_align.data.readers import Data
 from mlx_align.data.statistics import TokenizedDataset
 from mlx_align.errors import ConfigError
@@ -331,7 +332,7 @@ def _sample(
 
     return {
         "source": group.source,
-        "prompt": text(group.prompt[-limit:]),
+        "prompt": text(group.prompt[-limit:]) if group.text is None else text_as_json(group.text),
         "completions": [
             {"text": text(ids[:limit]), "score": float(score)}
             for ids, score in zip(group.completions, scores, strict=True)

@@ -6,6 +6,7 @@ import click
 
 from mlx_align import __version__
 from mlx_align.cli.cache import cache
+from mlx_align.cli.chat import chat
 from mlx_align.cli.completion import completion
 from mlx_align.cli.constitution import constitution
 from mlx_align.cli.data import data
@@ -27,7 +28,7 @@ from mlx_align.losses.registry import PAIRWISE_LOSSES
 
 SECTIONS = {
     "Train": ("dpo", "kto", "sft", "reward", "ppo", "grpo"),
-    "Use and evaluate a run": ("eval", "score", "rerank", "fuse", "export", "report"),
+    "Use and evaluate a run": ("chat", "eval", "score", "rerank", "fuse", "export", "report"),
     "Make preferences": ("label", "judge", "constitution", "improve"),
     "Prepare": ("plan", "data", "cache", "selftest", "completion"),
 }
@@ -44,6 +45,8 @@ ELSEWHERE = {
     "rm": "mlx-align reward",
     "reward_model": "mlx-align reward",
     "evaluate": "mlx-align eval",
+    "generate": "mlx-align chat",
+    "talk": "mlx-align chat",
     "merge": "mlx-align fuse",
     "best_of_n": "mlx-align rerank",
     "check": "mlx-align data check",
@@ -84,6 +87,7 @@ for command in (
     reward,
     ppo,
     grpo,
+    chat,
     evaluate,
     score,
     rerank,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -20,7 +22,7 @@ from mlx_align.cli.options import (
 )
 from mlx_align.config import TRAINING_CONFIGS, ExportConfig, TrainConfig, make_config
 from mlx_align.config.schema import flag_of
-from mlx_align.errors import ConfigError
+from mlx_align.errors import ConfigError, TrainingError, WriteError
 from mlx_align.system.starter import resolve_starter
 
 _EPILOG = (
@@ -42,13 +44,11 @@ class TrainingCommand:
         name: The command.
         summary: One line for the list of commands.
         help: The text of its --help.
-        next_step: Printed above the command that uses the result.
     """
 
     name: str
     summary: str
     help: str
-    next_step: str = "Chat with the result in stock mlx-lm"
 
     @property
     def config_class(self) -> type[TrainConfig]:
@@ -82,7 +82,6 @@ REWARD = TrainingCommand(
     "Train a reward model on pairs or ranked lists.\n\nA linear head on the last token of a "
     "completion replaces the vocabulary head. The final report gives accuracy on held-out data, "
     f"and how much of it length explains. {_UPDATES}",
-    next_step="Score completions with it",
 )
 PPO = TrainingCommand(
     "ppo",
@@ -160,15 +159,23 @@ def _train(
     from mlx_align.system.console import Console
 
     console = Console(json)
-    run, summary = commands.train(
-        entry.name,
-        given_options(options),
-        console,
-        file=None if config_file is None else Path(config_file),
-        resume=resume,
-        accept_changed=accept_changed,
-        source="command line",
-    )
+    from mlx_align.system.activation import activation_command
+    from mlx_align.system.interrupts import Interrupted
+
+    try:
+        run, summary = commands.train(
+            entry.name,
+            given_options(options),
+            console,
+            file=None if config_file is None else Path(config_file),
+            resume=resume,
+            accept_changed=accept_changed,
+            source="command line",
+        )
+    except (Interrupted, TrainingError, WriteError):
+        if activate := activation_command():
+            console.note(f"Your shell finds mlx-align after: {activate}")
+        raise
     if json:
         echo_json(summary, indent=2)
         return
@@ -176,11 +183,24 @@ def _train(
     from mlx_align.tracking.run_dir import PAGE_FILE
 
     console.outcome(summary)
-    console.note(
-        f"\nRun folder: {run}\nRun page: {run / PAGE_FILE}\n{entry.next_step}:\n  {summary['talk']}"
-    )
+    console.note(f"\nRun folder: {run}\nRun page: {run / PAGE_FILE}\n")
+    if activate := activation_command():
+        console.note(f"Your shell finds these commands after: {activate}")
+    for what, command in _next_commands(entry, run, summary["talk"]):
+        console.note(f"{what}:\n  {command}")
+
+
+def _next_commands(entry: TrainingCommand, run: Path, mlx_lm: str) -> Iterator[tuple[str, str]]:
+    """What to do with a run, and the commands that do it."""
+    folder = shlex.quote(str(run))
+    if entry is REWARD:
+        yield "Score completions with it", mlx_lm
+        return
+    yield "Ask it, and the model it started from", f"mlx-align chat {folder} --compare"
+    yield "Measure the change", f"mlx-align eval {folder}"
+    yield "Use it in stock mlx-lm", mlx_lm
     if entry is SFT:
-        console.note(f"Train on preferences from here: mlx-align dpo … --init-adapter {run}")
+        yield "Train on preferences from here", f"mlx-align dpo … --init-adapter {folder}"
 
 
 dpo, kto, sft, ppo, grpo = (training_command(entry) for entry in (DPO, KTO, SFT, PPO, GRPO))

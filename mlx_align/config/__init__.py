@@ -4,6 +4,7 @@ The config classes declare the options, and give reasons for the defaults; `sche
 """
 
 from mlx_align.config.evaluation import (
+    ChatConfig,
     EvalConfig,
     RerankConfig,
     SampleConfig,
@@ -42,6 +43,7 @@ __all__ = [
     "AdapterExportConfig",
     "AgreementConfig",
     "CacheConfig",
+    "ChatConfig",
     "CheckDataConfig",
     "ConstitutionConfig",
     "ConvertDataConfig",

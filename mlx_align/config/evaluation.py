@@ -204,6 +204,41 @@ class RerankConfig(ScorerConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ChatConfig(Options):
+    """Options of `mlx-align chat`."""
+
+    model: str | None = override(
+        TrainConfig, "model", help="Base model of the run, or a model to talk to."
+    )
+    adapter_path: str | None = override(EvalConfig, "adapter_path", help="Run to talk to.")
+    compare: bool = option(
+        False, "Also show the answers of the model that the run started from.", MODEL
+    )
+    system: str | None = option(
+        None, "System prompt of the conversation.", MODEL, metavar="TEXT", default_text="none"
+    )
+    thinking: Literal["auto", "on", "off"] | None = override(ScorerConfig, "thinking", group=MODEL)
+    max_completion_length: int = override(
+        EvalConfig, "max_completion_length", aliases=("max_tokens",)
+    )
+    max_seq_length: int | None = option(
+        None,
+        "Longest conversation in tokens.",
+        SAMPLING,
+        default_text="what the model was made for",
+        at_least=2,
+    )
+    temperature: float = option(
+        0.0,
+        "Sampling temperature; 0 takes the likeliest token.",
+        SAMPLING,
+        at_least=0,
+        aliases=("temp",),
+    )
+    seed: int = option(0, "Random seed for sampling.", SAMPLING, at_least=0)
+
+
+@dataclass(frozen=True, kw_only=True)
 class SampleConfig(Options):
     """Options of `mlx-align data sample`."""
 

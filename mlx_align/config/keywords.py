@@ -52,6 +52,20 @@ class CacheOptions(TypedDict, total=False):
     purge: bool
 
 
+class ChatOptions(TypedDict, total=False):
+    """Keyword arguments checked by `ChatConfig`."""
+
+    model: str | Path | None
+    adapter_path: str | PathLike[str] | None
+    compare: bool
+    system: str | None
+    thinking: Literal["auto", "on", "off"] | None
+    max_completion_length: int
+    max_seq_length: int | None
+    temperature: float
+    seed: int
+
+
 class CheckDataOptions(TypedDict, total=False):
     """Keyword arguments checked by `CheckDataConfig`."""
 

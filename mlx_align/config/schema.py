@@ -437,12 +437,18 @@ def _key_lines(text: str) -> dict[str, int]:
     }
 
 
-def to_yaml(config: Options) -> str:
-    """The config as a YAML file that `-c` takes; options that are None are left out."""
+def to_yaml(config: Options, *, with_unset: bool = False) -> str:
+    """The config as a YAML file that `-c` takes.
+
+    Args:
+        config: The options.
+        with_unset: Whether options that are off, or that another option replaces, are written too,
+            as null.
+    """
     values = {
         name: list(value) if isinstance(value, tuple) else value
         for name, value in dataclasses.asdict(config).items()
-        if value is not None and value != {}
+        if with_unset or (value is not None and value != {})
     }
     return yaml.safe_dump(values, sort_keys=False)
 

@@ -204,6 +204,7 @@ def tokenize_groups(
     max_seq_length: int,
     max_completion_length: int | None = None,
     thinking: Thinking = "auto",
+    keep_text: bool = False,
 ) -> tuple[list[TokenizedGroup], TokenizeReport]:
     """Tokenise the groups of a split.
 
@@ -215,6 +216,7 @@ def tokenize_groups(
         max_completion_length: In tokens. Longer completions are cut first, and lose their end
             token.
         thinking: Whether to render with the template's thinking on; see the module's docstring.
+        keep_text: Whether the result has the prompts as text too.
 
     Raises:
         ConfigError: A limit is below 1.
@@ -226,14 +228,15 @@ def tokenize_groups(
     for group in groups:
         chats = chats or not isinstance(group.prompt, str)
         text = text or (isinstance(group.prompt, str) and bool(group.prompt))
-        results.append(
-            try_tokenize_group(
-                group,
-                template,
-                max_seq_length=max_seq_length,
-                max_completion_length=max_completion_length,
-            )
+        result = try_tokenize_group(
+            group,
+            template,
+            max_seq_length=max_seq_length,
+            max_completion_length=max_completion_length,
         )
+        if keep_text and result.group is not None:
+            result = replace(result, group=replace(result.group, text=group.prompt))
+        results.append(result)
     kept = [result.group for result in results if result.group is not None]
     report = TokenizeReport(
         rows=len(results),

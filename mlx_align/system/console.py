@@ -89,12 +89,16 @@ class Console:
             )
         for row in summary["samples"][:4]:
             self.console.print()
-            for name, text in (
-                ("prompt", row["prompt"]),
-                ("before", row["before"]),
-                ("after", row["after"]),
-            ):
-                self.console.print(Text(f"  {name:>6}  ", "dim") + Text(_one_line(text)))
+            prompt = row["prompt"]
+            if isinstance(prompt, list) and len(prompt) == 1:
+                prompt = prompt[0]["content"]
+            turns = [("prompt", prompt)]
+            if isinstance(prompt, list):
+                turns = [(turn["role"], turn["content"]) for turn in prompt]
+            turns += [("before", row["before"]), ("after", row["after"])]
+            width = max(len(name) for name, _ in turns)
+            for name, text in turns:
+                self.console.print(Text(f"  {name:>{width}}  ", "dim") + Text(_one_line(text)))
 
 
 class _UnbrokenConsole(RichConsole):
@@ -243,7 +247,7 @@ def _metric_table(
             ends = "" if found is None else _ends(found, pattern)
             table.add_row(label, shown, pattern.format(after[key]), ends)
     if kl is not None:
-        label = f"KL from the reference, nats per completion (n = {kl['samples']})"
+        label = f"KL from the reference, nats (n = {kl['samples']})"
         found = kl_interval(kl)
         ends = "" if found is None else _ends(found, "{:.2f}")
         table.add_row(label, "0.00", f"{kl['mean']:.2f}", ends)
@@ -255,5 +259,5 @@ def _ends(found: Estimate, pattern: str) -> str:
 
 
 def _one_line(text: str, limit: int = 160) -> str:
-    flat = " ".join(text.split())
+    flat = " ".join(text.split()) or "(nothing)"
     return flat if len(flat) <= limit else flat[: limit - 1] + "…"

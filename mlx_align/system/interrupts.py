@@ -117,6 +117,30 @@ def defer_signals() -> Iterator[list[int]]:
 
 
 @contextmanager
+def stop_on_interrupt() -> Iterator[list[int]]:
+    """Yield a list to which the first Ctrl-C is appended; the next one does what it did before.
+
+    Does nothing where Ctrl-C is ignored, or outside the main thread.
+    """
+    pending: list[int] = []
+    before = signal.getsignal(signal.SIGINT)
+    if before is signal.SIG_IGN or threading.current_thread() is not threading.main_thread():
+        yield pending
+        return
+
+    def note(signum: int, frame: FrameType | None) -> None:
+        if pending and callable(before):
+            before(signum, frame)
+        pending.append(signum)
+
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield pending
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@contextmanager
 def _handle_signals(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
     """Install `handler` for the block. Does nothing outside the main thread (a Python limit)."""
     if threading.current_thread() is not threading.main_thread():

@@ -102,7 +102,10 @@ def verdict(record: RunRecord) -> Verdict:
         if not reason or (found.kind == "unknown" and not first):
             continue
         # What makes the result meaningless comes first; what qualifies it comes after it.
-        parts = (reason, found.sentence) if first else (found.sentence, reason)
+        result = found.sentence
+        if kind == "not trained" and found.kind == "better":
+            result = f"{result.rpartition(':')[0]}, by differences too small to change an answer."
+        parts = (reason, result) if first else (result, reason)
         sentence = reason if found.kind == "unknown" else " ".join(parts)
         return Verdict(cast(Kind, kind), sentence, found.estimate, found.n)
     return found

@@ -257,7 +257,7 @@ def _complete(config: Config, layout: AdapterLayout) -> Config:
 
 
 def _loss_defaults(config: TrainConfig) -> dict[str, float]:
-    """β and the weights of labels, if they are options of the config's loss."""
+    """β, label smoothing and the weights of labels, if they are options of the config's loss."""
     if isinstance(config, KTOConfig):
         options = resolve_options(config.loss, config.loss_options())
         names = ("beta", "desirable_weight", "undesirable_weight")
@@ -267,6 +267,10 @@ def _loss_defaults(config: TrainConfig) -> dict[str, float]:
             combined = combine(parse_losses(config.loss), config.loss_options())
         except ConfigError:  # a loss function that was passed from Python
             return {}
-        values = {one["beta"] for one in combined.options.values() if "beta" in one}
-        return {"beta": float(values.pop())} if len(values) == 1 else {}
+        found = {}
+        for name in ("beta", "label_smoothing"):
+            values = {one[name] for one in combined.options.values() if name in one}
+            if len(values) == 1:
+                found[name] = float(values.pop())
+        return found
     return {}

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from mlx_align.config import TrainConfig
 from mlx_align.data.buckets import BatchLimit, plan_shapes
+from mlx_align.data.messages import text_as_json
 from mlx_align.inference.scoring import Scorer, score_groups
 from mlx_align.models.generation import generate_batch
 from mlx_align.models.loading import ModelFolder
@@ -75,10 +76,11 @@ def _generate(
         )
 
 
-def prompt_texts(folder: ModelFolder, groups: Sequence[TokenizedGroup]) -> list[str]:
-    """The prompts as text, without special tokens."""
-    decode = folder.tokenizer.decode
-    return [decode(group.prompt.tolist(), skip_special_tokens=True) for group in groups]
+def shown_prompt(folder: ModelFolder, group: TokenizedGroup) -> str | list[dict[str, Any]]:
+    """The prompt for samples.jsonl: text, or messages as in the data."""
+    if group.text is not None:
+        return text_as_json(group.text)
+    return str(folder.tokenizer.decode(group.prompt.tolist(), skip_special_tokens=True))
 
 
 def kl_from_reference(

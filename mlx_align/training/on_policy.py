@@ -262,7 +262,10 @@ def read_prompt_splits(
     valid: list[Prompt] = []
     if held_out:
         tokens, seen = tokenize_prompts(held_out, folder.tokenizer, longest, config.thinking)
-        valid = [Prompt(held_out[i], one) for i, one in zip(seen.indices, tokens, strict=True)]
+        valid = [
+            Prompt(held_out[i], replace(one, text=held_out[i].prompt))
+            for i, one in zip(seen.indices, tokens, strict=True)
+        ]
     remarks = check_rows(
         folder,
         [prompt.tokens for prompt in (*train, *valid)],

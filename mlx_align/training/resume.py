@@ -136,7 +136,7 @@ class Resumption:
             began["hashes"] = self.made_of["hashes"]
             began["options"] = {**began["options"], **self.made_of["options"]}
             write_json(self.run / FINGERPRINTS_FILE, began)
-        write_text(self.run / CONFIG_FILE, to_yaml(self.config))
+        write_text(self.run / CONFIG_FILE, to_yaml(self.config, with_unset=True))
 
 
 @contextmanager
@@ -179,7 +179,7 @@ def open_run_folder(
             return
         new_run_dir(str(run), made_of["command"])  # checked again: now it is locked
         write_json(run / FINGERPRINTS_FILE, made_of)
-        write_text(run / CONFIG_FILE, to_yaml(config))
+        write_text(run / CONFIG_FILE, to_yaml(config, with_unset=True))
         yield None
 
 

@@ -54,7 +54,7 @@ from mlx_align.tracking.run_dir import (
 )
 from mlx_align.tracking.verdict import verdict
 from mlx_align.training.callbacks import Callback, Callbacks, RunPage, Trackers, check_trackers
-from mlx_align.training.evaluation import answers, prompt_texts
+from mlx_align.training.evaluation import answers, shown_prompt
 from mlx_align.training.loop import Changes, TrainingLoop
 from mlx_align.training.resume import open_run_folder
 from mlx_align.training.setup import Setup
@@ -217,10 +217,14 @@ def train(
             )
             save_rate(key, rate)
         after = answers(policy, weights, prompts, config)
-        texts = prompt_texts(folder, prompts)
         samples: list[dict[str, Any]] = [
-            {"source": group.source, "prompt": prompt, "before": old, "after": new}
-            for group, prompt, old, new in zip(prompts, texts, before, after, strict=True)
+            {
+                "source": group.source,
+                "prompt": shown_prompt(folder, group),
+                "before": old,
+                "after": new,
+            }
+            for group, old, new in zip(prompts, before, after, strict=True)
         ]
         samples, results = job.finish(weights, kept, samples)
     evaluations, last = read_eval_metrics(run), (read_training_metrics(run) or [{}])[-1]

@@ -147,7 +147,7 @@ def prepare_data(
         thinking=config.thinking,
     )
     train, report = tokenize(groups)
-    valid = tokenize(held_out)[0] if held_out else []
+    valid = tokenize(held_out, keep_text=True)[0] if held_out else []
     remarks = check_rows(folder, (*train, *valid))
     facts = compute_statistics(
         groups,

@@ -8,6 +8,7 @@ the starter. Training and sampling are cut short by extra options, added to what
 from __future__ import annotations
 
 import ast
+import io
 import json
 import re
 import shlex
@@ -44,6 +45,7 @@ SHORT = {
     "ppo": f"{ON_POLICY} --critic-warmup 0 --reward-rollouts 8",
     "grpo": ON_POLICY,
     "eval": "--samples 2 -n 2 --sample-tokens 8",
+    "chat": "--max-tokens 8",
     "rerank": "-n 2 --max-tokens 8",
     "data sample": "--max-tokens 8",
 }
@@ -329,6 +331,7 @@ def folder(tmp_path_factory):
 def test_what_it_says_runs(page, folder, monkeypatch, capsys):
     monkeypatch.chdir(folder)
     monkeypatch.syspath_prepend(str(folder))
+    monkeypatch.setattr("sys.stdin", io.StringIO("Capital of Australia?\n"))
     names: dict[str, object] = {"__name__": "page"}
     for block in blocks_of(page):
         if not block.runs:
