@@ -103,7 +103,8 @@ class PromptGroup:
         source: File and line of the row, for error messages: `train.jsonl:17`.
         scores: A rating per completion if the data has one; higher is better.
         label: For unpaired data, whether the one completion is desirable.
-        soft_label: For pairs, the probability that chosen is better, if known.
+        soft_label: For pairs, the probability that chosen is better, if known; for unpaired data,
+            the probability that the completion is desirable.
         margin: For pairs, the minimum difference of the reward model's scores, if the data has one.
         columns: The row's other fields, unchanged, for reward functions.
         tools: Descriptions of the functions that the assistant may call, for the chat template.
@@ -203,6 +204,7 @@ class LabelledBatch(NamedTuple):
     reference_logps: mx.array  # (B, C) float32 nats per token
     weight: mx.array  # (B,) float32, 0 for fillers
     desirable: mx.array  # (B,) bool
+    probability: mx.array  # (B,) float32, probability that the completion is desirable
 
 
 class Comparisons(NamedTuple):

@@ -27,13 +27,18 @@ from mlx_align.algorithms.base import (
     weighted_metrics,
 )
 from mlx_align.config import KTOConfig
-from mlx_align.data.batching import Microbatch, collate_labelled, groups_per_batch
+from mlx_align.data.batching import (
+    Microbatch,
+    collate_labelled,
+    desirable_probability,
+    groups_per_batch,
+)
 from mlx_align.data.buckets import batch_limit
 from mlx_align.data.formats import ReadReport, read_unpaired
 from mlx_align.data.readers import Data
 from mlx_align.data.statistics import TokenizedDataset
 from mlx_align.data.transforms import MISMATCHED, OWN, add_mismatched
-from mlx_align.errors import DataError
+from mlx_align.errors import ConfigError, DataError
 from mlx_align.inference.scoring import Scorer
 from mlx_align.losses.hyperparameters import HyperparameterValue
 from mlx_align.losses.masking import masked_sum, weighted_sum
@@ -60,10 +65,17 @@ class KtoLoss(NamedTuple):
     loss: UnpairedLoss
     options: dict[str, HyperparameterValue]
 
-    def __call__(self, logratio: mx.array, desirable: mx.array, kl: mx.array) -> mx.array:
-        """Loss values (B,); `kl` is ignored by losses without a reference point."""
+    def __call__(self, logratio: mx.array, probability: mx.array, kl: mx.array) -> mx.array:
+        """Expected loss values (B,) of completions that are desirable with these probabilities.
+
+        `kl` is ignored by losses without a reference point.
+        """
         point = (kl,) if self.loss.needs_kl else ()
-        return self.loss.function(logratio, desirable, *point, **self.options)
+        good, bad = (
+            self.loss.function(logratio, mx.array(label), *point, **self.options)
+            for label in (True, False)
+        )
+        return probability * good + (1 - probability) * bad
 
     @property
     def beta(self) -> float:
@@ -99,7 +111,16 @@ class KTO(Algorithm):
         return read_unpaired(data, split, format)
 
     def check(self, data: TokenizedDataset) -> list[str]:
-        """Lines on labels and their weights; see `check_rows`."""
+        """Lines on labels and their weights; see `check_rows`.
+
+        Raises:
+            ConfigError: Margins are asked for, which only reward models have.
+            DataError: There are no desirable or no undesirable completions.
+        """
+        if self._config.strength == "margin":
+            raise ConfigError(
+                "--strength margin: margins are for reward models; use --strength soft-label"
+            )
         return check_rows(data, self._config, self.loss)
 
     def arrange(self, groups: Sequence[TokenizedGroup]) -> list[TokenizedGroup]:
@@ -230,7 +251,7 @@ class UnpairedObjective(Objective):
             weights, rows.groups, grad_checkpoint=self._grad_checkpoint
         )
         logratio = _logratio(logps, rows)
-        values = self._row_loss(logratio, rows.desirable, kl)
+        values = self._row_loss(logratio, rows.probability, kl)
         total = masked_sum(logps, rows.groups.completion_mask)
         metrics = row_metrics(total, logratio, rows.desirable, kl, self._row_loss.beta)
         sums = weighted_metrics(metrics, rows.weight)
@@ -309,7 +330,8 @@ def evaluate_rows(
     own = logratios(OWN)
     good = np.array([bool(group.label) for group in groups])
     kl = max(0.0, float(logratios(MISMATCHED).mean())) if loss.loss.needs_kl else 0.0
-    values = loss(mx.array(own.astype(np.float32)), mx.array(good), mx.array(kl))
+    probability = mx.array([desirable_probability(group) for group in groups])
+    values = loss(mx.array(own.astype(np.float32)), probability, mx.array(kl))
     metrics = {**held_out_means({"loss": values}), "kl": kl}
     metrics |= {"count/chosen": float(good.sum()), "count/rejected": float((~good).sum())}
     total = np.array([p[OWN].sum(dtype=np.float64) for p in logps])
@@ -349,17 +371,24 @@ def check_rows(data: TokenizedDataset, config: KTOConfig, loss: KtoLoss) -> list
         raise DataError(
             f"the training rows have no {missing} answers (label {label}); kto needs both kinds"
         )
-    lines = [f"{good:,} good and {bad:,} bad answers to train on"]
+    soft = sum(group.soft_label is not None for group in data.train)
+    lines = [
+        f"{good:,} good and {bad:,} bad answers to train on"
+        + (f", {soft:,} with soft labels" if soft else "")
+    ]
     held_out = {bool(group.label) for group in data.valid}
     if len(held_out) == 1:
         only = "good" if True in held_out else "bad"
         lines.append(f"! all held-out answers are {only}: no accuracy, no margin")
     weights = [float(loss.options[f"{kind}_weight"]) for kind in ("desirable", "undesirable")]
-    ratio = weights[0] * good / (weights[1] * bad)
+    # A soft label counts for both kinds.
+    good_weight = sum(desirable_probability(group) for group in data.train)
+    bad_weight = len(data.train) - good_weight
+    ratio = weights[0] * good_weight / (weights[1] * bad_weight)
     low, high = BALANCE
     balanced = low - BALANCE_TOLERANCE <= ratio <= high + BALANCE_TOLERANCE
     if loss.name == "kto" and not balanced:
-        fitting = weights[1] * bad / good
+        fitting = weights[1] * bad_weight / good_weight
         lines.append(
             f"! good answers weigh {ratio:.2g} times as much as bad ones in total; KTO's authors "
             f"recommend 1 to 1.33: --desirable-weight {fitting:.3g} to {high * fitting:.3g}"

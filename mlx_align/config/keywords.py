@@ -376,6 +376,10 @@ class KTOOptions(TypedDict, total=False):
     max_completion_length: int | None
     allow_circular: bool
     valid_fraction: float | None
+    ties: Literal["skip", "half"]
+    strength: Literal["ignore", "margin", "soft-label"]
+    votes: Literal["soft-label", "ignore"]
+    min_agreement: float | None
     fine_tune_type: Literal["lora", "dora", "full"] | None
     lora_rank: int | None
     lora_alpha: float | None
@@ -623,6 +627,7 @@ class SFTOptions(TypedDict, total=False):
     max_completion_length: int | None
     allow_circular: bool
     valid_fraction: float | None
+    min_agreement: float | None
     fine_tune_type: Literal["lora", "dora", "full"] | None
     lora_rank: int | None
     lora_alpha: float | None

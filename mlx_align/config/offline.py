@@ -308,7 +308,7 @@ class TrainConfig(Options):
 
 @dataclass(frozen=True, kw_only=True)
 class LabelOptions(Options):
-    """How the labels of pairs are read, for dpo, reward and the data commands."""
+    """How the labels of pairs are read, for dpo, kto, reward and the data commands."""
 
     # InstructGPT leaves ties out.
     ties: Literal["skip", "half"] = option(
@@ -431,7 +431,7 @@ class DPOConfig(LabelOptions, LossConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class KTOConfig(LossConfig):
+class KTOConfig(LabelOptions, LossConfig):
     """Options of `mlx-align kto`."""
 
     shortcuts: ClassVar[tuple[str, ...]] = ("beta", "desirable_weight", "undesirable_weight")
@@ -472,6 +472,7 @@ class SFTConfig(TrainConfig):
         "Train on the last assistant turn (completion) or on all of them (assistant).",
         LOSS,
     )
+    min_agreement: float | None = override(LabelOptions, "min_agreement")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -278,13 +278,21 @@ def collate_labelled(
     batch = collate_groups([_select_completion(group, completion) for group in groups], shape)
     labels = np.zeros((shape.groups,), np.bool_)
     labels[: len(groups)] = [bool(group.label) for group in groups]
+    probability = np.zeros((shape.groups,), np.float32)
+    probability[: len(groups)] = [desirable_probability(group) for group in groups]
     filled = np.arange(shape.groups) < len(groups)
     return LabelledBatch(
         groups=batch,
         reference_logps=_padded([r[completion] for r in reference_logps], batch.completion_tokens),
         weight=mx.array(filled.astype(np.float32)),
         desirable=mx.array(labels),
+        probability=mx.array(probability),
     )
+
+
+def desirable_probability(group: TokenizedGroup) -> float:
+    """The probability that a labelled completion is desirable: its soft label, or 0 or 1."""
+    return float(bool(group.label)) if group.soft_label is None else group.soft_label
 
 
 def _select_completion(group: TokenizedGroup, completion: int) -> TokenizedGroup:

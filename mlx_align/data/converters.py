@@ -236,11 +236,10 @@ def completion_list(row: Row) -> PromptGroup:
 
 
 def unpaired(row: Row) -> PromptGroup:
-    """`prompt`, `completion`, `label` (true: desirable)."""
+    """`prompt`, `completion`, `label` (true: desirable; or the probability that it is)."""
     prompt = as_text(row, "prompt", required_field(row, "prompt"))
     completion = as_text(row, "completion", required_field(row, "completion"))
-    keys = ("prompt", "completion", "label", "system")
-    return make_group(row, with_system(row, prompt), [completion], keys, label=_label(row, "label"))
+    return _labelled(row, with_system(row, prompt), completion, "label", "prompt", "completion")
 
 
 def unpaired_conversation(row: Row) -> PromptGroup:
@@ -252,12 +251,34 @@ def unpaired_conversation(row: Row) -> PromptGroup:
             f"{row.source}: {key!r} has only one turn; expected a prompt and a completion"
         )
     prompt = with_system(row, turns[:-1])
-    return make_group(row, prompt, [turns[-1:]], (key, tag, "system"), label=_label(row, tag))
+    return _labelled(row, prompt, turns[-1:], tag, key)
+
+
+def _labelled(row: Row, prompt: Text, completion: Text, tag: str, *used: str) -> PromptGroup:
+    """A labelled completion; a label between 0 and 1 is also its soft label."""
+    probability = _label(row, tag)
+    if "soft_label" in row.fields:
+        soft, _ = _soft_label(row)
+        assert soft is not None
+        if probability in (0, 1) and soft != 0.5 and (soft > 0.5) != (probability == 1):
+            raise DataError(
+                f"{row.source}: {tag!r} contradicts 'soft_label' {soft:g}, the probability that "
+                "the completion is good; leave one out"
+            )
+        probability = soft
+    return make_group(
+        row,
+        prompt,
+        [completion],
+        (*used, tag, "soft_label", "system"),
+        label=probability >= 0.5,
+        soft_label=None if probability in (0, 1) else probability,
+    )
 
 
 def prompt_completion(row: Row) -> PromptGroup:
     """`prompt` and `completion`; rows with a false `label` are dropped."""
-    if "label" in row.fields and not _label(row, "label"):
+    if "label" in row.fields and _label(row, "label") <= 0.5:
         raise UnusableRow("labelled undesirable")
     prompt = as_text(row, "prompt", required_field(row, "prompt"))
     completion = as_text(row, "completion", required_field(row, "completion"))
@@ -432,11 +453,15 @@ def _check_completion(row: Row, completion: Text) -> None:
         raise UnusableRow("empty completion")
 
 
-def _label(row: Row, key: str) -> bool:
+def _label(row: Row, key: str) -> float:
+    """The probability that a completion is desirable: 0 or 1, or a soft label between."""
     value = required_field(row, key)
-    if isinstance(value, bool) or value in (0, 1):
-        return bool(value)
-    raise DataError(f"{row.source}: {key!r} is {describe_value(value)}; expected true or false")
+    if isinstance(value, bool | int | float) and 0 <= value <= 1:
+        return float(value)
+    raise DataError(
+        f"{row.source}: {key!r} is {describe_value(value)}; expected true or false, or a "
+        "probability"
+    )
 
 
 def instruction_turns(row: Row) -> Text:

@@ -288,6 +288,9 @@ def read_supervised(
 ) -> tuple[list[PromptGroup], ReadReport]:
     """Read demonstrations, one completion per prompt. Preference data gives its best completions.
 
+    The likelihood of a demonstration has no place for the probability that it is the better one, so
+    soft labels only decide which completion is the best, and the report says so.
+
     Arguments and errors are those of `read_preferences`.
     """
     groups, report = _read(
@@ -295,8 +298,19 @@ def read_supervised(
     )
     if all(len(group.completions) == 1 for group in groups):
         return groups, report
-    best = [replace(group, completions=group.completions[:1], **NO_LABELS) for group in groups]
-    return best, replace(report, title=f"the best completions of {report.title}")
+    soft = any(group.soft_label is not None for group in groups)
+    best = [
+        replace(group, completions=(group.completions[_better(group)],), **NO_LABELS)
+        for group in groups
+    ]
+    title = f"the best completions of {report.title}"
+    return best, replace(
+        report, title=f"{title} (soft labels don't weigh in sft)" if soft else title
+    )
+
+
+def _better(group: PromptGroup) -> int:
+    return int(group.soft_label is not None and group.soft_label < 0.5)
 
 
 def read_prompts(

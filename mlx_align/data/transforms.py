@@ -62,12 +62,20 @@ def to_pairs(groups: Sequence[PromptGroup], *, best_only: bool = False) -> list[
 
 
 def unpair(groups: Sequence[PromptGroup]) -> list[PromptGroup]:
-    """Split each pair into a desirable completion (chosen) and an undesirable one (rejected)."""
-    return [
-        replace(group, completions=(text,), label=label, **NO_LABELS)
-        for group in groups
-        for text, label in zip(group.completions, (True, False), strict=True)
-    ]
+    """Split each pair into a desirable completion (chosen) and an undesirable one (rejected).
+
+    With a soft label p, chosen is desirable with probability p, and rejected with 1 − p.
+    """
+    found = []
+    for group in groups:
+        p = group.soft_label
+        good = p is None or p >= 0.5
+        for text, label, soft in zip(
+            group.completions, (good, not good), (p, None if p is None else 1 - p), strict=True
+        ):
+            one = replace(group, completions=(text,), label=label, **NO_LABELS)
+            found.append(replace(one, soft_label=soft))
+    return found
 
 
 def keep_last_completion(groups: Sequence[PromptGroup]) -> list[PromptGroup]:

@@ -2,6 +2,7 @@
 
 import shutil
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
@@ -139,6 +140,56 @@ def test_the_reference_point_has_no_gradient(tiny_policy):
         assert mx.abs(part - same[name]).max().item() < 1e-5
 
 
+@pytest.mark.parametrize("name", ["kto", "apo_zero_unpaired"])
+def test_a_soft_label_is_the_share_of_copies_that_are_good(tiny_policy, name):
+    """A row that is good with probability ¾ trains as three good copies and a bad one."""
+    drawn = random_groups(2, 1)
+    soft = [replace(g, label=p > 0.5, soft_label=p) for g, p in zip(drawn, (0.75, 0.25), strict=True)]
+    labels = [[True, True, True, False], [False, False, True, False]]
+    loss, tree = kto_loss(name, undesirable_weight=1.3), trainable_weights(tiny_policy)
+    found = []
+    paired = add_mismatched(soft, seed=0) if loss.loss.needs_kl else soft
+    log_probs = reference_near(tiny_policy, paired)
+    for rows in log_probs:
+        rows[-1][...] -= 0.2
+    copies = [
+        replace(group, label=label, soft_label=None)
+        for group, of_row in zip(paired, labels, strict=True)
+        for label in of_row
+    ]
+    for groups, reference_logps in (
+        (paired, log_probs),
+        (copies, [one for one in log_probs for _ in range(4)]),
+    ):
+        objective = UnpairedObjective(
+            tiny_policy,
+            loss,
+            groups,
+            reference_logps,
+            make_logprob_scorer(tiny_policy),
+            grad_checkpoint=False,
+        )
+        found.append(update(tiny_policy, objective, tree, microbatches((len(groups),), SMALL))[:2])
+    (value, gradient), (same_value, same) = found
+    assert value == pytest.approx(same_value, rel=1e-6)
+    for key, part in gradient.items():
+        assert mx.abs(part - same[key]).max().item() < 1e-6
+    hard, _, _ = update(
+        tiny_policy,
+        UnpairedObjective(
+            tiny_policy,
+            loss,
+            [replace(one, soft_label=None) for one in paired],
+            log_probs,
+            make_logprob_scorer(tiny_policy),
+            grad_checkpoint=False,
+        ),
+        tree,
+        microbatches((2,), SMALL),
+    )
+    assert abs(hard - value) > 1e-3
+
+
 def test_training_rows_have_means_of_both_kinds():
     logps, ratio = mx.array([-1.0, -2.0, -3.0, -4.0]), mx.array([1.0, 3.0, -1.0, 2.0])
     good = mx.array([True, True, True, False])
@@ -255,6 +306,30 @@ def test_pairs_are_split_into_desirable_and_undesirable(kto, capsys):
     out = capsys.readouterr().out
     assert "split into desirable and undesirable completions" in out
     assert "9 good and 9 bad answers" in out
+
+
+def test_soft_labels_and_votes_reach_the_loss(kto, capsys):
+    def start(*options, **fields):
+        rows = [
+            {"prompt": f"{i} ok?", "chosen": f" yes {i}", "rejected": f" no {i}", **fields}
+            for i in range(12)
+        ]
+        small = ("--iters", 1, "--batch-size", 4, "--desirable-weight", 2, *options)
+        code, folder = kto(*small, rows=rows, output=f"run{len(list(Path().glob('run*')))}")
+        if code:
+            return capsys.readouterr().err
+        return metric_rows(folder, "eval/loss")[0]["eval/loss"]
+
+    # At the start every log-ratio is 0, so a loss is ½ of the weight: 2p + (1 − p) for chosen, and
+    # the same the other way round for rejected.
+    assert start() == pytest.approx((2 + 1) / 4)
+    assert start(soft_label=0.9) == pytest.approx((2 * 0.9 + 0.1 + 2 * 0.1 + 0.9) / 4)
+    assert "9 good and 9 bad answers to train on, 18 with soft labels" in capsys.readouterr().out
+    votes = {"votes_chosen": 2, "votes_rejected": 1}
+    assert "--min-agreement" in start("--min-agreement", 0.7, **votes)
+    start("--votes", "ignore", **votes)
+    assert "soft labels" not in capsys.readouterr().out
+    assert "margins are for reward models" in start("--strength", "margin")
 
 
 def labelled(labels):

@@ -210,6 +210,32 @@ def test_soft_labels(tmp_path, fields, label):
     assert not group.columns
 
 
+@pytest.mark.parametrize("probability", [0.8, 0.3])
+def test_soft_labels_of_a_pair_are_those_of_its_completions(tmp_path, probability):
+    groups, _ = read_unpaired(write(tmp_path, PAIR | {"soft_label": probability}))
+    chosen = probability > 0.5
+    assert [group.label for group in groups] == [chosen, not chosen]
+    assert [group.soft_label for group in groups] == pytest.approx([probability, 1 - probability])
+    (best,), report = read_supervised(write(tmp_path, PAIR | {"soft_label": probability}))
+    (pair,), _ = read_preferences(write(tmp_path, PAIR))
+    assert best.completions == (pair.completions[0 if chosen else 1],)
+    assert "soft labels don't weigh in sft" in report.title
+
+
+def test_the_label_of_a_completion_can_be_a_probability(tmp_path):
+    row = {"prompt": "Hi", "completion": "Yes"}
+    for fields, label, soft in (
+        ({"label": 0.7}, True, 0.7),
+        ({"label": False, "soft_label": 0.1}, False, 0.1),
+        ({"label": 1}, True, None),
+    ):
+        (group,), _ = read_unpaired(write(tmp_path, row | fields))
+        assert (group.label, group.soft_label) == (label, soft)
+        assert not group.columns
+    with pytest.raises(DataError, match="'label' contradicts 'soft_label'"):
+        read_unpaired(write(tmp_path, row | {"label": True, "soft_label": 0.1}))
+
+
 def test_unpaired(tmp_path):
     row = {"prompt": "Hi", "completion": "Yes", "label": False, "topic": "x"}
     (group,), report = read_unpaired(write(tmp_path, row))
