@@ -23,6 +23,7 @@ from mlx_align.config import ImproveConfig, JudgeConfig
 from mlx_align.config.schema import flag_of
 from mlx_align.data.columns import configure_data
 from mlx_align.data.formats import read_prompts
+from mlx_align.data.judgements import AnswerPair
 from mlx_align.data.messages import text_as_json
 from mlx_align.data.provenance import check_circularity
 from mlx_align.data.readers import has_split
@@ -32,7 +33,6 @@ from mlx_align.evaluation.statistics import mean_estimate, wins
 from mlx_align.models.loading import resolve_model_path
 from mlx_align.preferences.ai_feedback import (
     VERDICT_FIELDS,
-    AnswerPair,
     Feedback,
     both_orders,
 )

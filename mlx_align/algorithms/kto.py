@@ -114,7 +114,7 @@ class KTO(Algorithm):
         """Lines on labels and their weights; see `check_rows`.
 
         Raises:
-            ConfigError: Margins are asked for, which only reward models have.
+            ConfigError: The strength is to be a margin, which only reward models use.
             DataError: There are no desirable or no undesirable completions.
         """
         if self._config.strength == "margin":

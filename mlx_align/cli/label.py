@@ -23,9 +23,13 @@ def label(**options: Any) -> None:
     one is first is drawn at random. Every verdict is written at once; to continue, give the same
     command again. Several people can label the same pairs: into one file or several, each with a
     --rater.
+
+    --spot-check 0.1 takes the output of `mlx-align judge` and draws a tenth of its pairs for you to
+    label, without the judge's answer; then it says how far you agree with the judge.
     """
     from mlx_align.preferences.records import JudgementLog
     from mlx_align.preferences.run_label import label_data, output_file
+    from mlx_align.preferences.spot_check import report_spot_checks
     from mlx_align.system.console import Console
 
     config = make_config(LabelConfig, given_options(options), None, "command line")
@@ -42,6 +46,10 @@ def label(**options: Any) -> None:
         if not isinstance(error, Exception):  # interrupted
             console.note(f"\n{saved()}")
         raise
+    for check in report_spot_checks(JudgementLog(output).latest(), seed=config.seed):
+        console.note(str(check))
+        if check.warning:
+            console.note(f"! {check.warning}.")
     console.note(
         f"{saved()}. Agreement of raters, and training:\n"
         f"  mlx-align data agreement {output}\n"

@@ -434,6 +434,9 @@ class LabelOptions(TypedDict, total=False):
     by_criterion: bool
     pairs_per_prompt: int
     max_pairs: int | None
+    spot_check: float | None
+    ask_by: Literal["random", "disagreement"]
+    reward_model: str | PathLike[str] | None
     seed: int
     adapter_path: str | PathLike[str] | None
     arms: str | Path | None

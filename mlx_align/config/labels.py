@@ -52,7 +52,30 @@ class LabelConfig(Options):
         1, "Pairs drawn from a row with more than two answers.", LABELS, at_least=1
     )
     max_pairs: int | None = option(
-        None, "Label N pairs, drawn at random.", LABELS, default_text="all", at_least=1
+        None,
+        "Label at most N pairs, the first of the order.",
+        LABELS,
+        default_text="all",
+        at_least=1,
+    )
+    spot_check: float | None = option(
+        None,
+        "Share of a judge's labels, drawn at random, to label again without seeing them.",
+        LABELS,
+        metavar="SHARE",
+        above=0,
+        at_most=1,
+    )
+    ask_by: Literal["random", "disagreement"] = option(
+        "random",
+        "Order of the pairs: at random, or first those on which reward heads disagree most.",
+        LABELS,
+    )
+    reward_model: str | None = override(
+        JudgeConfig,
+        "reward_model",
+        help="Ensemble for --ask-by disagreement: a run of mlx-align reward --members 5.",
+        group=LABELS,
     )
     seed: int = option(
         0, "Random seed for the order of pairs and answers, and sampling.", LABELS, at_least=0

@@ -29,7 +29,7 @@ from mlx_align.data.messages import (
 )
 from mlx_align.data.readers import Row
 from mlx_align.errors import DataError
-from mlx_align.types import Message, PromptGroup, Text
+from mlx_align.types import PromptGroup, Text
 
 # a or b is better; both are equally good; the rater can't tell; the rater left it for later; the
 # rater took the verdict back.
@@ -46,7 +46,7 @@ _REQUIRED = ("prompt", "response_a", "response_b", "winner", "rater")
 
 @dataclass(frozen=True, slots=True)
 class AnswerPair:
-    """Two answers to compare; made by `pair_answers`.
+    """Two answers to compare, in the order given; `pair_answers` makes one in a fixed order.
 
     Attributes:
         prompt: The prompt.
@@ -55,6 +55,8 @@ class AnswerPair:
         source: File and line of the row, for messages.
         authors: The models that wrote a and b; "" if the data doesn't say.
         columns: The other fields of the row.
+        human: Probability that a is better according to people; None without their label.
+        criteria: What a judge compares this pair by, if not by the criteria of all.
         id: A hash of the prompt and the answers, 16 hexadecimal digits.
     """
 
@@ -64,6 +66,8 @@ class AnswerPair:
     source: str = ""
     authors: tuple[str, str] = ("", "")
     columns: Mapping[str, Any] = field(default_factory=dict)
+    human: float | None = None
+    criteria: Mapping[str, str] | None = None
     id: str = field(init=False)
 
     def __post_init__(self) -> None:
@@ -266,13 +270,6 @@ def read_joined(row: Row) -> PromptGroup:
     group = make_group(Row(row.source, {}, columns), pair.prompt, answers, (), soft_label=soft)
     size = abs(votes[0] - votes[1]) if soft is None else abs(soft - 0.5)
     return replace(group, strength=0.0 if size < _EQUAL else abs(votes[0] - votes[1]), votes=votes)
-
-
-def text_of(text: Text) -> str:
-    """The words of an answer: text, or the contents of its messages, without their roles."""
-    if isinstance(text, str):
-        return text
-    return "\n\n".join(turn.content for turn in text if isinstance(turn, Message))
 
 
 def _winner(row: Row, key: str, value: Any) -> Winner:

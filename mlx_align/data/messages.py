@@ -328,6 +328,11 @@ def split_shared_text(texts: Sequence[str]) -> tuple[str, tuple[str, ...]]:
     return head, tuple(text[len(head) :] for text in texts)
 
 
+def plain_text(text: Text) -> str:
+    """The text of a prompt or completion, without roles."""
+    return text if isinstance(text, str) else "\n".join(turn.content for turn in text)
+
+
 def text_as_json(text: Text) -> str | list[dict[str, Any]]:
     """Text as it is; a conversation as a list of messages."""
     return text if isinstance(text, str) else [turn.to_dict() for turn in text]

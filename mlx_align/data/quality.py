@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from mlx_align.data.messages import plain_text
 from mlx_align.types import PromptGroup, Text
 
 # Texts are near duplicates if this share of their three-word sequences is the same (Jaccard).
@@ -184,11 +185,6 @@ def render_quality(quality: DataQuality) -> str:
         shown = ", ".join(f"{name} {share:.0%}" for name, share in quality.languages.items())
         lines.append(f"languages: {shown}")
     return "\n".join(lines)
-
-
-def plain_text(text: Text) -> str:
-    """The text of a prompt or completion, without roles."""
-    return text if isinstance(text, str) else "\n".join(turn.content for turn in text)
 
 
 def language_of(text: str) -> str:

@@ -11,13 +11,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from itertools import combinations
 from typing import Any
 
 import numpy as np
 
 from mlx_align.data.formats import ScorableRow, read_preferences, read_scorable
+from mlx_align.data.judgements import AnswerPair
 from mlx_align.data.messages import text_as_json
 from mlx_align.data.provenance import PROVENANCE, Lineage
 from mlx_align.data.readers import Data
@@ -41,31 +42,6 @@ from mlx_align.types import PromptGroup, Text
 AT_ONCE = 32
 # Fields for the author of an answer, per answer or per row.
 AUTHOR_KEYS = ("model", "author", "generator")
-
-
-@dataclass(frozen=True, slots=True)
-class AnswerPair:
-    """Two answers to compare.
-
-    Attributes:
-        prompt: The prompt.
-        a: One answer.
-        b: The other.
-        source: File and line, for messages.
-        authors: The models that wrote a and b; "" if the data doesn't say.
-        columns: The other fields of the row.
-        human: Probability that a is better according to people; None without their label.
-        criteria: What to compare this pair by, if not by the criteria of all.
-    """
-
-    prompt: Text
-    a: Text
-    b: Text
-    source: str
-    authors: tuple[str, str] = ("", "")
-    columns: Mapping[str, Any] = field(default_factory=dict)
-    human: float | None = None
-    criteria: Mapping[str, str] | None = None
 
 
 @dataclass(frozen=True)

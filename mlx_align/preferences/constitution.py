@@ -19,9 +19,9 @@ from typing import Any
 
 import numpy as np
 
+from mlx_align.data.judgements import AnswerPair
 from mlx_align.data.messages import text_as_json
 from mlx_align.data.provenance import PROVENANCE
-from mlx_align.preferences.ai_feedback import AnswerPair
 from mlx_align.preferences.principles import Principle
 from mlx_align.preferences.writers import Writer, Written
 from mlx_align.system.keyed_log import KeyedLog, hash_key

@@ -11,10 +11,10 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
+from mlx_align.data.judgements import AnswerPair
 from mlx_align.errors import ConfigError
 from mlx_align.evaluation.statistics import Floats, sigmoid
 from mlx_align.inference.reward_model import RewardModel, open_reward_model
-from mlx_align.preferences.ai_feedback import AnswerPair
 from mlx_align.preferences.verdicts import as_plain_text
 from mlx_align.types import Message, PromptGroup, Text
 
@@ -55,7 +55,8 @@ def score_disagreement(
             continue
         if scored.members.shape[1] < 2:
             raise ConfigError(
-                "--by disagreement needs an ensemble: train one with mlx-align reward --members 5"
+                "--reward-model: has a single head, and disagreement needs an ensemble: mlx-align "
+                "reward --members 5"
             )
         members = scored.members.astype(np.float64)
         found[index] = preference_disagreement(members[:1], members[1:2])[0]

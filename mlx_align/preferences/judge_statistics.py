@@ -183,11 +183,14 @@ def agreement(a_preferred: Floats, sample: Sample, *, seed: int = 0) -> Estimate
     """
     decided = sample.human != 0.5
     outcomes = wins(a_preferred * np.sign(sample.human - 0.5), np.zeros_like(a_preferred))[decided]
-    return _rate(outcomes, sample.cluster[decided], seed)
+    return rate_of_pairs(outcomes, sample.cluster[decided], seed)
 
 
-def _rate(outcomes: Floats, cluster: Clusters, seed: int) -> Estimate:
-    """Wilson's interval for independent pairs, the bootstrap over prompts for others."""
+def rate_of_pairs(outcomes: Floats, cluster: Clusters, seed: int) -> Estimate:
+    """Mean of outcomes (n,) in [0, 1]: Wilson's interval, or a bootstrap over prompts (n,).
+
+    The bootstrap is for pairs of the same prompt, which depend on each other.
+    """
     if len(np.unique(cluster)) == len(cluster):
         return wilson_interval(float(outcomes.mean()), len(outcomes))
     return rate_estimate(outcomes, cluster, seed=seed)

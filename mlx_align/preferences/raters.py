@@ -18,7 +18,9 @@ from mlx_align.data.agreement import (
     fleiss_kappa,
     verdict_table,
 )
-from mlx_align.data.judgements import DECIDED, Judgement, latest_judgements, text_of
+from mlx_align.data.judgements import DECIDED, Judgement, latest_judgements
+from mlx_align.data.messages import plain_text
+from mlx_align.preferences.spot_check import SpotCheckReport, report_spot_checks
 from mlx_align.system.intervals import Estimate, wilson_interval
 
 # Raters who say a or b and are right in 72% have this alpha: (2 · .72 − 1)².
@@ -75,6 +77,7 @@ class AgreementReport:
         fleiss: Fleiss' kappa, on the pairs that all raters judged; None without such pairs.
         cohen: Cohen's kappa of every two raters with pairs in common, by "NAME, NAME".
         criteria: Krippendorff's nominal alpha on each criterion.
+        spot_checks: Agreement with each judge whose labels were checked (`label --spot-check`).
     """
 
     pairs: int
@@ -85,6 +88,7 @@ class AgreementReport:
     fleiss: float | None
     cohen: Mapping[str, float] = field(default_factory=dict)
     criteria: Mapping[str, Estimate] = field(default_factory=dict)
+    spot_checks: Sequence[SpotCheckReport] = ()
 
 
 def report_agreement(judgements: Sequence[Judgement], *, seed: int = 0) -> AgreementReport:
@@ -125,6 +129,7 @@ def report_agreement(judgements: Sequence[Judgement], *, seed: int = 0) -> Agree
             if (rated[i] & rated[j]).any()
         },
         criteria=_criteria(latest, seed),
+        spot_checks=report_spot_checks(latest, seed=seed),
     )
 
 
@@ -186,7 +191,7 @@ def _report_rater(
 
 
 def _longer(judgement: Judgement) -> str | None:
-    a, b = (len(text_of(text)) for text in (judgement.pair.a, judgement.pair.b))
+    a, b = (len(plain_text(text)) for text in (judgement.pair.a, judgement.pair.b))
     return None if a == b else "a" if a > b else "b"
 
 
@@ -215,7 +220,7 @@ def warnings_of(report: AgreementReport) -> list[str]:
             )
         if rater.seconds is not None and rater.seconds < MIN_SECONDS:
             found.append(f"{rater.name} takes {rater.seconds:.1f} s per pair, too few to read it")
-    return found
+    return found + [check.warning for check in report.spot_checks if check.warning]
 
 
 def render_agreement(report: AgreementReport) -> str:
@@ -257,6 +262,7 @@ def render_agreement(report: AgreementReport) -> str:
         if rater.seconds is not None:
             parts.append(f"{rater.seconds:.0f} s each")
         lines.append(f"{rater.name}: {', '.join(parts)}")
+    lines += [str(check) for check in report.spot_checks]
     lines += [f"! {line}" for line in warnings_of(report)]
     return "\n".join(lines)
 

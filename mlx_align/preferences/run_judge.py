@@ -12,13 +12,13 @@ from typing import Any
 from mlx_align.config import JudgeConfig
 from mlx_align.config.schema import flag_of
 from mlx_align.data.columns import configure_data
+from mlx_align.data.judgements import AnswerPair
 from mlx_align.data.provenance import Lineage
 from mlx_align.errors import ConfigError, DataError
 from mlx_align.models.adapters import fingerprint_folder
 from mlx_align.models.loading import resolve_model_path
 from mlx_align.preferences.ai_feedback import (
     VERDICT_FIELDS,
-    AnswerPair,
     Feedback,
     LabelledPairs,
     label_pairs,

@@ -15,6 +15,7 @@ from mlx_align.config.schema import flag_of
 from mlx_align.data.columns import configure_data
 from mlx_align.data.formats import read_prompts
 from mlx_align.data.judgements import AnswerPair, pair_answers
+from mlx_align.data.provenance import PROVENANCE
 from mlx_align.errors import ConfigError, DataError
 from mlx_align.preferences.ai_feedback import read_answer_pairs
 from mlx_align.preferences.arms import Arm, read_arms, temperature_arms
@@ -23,6 +24,7 @@ from mlx_align.preferences.label_web import LabelServer
 from mlx_align.preferences.labelling import LabelSession, check_rater
 from mlx_align.preferences.records import JudgementLog
 from mlx_align.preferences.rubric import read_rubric
+from mlx_align.preferences.spot_check import read_judged_pairs
 from mlx_align.system.console import Console
 from mlx_align.system.starter import resolve_starter
 from mlx_align.types import PromptGroup
@@ -89,7 +91,14 @@ def read_pairs(config: LabelConfig, output: Path, console: Console) -> list[Answ
     (name,) = config.input if len(config.input) == 1 else (None,)
     if name is None:
         raise ConfigError(f"label takes one input, found {len(config.input)}; label each alone")
+    _check_order(config)
     data = configure_data(resolve_starter(name, "data"), config)
+    if config.spot_check is not None:
+        pairs, title = read_judged_pairs(data, config.format)
+        count = max(1, round(config.spot_check * len(pairs)))
+        pairs = _in_order(pairs, config, console)[:count]
+        console.note(f"{title}; {len(pairs):,} of them to check")
+        return pairs[: config.max_pairs]
     pairs_per_prompt, seed = config.pairs_per_prompt, config.seed
     try:
         found, title = read_answer_pairs(
@@ -116,12 +125,59 @@ def read_pairs(config: LabelConfig, output: Path, console: Console) -> list[Answ
                 f"{flag_of(given[0])}: has no effect, {name} has answers already; leave it out"
             )
     console.note(title)
+    # The judge of earlier labels has no part in those of people.
     pairs = [
-        pair_answers(one.prompt, (one.a, one.b), one.source, one.authors, one.columns)
+        pair_answers(
+            one.prompt,
+            (one.a, one.b),
+            one.source,
+            one.authors,
+            {key: value for key, value in one.columns.items() if key != PROVENANCE},
+        )
         for one in found
     ]
+    return _in_order(pairs, config, console)[: config.max_pairs]
+
+
+def _check_order(config: LabelConfig) -> None:
+    """Check the options that say which pairs are shown first.
+
+    Raises:
+        ConfigError: One is missing or has no effect.
+    """
+    by_disagreement = config.ask_by == "disagreement"
+    if by_disagreement != (config.reward_model is not None):
+        raise ConfigError(
+            "--ask-by disagreement needs --reward-model, and only it does: a run of mlx-align "
+            "reward --members 5"
+        )
+    if config.spot_check is None:
+        return
+    if by_disagreement:
+        raise ConfigError(
+            "--spot-check draws at random, so that the result holds for all labels; drop --ask-by"
+        )
+    given = [key for key in _SAMPLING if getattr(config, key) is not None]
+    if given:
+        raise ConfigError(
+            f"{flag_of(given[0])}: has no effect with --spot-check, whose pairs have answers; "
+            "leave it out"
+        )
+
+
+def _in_order(
+    pairs: Sequence[AnswerPair], config: LabelConfig, console: Console
+) -> list[AnswerPair]:
+    """Different pairs in the order in which they are shown."""
     unique = list({pair.id: pair for pair in pairs}.values())
-    order = np.random.default_rng(config.seed).permutation(len(unique))[: config.max_pairs]
+    if config.ask_by == "random":
+        return [unique[i] for i in np.random.default_rng(config.seed).permutation(len(unique))]
+    # Imports the model code, which labelling does without.
+    from mlx_align.preferences.disagreement import select_pairs
+
+    order, _ = select_pairs(unique, len(unique), config.reward_model, config.seed)
+    if len(order) < len(unique):
+        console.note(f"! {len(unique) - len(order):,} pairs can't be scored and are left out")
     return [unique[i] for i in order]
 
 

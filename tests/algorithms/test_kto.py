@@ -144,7 +144,9 @@ def test_the_reference_point_has_no_gradient(tiny_policy):
 def test_a_soft_label_is_the_share_of_copies_that_are_good(tiny_policy, name):
     """A row that is good with probability ¾ trains as three good copies and a bad one."""
     drawn = random_groups(2, 1)
-    soft = [replace(g, label=p > 0.5, soft_label=p) for g, p in zip(drawn, (0.75, 0.25), strict=True)]
+    soft = [
+        replace(g, label=p > 0.5, soft_label=p) for g, p in zip(drawn, (0.75, 0.25), strict=True)
+    ]
     labels = [[True, True, True, False], [False, False, True, False]]
     loss, tree = kto_loss(name, undesirable_weight=1.3), trainable_weights(tiny_policy)
     found = []
