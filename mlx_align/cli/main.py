@@ -11,8 +11,17 @@ first moments on. The rest follows in `main` and `run`.
 from __future__ import annotations
 
 import os
-import signal
 import sys
+
+# What the module signal is made of. That one imports enum, which takes long enough for a Ctrl-C.
+from _signal import (  # type: ignore[import-not-found]
+    SIG_IGN,
+    SIGHUP,
+    SIGINT,
+    SIGTERM,
+    getsignal,
+    signal,
+)
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -48,9 +57,9 @@ def _exit_on_signal(code: int | None) -> None:
             os.write(2, b"stopped\n")
         os._exit(128 + signum if code is None else code)
 
-    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(signum) is not signal.SIG_IGN:
-            signal.signal(signum, leave)
+    for signum in (SIGINT, SIGTERM, SIGHUP):
+        if getsignal(signum) != SIG_IGN:
+            signal(signum, leave)
 
 
 def run(arguments: Sequence[str] | None = None) -> int:
@@ -86,7 +95,7 @@ def _exit_code(error: BaseException, arguments: Sequence[str]) -> int:
 
     if isinstance(error, Interrupted | KeyboardInterrupt):
         _print_error("stopped")
-        return 128 + (error.signum if isinstance(error, Interrupted) else signal.SIGINT)
+        return 128 + (error.signum if isinstance(error, Interrupted) else SIGINT)
     if isinstance(error, MlxAlignError):
         return _report_error(str(error))
 
@@ -96,7 +105,7 @@ def _exit_code(error: BaseException, arguments: Sequence[str]) -> int:
         return error.exit_code
     if isinstance(error, click.Abort):
         _print_error("stopped")
-        return 128 + signal.SIGINT
+        return 128 + SIGINT
     if isinstance(error, click.ClickException):
         return _report_error(error.format_message())
     if isinstance(error, BrokenPipeError):

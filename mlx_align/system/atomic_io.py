@@ -128,7 +128,11 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
             with wrap_write_errors(folder):
                 for left in partial.iterdir():  # by a process that was killed
                     left.unlink()
-            yield partial
+            try:
+                yield partial
+            except WriteError as error:
+                # Of a file in the temporary folder, whose name means nothing to the user.
+                raise WriteError(str(error).replace(str(partial), str(folder))) from error
             with wrap_write_errors(folder):
                 for file in partial.iterdir():
                     flush_to_disk(file)

@@ -65,7 +65,11 @@ class RowFile:
             "rows": self.rows,
             "bytes": self._bytes,
         }
-        write_text(progress_file(self.file), json.dumps(content, indent=2) + "\n")
+        progress = progress_file(self.file)
+        try:
+            write_text(progress, json.dumps(content, indent=2) + "\n")
+        except WriteError as error:
+            raise WriteError(str(error).replace(str(progress), str(self.file))) from error
         self.done = done
 
     def read(self) -> Iterator[dict[str, Any]]:
