@@ -468,9 +468,12 @@ def _check_not_input(output: str, name: str, path: str | None) -> None:
 
 
 def _new_evaluation_folder(output: str, *, resume: bool) -> Path:
+    from mlx_align.system.atomic_io import check_can_create
+
     folder = Path(output).expanduser()
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"--output {output}: is a file; name a folder")
+    check_can_create(output)
     if (folder / EVALUATION_FILE).exists():
         raise ConfigError(f"--output {output}: has {EVALUATION_FILE} already; name a new folder")
     if (folder / ANSWERS_FILE).exists() and not resume:

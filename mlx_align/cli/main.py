@@ -79,7 +79,8 @@ def run(arguments: Sequence[str] | None = None) -> int:
                 from mlx_align.cli.group import cli
 
                 cli.main(args=arguments, prog_name="mlx-align", standalone_mode=False)
-                sys.stdout.flush()
+                if sys.stdout is not None:  # closed, as by >&-
+                    sys.stdout.flush()
         except BaseException as error:
             if received and not isinstance(error, Interrupted):
                 # A library caught the interruption and raised another error.
@@ -91,7 +92,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
 def _exit_code(error: BaseException, arguments: Sequence[str]) -> int:
     """Say in one line how a command ended; returns its exit code."""
     from mlx_align.errors import MlxAlignError
-    from mlx_align.system.interrupts import Interrupted
+    from mlx_align.system.interrupts import Interrupted, ReaderGone
 
     if isinstance(error, Interrupted | KeyboardInterrupt):
         _print_error("stopped")
@@ -108,10 +109,12 @@ def _exit_code(error: BaseException, arguments: Sequence[str]) -> int:
         return 128 + SIGINT
     if isinstance(error, click.ClickException):
         return _report_error(error.format_message())
-    if isinstance(error, BrokenPipeError):
+    if isinstance(error, BrokenPipeError | ReaderGone):
         # The reader (head, less) has exited. Further writes, also those at exit, would fail again.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 1
+    if isinstance(error, FileNotFoundError) and not _has_working_folder():
+        return _report_error("the working folder was deleted; change to another folder")
     if isinstance(error, OSError):
         # Not a file that `system/atomic_io.py` writes, whose errors name it, but a log or a pipe.
         file = f"{error.filename}: " if error.filename else ""
@@ -121,6 +124,14 @@ def _exit_code(error: BaseException, arguments: Sequence[str]) -> int:
     if isinstance(error, RuntimeError) and "home directory" in str(error):
         return _report_error("there is no home folder for a path with ~; set HOME, or write it out")
     return _report_crash(error, arguments)
+
+
+def _has_working_folder() -> bool:
+    try:
+        os.getcwd()
+    except OSError:
+        return False
+    return True
 
 
 def _report_crash(error: BaseException, arguments: Sequence[str]) -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import json
-import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -15,6 +14,8 @@ from click.shell_completion import CompletionItem
 
 from mlx_align.config.schema import GROUPS, OTHER, Option, Options, declared_options, flag_of
 from mlx_align.errors import ConfigError
+from mlx_align.system.atomic_io import check_can_create
+from mlx_align.system.interrupts import ReaderGone
 from mlx_align.system.json_text import to_json
 from mlx_align.system.row_file import is_being_written, progress_file
 
@@ -264,6 +265,17 @@ class Group(click.Group):
         self._sections = sections or {}
         self.elsewhere = elsewhere or {}
 
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run a command.
+
+        Raises:
+            ReaderGone: In place of a BrokenPipeError, which click turns into a SystemExit like any.
+        """
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError as error:
+            raise ReaderGone from error
+
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the options by group; the commands come first if they are in sections."""
         if self._sections:
@@ -327,6 +339,7 @@ def new_file(output: str, *, resume: bool = False) -> Path:
         ConfigError: It exists, another command is writing it, or its folder can't be written.
     """
     file = Path(output).expanduser()
+    check_can_create(output)
     if file.exists():
         if not file.is_file():
             raise ConfigError(f"--output {output}: is not a regular file; name a new file")
@@ -343,6 +356,4 @@ def new_file(output: str, *, resume: bool = False) -> Path:
     folder = file.absolute().parent
     if not folder.is_dir():
         raise ConfigError(f"--output {output}: there is no folder {folder}; create it first")
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise ConfigError(f"--output {output}: {folder} can't be written; name another folder")
     return file

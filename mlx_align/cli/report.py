@@ -24,10 +24,12 @@ def report(**options: Any) -> None:
     Training writes it too. For a run in progress, the page shows how far it is.
     """
     from mlx_align.report.page import render_comparison, render_run
-    from mlx_align.system.atomic_io import write_text
+    from mlx_align.system.atomic_io import check_can_create, write_text
     from mlx_align.tracking.run_dir import PAGE_FILE, read_run_record
 
     config = make_config(ReportConfig, given_options(options), None, "command line")
+    if config.output is not None:
+        check_can_create(config.output)
     folders = [Path(run).expanduser() for run in config.runs]
     runs = [read_run_record(folder) for folder in folders]
     if len(runs) == 1:

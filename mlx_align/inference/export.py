@@ -34,6 +34,7 @@ from mlx_align.models.peft import (
 from mlx_align.models.verification import random_batch
 from mlx_align.system.atomic_io import (
     atomic_folder,
+    check_new_folder,
     wrap_write_errors,
     write_tensors,
     write_text,
@@ -97,8 +98,7 @@ def export_peft_adapter(folder: ModelFolder, run: Path, output: Path) -> int:
         ConfigError: The output folder is not empty, or the run is a reward model's.
         ModelError: The adapter can't be expressed in PEFT's format; the message names the layer.
     """
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ConfigError(f"--output {output}: is not empty; choose a new folder")
+    check_new_folder(output)
     if has_reward_head(run):
         raise ConfigError(
             f"--adapter-path {run}: PEFT's format would drop the head of a reward model; use "
@@ -201,8 +201,7 @@ def export_reward_model(folder: ModelFolder, run: Path, output: Path) -> ExportR
         ConfigError: The output folder is not empty.
         ModelError: The model family is not supported, or the run does not fit the model.
     """
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ConfigError(f"--output {output}: is not empty; choose a new folder")
+    check_new_folder(output)
     family = FAMILIES.get(str(folder.config.get("model_type")))
     if family is None:
         raise ModelError(

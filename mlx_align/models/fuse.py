@@ -30,7 +30,7 @@ from mlx_align.models.heads import has_reward_head
 from mlx_align.models.loading import LanguageModel, ModelFolder, load_language_model
 from mlx_align.models.verification import random_batch
 from mlx_align.models.weights import use_adapter
-from mlx_align.system.atomic_io import atomic_folder, wrap_write_errors
+from mlx_align.system.atomic_io import atomic_folder, check_new_folder, wrap_write_errors
 from mlx_align.types import GroupBatch
 
 # Largest part of a layer's change that rounding may lose; otherwise it is stored more finely.
@@ -112,8 +112,7 @@ def fuse_adapter(
         ConfigError: The output folder is not empty, or the adapter is a reward model's.
         ModelError: The adapter does not fit the model.
     """
-    if output.exists() and any(output.iterdir()):
-        raise ConfigError(f"--output {output}: is not empty; choose a new folder")
+    check_new_folder(output)
     if has_reward_head(adapter):
         raise ConfigError(
             f"--adapter-path {adapter}: fusing a reward model would drop its head; use "

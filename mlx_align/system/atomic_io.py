@@ -19,7 +19,8 @@ from typing import TextIO
 
 import mlx.core as mx
 
-from mlx_align.errors import WriteError
+from mlx_align.errors import ConfigError, WriteError
+from mlx_align.system.regular_files import NOT_UTF8, is_utf8
 
 # mlx reports that a file could not be written, but not why. With less free space than this, the
 # disk is reported as full.
@@ -59,6 +60,34 @@ def _reason(path: Path, error: BaseException) -> str:
         if shutil.disk_usage(path.parent).free < FULL_BYTES:
             return full
     return (str(error).splitlines() or [type(error).__name__])[0][:200]
+
+
+def check_can_create(output: str | Path) -> None:
+    """Raise a ConfigError if the file or folder of `--output` can't be created or written."""
+    path = Path(output).expanduser().absolute()
+    if path.is_symlink() and not path.exists():
+        raise ConfigError(
+            f"--output {output}: is a link to {path.readlink()}, which doesn't exist; name another "
+            "output"
+        )
+    nearest = next(one for one in (path, *path.parents) if one.exists())
+    if nearest != path and not nearest.is_dir():
+        raise ConfigError(f"--output {output}: {nearest} is not a folder that can be written to")
+    if not os.access(nearest, os.W_OK):
+        what = "folder" if nearest.is_dir() else "file"
+        raise ConfigError(f"--output {output}: {nearest} is not a {what} that can be written to")
+
+
+def check_new_folder(output: str | Path) -> None:
+    """Raise a ConfigError if the folder of `--output` has content, or can't be created."""
+    path = Path(output).expanduser()
+    if path.exists() and not path.is_dir():
+        raise ConfigError(f"--output {output}: is a file; name a new folder")
+    if not is_utf8(path):
+        raise ConfigError(f"--output {output}: {NOT_UTF8}")
+    check_can_create(output)
+    if path.exists() and any(path.iterdir()):
+        raise ConfigError(f"--output {output}: is not empty; choose a new folder")
 
 
 def flush_to_disk(path: Path) -> None:
@@ -189,6 +218,10 @@ def _locked(partial: Path, target: Path, *, is_folder: bool = False) -> Iterator
 def _replace(
     file: Path, partial: Path, errors: tuple[type[Exception], ...] = (OSError, RuntimeError)
 ) -> Iterator[None]:
+    if file.exists() and not file.is_file():
+        # It would be replaced: by root even /dev/null.
+        kind = "a folder" if file.is_dir() else "not a regular file"
+        raise WriteError(f"{file}: can't be written (it is {kind})")
     with _locked(partial, file), wrap_write_errors(file, errors):
         try:
             yield

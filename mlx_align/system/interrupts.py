@@ -37,6 +37,10 @@ class Interrupted(BaseException):
         self.signum = signum
 
 
+class ReaderGone(BaseException):
+    """What reads the output of the command (`head`, `less`) has ended."""
+
+
 @contextmanager
 def raise_on_signal(received: list[int] | None = None) -> Iterator[None]:
     """Raise `Interrupted` at once when a signal arrives within the block.

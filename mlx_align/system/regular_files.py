@@ -25,6 +25,19 @@ _KINDS = {
 }
 
 
+# mlx and the tokenizers library take paths as UTF-8.
+NOT_UTF8 = "its path is not UTF-8, and mlx can't open it; rename it"
+
+
+def is_utf8(path: Path) -> bool:
+    """Whether the absolute path is text in UTF-8."""
+    try:
+        str(path.absolute()).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def read_regular_file(file: Path, max_bytes: int | None = None) -> bytes:
     """The content of a regular file; symbolic links are followed.
 
@@ -63,7 +76,9 @@ def read_json(file: Path, max_bytes: int = MAX_JSON_BYTES) -> Any:
 
 
 def irregular_file(folder: Path) -> str:
-    """A sentence about a pipe, socket or device in a folder; "" without one."""
+    """A sentence about a pipe, socket or device in a folder, or its name; "" without one."""
+    if not is_utf8(folder):
+        return NOT_UTF8
     with os.scandir(folder) as entries:
         for entry in entries:
             try:

@@ -22,8 +22,9 @@ from typing import Any
 import yaml
 
 from mlx_align.errors import ConfigError
-from mlx_align.system.atomic_io import wrap_write_errors, write_text
+from mlx_align.system.atomic_io import check_can_create, wrap_write_errors, write_text
 from mlx_align.system.json_text import to_json
+from mlx_align.system.regular_files import NOT_UTF8, is_utf8
 
 CONFIG_FILE = "config.yaml"
 METRICS_FILE = "metrics.jsonl"
@@ -77,9 +78,11 @@ def new_run_dir(output: str | None, command: str) -> Path:
             raise ConfigError(
                 f"--output {output}: holds a model or an adapter ({found.name}); name a new folder"
             )
-    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
-        raise ConfigError(f"--output {output}: {nearest} is not a folder that can be written to")
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"--output {output}: is a file; name a new folder")
+    if not is_utf8(folder):
+        raise ConfigError(f"--output {output}: {NOT_UTF8}")
+    check_can_create(output)
     return folder
 
 

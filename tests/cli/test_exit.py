@@ -82,6 +82,63 @@ def test_out_of_memory_and_no_home_are_said(monkeypatch, capsys):
     assert "set HOME" in capsys.readouterr().err
 
 
+def test_a_reader_that_ends_and_a_closed_stdout_are_no_bugs(monkeypatch, capsys):
+    """As by `| head -1` and `>&-`."""
+    with monkeypatch.context() as patched:
+        patched.setattr("os.dup2", lambda *_: None)
+        fails_with(patched, BrokenPipeError())
+        assert mlx_align("report", "a") == 1
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(sys, "stdout", None)
+    assert mlx_align("report", "--help") == 0
+
+
+def test_a_deleted_working_folder(monkeypatch, capsys, tmp_path):
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    try:
+        assert mlx_align("data", "convert", "a.jsonl", "--output", "b.jsonl") == 1
+    finally:
+        os.chdir(tmp_path)
+    assert capsys.readouterr().err == (
+        "error: the working folder was deleted; change to another folder\n"
+    )
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("fuse", "--model", TINY_MODEL, "--adapter-path", "a"),
+        ("export", "--model", TINY_MODEL, "--adapter-path", "a"),
+        ("eval", "--model", TINY_MODEL, "--adapter-path", "a"),
+        ("report", "run"),
+        ("dpo", "--model", TINY_MODEL, "--data", "pairs.jsonl"),
+        ("data", "convert", "pairs.jsonl"),
+    ],
+    ids=lambda command: command[0],
+)
+def test_outputs_that_cannot_be_written(tmp_path, monkeypatch, capsys, command):
+    """Said before any work, and nothing is touched."""
+    monkeypatch.chdir(tmp_path)
+    write_rows("pairs.jsonl", [{"prompt": "a", "chosen": "b", "rejected": "c"}] * 3)
+    os.mkfifo("pipe")
+    Path("link").symlink_to("nowhere/x")
+    write_rows("run/metrics.jsonl", [{"step": 1, "loss": 0.5}])
+    for output, reason in (
+        ("pairs.jsonl/x", "pairs.jsonl is not a folder that can be written to"),
+        ("link", "is a link to nowhere/x, which doesn't exist"),
+        ("pipe", ""),
+    ):
+        assert mlx_align(*command, "--output", output) == 1
+        error = capsys.readouterr().err
+        assert error.startswith("error: ")
+        assert error.count("\n") == 1
+        assert reason in error
+    assert Path("pipe").is_fifo()
+    assert Path("link").is_symlink()
+
+
 # Ctrl-C when a module is imported; the library around it may also catch everything.
 IMPORTS = """
 import signal, sys

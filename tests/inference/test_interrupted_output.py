@@ -145,7 +145,7 @@ def test_outputs_that_are_not_files(folder, capsys):
             assert mlx_align(*COMMANDS["convert"], "--output", output, *resume) == 1
             assert "is not a regular file; name a new file" in capsys.readouterr().err
     assert mlx_align(*COMMANDS["convert"], "--output", "pairs.jsonl/out") == 1
-    assert "there is no folder" in capsys.readouterr().err
+    assert "pairs.jsonl is not a folder that can be written to" in capsys.readouterr().err
 
 
 def test_resume_needs_files_of_prompts(folder, capsys):
