@@ -7,7 +7,8 @@
     run.generate("Capital of Australia?")
 
 `sft`, `dpo`, `kto`, `reward`, `ppo` and `grpo` train and return a `Run`; `load_run` opens an
-earlier one. `evaluate`, `fuse` and `plan` do what the commands of these names do.
+earlier one. `sample`, `judge`, `agreement`, `constitution` and `improve` make preference data;
+`evaluate`, `fuse` and `plan` do what the commands of these names do.
 `help(mlx_align.dpo)` describes the options. `mlx_align.trl` has TRL's trainers.
 """
 
@@ -37,7 +38,22 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-    from mlx_align.api import dpo, evaluate, fuse, grpo, kto, plan, ppo, reward, sft
+    from mlx_align.api import (
+        agreement,
+        constitution,
+        dpo,
+        evaluate,
+        fuse,
+        grpo,
+        improve,
+        judge,
+        kto,
+        plan,
+        ppo,
+        reward,
+        sample,
+        sft,
+    )
     from mlx_align.errors import (
         ConfigError,
         DataError,
@@ -71,23 +87,43 @@ __all__ = [
     "TextGenerator",
     "TrainingError",
     "WriteError",
+    "agreement",
     "bt_loss",
+    "constitution",
     "dpo",
     "dpo_loss",
     "evaluate",
     "fuse",
     "grpo",
+    "improve",
+    "judge",
     "kto",
     "load_run",
     "plan",
     "ppo",
     "reward",
+    "sample",
     "sft",
 ]
 
 # Imported when first used: mlx-lm and the libraries behind it take seconds.
 _MODULES = {
-    "api": ("dpo", "evaluate", "fuse", "grpo", "kto", "plan", "ppo", "reward", "sft"),
+    "api": (
+        "agreement",
+        "constitution",
+        "dpo",
+        "evaluate",
+        "fuse",
+        "grpo",
+        "improve",
+        "judge",
+        "kto",
+        "plan",
+        "ppo",
+        "reward",
+        "sample",
+        "sft",
+    ),
     "errors": (
         "ConfigError",
         "DataError",

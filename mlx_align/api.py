@@ -13,15 +13,30 @@ from pathlib import Path
 from typing import Any, Unpack
 
 from mlx_align import commands
-from mlx_align.config import TRAINING_CONFIGS, EvalConfig, FuseConfig, Options, PlanConfig
+from mlx_align.config import (
+    TRAINING_CONFIGS,
+    AgreementConfig,
+    ConstitutionConfig,
+    EvalConfig,
+    FuseConfig,
+    ImproveConfig,
+    JudgeConfig,
+    Options,
+    PlanConfig,
+    SampleConfig,
+)
 from mlx_align.config.keywords import (
+    ConstitutionOptions,
     DPOOptions,
     EvalOptions,
     FuseOptions,
     GRPOOptions,
+    ImproveOptions,
+    JudgeOptions,
     KTOOptions,
     PPOOptions,
     RewardOptions,
+    SampleOptions,
     SFTOptions,
 )
 from mlx_align.config.schema import declared_options
@@ -31,6 +46,7 @@ from mlx_align.run import (
     as_json,
     evaluate_run,
     fuse_run,
+    make_preferences,
     python_messages,
     start_run,
     take_objects,
@@ -159,6 +175,40 @@ def plan(command: str = "dpo", *, config: RunPath | None = None, **options: Any)
     return as_json(found.as_json())
 
 
+# --- preference data ---
+
+
+def sample(*, progress: bool = True, **options: Unpack[SampleOptions]) -> dict[str, Any]:
+    """Sample completions of prompts, and write all of them, or the best."""
+    return make_preferences("sample", {**options, "progress": progress})
+
+
+def judge(*, progress: bool = True, **options: Unpack[JudgeOptions]) -> dict[str, Any]:
+    """Label pairs of answers by a judge, which is measured on people's labels first."""
+    return make_preferences("judge", {**options, "progress": progress})
+
+
+def agreement(
+    input: RunPath | Sequence[RunPath], *, progress: bool = True, **options: Any
+) -> dict[str, Any]:
+    """Report how far raters agree, and join their judgements."""
+    files = [input] if isinstance(input, str | os.PathLike) else list(input)
+    named = {**options, "input": [os.fspath(file) for file in files], "progress": progress}
+    return make_preferences("agreement", named)
+
+
+def constitution(
+    *, progress: bool = True, **options: Unpack[ConstitutionOptions]
+) -> dict[str, Any]:
+    """Revise and compare answers by written principles."""
+    return make_preferences("constitution", {**options, "progress": progress})
+
+
+def improve(*, progress: bool = True, **options: Unpack[ImproveOptions]) -> dict[str, Any]:
+    """Sample, judge, train and evaluate in rounds."""
+    return make_preferences("improve", {**options, "progress": progress})
+
+
 # --- signatures and docstrings ---
 
 _SUMMARIES = {
@@ -238,6 +288,48 @@ _SUMMARIES = {
         `measure`). Takes all options of the planned command.
 
             mlx_align.plan("grpo", model="Qwen/Qwen2.5-7B-Instruct", data="prompts.jsonl")["fits"]
+        """,
+    "sample": """Sample completions of prompts: all of them to be compared, or the best by a reward.
+
+            mlx_align.sample(model="Qwen/Qwen2.5-0.5B-Instruct", data="prompts.jsonl", n=2,
+                             output="answers.jsonl")["answers"]
+        """,
+    "judge": """Label pairs of answers by a judge, which is measured on people's labels first.
+
+        The judge is a language model, an endpoint, a reward model, or reward functions: specs or
+        Python functions, as for `mlx_align.grpo`. It refuses to label if it agrees with people no
+        more than a coin. `human` may be rows too. Called again, it continues after an interruption.
+
+            report = mlx_align.judge(model="Qwen/Qwen2.5-7B-Instruct", data="answers.jsonl",
+                                     human="labels.jsonl", output="judged.jsonl")
+            report["judge"]["agreement"], report["judge"]["position_bias"]
+        """,
+    "agreement": """Report how far raters agree, and join their judgements into pairs.
+
+        Krippendorff's alpha and kappa with intervals; each rater's reliability, biases and speed;
+        and how far people agree with a judge whose labels they checked.
+
+            mlx_align.agreement(["ana.jsonl", "ben.jsonl"], output="pairs.jsonl")["alpha_nominal"]
+        """,
+    "constitution": """Let a model revise its answers by principles, and compare them by principles.
+
+        Writes demonstrations for `sft` and pairs for `dpo` into a folder (Bai et al. 2022). Called
+        again, it continues after an interruption.
+
+            mlx_align.constitution(model="Qwen/Qwen2.5-7B-Instruct", data="prompts.jsonl",
+                                   human="labels.jsonl", output="constitution")["revisions"]
+        """,
+    "improve": """Improve a policy in rounds: sample, judge, train by DPO, evaluate.
+
+        `reward` and `eval_reward` may be Python functions, as in `mlx_align.grpo`. Called again, it
+        continues. With `labels_by="people"` it returns what it waits for.
+
+            def brief(completions, **columns):
+                return [-len(text) for text in completions]
+
+            mlx_align.improve(model="Qwen/Qwen2.5-0.5B-Instruct", data="prompts.jsonl",
+                              reward=brief, allow_unproven=True, eval_reward_model="runs/rm",
+                              output="runs/improved")["best_adapter"]
         """,
 }
 _DATA = (
@@ -325,6 +417,22 @@ _describe(
     ),
     returns="What `mlx-align eval --json` prints.",
 )
+_PROGRESS = ("progress", "Whether to show progress and notes.")
+_MAKERS: tuple[tuple[Callable[..., Any], type[Options], tuple[str, str]], ...] = (
+    (sample, SampleConfig, ("data", f"Prompts. {_DATA} Required.")),
+    (judge, JudgeConfig, ("data", f"Answers to compare. {_DATA} Required.")),
+    (agreement, AgreementConfig, ("input", "Files of judgements. Required.")),
+    (constitution, ConstitutionConfig, ("data", f"Prompts. {_DATA} Required.")),
+    (improve, ImproveConfig, ("data", f"Prompts. {_DATA} Required.")),
+)
+for _maker, _options, _input in _MAKERS:
+    _describe(
+        _maker,
+        _options,
+        extra=(_input, ("progress", "Whether to show progress and notes.")),
+        returns="What the command prints with --json.",
+        raises=_RAISES,
+    )
 _describe(fuse, FuseConfig, returns="What `mlx-align fuse --json` prints.")
 _describe(
     plan,

@@ -7,14 +7,24 @@ import html
 import json
 import os
 import signal
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict, cast
 
 from mlx_align import commands
-from mlx_align.config import EvalConfig, FuseConfig, TrainConfig, make_config
+from mlx_align.config import (
+    AgreementConfig,
+    ConstitutionConfig,
+    EvalConfig,
+    FuseConfig,
+    ImproveConfig,
+    JudgeConfig,
+    SampleConfig,
+    TrainConfig,
+    make_config,
+)
 from mlx_align.config.spelling import python_spelling
 from mlx_align.errors import ConfigError, MlxAlignError, ModelError
 from mlx_align.system.interrupts import Interrupted
@@ -27,6 +37,7 @@ if TYPE_CHECKING:
     from typing import Unpack
 
     from mlx_align.config.keywords import Data, EvalOptions
+    from mlx_align.data.readers import DataSource
     from mlx_align.inference.generate import TextGenerator
     from mlx_align.inference.rerank import RankedCompletion, Reranker
     from mlx_align.inference.reward_model import RewardModel
@@ -484,7 +495,7 @@ def take_objects(
     Raises:
         MlxAlignError: The data can't be opened, or a callback has the wrong type.
     """
-    from mlx_align.data.readers import DataSource, open_data
+    from mlx_align.data.readers import open_data
     from mlx_align.training.callbacks import Callback
 
     data: DataSource | None = None
@@ -570,6 +581,105 @@ def fuse_run(options: Mapping[str, Any]) -> dict[str, Any]:
         report = commands.fuse(make_config(FuseConfig, options))
     free_memory()
     return as_json(asdict(report))
+
+
+# What the options name as data if it was passed from Python.
+_IN_MEMORY = "data in memory"
+
+
+def make_preferences(command: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Sample, label or improve, for the functions in `api`; errors are theirs.
+
+    Args:
+        command: sample, judge, agreement, constitution or improve.
+        options: The command's options by name, and `progress`. `data` and `human` may be rows, and
+            `reward` and `eval_reward` functions.
+
+    Returns:
+        What the command prints with `--json`.
+    """
+    keywords = dict(options)
+    console = python_console(progress=keywords.pop("progress", True))
+    with python_messages(), _keyboard_interrupt(command):
+        opened = {name: _take_data(keywords, name) for name in ("data", "human")}
+        given = {name: source for name, source in opened.items() if source is not None}
+        rewards = _take_functions(keywords, "reward")
+        content = _PREFERENCES[command](keywords, console, given, rewards)
+    free_memory()
+    return as_json(content)
+
+
+def _take_data(keywords: dict[str, Any], name: str) -> DataSource | None:
+    """Open the data that a Python caller passed, if it isn't a path."""
+    from mlx_align.data.readers import open_data
+
+    if isinstance(keywords.get(name), str | os.PathLike | None):
+        return None
+    found = open_data(keywords[name])
+    keywords[name] = _IN_MEMORY
+    return found
+
+
+def _sample(keywords: Any, console: Any, data: Any, rewards: Any) -> Mapping[str, Any]:
+    from mlx_align.preferences.run_sample import sample_data
+
+    outcome = sample_data(make_config(SampleConfig, keywords), console, rewards=rewards, **data)
+    console.note(outcome.text)
+    return outcome.content
+
+
+def _judge(keywords: Any, console: Any, data: Any, rewards: Any) -> Mapping[str, Any]:
+    from mlx_align.preferences.run_judge import describe_outcome, judge_data
+    from mlx_align.system.row_file import new_file
+
+    config = make_config(JudgeConfig, keywords)
+    outcome = judge_data(config, new_file(config.output), console, rewards=rewards, **data)
+    console.note(describe_outcome(outcome))
+    return outcome.as_json()
+
+
+def _agreement(keywords: Any, console: Any, data: Any, rewards: Any) -> Mapping[str, Any]:
+    from mlx_align.preferences.raters import render_agreement
+    from mlx_align.preferences.run_agreement import measure_agreement
+
+    outcome = measure_agreement(make_config(AgreementConfig, keywords))
+    console.note(render_agreement(outcome.report))
+    return outcome.as_json()
+
+
+def _constitution(keywords: Any, console: Any, data: Any, rewards: Any) -> Mapping[str, Any]:
+    from mlx_align.preferences.run_constitution import apply_constitution, describe_outcome
+
+    config = make_config(ConstitutionConfig, keywords)
+    outcome = apply_constitution(config, console, **data)
+    for line in describe_outcome(outcome, config):
+        console.note(line)
+    return outcome.as_json()
+
+
+def _improve(keywords: Any, console: Any, data: Any, rewards: Any) -> Mapping[str, Any]:
+    from mlx_align.improver import Improver, WaitingForLabels
+
+    eval_rewards = _take_functions(keywords, "eval_reward")
+    config = make_config(ImproveConfig, keywords)
+    try:
+        outcome = Improver(
+            config, console, rewards=rewards, eval_rewards=eval_rewards, **data
+        ).run()
+    except WaitingForLabels as waiting:
+        console.note(str(waiting))
+        return {"waiting": str(waiting)}
+    console.note(f"Stopped: {outcome.stopped}.")
+    return outcome.as_json()
+
+
+_PREFERENCES: Mapping[str, Callable[..., Mapping[str, Any]]] = {
+    "sample": _sample,
+    "judge": _judge,
+    "agreement": _agreement,
+    "constitution": _constitution,
+    "improve": _improve,
+}
 
 
 def as_json(content: Mapping[str, Any]) -> dict[str, Any]:

@@ -19,7 +19,7 @@ LEVELS = (
     {"algorithms"},
     {"training"},
     {"commands", "selftest"},
-    {"improve"},
+    {"improver"},
     {"run"},
     {"api"},
     {"trl"},

@@ -26,8 +26,7 @@ def constitution(json: bool, **options: Any) -> None:
     command again. samples.md has prompts with every step to read. (Constitutional AI, Bai et al.
     2022.)
     """
-    from mlx_align.preferences.run_constitution import PAIRS, REVISIONS, SAMPLES, apply_constitution
-    from mlx_align.preferences.run_judge import describe_counts
+    from mlx_align.preferences.run_constitution import apply_constitution, describe_outcome
     from mlx_align.system.console import Console
 
     config = make_config(ConstitutionConfig, given_options(options), None, "command line")
@@ -36,24 +35,5 @@ def constitution(json: bool, **options: Any) -> None:
     if json:
         click.echo(to_json(outcome.as_json(), indent=2))
         return
-    report, folder = outcome.revisions, outcome.folder
-    if config.rounds:
-        before, after = report.words
-        console.note(
-            f"{report.changed:,} of {report.revised:,} revised answers changed "
-            f"({report.share_changed:.0%}); words per answer: {before:.0f}, then {after:.0f}"
-        )
-        for name, (count, share) in report.by_principle.items():
-            console.note(f"  {name}: {count:,} revised, {share:.0%} changed")
-        problems = ", ".join(f"{count:,} {why}" for why, count in report.problems.items())
-        if problems:
-            console.note(f"! Without a usable revision: {problems}")
-        console.note(f"Wrote {outcome.demonstrations:,} demonstrations to {folder / REVISIONS}")
-    if outcome.pairs is not None:
-        counts = describe_counts(outcome.pairs)
-        if outcome.pairs.rows:
-            console.note(f"Wrote {len(outcome.pairs.rows):,} pairs to {folder / PAIRS}{counts}")
-        else:
-            console.note(f"! No pair got a label{counts}")
-    if config.samples and (folder / SAMPLES).exists():
-        console.note(f"Read some before you train: {folder / SAMPLES}")
+    for line in describe_outcome(outcome, config):
+        console.note(line)

@@ -16,7 +16,6 @@ from mlx_align.cli.options import (
     echo_json,
     given_options,
     json_option,
-    new_file,
 )
 from mlx_align.cli.sample import sample
 from mlx_align.cli.select import select
@@ -29,7 +28,7 @@ from mlx_align.config import (
 from mlx_align.config.schema import fingerprint_options, require
 from mlx_align.errors import ConfigError
 from mlx_align.system.json_text import to_json
-from mlx_align.system.row_file import hash_rows, open_rows
+from mlx_align.system.row_file import hash_rows, new_file, open_rows
 from mlx_align.system.starter import resolve_starter
 
 _WIDTH = 96
@@ -163,23 +162,17 @@ def agreement(json: bool, **options: Any) -> None:
     the time per judgement. With --output, writes the pairs with soft labels: the probability, by
     the model of Dawid and Skene, that the chosen answer is better.
     """
-    from mlx_align.preferences.raters import render_agreement, report_agreement, warnings_of
-    from mlx_align.preferences.run_agreement import join_files, read_judgements
+    from mlx_align.preferences.raters import render_agreement
+    from mlx_align.preferences.run_agreement import measure_agreement
 
     config = make_config(AgreementConfig, given_options(options), None, "command line")
-    target = None if config.output is None else new_file(config.output)
-    rows, judgements = read_judgements(config.input)
-    report = report_agreement(judgements, seed=config.seed)
-    joined = None if target is None else join_files(rows, config, target)
+    outcome = measure_agreement(config)
     if json:
-        found = {**dataclasses.asdict(report), "warnings": warnings_of(report)}
-        if joined is not None:
-            found |= {"output": str(target), "written": joined[0], "dropped": dict(joined[1])}
-        click.echo(to_json(found, indent=2))
+        click.echo(to_json(outcome.as_json(), indent=2))
         return
-    for line in render_agreement(report).splitlines():
+    for line in render_agreement(outcome.report).splitlines():
         click.echo("\n".join(textwrap.wrap(line, _WIDTH, subsequent_indent="    ")))
-    if joined is not None:
-        left_out = ", ".join(f"{count:,} {reason}" for reason, count in joined[1].items())
+    if outcome.output is not None:
+        left_out = ", ".join(f"{count:,} {reason}" for reason, count in outcome.dropped.items())
         note = f" (left out: {left_out})" if left_out else ""
-        click.echo(f"Wrote {joined[0]:,} pairs to {target}{note}")
+        click.echo(f"Wrote {outcome.written:,} pairs to {outcome.output}{note}")

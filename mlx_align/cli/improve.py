@@ -25,7 +25,7 @@ def improve(json: bool, **options: Any) -> None:
     With --labels-by people, a round waits for labels.jsonl. To continue, also after an
     interruption, give the same command again.
     """
-    from mlx_align.improve import Improver, WaitingForLabels
+    from mlx_align.improver import Improver, WaitingForLabels
     from mlx_align.system.console import Console
 
     config = make_config(ImproveConfig, given_options(options), None, "command line")

@@ -6,9 +6,10 @@ from typing import Any
 
 import click
 
-from mlx_align.cli.options import Command, config_options, given_options, json_option, new_file
+from mlx_align.cli.options import Command, config_options, given_options, json_option
 from mlx_align.config import JudgeConfig, make_config
 from mlx_align.system.json_text import to_json
+from mlx_align.system.row_file import new_file
 
 
 @click.command(cls=Command, short_help="Label pairs by a judge model, measured against people.")
@@ -28,7 +29,7 @@ def judge(json: bool, **options: Any) -> None:
     All verdicts are kept in OUTPUT.verdicts.jsonl. To continue after an interruption, give the same
     command again.
     """
-    from mlx_align.preferences.run_judge import describe_counts, judge_data
+    from mlx_align.preferences.run_judge import describe_outcome, judge_data
     from mlx_align.system.console import Console
 
     config = make_config(JudgeConfig, given_options(options), None, "command line")
@@ -38,8 +39,4 @@ def judge(json: bool, **options: Any) -> None:
     if json:
         click.echo(to_json(outcome.as_json(), indent=2))
         return
-    console.note(
-        f"Wrote {len(outcome.labelled.rows):,} pairs of {outcome.pairs:,} to {output}"
-        f"{describe_counts(outcome.labelled)}; verdicts: {outcome.log}. Train on them:\n"
-        f"  mlx-align dpo --model MODEL --data {output}"
-    )
+    console.note(describe_outcome(outcome))

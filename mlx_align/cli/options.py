@@ -14,10 +14,8 @@ from click.shell_completion import CompletionItem
 
 from mlx_align.config.schema import GROUPS, OTHER, Option, Options, declared_options, flag_of
 from mlx_align.errors import ConfigError
-from mlx_align.system.atomic_io import check_can_create
 from mlx_align.system.interrupts import ReaderGone
 from mlx_align.system.json_text import to_json
-from mlx_align.system.row_file import is_being_written, progress_file
 
 # Width of the first column of --help, the same in all sections.
 FLAG_COLUMN = 28
@@ -330,30 +328,3 @@ def write_groups(
             with formatter.section(group):
                 padded = [(flag.ljust(FLAG_COLUMN), text) for flag, text in records]
                 formatter.write_dl(padded, col_max=FLAG_COLUMN)
-
-
-def new_file(output: str, *, resume: bool = False) -> Path:
-    """The file that `--output` names, which must not exist, unless the command is resumed.
-
-    Raises:
-        ConfigError: It exists, another command is writing it, or its folder can't be written.
-    """
-    file = Path(output).expanduser()
-    check_can_create(output)
-    if file.exists():
-        if not file.is_file():
-            raise ConfigError(f"--output {output}: is not a regular file; name a new file")
-        if is_being_written(file):
-            raise ConfigError(
-                f"--output {output}: another command is writing it; wait for it, or name another "
-                "output"
-            )
-        if not resume:
-            hint = "name a new file"
-            if progress_file(file).exists():
-                hint = "it is not complete: add --resume to continue it, or name a new file"
-            raise ConfigError(f"--output {output}: exists already; {hint}")
-    folder = file.absolute().parent
-    if not folder.is_dir():
-        raise ConfigError(f"--output {output}: there is no folder {folder}; create it first")
-    return file

@@ -15,14 +15,13 @@ from mlx_align.cli.options import (
     config_options,
     echo_json,
     json_option,
-    new_file,
     options_of_run,
     run_argument,
 )
 from mlx_align.config import RerankConfig, make_config
 from mlx_align.config.schema import fingerprint_options, flag_of
 from mlx_align.errors import ConfigError
-from mlx_align.system.row_file import hash_rows, open_rows
+from mlx_align.system.row_file import hash_rows, new_file, open_rows
 from mlx_align.system.starter import resolve_starter
 
 if TYPE_CHECKING:

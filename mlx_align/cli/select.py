@@ -6,10 +6,11 @@ from typing import Any
 
 import click
 
-from mlx_align.cli.options import Command, config_options, given_options, json_option, new_file
+from mlx_align.cli.options import Command, config_options, given_options, json_option
 from mlx_align.config import SelectConfig, make_config
 from mlx_align.errors import ConfigError
 from mlx_align.system.json_text import to_json
+from mlx_align.system.row_file import new_file
 from mlx_align.system.starter import resolve_starter
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from mlx_align.config import AgreementConfig
 from mlx_align.data.columns import ConfiguredSource, LabelRules
@@ -12,8 +14,10 @@ from mlx_align.data.formats import read_preferences
 from mlx_align.data.judgements import Judgement, is_judgement, read_judgement
 from mlx_align.data.readers import DataSource, Row, read_rows
 from mlx_align.errors import DataError
+from mlx_align.preferences.raters import AgreementReport, report_agreement, warnings_of
 from mlx_align.system.atomic_io import open_atomic
 from mlx_align.system.json_text import to_json
+from mlx_align.system.row_file import new_file
 
 
 class JudgementSource:
@@ -61,6 +65,50 @@ def read_any_judgements(data: DataSource) -> list[Judgement]:
     """
     rows = data.rows("train")
     return [read_judgement(row) for row in rows] if is_judgement(rows[0]) else []
+
+
+@dataclass(frozen=True)
+class AgreementOutcome:
+    """The result of `mlx-align data agreement`.
+
+    Attributes:
+        report: The report on the raters.
+        output: The file of joined pairs; None if none was to be written.
+        written: Pairs in it.
+        dropped: Number of pairs left out, by reason.
+    """
+
+    report: AgreementReport
+    output: Path | None = None
+    written: int = 0
+    dropped: Mapping[str, int] = field(default_factory=dict)
+
+    def as_json(self) -> dict[str, Any]:
+        """As JSON-serialisable values."""
+        found = {**asdict(self.report), "warnings": warnings_of(self.report)}
+        if self.output is not None:
+            found |= {
+                "output": str(self.output),
+                "written": self.written,
+                "dropped": dict(self.dropped),
+            }
+        return found
+
+
+def measure_agreement(config: AgreementConfig) -> AgreementOutcome:
+    """Report on the raters of files of judgements, and join the files if there is an output.
+
+    Raises:
+        ConfigError: The output exists already.
+        DataError: A file can't be read, or no pair has a verdict.
+        WriteError: The output can't be written.
+    """
+    target = None if config.output is None else new_file(config.output)
+    rows, judgements = read_judgements(config.input)
+    report = report_agreement(judgements, seed=config.seed)
+    if target is None:
+        return AgreementOutcome(report)
+    return AgreementOutcome(report, target, *join_files(rows, config, target))
 
 
 def join_files(

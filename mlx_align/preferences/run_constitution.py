@@ -13,6 +13,7 @@ from mlx_align.config.schema import flag_of
 from mlx_align.data.columns import configure_data
 from mlx_align.data.formats import read_prompts
 from mlx_align.data.provenance import Lineage
+from mlx_align.data.readers import DataSource
 from mlx_align.errors import ConfigError, DataError
 from mlx_align.models.loading import resolve_model_path
 from mlx_align.preferences.ai_feedback import (
@@ -43,6 +44,7 @@ from mlx_align.preferences.rubric import read_rubric
 from mlx_align.preferences.run_judge import (
     JudgeSpec,
     OpenJudge,
+    describe_counts,
     measure_judge_on,
     open_judge,
     refuse_unproven,
@@ -109,10 +111,17 @@ class _OpenWriter:
     model: ModelWriter | None = None
 
 
-def apply_constitution(config: ConstitutionConfig, console: Console) -> ConstitutionOutcome:
+def apply_constitution(
+    config: ConstitutionConfig, console: Console, *, data: DataSource | None = None
+) -> ConstitutionOutcome:
     """Revise answers and compare them by principles; write demonstrations and pairs.
 
     The folder keeps every step. If it has steps of the same settings, they are not repeated.
+
+    Args:
+        config: The options.
+        console: Shows notes and progress.
+        data: Opened prompts, instead of those that the options name.
 
     Raises:
         ConfigError: The options are wrong, or the judge doesn't beat a coin.
@@ -120,8 +129,8 @@ def apply_constitution(config: ConstitutionConfig, console: Console) -> Constitu
     """
     _check_options(config)
     principles = read_constitution(config.constitution)
-    data = configure_data(resolve_starter(config.data, "data"), config)
-    groups, reading = read_prompts(data, "train", config.format)
+    source = configure_data(resolve_starter(config.data, "data") if data is None else data, config)
+    groups, reading = read_prompts(source, "train", config.format)
     console.note(f"{reading}; {len(groups):,} prompts, {len(principles)} principles")
     folder = _open_folder(config.output)
     steps = KeyedLog(folder / STEPS, STEP_FIELDS)
@@ -163,6 +172,32 @@ def apply_constitution(config: ConstitutionConfig, console: Console) -> Constitu
     outcome = ConstitutionOutcome(folder, revisions, len(demonstrations), report, labelled)
     _write(outcome, demonstrations, render_samples(revised, config.samples, config.seed))
     return outcome
+
+
+def describe_outcome(outcome: ConstitutionOutcome, config: ConstitutionConfig) -> list[str]:
+    """Lines on what changed and what was written."""
+    report, folder, lines = outcome.revisions, outcome.folder, []
+    if config.rounds:
+        before, after = report.words
+        lines.append(
+            f"{report.changed:,} of {report.revised:,} revised answers changed "
+            f"({report.share_changed:.0%}); words per answer: {before:.0f}, then {after:.0f}"
+        )
+        for name, (count, share) in report.by_principle.items():
+            lines.append(f"  {name}: {count:,} revised, {share:.0%} changed")
+        problems = ", ".join(f"{count:,} {why}" for why, count in report.problems.items())
+        if problems:
+            lines.append(f"! Without a usable revision: {problems}")
+        lines.append(f"Wrote {outcome.demonstrations:,} demonstrations to {folder / REVISIONS}")
+    if outcome.pairs is not None:
+        counts = describe_counts(outcome.pairs)
+        if outcome.pairs.rows:
+            lines.append(f"Wrote {len(outcome.pairs.rows):,} pairs to {folder / PAIRS}{counts}")
+        else:
+            lines.append(f"! No pair got a label{counts}")
+    if config.samples and (folder / SAMPLES).exists():
+        lines.append(f"Read some before you train: {folder / SAMPLES}")
+    return lines
 
 
 def _compare(

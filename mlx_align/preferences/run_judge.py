@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -14,6 +15,7 @@ from mlx_align.config.schema import flag_of
 from mlx_align.data.columns import configure_data
 from mlx_align.data.judgements import AnswerPair
 from mlx_align.data.provenance import Lineage
+from mlx_align.data.readers import DataSource
 from mlx_align.errors import ConfigError, DataError
 from mlx_align.models.adapters import fingerprint_folder
 from mlx_align.models.loading import resolve_model_path
@@ -38,6 +40,7 @@ from mlx_align.preferences.judges import (
 from mlx_align.preferences.lineage import model_lineage
 from mlx_align.preferences.rubric import read_rubric
 from mlx_align.preferences.verdicts import Judge
+from mlx_align.rollout.reward_functions import RewardSource
 from mlx_align.system.atomic_io import open_atomic, write_text
 from mlx_align.system.intervals import Estimate
 from mlx_align.system.json_text import to_json
@@ -57,7 +60,7 @@ class JudgeSpec:
         model: A language model, or its name at `url`.
         adapter_path: A run whose adapter the model has.
         reward_model: A run of `mlx-align reward`, or a classifier.
-        reward: Reward functions.
+        reward: Reward functions: specs, or Python functions.
         url: An OpenAI-compatible endpoint.
         api_key_variable: Environment variable with its key.
         concurrency: Requests at a time; None for the default, as below.
@@ -71,7 +74,7 @@ class JudgeSpec:
     model: str | None = None
     adapter_path: str | None = None
     reward_model: str | None = None
-    reward: tuple[str, ...] | None = None
+    reward: tuple[RewardSource, ...] | None = None
     url: str | None = None
     api_key_variable: str | None = None
     concurrency: int | None = None
@@ -181,10 +184,20 @@ def open_judge(spec: JudgeSpec) -> Iterator[OpenJudge]:
     yield OpenJudge(lm, identity, lineage, own)
 
 
-def _function_identity(specs: Sequence[str]) -> str:
-    """Names of reward functions, with a hash of the files that define them."""
+def _function_identity(specs: Sequence[RewardSource]) -> str:
+    """Names of reward functions, with a hash of the code that defines them."""
     parts = []
     for spec in specs:
+        if not isinstance(spec, str):
+            function, weight = spec if isinstance(spec, tuple) else (spec, 1.0)
+            name = getattr(function, "__qualname__", type(function).__name__)
+            try:
+                code = inspect.getsource(function)
+            except (OSError, TypeError):  # an object, or typed into a plain interpreter
+                code = repr(function)  # has its address: another one is not taken for it
+            digest = hashlib.blake2b(code.encode(), digest_size=16).hexdigest()
+            parts.append(f"{name}={weight} {digest}")
+            continue
         file = Path(spec.rpartition(":")[0]).expanduser()
         known = file.suffix == ".py" and file.is_file()
         digest = hashlib.blake2b(file.read_bytes(), digest_size=16).hexdigest() if known else ""
@@ -192,13 +205,13 @@ def _function_identity(specs: Sequence[str]) -> str:
     return ", ".join(parts)
 
 
-def spec_of(config: JudgeConfig) -> JudgeSpec:
-    """The judge that the options of `mlx-align judge` name."""
+def spec_of(config: JudgeConfig, rewards: Sequence[RewardSource] = ()) -> JudgeSpec:
+    """The judge that the options of `mlx-align judge` name, with Python functions besides."""
     return JudgeSpec(
         config.model,
         config.adapter_path,
         config.reward_model,
-        config.reward,
+        (*(config.reward or ()), *rewards) or None,
         config.url,
         config.api_key_variable,
         config.concurrency,
@@ -241,7 +254,14 @@ class JudgeOutcome:
 
 
 def judge_data(
-    config: JudgeConfig, output: Path, console: Console, *, log_file: Path | None = None
+    config: JudgeConfig,
+    output: Path,
+    console: Console,
+    *,
+    log_file: Path | None = None,
+    data: DataSource | None = None,
+    human: DataSource | None = None,
+    rewards: Sequence[RewardSource] = (),
 ) -> JudgeOutcome:
     """Measure a judge on people's labels, label the data, and write the pairs.
 
@@ -251,18 +271,23 @@ def judge_data(
             command that is given again continues from there.
         console: Shows notes and progress.
         log_file: The file of the verdicts, if it is another.
+        data: Opened data, instead of what the options name.
+        human: Opened pairs that people labelled, instead of those that the options name.
+        rewards: Python functions in addition to the option `reward`.
 
     Raises:
         ConfigError: The options are wrong, or the judge doesn't beat a coin.
         DataError: The data can't be read, or no pair got a label.
     """
-    spec = spec_of(config)
+    spec = spec_of(config, rewards)
     spec.check()
     _check_options(config)
+    if config.human is None:
+        refuse_unproven(None, None, allow=config.allow_unproven)
     criteria = read_rubric(config.rubric)
-    data = configure_data(resolve_starter(config.data, "data"), config)
+    source = configure_data(resolve_starter(config.data, "data") if data is None else data, config)
     pairs, title = read_answer_pairs(
-        data,
+        source,
         config.split,
         config.format,
         pairs_per_prompt=config.pairs_per_prompt,
@@ -271,7 +296,9 @@ def judge_data(
     console.note(title)
     sample = None
     if config.human is not None:
-        sample, human_title = read_human_sample(resolve_starter(config.human, "data"))
+        sample, human_title = read_human_sample(
+            resolve_starter(config.human, "data") if human is None else human
+        )
         console.note(human_title)
     log = KeyedLog(log_file or verdict_file(output), VERDICT_FIELDS)
     if len(log):
@@ -418,6 +445,15 @@ def render_judge_report(report: JudgeReport, ignores_order: bool) -> str:
     if report.pairs < MIN_SAMPLE:
         lines.append(f"! Only {report.pairs} pairs: label {MIN_SAMPLE} or more for a firm number.")
     return "\n".join(lines)
+
+
+def describe_outcome(outcome: JudgeOutcome) -> str:
+    """What was written, and how to train on it."""
+    return (
+        f"Wrote {len(outcome.labelled.rows):,} pairs of {outcome.pairs:,} to {outcome.output}"
+        f"{describe_counts(outcome.labelled)}; verdicts: {outcome.log}. Train on them:\n"
+        f"  mlx-align dpo --model MODEL --data {outcome.output}"
+    )
 
 
 def describe_counts(labelled: LabelledPairs) -> str:

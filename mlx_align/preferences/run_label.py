@@ -26,6 +26,7 @@ from mlx_align.preferences.records import JudgementLog
 from mlx_align.preferences.rubric import read_rubric
 from mlx_align.preferences.spot_check import read_judged_pairs
 from mlx_align.system.console import Console
+from mlx_align.system.progress import Console as Notes
 from mlx_align.system.starter import resolve_starter
 from mlx_align.types import PromptGroup
 
@@ -210,20 +211,8 @@ def _sampling_config(config: LabelConfig) -> SampleConfig:
     )
 
 
-def read_prompt_groups(name: str, config: SampleConfig, console: Console) -> list[PromptGroup]:
-    """The prompts to answer.
-
-    Raises:
-        DataError: The data can't be read as prompts.
-    """
-    data = configure_data(resolve_starter(name, "data"), config)
-    groups, reading = read_prompts(data, "train", config.format)
-    console.note(str(reading))
-    return groups
-
-
 def sample_to_file(
-    prompts: Sequence[PromptGroup], config: SampleConfig, output: Path, console: Console
+    prompts: Sequence[PromptGroup], config: SampleConfig, output: Path, console: Notes
 ) -> SampledAnswers:
     """Sample answers by the arms that the options say, and write them.
 

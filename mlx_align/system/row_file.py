@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 from weakref import WeakValueDictionary
 
 from mlx_align.errors import ConfigError, WriteError
-from mlx_align.system.atomic_io import wrap_write_errors, write_text
+from mlx_align.system.atomic_io import check_can_create, wrap_write_errors, write_text
 from mlx_align.system.json_text import to_json
 
 
@@ -346,3 +346,30 @@ def hash_rows(rows: Iterable[Any]) -> str:
         digest.update(json.dumps(row, sort_keys=True, default=str).encode())
         digest.update(b"\n")
     return digest.hexdigest()
+
+
+def new_file(output: str, *, resume: bool = False) -> Path:
+    """The file that `--output` names, which must not exist, unless the command is resumed.
+
+    Raises:
+        ConfigError: It exists, another command is writing it, or its folder can't be written.
+    """
+    file = Path(output).expanduser()
+    check_can_create(output)
+    if file.exists():
+        if not file.is_file():
+            raise ConfigError(f"--output {output}: is not a regular file; name a new file")
+        if is_being_written(file):
+            raise ConfigError(
+                f"--output {output}: another command is writing it; wait for it, or name another "
+                "output"
+            )
+        if not resume:
+            hint = "name a new file"
+            if progress_file(file).exists():
+                hint = "it is not complete: add --resume to continue it, or name a new file"
+            raise ConfigError(f"--output {output}: exists already; {hint}")
+    folder = file.absolute().parent
+    if not folder.is_dir():
+        raise ConfigError(f"--output {output}: there is no folder {folder}; create it first")
+    return file

@@ -26,7 +26,7 @@ from mlx_align.data.formats import read_prompts
 from mlx_align.data.judgements import AnswerPair
 from mlx_align.data.messages import text_as_json
 from mlx_align.data.provenance import check_circularity
-from mlx_align.data.readers import has_split
+from mlx_align.data.readers import DataSource, has_split
 from mlx_align.data.transforms import split_validation
 from mlx_align.errors import ConfigError, DataError
 from mlx_align.evaluation.statistics import mean_estimate, wins
@@ -47,6 +47,7 @@ from mlx_align.preferences.lineage import model_lineage
 from mlx_align.preferences.rubric import read_rubric
 from mlx_align.preferences.run_judge import JudgeSpec, judge_data, open_judge
 from mlx_align.preferences.writers import ModelWriter
+from mlx_align.rollout.reward_functions import RewardSource
 from mlx_align.system.atomic_io import open_atomic, wrap_write_errors, write_text
 from mlx_align.system.intervals import Estimate, wilson_interval
 from mlx_align.system.json_text import to_json
@@ -128,15 +129,29 @@ class Improver:
     Args:
         config: The options.
         console: Shows notes and progress.
+        data: Opened prompts, instead of those that the options name.
+        rewards: Python functions in addition to the option `reward`.
+        eval_rewards: Python functions in addition to the option `eval_reward`.
 
     Raises:
         MlxAlignError: The options are wrong, or the prompts can't be read.
     """
 
-    def __init__(self, config: ImproveConfig, console: Console) -> None:
-        self._config, self._console = config, console
-        self._judge = _spec(config, "judge")
-        held_out = _spec(config, "eval")
+    def __init__(
+        self,
+        config: ImproveConfig,
+        console: Console,
+        *,
+        data: DataSource | None = None,
+        rewards: Sequence[RewardSource] = (),
+        eval_rewards: Sequence[RewardSource] = (),
+    ) -> None:
+        self._config, self._console, self._data = config, console, data
+        self._rewards = rewards
+        if config.labels_by == "people" and rewards:
+            raise ConfigError("--reward: has no effect with --labels-by people; drop one")
+        self._judge = _spec(config, "judge", rewards)
+        held_out = _spec(config, "eval", eval_rewards)
         assert held_out is not None
         self._eval_judge = held_out
         _check_options(config, self._judge, self._eval_judge)
@@ -182,7 +197,8 @@ class Improver:
 
     def _read_prompts(self) -> tuple[list[PromptGroup], list[PromptGroup]]:
         config = self._config
-        data = configure_data(resolve_starter(config.data, "data"), config)
+        given = resolve_starter(config.data, "data") if self._data is None else self._data
+        data = configure_data(given, config)
         train, reading = read_prompts(data, "train", config.format)
         if has_split(data, "valid"):
             held_out, _ = read_prompts(data, "valid", config.format)
@@ -269,7 +285,7 @@ class Improver:
                 model=self._judge.model,
                 adapter_path=self._judge.adapter_path,
                 reward_model=self._judge.reward_model,
-                reward=self._judge.reward,
+                reward=config.reward,
                 url=self._judge.url,
                 api_key_variable=self._judge.api_key_variable,
                 human=config.human,
@@ -278,7 +294,13 @@ class Improver:
                 min_confidence=config.min_confidence,
                 seed=config.seed,
             )
-            judge_data(judge_options, judged, self._console, log_file=self._folder / VERDICTS)
+            judge_data(
+                judge_options,
+                judged,
+                self._console,
+                log_file=self._folder / VERDICTS,
+                rewards=self._rewards,
+            )
             self._verdicts = KeyedLog(self._folder / VERDICTS, VERDICT_FIELDS)
             mx.clear_cache()
         return judged
@@ -413,7 +435,9 @@ _RESERVED = frozenset(
 )  # fmt: skip
 
 
-def _spec(config: ImproveConfig, which: str) -> JudgeSpec | None:
+def _spec(
+    config: ImproveConfig, which: str, rewards: Sequence[RewardSource] = ()
+) -> JudgeSpec | None:
     """The judge that labels, or the held-out judge; None if people label."""
     if which == "judge":
         if config.labels_by == "people":
@@ -422,7 +446,7 @@ def _spec(config: ImproveConfig, which: str) -> JudgeSpec | None:
             config.judge_model,
             config.judge_adapter_path,
             config.reward_model,
-            config.reward,
+            (*(config.reward or ()), *rewards) or None,
             config.judge_url,
             config.api_key_variable if config.judge_url else None,
             prefix="--judge-",
@@ -431,7 +455,7 @@ def _spec(config: ImproveConfig, which: str) -> JudgeSpec | None:
     return JudgeSpec(
         model=config.eval_judge_model,
         reward_model=config.eval_reward_model,
-        reward=config.eval_reward,
+        reward=(*(config.eval_reward or ()), *rewards) or None,
         url=config.eval_judge_url,
         api_key_variable=config.api_key_variable if config.eval_judge_url else None,
         prefix="--eval-judge-",
