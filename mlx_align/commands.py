@@ -23,7 +23,7 @@ from mlx_align.config import (
     TrainConfig,
     make_config,
 )
-from mlx_align.config.schema import Source, declared_options, flag_of, require, to_yaml
+from mlx_align.config.schema import Source, declared_options, flag_of, require
 from mlx_align.errors import ConfigError, RewardError, TrainingError, WriteError
 from mlx_align.system.json_text import to_json
 from mlx_align.system.starter import resolve_starter, shipped_file
@@ -163,13 +163,21 @@ def configure(
         file = shipped_file(starter)
     config = make_config(TRAINING_CONFIGS[command], options, file, source)
     if starter is not None and use_starter:
-        console.note(f"No --model and no --data: training the starter.\n\n{to_yaml(config)}")
+        console.note(f"No --model and no --data: training the starter.\n\n{_given_options(config)}")
     if data is not None:
         config = replace(config, data=None)
         require(config, "model", source=source)
     else:
         require(config, "model", "data", source=source)
     return _with_starter(config)
+
+
+def _given_options(config: TrainConfig) -> str:
+    """The options that are not at their defaults, a line each."""
+    defaults = asdict(type(config)())
+    return "".join(
+        f"  {name}: {value}\n" for name, value in asdict(config).items() if value != defaults[name]
+    )
 
 
 def configure_resumed(

@@ -203,6 +203,7 @@ def scrub(text: str, home: Path) -> str:
         text = text.replace(path, "~")
     # Of pip, where it is configured with folders.
     lines = [line for line in text.splitlines() if not line.startswith("WARNING: Location ")]
+    lines = [re.sub(r"-\d{8}-\d{6}\b", "-20260101-090000", line) for line in lines]
     date = r"\b\d{4}-\d\d-\d\d[ T]\d\d:\d\d(:\d\d)?"
     return re.sub(date, "2026-01-01 09:00", "\n".join(lines))
 
@@ -241,7 +242,7 @@ for row in pairs:
     for name in ("chosen", "rejected"):
         row[name] = [{"role": "assistant", "content": row[name]}]
 
-run = ma.dpo(model="starter", data=pairs, output="runs/python", epochs=2)
+run = ma.dpo(model="starter", data=pairs, output="runs/python", learning_rate=1e-3)
 print(run.verdict.kind, run.metrics["eval/rewards/accuracies"])
 print(run.generate("What is the capital of Kenya?"))
 """
@@ -294,22 +295,26 @@ STEPS = (
     Step("… in a path …", "mlx-align dpo --model starter --data pair.jsonl", code=1),
     Step("… in a command …", "mlx-align orpo --data pairs.jsonl", code=1),
     Step("… and a broken line.", "mlx-align data check broken.jsonl", code=1),
-    Step("Now it trains, with all defaults.", f"{TRAIN} --output runs/first"),
     Step(
-        "A second run, with twice the learning rate, is stopped with Ctrl-C …",
-        f"{TRAIN} --learning-rate 1e-4 --output runs/second",
+        "Now it trains, with all defaults. They are for real models; the starter is tiny and takes "
+        "a far higher learning rate. The verdict says so.",
+        f"{TRAIN} --output runs/first",
+    ),
+    Step(
+        "So a second run gets twenty times the learning rate. Ctrl-C stops it …",
+        f"{TRAIN} --learning-rate 1e-3 --output runs/second",
         typed=(("update 10/", CTRL_C),),
         code=130,
     ),
     Step("… and goes on.", "mlx-align dpo --resume runs/second"),
     Step("Which one is better?", "mlx-align report runs/first runs/second"),
     Step(
-        "How much did the first one change?",
-        "mlx-align eval runs/first --samples 6 -n 2 --max-tokens 40",
+        "How much did the second one change the model?",
+        "mlx-align eval runs/second --samples 6 -n 2 --max-tokens 40",
     ),
     Step(
         "A talk with it, and with the model it started from. Ctrl-D ends.",
-        "mlx-align chat runs/first --compare --max-tokens 40",
+        "mlx-align chat runs/second --compare --max-tokens 40",
         typed=(
             ("> ", "What is the capital of Kenya?\n"),
             ("after[^>]*> ", "What is the capital of Portugal?\n"),
@@ -330,11 +335,11 @@ what they overwrite are left out.
 PICTURES = """\
 ## The page
 
-Every run writes `report.html`. This is the one of `runs/first`, on a phone and on a desktop.
+Every run writes `report.html`. This is the one of `runs/second`, on a phone and on a desktop.
 
-![The page of runs/first on a phone](images/first-hour-phone.png)
+![The page of runs/second on a phone](images/first-hour-phone.png)
 
-![The page of runs/first on a desktop](images/first-hour-page.png)
+![The page of runs/second on a desktop](images/first-hour-page.png)
 """
 
 
@@ -425,8 +430,8 @@ def main(folder: Path | None, output: Path, only: tuple[str, ...]) -> None:
     if only:
         return
     images = output.parent / "images"
-    images.mkdir(exist_ok=True)
-    page = home / "capitals" / "runs" / "first" / "report.html"
+    images.mkdir(parents=True, exist_ok=True)
+    page = home / "capitals" / "runs" / "second" / "report.html"
     made = picture(page, images / "first-hour-phone.png", 390, 1500)
     made = made and picture(page, images / "first-hour-page.png", 1200, 1000)
     if made:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 import webbrowser
 from collections import Counter
 from pathlib import Path
@@ -14,6 +15,7 @@ from mlx_align.config import ReportConfig, make_config
 from mlx_align.errors import ConfigError
 
 COMPARISON_FILE = "comparison.html"
+_WIDTH = 96
 
 
 @click.command(cls=Command, short_help="Write the page of a run, or compare several.")
@@ -26,11 +28,13 @@ def report(**options: Any) -> None:
     from mlx_align.report.page import render_comparison, render_run
     from mlx_align.system.atomic_io import check_can_create, write_text
     from mlx_align.tracking.run_dir import PAGE_FILE, read_run_record
+    from mlx_align.tracking.verdict import compare_runs
 
     config = make_config(ReportConfig, given_options(options), None, "command line")
     if config.output is not None:
         check_can_create(config.output)
     folders = [Path(run).expanduser() for run in config.runs]
+    names: list[str] = []
     runs = [read_run_record(folder) for folder in folders]
     if len(runs) == 1:
         text = render_run(runs[0])
@@ -48,6 +52,8 @@ def report(**options: Any) -> None:
         write_text(file, text)
     except OSError as error:
         raise ConfigError(f"--output {file}: can't be written ({error.strerror})") from error
+    if len(runs) > 1:
+        click.echo("\n".join(textwrap.wrap(compare_runs(runs, names).sentence, _WIDTH)))
     click.echo(f"Wrote {file}")
     if config.open and not webbrowser.open(file.resolve().as_uri()):
         click.echo("Can't open a browser; open the file yourself.")

@@ -35,6 +35,12 @@ class EvalConfig(Options):
         help="Held-out pairs or prompts.",
         default_text="what the run held out",
     )
+    split: Literal["train", "valid", "test"] | None = option(
+        None,
+        "Split of --data, or of the run's data.",
+        MODEL,
+        default_text="valid, or what the run held out",
+    )
     format: str | None = override(TrainConfig, "format")
     columns: dict[str, Any] = override(TrainConfig, "columns")
     reward_model: str | None = override(

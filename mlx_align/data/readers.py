@@ -8,6 +8,7 @@ in `mlx_align.data.formats`.
 from __future__ import annotations
 
 import csv
+import difflib
 import functools
 import io
 import json
@@ -161,15 +162,26 @@ def check_data(data: str | os.PathLike[str]) -> None:
     if not name or not os.path.exists(path):
         if path.suffix not in FILE_SUFFIXES and _HUB_NAME.fullmatch(name) and name[0] not in ".-":
             return
+        close = difflib.get_close_matches(path.name, _names_in(path.parent), n=1)
+        hint = f"; did you mean {path.with_name(close[0])}?" if close else ""
         raise DataError(
             f"--data {name!r}: no such file or folder, and not the name of a hub dataset "
-            "(owner/name)"
+            f"(owner/name){hint}"
         )
     if os.path.isfile(path):
         if path.suffix not in FILE_SUFFIXES:
             raise DataError(f"{name}: expected a file ending in {', '.join(FILE_SUFFIXES)}")
     elif not os.path.isdir(path):
         raise DataError(f"{name}: is neither a regular file nor a folder")
+
+
+def _names_in(folder: Path) -> list[str]:
+    """The data files and folders in a folder; [] if it can't be read."""
+    try:
+        found = list(folder.iterdir())
+    except OSError:
+        return []
+    return [one.name for one in found if one.suffix in FILE_SUFFIXES or one.is_dir()]
 
 
 def container_of(source: str) -> str:

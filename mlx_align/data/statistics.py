@@ -230,7 +230,8 @@ def render_statistics(statistics: DatasetStatistics) -> str:
     lines = [statistics.read_as] if statistics.read_as else []
     kind = "pairs" if statistics.pairs == statistics.groups and statistics.pairs else "rows"
     lines.append(
-        f"{statistics.groups:,} {kind} kept of {statistics.rows:,}, {statistics.tokens:,} tokens "
+        f"{statistics.groups:,} {kind} kept of {statistics.rows:,} to train on, "
+        f"{statistics.tokens:,} tokens "
         f"({statistics.scored_tokens:,} in the loss)"
         + (f"; {statistics.valid_groups:,} held out" if statistics.valid_groups else "")
     )

@@ -65,6 +65,7 @@ def read_held_out_data(
     format: str | None,
     own_data: DataSource | None = None,
     columns: Mapping[str, str] | None = None,
+    split: str | None = None,
 ) -> HeldOutData:
     """Read the rows that the run held out, or those of other data.
 
@@ -78,6 +79,7 @@ def read_held_out_data(
         format: Data format; None to detect it.
         own_data: The run's data, if it was passed from Python.
         columns: Columns of other data, as for `columns.ConfiguredSource`.
+        split: The split to read, of the run's data or of other data; None as above.
 
     Raises:
         ConfigError: The run's data is unknown and no other data is given.
@@ -94,9 +96,14 @@ def read_held_out_data(
             f"--data is missing: {run.folder} {reason}; give a file or folder of pairs or prompts"
         )
     if own is not None and (data is None or (data == own and format is None and not columns)):
-        return _read_own_data(run, own)
+        if split is None:
+            return _read_own_data(run, own)
+        data = own
+        if run.config is not None:
+            format, columns = run.config.format, run.config.columns
     assert data is not None
-    split = "valid" if has_split(data, "valid") else "train"
+    if split is None:
+        split = "valid" if has_split(data, "valid") else "train"
     source = ConfiguredSource(open_data(data), columns or {}, run.labels)
     pairs = _pairs(source, split, format)
     prompts = _unique_prompts(pairs or read_prompts(source, split, format)[0])

@@ -175,7 +175,9 @@ def evaluate_policy(
             "--model"
         )
     run = read_trained_run(config.adapter_path)
-    held_out = read_held_out_data(run, data or config.data, config.format, own_data, config.columns)
+    held_out = read_held_out_data(
+        run, data or config.data, config.format, own_data, config.columns, config.split
+    )
     documents = None if config.perplexity_data is None else read_documents(config.perplexity_data)
     folder = open_model(config.model)
     style = inspect_chat_template(folder.tokenizer, run.sampling_thinking)

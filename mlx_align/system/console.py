@@ -5,10 +5,11 @@ from __future__ import annotations
 import html
 import os
 import sys
+import textwrap
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from typing import Any
+from typing import IO, Any
 
 from rich.console import Console as RichConsole
 from rich.console import ConsoleOptions, RenderableType
@@ -30,6 +31,9 @@ from mlx_align.system.intervals import Estimate, kl_interval, metric_interval
 from mlx_align.system.progress import ProgressBar
 from mlx_align.system.terminal import encodable, escape_controls
 
+# What a line with a command to copy begins with.
+_COMMANDS = ("mlx-align ", "mlx_lm.", "python ", "source ")
+
 
 class Console:
     """Shows progress in a terminal or notebook; implements the protocol in `system/progress.py`.
@@ -46,7 +50,12 @@ class Console:
         )
 
     def note(self, text: str) -> None:
-        """Print text without markup, control characters escaped."""
+        """Print text without markup, control characters escaped.
+
+        On a terminal, long lines are wrapped between words, except those of commands to copy.
+        """
+        if self.console.is_terminal:
+            text = "\n".join(_wrapped(line, self.console.width) for line in text.split("\n"))
         try:
             self.console.print(Text(escape_controls(text)))
         except OSError:
@@ -98,10 +107,46 @@ class Console:
             turns += [("before", row["before"]), ("after", row["after"])]
             width = max(len(name) for name, _ in turns)
             for name, text in turns:
-                self.console.print(Text(f"  {name:>{width}}  ", "dim") + Text(_one_line(text)))
+                lines = [_one_line(text)]
+                if self.console.is_terminal:
+                    lines = textwrap.wrap(lines[0], max(self.console.width - width - 4, 20))
+                shown = Text(f"\n{'':{width + 4}}".join(lines))
+                self.console.print(Text(f"  {name:>{width}}  ", "dim") + shown)
+
+
+def _wrapped(line: str, width: int) -> str:
+    """A line of a message in lines of at most `width` characters; commands stay on one line."""
+    if len(line) <= width or line.lstrip().startswith(_COMMANDS):
+        return line
+    indent = line[: len(line) - len(line.lstrip())] + "    "
+    return "\n".join(
+        textwrap.wrap(
+            line,
+            width,
+            subsequent_indent=indent,
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
+    )
 
 
 class _UnbrokenConsole(RichConsole):
+    @property
+    def file(self) -> IO[str]:
+        """The stream behind all that stand in front of it.
+
+        While a bar is shown, rich puts one in front of the one that escapes (`SafeStream`); if only
+        one were removed, the bar's own sequences would be escaped.
+        """
+        file = super().file
+        while (behind := getattr(file, "rich_proxied_file", None)) is not None:
+            file = behind
+        return file
+
+    @file.setter
+    def file(self, new_file: IO[str]) -> None:
+        self._file = new_file
+
     def on_broken_pipe(self) -> None:
         """Continue silently; rich would end the process."""
         _silence(self)

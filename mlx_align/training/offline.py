@@ -46,6 +46,7 @@ from mlx_align.training.setup import (
     Setup,
     check_circular_run,
     describe_policy,
+    describe_test_split,
     prepare_data,
     resolve_layout,
 )
@@ -98,6 +99,7 @@ def prepare_offline(
     remarks = algorithm.check(dataset)
     train, valid = algorithm.arrange(dataset.train), algorithm.arrange(dataset.valid)
     lines = ["\n".join([render_statistics(dataset.statistics), *remarks])]
+    lines += describe_test_split(config, data)
     if not resume:
         config, chosen = resolve_offline(config, layout, train, len(valid), dataset.valid_fraction)
         lines += chosen

@@ -62,6 +62,7 @@ from mlx_align.training.setup import (
     Setup,
     check_circular_run,
     describe_policy,
+    describe_test_split,
     resolve_layout,
 )
 from mlx_align.types import PromptGroup, TokenizedGroup
@@ -160,7 +161,7 @@ def prepare_on_policy(
             held_out, models.get("--eval-reward-model"), "held-out reward model", folder
         )
     lines, facts = describe_prompts(report, title, train, valid)
-    lines += chosen
+    lines += [*describe_test_split(config, data), *chosen]
     made_of = fingerprints(method.command, config, folder.path, parts, hashes)
     judges = check_circular_run(config, made_of, recorded_judges(models.get("--reward-model")))
     facts |= judges

@@ -16,7 +16,7 @@ from mlx.utils import tree_flatten
 
 from mlx_align.config import TrainConfig
 from mlx_align.data.provenance import Lineage, check_circularity
-from mlx_align.data.readers import Data
+from mlx_align.data.readers import Data, has_split
 from mlx_align.data.splits import GroupReader, read_splits
 from mlx_align.data.statistics import TokenizedDataset, compute_statistics
 from mlx_align.data.tokenization import tokenize_groups
@@ -160,6 +160,17 @@ def prepare_data(
     )
     notes = (*facts.notes, *remarks)
     return TokenizedDataset(train, valid, replace(facts, notes=notes), fraction)
+
+
+def describe_test_split(config: TrainConfig, data: Data | None) -> list[str]:
+    """A line on the data's test split, if it has one."""
+    source = config.data if data is None else data
+    if source is None or not has_split(source, "test"):
+        return []
+    return [
+        "The data has a test split, which training doesn't read. At the end: mlx-align eval RUN "
+        "--split test"
+    ]
 
 
 def resolve_layout(config: TrainConfig) -> AdapterLayout:

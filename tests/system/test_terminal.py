@@ -70,6 +70,35 @@ def test_notes_bars_and_samples_are_escaped(capsys, monkeypatch):
     assert out.count(r"a\x1b[2J\x1b]0;PWNED") >= 5
 
 
+def test_the_sequences_of_a_bar_reach_the_terminal(capsys, monkeypatch):
+    monkeypatch.setenv("TERM", "xterm-256color")
+    console = Console()
+    monkeypatch.setattr(type(console.console), "is_terminal", True)
+    console.console.is_interactive = True
+    with safe_output(), console.bar("Reading", 2) as bar:
+        bar.advance()
+        print("from a library \x1b]0;PWNED")
+    out = capsys.readouterr().out
+    assert "\x1b[2K" in out
+    assert r"\x1b" not in out.replace(r"\x1b]0;PWNED", "")
+    assert "\x1b]0" not in out
+
+
+def test_long_notes_are_wrapped_on_a_terminal_and_commands_are_not(capsys, monkeypatch):
+    console = Console()
+    words, command = "word " * 40, "  mlx-align dpo --data " + "p" * 100
+    console.note(words)
+    assert capsys.readouterr().out.count("\n") == 1
+    monkeypatch.setattr(type(console.console), "is_terminal", True)
+    monkeypatch.setattr(type(console.console), "width", 100)
+    console.note(f"{words}\n{command}")
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 4
+    assert max(map(len, lines[:-1])) <= 100
+    assert "".join(lines[:-1]).split() == words.split()
+    assert lines[-1] == command
+
+
 @pytest.mark.parametrize("encoding", ["latin-1", "ascii"])
 def test_characters_that_the_terminal_lacks_are_replaced(monkeypatch, encoding):
     raw = io.BytesIO()
