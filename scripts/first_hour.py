@@ -242,7 +242,7 @@ for row in pairs:
     for name in ("chosen", "rejected"):
         row[name] = [{"role": "assistant", "content": row[name]}]
 
-run = ma.dpo(model="starter", data=pairs, output="runs/python", learning_rate=1e-3)
+run = ma.dpo(model="starter", data=pairs, output="runs/python", learning_rate=2.5e-4)
 print(run.verdict.kind, run.metrics["eval/rewards/accuracies"])
 print(run.generate("What is the capital of Kenya?"))
 """
@@ -301,8 +301,8 @@ STEPS = (
         f"{TRAIN} --output runs/first",
     ),
     Step(
-        "So a second run gets twenty times the learning rate. Ctrl-C stops it …",
-        f"{TRAIN} --learning-rate 1e-3 --output runs/second",
+        "So a second run gets the rate of the starter's own recipe. Ctrl-C stops it …",
+        f"{TRAIN} --learning-rate 2.5e-4 --output runs/second",
         typed=(("update 10/", CTRL_C),),
         code=130,
     ),

@@ -8,6 +8,7 @@ the other. `training/` runs both in one loop.
 
 from __future__ import annotations
 
+import math
 import shlex
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 import mlx.core as mx
 import mlx.optimizers as optim
 import numpy as np
+import numpy.typing as npt
 
 from mlx_align.data.batching import Microbatch
 from mlx_align.data.buckets import BatchLimit
@@ -25,6 +27,7 @@ from mlx_align.data.chat_template import Thinking
 from mlx_align.data.formats import ReadReport
 from mlx_align.data.readers import Data
 from mlx_align.data.statistics import TokenizedDataset
+from mlx_align.evaluation.statistics import standard_error
 from mlx_align.inference.scoring import Scorer, make_logprob_scorer
 from mlx_align.losses.masking import weighted_sum
 from mlx_align.models.loading import LanguageModel, ModelFolder
@@ -265,22 +268,43 @@ class OnPolicyMethod:
     make: Callable[[Any, RolloutCollector], OnPolicyAlgorithm]
 
 
-def held_out_means(rows: Mapping[str, Any]) -> dict[str, float]:
+def held_out_means(
+    rows: Mapping[str, Any], groups: Sequence[TokenizedGroup] = ()
+) -> dict[str, float]:
     """Means of held-out metrics, and the standard deviation of each that is not a rate.
+
+    If several groups have the same prompt, as the pairs of a ranked list do, their values are not
+    independent. Then the deviation is the standard error over prompts times √n, rates have one too,
+    and `prompts` is their number.
 
     Args:
         rows: Per metric an array with a value per example.
+        groups: The examples; () if each has its own prompt.
 
     Returns:
         `<name>` and `<name>_std`, for `system.intervals.metric_interval`.
     """
+    prompt = prompt_numbers(groups)
+    prompts = len(set(prompt.tolist()))
+    clustered = prompts < len(groups)
     found: dict[str, float] = {}
     for name, column in rows.items():
         values = np.array(column)
         found[name] = float(values.mean())
-        if name not in RATES and values.size > 1:
+        if clustered:
+            error = standard_error(values.astype(np.float64), prompt)
+            if error is not None:
+                found[f"{name}_std"] = error * math.sqrt(values.size)
+        elif name not in RATES and values.size > 1:
             found[f"{name}_std"] = float(values.std(ddof=1, dtype=np.float64))
-    return found
+    return {**found, "prompts": float(prompts)} if clustered else found
+
+
+def prompt_numbers(groups: Sequence[TokenizedGroup]) -> npt.NDArray[np.int64]:
+    """A number for each group (n,), the same for groups with the same prompt."""
+    numbers: dict[bytes, int] = {}
+    found = [numbers.setdefault(group.prompt.tobytes(), len(numbers)) for group in groups]
+    return np.array(found, np.int64)
 
 
 def weighted_metrics(metrics: Mapping[str, mx.array], weight: mx.array) -> MetricSums:

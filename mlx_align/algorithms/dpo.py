@@ -295,7 +295,7 @@ def evaluate_pairs(
     )
     values = {"loss": loss(pairs, pairs.chosen_length.mean())}
     values.update(pair_metrics(pairs, loss.beta or 1.0))
-    return held_out_means(values)
+    return held_out_means(values, groups)
 
 
 def read_pairs(data: Data, split: str, format: str | None) -> tuple[list[PromptGroup], ReadReport]:

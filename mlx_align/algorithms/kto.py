@@ -24,6 +24,7 @@ from mlx_align.algorithms.base import (
     Objective,
     count_tokens,
     held_out_means,
+    prompt_numbers,
     weighted_metrics,
 )
 from mlx_align.config import KTOConfig
@@ -39,6 +40,7 @@ from mlx_align.data.readers import Data
 from mlx_align.data.statistics import TokenizedDataset
 from mlx_align.data.transforms import MISMATCHED, OWN, add_mismatched
 from mlx_align.errors import ConfigError, DataError
+from mlx_align.evaluation.statistics import standard_error
 from mlx_align.inference.scoring import Scorer
 from mlx_align.losses.hyperparameters import HyperparameterValue
 from mlx_align.losses.masking import masked_sum, weighted_sum
@@ -332,7 +334,7 @@ def evaluate_rows(
     kl = max(0.0, float(logratios(MISMATCHED).mean())) if loss.loss.needs_kl else 0.0
     probability = mx.array([desirable_probability(group) for group in groups])
     values = loss(mx.array(own.astype(np.float32)), probability, mx.array(kl))
-    metrics = {**held_out_means({"loss": values}), "kl": kl}
+    metrics = {**held_out_means({"loss": values}, groups), "kl": kl}
     metrics |= {"count/chosen": float(good.sum()), "count/rejected": float((~good).sum())}
     total = np.array([p[OWN].sum(dtype=np.float64) for p in logps])
     for name, kind in (("chosen", good), ("rejected", ~good)):
@@ -340,15 +342,37 @@ def evaluate_rows(
             metrics[f"rewards/{name}"] = float(loss.beta * own[kind].mean())
             metrics[f"logps/{name}"] = float(total[kind].mean())
     if good.any() and not good.all():
-        metrics["rewards/accuracies"] = float(np.where(good, own > kl, own < kl).mean())
+        right = np.where(good, own > kl, own < kl)
+        metrics["rewards/accuracies"] = float(right.mean())
         metrics["rewards/margins"] = metrics["rewards/chosen"] - metrics["rewards/rejected"]
         if good.sum() > 1 and (~good).sum() > 1:
             # The margin is a difference of two means, not a mean of n values: this is the standard
             # deviation that gives its standard error.
             variance = sum(own[kind].var(ddof=1) / kind.sum() for kind in (good, ~good))
             metrics["rewards/margins_std"] = float(loss.beta * math.sqrt(variance * len(own)))
+        if "prompts" in metrics:
+            metrics |= _clustered_deviations(right, own, good, loss.beta, prompt_numbers(groups))
         metrics["rewards/auc"] = _auc(own[good], own[~good])
     return metrics
+
+
+def _clustered_deviations(
+    right: np.ndarray, own: np.ndarray, good: np.ndarray, beta: float, prompt: np.ndarray
+) -> dict[str, float]:
+    """The deviations of accuracy and margin of rows (n,) of which several have the same prompt.
+
+    As in `held_out_means`: the standard error over prompts times √n. The margin is a difference of
+    two means, whose error is the mean of each row's influence on it.
+    """
+    n = len(own)
+    share = np.where(good, n / max(good.sum(), 1), -n / max((~good).sum(), 1))
+    centre = np.where(good, own[good].mean(), own[~good].mean())
+    columns = {
+        "rewards/accuracies": right.astype(np.float64),
+        "rewards/margins": beta * share * (own - centre),
+    }
+    errors = {name: standard_error(values, prompt) for name, values in columns.items()}
+    return {f"{name}_std": e * math.sqrt(n) for name, e in errors.items() if e is not None}
 
 
 def _auc(high: np.ndarray, low: np.ndarray) -> float:

@@ -257,7 +257,7 @@ def evaluate_comparisons(
     comparisons = Comparisons(*(mx.array(column) for column in columns))
     values = {"loss": _loss(mx.array(rows), comparisons, config)}
     values.update(reward_metrics(mx.array(rows), comparisons))
-    return held_out_means(values)
+    return held_out_means(values, groups)
 
 
 def check_comparisons(data: TokenizedDataset, config: RewardConfig) -> list[str]:

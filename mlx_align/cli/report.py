@@ -28,7 +28,7 @@ def report(**options: Any) -> None:
     from mlx_align.report.page import render_comparison, render_run
     from mlx_align.system.atomic_io import check_can_create, write_text
     from mlx_align.tracking.run_dir import PAGE_FILE, read_run_record
-    from mlx_align.tracking.verdict import compare_runs
+    from mlx_align.tracking.verdict import compare_runs, verdict
 
     config = make_config(ReportConfig, given_options(options), None, "command line")
     if config.output is not None:
@@ -52,6 +52,8 @@ def report(**options: Any) -> None:
         write_text(file, text)
     except OSError as error:
         raise ConfigError(f"--output {file}: can't be written ({error.strerror})") from error
+    for name, run in zip(names, runs, strict=False):
+        click.echo(f"{name}: {verdict(run).kind}")
     if len(runs) > 1:
         click.echo("\n".join(textwrap.wrap(compare_runs(runs, names).sentence, _WIDTH)))
     click.echo(f"Wrote {file}")

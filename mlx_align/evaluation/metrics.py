@@ -71,7 +71,7 @@ def preferences(
     rewards = beta * logratios
 
     def rate(scores: Floats) -> Estimate:
-        return rate_estimate(wins(scores[:, 0], scores[:, 1]), prompt, seed=seed)
+        return rate_estimate(wins(scores[:, 0], scores[:, 1]), prompt)
 
     def mean(values: Floats) -> Estimate:
         return mean_estimate(values, prompt, seed=seed)
@@ -201,7 +201,7 @@ def win_rate(
         prompts=len(policy),
         answers=policy.size,
         unjudged=unjudged,
-        rate=rate_estimate(outcome, prompt, seed=seed),
+        rate=rate_estimate(outcome, prompt),
         length_controlled=length_controlled(outcome, longer, prompt, seed=seed),
         ties=float((outcome == 0.5).mean()),
         detectable=detectable_rate(outcome, prompt),

@@ -136,7 +136,7 @@ def reward_report(
         compared.prompt[decided],
     )
     right = _is_right(one.difference)
-    rate = rate_estimate(right, one.prompt, seed=seed)
+    rate = rate_estimate(right, one.prompt)
     low, high = rate.low, rate.high
     longer = _is_right(one.better_length - one.worse_length)
     shorter = one.better_length < one.worse_length
@@ -321,7 +321,7 @@ def pair_report(compared: ScoredComparisons, *, seed: int = 0) -> PairReport:
     margins, prompt = compared.difference[decided], compared.prompt[decided]
     right = _is_right(margins)
     longer = _is_right(compared.better_length[decided] - compared.worse_length[decided])
-    rate = rate_estimate(right, prompt, seed=seed)
+    rate = rate_estimate(right, prompt)
     accuracy_low, accuracy_high = rate.low, rate.high
     margin_low, margin_high = bootstrap_interval(margins, prompt, seed=seed)
     return PairReport(

@@ -14,7 +14,7 @@ from statistics import NormalDist
 import numpy as np
 import numpy.typing as npt
 
-from mlx_align.system.intervals import LEVEL, Estimate, wilson_interval, z_score
+from mlx_align.system.intervals import LEVEL, Estimate, effective_size, wilson_interval, z_score
 
 Floats = npt.NDArray[np.float64]
 Clusters = npt.NDArray[np.int64]
@@ -59,16 +59,15 @@ def ratio_estimate(
     return Estimate(float(above.sum() / below.sum()), float(low), float(high))
 
 
-def rate_estimate(outcomes: Floats, cluster: Clusters, *, seed: int = 0) -> Estimate:
+def rate_estimate(outcomes: Floats, cluster: Clusters) -> Estimate:
     """A mean of outcomes in [0, 1], (n,), with an interval over clusters (n,).
 
-    If all clusters have the same mean (all won, or all tied), there is nothing to resample. The
-    interval is then Wilson's, with the number of clusters as the number of trials.
+    The interval is Wilson's for the number of independent trials that the clusters are worth, as
+    everywhere for held-out rates (`system.intervals.effective_size`).
     """
-    means = cluster_means(outcomes, cluster)
-    if np.ptp(means) > 1e-12:
-        return mean_estimate(outcomes, cluster, seed=seed)
-    return wilson_interval(float(means[0]), len(means))
+    rate, clusters = float(outcomes.mean()), len(np.unique(cluster))
+    error = standard_error(outcomes, cluster) or 0.0
+    return wilson_interval(rate, effective_size(rate, error, len(outcomes), clusters))
 
 
 def standard_error(values: Floats, cluster: Clusters) -> float | None:

@@ -193,7 +193,7 @@ def rate_of_pairs(outcomes: Floats, cluster: Clusters, seed: int) -> Estimate:
     """
     if len(np.unique(cluster)) == len(cluster):
         return wilson_interval(float(outcomes.mean()), len(outcomes))
-    return rate_estimate(outcomes, cluster, seed=seed)
+    return rate_estimate(outcomes, cluster)
 
 
 def noise(sample: Sample, *, seed: int = 0) -> Estimate:

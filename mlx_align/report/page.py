@@ -25,7 +25,7 @@ from mlx_align.report.tables import (
     rollout_rows,
     sample_rows,
 )
-from mlx_align.system.formatting import format_date, format_duration, format_value
+from mlx_align.system.formatting import format_count, format_date, format_duration, format_value
 from mlx_align.system.intervals import kl_interval, metric_interval
 from mlx_align.tracking.diagnostics import Finding, diagnose
 from mlx_align.tracking.run_dir import RunRecord
@@ -335,10 +335,10 @@ def _interval(record: RunRecord, headline: Headline) -> str:
     """The 95% interval of a held-out metric and its number of examples, or ""."""
     examples = held_out_examples(record)
     found = metric_interval(record.kept_evaluation, headline.key, examples)
-    if found is None:
+    if found is None or examples is None:
         return ""
     low, high = (format_value(end, headline.unit) for end in (found.low, found.high))
-    return f"{low} to {high}, n = {examples:,}"
+    return f"{low} to {high}, {format_count(record.kept_evaluation, examples)}"
 
 
 def _comparable(records: Sequence[RunRecord], key: str) -> bool:

@@ -26,7 +26,7 @@ from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
-from mlx_align.system.formatting import format_duration
+from mlx_align.system.formatting import format_count, format_duration
 from mlx_align.system.intervals import Estimate, kl_interval, metric_interval
 from mlx_align.system.progress import ProgressBar
 from mlx_align.system.terminal import encodable, escape_controls
@@ -118,16 +118,17 @@ def _wrapped(line: str, width: int) -> str:
     """A line of a message in lines of at most `width` characters; commands stay on one line."""
     if len(line) <= width or line.lstrip().startswith(_COMMANDS):
         return line
-    indent = line[: len(line) - len(line.lstrip())] + "    "
-    return "\n".join(
-        textwrap.wrap(
-            line,
-            width,
-            subsequent_indent=indent,
-            break_long_words=False,
-            break_on_hyphens=False,
-        )
+    indent = line[: len(line) - len(line.lstrip())]
+    if indent or line.startswith("!"):
+        indent += "    "
+    wrapped = textwrap.wrap(
+        line.replace("n = ", "n\N{NO-BREAK SPACE}=\N{NO-BREAK SPACE}"),
+        width,
+        subsequent_indent=indent,
+        break_long_words=False,
+        break_on_hyphens=False,
     )
+    return "\n".join(wrapped).replace("\N{NO-BREAK SPACE}=\N{NO-BREAK SPACE}", " = ")
 
 
 class _UnbrokenConsole(RichConsole):
@@ -277,7 +278,7 @@ def _metric_table(
     examples: int,
     kl: Mapping[str, Any] | None,
 ) -> Table:
-    title = f"Held-out data, n = {examples:,}"
+    title = f"Held-out data, {format_count(after, examples)}"
     table = Table(title=title, title_justify="left", box=None, pad_edge=False)
     table.add_column("")
     table.add_column("before", justify="right")

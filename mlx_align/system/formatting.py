@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping
 from datetime import datetime
 
-from mlx_align.system.intervals import metric_interval
+from mlx_align.system.intervals import metric_interval, prompts_of
 
 
 def format_value(value: float | None, unit: str = "") -> str:
@@ -96,8 +96,14 @@ def format_metrics(row: Mapping[str, float], examples: int | None = None) -> str
         parts.append(f"{row['tokens_per_second']:,.0f} tokens/s")
         parts.append(f"{row['peak_memory_bytes'] / 1e9:.2f} GB")
     if examples is not None:
-        parts.append(f"n = {examples:,}")
+        parts.append(format_count(row, examples))
     return ", ".join(parts)
+
+
+def format_count(metrics: Mapping[str, float], examples: int) -> str:
+    """The number of held-out examples, with that of their prompts where several have the same."""
+    prompts = prompts_of(metrics)
+    return f"n = {examples:,}" + ("" if prompts is None else f" of {prompts:,} prompts")
 
 
 def _format_rollout_metrics(row: Mapping[str, float], ends: Callable[[str, str], str]) -> list[str]:

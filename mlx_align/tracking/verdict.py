@@ -14,6 +14,8 @@ from mlx_align.system.intervals import (
     Estimate,
     kl_interval,
     mean_difference,
+    metric_interval,
+    prompts_of,
     rate_difference,
     wilson_interval,
 )
@@ -245,9 +247,13 @@ def _rate_verdict(record: RunRecord) -> Verdict | None:
             f"On held-out {rate.unit}s {rate.what} {rate.value:.0%}; their number is not recorded, "
             "so there is no interval.",
         )
-    found = wilson_interval(rate.value, n)
-    kind, ending = _compare(found, rate.baseline, rate.baseline_name, n)
+    kept = record.kept_evaluation
+    found = metric_interval(kept, "eval/rewards/accuracies", n) or wilson_interval(rate.value, n)
+    prompts = prompts_of(kept)
+    kind, ending = _compare(found, rate.baseline, rate.baseline_name, prompts or n)
     examples = counted(n, f"held-out {rate.unit}")
+    if prompts is not None:
+        examples += f" of {counted(prompts, 'prompt')}"
     sentence = f"On {examples} {rate.what} {_interval(found, n)}: {ending}."
     return Verdict(kind, sentence, found, n)
 
@@ -379,6 +385,8 @@ def compare_runs(records: Sequence[RunRecord], names: Sequence[str]) -> Verdict:
     clear = difference.low > 0
     points = [f"{100 * x:+.0f}".replace("-", "−") for x in (difference.low, difference.high)]
     ending = f"{name} is better" if clear else "they can't be told apart"
+    if clear and best.kind == "broken":
+        ending, clear = f"but {name} is broken", False
     sentence = (
         f"On {examples} {what} {best.estimate.value:.0%} ({name}) and "
         f"{second.estimate.value:.0%} ({other}); the difference is "

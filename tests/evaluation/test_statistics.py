@@ -60,7 +60,7 @@ def test_intervals_cover_the_truth_as_often_as_stated():
         means.append(mean_estimate(values, prompt, seed=seed))
         if seed < 50:
             naive.append(mean_estimate(values, np.arange(240), seed=seed))
-        rates.append(rate_estimate((random.uniform(size=80) < 0.6) * 1.0, np.arange(80), seed=seed))
+        rates.append(rate_estimate((random.uniform(size=80) < 0.6) * 1.0, np.arange(80)))
         tokens = random.integers(20, 200, 60).astype(float)
         nats = random.normal(2, 0.3, 60) * tokens
         ratios.append(ratio_estimate(nats, tokens, np.arange(60), seed=seed))

@@ -93,9 +93,9 @@ def test_long_notes_are_wrapped_on_a_terminal_and_commands_are_not(capsys, monke
     monkeypatch.setattr(type(console.console), "width", 100)
     console.note(f"{words}\n{command}")
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 4
+    assert len(lines) == 3
     assert max(map(len, lines[:-1])) <= 100
-    assert "".join(lines[:-1]).split() == words.split()
+    assert " ".join(lines[:-1]).split() == words.split()
     assert lines[-1] == command
 
 
