@@ -201,9 +201,10 @@ def scrub(text: str, home: Path) -> str:
     """The text without what is of this machine alone: paths, times of day, sizes of memory."""
     for path in {str(home), str(home.resolve())}:
         text = text.replace(path, "~")
+    # Names of runs; a long line may be wrapped in one.
+    text = re.sub(r"-\d{8}(\n?)-\d{6}\b", r"-20260101\1-090000", text)
     # Of pip, where it is configured with folders.
     lines = [line for line in text.splitlines() if not line.startswith("WARNING: Location ")]
-    lines = [re.sub(r"-\d{8}-\d{6}\b", "-20260101-090000", line) for line in lines]
     date = r"\b\d{4}-\d\d-\d\d[ T]\d\d:\d\d(:\d\d)?"
     return re.sub(date, "2026-01-01 09:00", "\n".join(lines))
 
@@ -433,7 +434,7 @@ def main(folder: Path | None, output: Path, only: tuple[str, ...]) -> None:
     images.mkdir(parents=True, exist_ok=True)
     page = home / "capitals" / "runs" / "second" / "report.html"
     made = picture(page, images / "first-hour-phone.png", 390, 1500)
-    made = made and picture(page, images / "first-hour-page.png", 1200, 1000)
+    made = made and picture(page, images / "first-hour-page.png", 1100, 900)
     if made:
         parts.append(PICTURES)
     output.write_text("\n".join(parts), encoding="utf-8")

@@ -193,6 +193,7 @@ class EvalOptions(TypedDict, total=False):
     model: str | Path | None
     adapter_path: str | PathLike[str] | None
     data: Data | None
+    split: Literal["train", "valid", "test"] | None
     format: str | None
     columns: Mapping[str, float | str]
     max_seq_length: int | None

@@ -108,6 +108,7 @@ def sample_rows(sample: Mapping[str, Any]) -> dict[str, Any]:
             if name not in ("source", "prompt"):
                 sides.append({"name": str(name), "text": option_text(value), "kind": str(name)})
     for side in sides:
+        side["text"] = side["text"] if side["text"].strip() else "(nothing)"
         side["kind"] = side["kind"] if side["kind"] in ("best", "after") else ""
     return {
         "source": str(sample.get("source", "")),
@@ -174,7 +175,7 @@ def metric_rows(record: RunRecord) -> list[list[str]]:
 
 def option_text(value: Any) -> str:
     """A value of an option as text."""
-    if value is None:
+    if value is None or value in ({}, []):
         return "–"
     if isinstance(value, bool):
         return "on" if value else "off"

@@ -40,12 +40,12 @@ def t_score(freedom: int) -> float:
     at 3.
     """
     z = z_score()
-    terms = (
+    coefficients = (
         (z**3 + z) / 4,
         (5 * z**5 + 16 * z**3 + 3 * z) / 96,
         (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
     )
-    return z + sum(term / freedom**power for power, term in enumerate(terms, 1))
+    return z + sum(value / freedom**power for power, value in enumerate(coefficients, 1))
 
 
 def effective_size(rate: float, standard_error: float, n: int, clusters: int) -> float:

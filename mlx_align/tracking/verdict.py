@@ -363,17 +363,22 @@ def _without_held_out(record: RunRecord) -> Verdict:
 def compare_runs(records: Sequence[RunRecord], names: Sequence[str]) -> Verdict:
     """The verdict on several runs: the best one on held-out data, and whether that is significant.
 
-    Compares the two best of the largest group of runs that measure the same rate.
+    Compares the two best of the largest group of runs that measure the same rate on the same data.
     """
     verdicts = [verdict(record) for record in records]
-    groups: dict[tuple[str, str], list[tuple[Verdict, str]]] = {}
+    groups: dict[tuple[str, str, str], list[tuple[Verdict, str]]] = {}
     for record, name, found in zip(records, names, verdicts, strict=True):
         rate = _rate(record)
         if rate is not None and found.estimate is not None:
-            groups.setdefault((rate.what, rate.unit), []).append((found, name))
-    (what, unit), known = max(groups.items(), key=lambda item: len(item[1]), default=(("", ""), []))
+            key = rate.what, rate.unit, str(record.config.get("data"))
+            groups.setdefault(key, []).append((found, name))
+    (what, unit, _), known = max(
+        groups.items(), key=lambda item: len(item[1]), default=(("", "", ""), [])
+    )
     if len(known) < 2:
-        return Verdict("unknown", "These runs have no held-out rate in common to compare.")
+        return Verdict(
+            "unknown", "These runs have no held-out rate on the same data in common to compare."
+        )
     (best, name), (second, other) = sorted(known, key=lambda one: -_value(one[0]))[:2]
     assert best.estimate is not None
     assert second.estimate is not None

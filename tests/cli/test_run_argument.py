@@ -1,10 +1,14 @@
 """A run folder is enough: its base model and data are found in it."""
 
 import json
+import shutil
 
 import pytest
 from helpers.paths import TINY_MODEL
 from helpers.runs import mlx_align
+
+from mlx_align.config import TrainConfig
+from mlx_align.training.setup import describe_test_split
 
 
 @pytest.fixture(scope="module")
@@ -62,3 +66,19 @@ def test_another_base_model_may_be_named(run, tmp_path, capsys):
     assert mlx_align("fuse", config.parent, *options) == 1
     assert "gone" in capsys.readouterr().err
     assert mlx_align("fuse", config.parent, "--model", TINY_MODEL, *options) == 0
+
+
+def test_the_test_split_is_named_in_training_and_measured_on_request(run, pairs, tmp_path, capsys):
+    data = tmp_path / "data"
+    shutil.copytree(pairs, data)
+    rows = (pairs / "valid.jsonl").read_text().splitlines(keepends=True)[:3]
+    (data / "test.jsonl").write_text("".join(rows).replace("valid", "test"))
+    assert "--split test" in describe_test_split(TrainConfig(data=str(data)), None)[0]
+    assert describe_test_split(TrainConfig(data=str(pairs)), None) == []
+    for split, count in (("test", 3), ("valid", 12)):
+        assert mlx_align("eval", run, "--data", data, "--split", split, *QUICK, "--json") == 0
+        found = json.loads(capsys.readouterr().out)
+        assert found["preferences"]["pairs"] == count
+        assert f"{split} split" in found["data"]
+    assert mlx_align("eval", run, "--split", "test", *QUICK) == 1
+    assert "has no test split" in capsys.readouterr().err

@@ -333,6 +333,14 @@ def test_comparisons(tmp_path):
     many = [run("d", 0.8, 400), run("e", 0.6, 400)]
     found = compare_runs(many, ["d", "e"])
     assert (found.kind, found.sentence[-14:]) == ("better", ": d is better.")
+    broken = finished(
+        tmp_path / "broken",
+        pairs(0.9, 400)[0],
+        eval_examples=400,
+        kl={"mean": 300.0, "standard_error": 5.0, "samples": 8},
+    )
+    found = compare_runs([broken, many[1]], ["broken", "e"])
+    assert (found.kind, found.sentence[-23:]) == ("no difference", ": but broken is broken.")
     rows, status = rollouts(0.85)
     other = record(tmp_path / "other", rows, status=status)
     assert compare_runs([many[0], other], ["d", "other"]).kind == "unknown"
