@@ -60,7 +60,8 @@ def test_a_command_is_typed_to_and_its_exit_code_known(tmp_path):
 
 
 def test_nothing_of_this_machine_is_left(tmp_path):
-    text = f"Wrote {tmp_path}/runs/dpo-20261128\n-123456\nWARNING: Location 'x' is ignored\n2026-11-28 12:42 log\n"
+    text = f"Wrote {tmp_path}/runs/dpo-20261128\n-123456\nWARNING: Location 'x' is ignored\n"
+    text += "2026-11-28 12:42 log\n"
     found = hour.scrub(text, tmp_path)
     assert found == "Wrote ~/runs/dpo-20260101\n-090000\n2026-01-01 09:00 log"
 
