@@ -267,10 +267,12 @@ def kill_commands(names: list[str], kills: int, per_run: int, number: int) -> bo
         trials = {one: Trial(one, folder) for one in names}
         for one, trial in trials.items():
             print(f"{one}: {trial.seconds:.1f} s undisturbed", flush=True)
-        for one in itertools.cycle(names):
+        for turn, one in enumerate(itertools.cycle(names), 1):
             left = kills - sum(trial.kills for trial in trials.values())
             if left <= 0:
                 break
+            if turn % 20 == 0:
+                print(f"{kills - left} kills of {turn} runs", flush=True)
             found = trials[one].killed(draw, min(left, draw.randint(1, per_run)))
             faults += found
             print("".join(f"FAIL: {line}\n" for line in found), end="", flush=True)
