@@ -45,7 +45,7 @@ from mlx_align.models.model_config import (
     unsupported_reason,
 )
 from mlx_align.models.rotary import correct_rotations
-from mlx_align.models.templates import limit_template
+from mlx_align.models.templates import limit_patterns, limit_template
 from mlx_align.models.verification import verify_forward
 from mlx_align.models.weights import AdapterWeights, tensor_shapes, use_adapter
 from mlx_align.system.regular_files import irregular_file
@@ -331,6 +331,7 @@ def load_tokenizer(path: Path, config: dict[str, Any]) -> TokenizerWrapper:
             eos_token_ids=[eos] if isinstance(eos, int) else eos,
         )
         limit_template(tokenizer._tokenizer, path)
+        limit_patterns(tokenizer._tokenizer, path)
         return tokenizer
     except Exception as error:  # transformers passes on the exceptions of several parsers
         raise ModelError(f"{path}: its tokenizer can't be loaded ({first_line(error)})") from error

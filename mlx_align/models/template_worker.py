@@ -1,12 +1,13 @@
-"""The program of the process in which chat templates and patterns of strangers are evaluated.
+"""The program of the process in which templates and patterns of strangers are evaluated.
 
 A chat template is a program that comes with a model. It runs in the sandbox of jinja2 as
 transformers sets it up, which keeps it from files and from Python's internals, but not from running
-forever. Patterns are regular expressions in an adapter's configuration.
+forever. Patterns are regular expressions in an adapter's configuration or in tokenizer.json.
 """
 
 from __future__ import annotations
 
+import os
 import re
 import resource
 import sys
@@ -20,6 +21,9 @@ from mlx_align.system.worker import serve
 
 class Worker:
     """Answers the requests of `templates.Sandbox`."""
+
+    def __init__(self) -> None:
+        self._tokenizers: dict[str, Any] = {}
 
     def start(self, request: Mapping[str, Any]) -> dict[str, Any]:
         """Import what rendering needs, then limit the memory to `bytes` more than that."""
@@ -51,6 +55,35 @@ class Worker:
             return {"raised": str(error)[:2000] or type(error).__name__}
         text = str(rendered[0])
         return {"exceeded": "length"} if len(text) > request["length"] else {"text": text}
+
+    def load_tokenizer(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        """Keep the tokenizer whose JSON is `content`, as `name`."""
+        from tokenizers import Tokenizer
+
+        self._tokenizers[request["name"]] = Tokenizer.from_str(request["content"])
+        return {}
+
+    def encode(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        """Encode a text; replies `unknown` without the tokenizer, and with what was `raised`.
+
+        The tokenizers library ends a match after 10,000,000 steps, by a panic that it prints.
+        """
+        tokenizer = self._tokenizers.get(request["name"])
+        if tokenizer is None:
+            return {"unknown": True}
+        stderr, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, 2)
+        try:
+            tokenizer.encode(request["text"])
+        except Exception:  # the tokenizer itself says it
+            return {}
+        except BaseException as error:  # a panic
+            return {"raised": (str(error).splitlines() or [type(error).__name__])[0][:300]}
+        finally:
+            os.dup2(stderr, 2)
+            os.close(stderr)
+            os.close(nowhere)
+        return {}
 
     def match(self, request: Mapping[str, Any]) -> dict[str, Any]:
         """The names that a pattern matches as a whole; `raised` if the pattern is wrong."""

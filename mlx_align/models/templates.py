@@ -8,10 +8,12 @@ memory and length. The text is the same as transformers' own, which does the ren
 from __future__ import annotations
 
 import atexit
+import hashlib
 import inspect
+import json
 import re
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +78,37 @@ class Sandbox:
 
 _TEMPLATES, _PATTERNS = Sandbox(templates=True), Sandbox(templates=False)
 
+# Parts of the patterns below: English contractions, marks and line ends.
+_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+_SPACES = r"\s*[\r\n]+|\s+(?!\S)|\s+"
+_MARKS = r" ?[^\s\p{L}\p{N}]+[\r\n]*|" + _SPACES
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_FIRST = r"[^\r\n\p{L}\p{N}]?"
+# Patterns that take time in proportion to the text. Before a tokenizer with other patterns encodes
+# a text, the process with limits does.
+KNOWN_PATTERNS = frozenset(
+    (
+        # GPT-2, Llama 3, Qwen 2 and 3, Qwen 3.5, GPT-4o, Mistral, DeepSeek
+        r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
+        _WORDS + "|" + _FIRST + r"\p{L}+|\p{N}{1,3}|" + _MARKS,
+        _WORDS + "|" + _FIRST + r"\p{L}+|\p{N}|" + _MARKS,
+        _WORDS + "|" + _FIRST + r"[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|" + _SPACES,
+        f"{_FIRST}{_UPPER}*{_LOWER}+{_WORDS}?|{_FIRST}{_UPPER}+{_LOWER}*{_WORDS}?|"
+        r"\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|" + _SPACES,
+        rf"{_FIRST}{_UPPER}*{_LOWER}+|{_FIRST}{_UPPER}+{_LOWER}*|\p{{N}}|"
+        r" ?[^\s\p{L}\p{N}]+[\r\n/]*|" + _SPACES,
+        r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+|"""
+        r" ?[\p{P}\p{S}]+[\r\n]*|" + _SPACES,
+        r"[一-龥぀-ゟ゠-ヿ]+",
+        # Digits
+        r"\p{N}{1,3}",
+        r"\p{N}",
+        r"\d",
+        r"[0-9]",
+        r"[0-9][0-9][0-9]",
+    )
+)
+
 
 def matching_names(pattern: str, names: Sequence[str]) -> set[str]:
     """The names that a stranger's regular expression matches as a whole.
@@ -104,6 +137,70 @@ def limit_template(tokenizer: Any, folder: Path) -> None:
     """
     if type(tokenizer).apply_chat_template is PreTrainedTokenizerBase.apply_chat_template:
         tokenizer.apply_chat_template = _LimitedTemplate(tokenizer, folder)
+
+
+def limit_patterns(tokenizer: Any, folder: Path) -> None:
+    """Let a Hugging Face tokenizer with unknown patterns encode texts in the process first.
+
+    A regular expression in tokenizer.json may take days. A text that the process encodes within the
+    limit is then encoded here, so that the tokens are the tokenizer's own.
+
+    Args:
+        tokenizer: The tokenizer, changed in place.
+        folder: The model's folder, for messages.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return
+    # Without the vocabulary, which may have megabytes.
+    parts = [one.__getstate__() for one in (backend.normalizer, backend.pre_tokenizer) if one]
+    if not set(_patterns([json.loads(part) for part in parts])) <= KNOWN_PATTERNS:
+        tokenizer.encode = _LimitedEncoding(tokenizer, folder, backend.to_str())
+
+
+def _patterns(part: Any) -> Iterator[str]:
+    """The regular expressions in a part of tokenizer.json."""
+    if isinstance(part, Mapping):
+        if isinstance(part.get("Regex"), str):
+            yield part["Regex"]
+        part = list(part.values())
+    if isinstance(part, list):
+        for item in part:
+            yield from _patterns(item)
+
+
+class _LimitedEncoding:
+    """Replaces `encode` of a tokenizer."""
+
+    def __init__(self, tokenizer: Any, folder: Path, content: str) -> None:
+        self._encode, self._folder, self._content = tokenizer.encode, folder, content
+        self._name = hashlib.blake2b(content.encode(), digest_size=16).hexdigest()
+
+    def __call__(self, text: Any, *arguments: Any, **options: Any) -> Any:
+        """As the tokenizer's own.
+
+        Raises:
+            ModelError: A pattern takes too long on the text.
+        """
+        if isinstance(text, str):
+            self._check(text)
+        return self._encode(text, *arguments, **options)
+
+    def _check(self, text: str) -> None:
+        message = {"name": self._name, "text": text}
+        try:
+            reply = _PATTERNS.request("encode", message)
+            if "unknown" in reply:
+                _PATTERNS.request("load_tokenizer", {"name": self._name, "content": self._content})
+                reply = _PATTERNS.request("encode", message)
+        except WorkerFailure as failure:
+            reply = {"raised": str(failure).partition(" (")[0]}
+        if "raised" in reply:
+            raise ModelError(
+                f"{self._folder}: its tokenizer was given up on a text of {len(text):,} "
+                f"characters: {reply['raised']}; are the patterns in its tokenizer.json as they "
+                "were published?"
+            )
 
 
 class _LimitedTemplate:

@@ -1,5 +1,6 @@
 """Chat templates and patterns of strangers have limits, and render as transformers does."""
 
+import json
 import shutil
 import time
 
@@ -7,12 +8,12 @@ import pytest
 from helpers.data import assistant, user, write_rows
 from helpers.paths import TINY_MODEL
 from helpers.runs import mlx_align
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from mlx_align.errors import ModelError
 from mlx_align.models import templates
 from mlx_align.models.loading import load_tokenizer, read_model_config
-from mlx_align.models.templates import SandboxError, matching_names
+from mlx_align.models.templates import SandboxError, _LimitedEncoding, matching_names
 
 TURNS = [{"role": "user", "content": "Grüße\n{{ x }}"}, {"role": "assistant", "content": "\ud800a"}]
 TOOLS = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}]
@@ -122,3 +123,56 @@ def test_patterns_of_strangers(monkeypatch):
     with pytest.raises(SandboxError, match="within 1 s"):
         matching_names("(a|a)*b", names)
     assert time.monotonic() - began < 60
+
+
+LLAMA_3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+@pytest.fixture
+def model_with_pattern(tmp_path):
+    """A copy of the tiny model whose tokenizer splits texts by a pattern."""
+
+    def make(pattern):
+        folder = tmp_path / "model"
+        shutil.copytree(TINY_MODEL, folder)
+        content = json.loads((folder / "tokenizer.json").read_text())
+        split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated"}
+        both = [{**split, "invert": False}, content["pre_tokenizer"]]
+        content["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": both}
+        (folder / "tokenizer.json").write_text(json.dumps(content))
+        return folder
+
+    return make
+
+
+@pytest.mark.parametrize(("pattern", "limited"), [(LLAMA_3, False), (r"\w+|\W", True)])
+def test_patterns_of_tokenizers(model_with_pattern, pattern, limited):
+    folder = model_with_pattern(pattern)
+    tokenizer = load_tokenizer(folder, read_model_config(folder))
+    assert isinstance(tokenizer._tokenizer.encode, _LimitedEncoding) == limited
+    expected = AutoTokenizer.from_pretrained(folder)
+    for text in ("It's  12345 \n\ntrees. Grüße", ""):
+        assert tokenizer.encode(text) == expected.encode(text)
+        plain = tokenizer.encode(text, add_special_tokens=False)
+        assert plain == expected.encode(text, add_special_tokens=False)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "reason"),
+    [(r"(a|a){18}$", "no answer within 1 s"), (r"(a+)+$", "retry-limit-in-match over")],
+)
+def test_a_pattern_without_end(model_with_pattern, tmp_path, monkeypatch, capfd, pattern, reason):
+    """Each match is ended by the tokenizers library, but there is one at every character."""
+    monkeypatch.setattr(templates, "MAX_SECONDS", 1.0)
+    folder = model_with_pattern(pattern)
+    text = "a" * 2000 + "!"
+    rows = [{"prompt": f"{i}{text}", "chosen": " yes", "rejected": " no"} for i in range(3)]
+    data = write_rows(tmp_path / "pairs.jsonl", rows)
+    assert mlx_align("data", "check", data, "--model", folder) == 1
+    error = capfd.readouterr().err
+    assert error.startswith(f"error: {folder}: its tokenizer was given up on a text of 2,0")
+    assert reason in error
+    assert error.count("\n") == 1
