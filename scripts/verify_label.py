@@ -4,7 +4,8 @@
 
 Starts the server of `mlx-align label --web` and opens its page in headless Chromium, 1200 and 390
 pixels wide, light and dark. A script in a copy of the page presses the keys; then the file of
-judgements is compared with what was pressed. Leaves pictures in FOLDER. Takes about a minute.
+judgements is compared with what was pressed. Leaves pictures of a plain and of a hostile pair in
+FOLDER. Takes about two minutes.
 """
 
 from __future__ import annotations
@@ -14,12 +15,14 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import click
 from verify_page import BROWSERS, MAC_BROWSER, WIDTHS
 
-from mlx_align.data.judgements import pair_answers
+from mlx_align.data.judgements import AnswerPair, pair_answers
 from mlx_align.preferences import label_web
 from mlx_align.preferences.label_web import LabelServer
 from mlx_align.preferences.labelling import LabelSession
@@ -27,6 +30,8 @@ from mlx_align.preferences.records import JudgementLog
 from mlx_align.preferences.rubric import DEFAULT_CRITERIA
 from mlx_align.types import Message
 
+# Pixels.
+PICTURE_HEIGHT = 1100
 HOSTILE = (
     "<script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\">\n\n"
     "[link](javascript:document.title='owned') ![p](https://evil.invalid/p.png)\n\n"
@@ -62,13 +67,27 @@ PROBE = """<script nonce="NONCE">
   document.body.setAttribute("data-probe", JSON.stringify(seen));
 })();
 </script>"""
+# For the pictures: enter a name, and stay at the first pair.
+ENTER = """<script nonce="NONCE">at("name").value = "RATER"; at("who").requestSubmit();</script>"""
+PLAIN = (
+    "Sydney is the largest city, but the capital is **Canberra**:\n\n"
+    "1. Melbourne was the seat of government until 1927.\n"
+    "2. Canberra was built for the purpose.\n\n"
+    '```python\ncapitals = {"Australia": "Canberra"}\n```'
+)
 # The verdicts that these keys write, in the order of the lines.
 EXPECTED = ["first", "tie", "undone", "unsure", "second", "skip", "first"]
 
 
-def serve(folder: Path, name: str) -> LabelServer:
-    """A server with hostile and plain pairs, and their file."""
-    pairs = [
+def plain_pair() -> AnswerPair:
+    """A pair as people see it."""
+    answers = ((Message("assistant", PLAIN),), (Message("assistant", "Sydney, I think."),))
+    return pair_answers((Message("user", "What is the capital of Australia, and why?"),), answers)
+
+
+def hostile_pairs() -> list[AnswerPair]:
+    """Pairs whose text tries to leave its place."""
+    return [
         pair_answers(
             (Message("user", f"{HOSTILE} {n}"),),
             (
@@ -78,6 +97,10 @@ def serve(folder: Path, name: str) -> LabelServer:
         )
         for n in range(8)
     ]
+
+
+def serve(folder: Path, name: str, pairs: Sequence[AnswerPair]) -> LabelServer:
+    """A server of pairs, and their file."""
     log = JudgementLog(folder / f"{name}.jsonl")
     return LabelServer(LabelSession(pairs, log, DEFAULT_CRITERIA))
 
@@ -96,30 +119,34 @@ def verdict(row: dict) -> str:
     return row["winner"]
 
 
+@contextmanager
+def page_with(script: str, folder: Path, name: str) -> Iterator[None]:
+    """Serve the page with a script at its end within the block."""
+    page = label_web._PAGE
+    changed = folder / f".{name}.html"
+    content = page.read_text(encoding="utf-8")
+    script = script.replace("RATER", name)
+    changed.write_text(content.replace("</body>", script + "</body>"), encoding="utf-8")
+    label_web._PAGE = changed
+    try:
+        yield
+    finally:
+        label_web._PAGE = page
+        changed.unlink()
+
+
 def check(browser: str, folder: Path, width: int, height: int, scheme: int) -> list[str]:
     """Label at one width and in one scheme; returns what is wrong."""
     name = f"{'light' if scheme else 'dark'}-{width}"
     window = [f"--window-size={width},{height}", f"--blink-settings=preferredColorScheme={scheme}"]
     window.append("--virtual-time-budget=20000")
-    page = label_web._PAGE
-    probed = folder / f".{name}.html"
-    probe = PROBE.replace("RATER", name)
-    probed.write_text(page.read_text().replace("</body>", probe + "</body>"))
-    label_web._PAGE = probed
-    try:
-        with serve(folder, name) as server:
-            done = browse(browser, server.url, *window, "--dump-dom")
-            picture = folder / f"{name}.png"
-            browse(
-                browser,
-                server.url,
-                *window,
-                "--virtual-time-budget=20000",
-                f"--screenshot={picture}",
-            )
-    finally:
-        label_web._PAGE = page
-        probed.unlink()
+    with page_with(PROBE, folder, name), serve(folder, name, hostile_pairs()) as server:
+        done = browse(browser, server.url, *window, "--dump-dom")
+    for kind, pairs in (("plain", [plain_pair()]), ("hostile", hostile_pairs()[:1])):
+        picture = f"--screenshot={folder / f'{name}-{kind}.png'}"
+        window[0] = f"--window-size={width},{PICTURE_HEIGHT}"
+        with page_with(ENTER, folder, name), serve(folder, f"{name}-{kind}", pairs) as server:
+            browse(browser, server.url, *window, picture)
     found = re.search(r'data-probe="([^"]*)"', done.stdout)
     seen = json.loads(found[1].replace("&quot;", '"').replace("&amp;", "&")) if found else {}
     print(f"{name}: {seen}")
