@@ -24,9 +24,9 @@ MISSING = -1
 RESAMPLES = 1000
 # Verdicts as labels, in their order: a is better, equal, b is better.
 VERDICT_LABELS: Mapping[str, int] = {"a": 0, "tie": 1, "b": 2}
-# Each rater counts as having been right in 4 of 5 verdicts before the first. Two raters who are right
-# in 80% agree on 68% of the pairs; trained labellers agreed on 72.6% (± 1.5%), others on 77.3%
-# (± 1.3%) (Ouyang et al. 2022, section 3.4).
+# Each rater counts as having been right in 4 of 5 verdicts before the first. Two raters who are
+# right in 80% agree on 68% of the pairs; trained labellers agreed on 72.6% (± 1.5%), others on
+# 77.3% (± 1.3%) (Ouyang et al. 2022, section 3.4).
 PRIOR_RIGHT, PRIOR_WRONG = 4.0, 1.0
 _MAX_STEPS = 10_000
 _TOLERANCE = 1e-10

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 import numpy as np
 
@@ -29,7 +28,12 @@ from mlx_align.preferences.verdicts import (
     verdict_from_probabilities,
 )
 from mlx_align.rollout.builtin_rewards import CompletionFacts
-from mlx_align.rollout.reward_functions import RewardSource, open_rewards, parse_rewards
+from mlx_align.rollout.reward_functions import (
+    RewardFunctions,
+    RewardSource,
+    open_rewards,
+    parse_rewards,
+)
 from mlx_align.types import Message, PromptGroup, Text, TokenizedGroup
 
 MIN_MASS = 0.5
@@ -245,41 +249,22 @@ def _as_messages(group: PromptGroup) -> PromptGroup:
     return replace(group, completions=tuple(completions))
 
 
+@dataclass(frozen=True)
 class RewardFunctionJudge:
     """Reward functions as a judge: the answer with the higher total reward wins; equal is a tie.
 
     For rules that can be checked, and for exact tests. Verdicts are certain. As no tokenizer is
-    involved, built-in rewards that count tokens count words.
+    involved, built-in rewards that count tokens count words. Made by `open_reward_judge`.
 
-    Args:
-        specs: Reward functions as for `--reward`.
-        timeout: Seconds that a call may take.
-
-    Raises:
-        ConfigError: A function can't be read or imported.
+    Attributes:
+        name: The functions' names.
+        functions: The functions, opened.
     """
 
+    name: str
+    functions: RewardFunctions
+
     ignores_order = True
-
-    def __init__(self, specs: Sequence[RewardSource], timeout: float = 60.0) -> None:
-        parsed = parse_rewards(specs)
-        self.name = "reward " + ", ".join(spec.text for spec in parsed)
-        self._functions = open_rewards(parsed, timeout)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """End the process of the functions."""
-        self._functions.close()
 
     def compare(self, comparisons: Sequence[Comparison]) -> list[Verdict]:
         """The verdicts; invalid where an answer has no reward.
@@ -296,7 +281,7 @@ class RewardFunctionJudge:
             [CompletionFacts(len(text.split()), True, len(text.split()) + 1) for text in pair]
             for pair in texts
         ]
-        totals = self._functions(groups, texts, facts).total.reshape(-1, 2)
+        totals = self.functions(groups, texts, facts).total.reshape(-1, 2)
         found = []
         for first, second in totals:
             if np.isnan(first) or np.isnan(second):
@@ -306,3 +291,21 @@ class RewardFunctionJudge:
                 Verdict(float(first > second), float(first < second), float(first == second))
             )
         return found
+
+
+@contextmanager
+def open_reward_judge(
+    specs: Sequence[RewardSource], timeout: float = 60.0
+) -> Iterator[RewardFunctionJudge]:
+    """Open reward functions as a judge within the block.
+
+    Args:
+        specs: Reward functions as for `--reward`.
+        timeout: Seconds that a call may take.
+
+    Raises:
+        ConfigError: A function can't be read or imported.
+    """
+    parsed = parse_rewards(specs)
+    with open_rewards(parsed, timeout) as functions:
+        yield RewardFunctionJudge("reward " + ", ".join(spec.text for spec in parsed), functions)

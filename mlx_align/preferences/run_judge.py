@@ -34,8 +34,8 @@ from mlx_align.preferences.judge_statistics import Calibration, JudgeReport
 from mlx_align.preferences.judges import (
     MIN_MASS,
     LanguageModelJudge,
-    RewardFunctionJudge,
     RewardModelJudge,
+    open_reward_judge,
 )
 from mlx_align.preferences.lineage import model_lineage
 from mlx_align.preferences.rubric import read_rubric
@@ -154,7 +154,7 @@ def open_judge(spec: JudgeSpec) -> Iterator[OpenJudge]:
         "batch_size": spec.batch_size or 4,
     }
     if spec.reward:
-        with RewardFunctionJudge(spec.reward) as functions:
+        with open_reward_judge(spec.reward) as functions:
             yield OpenJudge(functions, _function_identity(spec.reward), (), ())
         return
     if spec.reward_model is not None:

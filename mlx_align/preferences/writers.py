@@ -102,9 +102,8 @@ class ModelWriter:
                 continue
             (one,) = next(sampled)
             turn = Message("assistant", self.generator.decode(one))
-            text = self.generator.style.split_reasoning(turn)[1].strip()
-            problem = "" if one.finished else f"truncated at {max_tokens:,} tokens"
-            found.append(Written(text, problem if text else "empty"))
+            text = self.generator.style.split_reasoning(turn)[1]
+            found.append(_written(text, one.finished, max_tokens))
         return found
 
 
@@ -135,10 +134,13 @@ class EndpointWriter:
         choices = self.endpoint.complete(
             conversations, max_tokens=max_tokens, temperature=temperature, seed=seed
         )
-        found = []
-        for choice in choices:
-            text = (reply_text(choice) or "").strip()
-            truncated = choice.get("finish_reason") == "length"
-            problem = f"truncated at {max_tokens:,} tokens" if truncated else ""
-            found.append(Written(text, problem if text else "empty"))
-        return found
+        return [
+            _written(reply_text(choice) or "", choice.get("finish_reason") != "length", max_tokens)
+            for choice in choices
+        ]
+
+
+def _written(text: str, finished: bool, max_tokens: int) -> Written:
+    text = text.strip()
+    problem = "" if finished else f"truncated at {max_tokens:,} tokens"
+    return Written(text, problem if text else "empty")

@@ -1,7 +1,6 @@
 """Agreement of raters against published examples, and against krippendorff, statsmodels, crowd-kit.
 
-`tests/oracle/raters.json` has what crowd-kit's DawidSkene (3,000 steps of EM) and krippendorff give
-for 60 units, 3 labels and 5 raters who rated about 70% of them.
+`tests/oracle/raters.json` has what these packages give, made by `scripts/make_raters.py`.
 """
 
 import json
@@ -106,6 +105,13 @@ def test_cohen_kappa_of_published_examples(cells, expected):
     labels = [(i, j) for i, row in enumerate(cells) for j, n in enumerate(row) for _ in range(n)]
     first, second = np.array([*labels, (0, MISSING)]).T
     assert cohen_kappa(first, second) == pytest.approx(expected, abs=1e-12)
+
+
+def test_kappas_equal_statsmodels():
+    labels = np.array(ORACLE["complete"])
+    counts = (labels[:, :, None] == np.arange(3)).sum(0).astype(float)
+    assert fleiss_kappa(counts) == pytest.approx(ORACLE["fleiss"], abs=1e-9)
+    assert cohen_kappa(*labels[:2]) == pytest.approx(ORACLE["cohen"], abs=1e-9)
 
 
 def test_dawid_skene_equals_crowd_kit():

@@ -11,7 +11,7 @@ from helpers.paths import TINY_MODEL
 
 from mlx_align.errors import ConfigError, ModelError
 from mlx_align.preferences.endpoint import Endpoint, EndpointJudge
-from mlx_align.preferences.judges import LanguageModelJudge, RewardFunctionJudge, verdict_tokens
+from mlx_align.preferences.judges import LanguageModelJudge, open_reward_judge, verdict_tokens
 from mlx_align.preferences.verdicts import (
     Comparison,
     judge_prompt,
@@ -103,7 +103,7 @@ def test_reward_functions_judge_exactly():
     def capital(prompts, completions):
         return [float("Canberra" in text) if "skip" not in text else None for text in completions]
 
-    with RewardFunctionJudge([capital]) as judge:
+    with open_reward_judge([capital]) as judge:
         first, second, tie, missing = judge.compare(
             [
                 comparison(),
@@ -114,8 +114,11 @@ def test_reward_functions_judge_exactly():
         )
     assert (first.first, second.second, tie.tie) == (1, 1, 1)
     assert missing.invalid == "an answer has no reward"
-    with pytest.raises(ConfigError, match="no built-in reward"):
-        RewardFunctionJudge(["lenght(target=3)"])
+    with (
+        pytest.raises(ConfigError, match="no built-in reward"),
+        open_reward_judge(["lenght(target=3)"]),
+    ):
+        pass
 
 
 # Endpoints
