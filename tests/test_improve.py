@@ -53,6 +53,9 @@ def test_rounds_build_on_each_other_and_continue(folder, capsys):
     # Answers of a round are those of the policy it started from, judged by the rule.
     for row in read_rows("out/round-1/judged.jsonl"):
         assert len(row["chosen"][0]["content"]) < len(row["rejected"][0]["content"])
+    # Two held-out prompts are too few to believe in an improvement.
+    unsure = "can't be told apart from ½" in capsys.readouterr().out
+    assert unsure == (first["best_round"] is not None)
     kept = (folder / "out" / "round-1" / "judged.jsonl").read_bytes()
     adapter = (run / "adapters.safetensors").read_bytes()
     capsys.readouterr()

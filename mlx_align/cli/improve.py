@@ -44,6 +44,12 @@ def improve(json: bool, **options: Any) -> None:
     if outcome.best is None:
         console.note("! No round beats the start, according to the held-out judge.")
         return
+    rate = outcome.best.win_rate
+    if rate.low <= 0.5:
+        console.note(
+            f"! Its win rate ({rate.low:.0%} to {rate.high:.0%}) can't be told apart from ½: use "
+            "more prompts to hold out (--eval-prompts) before you believe it."
+        )
     console.note(
         f"Best round: {outcome.best.number}. Chat with it in stock mlx-lm:\n"
         f"  mlx_lm.chat --model {config.model} --adapter-path {outcome.best.run}"

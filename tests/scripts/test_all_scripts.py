@@ -16,7 +16,10 @@ from helpers.paths import SCRIPTS
 
 FILES = sorted((*SCRIPTS.glob("*.py"), *SCRIPTS.glob("bench/*.py")))
 # Packages that only some scripts need; the tests need none of them.
-OPTIONAL = {"torch", "trl", "peft", "mlx_lm_lora", "mlx_tune", "unsloth_zoo", "playwright"}
+OPTIONAL = {
+    *("torch", "trl", "peft", "mlx_lm_lora", "mlx_tune", "unsloth_zoo", "playwright"),
+    *("krippendorff", "pandas", "crowdkit", "statsmodels"),
+}
 
 
 def name_of(file: Path) -> str:
