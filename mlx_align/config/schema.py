@@ -442,13 +442,20 @@ def to_yaml(config: Options, *, with_unset: bool = False) -> str:
 
     Args:
         config: The options.
-        with_unset: Whether options that are off, or that another option replaces, are written too,
-            as null.
+        with_unset: Whether options that are off are written too, as null; not those that another
+            option replaces, as iters does epochs.
     """
+    given = dataclasses.asdict(config)
+    replaced = {
+        name
+        for pair in EXCLUSIVE
+        for name, other in (pair, pair[::-1])
+        if given.get(name) is None and given.get(other) is not None
+    }
     values = {
         name: list(value) if isinstance(value, tuple) else value
-        for name, value in dataclasses.asdict(config).items()
-        if with_unset or (value is not None and value != {})
+        for name, value in given.items()
+        if (with_unset and name not in replaced) or (value is not None and value != {})
     }
     return yaml.safe_dump(values, sort_keys=False)
 

@@ -215,3 +215,14 @@ def test_every_option_is_declared_once_with_help():
         for declared in declared_options(config_class).values():
             assert declared.help.endswith(".")
             assert len(declared.help) <= 110, declared.help
+
+
+def test_a_complete_file_has_what_is_off_and_not_what_is_replaced(tmp_path):
+    config = make_config(DPOConfig, {"model": "m", "data": "d", "iters": 5})
+    text = to_yaml(config, with_unset=True)
+    assert "max_completion_length: null\n" in text
+    assert "epochs" not in text
+    file = tmp_path / "config.yaml"
+    file.write_text(text)
+    assert make_config(DPOConfig, {}, file) == config
+    assert make_config(DPOConfig, {"epochs": 2}, file).iters is None
