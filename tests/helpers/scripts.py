@@ -12,7 +12,9 @@ from helpers.paths import SCRIPTS
 def load_script(name: str) -> ModuleType:
     """scripts/NAME.py, imported once; the search path for modules is as before."""
     path = list(sys.path)
-    spec = importlib.util.spec_from_file_location(f"script_{name}", SCRIPTS / f"{name}.py")
+    file = SCRIPTS / f"{name}.py"
+    sys.path.insert(0, str(file.parent))  # as when it is run
+    spec = importlib.util.spec_from_file_location(f"script_{file.stem}", file)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look up their module there
     spec.loader.exec_module(module)

@@ -1,0 +1,116 @@
+"""`scripts/real/`: a model folder out of a GGUF file, and pairs made of real conversations."""
+
+import json
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from helpers.scripts import load_script
+from mlx.utils import tree_flatten
+from mlx_lm import load
+from mlx_lm.models.llama import Model, ModelArgs
+
+HEADS, KV_HEADS, SIZE, WIDTH = 4, 2, 8, 32
+
+
+@pytest.fixture(scope="module")
+def models():
+    return load_script("real/models")
+
+
+def gguf_of(model, models, file):
+    """The model as llama.cpp stores it: other names, and rotated pairs next to each other."""
+    names = {ours: theirs for theirs, ours in models.LAYERS.items()}
+    tensors = {}
+    for name, array in tree_flatten(model.parameters()):
+        base = name.removesuffix(".weight")
+        if base.startswith("model.layers."):
+            _, _, block, layer = base.split(".", 3)
+            target = f"blk.{block}.{names[layer]}.weight"
+            if names[layer] in ("attn_q", "attn_k"):
+                heads = HEADS if names[layer] == "attn_q" else KV_HEADS
+                pairs = array.reshape(heads, 2, SIZE // 2, WIDTH)
+                array = mx.contiguous(pairs.swapaxes(1, 2).reshape(heads * SIZE, WIDTH))
+        else:
+            known = {"model.embed_tokens": "token_embd", "model.norm": "output_norm"}
+            target = f"{known[base]}.weight"
+        tensors[target] = array
+    sizes = {
+        "embedding_length": WIDTH,
+        "feed_forward_length": 48,
+        "block_count": 2,
+        "attention.head_count": HEADS,
+        "attention.head_count_kv": KV_HEADS,
+        "rope.dimension_count": SIZE,
+        "context_length": 64,
+        "vocab_size": 12,
+    }
+    metadata = {f"llama.{name}": mx.array(value, mx.uint32) for name, value in sizes.items()}
+    tokens = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *"abc12", "Ġ", "ab", "Ġa", "abc"]
+    metadata |= {
+        "llama.rope.freq_base": mx.array(100_000.0),
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": mx.array([3] * 3 + [1] * 9, mx.int32),
+        "tokenizer.ggml.merges": ["a b", "Ġ a", "ab c"],
+        "tokenizer.chat_template": "{{ messages[0]['content'] }}",
+    }
+    mx.save_gguf(str(file), tensors, metadata)
+
+
+def test_a_gguf_file_becomes_a_folder_that_mlx_lm_loads(models, tmp_path):
+    config = {
+        "model_type": "llama",
+        "hidden_size": WIDTH,
+        "num_hidden_layers": 2,
+        "intermediate_size": 48,
+        "num_attention_heads": HEADS,
+        "num_key_value_heads": KV_HEADS,
+        "rms_norm_eps": 1e-5,
+        "vocab_size": 12,
+        "rope_theta": 100_000.0,
+        "tie_word_embeddings": True,
+    }
+    mx.random.seed(1)
+    model = Model(ModelArgs.from_dict(config))
+    gguf_of(model, models, tmp_path / "tiny.gguf")
+    tensors, metadata = mx.load(str(tmp_path / "tiny.gguf"), return_metadata=True)
+    (tmp_path / "out").mkdir()
+    models.write(tmp_path / "out", tensors, metadata, "float32")
+    loaded, tokenizer = load(str(tmp_path / "out"))
+    ids = mx.array([[1, 3, 4, 5, 8, 2]])
+    assert np.allclose(model(ids), loaded(ids), atol=1e-6)
+    # Numbers are split into digits; special tokens are single ones.
+    assert tokenizer.encode("abc12 a<|im_end|>") == [11, 6, 7, 10, 2]
+    assert tokenizer.decode([11, 6, 7, 10]) == "abc12 a"
+    assert tokenizer.eos_token_id == 2
+    assert tokenizer.apply_chat_template([{"role": "user", "content": "ab"}]) == [9]
+
+
+def test_pairs_prefer_the_first_sentence():
+    brevity = load_script("real/make_brevity")
+    prompt = [{"role": "user", "content": "Why?"}]
+
+    def answered(text):
+        return {"prompt": prompt, "completions": [[{"role": "assistant", "content": text}]]}
+
+    long = "This is the answer you want. It goes on!  And it is cut o"
+    rows = brevity.pairs([answered(long), answered("One sentence only here. And cut")])
+    assert [row["chosen"][0]["content"] for row in rows] == ["This is the answer you want."]
+    assert rows[0]["rejected"][0]["content"] == "This is the answer you want. It goes on!"
+    assert rows[0]["prompt"] == prompt
+
+
+def test_data_of_the_defaults_study(tmp_path):
+    defaults = load_script("real/defaults")
+    data = defaults.write_data(tmp_path, 30)
+    train, valid = (
+        [json.loads(line) for line in (data / f"{split}.jsonl").read_text().splitlines()]
+        for split in ("train", "valid")
+    )
+    assert (len(train), len(valid)) == (30, defaults.HELD_OUT)
+    for row in train:
+        assert row["rejected"][0]["content"].startswith(row["chosen"][0]["content"])
+    asked = {row["prompt"][0]["content"] for row in train}
+    assert not asked & {row["prompt"][0]["content"] for row in valid}
+    assert len({run.name for run in defaults.RUNS}) == len(defaults.RUNS)
+    assert len(defaults.pairs("train")) >= max(run.rows for run in defaults.RUNS)
