@@ -40,8 +40,8 @@ def files_page() -> str:
     if missing:
         raise ValueError(f"add {', '.join(sorted(missing))} to PACKAGE in scripts/make_map.py")
     folders = [package / name for name in PACKAGE if (package / name).is_dir()]
-    folders += [package / "report" / "assets", ROOT / "scripts", ROOT / "scripts" / "bench"]
-    folders += [ROOT / "tests"]
+    folders += [package / "report" / "assets", ROOT / "scripts"]
+    folders += [ROOT / "scripts" / "bench", ROOT / "scripts" / "real", ROOT / "tests"]
     folders += sorted(file.parent for file in _first_files(ROOT / "tests"))
     parts = [HEAD]
     for folder in folders:
