@@ -12,16 +12,17 @@ import json
 import re
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from models import smollm2
 
+from mlx_align.system.user_folders import cache_folder
+
 REAL = Path(__file__).resolve().parent.parent.parent / "data" / "real"
 LONGEST_QUESTION, SHORTEST_SENTENCE, MAX_TOKENS = 100, 20, 96
-PAIRS = {"train": 200, "valid": 60}
+PAIRS = {"train": 100, "valid": 40}
 # Prompts asked per pair: some answers are a single sentence.
 SPARE = 1.8
 
@@ -47,8 +48,7 @@ def pairs(answers: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     """A pair for each answer of at least two sentences that doesn't start with a list."""
     rows = []
     for row in answers:
-        text = row["completions"][0][-1]["content"]
-        said = sentences(text)
+        said = sentences(row["completions"][0])
         if len(said) < 2 or len(said[0]) < SHORTEST_SENTENCE or re.search(r"\b1\.", said[0]):
             continue
         chosen, rejected = (
@@ -59,8 +59,10 @@ def pairs(answers: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def sample(split: str, asked: list[str], folder: Path) -> list[dict[str, Any]]:
-    """The model's answers, by `mlx-align data sample`."""
+    """The model's answers, by `mlx-align data sample`; kept in `folder`."""
     file, output = folder / f"{split}.prompts.jsonl", folder / f"{split}.answers.jsonl"
+    if output.is_file():
+        return [json.loads(line) for line in output.read_text().splitlines()]
     prompts = [{"prompt": [{"role": "user", "content": question}]} for question in asked]
     file.write_text("".join(json.dumps(prompt) + "\n" for prompt in prompts))
     command = [sys.executable, "-m", "mlx_align", "data", "sample", "--model", str(smollm2())]
@@ -74,14 +76,15 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=REAL / "brevity")
     output = parser.parse_args().output
     output.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory() as name:
-        for split, count in PAIRS.items():
-            asked = questions(split)[: int(SPARE * count)]
-            rows = pairs(sample(split, asked, Path(name)))[:count]
-            if len(rows) < count:
-                print(f"{split}: only {len(rows)} of {count} pairs", file=sys.stderr)
-            lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-            (output / f"{split}.jsonl").write_text("".join(lines))
+    folder = cache_folder() / "real" / "brevity"
+    folder.mkdir(parents=True, exist_ok=True)
+    for split, count in PAIRS.items():
+        asked = questions(split)[: int(SPARE * count)]
+        rows = pairs(sample(split, asked, folder))[:count]
+        if len(rows) < count:
+            print(f"{split}: only {len(rows)} of {count} pairs", file=sys.stderr)
+        lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        (output / f"{split}.jsonl").write_text("".join(lines))
 
 
 if __name__ == "__main__":

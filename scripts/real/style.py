@@ -1,6 +1,6 @@
 """Teach SmolLM2-135M-Instruct to answer in one sentence, and see what else that changes.
 
-Trains `mlx-align dpo` with its defaults on the 200 pairs of data/real/brevity, three times with
+Trains `mlx-align dpo` with its defaults on the 100 pairs of data/real/brevity, three times with
 other seeds. Then the model answers the held-out questions and a set of facts greedily, as it was
 and after each run. Asked are: how long are the answers, and are the facts still right?
 

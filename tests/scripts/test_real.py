@@ -91,7 +91,7 @@ def test_pairs_prefer_the_first_sentence():
     prompt = [{"role": "user", "content": "Why?"}]
 
     def answered(text):
-        return {"prompt": prompt, "completions": [[{"role": "assistant", "content": text}]]}
+        return {"prompt": prompt, "completions": [text]}
 
     long = "This is the answer you want. It goes on!  And it is cut o"
     rows = brevity.pairs([answered(long), answered("One sentence only here. And cut")])
