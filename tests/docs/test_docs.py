@@ -50,7 +50,7 @@ SHORT = {
     "data sample": "--max-tokens 8",
 }
 # Options in the text that belong to scripts, not to a command of the package.
-OTHER_OPTIONS = {"--attention", "--check", "--power-exponential", "--large", "--only"}
+OTHER_OPTIONS = {"--attention", "--check", "--power-exponential", "--large", "--only", "--real"}
 
 
 class Block(NamedTuple):
