@@ -369,7 +369,7 @@ def _read(
     for row in rows:
         try:
             group = data_format.convert(row)
-            counted = counted or group.votes is not None
+            counted = counted or _agreement(group) is not None
             group = _apply_rules(group, rules)
         except UnusableRow as reason:
             dropped[str(reason)] += 1
@@ -384,13 +384,26 @@ def _read(
     if rules.min_agreement is not None and not counted:
         raise ConfigError(
             f"--min-agreement {rules.min_agreement:g}: has no effect, the data has no votes of "
-            "several raters; leave it out"
+            "several raters, and no agreement; leave it out"
         )
     if not groups:
         reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.items())
         where = container_of(rows[0].source)
         raise DataError(f"{where}: none of the {len(rows)} rows can be used ({reasons})")
     return groups, ReadReport(data_format.name, data_format.title, len(rows), dict(dropped))
+
+
+def _agreement(group: PromptGroup) -> float | None:
+    """The share of a pair's raters who agree, from its votes or its column `agreement`.
+
+    `data agreement` writes the column.
+    """
+    if group.votes is not None:
+        return max(group.votes) / sum(group.votes)
+    given = group.columns.get("agreement")
+    if isinstance(given, bool) or not isinstance(given, int | float) or not 0.5 <= given <= 1:
+        return None
+    return float(given)
 
 
 def _apply_rules(group: PromptGroup, rules: LabelRules) -> PromptGroup:
@@ -401,11 +414,9 @@ def _apply_rules(group: PromptGroup, rules: LabelRules) -> PromptGroup:
     """
     if len(group.completions) != 2:
         return group
-    if (
-        group.votes is not None
-        and rules.min_agreement is not None
-        and max(group.votes) < rules.min_agreement * sum(group.votes)
-    ):
+    agreement = _agreement(group)
+    least = rules.min_agreement
+    if agreement is not None and least is not None and agreement < least:
         raise UnusableRow("with less agreement of the raters than --min-agreement")
     if group.votes is not None and rules.votes == "ignore":
         group = replace(group, soft_label=None)

@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from helpers.data import read_rows, write_rows
+from helpers.data import assistant, read_rows, user, write_rows
 
 from mlx_align.config import LabelOptions
 from mlx_align.data.agreement import fit_preferences
@@ -182,6 +182,19 @@ def test_several_raters_give_soft_labels_by_dawid_skene(tmp_path):
     assert groups[0].votes == (2, 1)
     assert groups[0].soft_label == pytest.approx(1 - expected[0])
     assert [group.soft_label for group in groups[1:]] == pytest.approx(expected[1:].tolist())
+
+
+def test_min_agreement_reads_what_data_agreement_writes(tmp_path):
+    row = {"chosen": assistant("yes"), "rejected": assistant("no"), "soft_label": 0.9}
+    rows = [
+        {**row, "prompt": user(str(n)), "agreement": share}
+        for n, share in enumerate((1.0, 0.75, 0.6, "high", 7))
+    ]
+    data = configure_data(write_rows(tmp_path / "p.jsonl", rows), LabelOptions(min_agreement=0.7))
+    groups, report = read_preferences(data)
+    # What isn't a share of raters says nothing about them.
+    assert [group.columns["agreement"] for group in groups] == [1.0, 0.75, "high", 7]
+    assert report.dropped == {"with less agreement of the raters than --min-agreement": 1}
 
 
 def test_min_agreement_leaves_out_pairs_that_raters_disagree_on(tmp_path):
