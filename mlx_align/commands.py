@@ -383,11 +383,13 @@ class EvaluationOutcome:
         evaluation: An `evaluation.policy.Evaluation`.
         content: The same as JSON-serialisable values: the content of evaluation.json.
         folder: Folder of evaluation.json and answers.jsonl; None if they were not written.
+        answers: The content of answers.jsonl.
     """
 
     evaluation: Any
     content: dict[str, Any]
     folder: Path | None
+    answers: list[dict[str, Any]]
 
 
 def evaluate(
@@ -429,7 +431,7 @@ def evaluate(
                 stream.writelines(to_json(row, ascii=False) + "\n" for row in rows)
             write_text(folder / EVALUATION_FILE, to_json(content, indent=2) + "\n")
             parts.remove()
-    return EvaluationOutcome(evaluation, content, folder)
+    return EvaluationOutcome(evaluation, content, folder, rows)
 
 
 @contextmanager

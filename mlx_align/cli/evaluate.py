@@ -17,6 +17,9 @@ from mlx_align.cli.options import (
 from mlx_align.config import EvalConfig, make_config
 from mlx_align.config.schema import require
 
+# Prompts of which an answer is printed; --output keeps all.
+SHOWN_ANSWERS = 2
+
 
 @click.command("eval", cls=Command, short_help="Measure a run against its reference.")
 @run_argument
@@ -43,6 +46,9 @@ def evaluate(json: bool, **options: Any) -> None:
         echo_json(found.content, indent=2)
         return
     console.note(render_evaluation(found.evaluation))
+    for row in found.answers[:SHOWN_ANSWERS]:
+        sides = [name for name in ("reference", "policy") if name in row]
+        console.sample(row["prompt"], {name: row[name][0]["text"] for name in sides})
     if found.folder is not None:
         evaluation, answers = commands.EVALUATION_FILE, commands.ANSWERS_FILE
         console.note(f"\nWrote {found.folder / evaluation} and {found.folder / answers}")

@@ -97,21 +97,28 @@ class Console:
                 _metric_table(before, after, summary["eval_examples"], summary["kl"])
             )
         for row in summary["samples"][:4]:
-            self.console.print()
-            prompt = row["prompt"]
-            if isinstance(prompt, list) and len(prompt) == 1:
-                prompt = prompt[0]["content"]
-            turns = [("prompt", prompt)]
-            if isinstance(prompt, list):
-                turns = [(turn["role"], turn["content"]) for turn in prompt]
-            turns += [("before", row["before"]), ("after", row["after"])]
-            width = max(len(name) for name, _ in turns)
-            for name, text in turns:
-                lines = [_one_line(text)]
-                if self.console.is_terminal:
-                    lines = textwrap.wrap(lines[0], max(self.console.width - width - 4, 20))
-                shown = Text(f"\n{'':{width + 4}}".join(lines))
-                self.console.print(Text(f"  {name:>{width}}  ", "dim") + shown)
+            self.sample(row["prompt"], {name: row[name] for name in ("before", "after")})
+
+    def sample(self, prompt: str | list[dict[str, Any]], completions: Mapping[str, str]) -> None:
+        """Print a prompt, turn by turn if it is a conversation, and completions by name.
+
+        Args:
+            prompt: Text, or messages.
+            completions: The completions, each by a name; long ones are cut.
+        """
+        self.console.print()
+        if isinstance(prompt, list) and len(prompt) == 1:
+            prompt = str(prompt[0]["content"])
+        turns = [("prompt", prompt)] if isinstance(prompt, str) else []
+        turns += [] if isinstance(prompt, str) else [(t["role"], t["content"]) for t in prompt]
+        turns += completions.items()
+        width = max(len(name) for name, _ in turns)
+        for name, text in turns:
+            lines = [_one_line(text)]
+            if self.console.is_terminal:
+                lines = textwrap.wrap(lines[0], max(self.console.width - width - 4, 20))
+            shown = Text(f"\n{'':{width + 4}}".join(lines))
+            self.console.print(Text(f"  {name:>{width}}  ", "dim") + shown)
 
 
 def _wrapped(line: str, width: int) -> str:

@@ -45,6 +45,18 @@ def test_run_alone(run, pairs, tmp_path, monkeypatch, capsys, command, options):
         assert capsys.readouterr().out
 
 
+def test_eval_shows_answers_turn_by_turn(run, pairs, tmp_path, capsys):
+    rows = [json.loads(line) for line in (pairs / "valid.jsonl").read_text().splitlines()[:2]]
+    for row in rows:
+        row["prompt"] = [{"role": "system", "content": "Be brief."}, *row["prompt"]]
+    data = tmp_path / "turns.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert mlx_align("eval", run, "--data", data, *QUICK) == 0
+    out = capsys.readouterr().out
+    assert out.count("  system  Be brief.\n    user  valid ") == 2
+    assert out.count("\n  policy  ") == 2
+
+
 def test_errors_are_one_line(run, tmp_path, capsys):
     for arguments, said in (
         ((tmp_path,), "has no adapter_config.json; expected the --output folder of a run"),
