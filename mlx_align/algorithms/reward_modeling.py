@@ -330,9 +330,11 @@ def _sample(
     def text(ids: np.ndarray) -> str:
         return str(folder.tokenizer.decode(ids.tolist(), skip_special_tokens=True))
 
+    turns = None if group.text is None else text_as_json(group.text)
     return {
         "source": group.source,
-        "prompt": text(group.prompt[-limit:]) if group.text is None else text_as_json(group.text),
+        "prompt": text(group.prompt[-limit:]),
+        **({} if turns is None or isinstance(turns, str) else {"messages": turns}),
         "completions": [
             {"text": text(ids[:limit]), "score": float(score)}
             for ids, score in zip(group.completions, scores, strict=True)

@@ -105,14 +105,14 @@ def sample_rows(sample: Mapping[str, Any]) -> dict[str, Any]:
             sides.append({"name": shown, "text": str(part.get("text", "")), "kind": kind})
     else:
         for name, value in sample.items():
-            if name not in ("source", "prompt"):
+            if name not in ("source", "prompt", "messages"):
                 sides.append({"name": str(name), "text": option_text(value), "kind": str(name)})
     for side in sides:
         side["text"] = side["text"] if side["text"].strip() else "(nothing)"
         side["kind"] = side["kind"] if side["kind"] in ("best", "after") else ""
     return {
         "source": str(sample.get("source", "")),
-        "prompt": prompt_text(sample.get("prompt")).strip("\n"),
+        "prompt": prompt_text(sample.get("messages", sample.get("prompt"))).strip("\n"),
         "sides": sides,
     }
 

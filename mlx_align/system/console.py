@@ -97,7 +97,8 @@ class Console:
                 _metric_table(before, after, summary["eval_examples"], summary["kl"])
             )
         for row in summary["samples"][:4]:
-            self.sample(row["prompt"], {name: row[name] for name in ("before", "after")})
+            prompt = row.get("messages", row["prompt"])
+            self.sample(prompt, {name: row[name] for name in ("before", "after")})
 
     def sample(self, prompt: str | list[dict[str, Any]], completions: Mapping[str, str]) -> None:
         """Print a prompt, turn by turn if it is a conversation, and completions by name.

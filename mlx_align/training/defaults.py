@@ -11,9 +11,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
+from mlx_align.algorithms.grpo import DYNAMIC_SAMPLING, KL_PLACES, resolve_method
 from mlx_align.config import (
     DEFAULT_BATCH_SIZE,
     DPOConfig,
+    GRPOConfig,
     KTOConfig,
     OnPolicyConfig,
     PPOConfig,
@@ -21,6 +23,7 @@ from mlx_align.config import (
     SFTConfig,
     TrainConfig,
 )
+from mlx_align.config.on_policy import ONLINE_DPO
 from mlx_align.data.batching import groups_per_batch
 from mlx_align.data.buckets import batch_limit
 from mlx_align.errors import ConfigError
@@ -256,7 +259,7 @@ def _complete(config: Config, layout: AdapterLayout) -> Config:
     return replace(config, **found)
 
 
-def _loss_defaults(config: TrainConfig) -> dict[str, float]:
+def _loss_defaults(config: TrainConfig) -> dict[str, Any]:
     """β, label smoothing and the weights of labels, if they are options of the config's loss."""
     if isinstance(config, KTOConfig):
         options = resolve_options(config.loss, config.loss_options())
@@ -273,4 +276,22 @@ def _loss_defaults(config: TrainConfig) -> dict[str, float]:
             if len(values) == 1:
                 found[name] = float(values.pop())
         return found
-    return {}
+    return _method_defaults(config) if isinstance(config, GRPOConfig) else {}
+
+
+def _method_defaults(config: GRPOConfig) -> dict[str, Any]:
+    """What the method of a grpo run sets: clipping, KL, truncated completions, replaced prompts."""
+    if config.loss == ONLINE_DPO:
+        return {}
+    method = resolve_method(config)
+    found: dict[str, Any] = {
+        "overlong": "keep",
+        "dynamic_sampling": config.loss in DYNAMIC_SAMPLING,
+    }
+    if method.surrogate == "clip":
+        found["clip_eps"] = method.clip_low
+    if method.surrogate in ("clip", "cispo"):
+        found["clip_eps_high"] = method.clip_high
+    if config.kl_coef > 0:
+        found["kl"] = next((name for name, place in KL_PLACES.items() if place == method.kl), None)
+    return found

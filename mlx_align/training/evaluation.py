@@ -76,11 +76,11 @@ def _generate(
         )
 
 
-def shown_prompt(folder: ModelFolder, group: TokenizedGroup) -> str | list[dict[str, Any]]:
-    """The prompt for samples.jsonl: text, or messages as in the data."""
-    if group.text is not None:
-        return text_as_json(group.text)
-    return str(folder.tokenizer.decode(group.prompt.tolist(), skip_special_tokens=True))
+def prompt_fields(folder: ModelFolder, group: TokenizedGroup) -> dict[str, Any]:
+    """The prompt for samples.jsonl: its text as the model reads it, and its messages, if any."""
+    text = folder.tokenizer.decode(group.prompt.tolist(), skip_special_tokens=True)
+    turns = None if group.text is None else text_as_json(group.text)
+    return {"prompt": text, **({"messages": turns} if isinstance(turns, list) else {})}
 
 
 def kl_from_reference(

@@ -54,7 +54,7 @@ from mlx_align.tracking.run_dir import (
 )
 from mlx_align.tracking.verdict import verdict
 from mlx_align.training.callbacks import Callback, Callbacks, RunPage, Trackers, check_trackers
-from mlx_align.training.evaluation import answers, shown_prompt
+from mlx_align.training.evaluation import answers, prompt_fields
 from mlx_align.training.loop import Changes, TrainingLoop
 from mlx_align.training.resume import open_run_folder
 from mlx_align.training.setup import Setup
@@ -220,7 +220,7 @@ def train(
         samples: list[dict[str, Any]] = [
             {
                 "source": group.source,
-                "prompt": shown_prompt(folder, group),
+                **prompt_fields(folder, group),
                 "before": old,
                 "after": new,
             }

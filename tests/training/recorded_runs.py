@@ -42,7 +42,10 @@ DIGITS = 9
 IGNORED = re.compile(
     r"second|peak_memory|^(time|software|system|here|basis|remarks|advice|moment|reference|data)$"
     # Deviations of held-out metrics, which were not recorded.
-    r"|^eval/(loss|perplexity|((logps|rewards)/(chosen|rejected|margins|accuracies)))_std$|^eval/prompts$"
+    r"|^eval/(loss|perplexity|((logps|rewards)/(chosen|rejected|margins|accuracies)))_std$"
+    r"|^eval/prompts$"
+    # The messages of held-out prompts in samples.jsonl.
+    r"|^messages$"
 )
 # Weights whose fingerprints are recorded: in a run folder or a fused model, in its checkpoint, and
 # in the checkpoints of two cases.

@@ -9,6 +9,7 @@ from helpers.data import write_rows
 from helpers.paths import TINY_MODEL
 from helpers.runs import metric_rows, mlx_align, summary_of
 
+from mlx_align.algorithms.grpo import KL_PLACES, check_grpo_options, resolve_method
 from mlx_align.config import DPOConfig, GRPOConfig, KTOConfig, PPOConfig, RewardConfig, SFTConfig
 from mlx_align.data.splits import default_valid_fraction
 from mlx_align.models.adapters import AdapterLayout
@@ -143,3 +144,25 @@ def test_a_run_writes_every_choice_and_is_resumed_with_them(tmp_path, monkeypatc
     assert "Defaults" not in capsys.readouterr().out
     again = yaml.safe_load((tmp_path / "again" / "config.yaml").read_text())
     assert {**again, "output": "run"} == written
+
+
+@pytest.mark.parametrize(
+    ("options", "wanted"),
+    [
+        ({}, {"clip_eps": 0.2, "clip_eps_high": 0.2, "kl": None, "dynamic_sampling": False}),
+        ({"loss": "dapo"}, {"clip_eps": 0.2, "clip_eps_high": 0.28, "dynamic_sampling": True}),
+        ({"loss": "cispo", "kl_coef": 0.1}, {"clip_eps": None, "clip_eps_high": 5.0}),
+        ({"loss": "rloo", "kl_coef": 0.1}, {"clip_eps": None, "clip_eps_high": None}),
+        ({"clip_eps": 0.1}, {"clip_eps": 0.1, "clip_eps_high": 0.1}),
+        ({"loss": "online_dpo"}, {"overlong": None, "clip_eps": None}),
+    ],
+)
+def test_what_a_method_sets_is_resolved_and_changes_nothing(options, wanted):
+    given = GRPOConfig(model="m", data="d", reward=("length",), **options)
+    config, _ = resolve_on_policy(given, AdapterLayout(), 30, 6)
+    assert {name: getattr(config, name) for name in wanted} == wanted
+    if config.loss != "online_dpo":
+        assert resolve_method(config) == resolve_method(given)
+        check_grpo_options(config)
+    if config.kl_coef:
+        assert config.kl in KL_PLACES
