@@ -272,7 +272,7 @@ def kill_commands(names: list[str], kills: int, per_run: int, number: int) -> bo
             if left <= 0:
                 break
             if turn % 20 == 0:
-                print(f"{kills - left} kills of {turn} runs", flush=True)
+                print(f"{kills - left} kills of {turn - 1} runs", flush=True)
             found = trials[one].killed(draw, min(left, draw.randint(1, per_run)))
             faults += found
             print("".join(f"FAIL: {line}\n" for line in found), end="", flush=True)

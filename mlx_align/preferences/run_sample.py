@@ -19,6 +19,7 @@ from mlx_align.models.adapters import fingerprint_adapters, fingerprint_folder
 from mlx_align.models.loading import ModelFolder, open_model
 from mlx_align.models.row_limits import check_rows
 from mlx_align.preferences.run_label import sample_to_file
+from mlx_align.preferences.sample_answers import partial_file
 from mlx_align.rollout.rejection_sampling import (
     RejectionSamplingConfig,
     load_sampler,
@@ -168,6 +169,8 @@ def _sample_answers(
 ) -> SampleOutcome:
     """Write all answers, a line per prompt."""
     if config.resume and Path(config.output).expanduser().is_file():
+        # There, if a command was killed in its last moment.
+        partial_file(Path(config.output).expanduser()).unlink(missing_ok=True)
         raise ConfigError(f"--resume: {config.output} is complete; name another --output")
     target = new_file(config.output)
     source = configure_data(resolve_starter(config.data, "data") if data is None else data, config)
