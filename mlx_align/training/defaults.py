@@ -273,8 +273,9 @@ def _loss_defaults(config: TrainConfig) -> dict[str, Any]:
         found = {}
         for name in ("beta", "label_smoothing"):
             values = {one[name] for one in combined.options.values() if name in one}
-            if len(values) == 1:
-                found[name] = float(values.pop())
+            # Without smoothing it stays unset, so that the file serves losses that have none too.
+            if len(values) == 1 and (value := float(values.pop())):
+                found[name] = value
         return found
     return _method_defaults(config) if isinstance(config, GRPOConfig) else {}
 

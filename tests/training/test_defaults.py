@@ -1,5 +1,6 @@
 """Defaults that depend on the data: what is chosen, what the user gave, and what is written."""
 
+import dataclasses
 import math
 
 import numpy as np
@@ -11,7 +12,9 @@ from helpers.runs import metric_rows, mlx_align, summary_of
 
 from mlx_align.algorithms.grpo import KL_PLACES, check_grpo_options, resolve_method
 from mlx_align.config import DPOConfig, GRPOConfig, KTOConfig, PPOConfig, RewardConfig, SFTConfig
+from mlx_align.config.schema import make_config
 from mlx_align.data.splits import default_valid_fraction
+from mlx_align.losses.registry import resolve_options
 from mlx_align.models.adapters import AdapterLayout
 from mlx_align.system.intervals import wilson_interval
 from mlx_align.training.defaults import (
@@ -69,6 +72,16 @@ def test_given_options_are_kept_and_only_chosen_ones_are_explained():
     assert "5 updates of 8 rows at learning rate 5e-05" in lines[0]
     # --batch-size counts towards the rows of an update.
     assert offline(DPOConfig(batch_size=4), 250)[0].accumulation == 2
+
+
+@pytest.mark.parametrize("loss", ["ipo", "orpo", "hinge"])
+def test_a_resolved_config_serves_losses_without_smoothing(loss):
+    found, _, _ = offline(DPOConfig(model="m", data="d"), 30)
+    assert found.beta == 0.1
+    again = make_config(DPOConfig, {**dataclasses.asdict(found), "loss": loss})
+    assert again.loss_options() == {"beta": 0.1}
+    smoothed, _, _ = offline(DPOConfig(model="m", data="d", loss="robust"), 30)
+    assert smoothed.label_smoothing == resolve_options("robust", {})["label_smoothing"] > 0
 
 
 def test_resolving_again_changes_nothing():
