@@ -21,6 +21,23 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
+# Files that take longest come first, so that no process works alone on one of them at the end.
+LONG_FILES = {
+    "test_killed_runs.py",
+    "test_on_policy.py",
+    "test_docs.py",
+    "test_fuse.py",
+    "test_dpo.py",
+    "test_resumed_runs.py",
+    "test_recorded_runs.py",
+}
+
+
+def pytest_collection_modifyitems(items):
+    """Order the tests of `LONG_FILES` before all others."""
+    items.sort(key=lambda item: item.path.name not in LONG_FILES)
+
+
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path, monkeypatch):
     """Runs save their speed and reference log-probs in the test's folder, not the user's."""
