@@ -427,7 +427,7 @@ def main(folder: Path | None, output: Path, only: tuple[str, ...]) -> None:
             raise click.ClickException(f"{step.command}: exit {code}, expected {step.code}")
         parts.append(section(step, screen))
         if step.command == "python first.py":
-            parts.append(f"```python\n{PROGRAM}```\n")
+            parts.append(f"<!-- not run: part of the recording -->\n```python\n{PROGRAM}```\n")
     if only:
         return
     images = output.parent / "images"
