@@ -50,7 +50,15 @@ SHORT = {
     "data sample": "--max-tokens 8",
 }
 # Options in the text that belong to scripts, not to a command of the package.
-OTHER_OPTIONS = {"--attention", "--check", "--power-exponential", "--large", "--only", "--real"}
+OTHER_OPTIONS = {
+    "--attention",
+    "--check",
+    "--power-exponential",
+    "--large",
+    "--only",
+    "--real",
+    "--runs",
+}
 
 
 class Block(NamedTuple):
