@@ -31,11 +31,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import click
+from browser import find_browser
 
 ROOT = Path(__file__).resolve().parent.parent
 WIDTH, HEIGHT = 100, 40
 CTRL_C, CTRL_D = "\x03", "\x04"
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 # A screen of more lines is cut in the middle.
 MOST_LINES = 70
 
@@ -352,7 +352,7 @@ def section(step: Step, screen: str) -> str:
 
 def picture(page: Path, target: Path, width: int, height: int) -> bool:
     """A picture of the top of a page; False without a browser."""
-    browser = next((found for name in BROWSERS if (found := shutil.which(name))), None)
+    browser = find_browser()
     if browser is None:
         return False
     with tempfile.TemporaryDirectory() as profile:

@@ -35,8 +35,9 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-# The command itself comes first: it tells mlx how to order evaluation, which mlx reads once.
-from mlx_align.cli import main as command_line
+# This imports the command, which comes first: it tells mlx how to order evaluation, and mlx reads
+# that once.
+from forked import run_forked
 
 # isort: split
 # Imported here, not by each process.
@@ -122,29 +123,17 @@ def forked(arguments: list[str], log: Path, kill: tuple[str, float] | None = Non
         log: Its output.
         kill: ("time", seconds) or ("write", number) at which it is killed.
     """
-    pid = os.fork()
-    if pid == 0:
-        descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
-        os.dup2(descriptor, 1)
-        os.dup2(descriptor, 2)
+
+    def prepare() -> None:
         # Several batches of what is small here.
         score.WINDOW, data.ROWS_PER_COMMIT = 8, 100
         rerank.PROMPTS_AT_ONCE = rejection_sampling.PROMPTS_PER_BATCH = 4
         sample_answers.PROMPTS_PER_BATCH, policy.COMPLETIONS_AT_ONCE = 4, 8
         if kill is not None and kill[0] == "write":
             die_before_write(int(kill[1]))
-        code = 99
-        try:
-            code = command_line.run(arguments)
-            sys.stdout.flush()
-            sys.stderr.flush()
-        finally:
-            os._exit(code)
-    if kill is not None and kill[0] == "time":
-        time.sleep(kill[1])
-        os.kill(pid, signal.SIGKILL)
-    _, status = os.waitpid(pid, 0)
-    return os.waitstatus_to_exitcode(status)
+
+    after = kill[1] if kill is not None and kill[0] == "time" else None
+    return run_forked(arguments, log, prepare, after)
 
 
 def die_before_write(number: int) -> None:

@@ -20,7 +20,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import click
-from verify_page import BROWSERS, MAC_BROWSER, WIDTHS
+from browser import BROWSERS, find_browser
+from verify_page import WIDTHS
 
 from mlx_align.data.judgements import AnswerPair, pair_answers
 from mlx_align.preferences import label_web
@@ -175,8 +176,7 @@ def check(browser: str, folder: Path, width: int, height: int, scheme: int) -> l
 @click.command(help=__doc__)
 @click.option("--output", default="label-check", show_default=True, metavar="FOLDER")
 def main(output: str) -> None:
-    browser = next((found for name in BROWSERS if (found := shutil.which(name))), None)
-    browser = browser or (MAC_BROWSER if Path(MAC_BROWSER).exists() else None)
+    browser = find_browser()
     if browser is None:
         raise click.ClickException(f"no browser: none of {', '.join(BROWSERS)} is installed")
     folder = Path(output)

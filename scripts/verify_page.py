@@ -20,12 +20,11 @@ import sys
 from pathlib import Path
 
 import click
+from browser import BROWSERS, find_browser
 
 from mlx_align.report.page import render_comparison, render_run
 from mlx_align.tracking.run_dir import read_run_record
 
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
-MAC_BROWSER = "/Applications/Google Chrome.app/Contents/MacOS/Google Chrome"
 WIDTHS = {1200: 2800, 390: 4200}
 SCHEMES = {"dark": 0, "light": 1}
 HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(2)>\"'&"
@@ -263,8 +262,7 @@ def check(browser: str, name: str, text: str, folder: Path) -> list[str]:
 @click.command(help=__doc__)
 @click.option("--output", default="page-check", show_default=True, metavar="FOLDER")
 def main(output: str) -> None:
-    browser = next((found for name in BROWSERS if (found := shutil.which(name))), None)
-    browser = browser or (MAC_BROWSER if Path(MAC_BROWSER).exists() else None)
+    browser = find_browser()
     if browser is None:
         raise click.ClickException(f"no browser: none of {', '.join(BROWSERS)} is installed")
     folder = Path(output)

@@ -21,14 +21,16 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-# The command itself comes first: it tells mlx how to order evaluation, which mlx reads once.
-from mlx_align.cli import main as command_line
+# This imports the command, which comes first: it tells mlx how to order evaluation, and mlx reads
+# that once.
+from forked import run_forked
 
 # isort: split
 import mlx.core as mx
@@ -121,25 +123,9 @@ def arguments_of(command: str, model: str, data: Path, run: Path) -> list[str]:
 
 def forked(arguments: list[str], log: Path, moment: Moment | None) -> int:
     """The exit code of a command in a process of its own; −9 if it was killed."""
-    pid = os.fork()
-    if pid == 0:
-        descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
-        os.dup2(descriptor, 1)
-        os.dup2(descriptor, 2)
-        if moment is not None:
-            die_at(moment)
-        code = 99
-        try:
-            code = command_line.run(arguments)
-            sys.stdout.flush()
-            sys.stderr.flush()
-        finally:
-            os._exit(code)
-    if moment is not None and moment.kind == "time":
-        time.sleep(moment.at)
-        os.kill(pid, signal.SIGKILL)
-    _, status = os.waitpid(pid, 0)
-    return os.waitstatus_to_exitcode(status)
+    after = moment.at if moment is not None and moment.kind == "time" else None
+    prepare = (lambda: None) if moment is None else partial(die_at, moment)
+    return run_forked(arguments, log, prepare, after)
 
 
 def die_at(moment: Moment) -> None:

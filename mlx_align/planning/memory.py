@@ -277,7 +277,8 @@ class _Bytes:
 def _plan_shape(model: ModelShape, workload: Workload, shape: AnyShape) -> MemoryPlan:
     passes = _passes(workload, shape)
     attention, linear = _trained_blocks(model, workload)
-    block, temporary = _block(model, workload, passes)
+    block = sum((_held_by_block(model, workload, one) for one in passes), _Bytes())
+    temporary = _temporaries(model, workload, passes)
     held = (_held_checkpointed(model, passes) if workload.grad_checkpoint else block) * attention
     if (delta := model.linear_attention) is not None and linear:
         one, work = _linear_block(model, delta, workload, passes)
@@ -325,16 +326,9 @@ def _plan_shape(model: ModelShape, workload: Workload, shape: AnyShape) -> Memor
 def _trained_blocks(model: ModelShape, workload: Workload) -> tuple[int, int]:
     """How many of the trained blocks have attention, and how many linear attention."""
     first = 0 if workload.num_layers < 0 else max(0, model.blocks - workload.num_layers)
-    linear = model.linear_attention.blocks if model.linear_attention is not None else ()
     trained = range(first, model.blocks)
-    count = sum(block in linear for block in trained)
+    count = sum(block in model.linear_blocks for block in trained)
     return len(trained) - count, count
-
-
-def _block(model: ModelShape, workload: Workload, passes: Sequence[_Pass]) -> tuple[_Bytes, _Bytes]:
-    """What the gradient of a block with attention needs: bytes held, and temporaries."""
-    held = sum((_held_by_block(model, workload, one) for one in passes), _Bytes())
-    return held, _temporaries(model, workload, passes)
 
 
 def _weight_copies(workload: Workload) -> int:
@@ -419,8 +413,7 @@ def _adapter_copy(model: ModelShape, workload: Workload) -> int:
 
 def _attention_block(model: ModelShape) -> int:
     """The number of the last block with attention."""
-    linear = model.linear_attention.blocks if model.linear_attention is not None else ()
-    return max((block for block in range(model.blocks) if block not in linear), default=0)
+    return max(set(range(model.blocks)) - model.linear_blocks, default=0)
 
 
 def _held_per_token(model: ModelShape, workload: Workload, block: int) -> float:
@@ -476,9 +469,8 @@ def _linear_checkpointed(
     model: ModelShape, delta: LinearAttention, passes: Sequence[_Pass]
 ) -> _Bytes:
     """Bytes held by a checkpointed block: its inputs, and the states after shared prompts."""
-    inputs = sum(one.tokens for one in passes) * model.hidden * model.activation_bytes
     states = sum(one.rows for one in passes[:-1]) * delta.state * SUM_BYTES
-    return _Bytes(inputs, states)
+    return _Bytes(_held_checkpointed(model, passes).activations, states)
 
 
 def _held_checkpointed(model: ModelShape, passes: Sequence[_Pass]) -> _Bytes:

@@ -102,6 +102,11 @@ class ModelShape:
     linear_attention: LinearAttention | None = None
     active_experts: int = 0
 
+    @property
+    def linear_blocks(self) -> frozenset[int]:
+        """Numbers of the blocks that have linear attention."""
+        return frozenset() if self.linear_attention is None else self.linear_attention.blocks
+
 
 def read_header(file: Path) -> dict[str, Tensor]:
     """Read the header of a safetensors file: its tensors by name.
