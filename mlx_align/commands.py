@@ -603,7 +603,7 @@ class _Planner:
     def plan_offline(self) -> PlanOutcome:
         from mlx_align.algorithms.base import Algorithm
         from mlx_align.planning.duration import expected_duration
-        from mlx_align.planning.plan import make_plan
+        from mlx_align.planning.plan import can_pack, make_plan
         from mlx_align.training.defaults import resolve_offline
         from mlx_align.training.run import make_algorithm
         from mlx_align.training.setup import prepare_data, resolve_layout
@@ -617,11 +617,15 @@ class _Planner:
             dataset = prepare_data(config, self.folder, algorithm.read, data)
             groups = algorithm.arrange(dataset.train)
             valid = len(dataset.valid)
-            config, _ = resolve_offline(config, layout, groups, valid, dataset.valid_fraction)
+            packs = algorithm.packs and can_pack(self.folder)
+            config, _ = resolve_offline(
+                config, layout, groups, valid, dataset.valid_fraction, packs=packs
+            )
         made = make_plan(config, layout, self.folder, groups, self.machine)
+        config = replace(config, grad_checkpoint=made.workload.grad_checkpoint)
         if not groups or not self.machine.here:
             return PlanOutcome(made, None)
-        rate = self._rate(algorithm, groups)
+        rate = self._rate(config, algorithm.with_options(config), groups)
         if rate is None:
             return PlanOutcome(made, None)
         has_reference = isinstance(config, LossConfig) and algorithm.needs_reference
@@ -666,6 +670,7 @@ class _Planner:
         models = find_reward_models(config, folder)
         rewards = reward_model_memory(models.values(), folder, layout)
         made = make_on_policy_plan(config, layout, folder, prompts, rewards, self.machine)
+        config = replace(config, grad_checkpoint=made.workload.grad_checkpoint)
         if prompts is None or not self.machine.here:
             return PlanOutcome(made, None)
         run = self.planned.run
@@ -679,7 +684,9 @@ class _Planner:
             return PlanOutcome(made, None)
         return PlanOutcome(made, expected_rollout_duration(config, len(prompts[0]), rate, source))
 
-    def _rate(self, algorithm: Algorithm, groups: list[Any]) -> tuple[float, str] | None:
+    def _rate(
+        self, config: TrainConfig, algorithm: Algorithm, groups: list[Any]
+    ) -> tuple[float, str] | None:
         """Tokens per second, and their source: a run, a measurement now, or an earlier one."""
         from mlx_align.planning.duration import load_rate, rate_key, read_run_rate, save_rate
         from mlx_align.training.benchmark import measure_rate
@@ -687,11 +694,11 @@ class _Planner:
 
         if self.planned.run is not None:
             return read_run_rate(Path(self.planned.run).expanduser()), f"run {self.planned.run}"
-        layout = resolve_layout(self.config)
+        layout = resolve_layout(config)
         command, path = self.planned.command, self.folder.path
-        key = rate_key(command, path, self.config, layout, self.machine.name)
+        key = rate_key(command, path, config, layout, self.machine.name)
         if self.planned.measure:
-            rate = measure_rate(self.config, algorithm, groups)
+            rate = measure_rate(config, algorithm, groups)
             save_rate(key, rate)
             return rate, "measured now"
         earlier = load_rate(key)

@@ -8,19 +8,21 @@ the other. `training/` runs both in one loop.
 
 from __future__ import annotations
 
+import copy
 import math
 import shlex
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, Self
 
 import mlx.core as mx
 import mlx.optimizers as optim
 import numpy as np
 import numpy.typing as npt
 
+from mlx_align.config import TrainConfig
 from mlx_align.data.batching import Microbatch
 from mlx_align.data.buckets import BatchLimit
 from mlx_align.data.chat_template import Thinking
@@ -132,6 +134,13 @@ class Algorithm(ABC):
     samples_answers: ClassVar[bool] = True
     title: str
     needs_reference: bool = False
+    _config: Any
+
+    def with_options(self, config: TrainConfig) -> Self:
+        """The same algorithm with the options of a run in which every default is chosen."""
+        resolved = copy.copy(self)
+        resolved._config = config
+        return resolved
 
     @abstractmethod
     def read(

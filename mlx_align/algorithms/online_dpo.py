@@ -75,7 +75,7 @@ class OnlineDPO:
             self._pairs,
             self._reference,
             make_logprob_scorer(model),
-            grad_checkpoint=config.grad_checkpoint,
+            grad_checkpoint=bool(config.grad_checkpoint),
         )
         self._updater = Updater(
             model,

@@ -144,7 +144,7 @@ class PolicyObjective:
         self, weights: AdapterWeights, batch: PolicyBatch, denominators: PolicyDenominators
     ) -> tuple[mx.array, MetricSums]:
         """The loss contribution of a microbatch, and its metric sums."""
-        grad_checkpoint = self._config.grad_checkpoint
+        grad_checkpoint = bool(self._config.grad_checkpoint)
         sample = batch.sample
         if self._with_entropy:
             logps, entropies = self._model.token_logprobs_and_entropies(

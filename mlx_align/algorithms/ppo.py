@@ -146,7 +146,7 @@ class PPO:
     def _with_demonstrations(self, loss: Loss) -> Loss:
         if self._demonstrations is None:
             return loss
-        model, grad_checkpoint = self._collector.policy.model, self._config.grad_checkpoint
+        model, grad_checkpoint = self._collector.policy.model, bool(self._config.grad_checkpoint)
         return PtxObjective(loss, model, grad_checkpoint=grad_checkpoint).loss
 
     def _initial_critic(self) -> AdapterWeights:
@@ -423,7 +423,7 @@ class ValueObjective:
     ) -> tuple[mx.array, MetricSums]:
         """The loss contribution of a microbatch, and its metric sums."""
         values = self._model.values(
-            weights, batch.groups, grad_checkpoint=self._config.grad_checkpoint
+            weights, batch.groups, grad_checkpoint=bool(self._config.grad_checkpoint)
         )
         loss = value_loss_sum(values, batch, self._config) / mx.maximum(denominators.tokens, 1.0)
         return loss, {"weight": batch.mask.sum()}
@@ -452,7 +452,7 @@ class ActorCriticObjective:
             weights,
             batch.policy.groups,
             value_gradient=denominators.with_policy,
-            grad_checkpoint=self._config.grad_checkpoint,
+            grad_checkpoint=bool(self._config.grad_checkpoint),
         )
         sample = batch.policy.sample._replace(logps=logps)
         policy, sums = policy_loss(self._method, sample, denominators.policy.policy, kl_coef=0.0)

@@ -200,7 +200,9 @@ class RewardObjective(Objective):
     ) -> tuple[mx.array, MetricSums]:
         """Mean loss over the update's groups and heads: this microbatch's contribution."""
         config = self._config
-        flat = self._model.scores(weights, batch.groups, grad_checkpoint=config.grad_checkpoint)
+        flat = self._model.scores(
+            weights, batch.groups, grad_checkpoint=bool(config.grad_checkpoint)
+        )
         scores = flat.reshape(batch.weight.shape[0], -1, config.members)
         loss = mx.array(0.0)
         for member in range(config.members):

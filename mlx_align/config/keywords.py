@@ -162,7 +162,7 @@ class DPOOptions(TypedDict, total=False):
     learning_rate: float | None
     lr_schedule: Literal["constant", "linear", "cosine"]
     warmup: float
-    grad_checkpoint: bool
+    grad_checkpoint: bool | None
     seed: int
     loss: str | Callable[..., Any]
     loss_option: Mapping[str, float | str]
@@ -265,7 +265,7 @@ class GRPOOptions(TypedDict, total=False):
     learning_rate: float | None
     lr_schedule: Literal["constant", "linear", "cosine"]
     warmup: float
-    grad_checkpoint: bool
+    grad_checkpoint: bool | None
     seed: int
     kl_coef: float
     loss: str
@@ -395,7 +395,7 @@ class KTOOptions(TypedDict, total=False):
     learning_rate: float | None
     lr_schedule: Literal["constant", "linear", "cosine"]
     warmup: float
-    grad_checkpoint: bool
+    grad_checkpoint: bool | None
     seed: int
     loss: Literal["kto", "apo_zero_unpaired"]
     loss_option: Mapping[str, float | str]
@@ -488,7 +488,7 @@ class PPOOptions(TypedDict, total=False):
     learning_rate: float | None
     lr_schedule: Literal["constant", "linear", "cosine"]
     warmup: float
-    grad_checkpoint: bool
+    grad_checkpoint: bool | None
     seed: int
     kl_coef: float
     target_kl: float | None
@@ -595,7 +595,7 @@ class RewardOptions(TypedDict, total=False):
     learning_rate: float | None
     lr_schedule: Literal["constant", "linear", "cosine"]
     warmup: float
-    grad_checkpoint: bool
+    grad_checkpoint: bool | None
     seed: int
     members: int
     center_rewards_coefficient: float
@@ -646,7 +646,7 @@ class SFTOptions(TypedDict, total=False):
     learning_rate: float | None
     lr_schedule: Literal["constant", "linear", "cosine"]
     warmup: float
-    grad_checkpoint: bool
+    grad_checkpoint: bool | None
     seed: int
     loss: Literal["nll", "dft"]
     loss_on: Literal["completion", "assistant"]

@@ -163,20 +163,21 @@ class TrainConfig(Options):
         aliases=("num_epochs", "num_train_epochs"),
         change_on_resume=True,
     )
-    # One pair at a time fits 16 GB; accumulating reduces the gradient's noise. None, to
-    # distinguish the default from a 1 that was given together with --batch-tokens.
     batch_size: int | None = option(
         None,
         "Prompts (with their completions) per microbatch.",
         OPTIMISATION,
-        default_text=str(DEFAULT_BATCH_SIZE),
+        default_text="see --batch-tokens",
         at_least=1,
         aliases=("micro_batch_size", "per_device_train_batch_size"),
     )
+    # 768 tokens take about the memory of one long pair. Short rows of their own use a CPU or GPU
+    # badly: packed, SmolLM2-135M trains on them 3 times as fast (docs/verified/defaults.md).
     batch_tokens: int | None = option(
         None,
         "Instead of --batch-size: tokens per microbatch, padding included.",
         OPTIMISATION,
+        default_text="an update's, up to 768",
         at_least=1,
     )
     grad_accumulation_steps: int | None = option(
@@ -209,11 +210,13 @@ class TrainConfig(Options):
         at_least=0,
         aliases=("warmup_ratio", "warmup_steps"),
     )
-    # Without it a 7B pair of 1024 tokens needs 18 GB of activations, with it 2 (computed).
-    grad_checkpoint: bool = option(
-        True,
+    # Without it a 7B pair of 1024 tokens needs 18 GB of activations, with it 2 (computed), and a
+    # step takes a third longer.
+    grad_checkpoint: bool | None = option(
+        None,
         "Recompute activations: slower, far less memory.",
         OPTIMISATION,
+        default_text="if memory is short",
         aliases=("gradient_checkpointing",),
     )
     seed: int = option(

@@ -46,6 +46,9 @@ from mlx_align.planning.memory import (
 from mlx_align.planning.model_shape import ModelShape, read_header, read_model_shape
 from mlx_align.types import TokenizedGroup
 
+# Without --grad-checkpoint or its opposite, activations are recomputed if the run would need more
+# than this share of the memory otherwise: the rest is for the user's other programs.
+FREE_SHARE = 0.5
 # Runs that need less are never refused: the error of the estimate is larger than the savings.
 ALWAYS_FITS_BYTES = 1_000_000_000
 # Families whose caches can't be shared: prompt and completion run as one row.
@@ -96,6 +99,18 @@ class Plan:
     steps: list[Suggestion]
 
 
+class Fit(NamedTuple):
+    """A run that fits this machine.
+
+    Attributes:
+        line: The memory it needs, in words.
+        grad_checkpoint: Whether activations are recomputed, as given or as chosen.
+    """
+
+    line: str
+    grad_checkpoint: bool
+
+
 class RewardModelMemory(NamedTuple):
     """The reward models that an on-policy run holds in memory.
 
@@ -128,8 +143,15 @@ def make_plan(
         ModelError: The model's files can't be read.
         ConfigError: The model can't compute in the given adapter dtype.
     """
+    if config.grad_checkpoint is None:
+        return _with_chosen_checkpointing(
+            lambda checkpoint: make_plan(
+                replace(config, grad_checkpoint=checkpoint), layout, folder, groups, machine
+            )
+        )
     model = read_model_shape(folder.path, folder.config)
-    within, limit = _shapes_within(groups), batch_limit(config, packs=_can_pack(config, folder))
+    packs = can_pack(folder) and not isinstance(config, KTOConfig)
+    within, limit = _shapes_within(groups), batch_limit(config, packs=packs)
     rows = 2 if not groups else max(len(group.completions) for group in groups)
     if isinstance(config, KTOConfig | SFTConfig):
         rows = 1  # KTO runs its second, mismatched completion separately and without gradient
@@ -165,6 +187,17 @@ def make_on_policy_plan(
         ModelError: A model's files can't be read.
         ConfigError: The model can't compute in the given adapter dtype.
     """
+    if config.grad_checkpoint is None:
+        return _with_chosen_checkpointing(
+            lambda checkpoint: make_on_policy_plan(
+                replace(config, grad_checkpoint=checkpoint),
+                layout,
+                folder,
+                prompts,
+                rewards,
+                machine,
+            )
+        )
     model = read_model_shape(folder.path, folder.config)
     longest = config.max_prompt_length or config.max_seq_length - config.max_completion_length
     if prompts is None:
@@ -202,14 +235,14 @@ def check_fits(
     layout: AdapterLayout,
     folder: ModelFolder,
     groups: Sequence[TokenizedGroup],
-) -> str:
-    """Check that an offline run fits this machine; returns a line about the memory it needs.
+) -> Fit:
+    """Check that an offline run fits this machine.
 
     Raises:
         ConfigError: The run does not fit, and --force was not given.
     """
     return _describe_or_raise(
-        lambda: make_plan(config, layout, folder, groups, this_machine()), force=config.force
+        lambda: make_plan(config, layout, folder, groups, this_machine()), config
     )
 
 
@@ -219,15 +252,15 @@ def check_on_policy_fits(
     folder: ModelFolder,
     prompts: tuple[Sequence[TokenizedGroup], Sequence[TokenizedGroup]],
     rewards: RewardModelMemory,
-) -> str:
-    """Check that an on-policy run fits this machine; returns a line about the memory it needs.
+) -> Fit:
+    """Check that an on-policy run fits this machine.
 
     Raises:
         ConfigError: The run does not fit, and --force was not given.
     """
     return _describe_or_raise(
         lambda: make_on_policy_plan(config, layout, folder, prompts, rewards, this_machine()),
-        force=config.force,
+        config,
     )
 
 
@@ -274,7 +307,7 @@ def _workload(
         num_layers=layout.num_layers,
         keys=layout.keys,
         dropout=layout.dropout > 0,
-        grad_checkpoint=config.grad_checkpoint,
+        grad_checkpoint=bool(config.grad_checkpoint),
         adapter_bytes=ADAPTER_BYTES if computed is None else computed.size,
         shared=folder.config.get("model_type") not in UNSHARED_FAMILIES,
         attention=attention_on(machine, model, folder.config),
@@ -310,27 +343,40 @@ def _plan(
     return Plan(machine, model, workload, memory, fits, steps)
 
 
-def _describe_or_raise(make: Callable[[], Plan], *, force: bool) -> str:
+def _with_chosen_checkpointing(make: Callable[[bool], Plan]) -> Plan:
+    """The plan without recomputed activations if that leaves enough memory free, else with them."""
+    plan = make(False)
+    enough = max(
+        FREE_SHARE * plan.machine.working_set_bytes, ALWAYS_FITS_BYTES if plan.machine.here else 0
+    )
+    return plan if plan.memory.peak_bytes <= enough else make(True)
+
+
+def _describe_or_raise(make: Callable[[], Plan], config: TrainConfig) -> Fit:
     try:
         plan = make()
     except ModelError as error:
         # A model whose sizes have unknown names in config.json can still be trained. A damaged file
         # is an error when it is loaded.
-        return f"! Memory can't be estimated: {error}."
-    if plan.fits or force:
+        line = f"! Memory can't be estimated: {error}."
+        return Fit(line, config.grad_checkpoint is not False)
+    if plan.fits or config.force:
         warning = "" if plan.fits else "; it does not fit, --force starts it anyway"
-        return f"Memory: about {format_requirement(plan)}{warning}."
+        line = f"Memory: about {format_requirement(plan)}{warning}."
+        if config.grad_checkpoint is None and plan.workload.grad_checkpoint:
+            line += " Activations are recomputed to save memory (--no-grad-checkpoint is faster)."
+        return Fit(line, plan.workload.grad_checkpoint)
     raise ConfigError(
         f"this run needs about {format_requirement(plan)}; {format_suggestions(plan)}; "
         "or start it anyway with --force"
     )
 
 
-def _can_pack(config: TrainConfig, folder: ModelFolder) -> bool:
-    """Whether the run's groups will be packed, according to the model's configuration."""
+def can_pack(folder: ModelFolder) -> bool:
+    """Whether rows can be packed, according to the model's configuration."""
     windows = folder.config.get("sliding_window") and folder.config.get("use_sliding_window", True)
     padded = folder.config.get("model_type") in UNSHARED_FAMILIES + UNPACKED_FAMILIES or windows
-    return not padded and not isinstance(config, KTOConfig)
+    return not padded
 
 
 def _shapes_within(

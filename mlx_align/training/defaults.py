@@ -25,7 +25,14 @@ from mlx_align.config import (
 )
 from mlx_align.config.on_policy import ONLINE_DPO
 from mlx_align.data.batching import groups_per_batch
-from mlx_align.data.buckets import batch_limit
+from mlx_align.data.buckets import (
+    LENGTH_MULTIPLE,
+    Shape,
+    batch_limit,
+    group_lengths,
+    group_tokens,
+    packed_lengths,
+)
 from mlx_align.errors import ConfigError
 from mlx_align.losses.registry import (
     PAIRWISE_LOSSES,
@@ -44,6 +51,8 @@ ROWS_VISITED = 500
 MAX_PASSES = {"dpo": 8, "kto": 8, "sft": 5, "reward": 4}
 # Rows per update for fewer than this many rows of data.
 ROWS_PER_UPDATE = ((100, 4), (1000, 8), (math.inf, 16))
+# Tokens of a microbatch at most, and the share of them that stays empty when rows are packed.
+MAX_BATCH_TOKENS, PACKING_LOSS = 768, 0.1
 # KTO estimates a KL from the rows of an update.
 MIN_KTO_ROWS = 8
 # Rollout batches of an on-policy run at least, and passes over few prompts at most.
@@ -73,6 +82,8 @@ def resolve_offline(
     train: Sequence[TokenizedGroup],
     valid: int,
     fraction: float | None = None,
+    *,
+    packs: bool = False,
 ) -> tuple[Config, list[str]]:
     """The config with every default resolved, and lines that say what was chosen.
 
@@ -82,16 +93,23 @@ def resolve_offline(
         train: The training rows.
         valid: Number of held-out rows.
         fraction: The fraction that was held out; None if the data has a valid split.
+        packs: Whether the rows of a microbatch can be packed.
     """
     command = _command(config)
     rows = len(train)
-    per_microbatch = groups_per_batch(train, batch_limit(config))
     chosen: dict[str, Any] = {}
     if config.valid_fraction is None:
         chosen["valid_fraction"] = fraction
+    wanted = next(count for below, count in ROWS_PER_UPDATE if rows < below)
+    wanted = max(wanted, MIN_KTO_ROWS) if command == "kto" else wanted
+    if config.batch_size is None and config.batch_tokens is None:
+        if config.grad_accumulation_steps is None:
+            chosen["batch_tokens"] = _batch_tokens(train, wanted, packs=packs)
+        else:
+            chosen["batch_size"] = DEFAULT_BATCH_SIZE
+        config = replace(config, **chosen)
+    per_microbatch = groups_per_batch(train, batch_limit(config, packs=packs))
     if config.grad_accumulation_steps is None:
-        wanted = next(count for below, count in ROWS_PER_UPDATE if rows < below)
-        wanted = max(wanted, MIN_KTO_ROWS) if command == "kto" else wanted
         chosen["grad_accumulation_steps"] = max(1, round(wanted / per_microbatch))
     accumulation = chosen.get("grad_accumulation_steps", config.accumulation)
     per_update = per_microbatch * accumulation
@@ -106,6 +124,7 @@ def resolve_offline(
     if {"grad_accumulation_steps", "epochs", "learning_rate"} & chosen.keys():
         passes = updates * per_update / rows
         rate = chosen.get("learning_rate", config.learning_rate)
+        about = "" if config.batch_tokens is None else "about "
         reason = (
             f"so few rows take {passes:.2g} passes to change the model"
             if "epochs" in chosen and epochs > 1
@@ -114,11 +133,29 @@ def resolve_offline(
             else f"{passes:.2g} passes"
         )
         lines.append(
-            f"Defaults for {rows:,} rows: {updates:,} updates of {per_update:.3g} rows at learning "
-            f"rate {rate:.2g}; {reason}. (--epochs, --grad-accumulation-steps, --learning-rate)"
+            f"Defaults for {rows:,} rows: {updates:,} updates of {about}{per_update:.0f} rows at "
+            f"learning rate {rate:.2g}; {reason}. (--epochs, --grad-accumulation-steps, "
+            "--learning-rate)"
         )
-    lines += _held_out_lines(config, chosen, valid)
+    lines += _held_out_lines(valid)
     return _complete(replace(config, **chosen), layout), lines
+
+
+def _batch_tokens(train: Sequence[TokenizedGroup], rows: int, *, packs: bool) -> int:
+    """Tokens of a microbatch of about `rows` rows, at most `MAX_BATCH_TOKENS`."""
+    if packs:
+        sizes = [(1 + PACKING_LOSS) * sum(packed_lengths(group)) for group in train]
+    else:
+        sizes = [
+            group_tokens(Shape(_round_up(prompt), _round_up(completion), 1), len(group.completions))
+            for group in train
+            for prompt, completion in [group_lengths(group)]
+        ]
+    return min(MAX_BATCH_TOKENS, _round_up(rows * sum(sizes) / len(sizes)))
+
+
+def _round_up(tokens: float) -> int:
+    return math.ceil(tokens / LENGTH_MULTIPLE) * LENGTH_MULTIPLE
 
 
 def resolve_on_policy(
@@ -173,7 +210,7 @@ def resolve_on_policy(
             f"prompts ({passes:.2g} passes) at learning rate {rate:.2g}. "
             "(--iters, --grad-accumulation-steps, --learning-rate)"
         )
-    lines += _held_out_lines(config, chosen, valid)
+    lines += _held_out_lines(valid)
     return _complete(replace(config, **chosen), layout), lines
 
 
@@ -225,14 +262,18 @@ def _evaluation(
     return chosen
 
 
-def _held_out_lines(config: TrainConfig, chosen: dict[str, Any], valid: int) -> list[str]:
+def describe_evaluated(evaluated: int, valid: int) -> list[str]:
+    """A line if a default makes evaluations use fewer than all held-out rows."""
+    if evaluated == valid:
+        return []
+    return [
+        f"Evaluations use {evaluated:,} of {valid:,} held-out rows, because all of them would cost "
+        "more than a tenth of the run (--val-batches -1 for all)."
+    ]
+
+
+def _held_out_lines(valid: int) -> list[str]:
     lines = []
-    if chosen.get("val_batches", -1) != -1:
-        size = config.batch_size or DEFAULT_BATCH_SIZE
-        lines.append(
-            f"Evaluations use {chosen['val_batches'] * size:,} of {valid:,} held-out rows, because "
-            "all of them would cost more than a tenth of the run (--val-batches -1 for all)."
-        )
     if 0 < valid < MIN_INFORMATIVE:
         lines.append(
             f"! {valid} held-out rows are too few to tell an improvement from chance "
@@ -245,7 +286,7 @@ def _complete(config: Config, layout: AdapterLayout) -> Config:
     """The config with the defaults that don't depend on the data in it."""
     found: dict[str, Any] = {"fine_tune_type": layout.fine_tune_type}
     found["num_layers"] = layout.num_layers
-    if config.batch_size is None and config.batch_tokens is None:
+    if config.batch_size is None and config.batch_tokens is None:  # an on-policy run
         found["batch_size"] = DEFAULT_BATCH_SIZE
     if layout.fine_tune_type != "full":
         found["lora_rank"] = layout.rank

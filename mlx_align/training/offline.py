@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +33,11 @@ from mlx_align.inference.scoring import Scorer, score_groups
 from mlx_align.models.loading import LanguageModel, ModelFolder
 from mlx_align.models.policy import make_policy
 from mlx_align.models.weights import AdapterWeights
-from mlx_align.planning.plan import check_fits
+from mlx_align.planning.plan import can_pack, check_fits
 from mlx_align.system.memory_limit import MemoryLimit
 from mlx_align.system.progress import Console
 from mlx_align.tracking.run_dir import write_samples
-from mlx_align.training.defaults import resolve_offline
+from mlx_align.training.defaults import describe_evaluated, resolve_offline
 from mlx_align.training.evaluation import EvaluationResult, kl_from_reference
 from mlx_align.training.metrics import MetricsWindow, Progress, StepResult, Throughput
 from mlx_align.training.reference import References, reference_logprobs
@@ -100,12 +100,20 @@ def prepare_offline(
     train, valid = algorithm.arrange(dataset.train), algorithm.arrange(dataset.valid)
     lines = ["\n".join([render_statistics(dataset.statistics), *remarks])]
     lines += describe_test_split(config, data)
+    val_batches = config.val_batches
     if not resume:
-        config, chosen = resolve_offline(config, layout, train, len(valid), dataset.valid_fraction)
+        packs = algorithm.packs and can_pack(folder)
+        config, chosen = resolve_offline(
+            config, layout, train, len(valid), dataset.valid_fraction, packs=packs
+        )
         lines += chosen
-    lines.append(check_fits(config, layout, folder, train))
-    parts = {"training data": train, "held-out data": valid}
     held_out = held_out_groups(valid, config)
+    if val_batches is None:
+        lines += describe_evaluated(len(held_out), len(valid))
+    fit = check_fits(config, layout, folder, train)
+    lines.append(fit.line)
+    config = replace(config, grad_checkpoint=fit.grad_checkpoint)
+    parts = {"training data": train, "held-out data": valid}
     made_of = fingerprints(algorithm.command, config, folder.path, parts)
     judges = check_circular_run(config, made_of, dataset.statistics.judges)
     if "circular" in judges:
@@ -114,7 +122,7 @@ def prepare_offline(
         layout=layout,
         folder=folder,
         eval_examples=len(held_out),
-        algorithm=algorithm,
+        algorithm=algorithm.with_options(config),
         config=config,
         train=train,
         valid=valid,

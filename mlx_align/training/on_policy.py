@@ -55,7 +55,7 @@ from mlx_align.rollout.sampler import Prompt
 from mlx_align.system.memory_limit import MemoryLimit
 from mlx_align.system.progress import Console
 from mlx_align.tracking.run_dir import SUMMARY_FILE, append_samples, read_run_record
-from mlx_align.training.defaults import resolve_on_policy
+from mlx_align.training.defaults import describe_evaluated, resolve_on_policy
 from mlx_align.training.on_policy_trainer import OnPolicyTrainer, RolloutEvaluation
 from mlx_align.training.resume import fingerprints
 from mlx_align.training.setup import (
@@ -139,9 +139,12 @@ def prepare_on_policy(
     held_out = reward_settings(eval_functions, config.eval_reward_model, 1.0, config.reward_timeout)
     train, valid, report, title, fraction = read_prompt_splits(config, folder, data)
     chosen: list[str] = []
+    val_batches, everyone = config.val_batches, len(valid)
     if not resume:
         config, chosen = resolve_on_policy(config, layout, len(train), len(valid), fraction)
     valid = limit_held_out(valid, config)
+    if val_batches is None:
+        chosen += describe_evaluated(len(valid), everyone)
     parts: dict[str, Sequence[TokenizedGroup]] = {
         "prompts": [prompt.tokens for prompt in train],
         "held-out prompts": [prompt.tokens for prompt in valid],
@@ -169,7 +172,9 @@ def prepare_on_policy(
         lines.append(f"! Circular: {judges['circular']}.")
     prompts = parts["prompts"], parts["held-out prompts"]
     memory = reward_model_memory(models.values(), folder, layout)
-    lines.append(check_on_policy_fits(config, layout, folder, prompts, memory))
+    fit = check_on_policy_fits(config, layout, folder, prompts, memory)
+    lines.append(fit.line)
+    config = replace(config, grad_checkpoint=fit.grad_checkpoint)
     size = config.batch_size or DEFAULT_BATCH_SIZE
     texts = [prompt.text for prompt in (*train, *valid)]
 

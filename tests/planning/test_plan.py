@@ -567,7 +567,7 @@ def test_on_policy_training_refuses_what_does_not_fit(command, tmp_path, capsys,
     ]
     options += ["--iters", "3", "--samples", "0", "--batch-size", "1", "--output", "out"]
     options += ["--grad-accumulation-steps", "2", "--group-size", "2", "--valid-fraction", "0"]
-    options += ["--max-completion-length", "4"]
+    options += ["--max-completion-length", "4", "--grad-checkpoint"]
     if command == "ppo":
         options += ["--reward-rollouts", "0", "--critic-warmup", "0"]
     assert run([command, *options]) == 1

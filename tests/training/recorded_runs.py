@@ -59,7 +59,7 @@ OPTIMIZERS = {
 # ---------------------------------------------------------------- cases
 
 OFFLINE = (
-    "--model model --output runs/{name} --keep last --iters 3 --batch-size 2 "
+    "--model model --output runs/{name} --keep last --iters 3 --batch-size 2 --grad-checkpoint "
     "--grad-accumulation-steps 2 --lora-rank 4 --learning-rate 1e-3 --warmup 0 "
     "--max-seq-length 64 --steps-per-report 1 --samples 0 --val-batches 25 --steps-per-eval 100"
 )
@@ -70,7 +70,7 @@ REWARD = f"reward --data pairs {OFFLINE}"
 ON_POLICY = (
     "--model model --data pairs --output runs/{name} --iters 2 --batch-size 2 "
     "--grad-accumulation-steps 2 --group-size 4 --max-completion-length 8 --max-seq-length 64 "
-    "--lora-rank 4 --learning-rate 1e-3 --samples 0 --no-guard --keep last "
+    "--lora-rank 4 --learning-rate 1e-3 --samples 0 --no-guard --keep last --grad-checkpoint "
     "--val-batches 25"
 )
 # For folders of runs that are kept in the repository.
@@ -79,7 +79,10 @@ LENGTH = "--reward length(target=4)"
 GRPO = f"grpo {ON_POLICY} {LENGTH}"
 PPO = f"ppo {ON_POLICY} --reward-rollouts 8 --critic-warmup 1"
 
-PLAN = "--model model --data pairs --machine '16 GB M2' --json --grad-accumulation-steps 8"
+PLAN = (
+    "--model model --data pairs --machine '16 GB M2' --json --grad-accumulation-steps 8 "
+    "--grad-checkpoint"
+)
 
 PAIRWISE_LOSSES = {
     "sigmoid": "--label-smoothing 0.1",

@@ -13,18 +13,26 @@ from helpers.runs import metric_rows, mlx_align, summary_of
 from mlx_align.algorithms.grpo import KL_PLACES, check_grpo_options, resolve_method
 from mlx_align.config import DPOConfig, GRPOConfig, KTOConfig, PPOConfig, RewardConfig, SFTConfig
 from mlx_align.config.schema import make_config
+from mlx_align.data.batching import groups_per_batch
+from mlx_align.data.buckets import batch_limit
 from mlx_align.data.splits import default_valid_fraction
 from mlx_align.losses.registry import resolve_options
 from mlx_align.models.adapters import AdapterLayout
+from mlx_align.planning import plan
+from mlx_align.planning.machine import Machine
 from mlx_align.system.intervals import wilson_interval
 from mlx_align.training.defaults import (
     EVALUATION_SHARE,
     FORWARD_SHARE,
+    MAX_BATCH_TOKENS,
     MIN_EVALUATED,
     MIN_INFORMATIVE,
+    MIN_KTO_ROWS,
+    describe_evaluated,
     resolve_offline,
     resolve_on_policy,
 )
+from mlx_align.training.offline import held_out_groups
 from mlx_align.types import TokenizedGroup
 
 LORA = AdapterLayout()
@@ -37,8 +45,12 @@ def rows(count):
 
 def offline(config, count, valid=50, layout=LORA):
     found, lines = resolve_offline(config, layout, rows(count), valid)
-    updates = found.iters or math.ceil(found.epochs * count / found.accumulation)
+    updates = found.iters or math.ceil(found.epochs * count / rows_per_update(found, count))
     return found, updates, lines
+
+
+def rows_per_update(config, count, packs=False):
+    return config.accumulation * groups_per_batch(rows(count), batch_limit(config, packs=packs))
 
 
 @pytest.mark.parametrize("config", [DPOConfig(), KTOConfig(), SFTConfig(), RewardConfig()])
@@ -69,9 +81,51 @@ def test_given_options_are_kept_and_only_chosen_ones_are_explained():
     assert not any(line.startswith("Defaults") for line in lines)
     found, _, lines = offline(DPOConfig(iters=5), 250)
     assert (found.iters, found.epochs) == (5, None)
-    assert "5 updates of 8 rows at learning rate 5e-05" in lines[0]
+    assert "5 updates of about 8 rows at learning rate 5e-05" in lines[0]
     # --batch-size counts towards the rows of an update.
     assert offline(DPOConfig(batch_size=4), 250)[0].accumulation == 2
+    # As do --batch-tokens, and a row is a microbatch where only the accumulation is given.
+    assert offline(DPOConfig(batch_tokens=48), 250)[0].accumulation == 4
+    found, _, _ = offline(DPOConfig(grad_accumulation_steps=8), 250)
+    assert (found.batch_size, found.batch_tokens) == (1, None)
+
+
+@pytest.mark.parametrize("config", [DPOConfig(), KTOConfig(), SFTConfig(), RewardConfig()])
+@pytest.mark.parametrize(("count", "wanted"), [(30, 4), (250, 8), (2_000, 16)])
+@pytest.mark.parametrize("packs", [False, True])
+def test_microbatches_hold_the_rows_of_an_update_up_to_a_number_of_tokens(
+    config, count, wanted, packs
+):
+    wanted = max(wanted, MIN_KTO_ROWS) if isinstance(config, KTOConfig) else wanted
+    found, _ = resolve_offline(config, LORA, rows(count), 50, packs=packs)
+    assert found.batch_size is None
+    assert rows_per_update(found, count, packs) == pytest.approx(wanted, rel=0.2)
+    assert found.accumulation == 1
+    ids = np.arange(200, dtype=np.int32)
+    long = [TokenizedGroup(ids, (ids, ids), f"f:{i}") for i in range(count)]
+    found, _ = resolve_offline(config, LORA, long, 50, packs=packs)
+    assert found.batch_tokens == MAX_BATCH_TOKENS
+    assert found.accumulation == wanted
+
+
+def test_activations_are_recomputed_if_memory_is_short(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    rows = [{"prompt": f"Say yes {i}.", "chosen": " yes", "rejected": " no"} for i in range(10)]
+    write_rows("pairs.jsonl", rows)
+    options = ("--model", TINY_MODEL, "--data", "pairs.jsonl", "--samples", 0, "--iters", 1)
+
+    def run(output, *more):
+        assert mlx_align("dpo", *options, "--output", output, *more) == 0
+        written = yaml.safe_load((tmp_path / output / "config.yaml").read_text())
+        return written["grad_checkpoint"], "are recomputed" in capsys.readouterr().out
+
+    assert run("much") == (False, False)
+    assert run("given", "--grad-checkpoint") == (True, False)
+    small = Machine("small", 8_000_000, 8_000_000, metal=False)
+    monkeypatch.setattr(plan, "this_machine", lambda: small)
+    monkeypatch.setattr(plan, "ALWAYS_FITS_BYTES", 0)
+    assert run("little", "--force") == (True, True)
+    assert run("kept", "--force", "--no-grad-checkpoint") == (False, False)
 
 
 @pytest.mark.parametrize("loss", ["ipo", "orpo", "hinge"])
@@ -87,7 +141,7 @@ def test_a_resolved_config_serves_losses_without_smoothing(loss):
 def test_resolving_again_changes_nothing():
     found, _, _ = offline(DPOConfig(beta=0.3), 30)
     assert found.beta == 0.3
-    assert (found.batch_size, found.lora_rank, found.lora_alpha) == (1, 16, 32)
+    assert (found.batch_tokens, found.lora_rank, found.lora_alpha) == (96, 16, 32)
     assert (found.num_layers, found.fine_tune_type) == (-1, "lora")
     again, lines = resolve_offline(found, LORA, rows(30), 50)
     assert again == found
@@ -100,12 +154,15 @@ def test_resolving_again_changes_nothing():
 @pytest.mark.parametrize("count", [30, 300, 3_000, 60_000])
 @pytest.mark.parametrize("valid", [6, 50, 400, 20_000])
 def test_evaluations_use_all_held_out_rows_unless_they_cost_a_tenth(count, valid):
-    found, updates, lines = offline(DPOConfig(), count, valid)
-    evaluated = valid if found.val_batches == -1 else found.val_batches
+    found, updates, _ = offline(DPOConfig(), count, valid)
+    evaluated = len(held_out_groups(rows(valid), found))
+    lines = describe_evaluated(evaluated, valid)
     evaluations = 2 + (updates - 1) // found.steps_per_eval
     cost = evaluations * evaluated * FORWARD_SHARE
-    budget = EVALUATION_SHARE * updates * found.accumulation
-    assert evaluated <= MIN_EVALUATED or cost <= 1.05 * budget
+    budget = EVALUATION_SHARE * updates * rows_per_update(found, count)
+    # Whole microbatches are evaluated, and those of held-out rows may hold one or two more.
+    microbatch = rows_per_update(found, count) / found.accumulation
+    assert evaluated <= MIN_EVALUATED + 2 * microbatch or cost <= 1.05 * budget
     if found.val_batches == -1:
         return
     assert any(f"of {valid:,} held-out rows" in line for line in lines)
@@ -143,12 +200,14 @@ def test_a_run_writes_every_choice_and_is_resumed_with_them(tmp_path, monkeypatc
     )
     options = ("--model", TINY_MODEL, "--data", "pairs.jsonl", "--samples", 0)
     assert mlx_align("dpo", *options, "--output", "run", "--lora-keys", "self_attn.q_proj") == 0
-    assert "Defaults for 8 rows: 16 updates of 4 rows" in capsys.readouterr().out
+    assert "Defaults for 8 rows: 16 updates of about 4 rows" in capsys.readouterr().out
     written = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
     assert written["epochs"] == 8
     assert written["learning_rate"] == 5e-5
     assert (written["beta"], written["lora_rank"], written["lora_alpha"]) == (0.1, 16, 32)
-    assert (written["batch_size"], written["grad_accumulation_steps"]) == (1, 4)
+    assert written["grad_accumulation_steps"] == 1
+    assert "batch_size" not in written
+    assert written["batch_tokens"] % 8 == 0
     assert written["valid_fraction"] == 0.2
     assert summary_of("run")["steps"] == 16
     assert [row["step"] for row in metric_rows("run", "eval/loss")] == [0, 16]
