@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from mlx_align.config.offline import TrainConfig
+from mlx_align.config.offline import DEFAULT_BATCH_SIZE, TrainConfig
 from mlx_align.config.schema import (
     ADVANCED,
     CRITIC,
@@ -149,6 +149,10 @@ class OnPolicyConfig(TrainConfig):
         default_text="one pass, at least 60 of few prompts",
     )
     epochs: float | None = override(TrainConfig, "epochs", default_text="as --iters")
+    batch_size: int | None = override(
+        TrainConfig, "batch_size", default_text=str(DEFAULT_BATCH_SIZE)
+    )
+    batch_tokens: int | None = override(TrainConfig, "batch_tokens", default_text=None)
     grad_accumulation_steps: int | None = override(
         TrainConfig, "grad_accumulation_steps", default_text="8 prompts"
     )
