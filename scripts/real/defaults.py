@@ -12,19 +12,14 @@ A finished run is not repeated, and an interrupted one continues. On 2 cores a r
 """
 
 import argparse
-import json
 import re
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from models import smollm2
+from studies import REAL, is_finished, read_json, read_rows, study_folder, train, write_rows
 
-from mlx_align.system.user_folders import cache_folder
-
-REAL = Path(__file__).resolve().parent.parent.parent / "data" / "real"
 LONGEST_QUESTION = 160
 SENTENCE, LONGEST_ANSWER = (15, 160), 320
 HELD_OUT = 60
@@ -54,8 +49,7 @@ RUNS = (
 def pairs(split: str) -> list[dict[str, Any]]:
     """First sentence against first two to four, of both answers of each row of a split."""
     found = []
-    for line in (REAL / "hh-helpful" / f"{split}.jsonl").read_text().splitlines():
-        row = json.loads(line)
+    for row in read_rows(REAL / "hh-helpful" / f"{split}.jsonl"):
         question = row["prompt"][-1]["content"]
         if len(question) > LONGEST_QUESTION:
             continue
@@ -79,28 +73,9 @@ def pairs(split: str) -> list[dict[str, Any]]:
 def write_data(folder: Path, rows: int) -> Path:
     """A data folder with `rows` training pairs."""
     data = folder / f"data-{rows}"
-    data.mkdir(parents=True, exist_ok=True)
-    for split, kept in (("train", pairs("train")[:rows]), ("valid", pairs("valid")[:HELD_OUT])):
-        lines = (json.dumps(row) + "\n" for row in kept)
-        (data / f"{split}.jsonl").write_text("".join(lines))
+    write_rows(data / "train.jsonl", pairs("train")[:rows])
+    write_rows(data / "valid.jsonl", pairs("valid")[:HELD_OUT])
     return data
-
-
-def is_finished(folder: Path) -> bool:
-    """Whether the run in this folder has ended."""
-    return (folder / "summary.json").is_file()
-
-
-def train(run: Run, folder: Path) -> None:
-    """Train, or continue, a run in its folder."""
-    output = folder / run.name
-    if (output / "config.yaml").is_file():
-        command = [run.command, "--resume", str(output)]
-    else:
-        data = write_data(folder, run.rows)
-        command = [run.command, "--model", str(smollm2()), "--data", str(data)]
-        command += ["--output", str(output), *run.options]
-    subprocess.run([sys.executable, "-m", "mlx_align", *command], check=True)
 
 
 def table(runs: Sequence[Run], folder: Path) -> str:
@@ -112,7 +87,7 @@ def table(runs: Sequence[Run], folder: Path) -> str:
     for run in runs:
         if not is_finished(folder / run.name):
             continue
-        summary = json.loads((folder / run.name / "summary.json").read_text())
+        summary = read_json(folder / run.name / "summary.json")
         rate = re.search(
             r"^learning_rate: (\S+)", (folder / run.name / "config.yaml").read_text(), re.M
         )
@@ -157,19 +132,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--runs", help="comma-separated; all by default")
     parser.add_argument("--list", action="store_true")
-    parser.add_argument("--folder", type=Path, default=cache_folder() / "real" / "defaults")
+    parser.add_argument("--folder", type=Path, default=None)
     arguments = parser.parse_args()
+    folder = arguments.folder or study_folder("defaults")
     names = arguments.runs.split(",") if arguments.runs else [run.name for run in RUNS]
     if unknown := set(names) - {run.name for run in RUNS}:
         parser.error(f"unknown: {', '.join(unknown)}; see --list")
     if arguments.list:
         for run in RUNS:
-            print(run.name, "finished" if is_finished(arguments.folder / run.name) else "")
+            print(run.name, "finished" if is_finished(folder / run.name) else "")
         return
     for run in RUNS:
-        if run.name in names and not is_finished(arguments.folder / run.name):
-            train(run, arguments.folder)
-    print(table(RUNS, arguments.folder))
+        if run.name in names and not is_finished(folder / run.name):
+            where = ("--model", smollm2(), "--data", write_data(folder, run.rows))
+            train(folder / run.name, run.command, *where, *run.options)
+    print(table(RUNS, folder))
 
 
 if __name__ == "__main__":

@@ -4,28 +4,36 @@ Trains `mlx-align dpo` with its defaults on the 100 pairs of data/real/brevity, 
 other seeds. Then the model answers the held-out questions and a set of facts greedily, as it was
 and after each run. Asked are: how long are the answers, and are the facts still right?
 
-    python scripts/real/style.py            # an hour on 2 cores, minutes on a Mac
+    python scripts/real/style.py            # half an hour on 2 cores, minutes on a Mac
     python scripts/real/style.py --seeds 1  # one run
 
-A finished run is not repeated, and an interrupted one continues. Prints the table for the docs.
+Finished runs are not repeated, and interrupted ones continue. Writes docs/verified/style.md. On
+Linux LD_PRELOAD should name libopenblas.
 """
 
 import argparse
-import json
 import re
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean, stdev
 
 from models import smollm2
+from studies import (
+    REAL,
+    ROOT,
+    read_json,
+    read_rows,
+    run,
+    shown,
+    study_folder,
+    table,
+    train,
+    write_page,
+    write_rows,
+)
 
-from mlx_align.inference.generate import TextGenerator
-from mlx_align.system.intervals import Estimate, mean_interval, wilson_interval
-from mlx_align.system.user_folders import cache_folder
+from mlx_align.system.intervals import mean_interval, wilson_interval
 
-DATA = Path(__file__).resolve().parent.parent.parent / "data"
 MAX_TOKENS = 96
 # Asked beside the capitals of the starter's countries; any of the words is right.
 FACTS = {
@@ -50,7 +58,7 @@ FACTS = {
 
 def facts() -> dict[str, tuple[str, ...]]:
     """Questions, and words of which a right answer has one."""
-    world = json.loads((DATA / "starter" / "world.json").read_text())
+    world = read_json(ROOT / "data" / "starter" / "world.json")
     capitals = {
         f"What is the capital of {country['name']}?": (country["capital"].lower(),)
         for country in world["countries"]
@@ -60,8 +68,8 @@ def facts() -> dict[str, tuple[str, ...]]:
 
 def questions() -> list[str]:
     """The held-out questions of the pairs."""
-    lines = (DATA / "real" / "brevity" / "valid.jsonl").read_text().splitlines()
-    return [json.loads(line)["prompt"][-1]["content"] for line in lines]
+    rows = read_rows(REAL / "brevity" / "valid.jsonl")
+    return [row["prompt"][-1]["content"] for row in rows]
 
 
 def is_right(answer: str, words: Sequence[str]) -> bool:
@@ -69,31 +77,20 @@ def is_right(answer: str, words: Sequence[str]) -> bool:
     return any(re.search(rf"\b{re.escape(word)}\b", answer.lower()) for word in words)
 
 
-def train(seed: int, folder: Path) -> Path:
-    """The run of a seed, trained if it is not finished."""
-    output = folder / f"seed-{seed}"
-    if not (output / "summary.json").is_file():
-        command = ["dpo", "--resume", str(output)]
-        if not (output / "config.yaml").is_file():
-            command = ["dpo", "--model", str(smollm2()), "--data", str(DATA / "real" / "brevity")]
-            command += ["--output", str(output), "--seed", str(seed)]
-        subprocess.run([sys.executable, "-m", "mlx_align", *command], check=True)
-    return output
-
-
-def answers(run: Path | None, folder: Path, asked: Sequence[str]) -> list[str]:
+def answers(trained: Path | None, folder: Path, asked: Sequence[str]) -> list[str]:
     """Greedy answers of a run, or of the model itself; kept in a file."""
-    file = folder / f"answers-{'start' if run is None else run.name}.json"
-    if file.is_file():
-        kept: dict[str, str] = json.loads(file.read_text())
-        return [kept[question] for question in asked]
-    generator = TextGenerator.load(str(smollm2()), run)
-    said = {question: generator.generate(question, max_tokens=MAX_TOKENS) for question in asked}
-    file.write_text(json.dumps(said, indent=1, ensure_ascii=False))
-    return [said[question] for question in asked]
+    file = folder / f"answers-{'start' if trained is None else trained.name}.jsonl"
+    if not file.is_file():
+        prompts = [{"prompt": [{"role": "user", "content": question}]} for question in asked]
+        data = write_rows(folder / "questions.jsonl", prompts)
+        adapter = () if trained is None else ("--adapter-path", trained)
+        greedy = ("-n", 1, "--temperature", 0, "--max-completion-length", MAX_TOKENS)
+        where = ("--model", smollm2(), *adapter, "--data", data, "--output", file)
+        run(["data", "sample", *where, *greedy])
+    return [row["completions"][0] for row in read_rows(file)]
 
 
-def row(name: str, said: Sequence[str], before: Sequence[str]) -> str:
+def row(name: str, said: Sequence[str], before: Sequence[str]) -> list[str]:
     """A line of the table: lengths of answers to questions, facts that are right."""
     asked = len(questions())
     lengths = [len(text.split()) for text in said[:asked]]
@@ -103,34 +100,46 @@ def row(name: str, said: Sequence[str], before: Sequence[str]) -> str:
         is_right(text, words) for text, words in zip(said[asked:], facts().values(), strict=True)
     ]
     share = wilson_interval(mean(right), len(right))
-    shown = "–" if said is before else _interval(change, "{:+.0f}")
-    return f"| {name} | {mean(lengths):.0f} | {shown} | {_interval(share, '{:.0%}')} |"
-
-
-def _interval(found: Estimate, form: str) -> str:
-    low, high = form.format(found.low), form.format(found.high)
-    return f"{form.format(found.value)} ({low} to {high})"
+    changed = "–" if said is before else shown(change, "{:+.0f}")
+    return [name, f"{mean(lengths):.0f}", changed, shown(share)]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--folder", type=Path, default=cache_folder() / "real" / "style")
-    arguments = parser.parse_args()
-    arguments.folder.mkdir(parents=True, exist_ok=True)
+    given, folder = parser.parse_args(), study_folder("style")
     asked = [*questions(), *facts()]
-    before = answers(None, arguments.folder, asked)
-    lines = [
-        f"| | words, n = {len(questions())} | change | facts right, n = {len(facts())} |",
-        "|---|---:|---|---|",
-        row("SmolLM2-135M-Instruct", before, before),
-    ]
-    for seed in range(arguments.seeds):
-        said = answers(train(seed, arguments.folder), arguments.folder, asked)
-        lines.append(row(f"after DPO, seed {seed}", said, before))
-        for question, first, then in list(zip(asked, before, said, strict=True))[:3]:
-            print(f"{question}\n  before: {first}\n  after:  {then}\n")
-    print("\n".join(lines))
+    before = answers(None, folder, asked)
+    rows, examples = [row("SmolLM2-135M-Instruct", before, before)], []
+    for seed in range(given.seeds):
+        where = ("--model", smollm2(), "--data", REAL / "brevity", "--seed", seed)
+        said = answers(train(folder / f"seed-{seed}", "dpo", *where), folder, asked)
+        rows.append(row(f"after DPO, seed {seed}", said, before))
+        if not seed:
+            examples = [*zip(asked, before, said, strict=True)]
+    titles = ["", f"words, n = {len(questions())}", "change"]
+    write_page(
+        "style",
+        "# A style, and what it costs",
+        "`mlx-align dpo` with its defaults teaches SmolLM2-135M-Instruct to answer in one "
+        "sentence: 100 pairs of the model's own answers (`data/real/brevity`), the first sentence "
+        f"of each preferred to all of it. Then it answers {len(questions())} held-out questions and "
+        f"{len(facts())} questions of fact greedily, in up to {MAX_TOKENS} tokens. A fact is right "
+        "if the answer names it. 95% intervals, over questions. `python scripts/real/style.py` "
+        "measures it again.",
+        table([*titles, f"facts right, n = {len(facts())}"], rows),
+        "The first answers, before and after (seed 0):",
+        "\n".join(
+            f"- {question}\n    - {_line(first)}\n    - {_line(then)}"
+            for question, first, then in [*examples[:3], *examples[-3:]]
+        ),
+    )
+
+
+def _line(text: str) -> str:
+    return " ".join(text.split())
 
 
 if __name__ == "__main__":

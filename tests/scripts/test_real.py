@@ -1,6 +1,7 @@
 """`scripts/real/`: a model folder out of a GGUF file, and pairs made of real conversations."""
 
 import json
+from itertools import combinations
 
 import mlx.core as mx
 import numpy as np
@@ -114,3 +115,47 @@ def test_data_of_the_defaults_study(tmp_path):
     assert not asked & {row["prompt"][0]["content"] for row in valid}
     assert len({run.name for run in defaults.RUNS}) == len(defaults.RUNS)
     assert len(defaults.pairs("train")) >= max(run.rows for run in defaults.RUNS)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5])
+def test_the_best_of_n_is_the_mean_over_all_subsets(count):
+    helpful = load_script("real/helpful")
+    random = np.random.default_rng(0)
+    ranking, judged = random.normal(size=(2, 3, 5))
+    expected = [
+        np.mean([j[max(chosen, key=lambda i: r[i])] for chosen in combinations(range(5), count)])
+        for r, j in zip(ranking, judged, strict=True)
+    ]
+    assert np.allclose(helpful.best_of(ranking, judged, count), expected)
+
+
+def test_facts_are_right_as_whole_words():
+    style = load_script("real/style")
+    assert style.is_right("There are 7 days.", ("7", "seven"))
+    assert not style.is_right("There are 70 days.", ("7", "seven"))
+    assert style.is_right("H₂O, of course", ("h2o", "h₂o"))
+    assert len(style.facts()) == 40
+    assert len(style.questions()) == 40
+
+
+def test_sums_are_held_out(tmp_path):
+    sums = load_script("real/sums")
+    data = sums.write_data(tmp_path)
+    train, valid = (
+        [json.loads(line) for line in (data / f"{split}.jsonl").read_text().splitlines()]
+        for split in ("train", "valid")
+    )
+    assert (len(train), len(valid)) == (sums.TRAIN, sums.HELD_OUT)
+    asked = [row["prompt"][0]["content"] for row in (*train, *valid)]
+    assert len(set(asked)) == len(asked)
+
+
+def test_pages_show_intervals(tmp_path, monkeypatch):
+    studies = load_script("real/studies")
+    monkeypatch.setattr(studies, "ROOT", tmp_path)
+    (tmp_path / "docs" / "verified").mkdir(parents=True)
+    cell = studies.shown({"value": 0.5, "low": 0.25, "high": 0.75})
+    assert cell == "50% (25% to 75%)"
+    studies.write_page("one", "# One", studies.table(["a", "b"], [["x", cell]]))
+    text = (tmp_path / "docs" / "verified" / "one.md").read_text()
+    assert "| a | b |\n|---|---:|\n| x | 50% (25% to 75%) |" in text

@@ -1,0 +1,286 @@
+"""Train SmolLM2-135M-Instruct on people's preferences, and measure what that is worth.
+
+Anthropic's HH-RLHF (helpful) in data/real/hh-helpful, conversations of up to 200 tokens. Half of
+the training pairs (A) train the policies, and a reward model that ranks answers. The other half (B)
+trains the judge: a reward model that no policy was trained with. Conversations of A, B and the
+held-out pairs are different ones.
+
+    python scripts/real/helpful.py                 # 2 hours on 2 cores, minutes on a Mac
+    python scripts/real/helpful.py --only judge,reward,dpo
+
+Finished parts are not repeated, and interrupted ones continue. The page, docs/verified/helpful.md,
+has what is finished. On Linux LD_PRELOAD should name libopenblas.
+"""
+
+import argparse
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from models import smollm2
+from studies import (
+    REAL,
+    evaluate,
+    is_finished,
+    read_json,
+    read_rows,
+    run,
+    shown,
+    study_folder,
+    table,
+    train,
+    write_page,
+    write_rows,
+)
+from tokenizers import Tokenizer
+
+from mlx_align.system.intervals import Estimate, mean_interval
+
+MAX_TOKENS = 200
+# Prompts completed by policy and start, and the longest completion.
+ANSWERS = ("--samples", 64, "-n", 1, "--max-completion-length", 64)
+RERANKED, COMPLETIONS = 32, 16
+COUNTS = (1, 2, 4, 8, 16)
+TITLES = {
+    "dpo": "DPO",
+    "dpo-rate-2e-4": "DPO, learning rate 2e-4",
+    "dpo-bfloat16": "DPO, base in bf16",
+    "dpo-4-bit": "DPO, base in 4 bits",
+    "sft": "SFT on the chosen answers",
+    "sft-dpo": "SFT, then DPO",
+    "ppo": "PPO with the reward model of A",
+}
+
+
+def write_data(folder: Path) -> None:
+    """Write the parts A and B of the training pairs, each with the held-out pairs."""
+    tokenizer = Tokenizer.from_file(str(smollm2() / "tokenizer.json"))
+
+    def is_short(row: dict[str, Any]) -> bool:
+        messages = [*row["prompt"], *row["chosen"], *row["rejected"]]
+        # The template adds 5 tokens to a message, and a system message of 25.
+        return 25 + sum(len(tokenizer.encode(m["content"]).ids) + 5 for m in messages) <= MAX_TOKENS
+
+    rows = {
+        split: [row for row in read_rows(REAL / "hh-helpful" / f"{split}.jsonl") if is_short(row)]
+        for split in ("train", "valid")
+    }
+    # All rows of a conversation are on the same side.
+    first = list(dict.fromkeys(row["prompt"][0]["content"] for row in rows["train"]))
+    in_a = set(first[::2])
+    for part in "ab":
+        kept = [
+            row for row in rows["train"] if (row["prompt"][0]["content"] in in_a) == (part == "a")
+        ]
+        write_rows(folder / f"data-{part}" / "train.jsonl", kept)
+        write_rows(folder / f"data-{part}" / "valid.jsonl", rows["valid"])
+    prompts = {json.dumps(row["prompt"]): {"prompt": row["prompt"]} for row in rows["valid"]}
+    write_rows(folder / "prompts.jsonl", list(prompts.values())[:RERANKED])
+    texts = [
+        {"text": f"{row['prompt'][-1]['content']}\n{row['solution']}"}
+        for row in read_rows(REAL / "gsm8k" / "valid.jsonl")[:40]
+    ]
+    write_rows(folder / "texts.jsonl", texts)
+
+
+def stages(folder: Path) -> dict[str, Callable[[], Any]]:
+    """What is trained and measured, by name, in this order."""
+    float32, a, b = smollm2(), folder / "data-a", folder / "data-b"
+
+    def on_a(name: str, command: str, *options: object, model: Path = float32) -> Path:
+        return train(folder / name, command, "--model", model, "--data", a, *options)
+
+    def judged(name: str) -> dict[str, Any]:
+        judge = ("--reward-model", folder / "judge", "--perplexity-data", folder / "texts.jsonl")
+        return evaluate(folder / name, folder / f"eval-{name}", *judge, *ANSWERS)
+
+    rate = ("--learning-rate", "2e-4")
+    chosen: dict[str, Callable[[], Any]] = {
+        "judge": lambda: train(folder / "judge", "reward", "--model", float32, "--data", b),
+        "reward": lambda: on_a("reward", "reward"),
+        "dpo": lambda: (on_a("dpo", "dpo"), judged("dpo")),
+        "rerank": lambda: rerank(folder),
+        "dpo-rate-2e-4": lambda: (on_a("dpo-rate-2e-4", "dpo", *rate), judged("dpo-rate-2e-4")),
+        "sft": lambda: (on_a("sft", "sft"), judged("sft")),
+        "sft-dpo": lambda: (
+            on_a("sft-dpo", "dpo", "--init-adapter", folder / "sft"),
+            judged("sft-dpo"),
+        ),
+        "ppo": lambda: (
+            on_a("ppo", "ppo", "--reward-model", folder / "reward", "--max-completion-length", 64),
+            judged("ppo"),
+        ),
+    }
+    for dtype in ("bfloat16", "4-bit"):
+        name = f"dpo-{dtype}"
+        chosen[name] = lambda name=name, dtype=dtype: (
+            on_a(name, "dpo", model=smollm2(dtype)),
+            judged(name),
+        )
+    return chosen
+
+
+def rerank(folder: Path) -> None:
+    """Score 16 answers to each held-out prompt: by implicit reward, reward model and judge."""
+    answers = folder / "answers.jsonl"
+    if not answers.is_file():
+        asked = ("--data", folder / "prompts.jsonl", "-n", COMPLETIONS)
+        cut = ("--max-completion-length", 64, "--output", answers)
+        run(["data", "sample", "--model", smollm2(), *asked, *cut])
+    for name in ("dpo", "reward", "judge"):
+        scored = folder / f"scores-{name}.jsonl"
+        if not scored.is_file():
+            run(["score", folder / name, "--data", answers, "--output", scored])
+
+
+def best_of(ranking: np.ndarray, judged: np.ndarray, count: int) -> np.ndarray:
+    """The expected judge's score of the best of `count` answers, per prompt.
+
+    The mean over all subsets of `count` answers, not over one draw: sorted by the ranking's score,
+    the i-th of N answers is the best of C(i−1, count−1) of the C(N, count) subsets.
+
+    Args:
+        ranking: Scores that rank, (prompts, N).
+        judged: The judge's scores, (prompts, N).
+        count: Answers to choose from.
+    """
+    total = ranking.shape[1]
+    order = np.argsort(ranking, axis=1, kind="stable")
+    weights = np.zeros(total)
+    share = count / total
+    for place in range(total - 1, count - 2, -1):
+        weights[place] = share
+        share *= (place - count + 1) / max(place, 1)
+    found: np.ndarray = np.take_along_axis(judged, order, axis=1) @ weights
+    return found
+
+
+def reranking_table(folder: Path) -> str:
+    """The judge's score of the best of n, by what ranked them, in deviations of its scores."""
+    scores = {
+        name: np.array([row["model_scores"] for row in read_rows(folder / f"scores-{name}.jsonl")])
+        for name in ("dpo", "reward", "judge")
+    }
+    judge = scores["judge"]
+    judge = (judge - judge.mean()) / judge.std()
+    rows = []
+    for title, name in (
+        ("implicit reward of the DPO run", "dpo"),
+        ("reward model of A", "reward"),
+        ("the judge itself (the most there is)", "judge"),
+    ):
+        first = best_of(scores[name], judge, 1)
+        gains = [best_of(scores[name], judge, count) - first for count in COUNTS[1:]]
+        rows.append([title, *(shown(mean_of(gain), "{:+.2f}") for gain in gains)])
+    return table(["ranked by", *(f"best of {count}" for count in COUNTS[1:])], rows)
+
+
+def mean_of(values: np.ndarray) -> Estimate:
+    """The mean of a number per prompt, with its 95% interval."""
+    return mean_interval(float(values.mean()), float(values.std(ddof=1)), len(values))
+
+
+def reward_table(folder: Path) -> str:
+    """Accuracy and calibration of the two reward models."""
+    rows = []
+    for title, name in (("judge, trained on B", "judge"), ("reward model, trained on A", "reward")):
+        if not is_finished(folder / name):
+            continue
+        held_out = read_json(folder / name / "summary.json")["held_out"]
+        rows.append([title, *reward_facts(held_out)])
+    titles = ["", "held-out accuracy", "“pick the longer”", "where the shorter is chosen"]
+    return table([*titles, "calibration error"], rows)
+
+
+def reward_facts(held_out: dict[str, Any]) -> list[str]:
+    """Cells of the reward models' table."""
+    found = held_out
+    return [
+        f"{shown(found['accuracy'])} of {found['comparisons']}",
+        f"{found['length']['accuracy']:.0%}",
+        f"{found['length']['shorter_chosen_accuracy']:.0%}",
+        f"{found['calibration']['error']:.1%}",
+    ]
+
+
+def policy_table(folder: Path, names: Sequence[str]) -> str:
+    """What every policy gained and cost, next to the start."""
+    rows = []
+    for name in names:
+        found = read_json(folder / f"eval-{name}" / "evaluation.json")
+        wins, equal = found["wins"], found["wins"]["length_controlled"]
+        rows.append(
+            [
+                TITLES[name],
+                shown(found["preferences"]["reward_accuracy"]),
+                shown(wins["rate"]),
+                "–" if equal is None else shown(equal),
+                f"{found['divergence']['per_answer']:.1f} ± "
+                f"{found['divergence']['standard_error'] or 0:.1f}",
+                f"{wins['reference_length']:.0f} → {wins['length']:.0f}",
+                shown(found["perplexity"]["ratio"], "{:.3f}"),
+            ]
+        )
+    titles = ["", "held-out reward accuracy", "judged better than the start", "at equal length"]
+    return table([*titles, "KL, nats per answer", "tokens", "perplexity on other text, ×"], rows)
+
+
+def page(folder: Path) -> list[str]:
+    """The parts of the page for what is finished."""
+    valid = len(read_rows(folder / "data-a" / "valid.jsonl"))
+    sizes = {part: len(read_rows(folder / f"data-{part}" / "train.jsonl")) for part in "ab"}
+    parts = [
+        "# People's preferences on a real model",
+        "SmolLM2-135M-Instruct on Anthropic's HH-RLHF (helpful-base, MIT), conversations of up to "
+        f"{MAX_TOKENS} tokens: {sizes['a']} pairs (A) train the policies and a reward model, "
+        f"{sizes['b']} pairs of other conversations (B) a second reward model, the judge. "
+        f"{valid} pairs of further conversations are held out. All options are the defaults unless "
+        "the table names others. 95% intervals, over prompts. `python scripts/real/helpful.py` "
+        "measures it again.",
+    ]
+    if is_finished(folder / "judge"):
+        parts += ["## Reward models", reward_table(folder)]
+    names = [name for name in TITLES if (folder / f"eval-{name}" / "evaluation.json").is_file()]
+    if names:
+        parts += [
+            "## Policies",
+            policy_table(folder, names),
+            f"{ANSWERS[1]} held-out prompts were completed by the policy and by the start at "
+            f"temperature 1, up to {ANSWERS[-1]} tokens; the judge compared them. Perplexity is of "
+            "40 questions of GSM8K with their solutions, over that of the start.",
+        ]
+    if all((folder / f"scores-{name}.jsonl").is_file() for name in ("dpo", "reward", "judge")):
+        parts += [
+            "## Reranking",
+            f"{COMPLETIONS} answers of the start to each of {RERANKED} held-out prompts. How much "
+            "better the judge finds the best of n than one answer, in standard deviations of its "
+            "scores (the mean over all subsets of n):",
+            reranking_table(folder),
+        ]
+    return parts
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--only", help="comma-separated stages; all by default")
+    parser.add_argument("--folder", type=Path, default=None)
+    given = parser.parse_args()
+    folder = given.folder or study_folder("helpful")
+    if not (folder / "texts.jsonl").is_file():
+        write_data(folder)
+    known = stages(folder)
+    names = given.only.split(",") if given.only else list(known)
+    if unknown := set(names) - known.keys():
+        parser.error(f"unknown: {', '.join(sorted(unknown))}; there are {', '.join(known)}")
+    for name in known:
+        if name in names:
+            known[name]()
+            write_page("helpful", *page(folder))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,109 @@
+"""What the studies share: runs that are not repeated, tables with intervals, and their page."""
+
+import datetime
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mlx_align.system.intervals import Estimate
+from mlx_align.system.user_folders import cache_folder
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+REAL = ROOT / "data" / "real"
+
+
+def study_folder(name: str) -> Path:
+    """The folder in the user's cache in which a study keeps its runs."""
+    folder = cache_folder() / "real" / name
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def run(command: Sequence[object]) -> None:
+    """Run an mlx-align command with its output in the terminal; the script ends if it fails."""
+    words = [str(word) for word in command]
+    print(f"\n$ mlx-align {' '.join(words)}", file=sys.stderr, flush=True)
+    code = subprocess.run([sys.executable, "-m", "mlx_align", *words], check=False).returncode
+    if code:
+        sys.exit(code)
+
+
+def train(output: Path, command: str, *options: object) -> Path:
+    """Train a run, or continue it; a finished one is not repeated."""
+    if not is_finished(output):
+        begun = (output / "config.yaml").is_file()
+        run([command, "--resume", output] if begun else [command, *options, "--output", output])
+    return output
+
+
+def is_finished(output: Path) -> bool:
+    """Whether the run in this folder has ended."""
+    return (output / "summary.json").is_file()
+
+
+def evaluate(trained: Path, output: Path, *options: object) -> dict[str, Any]:
+    """The numbers of `mlx-align eval`, computed once."""
+    file = output / "evaluation.json"
+    if not file.is_file():
+        resume = ["--resume"] if output.is_dir() else []
+        run(["eval", trained, *options, "--output", output, *resume])
+    found: dict[str, Any] = read_json(file)
+    return found
+
+
+def read_json(file: Path) -> Any:
+    """The content of a JSON file."""
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+def read_rows(file: Path) -> list[dict[str, Any]]:
+    """The rows of a JSON Lines file."""
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+
+
+def write_rows(file: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
+    """Write a JSON Lines file, and its folder."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    file.write_text("".join(lines), encoding="utf-8")
+    return file
+
+
+def shown(found: Estimate | Mapping[str, float], form: str = "{:.0%}") -> str:
+    """A number with its interval."""
+    if isinstance(found, Mapping):
+        found = Estimate(found["value"], found["low"], found["high"])
+    value, low, high = (form.format(number) for number in (found.value, found.low, found.high))
+    return f"{value} ({low} to {high})"
+
+
+def table(titles: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """A Markdown table; columns after the first are aligned to the right."""
+    lines = ["| " + " | ".join(titles) + " |", "|---" + "|---:" * (len(titles) - 1) + "|"]
+    lines += ["| " + " | ".join(map(str, row)) + " |" for row in rows]
+    return "\n".join(lines)
+
+
+def write_page(name: str, *parts: str) -> None:
+    """Write a page of docs/verified: its parts, and when and where they were measured."""
+    made = f"Measured on {datetime.date.today()}: {machine()}. This page is written by the script."
+    file = ROOT / "docs" / "verified" / f"{name}.md"
+    file.write_text("\n\n".join([*parts, made]) + "\n", encoding="utf-8")
+    print(file)
+
+
+def machine() -> str:
+    """The machine and backend, in words."""
+    import mlx.core as mx
+
+    if mx.metal.is_available():
+        return f"{mx.device_info()['device_name']}, GPU"
+    backend = "mlx's CPU backend"
+    if "openblas" in os.environ.get("LD_PRELOAD", ""):
+        backend += " with OpenBLAS"
+    return f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, {backend}"

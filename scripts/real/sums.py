@@ -1,0 +1,85 @@
+"""Teach SmolLM2-135M-Instruct sums with a reward that checks the answer: GRPO.
+
+The model answers some questions like "What is 34 + 8? Answer with the number only." right at
+temperature 1, but most wrong. Trained are 200 sums; 60 others are held out.
+
+    python scripts/real/sums.py            # 3 seeds, an hour on 2 cores
+    python scripts/real/sums.py --seeds 1
+
+Finished runs are not repeated, and interrupted ones continue. Writes docs/verified/sums.md. On
+Linux LD_PRELOAD should name libopenblas.
+"""
+
+import argparse
+import random
+from pathlib import Path
+
+from models import smollm2
+from studies import read_json, read_rows, shown, study_folder, table, train, write_page, write_rows
+
+QUESTION = "What is {} + {}? Answer with the number only."
+LARGEST, TRAIN, HELD_OUT = 49, 200, 60
+OPTIONS = ("--iters", 40, "--learning-rate", "1e-4", "--max-completion-length", 16)
+
+
+def write_data(folder: Path) -> Path:
+    """Write sums of two numbers, as prompts with their answer."""
+    numbers = [(a, b) for a in range(1, LARGEST + 1) for b in range(1, LARGEST + 1)]
+    random.Random(0).shuffle(numbers)
+    rows = [
+        {
+            "prompt": [{"role": "user", "content": QUESTION.format(a, b)}],
+            "answer": str(a + b),
+        }
+        for a, b in numbers[: TRAIN + HELD_OUT]
+    ]
+    write_rows(folder / "data" / "train.jsonl", rows[:TRAIN])
+    write_rows(folder / "data" / "valid.jsonl", rows[TRAIN:])
+    return folder / "data"
+
+
+def row(seed: int, run: Path) -> list[str]:
+    """A line of the table."""
+    summary = read_json(run / "summary.json")
+    before, after = summary["eval_before"]["reward"], summary["eval"]["reward"]
+    interval, kl = summary["eval_intervals"]["reward"], summary["kl"]
+    return [
+        f"seed {seed}",
+        f"{before:.0%}",
+        shown({"value": after, **interval}),
+        f"{kl['mean']:.1f} ± {kl['standard_error']:.1f}",
+        f"{summary['seconds_in_all'] / 60:.0f}",
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--seeds", type=int, default=3)
+    folder, given = study_folder("sums"), parser.parse_args()
+    data, rows = write_data(folder), []
+    for seed in range(given.seeds):
+        options = ("--reward", "exact_answer", *OPTIONS, "--seed", seed)
+        where = ("--model", smollm2(), "--data", data)
+        rows.append(row(seed, train(folder / f"seed-{seed}", "grpo", *where, *options)))
+    titles = ["", "right, before", "right, after", "KL, nats per answer", "minutes"]
+    answers = "\n".join(
+        f"- {one['prompt']}: “{one['before']}” → “{one['after']}”"
+        for one in read_rows(folder / "seed-0" / "samples.jsonl")[:4]
+    )
+    write_page(
+        "sums",
+        "# GRPO with a reward that can be checked",
+        f"SmolLM2-135M-Instruct, {TRAIN} questions such as “{QUESTION.format(34, 8)}”, the "
+        f"built-in reward `exact_answer`, {' '.join(map(str, OPTIONS))}; all else by default. "
+        f"{HELD_OUT} other sums are held out, with one answer to each at temperature 1. 95% intervals. "
+        "`python scripts/real/sums.py` measures it again.",
+        table(titles, rows),
+        "Answers to held-out questions, before and after (seed 0):",
+        answers,
+    )
+
+
+if __name__ == "__main__":
+    main()
