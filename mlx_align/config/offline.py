@@ -177,7 +177,7 @@ class TrainConfig(Options):
         None,
         "Instead of --batch-size: tokens per microbatch, padding included.",
         OPTIMISATION,
-        default_text="an update's, up to 768",
+        default_text="up to 768",
         at_least=1,
     )
     grad_accumulation_steps: int | None = option(

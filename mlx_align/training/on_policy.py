@@ -165,16 +165,16 @@ def prepare_on_policy(
         )
     lines, facts = describe_prompts(report, title, train, valid)
     lines += [*describe_test_split(config, data), *chosen]
+    prompts = parts["prompts"], parts["held-out prompts"]
+    memory = reward_model_memory(models.values(), folder, layout)
+    fit = check_on_policy_fits(config, layout, folder, prompts, memory)
+    config = replace(config, grad_checkpoint=fit.grad_checkpoint)
     made_of = fingerprints(method.command, config, folder.path, parts, hashes)
     judges = check_circular_run(config, made_of, recorded_judges(models.get("--reward-model")))
     facts |= judges
     if "circular" in judges:
         lines.append(f"! Circular: {judges['circular']}.")
-    prompts = parts["prompts"], parts["held-out prompts"]
-    memory = reward_model_memory(models.values(), folder, layout)
-    fit = check_on_policy_fits(config, layout, folder, prompts, memory)
     lines.append(fit.line)
-    config = replace(config, grad_checkpoint=fit.grad_checkpoint)
     size = config.batch_size or DEFAULT_BATCH_SIZE
     texts = [prompt.text for prompt in (*train, *valid)]
 

@@ -22,6 +22,7 @@ import numpy as np
 
 from mlx_align.config import TRAINING_CONFIGS, TrainConfig
 from mlx_align.config.schema import (
+    EXCLUSIVE,
     REMOVED_OPTIONS,
     declared_options,
     fixed_options,
@@ -426,7 +427,10 @@ def effective_value(config: TrainConfig, name: str, run: Path) -> tuple[Any, str
     if value is None and name in ("lora_rank", "lora_alpha", "num_layers"):
         value = _layout_value(run, name)
     if value is None:
+        others = {one for pair in EXCLUSIVE if name in pair for one in pair} - {name}
         text = declared_options(type(config))[name].default_text
+        if any(getattr(config, other) is not None for other in others):
+            text = None  # another option sets it
         return None, "none" if text is None else f"the default ({text})"
     return value, f"{value:g}" if isinstance(value, float) else str(value)
 

@@ -125,7 +125,7 @@ def main() -> None:
         "# A style, and what it costs",
         "`mlx-align dpo` with its defaults teaches SmolLM2-135M-Instruct to answer in one "
         "sentence: 100 pairs of the model's own answers (`data/real/brevity`), the first sentence "
-        f"of each preferred to all of it. Then it answers {len(questions())} held-out questions and "
+        f"of each preferred to all of it. It answers {len(questions())} held-out questions and "
         f"{len(facts())} questions of fact greedily, in up to {MAX_TOKENS} tokens. A fact is right "
         "if the answer names it. 95% intervals, over questions. `python scripts/real/style.py` "
         "measures it again.",

@@ -73,7 +73,7 @@ def main() -> None:
         "# GRPO with a reward that can be checked",
         f"SmolLM2-135M-Instruct, {TRAIN} questions such as “{QUESTION.format(34, 8)}”, the "
         f"built-in reward `exact_answer`, {' '.join(map(str, OPTIONS))}; all else by default. "
-        f"{HELD_OUT} other sums are held out, with one answer to each at temperature 1. 95% intervals. "
+        f"{HELD_OUT} other sums are held out, one answer to each at temperature 1. 95% intervals. "
         "`python scripts/real/sums.py` measures it again.",
         table(titles, rows),
         "Answers to held-out questions, before and after (seed 0):",

@@ -67,7 +67,7 @@ def test_plan_knows_the_time_after_a_run(tmp_path, monkeypatch, capsys):
     assert found["tokens_per_second"] == rate
     assert found["source"] == "measured earlier, by a run or --measure"
     # What makes a step faster or slower asks for a measurement of its own.
-    assert time("--no-grad-checkpoint") is None
+    assert time("--grad-checkpoint") is None
     assert time("--max-seq-length", "512") is None
     plan("dpo", "--batch-size", "2", *chosen[2:])
     assert json.loads(capsys.readouterr().out)["time"] is None
