@@ -171,11 +171,11 @@ class TrainConfig(Options):
         at_least=1,
         aliases=("micro_batch_size", "per_device_train_batch_size"),
     )
-    # 768 tokens take about the memory of one long pair. Short rows of their own use a CPU or GPU
-    # badly: packed, SmolLM2-135M trains on them 3 times as fast (docs/verified/defaults.md).
+    # 768 tokens take about the memory of one long pair. Short rows one by one use a processor
+    # badly: packed, SmolLM2-135M trains on them 3 times as fast (docs/verified/speed-and-memory.md).
     batch_tokens: int | None = option(
         None,
-        "Instead of --batch-size: tokens per microbatch, padding included.",
+        "Instead of --batch-size: tokens per microbatch.",
         OPTIMISATION,
         default_text="up to 768",
         at_least=1,
@@ -214,9 +214,9 @@ class TrainConfig(Options):
     # step takes a third longer.
     grad_checkpoint: bool | None = option(
         None,
-        "Recompute activations: slower, far less memory.",
+        "Recompute activations: slower, less memory.",
         OPTIMISATION,
-        default_text="if memory is short",
+        default_text="if needed",
         aliases=("gradient_checkpointing",),
     )
     seed: int = option(
