@@ -172,7 +172,7 @@ class TrainConfig(Options):
         aliases=("micro_batch_size", "per_device_train_batch_size"),
     )
     # 768 tokens take about the memory of one long pair. Short rows one by one use a processor
-    # badly: packed, SmolLM2-135M trains on them 3 times as fast (docs/verified/speed-and-memory.md).
+    # badly: packed, they train 3 times as fast (docs/verified/speed-and-memory.md).
     batch_tokens: int | None = option(
         None,
         "Instead of --batch-size: tokens per microbatch.",
