@@ -66,7 +66,7 @@ command line takes precedence over the YAML file, and that over the defaults.
 
 An option that is unknown, out of range, or without effect is an error. "Also" lists the names that
 mlx-lm, TRL and axolotl have for an option; they are accepted in all three places. On the command
-line, names with underscores are accepted too.
+line, names with underscores are accepted too. "measured" leads to what supports a default.
 
 <!-- Generated from the schema by scripts/make_reference.py; don't edit. -->
 """
@@ -218,8 +218,10 @@ def _row(declared: Option) -> str:
         help += f" Also {', '.join(f'`{flag_of(alias)}`' for alias in declared.aliases)}."
     if declared.change_on_resume:
         help += " Can change on resume."
-    default = "required" if declared.required else declared.shown_default or ""
-    return f"| `{flag}` | {_cell(value)} | {_cell(default)} | {_cell(help)} |"
+    default = _cell("required" if declared.required else declared.shown_default or "")
+    if declared.evidence is not None:
+        default += f" ([measured](../verified/{declared.evidence}))"
+    return f"| `{flag}` | {_cell(value)} | {default} | {_cell(help)} |"
 
 
 def trl_page() -> str:

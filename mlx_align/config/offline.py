@@ -152,6 +152,7 @@ class TrainConfig(Options):
         at_least=1,
         aliases=("max_steps",),
         change_on_resume=True,
+        evidence="defaults.md",
     )
     epochs: float | None = option(
         None,
@@ -162,6 +163,7 @@ class TrainConfig(Options):
         below=1e6,
         aliases=("num_epochs", "num_train_epochs"),
         change_on_resume=True,
+        evidence="defaults.md",
     )
     batch_size: int | None = option(
         None,
@@ -179,6 +181,7 @@ class TrainConfig(Options):
         OPTIMISATION,
         default_text="up to 768",
         at_least=1,
+        evidence="speed-and-memory.md#packed-rows",
     )
     grad_accumulation_steps: int | None = option(
         None,
@@ -187,6 +190,7 @@ class TrainConfig(Options):
         default_text="4 to 16 rows",
         at_least=1,
         aliases=("gradient_accumulation_steps",),
+        evidence="defaults.md",
     )
     learning_rate: float | None = option(
         None,
@@ -195,6 +199,7 @@ class TrainConfig(Options):
         default_text="1e-4 and less",
         above=0,
         aliases=("lr",),
+        evidence="defaults.md",
     )
     lr_schedule: Literal["constant", "linear", "cosine"] = option(
         "linear",
@@ -218,6 +223,7 @@ class TrainConfig(Options):
         OPTIMISATION,
         default_text="if needed",
         aliases=("gradient_checkpointing",),
+        evidence="speed-and-memory.md#packed-rows",
     )
     seed: int = option(
         0, "Random seed for adapters, data order and samples.", OPTIMISATION, at_least=0

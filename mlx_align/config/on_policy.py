@@ -152,7 +152,9 @@ class OnPolicyConfig(TrainConfig):
     batch_size: int | None = override(
         TrainConfig, "batch_size", default_text=str(DEFAULT_BATCH_SIZE)
     )
-    batch_tokens: int | None = override(TrainConfig, "batch_tokens", default_text=None)
+    batch_tokens: int | None = override(
+        TrainConfig, "batch_tokens", default_text=None, evidence=None
+    )
     grad_accumulation_steps: int | None = override(
         TrainConfig, "grad_accumulation_steps", default_text="8 prompts"
     )

@@ -113,6 +113,7 @@ class Option:
         python_type: Annotation for Python callers, if they may pass more types than the config has.
         aliases: Other spellings of its name that are accepted everywhere, with underscores: those
             of mlx-lm, TRL and axolotl.
+        evidence: The page and section of docs/verified that supports the default.
     """
 
     name: str
@@ -134,6 +135,7 @@ class Option:
     positional: bool = False
     python_type: str | None = None
     aliases: tuple[str, ...] = ()
+    evidence: str | None = None
 
     @property
     def flag(self) -> str:
@@ -184,6 +186,7 @@ def option(
     positional: bool = False,
     python_type: str | None = None,
     aliases: tuple[str, ...] = (),
+    evidence: str | None = None,
 ) -> Any:
     """Declare an option as a field of a config class. The arguments are those of `Option`.
 
@@ -209,6 +212,7 @@ def option(
             positional=positional,
             python_type=python_type,
             aliases=aliases,
+            evidence=evidence,
         )
     )
 
