@@ -3,7 +3,7 @@
 The model answers some questions like "What is 34 + 8? Answer with the number only." right at
 temperature 1, but most wrong. Trained are 200 sums; 60 others are held out.
 
-    python scripts/real/sums.py            # 3 seeds, an hour on 2 cores
+    python scripts/real/sums.py            # 3 seeds, 90 minutes on 2 cores
     python scripts/real/sums.py --seeds 1
 
 Finished runs are not repeated, and interrupted ones continue. Writes docs/verified/sums.md. On
@@ -19,7 +19,7 @@ from studies import read_json, read_rows, shown, study_folder, table, train, wri
 
 QUESTION = "What is {} + {}? Answer with the number only."
 LARGEST, TRAIN, HELD_OUT = 49, 200, 60
-OPTIONS = ("--iters", 40, "--learning-rate", "1e-4", "--max-completion-length", 16)
+OPTIONS = ("--max-completion-length", 16)
 
 
 def write_data(folder: Path) -> Path:
