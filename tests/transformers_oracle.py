@@ -29,14 +29,9 @@ EXACT_UP_TO = {
     "llama-longrope": 32,
     "phi3-longrope": 32,
 }
-# mlx-lm computes these families' GELU by another formula: largest difference, nats.
-OTHER_GELU = {"gemma": 2e-3, "starcoder2": 2e-3, "starcoder2-window": 2e-3, "gpt_neox": 2e-3}
 # Refused when loaded: part of the message.
 REFUSED = {
     "qwen3_moe-yarn": "asks for rotary embeddings of type yarn",
-    "glm": r"rotates 4 of a head's coordinates .*, mlx-lm's glm rotates 8",
-    "gpt_oss": r"6 parameters not in model: .*mlp\.experts\.down_proj",
-    "gpt2": r"28 parameters not in model: model\.transformer\.h\.0",
 }
 
 

@@ -42,7 +42,7 @@ from mlx_align.system.atomic_io import (
 
 # Families (and their class prefix in transformers) whose tensors have the same names and shapes in
 # mlx-lm and transformers. Of each family a tiny model was exported and loaded in transformers: the
-# scores agree to 1e-5 (scripts/verify_classifiers.py). Gemma is missing: mlx-lm uses another GELU.
+# scores agree to 1e-5 (scripts/verify_classifiers.py). Gemma's export is not measured.
 FAMILIES = {
     "llama": "Llama",
     "mistral": "Mistral",

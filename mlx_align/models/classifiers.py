@@ -20,7 +20,8 @@ from transformers import AutoConfig
 
 from mlx_align.errors import ModelError
 from mlx_align.models.heads import REWARD_HEAD, RewardHead
-from mlx_align.models.model_config import loading_options
+from mlx_align.models.model_config import activation_of, loading_options
+from mlx_align.models.patches import use_activation
 
 SUFFIX = "ForSequenceClassification"
 SCORE = "score.weight"
@@ -75,6 +76,8 @@ def load_classifier(path: Path, config: Mapping[str, Any]) -> nn.Module:
     module.weight = weight.astype(mx.float32)
     mx.eval(module.parameters())
     model[REWARD_HEAD] = module
+    if activation := activation_of(config):
+        use_activation(model, activation)
     model.eval()
     return model
 

@@ -19,6 +19,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.tokenizer_utils import load as _load_tokenizer
 from mlx_lm.utils import (
     _download,
+    _get_classes,
     load_config,
     load_model,
     maybe_set_recommended_wired_limit,
@@ -37,6 +38,7 @@ from mlx_align.models.adapters import (
 from mlx_align.models.backbone import Backbone, split_backbone
 from mlx_align.models.classifiers import first_line, head_problem, is_classifier, load_classifier
 from mlx_align.models.model_config import (
+    activation_of,
     block_count,
     check_config,
     length_limits,
@@ -44,6 +46,7 @@ from mlx_align.models.model_config import (
     normalize_config,
     unsupported_reason,
 )
+from mlx_align.models.patches import use_activation
 from mlx_align.models.rotary import correct_rotations
 from mlx_align.models.templates import limit_patterns, limit_template
 from mlx_align.models.verification import verify_forward
@@ -346,12 +349,55 @@ def load_module(path: Path) -> nn.Module:
     config = read_model_config(path)
     _check_blocks(path, config)
     try:
-        model, _ = load_model(path, model_config=loading_options(config))
+        model, _ = load_model(
+            path, model_config=loading_options(config), get_model_classes=_model_classes
+        )
     except (Exception, SystemExit) as error:  # mlx-lm raises KeyError, ValueError, … or exits
         reason = head_problem(path) or f"mlx-lm can't load this model ({first_line(error)})"
         raise ModelError(f"{path}: {reason}") from error
+    if activation := activation_of(config):
+        use_activation(model, activation)
     model.eval()
     return model
+
+
+def _model_classes(config: dict[str, Any]) -> tuple[type, type]:
+    """mlx-lm's classes for `config`; the model's also reads tensors under transformers' names."""
+    model_class, arguments = _get_classes(config)
+    rename = _RENAMED.get(str(config.get("model_type")))
+    if rename is None:
+        return model_class, arguments
+
+    class Renamed(model_class):  # type: ignore[misc, valid-type]
+        def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
+            found: dict[str, mx.array] = super().sanitize(rename(weights, config))
+            return found
+
+    return Renamed, arguments
+
+
+def _gpt2_tensors(weights: dict[str, mx.array], config: Mapping[str, Any]) -> dict[str, mx.array]:
+    """OpenAI's files have no prefix; what transformers saves has one, and may repeat the head."""
+    plain = {name.removeprefix("transformer."): weight for name, weight in weights.items()}
+    if config.get("tie_word_embeddings", True):
+        plain.pop("lm_head.weight", None)
+    return plain
+
+
+def _gpt_oss_tensors(
+    weights: dict[str, mx.array], _config: Mapping[str, Any]
+) -> dict[str, mx.array]:
+    """Experts in 16 or 32 bits, which transformers stores as (experts, inputs, outputs)."""
+    found = {}
+    for name, weight in weights.items():
+        if name.endswith(("experts.gate_up_proj", "experts.down_proj")):
+            found[f"{name}.weight"] = weight.swapaxes(-1, -2)
+        else:
+            found[name] = weight
+    return found
+
+
+_RENAMED = {"gpt2": _gpt2_tensors, "gpt_oss": _gpt_oss_tensors}
 
 
 def _check_blocks(path: Path, config: Mapping[str, Any]) -> None:

@@ -20,6 +20,7 @@ from typing import Any
 
 from mlx_lm.utils import _get_classes
 
+from mlx_align.models.patches import ACTIVATIONS
 from mlx_align.system.regular_files import whole_number
 
 # Rope types whose parameters are defined relative to the length that the model was trained with.
@@ -41,6 +42,30 @@ _SYNONYMS = {
 }
 # Options that a family's code in mlx-lm does not read, and the only value it computes.
 _ONLY = {"qwen2_moe": {"norm_topk_prob": False}}
+# The option that names a family's activation, and what it is where config.json leaves it out.
+_ACTIVATION = {
+    "gemma": ("hidden_act", "gelu_pytorch_tanh"),
+    **dict.fromkeys(("gemma2", "gemma3_text"), ("hidden_activation", "gelu_pytorch_tanh")),
+    **dict.fromkeys(("gpt2", "gptj"), ("activation_function", "gelu_new")),
+    "gpt_bigcode": ("activation_function", "gelu_pytorch_tanh"),
+    "gpt_neox": ("hidden_act", "gelu"),
+    "phi": ("hidden_act", "gelu_new"),
+    "starcoder2": ("hidden_act", "gelu_pytorch_tanh"),
+}
+# Families whose code in mlx-lm computes one activation, under the names that transformers has.
+_ONE_ACTIVATION = {
+    **dict.fromkeys(
+        (
+            *("llama", "mistral", "mixtral", "ministral3", "qwen2", "qwen2_moe", "qwen3"),
+            *("qwen3_moe", "qwen3_next", "phi3", "phimoe", "olmo", "olmo2", "olmo3", "olmoe"),
+            *("granite", "granitemoe", "cohere", "cohere2", "stablelm", "exaone4", "smollm3"),
+            *("seed_oss", "ernie4_5", "hunyuan_v1_dense", "helium", "glm", "glm4", "glm4_moe"),
+            *("deepseek_v2", "deepseek_v3", "dots1", "internlm2", "internlm3", "minicpm"),
+        ),
+        ("silu", "swish"),
+    ),
+    **dict.fromkeys(("nemotron", "bitnet"), ("relu2",)),
+}
 # Families whose sliding window transformers computes, and mlx-lm does not.
 _ALL_LAYERS_SLIDE = ("mistral", "mixtral", "phi3", "phimoe", "starcoder2")
 _WINDOW_BY_OPTION = ("qwen2", "qwen2_moe", "qwen3", "qwen3_moe")
@@ -203,6 +228,20 @@ def rope_of_layers(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     return found
 
 
+def activation_of(config: Mapping[str, Any]) -> str | None:
+    """The activation of the MLPs that a configuration names, by transformers' name.
+
+    None for families whose code in mlx-lm computes one only, or reads the option itself.
+    """
+    text = text_config(config)
+    option, default = _ACTIVATION.get(str(text.get("model_type")), ("", ""))
+    if not option:
+        return None
+    name = text.get(option) or default
+    # Google's first releases say gelu and mean its tanh form; transformers 5 reads them so too.
+    return default if text["model_type"] == "gemma" and name == "gelu" else str(name)
+
+
 def length_limits(config: Mapping[str, Any]) -> tuple[LengthLimit, ...]:
     """Lengths up to which the model is computed as a normalised configuration says."""
     text = text_config(config)
@@ -262,6 +301,16 @@ def unsupported_reason(config: Mapping[str, Any]) -> str:
             return (
                 f"config.json has {option} {text[option]}, mlx-lm's {family} computes {value} only"
             )
+    named = activation_of(config)
+    if named is not None and named not in ACTIVATIONS:
+        return f"config.json has the activation {named}, which is not known here"
+    activation = text.get("hidden_act")
+    computed = _ONE_ACTIVATION.get(family)
+    if activation is not None and computed and activation not in computed:
+        return (
+            f"config.json has hidden_act {activation}, mlx-lm's {family} computes {computed[0]} "
+            "only"
+        )
     kinds = text.get("layer_types")
     known = set().union(*_arguments(text))
     if not isinstance(kinds, list) or not kinds or "layer_types" in known:

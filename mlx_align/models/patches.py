@@ -1,8 +1,8 @@
 """Every patch of mlx and mlx-lm, and every workaround for one of their functions.
 
 Written against mlx 0.32 and mlx-lm 0.32, to which pyproject.toml pins this package: check this file
-first when either is upgraded. No patch is made on import. Each is a context manager that is active
-while a forward pass runs or is traced, and `apply_patches` combines those of a normal forward pass.
+first when either is upgraded. No patch is made on import. All but the last are context managers that are
+active while a forward pass runs or is traced; `apply_patches` combines those of a normal one.
 
 Patched:
 
@@ -27,6 +27,8 @@ Patched:
   gradient through a shared prompt.
 - the backbone of one model object, by `replace_backbone`: to run the vocabulary head alone, with
   the model's own code.
+- the class of the MLPs of one model object, by `use_activation` when it is loaded: gemma,
+  starcoder2, gpt_neox and gpt_bigcode compute another form of GELU than their configuration names.
 
 Worked around without a patch:
 
@@ -42,7 +44,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import mlx.core as mx
@@ -52,10 +54,18 @@ from mlx_lm.models import (
     base,
     deepseek_v3,
     gated_delta,
+    gemma,
     gemma2,
+    gemma3_text,
     glm4_moe_lite,
+    gpt2,
+    gpt_bigcode,
+    gpt_neox,
+    gptj,
     kimi_linear,
     llama4,
+    phi,
+    starcoder2,
 )
 
 from mlx_align.models.device import on_gpu
@@ -389,6 +399,60 @@ def _in_model_files(model: nn.Module, name: str, original: Any, replacement: Any
     finally:
         for file in callers:
             setattr(file, name, original)
+
+
+# Activations
+
+ACTIVATIONS: dict[str, Callable[[mx.array], mx.array]] = {
+    **dict.fromkeys(("gelu", "gelu_python"), nn.gelu),
+    **dict.fromkeys(("gelu_new", "gelu_pytorch_tanh", "gelu_python_tanh"), nn.gelu_approx),
+    **dict.fromkeys(("gelu_fast", "gelu_accurate"), nn.gelu_approx),
+    "quick_gelu": nn.gelu_fast_approx,
+    **dict.fromkeys(("silu", "swish"), nn.silu),
+    "relu": nn.relu,
+    "relu2": nn.relu2,
+}
+# MLPs whose activation can be replaced, with what mlx-lm computes there, and their projections:
+# the gate, the one behind the activation, and the one that the gate is multiplied by, if any.
+_MLPS: dict[Any, tuple[Callable[[mx.array], mx.array], str, str, str | None]] = {
+    gemma.MLP: (nn.gelu, "gate_proj", "down_proj", "up_proj"),
+    gemma2.MLP: (nn.gelu_approx, "gate_proj", "down_proj", "up_proj"),
+    gemma3_text.MLP: (nn.gelu_approx, "gate_proj", "down_proj", "up_proj"),
+    gpt2.MLP: (nn.gelu_approx, "c_fc", "c_proj", None),
+    gpt_bigcode.MLP: (nn.gelu, "c_fc", "c_proj", None),
+    gpt_neox.MLP: (nn.gelu_approx, "dense_h_to_4h", "dense_4h_to_h", None),
+    gptj.GPTJMLP: (nn.gelu_approx, "fc_in", "fc_out", None),
+    phi.PhiMLP: (nn.gelu_approx, "fc1", "fc2", None),
+    starcoder2.MLP: (nn.gelu, "c_fc", "c_proj", None),
+}
+
+
+def use_activation(model: nn.Module, name: str) -> None:
+    """Let the MLPs of `model` compute the activation that its configuration names.
+
+    Those of `_MLPS` only. An MLP that computes it already keeps its class.
+    """
+    activation = ACTIVATIONS[name]
+    for module in model.modules():
+        found = _MLPS.get(type(module))
+        if found is not None and found[0] is not activation:
+            module.__class__ = _mlp_class(type(module), name)
+
+
+@cache
+def _mlp_class(kind: Any, name: str) -> Any:
+    activation = ACTIVATIONS[name]
+    _, first, last, other = _MLPS[kind]
+
+    def call(self: Any, x: mx.array) -> mx.array:
+        hidden = activation(self[first](x))
+        if other is not None:
+            hidden = hidden * self[other](x)
+        out: mx.array = self[last](hidden)
+        return out
+
+    # The same module: patches of a model's files find them by its modules' classes.
+    return type(kind.__name__, (kind,), {"__call__": call, "__module__": kind.__module__})
 
 
 # Gated delta rule

@@ -81,7 +81,8 @@ def correct_rotations(model: nn.Module, config: Mapping[str, Any]) -> list[str]:
     """Compare the rotary embeddings of all layers with the configuration.
 
     mlx-lm's yarn rounds the bounds of its ramp and ignores `attention_factor`. Where the
-    configuration says otherwise its frequencies are replaced.
+    configuration says otherwise its frequencies are replaced. So is the number of coordinates that
+    are rotated, where mlx-lm's code (glm) rotates all.
 
     Args:
         model: As mlx-lm loads it.
@@ -110,6 +111,16 @@ def correct_rotations(model: nn.Module, config: Mapping[str, Any]) -> list[str]:
             if not found or "" in found:
                 continue
             rope = candidates[-1]
+            narrower = _rotated_width(text, rope) if rope else None
+            if type(module) is nn.RoPE and narrower is not None and narrower < width:
+                module.dims = narrower
+                if not _compare(module, text, rope, narrower, longest):
+                    notes.add(
+                        f"{narrower} of a head's {width} coordinates are rotated, as config.json "
+                        "says; mlx-lm alone rotates all"
+                    )
+                    continue
+                module.dims = width
             wanted = rotation_of(rope, width, longest) if rope else None
             if (
                 rope is None

@@ -8,7 +8,6 @@ from transformers_oracle import (
     CASES,
     EXACT_UP_TO,
     FOLDERS,
-    OTHER_GELU,
     REFUSED,
     ROWS,
     differences,
@@ -35,7 +34,7 @@ def test_log_probs_are_those_of_transformers(name, major, tmp_path):
     exact = EXACT_UP_TO.get(name, max(map(len, ROWS)))
     for row, gap in zip(ROWS, gaps, strict=True):
         if len(row) <= exact:
-            assert gap < OTHER_GELU.get(name, 1e-4)
+            assert gap < 1e-4
     # What is not exact is known before anything runs, and would show.
     limits = [limit.tokens for limit in length_limits(folder.config)]
     assert min(limits, default=len(ROWS[-1])) >= min(exact, len(ROWS[-1]))
@@ -108,6 +107,23 @@ def test_what_mlx_lm_can_not_express_is_refused(tmp_path):
     llama3 = json.loads((make_folder("llama-llama3", "5", tmp_path) / "config.json").read_text())
     refuses("gemma2", "of type llama3", rope_parameters=llama3["rope_parameters"])
     refuses("qwen3_moe", "remove the scaling", rope_parameters=llama3["rope_parameters"])
+    refuses("llama", "hidden_act gelu, mlx-lm's llama computes silu only", hidden_act="gelu")
+    refuses("nemotron", "hidden_act silu, mlx-lm's nemotron computes relu2", hidden_act="silu")
+    refuses("gpt_neox", "activation laplace, which is not known", hidden_act="laplace")
+
+
+def test_activations_are_those_that_the_configuration_names(tmp_path):
+    def largest(name, **changes):
+        folder = make_folder(name, "5", tmp_path)
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, **changes}))
+        return max(differences(load_language_model(open_folder(folder)), name, "5"))
+
+    # Google's first configurations say gelu and mean its tanh form.
+    assert largest("gemma", hidden_act="gelu") < 1e-4
+    assert largest("gemma2", hidden_activation="gelu") > 1e-4
+    assert largest("phi", hidden_act="gelu") > 1e-4
+    assert largest("gpt2", activation_function="relu") > 1e-2
 
 
 @pytest.mark.parametrize(
