@@ -360,6 +360,12 @@ def load_adapter(
             f"is its base model, and that num_layers and keys in its {ADAPTER_CONFIG_FILE} are "
             "right"
         )
+    for name, weight in weights.items():
+        if not bool(mx.isfinite(weight).all()):
+            raise ModelError(
+                f"{folder}: {name} holds numbers that are not finite; the run that wrote it "
+                "diverged, or the file is damaged"
+            )
     rescale = source.scale / layout.scale
     mapped = {}
     for name, own in names.items():

@@ -6,7 +6,7 @@ verifies the forward pass, `load_adapters` adds several adapters that take turns
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -364,9 +364,9 @@ def load_module(path: Path) -> nn.Module:
 def _model_classes(config: dict[str, Any]) -> tuple[type, type]:
     """mlx-lm's classes for `config`; the model's also reads tensors under transformers' names."""
     model_class, arguments = _get_classes(config)
-    rename = _RENAMED.get(str(config.get("model_type")))
-    if rename is None:
+    if (family := config.get("model_type")) not in _RENAMED:
         return model_class, arguments
+    rename = _RENAMED[family]
 
     class Renamed(model_class):  # type: ignore[misc, valid-type]
         def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
@@ -397,7 +397,10 @@ def _gpt_oss_tensors(
     return found
 
 
-_RENAMED = {"gpt2": _gpt2_tensors, "gpt_oss": _gpt_oss_tensors}
+_RENAMED: dict[str, Callable[[dict[str, mx.array], Mapping[str, Any]], dict[str, mx.array]]] = {
+    "gpt2": _gpt2_tensors,
+    "gpt_oss": _gpt_oss_tensors,
+}
 
 
 def _check_blocks(path: Path, config: Mapping[str, Any]) -> None:

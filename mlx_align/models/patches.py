@@ -1,8 +1,9 @@
 """Every patch of mlx and mlx-lm, and every workaround for one of their functions.
 
 Written against mlx 0.32 and mlx-lm 0.32, to which pyproject.toml pins this package: check this file
-first when either is upgraded. No patch is made on import. All but the last are context managers that are
-active while a forward pass runs or is traced; `apply_patches` combines those of a normal one.
+first when either is upgraded. No patch is made on import. All but the last are context managers
+that are active while a forward pass runs or is traced; `apply_patches` combines those of a normal
+one.
 
 Patched:
 
@@ -436,7 +437,8 @@ def use_activation(model: nn.Module, name: str) -> None:
     for module in model.modules():
         found = _MLPS.get(type(module))
         if found is not None and found[0] is not activation:
-            module.__class__ = _mlp_class(type(module), name)
+            kind: Any = type(module)
+            module.__class__ = _mlp_class(kind, name)
 
 
 @cache

@@ -197,12 +197,19 @@ def covered_names(folder: Path, tensors: Collection[str], names: Collection[str]
     blocks = None if wanted is None else {wanted} if isinstance(wanted, int) else set(wanted)
     present = {name.rpartition(".")[0] for name in tensors}
     keys = {in_block(module)[1] for module in present}
-    excluded = _excluded(folder, skipped, {name.rpartition(".")[0] for name in names})
+    modules = {name.rpartition(".")[0] for name in names}
+    excluded = _excluded(folder, skipped, modules)
+    if target == "all-linear":
+        targeted = modules
+    elif isinstance(target, str):
+        targeted = _matching(folder, target, modules)
+    else:
+        targeted = {module for module in modules if _matches(module, target or ())}
     found = set()
     for name in names:
         module = name.rpartition(".")[0]
         block, inside = in_block(module)
-        listed = isinstance(target, list) and inside in keys and _matches(module, target)
+        listed = inside in keys and module in targeted
         listed = listed and (blocks is None or block in blocks)
         listed = listed and module not in excluded
         if module in present or listed:

@@ -112,7 +112,7 @@ def correct_rotations(model: nn.Module, config: Mapping[str, Any]) -> list[str]:
                 continue
             rope = candidates[-1]
             narrower = _rotated_width(text, rope) if rope else None
-            if type(module) is nn.RoPE and narrower is not None and narrower < width:
+            if rope and narrower is not None and narrower < width and type(module) is nn.RoPE:
                 module.dims = narrower
                 if not _compare(module, text, rope, narrower, longest):
                     notes.add(

@@ -130,8 +130,14 @@ def test_tensors_that_are_missing_or_strange_are_named(tmp_path):
     refused({k: v for k, v in whole.items() if k != first}, f"{first[:-7]} is missing")
     layer = {k: v for k, v in whole.items() if "layers.0.self_attn.q_proj" not in k}
     refused(layer, r"layers\.0\.self_attn\.q_proj\.lora_a is missing \(2 such")
+    # A pattern names layers as a list does.
+    for targets in ("all-linear", r".*self_attn\.(q_proj|v_proj)"):
+        change(folder, target_modules=targets)
+        refused(layer, r"layers\.0\.self_attn\.q_proj\.lora_a is missing \(2 such")
     refused({**whole, "base_model.model.lm_head.weight": mx.zeros((2, 2))}, "lm_head.weight is not")
     refused({**whole, first: whole[first][:, :-1]}, "has shape")
+    refused({**whole, first: whole[first].T}, "has shape|is missing")
+    refused({**whole, first: whole[first] * float("nan")}, "numbers that are not finite")
     embedding = "base_model.model.model.embed_tokens.lora_embedding_A"
     refused({**whole, embedding: mx.zeros((4, 400))}, "adapters of embeddings can't be mapped")
 
