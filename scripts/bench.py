@@ -24,6 +24,7 @@ import argparse
 import json
 import os
 import platform
+import random
 import subprocess
 import sys
 import tempfile
@@ -37,7 +38,7 @@ from typing import Any
 HERE = Path(__file__).resolve().parent / "bench"
 sys.path.insert(0, str(HERE))
 
-from common import MARK, Result
+from common import MARK, Job, Pair, Result
 from environments import OURS, PEERS, TRL, WITH_POWER, Package, python_of
 
 # mlx's Linux wheel brings a slow matrix product; with this in front it is some 60 times faster.
@@ -139,32 +140,62 @@ def run(
 ) -> Measured:
     """One run in a process of its own; a failure is part of what was measured."""
     with tempfile.TemporaryDirectory() as out:
-        command = [
-            str(python_of(package, args.envs)),
-            str(HERE / package.runner),
-            *("--model", str(args.model), "--out", out, "--steps", str(args.steps)),
-            *("--batch-size", str(case.batch_size)),
-            *("--prompt", str(case.prompt), "--completion", str(case.completion)),
-            *(["--grad-checkpoint"] if case.grad_checkpoint else []),
-            *package.arguments,
-        ]
-        try:
-            done = subprocess.run(
-                command,
-                env=environment,
-                cwd=out,
-                capture_output=True,
-                text=True,
-                timeout=args.timeout,
-            )
-        except subprocess.TimeoutExpired:
-            return Measured(package.name, str(case), turn, error=f"over {args.timeout} s")
+        job = Job(
+            model=str(args.model),
+            out=out,
+            pairs=synthetic_pairs(args.model, case, args.steps * case.batch_size),
+            updates=args.steps,
+            batch_size=case.batch_size,
+            grad_checkpoint=case.grad_checkpoint,
+            power_exponential=package.power_exponential,
+        )
+        python = python_of(package, args.envs)
+        result = run_job(python, HERE / package.runner, job, environment, args.timeout)
+    if isinstance(result, str):
+        return Measured(package.name, str(case), turn, error=result)
+    return measured(package, case, turn, result, args.warmup)
+
+
+def run_job(
+    python: Path, runner: Path, job: Job, environment: dict[str, str], timeout: float
+) -> Result | str:
+    """What a runner measured, or why it failed. It runs in a process of its own, in `job.out`."""
+    file = Path(job.out) / "job.json"
+    job.write(file)
+    try:
+        done = subprocess.run(
+            [str(python), str(runner), str(file)],
+            env=environment,
+            cwd=job.out,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+        )
+    except subprocess.TimeoutExpired:
+        return f"over {timeout:g} s"
     lines = [line for line in done.stdout.splitlines() if line.startswith(MARK)]
     if done.returncode or not lines:
         said = (done.stderr.strip() or done.stdout.strip()).splitlines()
-        error = said[-1] if said else f"ended with {done.returncode}"
-        return Measured(package.name, str(case), turn, error=error)
-    return measured(package, case, turn, Result(**json.loads(lines[-1][len(MARK) :])), args.warmup)
+        return said[-1] if said else f"ended with {done.returncode}"
+    return Result(**json.loads(lines[-1][len(MARK) :]))
+
+
+def synthetic_pairs(model: Path, case: Case, count: int) -> list[Pair]:
+    """Pairs of random ids, one for every place in every step's batch; the same in all packages."""
+    config = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    draw = random.Random(0)
+
+    def ids(length: int) -> list[int]:
+        return [draw.randrange(10, config["vocab_size"]) for _ in range(length)]
+
+    pairs = []
+    for _ in range(count):
+        pair = Pair(ids(case.prompt), ids(case.completion), ids(case.completion))
+        # Packages that cut at the common prefix must find exactly the prompt.
+        while pair.rejected[0] == pair.chosen[0]:
+            pair.rejected[0] = draw.randrange(10, config["vocab_size"])
+        pairs.append(pair)
+    return pairs
 
 
 def table(cases: Sequence[Case], packages: Sequence[Package], runs: Sequence[Measured]) -> str:

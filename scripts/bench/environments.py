@@ -23,20 +23,20 @@ class Package:
         installs: Arguments of one `pip install` after the other; none for the environment that
             the benchmark itself runs in.
         shares_mlx: Whether it stands on mlx, so that its peak is measured as ours is.
-        arguments: Further arguments of the runner.
+        power_exponential: Whether ours runs with the faster exponential that it has on x86.
     """
 
     name: str
     runner: str
     installs: tuple[tuple[str, ...], ...] = ()
     shares_mlx: bool = True
-    arguments: tuple[str, ...] = ()
+    power_exponential: bool = False
 
 
 # With mlx's own exponential: a Mac has no other.
 OURS = Package("mlx-align", "run_mlx_align.py")
 # As it runs on x86, with the faster exponential of `mlx_align/models/patches.py`.
-WITH_POWER = Package("mlx-align with power", "run_mlx_align.py", arguments=("--power-exponential",))
+WITH_POWER = Package("mlx-align with power", "run_mlx_align.py", power_exponential=True)
 PEERS = (
     Package("mlx-lm-lora", "run_mlx_lm_lora.py", (("mlx-lm-lora==5.10.2", MLX),)),
     Package("mlx-tune", "run_mlx_tune.py", (("mlx-tune==0.6.0", MLX),)),
@@ -59,7 +59,7 @@ PEERS = (
 TRL = Package(
     "trl",
     "run_trl.py",
-    (("torch==2.13.0", "trl==1.16.0", "peft", TRANSFORMERS),),
+    (("torch==2.13.0", "trl==1.16.0", "peft==0.21.2", TRANSFORMERS),),
     shares_mlx=False,
 )
 

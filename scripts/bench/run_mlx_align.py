@@ -31,22 +31,22 @@ from mlx_align.types import TokenizedGroup
 
 
 def main() -> None:
-    args = common.runner_arguments(flags=["--power-exponential"])
-    patches.EXPONENTIAL_BY_POWER = args.power_exponential
+    job = common.read_job()
+    patches.EXPONENTIAL_BY_POWER = job.power_exponential
     result = common.Result(f"mlx-align {mlx_align.__version__}")
     config = DPOConfig(
-        model=args.model,
-        lora_rank=common.RANK,
-        lora_alpha=common.RANK * common.SCALE,
-        iters=args.steps,
-        batch_size=args.batch_size,
-        grad_accumulation_steps=1,
-        learning_rate=common.LEARNING_RATE,
+        model=job.model,
+        lora_rank=job.rank,
+        lora_alpha=job.rank * job.scale,
+        iters=job.updates,
+        batch_size=job.batch_size,
+        grad_accumulation_steps=job.accumulation,
+        learning_rate=job.learning_rate,
         lr_schedule="constant",
         warmup=0,
-        weight_decay=common.WEIGHT_DECAY,
-        grad_checkpoint=args.grad_checkpoint,
-        beta=common.BETA,
+        weight_decay=job.weight_decay,
+        grad_checkpoint=job.grad_checkpoint,
+        beta=job.beta,
     )
     algorithm = DPO(config)
     groups = [
@@ -55,10 +55,10 @@ def main() -> None:
             (np.array(pair.chosen, np.int32), np.array(pair.rejected, np.int32)),
             f"pair {i}",
         )
-        for i, pair in enumerate(common.synthetic_pairs(args))
+        for i, pair in enumerate(job.pairs)
     ]
-    shapes = plan_shapes(groups, BatchLimit(args.batch_size))
-    policy = make_policy(config, open_model(args.model), resolve_layout(config))
+    shapes = plan_shapes(groups, BatchLimit(job.batch_size))
+    policy = make_policy(config, open_model(job.model), resolve_layout(config))
     mx.eval(policy.model.module.parameters())
     result.model_bytes = mx.get_active_memory()
     mx.reset_peak_memory()
@@ -83,7 +83,7 @@ def main() -> None:
     result.reference_pairs = len(groups)
     result.reference_batches = clock.seconds
 
-    rate = make_schedule(config.lr_schedule, config.learning_rate, args.steps, 0)
+    rate = make_schedule(config.lr_schedule, config.learning_rate, job.updates, 0)
     trainer = OfflineTrainer(
         policy.model,
         algorithm.objective(policy, groups, reference, scorer),
@@ -97,7 +97,7 @@ def main() -> None:
     progress = Progress()
     clock.start()
     with trainer.memory:
-        for step in range(args.steps):
+        for step in range(job.updates):
             done = trainer.step(progress, rate(step))
             progress.add(done)
             clock.tick()
