@@ -203,26 +203,27 @@ def _measurements(runs: Sequence[Measured]) -> list[str]:
 
 def _summary(runs: Sequence[Measured]) -> list[str]:
     ours = next((run for run in runs if run.defaults), None)
-    others = [run for run in runs if run.package != OURS]
-    if ours is None or not others:
+    if ours is None:
         return []
-    fastest = min(others, key=lambda run: run.together)
-    smallest = min(others, key=lambda run: run.process_peak)
-    text = (
-        f"The fastest other run is {_words(fastest)}: {fastest.together:.2f} s per pair. Ours with "
-        f"its defaults takes {ours.together:.2f} s, so it is "
-        f"{fastest.together / ours.together:.2f} times as fast"
-    )
-    if ours.mlx_peak and fastest.mlx_peak:
-        text += f", at {ours.mlx_peak / fastest.mlx_peak:.2f} of its peak in mlx and"
-    else:
-        text += ", at"
-    text += f" {ours.process_peak / fastest.process_peak:.2f} of its process's peak."
-    text += (
-        f" The other run with the smallest process is {_words(smallest)}: "
-        f"{smallest.process_peak:.2f} GB, ours {ours.process_peak:.2f} GB."
-    )
-    return [text]
+    lines = []
+    for kind, is_torch in (("other run on mlx", False), ("run on torch", True)):
+        others = [run for run in runs if run.package != OURS and (run.mlx_peak is None) == is_torch]
+        if not others:
+            continue
+        fastest = min(others, key=lambda run: run.together)
+        smallest = min(others, key=lambda run: run.process_peak)
+        peak = ""
+        if ours.mlx_peak and fastest.mlx_peak:
+            peak = f"{ours.mlx_peak / fastest.mlx_peak:.2f} of its peak in mlx and "
+        lines.append(
+            f"- The fastest {kind} is {_words(fastest)}: {fastest.together:.2f} s per pair. Ours "
+            f"with its defaults takes {ours.together:.2f} s: "
+            f"{fastest.together / ours.together:.2f} times as fast, at {peak}"
+            f"{ours.process_peak / fastest.process_peak:.2f} of its process's peak. The smallest "
+            f"process is that of {_words(smallest)}: {smallest.process_peak:.2f} GB; ours takes "
+            f"{ours.process_peak:.2f} GB."
+        )
+    return lines
 
 
 def _words(run: Measured) -> str:
