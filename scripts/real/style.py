@@ -1,7 +1,7 @@
 """Teach SmolLM2-135M-Instruct to answer in one sentence, and see what else that changes.
 
 Trains `mlx-align dpo` with its defaults on the 100 pairs of data/real/brevity, three times with
-other seeds. Then the model answers the held-out questions and a set of facts greedily, as it was
+other seeds. Then the model answers the held-out questions and a set of facts, as it was
 and after each run. Asked are: how long are the answers, and are the facts still right?
 
     python scripts/real/style.py            # half an hour on 2 cores, minutes on a Mac
@@ -78,15 +78,15 @@ def is_right(answer: str, words: Sequence[str]) -> bool:
 
 
 def answers(trained: Path | None, folder: Path, asked: Sequence[str]) -> list[str]:
-    """Greedy answers of a run, or of the model itself; kept in a file."""
+    """Answers of a run, or of the model itself, at a temperature close to 0; kept in a file."""
     file = folder / f"answers-{'start' if trained is None else trained.name}.jsonl"
     if not file.is_file():
         prompts = [{"prompt": [{"role": "user", "content": question}]} for question in asked]
         data = write_rows(folder / "questions.jsonl", prompts)
         adapter = () if trained is None else ("--adapter-path", trained)
-        greedy = ("-n", 1, "--temperature", 0, "--max-completion-length", MAX_TOKENS)
+        options = ("-n", 1, "--temperature", 0.01, "--max-completion-length", MAX_TOKENS)
         where = ("--model", smollm2(), *adapter, "--data", data, "--output", file)
-        run(["data", "sample", *where, *greedy])
+        run(["data", "sample", *where, *options])
     return [row["completions"][0] for row in read_rows(file)]
 
 
@@ -126,8 +126,8 @@ def main() -> None:
         "`mlx-align dpo` with its defaults teaches SmolLM2-135M-Instruct to answer in one "
         "sentence: 100 pairs of the model's own answers (`data/real/brevity`), the first sentence "
         f"of each preferred to all of it. It answers {len(questions())} held-out questions and "
-        f"{len(facts())} questions of fact greedily, in up to {MAX_TOKENS} tokens. A fact is right "
-        "if the answer names it. 95% intervals, over questions. `python scripts/real/style.py` "
+        f"{len(facts())} questions of fact at temperature 0.01, in up to {MAX_TOKENS} tokens. "
+        "A fact is right if the answer names it. 95% intervals, over questions. `python scripts/real/style.py` "
         "measures it again.",
         table([*titles, f"facts right, n = {len(facts())}"], rows),
         "The first answers, before and after (seed 0):",

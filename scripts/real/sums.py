@@ -19,7 +19,7 @@ from studies import read_json, read_rows, shown, study_folder, table, train, wri
 
 QUESTION = "What is {} + {}? Answer with the number only."
 LARGEST, TRAIN, HELD_OUT = 49, 200, 60
-OPTIONS = ("--max-completion-length", 16)
+OPTIONS = ("--iters", 30, "--max-completion-length", 16)
 
 
 def write_data(folder: Path) -> Path:

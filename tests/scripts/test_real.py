@@ -76,7 +76,7 @@ def test_a_gguf_file_becomes_a_folder_that_mlx_lm_loads(models, tmp_path):
     gguf_of(model, models, tmp_path / "tiny.gguf")
     tensors, metadata = mx.load(str(tmp_path / "tiny.gguf"), return_metadata=True)
     (tmp_path / "out").mkdir()
-    models.write(tmp_path / "out", tensors, metadata, "float32")
+    models.write_llama(tmp_path / "out", tensors, metadata, "float32")
     loaded, tokenizer = load(str(tmp_path / "out"))
     ids = mx.array([[1, 3, 4, 5, 8, 2]])
     assert np.allclose(model(ids), loaded(ids), atol=1e-6)
