@@ -127,8 +127,8 @@ def main() -> None:
         "sentence: 100 pairs of the model's own answers (`data/real/brevity`), the first sentence "
         f"of each preferred to all of it. It answers {len(questions())} held-out questions and "
         f"{len(facts())} questions of fact at temperature 0.01, in up to {MAX_TOKENS} tokens. "
-        "A fact is right if the answer names it. 95% intervals, over questions. `python scripts/real/style.py` "
-        "measures it again.",
+        "A fact is right if the answer names it. 95% intervals, over questions. "
+        "`python scripts/real/style.py` measures it again.",
         table([*titles, f"facts right, n = {len(facts())}"], rows),
         "The first answers, before and after (seed 0):",
         "\n".join(

@@ -1,7 +1,7 @@
-"""Teach SmolLM2-135M-Instruct sums with a reward that checks the answer: GRPO.
+"""Teach SmolLM2-135M-Instruct small sums with a reward that checks the answer: GRPO.
 
-The model answers some questions like "What is 34 + 8? Answer with the number only." right at
-temperature 1, but most wrong. Trained are 200 sums; 60 others are held out.
+The model answers some questions like "What is 3 + 8? Answer with the number only." right at
+temperature 1, but most wrong. 60 of 315 sums and differences are held out.
 
     python scripts/real/sums.py            # 3 seeds, 90 minutes on 2 cores
     python scripts/real/sums.py --seeds 1
@@ -17,24 +17,26 @@ from pathlib import Path
 from models import smollm2
 from studies import read_json, read_rows, shown, study_folder, table, train, write_page, write_rows
 
-QUESTION = "What is {} + {}? Answer with the number only."
-LARGEST, TRAIN, HELD_OUT = 49, 200, 60
+QUESTION = "What is {} {} {}? Answer with the number only."
+LARGEST_SUMMAND, LARGEST, HELD_OUT = 12, 20, 60
 OPTIONS = ("--iters", 30, "--max-completion-length", 16)
 
 
 def write_data(folder: Path) -> Path:
-    """Write sums of two numbers, as prompts with their answer."""
-    numbers = [(a, b) for a in range(1, LARGEST + 1) for b in range(1, LARGEST + 1)]
-    random.Random(0).shuffle(numbers)
+    """Write sums and differences of two numbers, as prompts with their answer."""
+    summands, numbers = range(1, LARGEST_SUMMAND + 1), range(2, LARGEST)
+    asked = [(a, "+", b, a + b) for a in summands for b in summands]
+    asked += [(a, "-", b, a - b) for a in numbers for b in range(1, a)]
+    random.Random(0).shuffle(asked)
     rows = [
         {
-            "prompt": [{"role": "user", "content": QUESTION.format(a, b)}],
-            "answer": str(a + b),
+            "prompt": [{"role": "user", "content": QUESTION.format(a, sign, b)}],
+            "answer": str(result),
         }
-        for a, b in numbers[: TRAIN + HELD_OUT]
+        for a, sign, b, result in asked
     ]
-    write_rows(folder / "data" / "train.jsonl", rows[:TRAIN])
-    write_rows(folder / "data" / "valid.jsonl", rows[TRAIN:])
+    write_rows(folder / "data" / "train.jsonl", rows[HELD_OUT:])
+    write_rows(folder / "data" / "valid.jsonl", rows[:HELD_OUT])
     return folder / "data"
 
 
@@ -71,9 +73,9 @@ def main() -> None:
     write_page(
         "sums",
         "# GRPO with a reward that can be checked",
-        f"SmolLM2-135M-Instruct, {TRAIN} questions such as “{QUESTION.format(34, 8)}”, the "
+        f"SmolLM2-135M-Instruct, questions such as “{QUESTION.format(3, '+', 8)}”, the "
         f"built-in reward `exact_answer`, {' '.join(map(str, OPTIONS))}; all else by default. "
-        f"{HELD_OUT} other sums are held out, one answer to each at temperature 1. 95% intervals. "
+        f"{HELD_OUT} of 315 are held out, one answer to each at temperature 1. 95% intervals. "
         "`python scripts/real/sums.py` measures it again.",
         table(titles, rows),
         "Answers to held-out questions, before and after (seed 0):",
