@@ -109,7 +109,7 @@ def held_out(summary: dict[str, Any]) -> str:
         ("reward", "reward", 3),
         ("rewards/margins", "margin", 3),
         ("rewards/accuracies", "accuracy", 3),
-        ("loss", "loss", 3),
+        ("perplexity", "perplexity", 1),
     ):
         if name in found and name in intervals:
             one = intervals[name]

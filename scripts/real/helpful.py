@@ -196,12 +196,12 @@ def reward_table(folder: Path) -> str:
 
 def reward_facts(held_out: dict[str, Any]) -> list[str]:
     """Cells of the reward models' table."""
-    found = held_out
+    accuracy = [held_out[f"accuracy{end}"] for end in ("", "_low", "_high")]
     return [
-        f"{shown(found['accuracy'])} of {found['comparisons']}",
-        f"{found['length']['accuracy']:.0%}",
-        f"{found['length']['shorter_chosen_accuracy']:.0%}",
-        f"{found['calibration']['error']:.1%}",
+        f"{shown(Estimate(*accuracy))} of {held_out['comparisons']}",
+        f"{held_out['longer_accuracy']:.0%}",
+        f"{held_out['accuracy_shorter_chosen']:.0%} of {held_out['shorter_chosen']}",
+        f"{held_out['ece']:.1%}",
     ]
 
 
