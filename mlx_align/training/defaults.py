@@ -51,7 +51,8 @@ ROWS_VISITED = 500
 MAX_PASSES = {"dpo": 8, "kto": 8, "sft": 5, "reward": 4}
 # Rows per update for fewer than this many rows of data.
 ROWS_PER_UPDATE = ((100, 4), (1000, 8), (math.inf, 16))
-# Tokens of a microbatch at most, and the share of them that stays empty when rows are packed.
+# Tokens of a microbatch at most, and the share of them that stays empty when rows are packed. Rows
+# of which no two fit are microbatches of their own: packing gains nothing there.
 MAX_BATCH_TOKENS, PACKING_LOSS = 768, 0.1
 # KTO estimates a KL from the rows of an update.
 MIN_KTO_ROWS = 8
@@ -103,8 +104,9 @@ def resolve_offline(
     wanted = next(count for below, count in ROWS_PER_UPDATE if rows < below)
     wanted = max(wanted, MIN_KTO_ROWS) if command == "kto" else wanted
     if config.batch_size is None and config.batch_tokens is None:
-        if config.grad_accumulation_steps is None:
-            chosen["batch_tokens"] = _batch_tokens(train, wanted, packs=packs)
+        size = _mean_tokens(train, packs=packs)
+        if config.grad_accumulation_steps is None and 2 * size <= MAX_BATCH_TOKENS:
+            chosen["batch_tokens"] = min(MAX_BATCH_TOKENS, _round_up(wanted * size))
         else:
             chosen["batch_size"] = DEFAULT_BATCH_SIZE
         config = replace(config, **chosen)
@@ -141,8 +143,8 @@ def resolve_offline(
     return _complete(replace(config, **chosen), layout), lines
 
 
-def _batch_tokens(train: Sequence[TokenizedGroup], rows: int, *, packs: bool) -> int:
-    """Tokens of a microbatch of about `rows` rows, at most `MAX_BATCH_TOKENS`."""
+def _mean_tokens(train: Sequence[TokenizedGroup], *, packs: bool) -> float:
+    """Mean tokens that a row takes in a microbatch, with what stays empty."""
     if packs:
         sizes = [(1 + PACKING_LOSS) * sum(packed_lengths(group)) for group in train]
     else:
@@ -151,7 +153,7 @@ def _batch_tokens(train: Sequence[TokenizedGroup], rows: int, *, packs: bool) ->
             for group in train
             for prompt, completion in [group_lengths(group)]
         ]
-    return min(MAX_BATCH_TOKENS, _round_up(rows * sum(sizes) / len(sizes)))
+    return sum(sizes) / len(sizes)
 
 
 def _round_up(tokens: float) -> int:

@@ -101,11 +101,15 @@ def test_microbatches_hold_the_rows_of_an_update_up_to_a_number_of_tokens(
     assert found.batch_size is None
     assert rows_per_update(found, count, packs) == pytest.approx(wanted, rel=0.2)
     assert found.accumulation == 1
-    ids = np.arange(200, dtype=np.int32)
+    ids = np.arange(80, dtype=np.int32)
     long = [TokenizedGroup(ids, (ids, ids), f"f:{i}") for i in range(count)]
     found, _ = resolve_offline(config, LORA, long, 50, packs=packs)
     assert found.batch_tokens == MAX_BATCH_TOKENS
-    assert found.accumulation == wanted
+    per_microbatch = groups_per_batch(long, batch_limit(found, packs=packs))
+    assert per_microbatch * found.accumulation == pytest.approx(wanted, rel=0.5)
+    longer = [TokenizedGroup(ids, (ids, *[ids] * 3), f"f:{i}") for i in range(count)]
+    found, _ = resolve_offline(config, LORA, longer, 50, packs=packs)
+    assert (found.batch_size, found.batch_tokens, found.accumulation) == (1, None, wanted)
 
 
 def test_activations_are_recomputed_if_memory_is_short(tmp_path, monkeypatch, capsys):
@@ -160,9 +164,8 @@ def test_evaluations_use_all_held_out_rows_unless_they_cost_a_tenth(count, valid
     evaluations = 2 + (updates - 1) // found.steps_per_eval
     cost = evaluations * evaluated * FORWARD_SHARE
     budget = EVALUATION_SHARE * updates * rows_per_update(found, count)
-    # Whole microbatches are evaluated, and those of held-out rows may hold one or two more.
-    microbatch = rows_per_update(found, count) / found.accumulation
-    assert evaluated <= MIN_EVALUATED + 2 * microbatch or cost <= 1.05 * budget
+    # Whole microbatches are evaluated, and those of held-out rows may hold more.
+    assert evaluated <= 1.1 * MIN_EVALUATED or cost <= 1.05 * budget
     if found.val_batches == -1:
         return
     assert any(f"of {valid:,} held-out rows" in line for line in lines)
