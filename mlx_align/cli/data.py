@@ -113,7 +113,7 @@ def convert(json: bool, **options: Any) -> None:
     doesn't read are left out, except those of prompts, which reward functions may need. An
     interrupted command keeps its rows, and --resume continues.
     """
-    from mlx_align.data.columns import configure_data
+    from mlx_align.data.columns import configure_data, suggest_columns
     from mlx_align.data.convert import as_messages, plain_row, read_any, unique_groups
 
     config = make_config(ConvertDataConfig, given_options(options), None, "command line")
@@ -147,6 +147,10 @@ def convert(json: bool, **options: Any) -> None:
         echo_json(summary, indent=2)
         return
     click.echo(str(report))
+    if kept and not kept[0].completions:
+        mapping = suggest_columns(source.rows(config.split)[0])
+        if mapping:
+            click.echo(f"The answers are not read as such; to read them: {mapping}")
     removed = f"; {duplicates:,} duplicates left out" if duplicates else ""
     click.echo(f"Wrote {len(kept):,} rows to {target}{removed}")
 

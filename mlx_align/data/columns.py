@@ -127,15 +127,19 @@ def configure_data(data: Data, options: Any, rules: LabelRules | None = None) ->
 
 def suggest_columns(row: Row) -> str:
     """The mapping to try for a row of unknown columns; empty if there is no guess."""
-    names = [*row.fields]
+    values = dict(row.fields)
     for key, value in row.fields.items():
         if isinstance(value, dict):
-            names += [f"{key}.{inner}" for inner in value]
+            values.update({f"{key}.{inner}": item for inner, item in value.items()})
+    names = [name for name in values if not re.fullmatch(_NO_TEXT, name, re.I)]
     found: dict[str, str] = {}
     for field, pattern in _GUESSES.items():
-        match = next((n for n in names if re.fullmatch(pattern, n.rpartition(".")[2], re.I)), None)
-        if match is not None and match not in found.values():
-            found[field] = match
+        for name in names:
+            fits = _is_text(values[name]) or (field == "label" and _is_label(values[name]))
+            if fits and re.fullmatch(pattern, name.rpartition(".")[2], re.I):
+                if name not in found.values():
+                    found[field] = name
+                break
     if "chosen" not in found or "rejected" not in found:
         found.pop("chosen", None)
         found.pop("rejected", None)
@@ -152,13 +156,37 @@ def suggest_columns(row: Row) -> str:
     return "--columns " + " ".join(f"{field}={name}" for field, name in found.items())
 
 
+# Names of columns that say something about a text.
+_NO_TEXT = (
+    r".*[_-](id|ids|hash|type|length|len|tokens|source|model|models|name|lang|language|category"
+    r"|policy|judg(e)?ment|critique|feedback|rationale|reason|explanation)"
+)
+
+
+def _is_text(value: Any) -> bool:
+    if isinstance(value, str):
+        return bool(value.strip())
+    return (
+        isinstance(value, list | dict)
+        and bool(value)
+        and "role"
+        in (value[0] if isinstance(value, list) and isinstance(value[0], dict) else value)
+    )
+
+
+def _is_label(value: Any) -> bool:
+    return isinstance(value, str | bool | int | float)
+
+
 _GUESSES = {
     "prompt": r"prompts?|questions?|query|instructions?|inputs?|context|post|problem|user(_\w+)?"
-    r"|\w+[_-](prompt|question)|(prompt|question|full)[_-]\w+",
-    "chosen": r"\w*(chosen|accepted|preferred|better|winning|positive|good)\w*|win|pos|best",
-    "rejected": r"\w*(rejected|dispreferred|worse|losing|negative|bad)\w*|lose|neg|worst",
-    "completion": r"response|answer|output|completion|reply|\w+[_-](response|answer|output)",
-    "label": r"\w*(label|winner|preference|preferred|choice|verdict|better)\w*|is_\w+|thumbs\w*",
+    r"|\w+[_-](prompt|question|instruction)|(prompt|question)[_-]\w+|full_text",
+    "chosen": r"\w*(chosen|accepted|preferred|better|winning|positive|good)\w*|win|pos|best|\w+_w",
+    "rejected": r"\w*(rejected|dispreferred|worse|losing|negative|bad)\w*|lose|neg|worst|\w+_l",
+    "completion": r"(response|answer|output|completion|reply|target)s?"
+    r"|\w+[_-](response|answer|output)",
+    "label": r"(\w*_)?(label|winner|preference|preferred|choice|verdict|better|overall)(_\w+)?"
+    r"|is_\w+|thumbs\w*",
 }
 
 

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from mlx_align.data.columns import suggest_columns
 from mlx_align.data.messages import (
     UnusableRow,
     as_messages,
@@ -39,6 +40,11 @@ PAIR_SCORES = (
     ("rating_chosen", "rating_rejected"),
 )
 COMPLETION_LIST_FIELDS = ("completions", "responses", "answers")
+# Conversations in front of a pair's answers, in the order in which they are tried.
+CONVERSATION_FIELDS = (
+    *("conversations", "messages", "conversation", "trajectory", "dialogue", "dialog"),
+    *("history", "context"),
+)
 RATING_LIST_FIELDS = ("scores", "ratings", "rank", "ranks")
 ALL_RATED_THE_SAME = "all completions rated the same"
 
@@ -47,7 +53,7 @@ ALL_RATED_THE_SAME = "all completions rated the same"
 _MEDIA_FIELDS = ("image", "images", "audio", "audios", "video", "videos")
 # Fields of an object in a list of completions: its text and its rating.
 _TEXT_KEYS = ("text", "response", "completion", "content", "answer")
-_SCORE_KEYS = ("score", "rating", "overall_score", "pm_score", "rank")
+_SCORE_KEYS = ("score", "rating", "overall_score", "pm_score", "fine-grained_score", "rank")
 
 # --- pairs and ranked lists ---
 
@@ -64,6 +70,13 @@ def pair(row: Row) -> PromptGroup:
 def implicit_pair(row: Row) -> PromptGroup:
     """`chosen` and `rejected` without a prompt: texts or conversations that share a prefix."""
     whole = [as_text(row, key, required_field(row, key)) for key in ("chosen", "rejected")]
+    mapping = suggest_columns(row)
+    if mapping and not holds_prompt(row.fields["chosen"]):
+        column = mapping.partition("prompt=")[2].split()[0]
+        raise DataError(
+            f"{row.source}: {column!r} may be the prompt of 'chosen' and 'rejected'; give {mapping}"
+            ", or --columns chosen=chosen rejected=rejected if they begin with the prompt"
+        )
     strings = [text for text in whole if isinstance(text, str)]
     turns = [text for text in whole if not isinstance(text, str)]
     if len(strings) == 2:
@@ -121,10 +134,35 @@ def openai_pair(row: Row) -> PromptGroup:
 
 
 def sharegpt_pair(row: Row) -> PromptGroup:
-    """`conversations` with `from`/`value` turns; `chosen` and `rejected` are one turn each."""
-    turns = as_messages(row, "conversations", required_field(row, "conversations"))
-    completions = [as_text(row, key, required_field(row, key)) for key in ("chosen", "rejected")]
-    return _pair(row, with_system(row, turns), completions, ("conversations", "system"))
+    """A conversation (one of `CONVERSATION_FIELDS`); `chosen` and `rejected` are its next turn."""
+    key = conversation_field(row) or CONVERSATION_FIELDS[0]
+    turns = as_messages(row, key, required_field(row, key))
+    completions = [as_text(row, name, required_field(row, name)) for name in ("chosen", "rejected")]
+    return _pair(row, with_system(row, turns), completions, (key, "system"))
+
+
+def conversation_field(row: Row) -> str | None:
+    """The column that holds a conversation; None without one."""
+    return next((key for key in CONVERSATION_FIELDS if is_messages(row.fields.get(key))), None)
+
+
+def is_pair_of_lists(row: Row) -> bool:
+    """Whether `chosen` and `rejected` are lists of texts: several good and several bad answers."""
+    return all(
+        isinstance(value, list) and value and all(isinstance(text, str) for text in value)
+        for value in (row.fields.get(key) for key in ("chosen", "rejected"))
+    )
+
+
+def pair_of_lists(row: Row) -> PromptGroup:
+    """`prompt` with lists of texts as `chosen` and `rejected`: those score 1, these 0."""
+    fields = {key: v for key, v in row.fields.items() if key not in ("chosen", "rejected")}
+    good, bad = required_field(row, "chosen"), required_field(row, "rejected")
+    if not is_pair_of_lists(row):
+        raise DataError(f"{row.source}: 'chosen' and 'rejected' are no lists of texts")
+    fields["completions"] = [*good, *bad]
+    fields["scores"] = [1.0] * len(good) + [0.0] * len(bad)
+    return ranked(replace(row, fields=fields))
 
 
 def instruction_pair(row: Row) -> PromptGroup:
@@ -238,7 +276,7 @@ def completion_list(row: Row) -> PromptGroup:
 def unpaired(row: Row) -> PromptGroup:
     """`prompt`, `completion`, `label` (true: desirable; or the probability that it is)."""
     prompt = as_text(row, "prompt", required_field(row, "prompt"))
-    completion = as_text(row, "completion", required_field(row, "completion"))
+    completion = _after_prompt(row, prompt)
     return _labelled(row, with_system(row, prompt), completion, "label", "prompt", "completion")
 
 
@@ -252,6 +290,19 @@ def unpaired_conversation(row: Row) -> PromptGroup:
         )
     prompt = with_system(row, turns[:-1])
     return _labelled(row, prompt, turns[-1:], tag, key)
+
+
+def _after_prompt(row: Row, prompt: Text) -> Text:
+    """The row's `completion`, without the prompt if it is a conversation that begins with it."""
+    completion = as_text(row, "completion", required_field(row, "completion"))
+    if isinstance(completion, str) or not holds_prompt(row.fields["completion"]):
+        return completion
+    first = [prompt] if isinstance(prompt, str) else [turn.content for turn in prompt]
+    for start in range(len(completion) - len(first)):
+        turns = completion[start : start + len(first)]
+        if [turn.content.strip() for turn in turns] == [text.strip() for text in first]:
+            return completion[start + len(first) :]
+    return completion
 
 
 def _labelled(row: Row, prompt: Text, completion: Text, tag: str, *used: str) -> PromptGroup:
@@ -281,7 +332,7 @@ def prompt_completion(row: Row) -> PromptGroup:
     if "label" in row.fields and _label(row, "label") <= 0.5:
         raise UnusableRow("labelled undesirable")
     prompt = as_text(row, "prompt", required_field(row, "prompt"))
-    completion = as_text(row, "completion", required_field(row, "completion"))
+    completion = _after_prompt(row, prompt)
     keys = ("prompt", "completion", "label", "system")
     return make_group(row, with_system(row, prompt), [completion], keys)
 
@@ -311,9 +362,29 @@ def plain_text(row: Row) -> PromptGroup:
 
 def instruction_output(row: Row) -> PromptGroup:
     """`instruction` (or `question`) with `input`, `system`, `history`; and `output`."""
-    output = as_string(row, "output", required_field(row, "output"))
-    keys = (*QUESTION_FIELDS, "input", "system", "history", "output")
+    name = "response" if "output" not in row.fields and "response" in row.fields else "output"
+    output = as_string(row, name, required_field(row, name))
+    keys = (*QUESTION_FIELDS, "input", "context", "system", "system_prompt", "history", name)
     return make_group(row, instruction_turns(row), [output], keys)
+
+
+def is_tool_call_row(row: Row) -> bool:
+    """Whether a row has a question, `tools`, and `answers` that are calls as JSON text (xLAM)."""
+    answers = row.fields.get("answers")
+    question = any(isinstance(row.fields.get(key), str) for key in ("query", *QUESTION_FIELDS))
+    return question and "tools" in row.fields and isinstance(answers, str)
+
+
+def tool_call_answer(row: Row) -> PromptGroup:
+    """`query` (or `question`), `tools`, and `answers`: JSON text of calls with `arguments`."""
+    keys = ("query", *QUESTION_FIELDS)
+    key = next((key for key in keys if key in row.fields), keys[0])
+    prompt = with_system(row, (Message("user", as_string(row, key, required_field(row, key))),))
+    turn = {"from": "function_call", "value": required_field(row, "answers")}
+    (message,) = as_messages(row, "answers", [turn])
+    if not message.tool_calls:
+        raise DataError(f"{row.source}: 'answers' holds no calls with a name and arguments")
+    return make_group(row, prompt, [(message,)], (key, "answers"))
 
 
 def scorable_completion(row: Row) -> PromptGroup:
@@ -471,6 +542,8 @@ def instruction_turns(row: Row) -> Text:
     parts = [as_string(row, key, required_field(row, key))]
     if row.fields.get("input") and key != "input":
         parts.append(as_string(row, "input", row.fields["input"]))
+    if key != "input" and isinstance(row.fields.get("context"), str) and row.fields["context"]:
+        parts.append(row.fields["context"])
     turns = []
     history = row.fields.get("history") or []
     for turn in history if isinstance(history, list) else [history]:
@@ -485,10 +558,13 @@ def instruction_turns(row: Row) -> Text:
 
 
 def with_system(row: Row, prompt: Text) -> Text:
-    """The prompt with the row's `system` field, if any, as its first turn."""
-    if not row.fields.get("system"):
+    """The prompt with the row's `system` (or `system_prompt`), if any, as its first turn."""
+    key = "system" if row.fields.get("system") else "system_prompt"
+    if not row.fields.get(key):
         return prompt
-    system = Message("system", as_string(row, "system", row.fields["system"]))
+    if key == "system_prompt" and not isinstance(prompt, str) and prompt[0].role == "system":
+        return prompt
+    system = Message("system", as_string(row, key, row.fields[key]))
     return (system, *((Message("user", prompt),) if isinstance(prompt, str) else prompt))
 
 
@@ -540,10 +616,24 @@ def _text_and_score(row: Row, where: str, value: Any) -> tuple[Text, float]:
         if text and score:
             number = as_number(row, f"{where}.{score}", value[score])
             return as_text(row, where, value[text]), -number if score == "rank" else number
+        rated = _annotated(value)
+        if text and rated:
+            return as_text(row, where, value[text]), sum(rated) / len(rated)
     raise DataError(
         f"{row.source}: {where} has no rating; expected a field 'scores', 'ratings' or 'rank', "
         "or completions that are objects with 'text' and 'score'"
     )
+
+
+def _annotated(value: dict[str, Any]) -> list[float]:
+    """UltraFeedback's `annotations`: a rating per aspect, where there is one ("N/A" counts as no rating)."""
+    aspects = value.get("annotations")
+    found = []
+    for aspect in aspects.values() if isinstance(aspects, dict) else ():
+        rating = aspect.get("Rating") if isinstance(aspect, dict) else None
+        if isinstance(rating, str | int | float) and str(rating).replace(".", "", 1).isdigit():
+            found.append(float(rating))
+    return found
 
 
 def _pair(

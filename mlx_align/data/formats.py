@@ -78,9 +78,19 @@ def _has_question(row: Row) -> bool:
     return named or (isinstance(row.fields.get("input"), str) and not _has(row, "prompt"))
 
 
+def _continues_conversation(row: Row) -> bool:
+    """Whether a pair's answers are the next turn of a conversation in another column."""
+    if not _is_pair(row) or _has(row, "prompt") or _holds_prompt(row):
+        return False
+    return converters.conversation_field(row) is not None
+
+
 def _holds_prompt(row: Row) -> bool:
     return converters.holds_prompt(row.fields.get("chosen"))
 
+
+# Columns that say how good a single response is: such rows are no demonstrations.
+_JUDGED = ("label", "score", "scores", "rating", "helpfulness", "is_safe", "reward")
 
 PREFERENCE_FORMATS = (
     Format(
@@ -91,6 +101,7 @@ PREFERENCE_FORMATS = (
             and _has(row, "prompt")
             and not _holds_prompt(row)
             and not converters.holds_transcript(row)
+            and not converters.is_pair_of_lists(row)
         ),
         converters.pair,
     ),
@@ -102,6 +113,7 @@ PREFERENCE_FORMATS = (
             and not _has(row, "prompt", "conversations")
             and (_holds_prompt(row) or not _has_question(row))
             and not converters.holds_transcript(row)
+            and not _continues_conversation(row)
         ),
         converters.implicit_pair,
     ),
@@ -126,13 +138,19 @@ PREFERENCE_FORMATS = (
     Format(
         "sharegpt",
         "ShareGPT conversations with chosen and rejected",
-        lambda row: _is_pair(row) and _has(row, "conversations"),
+        lambda row: _is_pair(row) and (_has(row, "conversations") or _continues_conversation(row)),
         converters.sharegpt_pair,
     ),
     Format(
         "instruction",
         "instructions with chosen and rejected",
-        lambda row: _is_pair(row) and _has_question(row) and not _holds_prompt(row),
+        lambda row: (
+            _is_pair(row)
+            and _has_question(row)
+            and not _holds_prompt(row)
+            and not _continues_conversation(row)
+            and not converters.is_pair_of_lists(row)
+        ),
         converters.instruction_pair,
     ),
     Format(
@@ -141,9 +159,18 @@ PREFERENCE_FORMATS = (
         lambda row: (
             _has(row, *converters.COMPLETION_LIST_FIELDS)
             and _has(row, "prompt", *converters.QUESTION_FIELDS)
+            and not converters.is_tool_call_row(row)
             and not public_formats.is_comparison(row)
         ),
         converters.ranked,
+    ),
+    Format(
+        "pair-lists",
+        "prompts with lists of chosen and of rejected answers",
+        lambda row: (
+            _has(row, "prompt", *converters.QUESTION_FIELDS) and converters.is_pair_of_lists(row)
+        ),
+        converters.pair_of_lists,
     ),
     Format(
         "comparison",
@@ -203,14 +230,26 @@ SUPERVISED_FORMATS = (
     Format(
         "conversation",
         "conversations (trained on every assistant turn)",
-        lambda row: _has(row, "messages", "conversations"),
+        lambda row: (
+            _has(row, "messages", "conversations")
+            and not (_is_pair(row) and not _has(row, "prompt"))
+        ),
         converters.conversation,
     ),
     Format(
         "instruction-output",
         "instructions with outputs",
-        lambda row: _has(row, "output") and _has(row, *converters.QUESTION_FIELDS),
+        lambda row: (
+            _has(row, *converters.QUESTION_FIELDS)
+            and (_has(row, "output") or (_has(row, "response") and not _has(row, *_JUDGED)))
+        ),
         converters.instruction_output,
+    ),
+    Format(
+        "tool-calls",
+        "questions with tool calls as answers",
+        converters.is_tool_call_row,
+        converters.tool_call_answer,
     ),
     Format(
         "text",
@@ -478,7 +517,9 @@ def _check_same_kind(group: PromptGroup, groups: Sequence[PromptGroup]) -> None:
 # --- data to score: all rows are kept, with a reason for those that can't be scored ---
 
 PAIR_FORMATS = tuple(
-    entry for entry in PREFERENCE_FORMATS if entry.name != "ranked" and entry.expand is None
+    entry
+    for entry in PREFERENCE_FORMATS
+    if entry.name not in ("ranked", "pair-lists") and entry.expand is None
 )
 _RANKED = next(entry for entry in PREFERENCE_FORMATS if entry.name == "ranked")
 LIST_FORMATS = (

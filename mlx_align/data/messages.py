@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
+from mlx_align.data.columns import suggest_columns
 from mlx_align.data.readers import Row
 from mlx_align.errors import DataError
 from mlx_align.types import Message, Text, ToolCall
@@ -87,6 +88,8 @@ def required_field(row: Row, key: str) -> Any:
         return row.fields[key]
     if key in ("chosen", "rejected"):
         other = "rejected" if key == "chosen" else "chosen"
+        if mapping := suggest_columns(row):
+            raise DataError(f"{row.source}: no {key!r}; try {mapping}")
         raise DataError(
             f"{row.source}: no {key!r}; a pair needs a chosen and a rejected completion. Add it, "
             "remove the row, or train on unpaired data (prompt, completion, label) made from the "
@@ -139,9 +142,11 @@ def _message(row: Row, where: str, turn: Any) -> Message:
             f"{row.source}: {where} has role {describe_value(name)}; expected system, user, "
             "assistant or tool"
         )
-    if turn.get("weight") == 0:
+    if turn.get("weight") == 0 and role == "assistant":
         raise DataError(f"{row.source}: {where} has weight 0, which is not supported; remove it")
     calls = _tool_calls(row, where, turn)
+    if name == "function_call" and not calls and (written := _written_calls(turn)):
+        turn, calls = {**turn, "content": "", "value": ""}, written
     reasoning = next((turn[key] for key in _REASONING if turn.get(key)), None)
     if reasoning is not None and not isinstance(reasoning, str):
         raise DataError(
@@ -174,6 +179,27 @@ def _tool_calls(row: Row, where: str, turn: Mapping[str, Any]) -> tuple[ToolCall
             f"{row.source}: {where}.tool_calls is {describe_value(calls)}; expected a list"
         )
     return tuple(_tool_call(row, f"{where}.tool_calls[{i}]", call) for i, call in enumerate(calls))
+
+
+def _written_calls(turn: Mapping[str, Any]) -> tuple[ToolCall, ...]:
+    """The calls of a ShareGPT turn from `function_call`: JSON with a name and arguments, or a list.
+
+    Empty if its text is something else.
+    """
+    try:
+        value = json.loads(turn.get("value", turn.get("content")))
+    except (TypeError, ValueError, RecursionError):
+        return ()
+    calls = value if isinstance(value, list) else [value]
+    known = all(
+        isinstance(call, dict) and isinstance(call.get("name"), str) and "arguments" in call
+        for call in calls
+    )
+    if not calls or not known:
+        return ()
+    return tuple(
+        ToolCall(call["name"], json.dumps(call["arguments"], ensure_ascii=False)) for call in calls
+    )
 
 
 def _tool_call(row: Row, where: str, call: Any) -> ToolCall:

@@ -67,14 +67,26 @@ _CHOICES = (
     "choice",
     "verdict",
     "orig_preference",
+    *("better", "better_response", "better_answer", "preferred_response", "preferred_answer"),
+    *("human_preference", "overall", "vote"),
 )
 # A number that is negative if the first answer is better.
 _SIGNED = ("strength", "overall_preference", "preference_strength")
 _SCORES = (("score_0", "score_1"), ("score_a", "score_b"), ("score_A", "score_B"))
 _VOTES = ("votes", "individual_preference")
+_VOTE_COLUMNS = (("votes_0", "votes_1"), ("votes_1", "votes_2"), ("votes_a", "votes_b"))
 _ARENA_WINNER = ("winner_model_a", "winner_model_b")
 
-_TIE = re.compile(r"(hard |soft )?(tie|draw|equal|same|both|neither|none)\b.*|both[_ ]?bad")
+_TIE = re.compile(
+    r"(hard |soft |about |roughly |nearly )*(the )?(tie|draw|equal|same|both|neither|none)\b.*"
+    r"|both[_ ]?bad"
+)
+# "A>>B", "A = B", and "A is much better".
+_SIGN = re.compile(r"(a|b|1|2) *(>+|<+|=+) *(a|b|1|2)")
+_PHRASE = re.compile(
+    r"(?P<side>a|b)( is| was)?( (?P<much>much|significantly|far|clearly)| slightly| marginally"
+    r"| a bit| somewhat)?( better| preferred| wins?| won)( than \w+)?"
+)
 _PREFIX = re.compile(
     r"(the )?(model|response|answer|assistant|completion|output|option|conversation|choice)[ _-]*"
 )
@@ -125,7 +137,7 @@ def _has_verdict(row: Row) -> bool:
     fields = row.fields
     return (
         any(key in fields for key in (*_CHOICES, *_SIGNED, *_VOTES))
-        or any(set(keys) <= fields.keys() for keys in (*_SCORES, _ARENA_WINNER))
+        or any(set(keys) <= fields.keys() for keys in (*_SCORES, *_VOTE_COLUMNS, _ARENA_WINNER))
         or ("human_ref_A" in fields and "labels" in fields)
         or "response_j" in fields
     )
@@ -195,6 +207,9 @@ def _prompt(row: Row) -> Text:
     if isinstance(question, dict):  # WebGPT
         text = as_string(row, "question.full_text", question.get("full_text"))
         return with_system(row, (Message("user", text),))
+    if "orig_instruction" in row.fields:  # next to the judge's own `instruction` (Prometheus)
+        text = as_string(row, "orig_instruction", row.fields["orig_instruction"])
+        return with_system(row, (Message("user", text),))
     if "prompt" not in row.fields and any(key in row.fields for key in QUESTION_FIELDS):
         return instruction_turns(row)
     key = next((key for key in _PROMPTS if key in row.fields), "prompt")
@@ -237,6 +252,8 @@ def _preference(row: Row, names: Sequence[str]) -> tuple[float | None, tuple[str
 def read_choice(row: Row, key: str, value: Any, names: Sequence[str]) -> float:
     """Which of two answers is better: 1 for the first, -1 for the second, 0 for a tie.
 
+    2 and -2 where it is said to be much better (`A>>B`, `A is much better`).
+
     Args:
         row: The row, for messages.
         key: The field.
@@ -257,6 +274,12 @@ def read_choice(row: Row, key: str, value: Any, names: Sequence[str]) -> float:
             return 0.0
         if short in _FIRST or short in _SECOND:
             return 1.0 if short in _FIRST else -1.0
+        if (sign := _SIGN.fullmatch(word)) and (sign[1] in "a1") != (sign[3] in "a1"):
+            size = 0.0 if "=" in sign[2] else 1.0 if len(sign[2]) == 1 else 2.0
+            return size if (sign[1] in "a1") == (">" in sign[2]) else -size
+        if phrase := _PHRASE.fullmatch(short.strip(".! ")):
+            size = 2.0 if phrase["much"] else 1.0
+            return size if phrase["side"] == "a" else -size
         if re.fullmatch(r"-?\d+(\.\d+)?", short):
             value = float(short)
     if isinstance(value, int | float) and not isinstance(value, bool):
@@ -277,7 +300,11 @@ def _votes(row: Row, names: Sequence[str]) -> tuple[tuple[float, float] | None, 
     """Votes for the first and the second answer, and the field they were read from."""
     key = next((key for key in _VOTES if key in row.fields), None)
     if key is None:
-        return None, ()
+        columns = next((keys for keys in _VOTE_COLUMNS if set(keys) <= row.fields.keys()), ())
+        counts = [as_number(row, name, row.fields[name]) for name in columns]
+        if not counts or min(counts) < 0 or sum(counts) == 0:
+            return None, columns
+        return (counts[0], counts[1]), columns
     values = row.fields[key]
     if not isinstance(values, list) or not values:
         return None, (key,)

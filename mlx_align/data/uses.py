@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from mlx_align.data.columns import suggest_columns
 from mlx_align.data.formats import (
     EXPECTED_FIELDS,
     PREFERENCE_FORMATS,
@@ -124,13 +125,26 @@ def find_uses(data: DataSource, format: str | None) -> tuple[Use, ...]:
             what = kind.describe(groups)
         except (ConfigError, DataError) as error:
             reason = str(error)
-            if not any(entry.matches(rows[0]) for entry in kind.formats):
+            if any(entry.matches(rows[0]) for entry in kind.formats):
+                errors.insert(0, error)
+            else:
                 reason = f"needs {EXPECTED_FIELDS[kind.expected]}"
-            errors.append(error)
+                if _fits(mapping := suggest_columns(rows[0]), kind.expected):
+                    reason += f"; try {mapping}"
+                errors.append(error)
         uses += [Use(command, len(groups), what, reason) for command in kind.commands]
     if all(use.reason for use in uses):
         raise errors[0]
     return tuple(uses)
+
+
+def _fits(mapping: str, kind: str) -> bool:
+    """Whether a mapping makes rows of this kind: a pair, or one completion, with its label."""
+    if kind == "preference":
+        return " chosen=" in mapping or " completions=" in mapping
+    if kind == "unpaired":
+        return " completion=" in mapping and " label=" in mapping
+    return kind == "supervised" and " completion=" in mapping
 
 
 def render_uses(uses: Sequence[Use]) -> str:

@@ -99,6 +99,16 @@ PROMETHEUS = {
     "orig_response_B": GOOD,
     "orig_preference": "B",
 }
+PROMETHEUS_WHOLE = {**PROMETHEUS, "instruction": "###Task: judge.", "output": "B"}
+TRAJECTORY = {"trajectory": [{"from": "user", "value": Q}], "chosen": GOOD, "rejected": BAD}
+NEXT_TURN = {"messages": USER, "chosen": talk(GOOD)[1], "rejected": talk(BAD)[1]}
+JUDGEBENCH = {"question": Q, "response_A": BAD, "response_B": GOOD, "label": "B>A"}
+VOTE_COUNTS = {"prompt": Q, "response_1": BAD, "response_2": GOOD, "votes_1": 1, "votes_2": 3}
+PART = {"type": "text", "text": Q, "image": None}
+PARTS = {
+    side: [{"role": "user", "content": [PART]}, *talk(answer)[1:]]
+    for side, answer in (("conversation_a", BAD), ("conversation_b", GOOD))
+}
 PAIRED = {"qid": 1, "question": Q, "response_j": GOOD, "response_k": BAD}
 TREE = {
     "message_tree_id": "1",
@@ -124,6 +134,12 @@ SHAPES = {
     "SHP": (SHP, None),
     "AlpacaFarm": (FARM, None),
     "Preference Collection": (PROMETHEUS, None),
+    "Preference Collection, whole": (PROMETHEUS_WHOLE, None),
+    "UltraInteract": (TRAJECTORY, None),
+    "axolotl": (NEXT_TURN, None),
+    "JudgeBench": (JUDGEBENCH, None),
+    "counts of votes": (VOTE_COUNTS, 0.7),
+    "Arena 140k": ({**PARTS, "winner": "model_b"}, None),
     "Stack Exchange paired": (PAIRED, None),
     "message tree": (TREE, None),
 }
@@ -157,6 +173,71 @@ def test_ranked_answers_with_a_transcript_as_prompt():
     assert text_of(group.prompt) == [("user", Q)]
     assert [text[0].content for text in group.completions] == [GOOD, BAD, "Eh."]
     assert group.scores == (-1, -2, -3)
+
+
+def test_lists_of_chosen_and_of_rejected_answers():
+    row = {"prompt": Q, "chosen": [GOOD], "rejected": [BAD, "Eh."], "num_correct": 1}
+    ((group,), _) = read([row])
+    assert (group.completions, group.scores) == ((GOOD, BAD, "Eh."), (1.0, 0.0, 0.0))
+
+
+def test_ratings_of_annotations_are_averaged():
+    def answer(text, *ratings):
+        return {"response": text, "annotations": {str(i): {"Rating": r} for i, r in ratings}}
+
+    answers = [answer(BAD, (0, "2"), (1, "N/A")), answer(GOOD, (0, "4"), (1, "5"))]
+    ((group,), _) = read([{"instruction": Q, "completions": answers}])
+    assert group.scores == (4.5, 2.0)
+
+
+def test_pairs_of_the_next_turn_are_demonstrations_too():
+    ((group,), _) = read([NEXT_TURN], read_supervised)
+    assert text_of(group.completions[0]) == [("assistant", GOOD)]
+
+
+def test_a_text_that_may_be_the_prompt_is_not_left_out():
+    row = {"query": Q, "chosen": f"Well, {GOOD}", "rejected": f"Well, {BAD}", "user_id": "u"}
+    with pytest.raises(
+        DataError, match=r"'query' may be the prompt.*--columns prompt=query chosen"
+    ):
+        read([row])
+    columns = {"chosen": "chosen", "rejected": "rejected"}
+    assert read([row], columns=columns)[0][0].prompt == "Well,"
+    with pytest.raises(DataError, match="no 'chosen'; try --columns prompt=instruction chosen=acc"):
+        read([{"instruction": Q, "accepted": GOOD, "rejected": BAD}])
+
+
+def test_labelled_completions_that_begin_with_the_prompt():
+    row = {"prompt": Q, "completion": talk(GOOD), "label": True}
+    ((group,), _) = read([row], read_unpaired)
+    assert text_of(group.prompt) == [("user", Q)]
+    assert text_of(group.completions[0]) == [("assistant", GOOD)]
+
+
+def test_instructions_with_a_response_a_context_and_a_system_prompt():
+    row = {"question": Q, "context": "Of flags.", "response": GOOD, "system_prompt": "Be brief."}
+    ((group,), _) = read([row], read_supervised)
+    assert text_of(group.prompt) == [("system", "Be brief."), ("user", f"{Q}\nOf flags.")]
+    with pytest.raises(DataError, match="not recognised as supervised data"):
+        read([{**row, "is_safe": False}], read_supervised)
+
+
+def test_tool_calls_as_sharegpt_and_xlam_have_them():
+    call = {"name": "colour", "arguments": {"of": "sky"}}
+    tools = json.dumps([{"name": "colour", "parameters": {}}])
+    turns = [
+        {"from": "human", "value": Q, "weight": 0},
+        {"from": "function_call", "value": json.dumps(call)},
+    ]
+    rows = (
+        {"conversations": turns, "tools": tools},
+        {"query": Q, "answers": json.dumps([call]), "tools": tools},
+    )
+    for row in rows:
+        ((group,), _) = read([row], read_supervised)
+        ((message,),) = group.completions
+        assert (message.content, message.tool_calls) == ("", (ToolCall("colour", '{"of": "sky"}'),))
+        assert group.tools[0]["name"] == "colour"
 
 
 def test_a_summary_prompt_holds_the_post_or_the_article():
@@ -222,6 +303,13 @@ def test_scored_completions_of_a_prompt_are_joined():
         (("response_1", "response_2"), "2", -1),
         (("response_1", "response_2"), 0, 0),
         (("response_1", "response_2"), "response 2", -1),
+        (("response_a", "response_b"), "A>>B", 1),
+        (("response_a", "response_b"), "[[B>A]]", -1),
+        (("response_a", "response_b"), "A<B", -1),
+        (("response_a", "response_b"), "A=B", 0),
+        (("response_a", "response_b"), "Response B is slightly better.", -1),
+        (("response_a", "response_b"), "A is much better than B", 1),
+        (("response_a", "response_b"), "About the same", 0),
     ],
 )
 def test_verdicts(names, value, side):
