@@ -626,7 +626,7 @@ def _text_and_score(row: Row, where: str, value: Any) -> tuple[Text, float]:
 
 
 def _annotated(value: dict[str, Any]) -> list[float]:
-    """UltraFeedback's `annotations`: a rating per aspect, where there is one ("N/A" counts as no rating)."""
+    """UltraFeedback's `annotations`: a rating per aspect; "N/A" counts as no rating."""
     aspects = value.get("annotations")
     found = []
     for aspect in aspects.values() if isinstance(aspects, dict) else ():
