@@ -252,7 +252,7 @@ def _preference(row: Row, names: Sequence[str]) -> tuple[float | None, tuple[str
 def read_choice(row: Row, key: str, value: Any, names: Sequence[str]) -> float:
     """Which of two answers is better: 1 for the first, -1 for the second, 0 for a tie.
 
-    2 and -2 where it is said to be much better (`A>>B`, `A is much better`).
+    2 and -2 where the verdict is much better (`A>>B`, `A is much better`).
 
     Args:
         row: The row, for messages.
