@@ -338,7 +338,8 @@ def _explain_resume(run: Path, console: Console, resume: str) -> Iterator[None]:
 
     try:
         yield
-    except Interrupted:
+    except Interrupted as interruption:
+        interruption.explained = True
         if has_checkpoint(run):
             console.note(f"stopped; resume with: {resume}")
         elif (run / CONFIG_FILE).is_file():
@@ -444,6 +445,7 @@ def _evaluation_output(
         ConfigError: The folder has an evaluation already, or can't be created.
     """
     from mlx_align.evaluation.parts import FinishedParts
+    from mlx_align.system.interrupts import Interrupted
 
     if config.output is None:
         if config.resume:
@@ -462,6 +464,8 @@ def _evaluation_output(
                 with suppress(OSError):  # it isn't empty
                     folder.rmdir()
         elif not isinstance(error, ConfigError):
+            if isinstance(error, Interrupted):
+                error.explained = True
             console.note(
                 f"stopped; {folder} keeps what is finished: continue with the same command and "
                 "--resume"

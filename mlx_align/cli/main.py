@@ -95,7 +95,8 @@ def _exit_code(error: BaseException, arguments: Sequence[str]) -> int:
     from mlx_align.system.interrupts import Interrupted, ReaderGone
 
     if isinstance(error, Interrupted | KeyboardInterrupt):
-        _print_error("stopped")
+        if not (isinstance(error, Interrupted) and error.explained):
+            _print_error("stopped")
         return 128 + (error.signum if isinstance(error, Interrupted) else SIGINT)
     if isinstance(error, MlxAlignError):
         return _report_error(str(error))

@@ -338,7 +338,9 @@ def _interval(record: RunRecord, headline: Headline) -> str:
     if found is None or examples is None:
         return ""
     low, high = (format_value(end, headline.unit) for end in (found.low, found.high))
-    return f"{low} to {high}, {format_count(record.kept_evaluation, examples)}"
+    # No-break spaces, so that a card on a phone doesn't end a line within "n = 6".
+    count = format_count(record.kept_evaluation, examples).replace(" = ", "\u00a0=\u00a0", 1)
+    return f"{low} to {high}, {count}"
 
 
 def _comparable(records: Sequence[RunRecord], key: str) -> bool:

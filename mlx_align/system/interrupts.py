@@ -30,11 +30,13 @@ class Interrupted(BaseException):
 
     Attributes:
         signum: The signal number; the exit code is 128 + signum.
+        explained: Whether a line was printed that says what is kept, and how to continue.
     """
 
     def __init__(self, signum: int) -> None:
         super().__init__(signum)
         self.signum = signum
+        self.explained = False
 
 
 class ReaderGone(BaseException):

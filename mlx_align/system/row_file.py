@@ -20,6 +20,7 @@ from weakref import WeakValueDictionary
 
 from mlx_align.errors import ConfigError, WriteError
 from mlx_align.system.atomic_io import check_can_create, wrap_write_errors, write_text
+from mlx_align.system.interrupts import Interrupted
 from mlx_align.system.json_text import to_json
 
 
@@ -141,8 +142,9 @@ def open_rows(
             if total is not None:
                 rows.commit(rows.done)
             yield rows
-        except BaseException:
-            _keep(rows, total, note)
+        except BaseException as error:
+            if _keep(rows, total, note) and isinstance(error, Interrupted):
+                error.explained = True
             raise
         with wrap_write_errors(file, (OSError,)):
             os.fsync(descriptor)
@@ -151,19 +153,23 @@ def open_rows(
         rows.close()
 
 
-def _keep(rows: RowFile, total: int | None, note: Callable[[str], None]) -> None:
-    """Say what an interrupted command leaves; remove files without a row."""
+def _keep(rows: RowFile, total: int | None, note: Callable[[str], None]) -> bool:
+    """Say what an interrupted command leaves; remove files without a row.
+
+    Returns whether a line was printed.
+    """
     if rows.rows and total is None:
-        return
+        return False
     if rows.rows or rows.done:
         note(
             f"stopped after {rows.done:,} of {total:,}; {rows.file} keeps its rows: continue with "
             "the same command and --resume"
         )
-        return
+        return True
     with suppress(OSError):
         rows.file.unlink(missing_ok=True)
         progress_file(rows.file).unlink(missing_ok=True)
+    return False
 
 
 def _lock(file: Path, descriptor: int) -> None:

@@ -235,6 +235,7 @@ def test_signals_outside_of_updates(own_pairs, capsys, monkeypatch):
         captured = capsys.readouterr()
         assert said in captured.out
         assert "Traceback" not in captured.err
+        assert (captured.out + captured.err).count("stopped") == 1
     assert not Path("run-0").exists()
     for folder in ("run-1", "run-2"):
         assert mlx_align("dpo", "--resume", folder) == 0
