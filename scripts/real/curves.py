@@ -43,6 +43,7 @@ class Fit(NamedTuple):
         beta: How fast the gain is lost.
         peak: d = √KL of its maximum; inf if it has none.
         best: The curve's value there.
+        farthest: The largest d that was measured.
         error: Root mean square of the residuals.
         curve: The value at d.
     """
@@ -51,6 +52,7 @@ class Fit(NamedTuple):
     beta: float
     peak: float
     best: float
+    farthest: float
     error: float
     curve: Callable[[Floats], Floats]
 
@@ -85,7 +87,8 @@ def _fit(
     has_peak = beta > 0 and alpha / beta < 100
     peak = top(alpha, beta) if has_peak else math.inf
     best = float(curve(np.array(peak))) if has_peak else math.inf
-    return Fit(alpha, beta, peak, best, float(np.sqrt(np.mean((curve(d) - reward) ** 2))), curve)
+    error = float(np.sqrt(np.mean((curve(d) - reward) ** 2)))
+    return Fit(alpha, beta, peak, best, float(d.max()), error, curve)
 
 
 class Series(NamedTuple):

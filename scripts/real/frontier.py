@@ -17,7 +17,8 @@ from typing import Any
 
 import numpy as np
 import stories
-from stories_pages import half_width, write_frontier
+from frontier_page import write_frontier
+from stories_pages import half_width
 
 import mlx_align as ma
 

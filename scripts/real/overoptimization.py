@@ -17,7 +17,8 @@ from typing import Any
 
 import numpy as np
 import stories
-from stories_pages import half_width, write_overoptimization
+from overoptimization_page import write_overoptimization
+from stories_pages import half_width
 
 import mlx_align as ma
 
@@ -25,6 +26,7 @@ SIZES = (60, 600)
 FLIPS = 0.25
 BATCHES = 40
 EVALUATE_EVERY = 2
+SHOWN = 1  # the held-out prompt whose completions the page shows
 
 
 def proxy_run(folder: Path, size: int, seed: int) -> ma.Run:
@@ -101,7 +103,7 @@ def measure(folder: Path, size: int, seed: int) -> dict[str, Any]:
         "pairs": pairs,
         "best_of": stories.best_of(np.array(scored["many"]) / std, gold),
         "ppo": evaluated,
-        "text": run.generate(asked[0], max_tokens=stories.TOKENS),
+        "text": run.generate(asked[SHOWN], max_tokens=stories.TOKENS),
     }
 
 
@@ -111,7 +113,7 @@ def study(folder: Path, seeds: int) -> dict[str, Any]:
     return {
         "tokens": stories.TOKENS,
         "held_out": stories.HELD_OUT,
-        "prompt": stories.held_out()[0],
+        "prompt": stories.held_out()[SHOWN],
         "proxies": made,
     }
 

@@ -144,17 +144,21 @@ def trained(command: str, output: Path, data: Path, **options: Any) -> ma.Run:
         return ma.load_run(output)
     train: Callable[..., ma.Run] = getattr(ma, command)
     print(f"Training {output.name} …", flush=True)
-    if (output / "checkpoints").is_dir() and any((output / "checkpoints").iterdir()):
+    if (output / "config.yaml").is_file():
         return train(resume=output, progress=False)
     common = {"fine_tune_type": "full", "grad_checkpoint": False, "samples": 0, "val_batches": -1}
     common |= {"max_seq_length": 96, "model": str(MODEL), "progress": False}
     return train(data=data, output=output, **common, **options)
 
 
-def accuracy(judged: Floats, truth: Floats) -> list[float]:
-    """Agreement with the truth on pairs of neighbouring completions, and the number of pairs."""
+def accuracy(judged: Floats, truth: Floats) -> tuple[float, int]:
+    """Agreement with the truth on the 1st and 2nd, 3rd and 4th … completion; number of pairs.
+
+    Pairs whose true scores are equal don't count.
+    """
     right = (judged[:, ::2] > judged[:, 1::2]) == (truth[:, ::2] > truth[:, 1::2])
-    return [float(right.mean()), right.size]
+    right = right[truth[:, ::2] != truth[:, 1::2]]
+    return float(right.mean()), right.size
 
 
 def rule_scores(asked: Sequence[str], texts: Sequence[Sequence[str]]) -> Floats:

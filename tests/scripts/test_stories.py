@@ -11,7 +11,8 @@ from helpers.scripts import load_script
 @pytest.fixture(scope="module")
 def real():
     """The scripts' modules, by name."""
-    names = ("curves", "story_rule", "stories_pages", "stories", "frontier", "overoptimization")
+    names = ["curves", "story_rule", "stories", "frontier", "frontier_page", "overoptimization"]
+    names += ["overoptimization_page"]
     return {name: load_script(f"real/{name}") for name in names}
 
 
@@ -125,12 +126,12 @@ COMMON = {"tokens": 24, "held_out": 96, "date": "2026-01-01", "machine": "Linux"
 def test_the_page_of_overoptimization(real, tmp_path):
     proxies = [proxy_results(s, seed, s == 60) for seed in (0, 1) for s in (60, 600)]
     results = {**COMMON, "prompt": "One day.", "proxies": proxies}
-    files = real["stories_pages"].write_overoptimization(results, tmp_path)
+    files = real["overoptimization_page"].write_overoptimization(results, tmp_path)
     page = (tmp_path / "verified" / "overoptimization.md").read_text(encoding="utf-8")
     assert "| 60 | gold highest | 4 | 16.0 | +4.00 | +1.00 ± 0.10 |" in page
     text = " ".join(page.split())
-    assert "60 pairs raises the gold reward to +1.00 at 16.0 nats, and then falls to -0.50" in text
-    assert "600 pairs raises the gold reward to +1.10 at 36.0 nats, and ends at +1.10" in text
+    assert "60 pairs raises the gold reward to +1.00 at 16.0 nats, and then falls to −0.50" in text
+    assert "600 pairs raises the gold reward to +1.10 at 36.0 nats, where the run ends" in text
     assert "{" not in page
     for file in files[1:]:
         drawing = file.read_text(encoding="utf-8")
@@ -149,7 +150,7 @@ def test_the_page_of_the_frontier(real, tmp_path):
     (best,) = [proxy_results(0, 0, False)["best_of"]]
     optimum = [{"kl": 0.2 * k, "gold": 0.3 * k} for k in range(10)]
     results = {**COMMON, "pairs": 400, "batches": 30, "best_of": best, "optimum": optimum}
-    real["stories_pages"].write_frontier({**results, "policies": policies}, tmp_path)
+    real["frontier_page"].write_frontier({**results, "policies": policies}, tmp_path)
     page = (tmp_path / "verified" / "frontier.md").read_text(encoding="utf-8")
     assert "| DPO | DPO 2 | 2.10 | +0.10 ± 0.10 | +0.10 to +0.10 | +0.43 |" in page
     assert "{" not in page
@@ -158,3 +159,9 @@ def test_the_page_of_the_frontier(real, tmp_path):
 def test_ticks_are_round(real):
     assert real["curves"].ticks(-0.3, 2.1) == pytest.approx([0, 0.5, 1, 1.5, 2])
     assert real["curves"].ticks(0, 57) == [0, 10, 20, 30, 40, 50]
+
+
+def test_accuracy_leaves_ties_of_the_truth_out(real):
+    truth = np.array([[1.0, 0.0, 2.0, 2.0], [0.0, 1.0, 3.0, 1.0]])
+    judged = np.array([[5.0, 1.0, 1.0, 2.0], [4.0, 1.0, 9.0, 8.0]])
+    assert real["stories"].accuracy(judged, truth) == pytest.approx((2 / 3, 3))
