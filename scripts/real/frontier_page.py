@@ -35,8 +35,9 @@ batches of 32 completions at the same rate. Best-of-n chooses by the rule.
 
 ![Gold reward against KL for DPO, PPO and best-of-n](../images/frontier.svg)
 
-{seeds}; ± is half of a 95% interval over prompts for one run. The KL is measured with
-samples, per completion. The last column is interpolated, and ends at best of 256.
+{seeds}; ± is half of a 95% interval over prompts for one run. The KL is measured with samples, per
+completion. Best-of-n and the optimum are measured on {prompts} of the prompts, with 512 samples
+each. The last column is interpolated, and ends at best of 256.
 
 {policies}
 
@@ -129,9 +130,9 @@ def frontier_page(results: dict[str, Any]) -> str:
         golds = [p["gold"] for p in policies]
         other = best_of_at(results, kl)
         beside = "–" if other is None else value(other)
+        spread = f"{value(min(golds))} to {value(max(golds))}" if len(golds) > 1 else "–"
         rows.append(
-            f"| {method} | {setting} | {kl:.2f} | {value(gold, half)} | "
-            f"{value(min(golds))} to {value(max(golds))} | {beside} |"
+            f"| {method} | {setting} | {kl:.2f} | {value(gold, half)} | {spread} | {beside} |"
         )
     best_rows = [f"| {n} | {best[n].kl:.2f} | {value(best[n].gold, best[n].half)} |" for n in SHOWN]
     return filled(
@@ -139,6 +140,7 @@ def frontier_page(results: dict[str, Any]) -> str:
         measured=what_is_measured(results),
         pairs=results["pairs"],
         batches=results["batches"],
+        prompts=len(results["best_of"][0]["gold"]),
         seeds=seeds(max(len(rows) for rows in settings.values())),
         policies=table(
             "| | setting | KL, nats | gold | over seeds | best-of-n at this KL |",

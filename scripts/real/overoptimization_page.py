@@ -233,8 +233,9 @@ def overoptimization_page(results: dict[str, Any]) -> str:
             far = fit.peak > 1.5 * fit.farthest
             top = f"{value(fit.best)} at {fit.peak**2:.1f} nats"
             peak = "none" if math.isinf(fit.peak) else "beyond what was measured" if far else top
+            beta = f"{fit.beta:.3f}".replace("-", "−")
             fit_rows.append(
-                f"| {size} | {name} | d(α − {unit}) | {fit.alpha:.3f} | {fit.beta:.3f} | "
+                f"| {size} | {name} | d(α − {unit}) | {fit.alpha:.3f} | {beta} | "
                 f"{fit.error:.3f} | {peak} |"
             )
     texts = [f"- proxy of {size}: {quoted(p[0]['text'])}" for size, p in sizes.items()]

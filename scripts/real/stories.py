@@ -287,7 +287,7 @@ def run_study(
     parser.add_argument("--folder", type=Path, default=cache_folder() / "real" / "stories")
     parser.add_argument("--docs", type=Path, default=DOCS, help="Folder of the pages to write.")
     given = parser.parse_args()
-    results = study(given.folder, given.seeds) | when_and_where()
+    results = study(given.folder, given.seeds) | when_and_where() | {"seeds": given.seeds}
     write_text(given.folder / f"{name}.json", json.dumps(results))
     for file in write_page(results, given.docs):
         print(file)

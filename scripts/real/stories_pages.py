@@ -93,7 +93,8 @@ def what_is_measured(results: dict[str, Any]) -> str:
 
 def repeated_by(name: str, results: dict[str, Any]) -> str:
     return (
-        f"`python scripts/real/{name}.py` repeats the study and writes this page. "
+        f"`python scripts/real/{name}.py --seeds {results['seeds']}` repeats the study and writes "
+        f"this page; without `--seeds` it has three. "
         f"{results['date']}, {results['machine']}, mlx's CPU backend with OpenBLAS."
     )
 

@@ -58,6 +58,7 @@ OTHER_OPTIONS = {
     "--only",
     "--real",
     "--runs",
+    "--seeds",
 }
 
 

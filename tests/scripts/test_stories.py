@@ -120,7 +120,7 @@ def proxy_results(size, seed, fall):
     return {**found, "best_of": best_of, "ppo": ppo}
 
 
-COMMON = {"tokens": 24, "held_out": 96, "date": "2026-01-01", "machine": "Linux"}
+COMMON = {"tokens": 24, "held_out": 96, "seeds": 2, "date": "2026-01-01", "machine": "Linux"}
 
 
 def test_the_page_of_overoptimization(real, tmp_path):
