@@ -147,3 +147,12 @@ def test_text_for_a_chat_model_is_named_and_converted(tmp_path, capsys):
     out = capsys.readouterr().out
     assert "--as-messages" not in out
     assert f"<|user|>{QUESTIONS[0]}<|end|><|assistant|>" in out
+
+
+def test_rows_of_one_prompt_are_checked_too(tmp_path, capsys):
+    rows = [{"prompt": "Hi", "chosen": f"Hello {i}", "rejected": f"No {i}"} for i in range(3)]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert run(["data", "check", str(tmp_path / "p.jsonl")]) == 0
+    out = capsys.readouterr().out
+    assert "3 rows. To train on them: can't make a validation split" in out
+    assert "dpo, reward  3 pairs" in out
