@@ -47,10 +47,11 @@ def proxy_run(folder: Path, size: int, seed: int) -> ma.Run:
     return stories.trained("reward", folder / f"proxy-{size}-{seed}", data, seed=seed, **settings)
 
 
-def optimise(folder: Path, proxy: ma.Run, seed: int) -> ma.Run:
-    """PPO against a proxy, without a KL penalty."""
+def optimise(folder: Path, proxy: ma.Run, seed: int, **options: Any) -> ma.Run:
+    """PPO against a proxy, without a KL penalty; with its guard, if the options say so."""
+    kind = "guarded" if options else "ppo"
     return stories.ppo(
-        folder / f"ppo-{proxy.path.name}",
+        folder / f"{kind}-{proxy.path.name}",
         stories.ppo_data(folder),
         proxy.path,
         seed=seed,
@@ -60,7 +61,15 @@ def optimise(folder: Path, proxy: ma.Run, seed: int) -> ma.Run:
         steps_per_eval=EVALUATE_EVERY,
         save_every=20,
         reward_rollouts=96,
+        **options,
     )
+
+
+def guarded(folder: Path) -> dict[str, Any]:
+    """What the guard makes of the first run against a proxy of few pairs."""
+    run = optimise(folder, proxy_run(folder, SIZES[0], 0), 0, guard=True, keep="best")
+    names = ("stopped_early", "steps", "best_step")
+    return {name: run.summary[name] for name in names}
 
 
 def measure(folder: Path, size: int, seed: int) -> dict[str, Any]:
@@ -115,6 +124,7 @@ def study(folder: Path, seeds: int) -> dict[str, Any]:
         "held_out": stories.HELD_OUT,
         "prompt": stories.held_out()[SHOWN],
         "proxies": made,
+        "guarded": guarded(folder),
     }
 
 

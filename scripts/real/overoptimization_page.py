@@ -79,9 +79,7 @@ all seeds.
 
 {conclusions}
 
-What to do about it is in the guide: [don't optimise the reward model too far]({guide}). With a
-held-out reward, `ppo` keeps the checkpoint where that one was highest, and its guard stops the run;
-the study turns both off.
+What to do about it is in the guide: [don't optimise the reward model too far]({guide}). {guarded}
 
 The gold reward is a rule and not a large reward model as in the paper, because a reward model of
 this size shares the faults of its proxies. It was tried first: one trained on 2,000 pairs that the
@@ -255,6 +253,7 @@ def overoptimization_page(results: dict[str, Any]) -> str:
             ppo_rows,
         ),
         guide=GUIDE,
+        guarded=guard_conclusion(results),
         texts="\n".join(texts),
         fits=table(
             "| pairs | by | form | α | β | error (RMS) | its maximum |",
@@ -310,6 +309,20 @@ def conclusions(best: dict[int, dict[int, Point]], ppo: dict[int, dict[int, Poin
             + ("." if sure else ", a difference within the intervals.")
         )
     return found
+
+
+def guard_conclusion(results: dict[str, Any]) -> str:
+    """What the guard and the choice of a checkpoint make of the first run."""
+    found, proxy = results["guarded"], results["proxies"][0]
+    gold = {int(row["step"]): row["gold"] for row in proxy["ppo"]}
+    best = found["best_step"]
+    stopped = "stopped it" if found["stopped_early"] else "did not stop it, so it ended"
+    return (
+        f"The study turns `--guard` and `--keep best` off. With them, and the rule as "
+        f"`--eval-reward`, the first run against a proxy of {proxy['size']} pairs was repeated: "
+        f"the guard {stopped} after {found['steps']} rollout batches, and the adapter that was "
+        f"kept is that of batch {best}, at {value(gold[best])}."
+    )
 
 
 def fit_conclusions(sizes: dict[int, list[dict[str, Any]]]) -> list[str]:

@@ -199,7 +199,7 @@ def ppo(output: Path, data: Path, proxy: Path | None, **options: Any) -> ma.Run:
         settings["reward"] = gold
     else:
         settings |= {"reward_model": str(proxy), "eval_reward": gold}
-    return trained("ppo", output, data, **settings, **options)
+    return trained("ppo", output, data, **settings | options)
 
 
 def evaluations(run: ma.Run) -> list[dict[str, float]]:

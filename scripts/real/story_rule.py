@@ -1,4 +1,4 @@
-"""The gold reward of the studies on the stories model: a fixed rule, which no policy can fool."""
+"""The gold reward of the studies on the stories model: a fixed rule, true by definition."""
 
 import re
 from collections.abc import Sequence

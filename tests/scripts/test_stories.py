@@ -125,13 +125,18 @@ COMMON = {"tokens": 24, "held_out": 96, "seeds": 2, "date": "2026-01-01", "machi
 
 def test_the_page_of_overoptimization(real, tmp_path):
     proxies = [proxy_results(s, seed, s == 60) for seed in (0, 1) for s in (60, 600)]
-    results = {**COMMON, "prompt": "One day.", "proxies": proxies}
+    guarded = {"stopped_early": True, "steps": 6, "best_step": 4}
+    results = {**COMMON, "prompt": "One day.", "proxies": proxies, "guarded": guarded}
     files = real["overoptimization_page"].write_overoptimization(results, tmp_path)
     page = (tmp_path / "verified" / "overoptimization.md").read_text(encoding="utf-8")
     assert "| 60 | gold highest | 4 | 16.0 | +4.00 | +1.00 ± 0.10 |" in page
     text = " ".join(page.split())
     assert "60 pairs raises the gold reward to +1.00 at 16.0 nats, and then falls to −0.50" in text
     assert "600 pairs raises the gold reward to +1.10 at 36.0 nats, where the run ends" in text
+    assert (
+        "after 6 rollout batches, and the adapter that was kept is that of batch 4, at +1.00"
+        in text
+    )
     assert "{" not in page
     for file in files[1:]:
         drawing = file.read_text(encoding="utf-8")
