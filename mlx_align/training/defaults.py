@@ -46,7 +46,7 @@ from mlx_align.types import TokenizedGroup
 Config = TypeVar("Config", bound=TrainConfig)
 
 # Rows that a run visits at least, as long as that takes no more than the passes below.
-ROWS_VISITED = 500
+ROWS_VISITED = 300
 # Passes over few rows. A reward model overfits after few; demonstrations are learned by heart.
 MAX_PASSES = {"dpo": 8, "kto": 8, "sft": 5, "reward": 4}
 # Rows per update for fewer than this many rows of data.

@@ -249,7 +249,8 @@ def page(folder: Path) -> list[str]:
             policy_table(folder, names),
             f"{ANSWERS[1]} held-out prompts were completed by the policy and by the start at "
             f"temperature 1, up to {ANSWERS[-1]} tokens; the judge compared them. Perplexity is of "
-            "40 questions of GSM8K with their solutions, over that of the start.",
+            "40 questions of GSM8K with their solutions, over that of the start. The start of the "
+            "DPO that follows SFT is the SFT run.",
         ]
     if all((folder / f"scores-{name}.jsonl").is_file() for name in ("dpo", "reward", "judge")):
         parts += [
