@@ -52,7 +52,7 @@ MAX_PASSES = {"dpo": 8, "kto": 8, "sft": 5, "reward": 4}
 # Rows per update for fewer than this many rows of data.
 ROWS_PER_UPDATE = ((100, 4), (1000, 8), (math.inf, 16))
 # Tokens of a microbatch at most, and the share of them that stays empty when rows are packed. Rows
-# of which no two fit are microbatches of their own: packing gains nothing there.
+# of which no two fit are trained one by one: packing gains nothing there.
 MAX_BATCH_TOKENS, PACKING_LOSS = 768, 0.1
 # KTO estimates a KL from the rows of an update.
 MIN_KTO_ROWS = 8

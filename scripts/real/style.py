@@ -1,7 +1,7 @@
 """Teach SmolLM2-135M-Instruct to answer in one sentence, and see what else that changes.
 
-Trains `mlx-align dpo` with its defaults on the 100 pairs of data/real/brevity, three times with
-other seeds. Then the model answers the held-out questions and a set of facts, as it was
+Trains `mlx-align dpo` for 5 passes over the 100 pairs of data/real/brevity, three times with other
+seeds. Then the model answers the held-out questions and a set of facts, as it was
 and after each run. Asked are: how long are the answers, and are the facts still right?
 
     python scripts/real/style.py            # half an hour on 2 cores, minutes on a Mac
@@ -35,6 +35,8 @@ from studies import (
 from mlx_align.system.intervals import mean_interval, wilson_interval
 
 MAX_TOKENS = 96
+# A change of style takes more than the 3 passes that are the default for 100 pairs.
+PASSES = 5
 # Asked beside the capitals of the starter's countries; any of the words is right.
 FACTS = {
     "How many days are in a week?": ("7", "seven"),
@@ -114,7 +116,16 @@ def main() -> None:
     before = answers(None, folder, asked)
     rows, examples = [row("SmolLM2-135M-Instruct", before, before)], []
     for seed in range(given.seeds):
-        where = ("--model", smollm2(), "--data", REAL / "brevity", "--seed", seed)
+        where = (
+            "--model",
+            smollm2(),
+            "--data",
+            REAL / "brevity",
+            "--epochs",
+            PASSES,
+            "--seed",
+            seed,
+        )
         said = answers(train(folder / f"seed-{seed}", "dpo", *where), folder, asked)
         rows.append(row(f"after DPO, seed {seed}", said, before))
         if not seed:
@@ -123,7 +134,7 @@ def main() -> None:
     write_page(
         "style",
         "# A style, and what it costs",
-        "`mlx-align dpo` with its defaults teaches SmolLM2-135M-Instruct to answer in one "
+        f"`mlx-align dpo --epochs {PASSES}` teaches SmolLM2-135M-Instruct to answer in one "
         "sentence: 100 pairs of the model's own answers (`data/real/brevity`), the first sentence "
         f"of each preferred to all of it. It answers {len(questions())} held-out questions and "
         f"{len(facts())} questions of fact at temperature 0.01, in up to {MAX_TOKENS} tokens. "
