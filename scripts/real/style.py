@@ -1,11 +1,11 @@
 """Teach SmolLM2-135M-Instruct to answer in one sentence, and see what else that changes.
 
-Trains `mlx-align dpo` for 5 passes over the 100 pairs of data/real/brevity, three times with other
-seeds. Then the model answers the held-out questions and a set of facts, as it was
-and after each run. Asked are: how long are the answers, and are the facts still right?
+Trains `mlx-align dpo` for 5 passes over the 100 pairs of data/real/brevity, with and without
+--ld-alpha, each three times with other seeds. Then the model answers the held-out questions and a
+set of facts, as it was and after each run: are the answers short, and the facts still right?
 
-    python scripts/real/style.py            # half an hour on 2 cores, minutes on a Mac
-    python scripts/real/style.py --seeds 1  # one run
+    python scripts/real/style.py            # 2 hours on 2 cores, minutes on a Mac
+    python scripts/real/style.py --seeds 1  # 40 minutes
 
 Finished runs are not repeated, and interrupted ones continue. Writes docs/verified/style.md. On
 Linux LD_PRELOAD should name libopenblas.
@@ -37,6 +37,7 @@ from mlx_align.system.intervals import mean_interval, wilson_interval
 MAX_TOKENS = 96
 # A change of style takes more than the 3 passes that are the default for 100 pairs.
 PASSES = 5
+ARMS = {"DPO": (), "LD-DPO": ("--ld-alpha", "0.1")}
 # Asked beside the capitals of the starter's countries; any of the words is right.
 FACTS = {
     "How many days are in a week?": ("7", "seven"),
@@ -114,22 +115,16 @@ def main() -> None:
     given, folder = parser.parse_args(), study_folder("style")
     asked = [*questions(), *facts()]
     before = answers(None, folder, asked)
-    rows, examples = [row("SmolLM2-135M-Instruct", before, before)], []
-    for seed in range(given.seeds):
-        where = (
-            "--model",
-            smollm2(),
-            "--data",
-            REAL / "brevity",
-            "--epochs",
-            PASSES,
-            "--seed",
-            seed,
-        )
-        said = answers(train(folder / f"seed-{seed}", "dpo", *where), folder, asked)
-        rows.append(row(f"after DPO, seed {seed}", said, before))
-        if not seed:
-            examples = [*zip(asked, before, said, strict=True)]
+    rows, shown_answers = [row("SmolLM2-135M-Instruct", before, before)], []
+    for title, options in ARMS.items():
+        for seed in range(given.seeds):
+            output = folder / f"{title.lower()}-{seed}"
+            data = ("--data", REAL / "brevity", "--epochs", PASSES, "--seed", seed)
+            train(output, "dpo", "--model", smollm2(), *data, *options)
+            said = answers(output, folder, asked)
+            rows.append(row(f"{title}, seed {seed}", said, before))
+            if not seed:
+                shown_answers.append(said)
     titles = ["", f"words, n = {len(questions())}", "change"]
     write_page(
         "style",
@@ -141,10 +136,15 @@ def main() -> None:
         "A fact is right if the answer names it. 95% intervals, over questions. "
         "`python scripts/real/style.py` measures it again.",
         table([*titles, f"facts right, n = {len(facts())}"], rows),
-        "The first answers, before and after (seed 0):",
+        "The rejected completion is the chosen one and more. What both have in common cancels in "
+        "DPO's loss, so that it only makes an end more likely than the rest, and unlearns the "
+        f"rest: the model's own words. LD-DPO (`{' '.join(ARMS['LD-DPO'])}`) gives the tokens "
+        "beyond the shorter completion's length a tenth of the weight.",
+        "Some answers: before, and after each (seed 0):",
         "\n".join(
-            f"- {question}\n    - {_line(first)}\n    - {_line(then)}"
-            for question, first, then in [*examples[:3], *examples[-3:]]
+            f"- {asked[place]}\n" + "\n".join(f"    - {_line(one[place])}" for one in examples)
+            for examples in [[before, *shown_answers]]
+            for place in (0, 1, 2, -3, -2, -1)
         ),
     )
 
