@@ -363,7 +363,7 @@ class Improver:
         best = max(earlier, key=lambda one: one.win_rate.value, default=None)
         before = np.full(len(outcomes), 0.5) if best is None else self._outcomes[best.number]
         rows = known & ~np.isnan(before)
-        gain = mean_estimate((outcomes - before)[rows], np.flatnonzero(rows), seed=config.seed)
+        gain = mean_estimate((outcomes - before)[rows], np.flatnonzero(rows))
         words = [
             float(np.mean([len(one.answers[0].text.split()) for one in answers]))
             for answers in (start, new)

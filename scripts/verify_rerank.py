@@ -31,7 +31,7 @@ import numpy.typing as npt
 from mlx_align.cli.main import run as mlx_align
 from mlx_align.data.formats import read_prompts
 from mlx_align.evaluation.metrics import expected_best
-from mlx_align.evaluation.reward_model import bootstrap_interval
+from mlx_align.evaluation.statistics import mean_estimate
 from mlx_align.inference.rerank import Ranking, Reranker
 from mlx_align.system.starter import shipped_file
 from mlx_align.types import PromptGroup
@@ -114,8 +114,8 @@ def curve(rankings: Sequence[Ranking], way: str) -> dict[int, tuple[float, float
     found = {}
     for n in [n for n in ACROSS if n <= size]:
         shares = shares_right(rankings, way, n)
-        low, high = bootstrap_interval(shares, np.arange(len(shares)))
-        found[n] = float(shares.mean()), low, high
+        mean = mean_estimate(shares, np.arange(len(shares)))
+        found[n] = mean.value, mean.low, mean.high
     return found
 
 
@@ -129,10 +129,10 @@ def gain(rankings: Sequence[Ranking], n: int) -> str:
     """Difference between ranking by sum and per token, paired on the same samples."""
     by_sum, by_mean = (shares_right(rankings, way, n) for way in ("sum", "per token"))
     differences = by_sum - by_mean
-    low, high = bootstrap_interval(differences, np.arange(len(differences)))
+    found = mean_estimate(differences, np.arange(len(differences)))
     return (
-        f"best of {n}, sum minus per token, paired: {differences.mean():+.1%} "
-        f"(95%: {low:+.1%} to {high:+.1%})"
+        f"best of {n}, sum minus per token, paired: {found.value:+.1%} "
+        f"(95%: {found.low:+.1%} to {found.high:+.1%})"
     )
 
 

@@ -138,7 +138,7 @@ class RewardModeling(Algorithm):
             )
         compared = [_compare(group, config) for group in groups]
         scores = [np.stack(rows) for rows in found]
-        report = evaluate_reward_model(groups, compared, scores, seed=config.seed)
+        report = evaluate_reward_model(groups, compared, scores)
         if report is None:
             return HeldOutReport({}, [], "! no held-out comparison is decided: nothing to report")
         facts: dict[str, Any] = report.as_json()
@@ -311,9 +311,7 @@ def _compare_members(
 ) -> tuple[dict[str, Any], str]:
     """The accuracy of each head, and the spread of their score differences."""
     single: list[RewardReport | None] = [
-        evaluate_reward_model(
-            groups, compared, [rows[:, m : m + 1] for rows in scores], seed=config.seed
-        )
+        evaluate_reward_model(groups, compared, [rows[:, m : m + 1] for rows in scores])
         for m in range(config.members)
     ]
     accuracies = [one.accuracy for one in single if one is not None]

@@ -59,9 +59,7 @@ class Preferences:
     rejected_change: Estimate
 
 
-def preferences(
-    reference: Floats, logratios: Floats, prompt: Clusters, beta: float, *, seed: int
-) -> Preferences:
+def preferences(reference: Floats, logratios: Floats, prompt: Clusters, beta: float) -> Preferences:
     """Metrics on pairs from reference log-probs (n, 2) and log-ratios (n, 2), chosen first.
 
     The policy's log-probs are the sum of both. Log-ratios are an argument, instead of the policy's
@@ -74,7 +72,7 @@ def preferences(
         return rate_estimate(wins(scores[:, 0], scores[:, 1]), prompt)
 
     def mean(values: Floats) -> Estimate:
-        return mean_estimate(values, prompt, seed=seed)
+        return mean_estimate(values, prompt)
 
     return Preferences(
         pairs=len(prompt),
@@ -207,9 +205,7 @@ def win_rate(
         detectable=detectable_rate(outcome, prompt),
         reward=float(policy.mean()),
         reference_reward=float(reference.mean()),
-        reward_gain=mean_estimate(
-            (policy - reference).mean(axis=1), np.arange(len(policy)), seed=seed
-        ),
+        reward_gain=mean_estimate((policy - reference).mean(axis=1), np.arange(len(policy))),
         length=float(policy_length.mean()),
         reference_length=float(reference_length.mean()),
     )
@@ -232,15 +228,15 @@ class BestOf:
     kl_at_most: float
 
 
-def best_of_curve(scores: Floats, *, seed: int) -> list[BestOf]:
+def best_of_curve(scores: Floats) -> list[BestOf]:
     """Best-of-n for n = 1 to K, from scores (P, K) of K completions to P prompts."""
     prompt = np.arange(len(scores))
     one = np.array([expected_best(row, 1) for row in scores])
     curve = []
     for n in range(1, scores.shape[1] + 1):
         best = np.array([expected_best(row, n) for row in scores])
-        score = mean_estimate(best, prompt, seed=seed)
-        gain = mean_estimate(best - one, prompt, seed=seed)
+        score = mean_estimate(best, prompt)
+        gain = mean_estimate(best - one, prompt)
         curve.append(BestOf(n, score, gain, best_of_kl(n)))
     return curve
 

@@ -241,7 +241,7 @@ def evaluate_policy(
             samples.truncated,
         ),
         wins=wins,
-        best_of=best_of_curve(scores[scored], seed=config.seed),
+        best_of=best_of_curve(scores[scored]),
         perplexity=measured.perplexity,
         warnings=(
             *_trained_on(held_out),
@@ -494,9 +494,7 @@ def _measure_policy(
         reference, logratios = roles.compare(pairs, "Held-out pairs")
         numbers: dict[bytes, int] = {}
         prompt = [numbers.setdefault(pair.prompt.tobytes(), len(numbers)) for pair in pairs]
-        preferred = preferences(
-            reference, logratios, np.array(prompt), _beta(run), seed=config.seed
-        )
+        preferred = preferences(reference, logratios, np.array(prompt), _beta(run))
     samples = roles.sample(config, prompts)
     if documents is not None:
         segments, document = split_into_segments(documents, style, max_length)

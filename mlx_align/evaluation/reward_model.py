@@ -74,7 +74,7 @@ class RewardReport:
         comparisons: Number of decided comparisons.
         accuracy: Fraction of decided comparisons in which the better completion scores higher; ties
             count half.
-        accuracy_low: Lower end of its 95% interval, by bootstrap over prompts.
+        accuracy_low: Lower end of its 95% interval over prompts.
         accuracy_high: Upper end of that interval.
         longer_accuracy: Accuracy of "pick the longer"; equal lengths count half.
         accuracy_shorter_chosen: Accuracy if the better completion is the shorter one.
@@ -116,16 +116,13 @@ class RewardReport:
         return content
 
 
-def reward_report(
-    compared: ScoredComparisons, scores: Floats, lengths: Floats, *, seed: int = 0
-) -> RewardReport:
+def reward_report(compared: ScoredComparisons, scores: Floats, lengths: Floats) -> RewardReport:
     """Evaluate a reward model from its scores.
 
     Args:
         compared: The comparisons, at least one of them decided.
         scores: (rows,) scores of all completions, for the correlation with length.
         lengths: (rows,) lengths of the same completions, tokens.
-        seed: Random seed of the bootstrap.
     """
     decided = compared.probability > 0.5
     one = ScoredComparisons(
@@ -167,14 +164,6 @@ def reward_report(
 def _is_right(difference: Floats) -> Floats:
     """1 where positive, 0 where negative, ½ where equal."""
     return 0.5 * (1 + np.sign(difference))
-
-
-def bootstrap_interval(
-    values: Floats, cluster: npt.NDArray[np.int64], *, seed: int = 0
-) -> tuple[float, float]:
-    """95% percentile interval of the mean of `values` (n,), resampling whole clusters (n,)."""
-    found = mean_estimate(values, cluster, seed=seed)
-    return found.low, found.high
 
 
 def calibration_error(difference: Floats, probability: Floats) -> float:
@@ -283,7 +272,7 @@ def _warnings(accuracy: float, longer: float, count: int) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class PairReport:
-    """Accuracy and margin of any kind of score; intervals are 95%, by bootstrap over prompts.
+    """Accuracy and margin of any kind of score; 95% intervals, over prompts.
 
     Attributes:
         comparisons: Number of decided comparisons.
@@ -310,12 +299,11 @@ class PairReport:
         return asdict(self)
 
 
-def pair_report(compared: ScoredComparisons, *, seed: int = 0) -> PairReport:
+def pair_report(compared: ScoredComparisons) -> PairReport:
     """Evaluate scores on comparisons, at least one of which is decided.
 
     Args:
         compared: The comparisons.
-        seed: Random seed of the bootstrap.
     """
     decided = compared.probability > 0.5
     margins, prompt = compared.difference[decided], compared.prompt[decided]
@@ -323,15 +311,15 @@ def pair_report(compared: ScoredComparisons, *, seed: int = 0) -> PairReport:
     longer = _is_right(compared.better_length[decided] - compared.worse_length[decided])
     rate = rate_estimate(right, prompt)
     accuracy_low, accuracy_high = rate.low, rate.high
-    margin_low, margin_high = bootstrap_interval(margins, prompt, seed=seed)
+    margin = mean_estimate(margins, prompt)
     return PairReport(
         comparisons=len(right),
         accuracy=float(right.mean()),
         accuracy_low=accuracy_low,
         accuracy_high=accuracy_high,
-        margin=float(margins.mean()),
-        margin_low=margin_low,
-        margin_high=margin_high,
+        margin=margin.value,
+        margin_low=margin.low,
+        margin_high=margin.high,
         longer_accuracy=float(longer.mean()),
     )
 
@@ -348,8 +336,6 @@ def evaluate_reward_model(
     groups: Sequence[TokenizedGroup],
     compared: Sequence[GroupComparisons],
     scores: Sequence[Scores],
-    *,
-    seed: int = 0,
 ) -> RewardReport | None:
     """Evaluate the mean of a reward model's members on scored groups.
 
@@ -357,33 +343,31 @@ def evaluate_reward_model(
         groups: The groups as scored, completions best first.
         compared: The labels of each group, from `compare_completions`.
         scores: The scores (K, members) of each group.
-        seed: Random seed of the bootstrap.
 
     Returns:
         The report; None if no comparison is decided.
     """
     found = collect_comparisons(groups, compared, scores)
-    return None if found is None else reward_report(*found, seed=seed)
+    return None if found is None else reward_report(*found)
 
 
-def evaluate_reward_scores(scores: Sequence[GroupScores], *, seed: int = 0) -> RewardReport | None:
+def evaluate_reward_scores(scores: Sequence[GroupScores]) -> RewardReport | None:
     """Evaluate a reward model from the output of `RewardModel.score_groups` for labelled groups.
 
     Args:
         scores: Scores of groups of pairs or ranked completions; those without scores are skipped.
-        seed: Random seed of the bootstrap.
 
     Returns:
         The report; None if no comparison is decided.
     """
     found = _collect_scored_groups(scores)
-    return None if found is None else reward_report(*found, seed=seed)
+    return None if found is None else reward_report(*found)
 
 
-def evaluate_pair_scores(scores: Sequence[GroupScores], *, seed: int = 0) -> PairReport | None:
+def evaluate_pair_scores(scores: Sequence[GroupScores]) -> PairReport | None:
     """Evaluate scores of any kind, such as implicit rewards; see `evaluate_reward_scores`."""
     found = _collect_scored_groups(scores)
-    return None if found is None else pair_report(found.compared, seed=seed)
+    return None if found is None else pair_report(found.compared)
 
 
 def _collect_scored_groups(scores: Sequence[GroupScores]) -> ComparisonScores | None:

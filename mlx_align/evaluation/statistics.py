@@ -1,8 +1,9 @@
 """Statistics of evaluations: intervals, length-controlled win rates, detectable differences.
 
-Pure functions of arrays. The bootstrap resamples prompts, not single completions: several
-completions of one prompt are not independent evidence. Policy and reference are always compared on
-the same prompts.
+Pure functions of arrays. The unit of every interval is the prompt, not the single completion:
+several completions of one prompt are not independent evidence. Intervals are Wilson's for rates,
+normal for means, and a bootstrap over prompts for ratios and length-controlled rates. Policy and
+reference are always compared on the same prompts.
 """
 
 from __future__ import annotations
@@ -34,9 +35,13 @@ _NEWTON_STEPS = 50
 _MAX_STEP = 2.0
 
 
-def mean_estimate(values: Floats, cluster: Clusters, *, seed: int = 0) -> Estimate:
-    """The mean of `values` (n,), with a percentile bootstrap interval over clusters (n,)."""
-    return ratio_estimate(values, np.ones_like(values), cluster, seed=seed)
+def mean_estimate(values: Floats, cluster: Clusters) -> Estimate:
+    """The mean of `values` (n,), with a normal interval over clusters (n,).
+
+    The interval is that of the held-out means of a run (`system.intervals.metric_interval`).
+    """
+    mean, half = float(values.mean()), z_score() * (standard_error(values, cluster) or 0.0)
+    return Estimate(mean, mean - half, mean + half)
 
 
 def ratio_estimate(

@@ -8,7 +8,6 @@ import pytest
 from mlx_align.evaluation.render import render_reward_report
 from mlx_align.evaluation.reward_model import (
     ScoredComparisons,
-    bootstrap_interval,
     calibration_bins,
     calibration_error,
     evaluate_pair_scores,
@@ -17,6 +16,7 @@ from mlx_align.evaluation.reward_model import (
     reward_report,
     spearman,
 )
+from mlx_align.evaluation.statistics import mean_estimate
 from mlx_align.inference.scoring import GroupScores
 from mlx_align.types import TokenizedGroup
 
@@ -113,15 +113,14 @@ def test_calibration_bins():
     assert found == [{"confidence": pytest.approx(0.731059), "right": 0.5, "comparisons": 2}]
 
 
-def test_bootstrap_interval():
+def test_interval_of_a_margin_counts_prompts():
     values = (np.random.default_rng(1).uniform(size=400) < 0.7).astype(float)
-    low, high = bootstrap_interval(values, np.arange(400))
+    found = mean_estimate(values, np.arange(400))
     width = 2 * 1.96 * np.sqrt(values.mean() * (1 - values.mean()) / 400)
-    assert high - low == pytest.approx(width, rel=0.1)
+    assert found.high - found.low == pytest.approx(width, rel=0.01)
     # Four copies of each are no more evidence than one.
-    copied = bootstrap_interval(np.repeat(values, 4), np.repeat(np.arange(400), 4))
-    assert copied[1] - copied[0] == pytest.approx(high - low, rel=0.1)
-    assert bootstrap_interval(values, np.arange(400)) == (low, high)
+    copied = mean_estimate(np.repeat(values, 4), np.repeat(np.arange(400), 4))
+    assert (copied.low, copied.high) == pytest.approx((found.low, found.high))
 
 
 def test_spearman():

@@ -57,9 +57,9 @@ def test_intervals_cover_the_truth_as_often_as_stated():
     for seed in range(SIMULATED):
         # Four answers to a prompt that are alike: 60 pieces of evidence, not 240.
         values = np.repeat(random.normal(1, 2, 60), 4) + random.normal(0, 0.5, 240)
-        means.append(mean_estimate(values, prompt, seed=seed))
+        means.append(mean_estimate(values, prompt))
         if seed < 50:
-            naive.append(mean_estimate(values, np.arange(240), seed=seed))
+            naive.append(mean_estimate(values, np.arange(240)))
         rates.append(rate_estimate((random.uniform(size=80) < 0.6) * 1.0, np.arange(80)))
         tokens = random.integers(20, 200, 60).astype(float)
         nats = random.normal(2, 0.3, 60) * tokens
@@ -227,7 +227,7 @@ def test_win_rate_compares_answers_that_were_drawn_independently():
 
 def test_the_best_of_n_curve():
     scores = np.array([np.arange(1.0, 11), np.arange(10.0, 0, -1)])
-    curve = best_of_curve(scores, seed=0)
+    curve = best_of_curve(scores)
     assert [one.n for one in curve] == list(range(1, 11))
     assert curve[3].score.value == pytest.approx(8.8)
     assert curve[3].gain.value == pytest.approx(8.8 - 5.5)
@@ -239,7 +239,7 @@ def test_the_best_of_n_curve():
 def test_preferences_by_hand():
     reference = np.array([[-4.0, -3.0], [-5.0, -5.0], [-6.0, -2.0], [-1.0, -2.0]])
     logratios = np.array([[2.0, 0.0], [0.0, 0.0], [1.0, 2.0], [0.5, -0.5]])
-    found = preferences(reference, logratios, np.array([0, 1, 2, 2]), 0.1, seed=0)
+    found = preferences(reference, logratios, np.array([0, 1, 2, 2]), 0.1)
     assert (found.pairs, found.prompts, found.beta) == (4, 3, 0.1)
     assert found.reference_accuracy.value == pytest.approx((0 + 0.5 + 0 + 1) / 4)
     assert found.accuracy.value == pytest.approx((1 + 0.5 + 0 + 1) / 4)
