@@ -102,12 +102,12 @@ class HeldOutReport(NamedTuple):
 
     Attributes:
         facts: The entry `held_out` of summary.json.
-        samples: Rows of samples.jsonl.
-        text: Text for the terminal.
+        samples: Rows of samples.jsonl; None for those of the run.
+        text: Text for the terminal; may be empty.
     """
 
     facts: dict[str, Any]
-    samples: list[dict[str, Any]]
+    samples: list[dict[str, Any]] | None
     text: str
 
 
@@ -124,6 +124,7 @@ class Algorithm(ABC):
         packs: Whether the completions of a microbatch run together, so that they can be packed.
         per_token: Whether scorers give a number per token (log-probs), or per completion.
         samples_answers: Whether held-out prompts are completed before and after training.
+        reports_all: Whether the report at the end is on all held-out data, however much it is.
     """
 
     command: ClassVar[str]
@@ -132,6 +133,7 @@ class Algorithm(ABC):
     packs: ClassVar[bool] = True
     per_token: ClassVar[bool] = True
     samples_answers: ClassVar[bool] = True
+    reports_all: ClassVar[bool] = False
     title: str
     needs_reference: bool = False
     _config: Any
@@ -207,13 +209,24 @@ class Algorithm(ABC):
     def report_held_out(
         self,
         scorer: Scorer,
+        start: AdapterWeights,
         weights: AdapterWeights,
         folder: ModelFolder,
         groups: Sequence[TokenizedGroup],
         limit: BatchLimit,
         console: Console,
     ) -> HeldOutReport | None:
-        """A report on all held-out data at the end of the run; None for policies."""
+        """A report on held-out data at the end of the run; None without one.
+
+        Args:
+            scorer: Runs the groups.
+            start: The weights before training.
+            weights: The weights that are kept.
+            folder: The base model.
+            groups: All held-out groups, or those of evaluations (`reports_all`).
+            limit: The limit of batches.
+            console: Shows progress.
+        """
         return None
 
     def next_command(self, folder: ModelFolder, run: Path, thinking: Thinking) -> str:

@@ -67,6 +67,7 @@ class RewardModeling(Algorithm):
     has_reference: ClassVar[bool] = False
     per_token: ClassVar[bool] = False
     samples_answers: ClassVar[bool] = False
+    reports_all: ClassVar[bool] = True
 
     def __init__(self, config: RewardConfig) -> None:
         if config.max_completion_length is not None:
@@ -119,6 +120,7 @@ class RewardModeling(Algorithm):
     def report_held_out(
         self,
         scorer: Scorer,
+        start: AdapterWeights,
         weights: AdapterWeights,
         folder: ModelFolder,
         groups: Sequence[TokenizedGroup],

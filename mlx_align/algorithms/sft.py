@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import ClassVar, NamedTuple
 
 import mlx.core as mx
@@ -13,21 +13,25 @@ import numpy as np
 from mlx_align.algorithms.base import (
     Algorithm,
     CompletionLogps,
+    HeldOutReport,
     MetricSums,
     Objective,
 )
 from mlx_align.config import SFTConfig
 from mlx_align.data.batching import Microbatch, collate_groups, completion_mask
+from mlx_align.data.buckets import BatchLimit, plan_shapes
 from mlx_align.data.formats import ReadReport, read_supervised
 from mlx_align.data.readers import Data
 from mlx_align.data.transforms import keep_last_completion
 from mlx_align.errors import ConfigError
-from mlx_align.inference.scoring import Scorer
+from mlx_align.evaluation.metrics import perplexity_change
+from mlx_align.inference.scoring import Scorer, score_groups
 from mlx_align.losses.masking import masked_sum
 from mlx_align.losses.registry import TOKEN_LOSSES
-from mlx_align.models.loading import LanguageModel
+from mlx_align.models.loading import LanguageModel, ModelFolder
 from mlx_align.models.policy import Policy
 from mlx_align.models.weights import AdapterWeights
+from mlx_align.system.progress import Console
 from mlx_align.types import GroupBatch, PromptGroup, TokenizedGroup
 
 # Exponents are clamped here, so that the perplexity stays a finite float32.
@@ -88,6 +92,34 @@ class SFT(Algorithm):
     def report(self, row: dict[str, float]) -> dict[str, float]:
         """The row with the perplexity; see `with_perplexity`."""
         return with_perplexity(row)
+
+    def report_held_out(
+        self,
+        scorer: Scorer,
+        start: AdapterWeights,
+        weights: AdapterWeights,
+        folder: ModelFolder,
+        groups: Sequence[TokenizedGroup],
+        limit: BatchLimit,
+        console: Console,
+    ) -> HeldOutReport:
+        """The change of the perplexity, from the difference of every row."""
+        shapes = plan_shapes(groups, limit)
+        before, after = (
+            score_groups(scorer, one, groups, shapes, per_token=True) for one in (start, weights)
+        )
+        masks = [completion_mask(group, 0) for group in groups]
+        sums = [
+            np.array(
+                [p[0][mask].sum(dtype=np.float64) for p, mask in zip(logps, masks, strict=True)]
+            )
+            for logps in (before, after)
+        ]
+        tokens = np.array([mask.sum() for mask in masks], np.float64)
+        found = perplexity_change(
+            sums[0], sums[1] - sums[0], tokens, np.arange(len(groups)), seed=self._config.seed
+        )
+        return HeldOutReport({"perplexity": asdict(found)}, None, "")
 
 
 class TokenTotals(NamedTuple):

@@ -50,7 +50,7 @@ _BREAKAGE = frozenset(
 MIN_EXAMPLES = 6
 # A rate of "the longer completion is chosen" (or the shorter one) that could explain an accuracy.
 _LENGTH_RULE = 0.55
-# Smallest relative change of a perplexity that counts. There is no interval: only means are known.
+# Smallest relative change of a perplexity that counts in runs that have no interval of it.
 _PERPLEXITY_CHANGE = 0.01
 
 
@@ -338,6 +338,17 @@ def _perplexity_verdict(record: RunRecord) -> Verdict | None:
         kind = "no difference"
     n = held_out_examples(record)
     examples = "held-out examples" if n is None else counted(n, "held-out example")
+    report = record.summary.get("held_out")
+    if n is not None and isinstance(report, Mapping) and "perplexity" in report:
+        ratio = Estimate(**report["perplexity"]["ratio"])
+        gain = Estimate(-ratio.value, -ratio.high, -ratio.low)  # a lower perplexity is better
+        kind, ending = _compare(gain, -1.0, "the start", n)
+        sentence = (
+            f"On {examples} perplexity went from {format_value(values[0])} to "
+            f"{format_value(now)} (× {ratio.value:.2f}, 95% interval {ratio.low:.2f} to "
+            f"{ratio.high:.2f}): {ending}."
+        )
+        return Verdict(kind, sentence, ratio, n)
     ending = {"better": "better", "worse": "worse", "no difference": "no real change"}[kind]
     sentence = (
         f"On {examples} perplexity went from {format_value(values[0])} to "

@@ -198,11 +198,19 @@ class OfflineJob:
         held_out: dict[str, Any] = {}
         if setup.valid:
             report = algorithm.report_held_out(
-                self._scorer, weights, setup.folder, setup.valid, self._limit, self._console
+                self._scorer,
+                self.policy.start,
+                weights,
+                setup.folder,
+                setup.valid if algorithm.reports_all else setup.held_out,
+                self._limit,
+                self._console,
             )
             if report is not None:
-                held_out, samples = {"held_out": report.facts}, report.samples
-                self._console.note(report.text)
+                held_out = {"held_out": report.facts}
+                samples = samples if report.samples is None else report.samples
+                if report.text:
+                    self._console.note(report.text)
         write_samples(self._run, samples)
         kl = None
         if algorithm.has_reference:

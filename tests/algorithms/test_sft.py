@@ -111,6 +111,12 @@ def test_a_run_learns_loads_in_stock_mlx_lm_and_starts_dpo(sft, train, loss, cap
         assert training[0]["loss"] < 0.1  # weighed by the tokens' own probability
     summary = summary_of(folder)
     assert summary["kl"] is None
+    # Paired by row, and the same change as that of the two evaluations.
+    ratio = summary["held_out"]["perplexity"]["ratio"]
+    change = held_out[-1]["eval/perplexity"] / held_out[0]["eval/perplexity"]
+    assert ratio["value"] == pytest.approx(change, rel=1e-4)
+    assert 0 < ratio["low"] < ratio["value"] < ratio["high"] < 1
+    assert "better than the start" in summary["verdict"]["sentence"]
     model, _ = mlx_lm_load(str(TINY_MODEL), adapter_path=str(folder))
     assert mx.abs(model.layers[0].self_attn.q_proj.lora_b).max().item() > 0
 

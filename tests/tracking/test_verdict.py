@@ -318,6 +318,24 @@ def test_perplexity(tmp_path):
     assert sft(12.0).kind == "worse"
 
 
+@pytest.mark.parametrize(
+    ("high", "n", "kind", "ending"),
+    [
+        (0.9, 60, "better", "better than the start"),
+        (1.1, 60, "no difference", "can't be told apart from the start"),
+        (0.9, 3, "no difference", "too few to tell it from the start"),
+    ],
+)
+def test_a_perplexity_with_an_interval(tmp_path, high, n, kind, ending):
+    rows = [{"step": 0, "eval/perplexity": 10.0}, {"step": 5, "eval/perplexity": 8.0}]
+    ratio = {"value": 0.8, "low": 0.7, "high": high}
+    summary = {"command": "sft", "eval_examples": n, "held_out": {"perplexity": {"ratio": ratio}}}
+    status = {"command": "sft", "step": 5, "eval_examples": n}
+    found = verdict(record(tmp_path / "run", rows, status=status, summary=summary))
+    assert found.kind == kind
+    assert f"(× 0.80, 95% interval 0.70 to {high:.2f}): {ending}." in found.sentence
+
+
 def test_comparisons(tmp_path):
     def run(name, accuracy, n=25):
         rows, status = pairs(accuracy, n)
