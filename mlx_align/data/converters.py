@@ -32,6 +32,7 @@ from mlx_align.errors import DataError
 from mlx_align.types import Message, PromptGroup, Text
 
 QUESTION_FIELDS = ("instruction", "question")
+_FIRST_STEPS = "initial_reason_steps"  # of Step-DPO's pairs
 PAIR_SCORES = (
     ("score_chosen", "score_rejected"),
     ("chosen_score", "rejected_score"),
@@ -59,12 +60,27 @@ _SCORE_KEYS = ("score", "rating", "overall_score", "pm_score", "fine-grained_sco
 
 
 def pair(row: Row) -> PromptGroup:
-    """`prompt`, `chosen`, `rejected`: each a string or a list of messages."""
+    """`prompt`, `chosen`, `rejected`: each a string or a list of messages.
+
+    A text prompt ends with `initial_reason_steps`, if there are any: in Step-DPO's data, `chosen`
+    and `rejected` are the next step after these.
+
+    Source: Lai et al. 2024 (Step-DPO): the prompt and the steps before are the condition.
+    """
     prompt = as_text(row, "prompt", required_field(row, "prompt"))
+    steps = row.fields.get(_FIRST_STEPS) or ""
+    if steps:
+        if not isinstance(prompt, str):
+            raise DataError(
+                f"{row.source}: {_FIRST_STEPS!r} begins the answer, which a prompt of messages "
+                "can't hold; make 'prompt' text that ends with these steps"
+            )
+        prompt = f"{prompt.rstrip()}\n{as_string(row, _FIRST_STEPS, steps)}"
     completions = tuple(
         as_text(row, key, required_field(row, key)) for key in ("chosen", "rejected")
     )
-    return _pair(row, with_system(row, prompt), completions, ("prompt", "system"))
+    used = ("prompt", "system", _FIRST_STEPS)
+    return _pair(row, with_system(row, prompt), completions, used)
 
 
 def implicit_pair(row: Row) -> PromptGroup:

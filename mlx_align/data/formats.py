@@ -484,6 +484,12 @@ def detect_format(row: Row, kind: str, preferred: Sequence[Sequence[Format]]) ->
     Raises:
         DataError: No format matches, or several do.
     """
+    if isinstance(row.fields.get("question"), Mapping) and _is_step_label(row.fields.get("label")):
+        raise DataError(
+            f"{row.source}: labels of single reasoning steps, as in PRM800K ('question' and "
+            "'label' are objects), are not read; write pairs: a prompt that ends with the steps "
+            "before, and steps of ratings 1 and -1 as chosen and rejected"
+        )
     for entries in preferred:
         found = [entry for entry in entries if entry.matches(row)]
         if len(found) == 1:
@@ -502,6 +508,10 @@ def detect_format(row: Row, kind: str, preferred: Sequence[Sequence[Format]]) ->
         f"{row.source}: not recognised as {kind} data; found {found_keys}, expected "
         f"{EXPECTED_FIELDS[kind]}; try {mapping}"
     )
+
+
+def _is_step_label(value: object) -> bool:
+    return isinstance(value, Mapping) and "steps" in value
 
 
 def _check_same_kind(group: PromptGroup, groups: Sequence[PromptGroup]) -> None:

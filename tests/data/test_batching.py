@@ -1,9 +1,14 @@
 """Batches: every group once, few shapes, little padding, a reproducible order."""
 
+from collections import Counter
+from itertools import islice
+
 import mlx.core as mx
 import numpy as np
 import pytest
 
+from mlx_align.config import DPOConfig
+from mlx_align.data import batching
 from mlx_align.data.batching import (
     collate_groups,
     collate_pairs,
@@ -13,6 +18,7 @@ from mlx_align.data.batching import (
     padding_fraction,
 )
 from mlx_align.data.buckets import MAX_SHAPES, BatchLimit, Shape, plan_shapes
+from mlx_align.training.offline import total_microbatches
 from mlx_align.types import TokenizedGroup
 
 
@@ -42,6 +48,26 @@ def test_every_group_once_per_epoch(n, batch_size):
                 assert len(groups[index].prompt) <= batch.shape.prompt
                 longest = max(len(c) for c in groups[index].completions)
                 assert longest <= batch.shape.completion
+
+
+@pytest.mark.parametrize("epochs", [3.0, 4.5])
+def test_a_run_of_packed_epochs_visits_every_row_as_often(epochs, monkeypatch):
+    """Also where the order decides how many microbatches an epoch has."""
+    monkeypatch.setattr(batching, "PACKING_WINDOW", 32)  # the ends of windows make the difference
+    groups = make_groups(150, longest=200)
+    shapes = plan_shapes(groups, BatchLimit(tokens=1500, packed=True))
+    whole = int(epochs)
+    lengths = [len(epoch_order(groups, shapes, seed=0, epoch=e)) for e in range(whole)]
+    assert sum(lengths) != whole * lengths[0]
+    total = total_microbatches(DPOConfig(epochs=epochs), groups, shapes)
+    run = islice(microbatch_stream(groups, shapes, seed=0), total)
+    visits = Counter(index for batch in run for index in batch.indices)
+    assert len(visits) == 150
+    assert set(visits.values()) == {whole, whole + (epochs > whole)}
+    assert total == pytest.approx(epochs * sum(lengths) / whole, abs=0.5)
+    # Without end, but not counted without end.
+    many = total_microbatches(DPOConfig(epochs=1e5), groups, shapes)
+    assert many == pytest.approx(1e5 * lengths[0], rel=0.1)
 
 
 @pytest.mark.parametrize("tokens", [1, 700, 3000, 20_000])

@@ -410,6 +410,41 @@ def test_a_tool_call_as_completion_has_no_content():
         assert chosen[0].tool_calls[0].name == "weather"
 
 
+STEP = {
+    "prompt": "What is 2 + 2 + 2?",
+    "initial_reason_steps": "Let's think step by step.\nStep 1:",
+    "chosen": " 2 + 2 = 4.",
+    "rejected": " 2 + 2 = 5.",
+    "full_chosen": "",
+    "full_rejected": "",
+    "answer": "6",
+}
+
+
+def test_the_steps_before_a_step_are_in_its_prompt():
+    ((group,), _) = read([STEP])
+    assert group.prompt == "What is 2 + 2 + 2?\nLet's think step by step.\nStep 1:"
+    assert group.completions == (" 2 + 2 = 4.", " 2 + 2 = 5.")
+    ((first,), _) = read([{**STEP, "initial_reason_steps": ""}])
+    assert first.prompt == "What is 2 + 2 + 2?"
+    with pytest.raises(DataError, match=r"'initial_reason_steps' begins the answer.*make"):
+        read([{**STEP, "prompt": USER}])
+
+
+@pytest.mark.parametrize(
+    "reader", [read_preferences, read_unpaired, read_supervised, read_prompts, read_scorable]
+)
+def test_labels_of_steps_are_refused(reader):
+    rated = {"completions": [{"text": "4", "rating": 1}], "chosen_completion": 0}
+    row = {
+        "is_quality_control_question": False,
+        "question": {"problem": "2 + 2?", "ground_truth_answer": "4"},
+        "label": {"steps": [rated], "finish_reason": "solution"},
+    }
+    with pytest.raises(DataError, match=r"labels of single reasoning steps.*write pairs"):
+        read([row], reader)
+
+
 def test_tools_next_to_text_are_refused():
     row = {"prompt": Q, "chosen": GOOD, "rejected": BAD, "tools": TOOLS}
     with pytest.raises(DataError, match="has 'tools', which go through the chat template"):
