@@ -129,7 +129,7 @@ def check_quality(
         where("near duplicates of an earlier row", lambda i: repeated[i]),
         _finding(
             "validation rows with a prompt nearly equal to one in train",
-            _near_overlap(groups, valid),
+            near_overlap(groups, valid),
         ),
         _finding("completions chosen in one row and rejected in another", _conflicts(groups)),
         where("rows with HTML in the text", lambda i: bool(_HTML.search(whole[i]))),
@@ -241,7 +241,8 @@ def _conflicts(groups: Sequence[PromptGroup]) -> list[str]:
     return [source for key, source in good.items() if bad.get(key, source) != source]
 
 
-def _near_overlap(groups: Sequence[PromptGroup], valid: Sequence[PromptGroup]) -> list[str]:
+def near_overlap(groups: Sequence[PromptGroup], valid: Sequence[PromptGroup]) -> list[str]:
+    """The sources of validation rows whose prompt is that of a training row, or nearly so."""
     if not valid:
         return []
     texts = [plain_text(group.prompt) for group in (*groups, *valid)]

@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from helpers.data import write_rows
 
 from mlx_align.cli.main import run
 
@@ -50,6 +51,24 @@ def test_dpo_says_what_data_check_says(folder, capsys):
     command = ["dpo", *named, "--iters", "1", "--grad-accumulation-steps", "1", "--samples", "0"]
     assert run([*command, "--reference-cache", "cache", "--output", "run"]) == 0
     assert lines_of(capsys) == list(SAID)
+
+
+def test_dpo_says_how_many_held_out_prompts_are_nearly_in_train(folder, capsys):
+    for name, end in (("train", "."), ("valid", "!")):
+        rows = [
+            {
+                "prompt": f"Which of the {i} towns by the river has the older bridge{end}",
+                "chosen": "a",
+                "rejected": "b",
+            }
+            for i in range(4)
+        ]
+        (folder / "near").mkdir(exist_ok=True)
+        write_rows(folder / "near" / f"{name}.jsonl", rows)
+    command = ["dpo", "--model", "model", "--data", "near", "--iters", "1", "--samples", "0"]
+    assert run([*command, "--reference-cache", "cache", "--output", "near-run"]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "! validation rows with a prompt nearly equal to one in train: 4 of 4" in out
 
 
 def test_check_describes_the_text_as_json(folder, capsys):

@@ -4,13 +4,16 @@ import json
 import shutil
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
 from helpers.paths import STARTER_MODEL
 from mlx.utils import tree_flatten
 from mlx_lm import convert, load
+from mlx_lm.tuner.lora import LoRALinear
 
 from mlx_align.cli.main import run as run_cli
+from mlx_align.models import fuse
 from mlx_align.models.adapters import AdapterLayout, install_adapters, load_adapter, save_adapter
 from mlx_align.models.fuse import MAX_LOST_CHANGE, fuse_adapter
 from mlx_align.models.loading import load_language_model, open_model
@@ -198,3 +201,16 @@ def test_quantisation_without_group_sizes_trains_and_is_planned(bases, tmp_path,
     where = ["--model", str(base), "--adapter-path", str(tmp_path / "run")]
     assert run_cli(["fuse", *where, "--output", str(tmp_path / "fused")]) == 0
     load(str(tmp_path / "fused"))
+
+
+@pytest.mark.parametrize(
+    ("name", "coarse"),
+    [("mlp.gate_proj", True), ("mlp.gate", False), ("mlp.router", False), ("mlp.up_proj", True)],
+)
+def test_routers_are_not_quantised_anew(name, coarse):
+    """A layer that may lose everything stays in 4 bits, unless it chooses experts."""
+    layer = LoRALinear.from_base(nn.QuantizedLinear(64, 64, bias=False, bits=4), r=4)
+    layer.lora_b = 0.01 * mx.random.normal(layer.lora_b.shape, key=mx.random.key(0))
+    _, report = fuse._fuse_layer(f"model.layers.0.{name}", layer, mx.bfloat16, False, 1e9)
+    assert report.quantized
+    assert report.kept_quantized == coarse
