@@ -9,6 +9,10 @@ class DataError(MlxAlignError):
     """A data file or row is malformed; the message names file and line."""
 
 
+class SplitError(DataError):
+    """Nothing can be held out: the data has fewer than two different prompts."""
+
+
 class ConfigError(MlxAlignError):
     """An option or a configuration file is wrong; the message names the option."""
 

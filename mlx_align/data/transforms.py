@@ -11,7 +11,7 @@ import numpy as np
 
 from mlx_align.data.batching import completion_mask
 from mlx_align.data.buckets import LENGTH_MULTIPLE
-from mlx_align.errors import ConfigError, DataError
+from mlx_align.errors import ConfigError, DataError, SplitError
 from mlx_align.types import PromptGroup, Text, TokenizedGroup
 
 # What a group has no longer when its completions are split up.
@@ -109,14 +109,14 @@ def split_validation(
 
     Raises:
         ConfigError: `fraction` is out of range.
-        DataError: There are fewer than two different prompts.
+        SplitError: There are fewer than two different prompts.
     """
     if not 0 < fraction < 1:
         raise ConfigError(f"--valid-fraction {fraction}: expected between 0 and 1")
     keys = [group.prompt or group.completions for group in groups]
     sizes = Counter(keys)
     if len(sizes) < 2:
-        raise DataError(
+        raise SplitError(
             "can't make a validation split: the data has fewer than two different prompts; "
             "add prompts, or provide a valid split"
         )

@@ -15,7 +15,7 @@ from mlx_align.data.readers import DataSource, ReadOnce, has_split, open_data
 from mlx_align.data.splits import GroupReader, read_splits
 from mlx_align.data.statistics import render_statistics
 from mlx_align.data.uses import Use, find_uses
-from mlx_align.errors import DataError
+from mlx_align.errors import SplitError
 from mlx_align.models.loading import ModelFolder, open_model
 from mlx_align.training.on_policy import describe_prompts, read_prompt_splits
 from mlx_align.training.run import make_algorithm
@@ -69,8 +69,8 @@ def check_dataset(config: CheckDataConfig, data: str, model: str | None) -> Data
     folder = None if model is None else open_model(model)
     try:
         text, facts = _describe(training, folder, read, source)
-    except DataError as error:
-        # All rows may have one prompt: nothing can be held out, but the data can be checked.
+    except SplitError as error:
+        # The data can be checked all the same.
         groups, report = read(source, "train", config.format)
         text = f"{report}\n{len(groups):,} rows. To train on them: {error}"
         facts = {"read_as": str(report), "rows": report.rows, "groups": len(groups)}
