@@ -97,6 +97,28 @@ class Objective(ABC):
         return [self.groups[i].source for i in microbatch.indices]
 
 
+class TrainedPolicy(NamedTuple):
+    """What a report on held-out data is made of.
+
+    Attributes:
+        scorer: Runs the groups.
+        start: The weights before training.
+        weights: The weights that are kept.
+        folder: The base model.
+        groups: All held-out groups, or those of evaluations (`Algorithm.reports_all`).
+        limit: The limit of batches.
+        console: Shows progress.
+    """
+
+    scorer: Scorer
+    start: AdapterWeights
+    weights: AdapterWeights
+    folder: ModelFolder
+    groups: Sequence[TokenizedGroup]
+    limit: BatchLimit
+    console: Console
+
+
 class HeldOutReport(NamedTuple):
     """A report on all held-out data at the end of a run.
 
@@ -206,27 +228,8 @@ class Algorithm(ABC):
         """A compiled forward pass for held-out data and the reference."""
         return make_logprob_scorer(model)
 
-    def report_held_out(
-        self,
-        scorer: Scorer,
-        start: AdapterWeights,
-        weights: AdapterWeights,
-        folder: ModelFolder,
-        groups: Sequence[TokenizedGroup],
-        limit: BatchLimit,
-        console: Console,
-    ) -> HeldOutReport | None:
-        """A report on held-out data at the end of the run; None without one.
-
-        Args:
-            scorer: Runs the groups.
-            start: The weights before training.
-            weights: The weights that are kept.
-            folder: The base model.
-            groups: All held-out groups, or those of evaluations (`reports_all`).
-            limit: The limit of batches.
-            console: Shows progress.
-        """
+    def report_held_out(self, trained: TrainedPolicy) -> HeldOutReport | None:
+        """A report on held-out data at the end of the run; None without one."""
         return None
 
     def next_command(self, folder: ModelFolder, run: Path, thinking: Thinking) -> str:

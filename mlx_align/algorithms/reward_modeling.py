@@ -22,12 +22,13 @@ from mlx_align.algorithms.base import (
     HeldOutReport,
     MetricSums,
     Objective,
+    TrainedPolicy,
     held_out_means,
     weighted_metrics,
 )
 from mlx_align.config import RewardConfig
 from mlx_align.data.batching import Microbatch
-from mlx_align.data.buckets import BatchLimit, plan_shapes
+from mlx_align.data.buckets import plan_shapes
 from mlx_align.data.chat_template import Thinking
 from mlx_align.data.comparisons import (
     GroupComparisons,
@@ -49,7 +50,6 @@ from mlx_align.losses.reward import kwise_loss, pair_indices, score_differences
 from mlx_align.models.loading import LanguageModel, ModelFolder
 from mlx_align.models.policy import Policy
 from mlx_align.models.weights import AdapterWeights
-from mlx_align.system.progress import Console
 from mlx_align.types import Comparisons, PromptGroup, RewardBatch, TokenizedGroup
 
 
@@ -117,24 +117,15 @@ class RewardModeling(Algorithm):
         """A compiled forward pass that returns scores (N, members)."""
         return make_reward_scorer(model)
 
-    def report_held_out(
-        self,
-        scorer: Scorer,
-        start: AdapterWeights,
-        weights: AdapterWeights,
-        folder: ModelFolder,
-        groups: Sequence[TokenizedGroup],
-        limit: BatchLimit,
-        console: Console,
-    ) -> HeldOutReport:
+    def report_held_out(self, trained: TrainedPolicy) -> HeldOutReport:
         """Accuracy and calibration on all held-out data, and the scores of a few groups."""
-        config = self._config
-        with console.bar("Held-out data", len(groups)) as bar:
+        config, groups = self._config, trained.groups
+        with trained.console.bar("Held-out data", len(groups)) as bar:
             found = score_groups(
-                scorer,
-                weights,
+                trained.scorer,
+                trained.weights,
                 groups,
-                plan_shapes(groups, limit),
+                plan_shapes(groups, trained.limit),
                 on_batch=lambda positions, _: bar.advance(len(positions)),
                 per_token=False,
             )
@@ -149,7 +140,7 @@ class RewardModeling(Algorithm):
             facts["members"], line = _compare_members(groups, compared, scores, config)
             text += "\n" + line
         samples = [
-            _sample(folder, group, rows.mean(axis=1), config.sample_tokens)
+            _sample(trained.folder, group, rows.mean(axis=1), config.sample_tokens)
             for group, rows in list(zip(groups, scores, strict=True))[: config.samples]
         ]
         return HeldOutReport(facts, samples, text)

@@ -16,10 +16,11 @@ from mlx_align.algorithms.base import (
     HeldOutReport,
     MetricSums,
     Objective,
+    TrainedPolicy,
 )
 from mlx_align.config import SFTConfig
 from mlx_align.data.batching import Microbatch, collate_groups, completion_mask
-from mlx_align.data.buckets import BatchLimit, plan_shapes
+from mlx_align.data.buckets import plan_shapes
 from mlx_align.data.formats import ReadReport, read_supervised
 from mlx_align.data.readers import Data
 from mlx_align.data.transforms import keep_last_completion
@@ -28,10 +29,9 @@ from mlx_align.evaluation.metrics import perplexity_change
 from mlx_align.inference.scoring import Scorer, score_groups
 from mlx_align.losses.masking import masked_sum
 from mlx_align.losses.registry import TOKEN_LOSSES
-from mlx_align.models.loading import LanguageModel, ModelFolder
+from mlx_align.models.loading import LanguageModel
 from mlx_align.models.policy import Policy
 from mlx_align.models.weights import AdapterWeights
-from mlx_align.system.progress import Console
 from mlx_align.types import GroupBatch, PromptGroup, TokenizedGroup
 
 # Exponents are clamped here, so that the perplexity stays a finite float32.
@@ -93,20 +93,13 @@ class SFT(Algorithm):
         """The row with the perplexity; see `with_perplexity`."""
         return with_perplexity(row)
 
-    def report_held_out(
-        self,
-        scorer: Scorer,
-        start: AdapterWeights,
-        weights: AdapterWeights,
-        folder: ModelFolder,
-        groups: Sequence[TokenizedGroup],
-        limit: BatchLimit,
-        console: Console,
-    ) -> HeldOutReport:
+    def report_held_out(self, trained: TrainedPolicy) -> HeldOutReport:
         """The change of the perplexity, from the difference of every row."""
-        shapes = plan_shapes(groups, limit)
+        groups = trained.groups
+        shapes = plan_shapes(groups, trained.limit)
         before, after = (
-            score_groups(scorer, one, groups, shapes, per_token=True) for one in (start, weights)
+            score_groups(trained.scorer, weights, groups, shapes, per_token=True)
+            for weights in (trained.start, trained.weights)
         )
         masks = [completion_mask(group, 0) for group in groups]
         sums = [

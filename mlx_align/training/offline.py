@@ -15,7 +15,7 @@ from typing import Any
 import mlx.optimizers as optim
 import numpy as np
 
-from mlx_align.algorithms.base import Algorithm, CompletionLogps, Objective
+from mlx_align.algorithms.base import Algorithm, CompletionLogps, Objective, TrainedPolicy
 from mlx_align.algorithms.update import Updater, collate_microbatches, make_optimizer
 from mlx_align.config import TrainConfig
 from mlx_align.data.batching import (
@@ -201,13 +201,15 @@ class OfflineJob:
         held_out: dict[str, Any] = {}
         if setup.valid:
             report = algorithm.report_held_out(
-                self._scorer,
-                self.policy.start,
-                weights,
-                setup.folder,
-                setup.valid if algorithm.reports_all else setup.held_out,
-                self._limit,
-                self._console,
+                TrainedPolicy(
+                    self._scorer,
+                    self.policy.start,
+                    weights,
+                    setup.folder,
+                    setup.valid if algorithm.reports_all else setup.held_out,
+                    self._limit,
+                    self._console,
+                )
             )
             if report is not None:
                 held_out = {"held_out": report.facts}
