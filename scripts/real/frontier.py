@@ -19,6 +19,7 @@ import numpy as np
 import stories
 from frontier_page import write_frontier
 from stories_pages import half_width
+from studies import write_rows
 
 import mlx_align as ma
 
@@ -36,8 +37,8 @@ def dpo_run(folder: Path, beta: float, seed: int) -> ma.Run:
     chosen = [asked[i] for i in order], [texts[i] for i in order], scores[order]
     rows = stories.make_pairs(*chosen, 0, seed)
     data = folder / f"dpo-data-{seed}"
-    stories.write_rows(data / "train.jsonl", rows[:PAIRS])
-    stories.write_rows(data / "valid.jsonl", rows[PAIRS:])
+    write_rows(data / "train.jsonl", rows[:PAIRS])
+    write_rows(data / "valid.jsonl", rows[PAIRS:])
     settings = {"batch_size": 8, "grad_accumulation_steps": 2, "learning_rate": 3e-4}
     settings |= {"keep": "last", "steps_per_eval": 0, "epochs": 2, "beta": beta}
     return stories.trained("dpo", folder / f"dpo-{beta:g}-{seed}", data, seed=seed, **settings)

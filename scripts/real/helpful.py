@@ -36,7 +36,9 @@ from studies import (
 )
 from tokenizers import Tokenizer
 
-from mlx_align.system.intervals import Estimate, mean_interval
+from mlx_align.evaluation.metrics import expected_best
+from mlx_align.evaluation.statistics import mean_estimate
+from mlx_align.system.intervals import Estimate
 
 MAX_TOKENS = 200
 # Prompts completed by policy and start, and the longest completion.
@@ -138,23 +140,13 @@ def rerank(folder: Path) -> None:
 def best_of(ranking: np.ndarray, judged: np.ndarray, count: int) -> np.ndarray:
     """The expected judge's score of the best of `count` answers, per prompt.
 
-    The mean over all subsets of `count` answers, not over one draw: sorted by the ranking's score,
-    the i-th of N answers is the best of C(i−1, count−1) of the C(N, count) subsets.
-
     Args:
         ranking: Scores that rank, (prompts, N).
         judged: The judge's scores, (prompts, N).
         count: Answers to choose from.
     """
-    total = ranking.shape[1]
-    order = np.argsort(ranking, axis=1, kind="stable")
-    weights = np.zeros(total)
-    share = count / total
-    for place in range(total - 1, count - 2, -1):
-        weights[place] = share
-        share *= (place - count + 1) / max(place, 1)
-    found: np.ndarray = np.take_along_axis(judged, order, axis=1) @ weights
-    return found
+    rows = zip(ranking, judged, strict=True)
+    return np.array([expected_best(scores, count, values) for scores, values in rows])
 
 
 def reranking_table(folder: Path) -> str:
@@ -165,7 +157,7 @@ def reranking_table(folder: Path) -> str:
     }
     judge = scores["judge"]
     judge = (judge - judge.mean()) / judge.std()
-    rows = []
+    prompts, rows = np.arange(len(judge)), []
     for title, name in (
         ("implicit reward of the DPO run", "dpo"),
         ("reward model of A", "reward"),
@@ -173,13 +165,8 @@ def reranking_table(folder: Path) -> str:
     ):
         first = best_of(scores[name], judge, 1)
         gains = [best_of(scores[name], judge, count) - first for count in COUNTS[1:]]
-        rows.append([title, *(shown(mean_of(gain), "{:+.2f}") for gain in gains)])
+        rows.append([title, *(shown(mean_estimate(gain, prompts), "{:+.2f}") for gain in gains)])
     return table(["ranked by", *(f"best of {count}" for count in COUNTS[1:])], rows)
-
-
-def mean_of(values: np.ndarray) -> Estimate:
-    """The mean of a number per prompt, with its 95% interval."""
-    return mean_interval(float(values.mean()), float(values.std(ddof=1)), len(values))
 
 
 def reward_table(folder: Path) -> str:

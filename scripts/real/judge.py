@@ -10,12 +10,12 @@ LD_PRELOAD should name libopenblas. The results are in docs/guides/ai-feedback.m
 """
 
 import argparse
-import json
 import subprocess
 import sys
 from pathlib import Path
 
 from models import smollm2
+from studies import read_rows, write_rows
 
 QUESTIONS = """What is the capital of France? | Name three fruits. | How do I boil an egg?
 What does a carpenter do? | Why is the sky blue? | Give me a name for a cat.
@@ -38,13 +38,6 @@ def plain(prompts, completions):
 '''
 
 
-def write(file: Path, rows: list[dict]) -> str:
-    """Write a JSON Lines file, and its folder; returns its path."""
-    file.parent.mkdir(exist_ok=True, parents=True)
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return str(file)
-
-
 def run(*arguments: object) -> None:
     """Run a command and print it with its output; some are meant to fail."""
     command = [str(argument) for argument in arguments]
@@ -56,8 +49,7 @@ def run(*arguments: object) -> None:
 def label_by_rule(answers: Path) -> list[dict]:
     """The pairs of a file of answers; the one with fewer words is chosen."""
     pairs = []
-    for line in answers.read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
+    for row in read_rows(answers):
         first, second = sorted(row["completions"], key=lambda text: len(text.split()))[:2]
         if len(first.split()) < len(second.split()):
             sides = [[{"role": "assistant", "content": text}] for text in (first, second)]
@@ -78,24 +70,24 @@ def main() -> None:
     prompts = [{"prompt": [{"role": "user", "content": text}]} for text in texts]
     prompts = prompts[: given.questions]
     model, answers = smollm2("float32"), folder / "answers.jsonl"
-    data = write(folder / "prompts.jsonl", prompts)
+    data = write_rows(folder / "prompts.jsonl", prompts)
     rules = folder / "rules.py"
     rules.write_text(RULES, encoding="utf-8")
     short = ("--max-completion-length", 48)
     run("data", "sample", "--model", model, "--data", data, "-n", 2, *short, "--output", answers)
-    human = write(folder / "human.jsonl", label_by_rule(answers))
+    human = write_rows(folder / "human.jsonl", label_by_rule(answers))
     judge = ("judge", "--model", model, "--data", answers, "--human", human, "--output")
     judged = folder / "judged.jsonl"
     run(*judge, judged)
     run(*judge, judged, "--min-verdict-mass", 0.1)
     run(*judge, judged, "--min-verdict-mass", 0.1, "--allow-unproven")
     run("dpo", "--model", model, "--data", judged, "--iters", 2, "--output", folder / "circular")
-    ten = write(folder / "ten.jsonl", prompts[:10])
+    ten = write_rows(folder / "ten.jsonl", prompts[:10])
     loose = ("--min-verdict-mass", 0.1, "--allow-unproven", "--max-completion-length", 64)
     run("constitution", "--model", model, "--data", ten, *loose, "--output", folder / "revised")
     split = max(len(prompts) * 2 // 3, 1)
-    write(folder / "split" / "train.jsonl", prompts[:split])
-    write(folder / "split" / "valid.jsonl", prompts[split:])
+    write_rows(folder / "split" / "train.jsonl", prompts[:split])
+    write_rows(folder / "split" / "valid.jsonl", prompts[split:])
     judges = ("--reward", f"{rules}:short", "--allow-unproven", "--eval-reward", f"{rules}:plain")
     rounds = ("--rounds", 1, "--iters", 5, "--max-completion-length", 128)
     where = ("--model", model, "--data", folder / "split", "--output", folder / "improved")

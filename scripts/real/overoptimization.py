@@ -19,6 +19,7 @@ import numpy as np
 import stories
 from overoptimization_page import write_overoptimization
 from stories_pages import half_width
+from studies import write_rows
 
 import mlx_align as ma
 
@@ -40,8 +41,8 @@ def proxy_run(folder: Path, size: int, seed: int) -> ma.Run:
         return stories.make_pairs(*chosen, flips, seed)
 
     data = folder / f"proxy-data-{size}-{seed}"
-    stories.write_rows(data / "train.jsonl", pairs(train, FLIPS))
-    stories.write_rows(data / "valid.jsonl", pairs(test, 0))
+    write_rows(data / "train.jsonl", pairs(train, FLIPS))
+    write_rows(data / "valid.jsonl", pairs(test, 0))
     settings = {"batch_size": 8, "grad_accumulation_steps": 1, "learning_rate": 5e-4}
     settings |= {"keep": "last", "steps_per_eval": 0, "epochs": 8 if size < 200 else 3}
     return stories.trained("reward", folder / f"proxy-{size}-{seed}", data, seed=seed, **settings)

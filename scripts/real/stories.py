@@ -10,7 +10,7 @@ these pairs fell by 0.6.
 import argparse
 import json
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 from stories_pages import DOCS, when_and_where
 from story_rule import rule
+from studies import write_rows
 
 import mlx_align as ma
 from mlx_align.evaluation.metrics import best_of_kl, expected_best
@@ -129,13 +130,6 @@ def make_pairs(
             sides = {"chosen": answers[chosen], "rejected": answers[rejected]}
             rows.append({"prompt": prompt, **sides})
     return rows
-
-
-def write_rows(file: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
-    """Write a JSON Lines file and its folder; returns its path."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    write_text(file, "".join(json.dumps(row) + "\n" for row in rows))
-    return file
 
 
 def trained(command: str, output: Path, data: Path, **options: Any) -> ma.Run:

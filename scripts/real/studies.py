@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mlx_align.system.atomic_io import write_text
 from mlx_align.system.intervals import Estimate
 from mlx_align.system.user_folders import cache_folder
 
@@ -67,10 +68,9 @@ def read_rows(file: Path) -> list[dict[str, Any]]:
 
 
 def write_rows(file: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
-    """Write a JSON Lines file, and its folder."""
+    """Write a JSON Lines file whole, and its folder; returns its path."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    file.write_text("".join(lines), encoding="utf-8")
+    write_text(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     return file
 
 
