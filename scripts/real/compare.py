@@ -10,8 +10,8 @@ loss of each adapter, always by this package. Every package gets an environment 
     python scripts/real/compare.py --page docs/verified/real-comparison.md
 
 A finished run is not repeated; to repeat it, delete its file in the folder that --list names. A
-failed one is tried again. Nothing else should run on the machine: a run takes 2 to 15 minutes on
-2 cores, all of them some hours.
+failed one is tried again. Nothing else should run on the machine, or on the core that all of it is
+bound to (`taskset -c 0` on Linux): a run takes 2 to 15 minutes, all of them some hours.
 """
 
 import argparse
@@ -311,8 +311,11 @@ class Comparison:
 
 
 def machine() -> str:
-    """The kind of machine, for the page."""
-    return f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores"
+    """The kind of machine, and how many of its cores the runs may use, for the page."""
+    cores: int | str | None = os.cpu_count()
+    if hasattr(os, "sched_getaffinity") and len(os.sched_getaffinity(0)) != cores:
+        cores = f"{len(os.sched_getaffinity(0))} of {cores}"
+    return f"{platform.system()} {platform.machine()}, {cores} cores"
 
 
 def chosen(runs: Sequence[Run], names: str | None) -> list[Run]:
