@@ -42,6 +42,29 @@ def train(output: Path, command: str, *options: object) -> Path:
     return output
 
 
+def answers(
+    model: Path, trained: Path | None, folder: Path, asked: Sequence[str], tokens: int
+) -> list[str]:
+    """Answers of a run, or of the model itself, at a temperature close to 0; kept in a file.
+
+    Args:
+        model: The model.
+        trained: The run; None for the model itself.
+        folder: Folder of the study.
+        asked: The questions.
+        tokens: Longest answer, tokens.
+    """
+    file = folder / f"answers-{'start' if trained is None else trained.name}.jsonl"
+    if not file.is_file():
+        prompts = [{"prompt": [{"role": "user", "content": question}]} for question in asked]
+        data = write_rows(folder / "questions.jsonl", prompts)
+        adapter = () if trained is None else ("--adapter-path", trained)
+        options = ("-n", 1, "--temperature", 0.01, "--max-completion-length", tokens)
+        where = ("--model", model, *adapter, "--data", data, "--output", file)
+        run(["data", "sample", *where, *options])
+    return [row["completions"][0] for row in read_rows(file)]
+
+
 def is_finished(output: Path) -> bool:
     """Whether the run in this folder has ended."""
     return (output / "summary.json").is_file()

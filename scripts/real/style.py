@@ -1,11 +1,12 @@
 """Teach SmolLM2-135M-Instruct to answer in one sentence, and see what else that changes.
 
-Trains `mlx-align dpo` for 5 passes over the 100 pairs of data/real/brevity, with and without
---ld-alpha, each three times with other seeds. Then the model answers the held-out questions and a
-set of facts, as it was and after each run: are the answers short, and the facts still right?
+Trains on the 100 pairs of data/real/brevity in several ways: DPO with more and fewer passes, with
+--ld-alpha, with an SFT term, and SFT on the short answers alone. Then the model answers the
+held-out questions and a set of facts, as it was and after each run: are the answers short, and the
+facts still right?
 
     python scripts/real/style.py            # 2 hours on 2 cores, minutes on a Mac
-    python scripts/real/style.py --seeds 1  # 40 minutes
+    python scripts/real/style.py --seeds 3  # every run with 3 seeds
 
 Finished runs are not repeated, and interrupted ones continue. Writes docs/verified/style.md. On
 Linux LD_PRELOAD should name libopenblas.
@@ -14,30 +15,52 @@ Linux LD_PRELOAD should name libopenblas.
 import argparse
 import re
 from collections.abc import Sequence
-from pathlib import Path
 from statistics import mean, stdev
+from typing import NamedTuple
 
 from models import smollm2
 from studies import (
     REAL,
     ROOT,
+    answers,
     read_json,
     read_rows,
-    run,
     shown,
     study_folder,
     table,
     train,
     write_page,
-    write_rows,
 )
 
 from mlx_align.system.intervals import mean_interval, wilson_interval
 
 MAX_TOKENS = 96
-# A change of style takes more than the 3 passes that are the default for 100 pairs.
-PASSES = 5
-ARMS = {"DPO": (), "LD-DPO": ("--ld-alpha", "0.1")}
+
+
+class Arm(NamedTuple):
+    """A way to train.
+
+    Attributes:
+        title: Its name in the table.
+        command: The command.
+        options: Its options.
+    """
+
+    title: str
+    command: str
+    options: tuple[str, ...]
+
+
+ARMS = {
+    "sft": Arm("SFT on the short answers", "sft", ()),
+    "dpo-2": Arm("DPO, 2 passes", "dpo", ("--epochs", "2")),
+    "dpo-sft": Arm(
+        "DPO with an SFT term, 2 passes", "dpo", ("--epochs", "2", "--loss", "sigmoid=1,sft=0.2")
+    ),
+    "dpo": Arm("DPO, 5 passes", "dpo", ("--epochs", "5")),
+    "ld-dpo": Arm("LD-DPO, 5 passes", "dpo", ("--epochs", "5", "--ld-alpha", "0.1")),
+}
+FINDINGS = ""
 # Asked beside the capitals of the starter's countries; any of the words is right.
 FACTS = {
     "How many days are in a week?": ("7", "seven"),
@@ -80,21 +103,8 @@ def is_right(answer: str, words: Sequence[str]) -> bool:
     return any(re.search(rf"\b{re.escape(word)}\b", answer.lower()) for word in words)
 
 
-def answers(trained: Path | None, folder: Path, asked: Sequence[str]) -> list[str]:
-    """Answers of a run, or of the model itself, at a temperature close to 0; kept in a file."""
-    file = folder / f"answers-{'start' if trained is None else trained.name}.jsonl"
-    if not file.is_file():
-        prompts = [{"prompt": [{"role": "user", "content": question}]} for question in asked]
-        data = write_rows(folder / "questions.jsonl", prompts)
-        adapter = () if trained is None else ("--adapter-path", trained)
-        options = ("-n", 1, "--temperature", 0.01, "--max-completion-length", MAX_TOKENS)
-        where = ("--model", smollm2(), *adapter, "--data", data, "--output", file)
-        run(["data", "sample", *where, *options])
-    return [row["completions"][0] for row in read_rows(file)]
-
-
-def row(name: str, said: Sequence[str], before: Sequence[str]) -> list[str]:
-    """A line of the table: lengths of answers to questions, facts that are right."""
+def row(name: str, moved: str, said: Sequence[str], before: Sequence[str]) -> list[str]:
+    """A line of the table: lengths of answers to questions, facts that are right, KL."""
     asked = len(questions())
     lengths = [len(text.split()) for text in said[:asked]]
     changes = [a - len(b.split()) for a, b in zip(lengths, before[:asked], strict=True)]
@@ -104,52 +114,43 @@ def row(name: str, said: Sequence[str], before: Sequence[str]) -> list[str]:
     ]
     share = wilson_interval(mean(right), len(right))
     changed = "–" if said is before else shown(change, "{:+.0f}")
-    return [name, f"{mean(lengths):.0f}", changed, shown(share)]
+    return [name, f"{mean(lengths):.0f}", changed, shown(share), moved]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, default=1)
     given, folder = parser.parse_args(), study_folder("style")
     asked = [*questions(), *facts()]
-    before = answers(None, folder, asked)
-    rows, shown_answers = [row("SmolLM2-135M-Instruct", before, before)], []
-    for title, options in ARMS.items():
+    before = answers(smollm2(), None, folder, asked, MAX_TOKENS)
+    rows, examples = [row("SmolLM2-135M-Instruct", "–", before, before)], [before]
+    for name, arm in ARMS.items():
         for seed in range(given.seeds):
-            output = folder / f"{title.lower()}-{seed}"
-            data = ("--data", REAL / "brevity", "--epochs", PASSES, "--seed", seed)
-            train(output, "dpo", "--model", smollm2(), *data, *options)
-            said = answers(output, folder, asked)
-            rows.append(row(f"{title}, seed {seed}", said, before))
+            output = folder / f"{name}-{seed}"
+            data = ("--model", smollm2(), "--data", REAL / "brevity", "--seed", seed)
+            train(output, arm.command, *data, *arm.options)
+            said = answers(smollm2(), output, folder, asked, MAX_TOKENS)
+            kl = read_json(output / "summary.json").get("kl")
+            moved = f"{kl['mean']:.1f} ± {kl['standard_error']:.1f}" if kl else "–"
+            rows.append(row(f"{arm.title}, seed {seed}", moved, said, before))
             if not seed:
-                shown_answers.append(said)
+                examples.append(said)
     titles = ["", f"words, n = {len(questions())}", "change"]
     write_page(
         "style",
         "# A style, and what it costs",
-        f"`mlx-align dpo --epochs {PASSES}` teaches SmolLM2-135M-Instruct to answer in one "
-        "sentence: 100 pairs of the model's own answers (`data/real/brevity`), the first sentence "
-        f"of each preferred to all of it. It answers {len(questions())} held-out questions and "
-        f"{len(facts())} questions of fact at temperature 0.01, in up to {MAX_TOKENS} tokens. "
-        "A fact is right if the answer names it. 95% intervals, over questions. "
-        "`python scripts/real/style.py` measures it again.",
-        table([*titles, f"facts right, n = {len(facts())}"], rows),
-        "The style is learned, and knowledge is lost: answers are short on questions that were "
-        "not trained, and fewer facts are right than before. The rejected completion is the "
-        "chosen one and more; what both have in common cancels in DPO's loss, which then makes "
-        "the rest of the model's own words less likely. But that is not the whole reason: LD-DPO "
-        f"(`{' '.join(ARMS['LD-DPO'])}`) gives the tokens beyond the shorter completion's length "
-        "a tenth of the weight, and does no better. Both are far from the start, and the runs "
-        "warn that the log-probs of chosen completions fall. Fewer passes change less: the two of "
-        "`scripts/quickstart --real` go 2 nats from the start, with answers of 78 tokens in place "
-        "of 103. Whether a dose or another loss teaches the style and keeps the facts has not "
-        "been measured yet.",
-        "Some answers: before, and after each (seed 0):",
+        "SmolLM2-135M-Instruct is to answer in one sentence: 100 pairs of the model's own answers "
+        "(`data/real/brevity`), the first sentence of each preferred to all of it. It answers "
+        f"{len(questions())} held-out questions and {len(facts())} questions of fact at "
+        f"temperature 0.01, in up to {MAX_TOKENS} tokens. A fact is right if the answer names it. "
+        "95% intervals, over questions. `python scripts/real/style.py` measures it again.",
+        table([*titles, f"facts right, n = {len(facts())}", "KL, nats per answer"], rows),
+        FINDINGS,
+        "Some answers: before, and after each in the order of the table (seed 0):",
         "\n".join(
             f"- {asked[place]}\n" + "\n".join(f"    - {_line(one[place])}" for one in examples)
-            for examples in [[before, *shown_answers]]
             for place in (0, 1, 2, -3, -2, -1)
         ),
     )

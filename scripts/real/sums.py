@@ -3,7 +3,7 @@
 The model answers some questions like "What is 3 + 8? Answer with the number only." right at
 temperature 1, but most wrong. 60 of 315 sums and differences are held out.
 
-    python scripts/real/sums.py            # 3 seeds, 90 minutes on 2 cores
+    python scripts/real/sums.py            # 3 seeds, an hour on 2 cores
     python scripts/real/sums.py --seeds 1
 
 Finished runs are not repeated, and interrupted ones continue. Writes docs/verified/sums.md. On
@@ -12,14 +12,31 @@ Linux LD_PRELOAD should name libopenblas.
 
 import argparse
 import random
+from collections.abc import Sequence
 from pathlib import Path
+from statistics import mean
 
 from models import smollm2
-from studies import read_json, read_rows, shown, study_folder, table, train, write_page, write_rows
+from studies import (
+    answers,
+    read_json,
+    read_rows,
+    shown,
+    study_folder,
+    table,
+    train,
+    write_page,
+    write_rows,
+)
+
+from mlx_align.rollout.builtin_rewards import CompletionFacts, exact_answer
+from mlx_align.system.intervals import Estimate, wilson_interval
 
 QUESTION = "What is {} {} {}? Answer with the number only."
 LARGEST_SUMMAND, LARGEST, HELD_OUT = 12, 20, 60
-OPTIONS = ("--iters", 30, "--max-completion-length", 16)
+TOKENS = 16
+OPTIONS = ("--iters", 30, "--max-completion-length", TOKENS)
+BATCHES = 5  # rollout batches that are averaged
 
 
 def write_data(folder: Path) -> Path:
@@ -40,8 +57,8 @@ def write_data(folder: Path) -> Path:
     return folder / "data"
 
 
-def row(seed: int, run: Path) -> list[str]:
-    """A line of the table."""
+def row(seed: int, run: Path, greedy: Sequence[Estimate]) -> list[str]:
+    """A line of the table; `greedy` is the share right at temperature 0, before and after."""
     summary = read_json(run / "summary.json")
     before, after = summary["eval_before"]["reward"], summary["eval"]["reward"]
     interval, kl = summary["eval_intervals"]["reward"], summary["kl"]
@@ -49,9 +66,35 @@ def row(seed: int, run: Path) -> list[str]:
         f"seed {seed}",
         f"{before:.0%}",
         shown({"value": after, **interval}),
+        shown(summary["verdict"]["estimate"], "{:+.0%}"),
+        f"{greedy[0].value:.0%} → {shown(greedy[1])}",
         f"{kl['mean']:.1f} ± {kl['standard_error']:.1f}",
         f"{summary['seconds_in_all'] / 60:.0f}",
     ]
+
+
+def right_share(said: Sequence[str], results: Sequence[str]) -> Estimate:
+    """The share of answers that `exact_answer` finds right."""
+    reward, facts = exact_answer(), CompletionFacts(TOKENS, True, TOKENS)
+    found = [reward(text, facts, {"answer": one}) for text, one in zip(said, results, strict=True)]
+    return wilson_interval(mean(map(bool, found)), len(found))
+
+
+def learned(run: Path) -> str:
+    """What changed in the completions that were trained on, first and last batches, as a table."""
+    samples = [one for one in read_rows(run / "samples.jsonl") if "step" in one]
+    last = max(one["step"] for one in samples)
+    rows = []
+    for first in (1, last - BATCHES + 1):
+        found = [one for one in samples if first <= one["step"] < first + BATCHES]
+        ended = [one for one in found if one["ended"]]
+        plus = [one for one in found if " + " in one["prompt"][-1]["content"]]
+        minus = [one for one in found if one not in plus]
+        shares = [mean(one["reward"] for one in part) for part in (found, plus, minus, ended)]
+        shares.append(len(ended) / len(found))
+        rows.append([f"{first} to {first + BATCHES - 1}", *(f"{share:.0%}" for share in shares)])
+    titles = ["rollout batches", "right", "of sums", "of differences", "of ended answers"]
+    return table([*titles, "ended"], rows)
 
 
 def main() -> None:
@@ -61,14 +104,20 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     folder, given = study_folder("sums"), parser.parse_args()
     data, rows = write_data(folder), []
+    held_out = read_rows(data / "valid.jsonl")
+    asked = [one["prompt"][-1]["content"] for one in held_out]
+    results = [one["answer"] for one in held_out]
     for seed in range(given.seeds):
         options = ("--reward", "exact_answer", *OPTIONS, "--seed", seed)
         where = ("--model", smollm2(), "--data", data)
-        rows.append(row(seed, train(folder / f"seed-{seed}", "grpo", *where, *options)))
-    titles = ["", "right, before", "right, after", "KL, nats per answer", "minutes"]
-    answers = "\n".join(
-        f"- {one['prompt']}: “{one['before']}” → “{one['after']}”"
-        for one in read_rows(folder / "seed-0" / "samples.jsonl")[:4]
+        trained = train(folder / f"seed-{seed}", "grpo", *where, *options)
+        said = [answers(smollm2(), one, folder, asked, TOKENS) for one in (None, trained)]
+        rows.append(row(seed, trained, [right_share(one, results) for one in said]))
+    titles = ["", "right, before", "right, after", "change", "at temperature 0"]
+    told = [one for one in read_rows(folder / "seed-0" / "samples.jsonl") if "before" in one]
+    examples = "\n".join(
+        f"- {one['messages'][-1]['content']} “{_line(one['before'])}” → “{_line(one['after'])}”"
+        for one in told
     )
     write_page(
         "sums",
@@ -77,10 +126,16 @@ def main() -> None:
         f"built-in reward `exact_answer`, {' '.join(map(str, OPTIONS))}; all else by default. "
         f"{HELD_OUT} of 315 are held out, one answer to each at temperature 1. 95% intervals. "
         "`python scripts/real/sums.py` measures it again.",
-        table(titles, rows),
-        "Answers to held-out questions, before and after (seed 0):",
-        answers,
+        table([*titles, "KL, nats per answer", "minutes"], rows),
+        "The answers that were trained on (seed 0):",
+        learned(folder / "seed-0"),
+        "Answers to held-out questions at temperature 0, before and after (seed 0):",
+        examples,
     )
+
+
+def _line(text: str) -> str:
+    return " ".join(text.split())
 
 
 if __name__ == "__main__":
