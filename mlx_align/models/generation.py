@@ -23,8 +23,8 @@ from mlx_align.models.patches import random_key, restore_random_key
 # Sequences decoded together, and prompt tokens run together; the same as in mlx-lm.
 ROWS_AT_ONCE = 32
 TOKENS_AT_ONCE = 2048
-# So many rows have to be free before waiting completions start. Each time, their first token takes
-# a step of its own and all caches are copied: 64 completions of 2 to 16 tokens take 43 steps if
+# Rows that have to be free before waiting completions start. Each time, their first token is
+# another step and all caches are copied: 64 completions of 2 to 16 tokens take 43 steps if
 # every free row is filled at once, 12 of them for one or two rows.
 JOINING_ROWS = ROWS_AT_ONCE // 4
 
@@ -160,7 +160,7 @@ def _prompt_cache(model: nn.Module, prompt: list[int]) -> list[Any] | None:
 def _waiting_completions(request: _Request) -> Iterator[tuple[int, list[int], list[Any] | None]]:
     """For every completion the index of its prompt, the prompt's last token, and its caches.
 
-    A prompt runs when its first completion is asked for. The batch copies what it merges, so all
+    A prompt runs when its first completion is taken. The batch copies what it merges, so all
     completions of a prompt can be given the same caches.
     """
     for index, prompt in enumerate(request.prompts):

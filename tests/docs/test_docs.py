@@ -318,6 +318,8 @@ def folder(tmp_path_factory):
         for a in range(4)
         for b in range(5)
     ]
+    # The starter knows no numbers, but says some of these.
+    sums += [(row["prompt"], row["rejected"][-1]["content"]) for row in many[:10]]
     write("sums.jsonl", [{"prompt": prompt, "answer": answer} for prompt, answer in sums])
     write("cities.jsonl", [{"prompt": row["prompt"], "city": "Canberra"} for row in rows])
     (folder / "notes.txt").write_text("Canberra is the capital of Australia.\n" * 20)
