@@ -141,23 +141,24 @@ def measure(
     )
     progress = Progress()
     mx.reset_peak_memory()
-    for step in range(steps):
-        progress.add(trainer.step(progress, rate(step)))
-        active.append(mx.get_active_memory())
-        if progress.step % every:
-            continue
-        done = batches[: progress.microbatches]
-        lines.append(
-            Line(
-                progress.step,
-                len({batch.shape for batch in done}),
-                padding_fraction(done, groups),
-                min(active),
-                trainer.memory.peak_bytes,
+    with trainer.memory:
+        for step in range(steps):
+            progress.add(trainer.step(progress, rate(step)))
+            active.append(mx.get_active_memory())
+            if progress.step % every:
+                continue
+            done = batches[: progress.microbatches]
+            lines.append(
+                Line(
+                    progress.step,
+                    len({batch.shape for batch in done}),
+                    padding_fraction(done, groups),
+                    min(active),
+                    trainer.memory.peak_bytes,
+                )
             )
-        )
-        active.clear()
-        print(format_line(lines[-1]), flush=True)
+            active.clear()
+            print(format_line(lines[-1]), flush=True)
     return Measurements(lines, shapes, len({batch.shape for batch in batches}), unavoidable(groups))
 
 

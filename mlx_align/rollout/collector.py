@@ -221,16 +221,17 @@ class RolloutCollector:
         """Sample completions; the same seed gives the same completions."""
         config = self.config
         entropy = np.random.SeedSequence((config.seed, *seed))
-        return sample_completions(
-            self.policy.model,
-            weights,
-            prompts,
-            group_size=group_size or config.group_size,
-            max_tokens=config.max_completion_length,
-            temperature=config.temperature,
-            seed=int(entropy.generate_state(1, np.uint64)[0]),
-            on_token=on_token,
-        )
+        with self.memory.suspended():
+            return sample_completions(
+                self.policy.model,
+                weights,
+                prompts,
+                group_size=group_size or config.group_size,
+                max_tokens=config.max_completion_length,
+                temperature=config.temperature,
+                seed=int(entropy.generate_state(1, np.uint64)[0]),
+                on_token=on_token,
+            )
 
     def sample_and_reward(
         self,

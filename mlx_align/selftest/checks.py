@@ -239,9 +239,10 @@ def measure_step(case: StepCase) -> dict[str, Any]:
         max_grad_norm=1.0,
     )
     mx.reset_peak_memory()
-    results = [trainer.step(Progress(), 1e-4)]
-    peak = mx.get_peak_memory()  # later updates may run ahead
-    results += [trainer.step(Progress(), 1e-4) for _ in range(UPDATES - 1)]
+    with trainer.memory:
+        results = [trainer.step(Progress(), 1e-4)]
+        peak = mx.get_peak_memory()  # later updates may run ahead
+        results += [trainer.step(Progress(), 1e-4) for _ in range(UPDATES - 1)]
     best = min(results[1:], key=lambda result: result.seconds)
     return {
         "peak": peak,

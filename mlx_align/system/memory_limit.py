@@ -5,20 +5,21 @@ buffers on a GPU) and allocates their outputs when it schedules them. Scheduling
 memory is in use than `mx.set_memory_limit` allows. A limit below the needs of a step costs time:
 the waiting thread spins, and where other programs keep the cores busy, it takes turns from the
 thread that computes (19 tokens/s instead of some 200). No limit costs memory: a step that needs
-379 MB took 463 MB. So the first update of a batch shape, which is compiled anyway, runs with
-nothing scheduled ahead and measures its needs, unless a larger shape has been measured. All later
-updates may use slightly more than the largest needs. Sampling and evaluation have no limit: their
-operations are small, and an update of a few completions may need less than sampling many.
+379 MB took 463 MB. So the first step of a batch shape, which is compiled anyway, runs with nothing
+scheduled ahead and measures its needs, unless a larger shape has been measured. All later steps may
+use slightly more than the largest needs. Sampling has no limit: its operations are small, and many
+completions may need more than an update of a few.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from types import TracebackType
 
 import mlx.core as mx
 
-# Memory that updates may use in addition to their needs: this fraction, at least this many bytes.
+# Memory that steps may use in addition to their needs: this fraction, and at least this many bytes.
 # With two pairs of 256 + 2×128 tokens, 34M parameters and 2 cores, a step took as long at 4% as
 # without a limit (1.14 and 1.15 s).
 HEADROOM = 0.05
@@ -31,15 +32,30 @@ def headroom_bytes(needed: int) -> int:
 
 
 class MemoryLimit:
-    """Limits the memory of updates.
+    """Limits the memory of training steps. On exit, restores the limit that mlx had before.
 
     Attributes:
-        peak_bytes: The peak memory since mlx's own counter was reset.
+        peak_bytes: The peak memory since the context was entered.
     """
 
     def __init__(self) -> None:
         self._needed: dict[tuple[int, ...], int] = {}
         self._peak = 0
+        self._before: int | None = None  # mlx's own limit, within the context
+
+    def __enter__(self) -> MemoryLimit:
+        self._before = mx.set_memory_limit(1)
+        return self
+
+    def __exit__(
+        self,
+        _kind: type[BaseException] | None,
+        _error: BaseException | None,
+        _trace: TracebackType | None,
+    ) -> None:
+        assert self._before is not None
+        mx.set_memory_limit(self._before)
+        self._before = None
 
     @property
     def peak_bytes(self) -> int:
@@ -48,21 +64,31 @@ class MemoryLimit:
 
     @contextmanager
     def bounded(self, shapes: Collection[tuple[int, ...]]) -> Iterator[None]:
-        """Run an update on microbatches of these shapes within the block."""
+        """Run a step on microbatches of these shapes within the block."""
         new = {shape for shape in shapes if not self._measured(shape)}
-        if new:
-            self._peak = self.peak_bytes
-            mx.reset_peak_memory()
-            before = mx.set_memory_limit(1)
-        else:
-            largest = max(self._needed.values())
-            before = mx.set_memory_limit(largest + headroom_bytes(largest))
+        if not new:
+            yield
+            return
+        self._peak = self.peak_bytes
+        mx.reset_peak_memory()
+        mx.set_memory_limit(1)
+        yield
+        needed = mx.get_peak_memory()
+        self._needed.update(dict.fromkeys(new, needed))
+        largest = max(self._needed.values())
+        mx.set_memory_limit(largest + headroom_bytes(largest))
+
+    @contextmanager
+    def suspended(self) -> Iterator[None]:
+        """Set no limit within the block."""
+        if self._before is None:
+            yield
+            return
+        limit = mx.set_memory_limit(self._before)
         try:
             yield
-            if new:
-                self._needed.update(dict.fromkeys(new, mx.get_peak_memory()))
         finally:
-            mx.set_memory_limit(before)
+            mx.set_memory_limit(limit)
 
     def _measured(self, shape: tuple[int, ...]) -> bool:
         """Whether a shape was measured that is at least as large in every respect."""

@@ -43,6 +43,7 @@ def measure_rate(
         accumulation=min(config.accumulation, 4),
         max_grad_norm=1.0,
     )
-    results = [trainer.step(Progress(), 0.0) for _ in range(MEASURED_UPDATES)]
+    with trainer.memory:
+        results = [trainer.step(Progress(), 0.0) for _ in range(MEASURED_UPDATES)]
     # An update with a new shape includes compilation; the fastest one doesn't.
     return max(result.tokens / result.seconds for result in results[1:])

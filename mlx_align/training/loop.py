@@ -21,6 +21,7 @@ from mlx_align.models.policy import Policy
 from mlx_align.models.weights import AdapterWeights
 from mlx_align.system.formatting import format_duration, format_metrics
 from mlx_align.system.interrupts import Interrupted, defer_signals
+from mlx_align.system.memory_limit import MemoryLimit
 from mlx_align.system.progress import Console
 from mlx_align.tracking.diagnostics import Finding, HealthMonitor
 from mlx_align.tracking.run_dir import (
@@ -76,6 +77,7 @@ class Trainer(Protocol):
         step_name: The name of a step in messages: "update" or "batch".
         on_policy: Whether steps sample completions.
         total_steps: Steps of the whole run; known for sure once the run has begun.
+        memory: Bounds how far mlx runs ahead, and knows the peak.
         mid_step: Whether some but not all updates of a step were made. Such a state is not saved.
     """
 
@@ -83,6 +85,7 @@ class Trainer(Protocol):
     step_name: str
     on_policy: bool
     total_steps: int
+    memory: MemoryLimit
     mid_step: bool
 
     @property
@@ -281,6 +284,7 @@ class TrainingLoop:
         with (
             self._console.bar(trainer.title, total, self.progress.step) as bar,
             defer_signals() as pending,
+            trainer.memory,
             self._callbacks.training(self.progress, total),
         ):
 

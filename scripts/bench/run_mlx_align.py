@@ -96,11 +96,12 @@ def main() -> None:
     clock = common.StepClock()
     progress = Progress()
     clock.start()
-    for step in range(job.updates):
-        done = trainer.step(progress, rate(step))
-        progress.add(done)
-        clock.tick()
-        result.losses.append(done.metrics["loss"])
+    with trainer.memory:
+        for step in range(job.updates):
+            done = trainer.step(progress, rate(step))
+            progress.add(done)
+            clock.tick()
+            result.losses.append(done.metrics["loss"])
     result.steps, result.cpu = clock.seconds, clock.cpu
     # The memory limit resets mlx's own counter, and keeps what it had counted.
     result.peak_bytes = int(trainer.memory.peak_bytes)

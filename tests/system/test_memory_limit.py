@@ -54,48 +54,53 @@ def allowed(shape):
     return NEEDS[shape] + headroom_bytes(NEEDS[shape])
 
 
-def test_a_new_shape_runs_nothing_ahead_and_later_updates_a_little(counters):
-    memory = MemoryLimit()
-    assert counters.run(memory, LARGE) == 1
-    assert memory.peak_bytes == NEEDS[LARGE]
-    assert counters.run(memory, LARGE) == allowed(LARGE)
-    assert memory.peak_bytes == allowed(LARGE)
-    # Wider prompts: not smaller in every respect. mlx's counter starts again.
-    assert counters.run(memory, OTHER) == 1
-    assert counters.run(memory, OTHER, LARGE) == allowed(OTHER)
-
-
-def test_sampling_and_evaluation_have_no_limit(counters):
-    memory = MemoryLimit()
-    for _ in range(2):
-        counters.run(memory, LARGE)
-        assert counters.limit == BEFORE
+def test_a_new_shape_runs_nothing_ahead_and_later_steps_a_little(counters):
+    with MemoryLimit() as memory:
+        assert counters.run(memory, LARGE) == 1
+        assert memory.peak_bytes == NEEDS[LARGE]
+        assert counters.run(memory, LARGE) == allowed(LARGE)
+        assert memory.peak_bytes == allowed(LARGE)
+        # Wider prompts: not smaller in every respect. mlx's counter starts again.
+        assert counters.run(memory, OTHER) == 1
+        assert counters.run(memory, OTHER, LARGE) == allowed(OTHER)
+    assert counters.limit == BEFORE  # the previous limit is restored
 
 
 def test_a_shape_that_is_smaller_than_a_measured_one_is_not_measured(counters):
-    memory = MemoryLimit()
-    counters.run(memory, LARGE)
-    assert counters.run(memory, SMALL) == allowed(LARGE)
-    assert counters.run(memory, SMALL, LARGE) == allowed(LARGE)
-    # The reported peak never falls, although a new shape resets mlx's counter.
-    counters.run(memory, OTHER)
-    assert memory.peak_bytes >= allowed(LARGE)
-    memory = MemoryLimit()
-    assert counters.run(memory, SMALL) == 1
-    assert counters.run(memory, LARGE) == 1
-    assert counters.run(memory, SMALL) == allowed(LARGE)
+    with MemoryLimit() as memory:
+        counters.run(memory, LARGE)
+        assert counters.run(memory, SMALL) == allowed(LARGE)
+        assert counters.run(memory, SMALL, LARGE) == allowed(LARGE)
+        # The reported peak never falls, although a new shape resets mlx's counter.
+        counters.run(memory, OTHER)
+        assert memory.peak_bytes >= allowed(LARGE)
+    with MemoryLimit() as memory:
+        assert counters.run(memory, SMALL) == 1
+        assert counters.run(memory, LARGE) == 1
+        assert counters.run(memory, SMALL) == allowed(LARGE)
 
 
 def test_packed_shapes_are_compared_too(counters, monkeypatch):
     wide, narrow = PackedShape(64, 64, 4, 16), PackedShape(64, 32, 4, 16)
     monkeypatch.setitem(NEEDS, wide, 1000)
     monkeypatch.setitem(NEEDS, narrow, 900)
-    memory = MemoryLimit()
-    assert counters.run(memory, wide) == 1
-    assert counters.run(memory, narrow) == 1000 + MIN_HEADROOM_BYTES
+    with MemoryLimit() as memory:
+        assert counters.run(memory, wide) == 1
+        assert counters.run(memory, narrow) == 1000 + MIN_HEADROOM_BYTES
 
 
 def test_the_limit_is_restored_after_an_error(counters):
-    with pytest.raises(RuntimeError), MemoryLimit().bounded([LARGE]):
+    with pytest.raises(RuntimeError), MemoryLimit() as memory, memory.bounded([LARGE]):
         raise RuntimeError
+    assert counters.limit == BEFORE
+
+
+def test_the_limit_is_suspended_for_sampling(counters):
+    with MemoryLimit() as memory:
+        counters.run(memory, LARGE)
+        with memory.suspended():
+            assert counters.limit == BEFORE
+        assert counters.limit == allowed(LARGE)
+    with memory.suspended():  # evaluations before training
+        assert counters.limit == BEFORE
     assert counters.limit == BEFORE
