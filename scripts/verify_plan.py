@@ -239,13 +239,13 @@ def write_model(case: Case, folder: Path) -> dict[str, Any]:
     return config
 
 
-class _Words:
-    """A tokenizer without an end token, whose decoded text has a length in words."""
+def words_tokenizer() -> Any:
+    """The starter's tokenizer without end tokens, so that all completions are of full length."""
+    from mlx_lm.tokenizer_utils import load as load_tokenizer
 
-    eos_token_ids: frozenset[int] = frozenset()
-
-    def decode(self, tokens: list[int]) -> str:
-        return "word " * (1 + tokens[0] % 7)
+    tokenizer = load_tokenizer(ROOT / "data" / "starter" / "model")
+    tokenizer._eos_token_ids = set()
+    return tokenizer
 
 
 def on_policy_work(case: Case) -> dict[str, Any]:
@@ -296,6 +296,7 @@ def iterate(case: Case, model: Any, layout: Any, start: Any, shape: Any) -> dict
         "max_completion_length": case.completion,
         "grad_checkpoint": case.grad_checkpoint,
         "update_epochs": 1,
+        "learning_rate": 1e-4,
     }
     random = np.random.default_rng(0)
     prompts = []
@@ -311,15 +312,19 @@ def iterate(case: Case, model: Any, layout: Any, start: Any, shape: Any) -> dict
     settings = RewardSettings(("length(target=40,unit='words')",), "a reward model", 1.0, 60.0)
     policy = Policy(model, layout, start)
 
-    class NoMemoryLimit(MemoryLimit):
-        """Sets no limit, so that the peak is what is needed."""
+    class NothingAhead(MemoryLimit):
+        """Never lets mlx run ahead, so that the peak is what is needed."""
 
         @contextmanager
         def bounded(self, shapes: Collection[Any]) -> Iterator[None]:
             yield
 
+        @contextmanager
+        def suspended(self) -> Iterator[None]:
+            yield
+
     scorer = AdapterRewardModel(model, reward, shapes)
-    with Rewards(settings, scorer) as rewards, NoMemoryLimit() as memory:
+    with Rewards(settings, scorer) as rewards, NothingAhead() as memory:
         if case.algorithm == "ppo":
             config = PPOConfig(**options, critic_warmup=0)
             collector = RolloutCollector(config, policy, reward, prompts, shapes, memory, rewards)
@@ -389,7 +394,9 @@ def measure(case: Case) -> dict[str, Any]:
             work = replace(work, reward_model_bytes=tree)
         planned = plan_memory(read, work)
         # Without the check at load: a llama is known to share its prompts, and it takes long.
-        folder = ModelFolder(case.name, Path(name), config, _Words() if case.algorithm else None)
+        folder = ModelFolder(
+            case.name, Path(name), config, words_tokenizer() if case.algorithm else None
+        )
         set_memory_limits()
         backbone = replace(split_backbone(load_module(Path(name))), mask_axes=0)
         model = LanguageModel(folder, backbone, shared=True, check="")

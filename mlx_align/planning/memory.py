@@ -303,12 +303,13 @@ def _plan_shape(model: ModelShape, workload: Workload, shape: AnyShape) -> Memor
         "backward pass of a block": (updating, held + gradient + temporary),
     }
     fixed = model.weights_bytes + workload.reward_model_bytes
-    # The memory limit is set from the update's peak plus headroom; sampling and scoring may use
-    # that headroom too.
-    update = fixed + max(int(trained + most.total) for trained, most in moments.values())
+    # The memory limit is set from the update's peak plus headroom; scoring may use that headroom
+    # too. Sampling has no limit, and takes about as much.
+    ahead = fixed + max(int(trained + most.total) for trained, most in moments.values())
     if workload.sampling is not None:
         trained = _copies_bytes(model, workload, parameters, copies)
         moments[SAMPLING] = trained, _sampling(model, workload, workload.sampling)
+        ahead = max(ahead, fixed + int(trained + moments[SAMPLING][1].total))
         moments["log-probs of the roles"] = trained, _scoring(model, workload, shape)
     moment, (trained, most) = max(moments.items(), key=lambda item: item[1][0] + item[1][1].total)
     parts = {
@@ -319,7 +320,7 @@ def _plan_shape(model: ModelShape, workload: Workload, shape: AnyShape) -> Memor
         "attention": int(most.attention),
         "vocabulary head": int(most.head),
     }
-    parts["running ahead"] = max(0, update + headroom_bytes(update) - sum(parts.values()))
+    parts["running ahead"] = max(0, ahead + headroom_bytes(ahead) - sum(parts.values()))
     return MemoryPlan(parts=parts, moment=moment, shape=shape, trained_parameters=parameters)
 
 

@@ -22,6 +22,7 @@ from mlx_align.planning.machine import Machine, parse_machine, platform_warnings
 from mlx_align.planning.memory import PARTS, Sampling, Workload, plan_memory, trained_parameters
 from mlx_align.planning.model_shape import Linear, ModelShape, read_header, read_model_shape
 from mlx_align.planning.plan import attention_on
+from mlx_align.system.memory_limit import headroom_bytes
 
 GIB = 2**30
 
@@ -219,8 +220,7 @@ def test_sampling_is_the_peak_where_many_long_completions_are_decoded():
     # 32 rows of 4,096 tokens, 512 keys and as many values in each of 28 blocks, 2 bytes.
     cache = 32 * 4096 * 2 * 512 * 28 * 2
     assert cache < plan.parts["attention"] < 1.1 * cache
-    # No more than that runs ahead: gradients need less.
-    assert plan.parts["running ahead"] == 0
+    assert plan.parts["running ahead"] == headroom_bytes(plan.needed_bytes)
     assert sum(plan.parts.values()) == plan.peak_bytes
     few = plan_memory(seven_b(), replace(PPO, sampling=replace(said, prompts=1, group_size=4)))
     assert few.peak_bytes < plan.peak_bytes
