@@ -245,6 +245,9 @@ def configure_resumed(
     for one, other in (("iters", "epochs"), ("epochs", "iters")):
         if one in given:
             changed[other] = None
+            # A run that is made longer trains on, although it has reached its target.
+            if "target_margin" not in given and getattr(config, "target_margin", None):
+                changed["target_margin"] = 0.0
     done = last_step(run)
     if changed.get("iters") is not None and done >= changed["iters"] != config.iters:
         raise ConfigError(

@@ -248,7 +248,7 @@ class TrainConfig(Options):
         None,
         "Microbatches per evaluation; -1 for all.",
         EVALUATION,
-        default_text="all, if they cost under a tenth of the run",
+        default_text="all, if cheap",
         at_least=-1,
     )
     save_every: int = option(
@@ -261,7 +261,7 @@ class TrainConfig(Options):
     )
     keep: Literal["best", "last"] = option(
         "best",
-        "Keep the adapter best on held-out data, or the last.",
+        "Keep the best on held-out data, or the last.",
         EVALUATION,
         change_on_resume=True,
     )
@@ -370,6 +370,17 @@ class LossConfig(TrainConfig):
         above=0,
         aliases=("rl_beta",),
     )
+    # A margin of 1 is a preference of 73%, which is how often InstructGPT's labelers agreed (Ouyang
+    # et al. 2022, section 3.4). Beyond it, training mostly moves the policy away from its start.
+    target_margin: float | None = option(
+        None,
+        "Held-out margin to stop at; 0: never.",
+        EVALUATION,
+        default_text="1 without --iters",
+        at_least=0,
+        change_on_resume=True,
+        evidence="defaults.md#1500-pairs",
+    )
     reference_cache: str | None = option(
         None,
         "Folder for reference log-probs.",
@@ -423,7 +434,7 @@ class DPOConfig(LabelOptions, LossConfig):
         at_least=0,
         below=0.5,
     )
-    wpo: bool = option(False, "Weight each pair by its probability under the policy (WPO).", LOSS)
+    wpo: bool = option(False, "Weight pairs by their probability (WPO).", LOSS)
     # At 1 it would be plain DPO.
     ld_alpha: float | None = option(
         None,

@@ -15,12 +15,13 @@ import mlx.core as mx
 import mlx.optimizers as optim
 
 from mlx_align.algorithms.update import make_schedule
-from mlx_align.config import OnPolicyConfig, TrainConfig
+from mlx_align.config import LossConfig, OnPolicyConfig, TrainConfig
 from mlx_align.errors import ConfigError, ModelError, TrainingError
 from mlx_align.models.policy import Policy
 from mlx_align.models.weights import AdapterWeights
 from mlx_align.system.formatting import format_duration, format_metrics
 from mlx_align.system.interrupts import Interrupted, defer_signals
+from mlx_align.system.intervals import metric_interval
 from mlx_align.system.memory_limit import MemoryLimit
 from mlx_align.system.progress import Console
 from mlx_align.tracking.diagnostics import Finding, HealthMonitor
@@ -406,11 +407,25 @@ class TrainingLoop:
                 f"  held-out after {step}: {format_metrics(result.metrics, result.examples)}"
             )
             stop = self._callbacks.on_evaluate(step, result.metrics)
+            stop = self._reached_target(result) or stop
         else:
             self._start_metrics = result.metrics
         findings = self._health.observe_evaluation(result.metrics, step, result.deviations)
         stop = self._act_on(findings) or stop
         return result.is_best, stop
+
+    def _reached_target(self, result: EvaluationResult) -> bool:
+        """Whether the held-out margin is above `target_margin` for sure; says so."""
+        target = self._config.target_margin if isinstance(self._config, LossConfig) else None
+        margin = metric_interval(result.metrics, "rewards/margins", result.examples)
+        step, total = self.progress.step, self._trainer.total_steps
+        if not target or margin is None or margin.low <= target or step == total:
+            return False
+        self._console.note(
+            f"The preference is learned: the held-out margin is above {target:g} (95% interval). "
+            f"Ending after {step} of {total} updates. (--target-margin)"
+        )
+        return True
 
     def _act_on(self, findings: list[Finding]) -> bool:
         """Show new findings. Returns whether the run has to stop."""

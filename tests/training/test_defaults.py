@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 import yaml
-from helpers.data import write_rows
+from helpers.data import write_rows, write_splits
 from helpers.paths import TINY_MODEL
 from helpers.runs import metric_rows, mlx_align, summary_of
 
@@ -20,7 +20,7 @@ from mlx_align.losses.registry import resolve_options
 from mlx_align.models.adapters import AdapterLayout
 from mlx_align.planning import plan
 from mlx_align.planning.machine import Machine
-from mlx_align.system.intervals import wilson_interval
+from mlx_align.system.intervals import metric_interval, wilson_interval
 from mlx_align.training.defaults import (
     EVALUATION_SHARE,
     FORWARD_SHARE,
@@ -219,6 +219,45 @@ def test_a_run_writes_every_choice_and_is_resumed_with_them(tmp_path, monkeypatc
     assert "Defaults" not in capsys.readouterr().out
     again = yaml.safe_load((tmp_path / "again" / "config.yaml").read_text())
     assert {**again, "output": "run"} == written
+
+
+def test_the_target_margin_is_for_runs_whose_length_is_a_default():
+    assert offline(DPOConfig(), 3_000)[0].target_margin == 1
+    assert offline(KTOConfig(), 3_000)[0].target_margin == 1
+    assert "above 1" in offline(DPOConfig(), 3_000)[2][1]
+    assert offline(DPOConfig(target_margin=3.0), 3_000)[0].target_margin == 3
+    for given in ({"iters": 10}, {"epochs": 1.0}, {"loss": "simpo"}):
+        found, _, lines = offline(DPOConfig(**given), 3_000)
+        assert found.target_margin == 0
+        assert not any("above 1" in line for line in lines)
+
+
+def test_a_run_ends_when_its_preference_is_learned(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    pairs = [{"prompt": f"Say yes {i}.", "chosen": " yes", "rejected": " no"} for i in range(48)]
+    write_splits("data", train=pairs[:36], valid=pairs[36:])
+    options = ("--model", TINY_MODEL, "--data", "data", "--samples", 0, "--learning-rate", 1e-2)
+    evaluated = ("--steps-per-eval", 5, "--output", "run")
+    assert mlx_align("dpo", *options, *evaluated) == 0
+    assert "The preference is learned: the held-out margin is above 1" in capsys.readouterr().out
+    ended = summary_of("run")
+    planned = math.ceil(8 * 36 / 4)
+    assert ended["steps"] < planned
+    rows = metric_rows("run", "eval/rewards/margins")
+    assert [row["step"] for row in rows] == [*range(0, ended["steps"] + 1, 5)]
+
+    def low(row):
+        return metric_interval(row, "eval/rewards/margins", 12).low
+
+    assert low(rows[-1]) > 1 >= low(rows[-2])
+    # Resumed as it is, it stays ended. Made longer, it trains on.
+    assert mlx_align("dpo", "--resume", "run") == 0
+    assert summary_of("run")["steps"] == ended["steps"]
+    assert mlx_align("dpo", "--resume", "run", "--iters", ended["steps"] + 7) == 0
+    assert summary_of("run")["steps"] == ended["steps"] + 7
+    again = ("--iters", ended["steps"] + 2, "--output", "again")
+    assert mlx_align("dpo", *options, *again, "--steps-per-eval", 5) == 0
+    assert summary_of("again")["steps"] == ended["steps"] + 2
 
 
 @pytest.mark.parametrize(
