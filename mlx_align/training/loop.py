@@ -15,7 +15,7 @@ import mlx.core as mx
 import mlx.optimizers as optim
 
 from mlx_align.algorithms.update import make_schedule
-from mlx_align.config import LossConfig, OnPolicyConfig, TrainConfig
+from mlx_align.config import DPOConfig, OnPolicyConfig, TrainConfig
 from mlx_align.errors import ConfigError, ModelError, TrainingError
 from mlx_align.models.policy import Policy
 from mlx_align.models.weights import AdapterWeights
@@ -68,6 +68,10 @@ class Changes:
     length: bool = False
     held_out: bool = False
     rewards: bool = False
+
+
+# Held-out pairs of people's preferences are hardly ever right more often.
+LEARNED_ACCURACY = 0.9
 
 
 class Trainer(Protocol):
@@ -415,15 +419,19 @@ class TrainingLoop:
         return result.is_best, stop
 
     def _reached_target(self, result: EvaluationResult) -> bool:
-        """Whether the held-out margin is above `target_margin` for sure; says so."""
-        target = self._config.target_margin if isinstance(self._config, LossConfig) else None
-        margin = metric_interval(result.metrics, "rewards/margins", result.examples)
+        """Whether the preference is learned, as `target_margin` defines it; says so."""
+        target = self._config.target_margin if isinstance(self._config, DPOConfig) else None
         step, total = self.progress.step, self._trainer.total_steps
-        if not target or margin is None or margin.low <= target or step == total:
+        if not target or step == total:
+            return False
+        margin = metric_interval(result.metrics, "rewards/margins", result.examples)
+        accuracy = result.metrics.get("rewards/accuracies", 0.0)
+        if margin is None or margin.low <= target or accuracy < LEARNED_ACCURACY:
             return False
         self._console.note(
-            f"The preference is learned: the held-out margin is above {target:g} (95% interval). "
-            f"Ending after {step} of {total} updates. (--target-margin)"
+            f"The preference is learned: {accuracy:.0%} of the held-out pairs are right, and their "
+            f"margin is above {target:g} (95% interval). Ending after {step} of {total} updates; "
+            "--resume with --epochs trains on. (--target-margin)"
         )
         return True
 

@@ -222,14 +222,13 @@ def test_a_run_writes_every_choice_and_is_resumed_with_them(tmp_path, monkeypatc
 
 
 def test_the_target_margin_is_for_runs_whose_length_is_a_default():
-    assert offline(DPOConfig(), 3_000)[0].target_margin == 1
-    assert offline(KTOConfig(), 3_000)[0].target_margin == 1
-    assert "above 1" in offline(DPOConfig(), 3_000)[2][1]
+    assert offline(DPOConfig(), 3_000)[0].target_margin == 0.5
+    assert "above 0.5" in offline(DPOConfig(), 3_000)[2][1]
     assert offline(DPOConfig(target_margin=3.0), 3_000)[0].target_margin == 3
     for given in ({"iters": 10}, {"epochs": 1.0}, {"loss": "simpo"}):
         found, _, lines = offline(DPOConfig(**given), 3_000)
         assert found.target_margin == 0
-        assert not any("above 1" in line for line in lines)
+        assert not any("above 0.5" in line for line in lines)
 
 
 def test_a_run_ends_when_its_preference_is_learned(tmp_path, monkeypatch, capsys):
@@ -239,7 +238,7 @@ def test_a_run_ends_when_its_preference_is_learned(tmp_path, monkeypatch, capsys
     options = ("--model", TINY_MODEL, "--data", "data", "--samples", 0, "--learning-rate", 1e-2)
     evaluated = ("--steps-per-eval", 5, "--output", "run")
     assert mlx_align("dpo", *options, *evaluated) == 0
-    assert "The preference is learned: the held-out margin is above 1" in capsys.readouterr().out
+    assert "The preference is learned: 100% of the held-out pairs are" in capsys.readouterr().out
     ended = summary_of("run")
     planned = math.ceil(8 * 36 / 4)
     assert ended["steps"] < planned
@@ -249,7 +248,7 @@ def test_a_run_ends_when_its_preference_is_learned(tmp_path, monkeypatch, capsys
     def low(row):
         return metric_interval(row, "eval/rewards/margins", 12).low
 
-    assert low(rows[-1]) > 1 >= low(rows[-2])
+    assert low(rows[-1]) > 0.5 >= low(rows[-2])
     # Resumed as it is, it stays ended. Made longer, it trains on.
     assert mlx_align("dpo", "--resume", "run") == 0
     assert summary_of("run")["steps"] == ended["steps"]
