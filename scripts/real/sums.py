@@ -1,9 +1,9 @@
-"""Teach SmolLM2-135M-Instruct small sums with a reward that checks the answer: GRPO.
+"""Teach SmolLM2-135M-Instruct small sums with a reward that checks the answer: GRPO and PPO.
 
 The model answers some questions like "What is 3 + 8? Answer with the number only." right at
 temperature 1, but most wrong. 60 of 315 sums and differences are held out.
 
-    python scripts/real/sums.py            # 3 seeds, an hour on 2 cores
+    python scripts/real/sums.py            # GRPO with 3 seeds, PPO with one: 90 minutes on 2 cores
     python scripts/real/sums.py --seeds 1
 
 Finished runs are not repeated, and interrupted ones continue. Writes docs/verified/sums.md. On
@@ -35,7 +35,7 @@ from mlx_align.system.intervals import Estimate, wilson_interval
 QUESTION = "What is {} {} {}? Answer with the number only."
 LARGEST_SUMMAND, LARGEST, HELD_OUT = 12, 20, 60
 TOKENS = 16
-OPTIONS = ("--iters", 30, "--max-completion-length", TOKENS)
+GRPO_OPTIONS = ("--iters", 30)
 BATCHES = 5  # rollout batches that are averaged
 
 
@@ -57,13 +57,14 @@ def write_data(folder: Path) -> Path:
     return folder / "data"
 
 
-def row(seed: int, run: Path, greedy: Sequence[Estimate]) -> list[str]:
+def row(title: str, run: Path, greedy: Sequence[Estimate]) -> list[str]:
     """A line of the table; `greedy` is the share right at temperature 0, before and after."""
     summary = read_json(run / "summary.json")
     before, after = summary["eval_before"]["reward"], summary["eval"]["reward"]
     interval, kl = summary["eval_intervals"]["reward"], summary["kl"]
     return [
-        f"seed {seed}",
+        title,
+        f"{summary['steps']} × {summary['completions'] // summary['steps']}",
         f"{before:.0%}",
         shown({"value": after, **interval}),
         shown(summary["verdict"]["estimate"], "{:+.0%}"),
@@ -107,13 +108,26 @@ def main() -> None:
     held_out = read_rows(data / "valid.jsonl")
     asked = [one["prompt"][-1]["content"] for one in held_out]
     results = [one["answer"] for one in held_out]
-    for seed in range(given.seeds):
-        options = ("--reward", "exact_answer", *OPTIONS, "--seed", seed)
-        where = ("--model", smollm2(), "--data", data)
-        trained = train(folder / f"seed-{seed}", "grpo", *where, *options)
+    reward = ("--reward", "exact_answer", "--max-completion-length", TOKENS)
+    where = ("--model", smollm2(), "--data", data)
+    for title, command, name, options in (
+        *(
+            (f"GRPO, seed {seed}", "grpo", f"seed-{seed}", (*GRPO_OPTIONS, "--seed", seed))
+            for seed in range(given.seeds)
+        ),
+        ("PPO, all defaults", "ppo", "ppo", ()),
+    ):
+        trained = train(folder / name, command, *where, *reward, *options)
         said = [answers(smollm2(), one, folder, asked, TOKENS) for one in (None, trained)]
-        rows.append(row(seed, trained, [right_share(one, results) for one in said]))
-    titles = ["", "right, before", "right, after", "change", "at temperature 0"]
+        rows.append(row(title, trained, [right_share(one, results) for one in said]))
+    titles = [
+        "",
+        "rollout batches × completions",
+        "right, before",
+        "right, after",
+        "change",
+        "at temperature 0",
+    ]
     told = [one for one in read_rows(folder / "seed-0" / "samples.jsonl") if "before" in one]
     examples = "\n".join(
         f"- {one['messages'][-1]['content']} “{_line(one['before'])}” → “{_line(one['after'])}”"
@@ -121,15 +135,16 @@ def main() -> None:
     )
     write_page(
         "sums",
-        "# GRPO with a reward that can be checked",
+        "# GRPO and PPO with a reward that can be checked",
         f"SmolLM2-135M-Instruct, questions such as “{QUESTION.format(3, '+', 8)}”, the "
-        f"built-in reward `exact_answer`, {' '.join(map(str, OPTIONS))}; all else by default. "
+        f"built-in reward `exact_answer`, up to {TOKENS} tokens; GRPO with "
+        f"{' '.join(map(str, GRPO_OPTIONS))}, all else by default. "
         f"{HELD_OUT} of 315 are held out, one answer to each at temperature 1. 95% intervals. "
         "`python scripts/real/sums.py` measures it again.",
         table([*titles, "KL, nats per answer", "minutes"], rows),
-        "The answers that were trained on (seed 0):",
+        "The answers that GRPO was trained on (seed 0):",
         learned(folder / "seed-0"),
-        "Answers to held-out questions at temperature 0, before and after (seed 0):",
+        "Answers to held-out questions at temperature 0, before and after GRPO (seed 0):",
         examples,
     )
 
