@@ -71,7 +71,7 @@ class Changes:
 
 
 # Held-out pairs of people's preferences are hardly ever right more often.
-LEARNED_ACCURACY = 0.9
+TARGET_ACCURACY = 0.9
 
 
 class Trainer(Protocol):
@@ -426,7 +426,7 @@ class TrainingLoop:
             return False
         margin = metric_interval(result.metrics, "rewards/margins", result.examples)
         accuracy = result.metrics.get("rewards/accuracies", 0.0)
-        if margin is None or margin.low <= target or accuracy < LEARNED_ACCURACY:
+        if margin is None or margin.low <= target or accuracy < TARGET_ACCURACY:
             return False
         self._console.note(
             f"The preference is learned: {accuracy:.0%} of the held-out pairs are right, and their "
