@@ -101,7 +101,7 @@ class Resumption:
     @property
     def length_changed(self) -> bool:
         """Whether the run is to train for longer, or shorter, than before."""
-        return not self.options.keys().isdisjoint({"iters", "epochs"})
+        return not self.options.keys().isdisjoint({"iters", "epochs", "target_margin"})
 
     @property
     def held_out_changed(self) -> bool:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -252,8 +253,11 @@ def test_a_run_ends_when_its_preference_is_learned(tmp_path, monkeypatch, capsys
     # Resumed as it is, it stays ended. Made longer, it trains on.
     assert mlx_align("dpo", "--resume", "run") == 0
     assert summary_of("run")["steps"] == ended["steps"]
+    shutil.copytree("run", "copy")
     assert mlx_align("dpo", "--resume", "run", "--iters", ended["steps"] + 7) == 0
     assert summary_of("run")["steps"] == ended["steps"] + 7
+    assert mlx_align("dpo", "--resume", "copy", "--epochs", 8) == 0
+    assert summary_of("copy")["steps"] == planned
     again = ("--iters", ended["steps"] + 2, "--output", "again")
     assert mlx_align("dpo", *options, *again, "--steps-per-eval", 5) == 0
     assert summary_of("again")["steps"] == ended["steps"] + 2
