@@ -247,7 +247,7 @@ def train(
         "eval": evaluation,
         "eval_intervals": _intervals(evaluation, setup.eval_examples),
         "kept_step": kept,
-        **({"stopped_early": progress.step < trainer.total_steps} if trainer.on_policy else {}),
+        "stopped_early": progress.step < trainer.total_steps,
         **results,
         **_answer_metrics(folder.tokenizer, before, after),
         "eval_examples": setup.eval_examples,

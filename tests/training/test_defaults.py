@@ -243,6 +243,7 @@ def test_a_run_ends_when_its_preference_is_learned(tmp_path, monkeypatch, capsys
     ended = summary_of("run")
     planned = math.ceil(8 * 36 / 4)
     assert ended["steps"] < planned
+    assert ended["stopped_early"]
     rows = metric_rows("run", "eval/rewards/margins")
     assert [row["step"] for row in rows] == [*range(0, ended["steps"] + 1, 5)]
 
@@ -258,6 +259,7 @@ def test_a_run_ends_when_its_preference_is_learned(tmp_path, monkeypatch, capsys
     assert summary_of("run")["steps"] == ended["steps"] + 7
     assert mlx_align("dpo", "--resume", "copy", "--epochs", 8) == 0
     assert summary_of("copy")["steps"] == planned
+    assert not summary_of("copy")["stopped_early"]
     again = ("--iters", ended["steps"] + 2, "--output", "again")
     assert mlx_align("dpo", *options, *again, "--steps-per-eval", 5) == 0
     assert summary_of("again")["steps"] == ended["steps"] + 2
