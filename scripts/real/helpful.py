@@ -246,6 +246,8 @@ def page(folder: Path) -> list[str]:
             "better the judge finds the best of n than one answer, in standard deviations of its "
             "scores (the mean over all subsets of n):",
             reranking_table(folder),
+            "The reward models learned from pairs of different conversations. But both start from "
+            "the same model, so they may agree on more than people would.",
         ]
     return parts
 
