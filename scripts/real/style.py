@@ -60,7 +60,17 @@ ARMS = {
     "dpo": Arm("DPO, 5 passes", "dpo", ("--epochs", "5")),
     "ld-dpo": Arm("LD-DPO, 5 passes", "dpo", ("--epochs", "5", "--ld-alpha", "0.1")),
 }
-FINDINGS = ""
+FINDINGS = (
+    "SFT on the short answers alone teaches the style and keeps most of what the model knew. DPO "
+    "ranks all held-out pairs right after 2 passes, and the answers are hardly shorter, with an "
+    "SFT term or without; after 5 they are as short as SFT's, and half of the facts are lost. The "
+    "rejected completion is the chosen one and more: what both share cancels in DPO's loss, which "
+    "then makes the rest of the model's own words less likely, and its knowledge with them. "
+    "LD-DPO, which gives tokens beyond the shorter completion's length a tenth of the weight, does "
+    "no better. So if the chosen answers show a style, `mlx-align sft` on them is the first thing "
+    "to try. By default `dpo` would stop at the first evaluation with a margin surely above 0.5 "
+    "(`--target-margin`), soon after 2 passes."
+)
 # Asked beside the capitals of the starter's countries; any of the words is right.
 FACTS = {
     "How many days are in a week?": ("7", "seven"),
