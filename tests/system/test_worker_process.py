@@ -33,6 +33,7 @@ def slow(tmp_path, monkeypatch):
         "import time\n"
         "def f(completions):\n    time.sleep(1)\n    return [1.0]\n"
         "def large(completions):\n    kept = bytearray(300_000_000)\n    time.sleep(60)\n"
+        "def hung(completions):\n    time.sleep(60)\n"
     )
 
 
@@ -73,8 +74,8 @@ def load(process, name):
 
 def test_a_call_that_takes_too_long_or_too_much_memory_is_stopped(slow):
     process = WorkerProcess(WORKER)
-    load(process, "f")
-    with pytest.raises(WorkerFailure, match=r"no answer within 0.3 s \(.*slow.py:3\)"):
+    load(process, "hung")
+    with pytest.raises(WorkerFailure, match=r"no answer within 0.3 s \(.*slow.py:9\)"):
         process.request("call", {"function": 0}, 0.3)
     with pytest.raises(WorkerFailure, match="closed"):
         process.request("call", {"function": 0}, 0.3)
