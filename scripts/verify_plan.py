@@ -448,7 +448,8 @@ def measure(case: Case) -> dict[str, Any]:
         accumulation=case.accumulation,
         max_grad_norm=1.0,
     )
-    trainer.step(Progress(), 1e-4)
+    with trainer.memory:
+        trainer.step(Progress(), 1e-4)
     return numbers(planned, mx.get_peak_memory(), weights, before, time.perf_counter() - began)
 
 

@@ -41,6 +41,7 @@ from mlx_align.training.checkpoint import (
     read_adapter,
     save_checkpoint,
 )
+from mlx_align.training.defaults import TARGET_ACCURACY
 from mlx_align.training.evaluation import EvaluationResult
 from mlx_align.training.metrics import Progress, StepResult
 
@@ -68,10 +69,6 @@ class Changes:
     length: bool = False
     held_out: bool = False
     rewards: bool = False
-
-
-# Held-out pairs of people's preferences are hardly ever right more often.
-TARGET_ACCURACY = 0.9
 
 
 class Trainer(Protocol):

@@ -18,7 +18,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from models import smollm2
-from studies import REAL, is_finished, read_json, read_rows, study_folder, train, write_rows
+from studies import (
+    REAL,
+    is_finished,
+    read_json,
+    read_rows,
+    shown_kl,
+    study_folder,
+    train,
+    write_rows,
+)
 
 LONGEST_QUESTION = 160
 SENTENCE, LONGEST_ANSWER = (15, 160), 320
@@ -125,7 +134,7 @@ def kl(summary: dict[str, Any]) -> str:
     found = summary.get("kl")
     if not found:
         return "–"
-    return f"{found['mean']:.1f} ± {found['standard_error']:.1f}"
+    return shown_kl(found["mean"], found["standard_error"])
 
 
 def main() -> None:

@@ -28,6 +28,7 @@ from studies import (
     read_rows,
     run,
     shown,
+    shown_kl,
     study_folder,
     table,
     train,
@@ -204,8 +205,7 @@ def policy_table(folder: Path, names: Sequence[str]) -> str:
                 shown(found["preferences"]["reward_accuracy"]),
                 shown(wins["rate"]),
                 "–" if equal is None else shown(equal),
-                f"{found['divergence']['per_answer']:.1f} ± "
-                f"{found['divergence']['standard_error'] or 0:.1f}",
+                shown_kl(found["divergence"]["per_answer"], found["divergence"]["standard_error"]),
                 f"{wins['reference_length']:.0f} → {wins['length']:.0f}",
                 shown(found["perplexity"]["ratio"], "{:.3f}"),
             ]

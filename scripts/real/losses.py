@@ -24,6 +24,7 @@ from studies import (
     is_finished,
     read_rows,
     shown,
+    shown_kl,
     study_folder,
     table,
     train,
@@ -123,7 +124,7 @@ def row(folder: Path, judge: Path, name: str) -> list[str]:
         shown(preferences["reward_accuracy"]),
         shown(wins["rate"]),
         f"{preferences['chosen_change']['value']:+.1f}",
-        f"{divergence['per_answer']:.1f} ± {divergence['standard_error'] or 0:.1f}",
+        shown_kl(divergence["per_answer"], divergence["standard_error"]),
         f"{wins['reference_length']:.0f} → {wins['length']:.0f}",
     ]
 

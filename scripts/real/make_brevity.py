@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from models import smollm2
-from studies import REAL, read_rows, run, study_folder, write_rows
+from studies import REAL, one_line, read_rows, sample, study_folder, write_rows
 
-LONGEST_QUESTION, SHORTEST_SENTENCE, MAX_TOKENS = 100, 20, 96
+LONGEST_QUESTION, SHORTEST_SENTENCE = 100, 20
+OPTIONS = ("--temperature", 0.7, "--max-completion-length", 96)
 PAIRS = {"train": 100, "valid": 40}
 # Prompts asked per pair: some answers are a single sentence.
 SPARE = 1.8
@@ -35,7 +36,7 @@ def questions(split: str) -> list[str]:
 
 def sentences(text: str) -> list[str]:
     """The sentences of a text; a last one that was cut off is left out."""
-    parts = re.split(r"(?<=[.!?])\s+", " ".join(text.split()))
+    parts = re.split(r"(?<=[.!?])\s+", one_line(text))
     return [part for part in parts if re.search(r"\w[.!?]$", part)]
 
 
@@ -53,18 +54,6 @@ def pairs(answers: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     return rows
 
 
-def sample(split: str, asked: list[str], folder: Path) -> list[dict[str, Any]]:
-    """The model's answers, by `mlx-align data sample`; kept in `folder`."""
-    output = folder / f"{split}.answers.jsonl"
-    if not output.is_file():
-        prompts = [{"prompt": [{"role": "user", "content": question}]} for question in asked]
-        data = write_rows(folder / f"{split}.prompts.jsonl", prompts)
-        where = ("--model", smollm2(), "--data", data, "--output", output)
-        options = ("-n", 1, "--temperature", 0.7, "--max-completion-length", MAX_TOKENS)
-        run(["data", "sample", *where, *options])
-    return read_rows(output)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=REAL / "brevity")
@@ -72,7 +61,8 @@ def main() -> None:
     folder = study_folder("brevity")
     for split, count in PAIRS.items():
         asked = questions(split)[: int(SPARE * count)]
-        rows = pairs(sample(split, asked, folder))[:count]
+        sampled = sample(folder / f"{split}.answers.jsonl", asked, "--model", smollm2(), *OPTIONS)
+        rows = pairs(sampled)[:count]
         if len(rows) < count:
             print(f"{split}: only {len(rows)} of {count} pairs", file=sys.stderr)
         write_rows(output / f"{split}.jsonl", rows)

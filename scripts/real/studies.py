@@ -42,6 +42,15 @@ def train(output: Path, command: str, *options: object) -> Path:
     return output
 
 
+def sample(output: Path, asked: Sequence[str], *options: object) -> list[dict[str, Any]]:
+    """The rows of `mlx-align data sample`, one answer to each question; kept in `output`."""
+    if not output.is_file():
+        prompts = [{"prompt": [{"role": "user", "content": question}]} for question in asked]
+        data = write_rows(output.with_suffix(".prompts.jsonl"), prompts)
+        run(["data", "sample", "--data", data, "--output", output, "-n", 1, *options])
+    return read_rows(output)
+
+
 def answers(
     model: Path, trained: Path | None, folder: Path, asked: Sequence[str], tokens: int
 ) -> list[str]:
@@ -55,14 +64,10 @@ def answers(
         tokens: Longest answer, tokens.
     """
     file = folder / f"answers-{'start' if trained is None else trained.name}.jsonl"
-    if not file.is_file():
-        prompts = [{"prompt": [{"role": "user", "content": question}]} for question in asked]
-        data = write_rows(folder / "questions.jsonl", prompts)
-        adapter = () if trained is None else ("--adapter-path", trained)
-        options = ("-n", 1, "--temperature", 0.01, "--max-completion-length", tokens)
-        where = ("--model", model, *adapter, "--data", data, "--output", file)
-        run(["data", "sample", *where, *options])
-    return [row["completions"][0] for row in read_rows(file)]
+    adapter = () if trained is None else ("--adapter-path", trained)
+    options = ("--temperature", 0.01, "--max-completion-length", tokens)
+    found = sample(file, asked, "--model", model, *adapter, *options)
+    return [row["completions"][0] for row in found]
 
 
 def is_finished(output: Path) -> bool:
@@ -103,6 +108,16 @@ def shown(found: Estimate | Mapping[str, float], form: str = "{:.0%}") -> str:
         found = Estimate(found["value"], found["low"], found["high"])
     value, low, high = (form.format(number) for number in (found.value, found.low, found.high))
     return f"{value} ({low} to {high})"
+
+
+def shown_kl(mean: float, standard_error: float | None) -> str:
+    """A KL in nats per answer with its standard error."""
+    return f"{mean:.1f} ± {standard_error or 0:.1f}"
+
+
+def one_line(text: str) -> str:
+    """A text without line breaks and repeated spaces."""
+    return " ".join(text.split())
 
 
 def table(titles: Sequence[str], rows: Sequence[Sequence[object]]) -> str:

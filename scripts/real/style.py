@@ -23,9 +23,11 @@ from studies import (
     REAL,
     ROOT,
     answers,
+    one_line,
     read_json,
     read_rows,
     shown,
+    shown_kl,
     study_folder,
     table,
     train,
@@ -143,7 +145,7 @@ def main() -> None:
             train(output, arm.command, *data, *arm.options)
             said = answers(smollm2(), output, folder, asked, MAX_TOKENS)
             kl = read_json(output / "summary.json").get("kl")
-            moved = f"{kl['mean']:.1f} ± {kl['standard_error']:.1f}" if kl else "–"
+            moved = shown_kl(kl["mean"], kl["standard_error"]) if kl else "–"
             rows.append(row(f"{arm.title}, seed {seed}", moved, said, before))
             if not seed:
                 examples.append(said)
@@ -160,14 +162,10 @@ def main() -> None:
         FINDINGS,
         "Some answers: before, and after each in the order of the table (seed 0):",
         "\n".join(
-            f"- {asked[place]}\n" + "\n".join(f"    - {_line(one[place])}" for one in examples)
+            f"- {asked[place]}\n" + "\n".join(f"    - {one_line(one[place])}" for one in examples)
             for place in (0, 1, 2, -3, -2, -1)
         ),
     )
-
-
-def _line(text: str) -> str:
-    return " ".join(text.split())
 
 
 if __name__ == "__main__":

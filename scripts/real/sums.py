@@ -19,9 +19,11 @@ from statistics import mean
 from models import smollm2
 from studies import (
     answers,
+    one_line,
     read_json,
     read_rows,
     shown,
+    shown_kl,
     study_folder,
     table,
     train,
@@ -69,7 +71,7 @@ def row(title: str, run: Path, greedy: Sequence[Estimate]) -> list[str]:
         shown({"value": after, **interval}),
         shown(summary["verdict"]["estimate"], "{:+.0%}"),
         f"{greedy[0].value:.0%} → {shown(greedy[1])}",
-        f"{kl['mean']:.1f} ± {kl['standard_error']:.1f}",
+        shown_kl(kl["mean"], kl["standard_error"]),
         f"{summary['seconds_in_all'] / 60:.0f}",
     ]
 
@@ -89,8 +91,10 @@ def learned(run: Path) -> str:
     for first in (1, last - BATCHES + 1):
         found = [one for one in samples if first <= one["step"] < first + BATCHES]
         ended = [one for one in found if one["ended"]]
-        plus = [one for one in found if " + " in one["prompt"][-1]["content"]]
-        minus = [one for one in found if one not in plus]
+        plus, minus = (
+            [one for one in found if sign in one["prompt"][-1]["content"]]
+            for sign in (" + ", " - ")
+        )
         shares = [mean(one["reward"] for one in part) for part in (found, plus, minus, ended)]
         shares.append(len(ended) / len(found))
         rows.append([f"{first} to {first + BATCHES - 1}", *(f"{share:.0%}" for share in shares)])
@@ -110,6 +114,7 @@ def main() -> None:
     results = [one["answer"] for one in held_out]
     reward = ("--reward", "exact_answer", "--max-completion-length", TOKENS)
     where = ("--model", smollm2(), "--data", data)
+    before = right_share(answers(smollm2(), None, folder, asked, TOKENS), results)
     for title, command, name, options in (
         *(
             (f"GRPO, seed {seed}", "grpo", f"seed-{seed}", (*GRPO_OPTIONS, "--seed", seed))
@@ -118,8 +123,8 @@ def main() -> None:
         ("PPO, all defaults", "ppo", "ppo", ()),
     ):
         trained = train(folder / name, command, *where, *reward, *options)
-        said = [answers(smollm2(), one, folder, asked, TOKENS) for one in (None, trained)]
-        rows.append(row(title, trained, [right_share(one, results) for one in said]))
+        after = right_share(answers(smollm2(), trained, folder, asked, TOKENS), results)
+        rows.append(row(title, trained, (before, after)))
     titles = [
         "",
         "rollout batches × completions",
@@ -130,7 +135,8 @@ def main() -> None:
     ]
     told = [one for one in read_rows(folder / "seed-0" / "samples.jsonl") if "before" in one]
     examples = "\n".join(
-        f"- {one['messages'][-1]['content']} “{_line(one['before'])}” → “{_line(one['after'])}”"
+        f"- {one['messages'][-1]['content']} “{one_line(one['before'])}” → "
+        f"“{one_line(one['after'])}”"
         for one in told
     )
     write_page(
@@ -147,10 +153,6 @@ def main() -> None:
         "Answers to held-out questions at temperature 0, before and after GRPO (seed 0):",
         examples,
     )
-
-
-def _line(text: str) -> str:
-    return " ".join(text.split())
 
 
 if __name__ == "__main__":
