@@ -51,6 +51,7 @@ class Run(NamedTuple):
 RUNS = (
     *(Run("dpo", rows) for rows in (30, 300, 1500)),
     *(Run(command, rows) for command in ("sft", "kto", "reward") for rows in (30, 300)),
+    Run("kto", 1500),
     *(Run(command, 30, REWARD) for command in ("ppo", "grpo")),
 )
 
