@@ -257,8 +257,10 @@ def run_state(record: RunRecord) -> State:
     if record.finished:
         took = record.summary.get("seconds_in_all")
         duration = "" if took is None else f" in {format_duration(took)}"
-        steps = record.summary.get("steps", step)
-        return State("finished", "finished", f"{steps:,} updates{duration}")
+        count = f"{record.summary.get('steps', step):,}"
+        if record.summary.get("stopped_early") and total:
+            count = f"ended early, after {count} of {total:,}"
+        return State("finished", "finished", f"{count} updates{duration}")
     state, when = record.status.get("state"), format_date(record.status.get("written"))
     if state == "running":
         left = ""

@@ -226,6 +226,13 @@ def test_a_finished_dpo_run_has_all_its_charts(tmp_path):
     assert "Copyright (c) 2022 Leon Sorokin" in text
 
 
+def test_a_run_that_ended_early_says_after_which_update(tmp_path):
+    summary = {"command": "dpo", "steps": 100, "seconds_in_all": 130.0, "stopped_early": True}
+    folder = write(tmp_path / "run", dpo_rows(), status={"total": 400}, summary=summary)
+    said = Tags(render_run(read_run_record(folder))).said
+    assert "ended early, after 100 of 400 updates in 2 min" in said
+
+
 def test_bytes_depend_on_the_folder_alone(tmp_path):
     one = render_run(read_run_record(write(tmp_path / "a" / "run", dpo_rows())))
     other = render_run(read_run_record(write(tmp_path / "b" / "run", dpo_rows())))
