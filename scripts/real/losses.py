@@ -15,7 +15,7 @@ On Linux LD_PRELOAD should name libopenblas.
 
 import argparse
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from helpful import ANSWERS, write_data
 from models import smollm2
