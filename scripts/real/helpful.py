@@ -45,6 +45,8 @@ from mlx_align.system.intervals import Estimate
 MAX_TOKENS = 200
 # Prompts completed by policy and start, and the longest completion.
 ANSWERS = ("--samples", 64, "-n", 1, "--max-completion-length", 64)
+# PPO's and GRPO's options: batches of 16 completions.
+ROLLOUTS = "--iters 40 --group-size 4 --grad-accumulation-steps 4 --max-completion-length 128"
 RERANKED, COMPLETIONS = 32, 16
 COUNTS = (1, 2, 4, 8, 16)
 TITLES = {
@@ -54,7 +56,8 @@ TITLES = {
     "dpo-4-bit": "DPO, base in 4 bits",
     "sft": "SFT on the chosen answers",
     "sft-dpo": "SFT, then DPO",
-    "ppo": "PPO with the reward model of A",
+    "ppo": "PPO, reward model of A",
+    "grpo": "GRPO, reward model of A",
 }
 
 
@@ -112,11 +115,13 @@ def stages(folder: Path) -> dict[str, Callable[[], Any]]:
             on_a("sft-dpo", "dpo", "--init-adapter", folder / "sft"),
             judged("sft-dpo"),
         ),
-        "ppo": lambda: (
-            on_a("ppo", "ppo", "--reward-model", folder / "reward", "--max-completion-length", 64),
-            judged("ppo"),
-        ),
     }
+    for name in ("ppo", "grpo"):
+        rewarded = ("--reward-model", folder / "reward", *ROLLOUTS.split())
+        chosen[name] = lambda name=name, rewarded=rewarded: (
+            on_a(name, name, *rewarded),
+            judged(name),
+        )
     for dtype in ("bfloat16", "4-bit"):
         name = f"dpo-{dtype}"
         chosen[name] = lambda name=name, dtype=dtype: (
@@ -215,6 +220,21 @@ def policy_table(folder: Path, names: Sequence[str]) -> str:
     return table([*titles, "KL, nats per answer", "tokens", "perplexity on other text, ×"], rows)
 
 
+def remarks() -> dict[str, str]:
+    """What the table of policies needs to be understood, by the row that needs it."""
+    found = {
+        "sft-dpo": "The start of the DPO that follows SFT is the SFT run.",
+        "grpo": f"PPO and GRPO ran with `{ROLLOUTS}`.",
+    }
+    if not mx.metal.is_available():
+        found["dpo-4-bit"] = (
+            "The weights of bases in bf16 and 4 bits are rounded to them, but computed with in "
+            "float32: mlx's CPU kernels are 20 to 400 times slower there, and add up 4-bit "
+            "products in bf16, which puts 2% of noise on every layer."
+        )
+    return found
+
+
 def page(folder: Path) -> list[str]:
     """The parts of the page for what is finished."""
     valid = len(read_rows(folder / "data-a" / "valid.jsonl"))
@@ -237,11 +257,8 @@ def page(folder: Path) -> list[str]:
             policy_table(folder, names),
             f"{ANSWERS[1]} held-out prompts were completed by the policy and by the start at "
             f"temperature 1, up to {ANSWERS[-1]} tokens; the judge compared them. Perplexity is of "
-            "40 questions of GSM8K with their solutions, over that of the start. The start of the "
-            "DPO that follows SFT is the SFT run. On a CPU, the weights of bases in bf16 and 4 "
-            "bits are rounded to them, but computed with in float32: mlx's CPU kernels are 20 to "
-            "400 times slower there, and add up 4-bit products in bf16, which puts 2% of noise on "
-            "every layer.",
+            "40 questions of GSM8K with their solutions, over that of the start. "
+            + " ".join(text for name, text in remarks().items() if name in names),
         ]
     if all((folder / f"scores-{name}.jsonl").is_file() for name in ("dpo", "reward", "judge")):
         parts += [
