@@ -350,36 +350,54 @@ def evaluate_rows(
             # deviation that gives its standard error.
             variance = sum(own[kind].var(ddof=1) / kind.sum() for kind in (good, ~good))
             metrics["rewards/margins_std"] = float(loss.beta * math.sqrt(variance * len(own)))
+        above = _ranks(own, good)
+        metrics["rewards/auc"] = float(above[good].mean())
         if "prompts" in metrics:
-            metrics |= _clustered_deviations(right, own, good, loss.beta, prompt_numbers(groups))
-        metrics["rewards/auc"] = _auc(own[good], own[~good])
+            columns = {
+                "rewards/accuracies": right.astype(np.float64),
+                "rewards/margins": _influence(loss.beta * own, good, -1),
+                "rewards/auc": _influence(above, good, 1),
+            }
+            metrics |= _clustered_deviations(columns, prompt_numbers(groups))
     return metrics
 
 
-def _clustered_deviations(
-    right: np.ndarray, own: np.ndarray, good: np.ndarray, beta: float, prompt: np.ndarray
-) -> dict[str, float]:
-    """The deviations of accuracy and margin of rows (n,) of which several have the same prompt.
+def _clustered_deviations(columns: dict[str, np.ndarray], prompt: np.ndarray) -> dict[str, float]:
+    """The deviations of metrics that are means of columns (n,), where rows share prompts.
 
-    As in `held_out_means`: the standard error over prompts times √n. The margin is a difference of
-    two means, whose error is the mean of each row's influence on it.
+    As in `held_out_means`: the standard error over prompts times √n.
     """
-    n = len(own)
-    share = np.where(good, n / max(good.sum(), 1), -n / max((~good).sum(), 1))
-    centre = np.where(good, own[good].mean(), own[~good].mean())
-    columns = {
-        "rewards/accuracies": right.astype(np.float64),
-        "rewards/margins": beta * share * (own - centre),
-    }
     errors = {name: standard_error(values, prompt) for name, values in columns.items()}
-    return {f"{name}_std": e * math.sqrt(n) for name, e in errors.items() if e is not None}
+    root = math.sqrt(len(prompt))
+    return {f"{name}_std": error * root for name, error in errors.items() if error is not None}
 
 
-def _auc(high: np.ndarray, low: np.ndarray) -> float:
-    """The probability that a value of `high` exceeds one of `low`; ties count half."""
-    ordered = np.sort(low)
-    below = np.searchsorted(ordered, high, "left") + np.searchsorted(ordered, high, "right")
-    return float(below.mean() / (2 * len(low)))
+def _influence(values: np.ndarray, good: np.ndarray, sign: int) -> np.ndarray:
+    """Each row's influence (n,) on mean(good values) + sign · mean(bad values), whose mean is 0."""
+    share = np.where(good, len(good) / good.sum(), sign * len(good) / (~good).sum())
+    centre: np.ndarray = np.where(good, values[good].mean(), values[~good].mean())
+    return share * (values - centre)
+
+
+def _ranks(values: np.ndarray, good: np.ndarray) -> np.ndarray:
+    """The share (n,) of rows of the other kind that each row is on the right side of.
+
+    Good rows should be above bad ones; ties count half. The mean of either kind is the AUC, and
+    their variances give its variance.
+
+    Source: DeLong et al. 1988, "Comparing the Areas under Two or More Correlated Receiver Operating
+    Characteristic Curves".
+    """
+
+    def below(ones: np.ndarray, others: np.ndarray) -> np.ndarray:
+        ordered = np.sort(others)
+        sides = (np.searchsorted(ordered, ones, side) for side in ("left", "right"))
+        return sum(sides) / (2 * len(others))
+
+    found = np.empty(len(values))
+    found[good] = below(values[good], values[~good])
+    found[~good] = 1 - below(values[~good], values[good])
+    return found
 
 
 def check_rows(data: TokenizedDataset, config: KTOConfig, loss: KtoLoss) -> list[str]:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping
 from datetime import datetime
 
-from mlx_align.system.intervals import metric_interval, prompts_of
+from mlx_align.system.intervals import AUC, metric_interval, prompts_of
 
 
 def format_value(value: float | None, unit: str = "") -> str:
@@ -85,6 +85,8 @@ def format_metrics(row: Mapping[str, float], examples: int | None = None) -> str
         parts += _format_rollout_metrics(row, ends)
     elif "loss" in row:
         parts.append(f"loss {row['loss']:.4f}")
+    if AUC in row:
+        parts.append(f"AUC {row[AUC]:.0%}{ends(AUC, '{:.0%}')}")
     if "rewards/accuracies" in row:
         parts.append(
             f"accuracy {row['rewards/accuracies']:.0%}{ends('rewards/accuracies', '{:.0%}')}"

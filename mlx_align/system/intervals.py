@@ -10,7 +10,8 @@ from typing import Any
 
 LEVEL = 0.95
 # Rates: each example counts as 0 or 1 (a tie as ½). All other metrics are means.
-RATES = frozenset({"rewards/accuracies", "logps/accuracies", "completions/ended"})
+AUC = "rewards/auc"
+RATES = frozenset({"rewards/accuracies", "logps/accuracies", "completions/ended", AUC})
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,6 +137,11 @@ def mean_interval(mean: float, std: float, n: int) -> Estimate:
 def metric_interval(metrics: Mapping[str, float], name: str, n: int | None) -> Estimate | None:
     """A held-out metric with its interval: Wilson's for rates, a normal one for means.
 
+    The AUC is a rate of all pairs of a good and a bad example, which are not independent. Its
+    variance is at most that of a rate of as many trials as there are examples of the rarer kind.
+
+    Source: Birnbaum and Klose 1957, "Bounds for the Variance of the Mann-Whitney Statistic".
+
     Args:
         metrics: Metrics by name, with `<name>_std`, the standard deviation over examples. If
             several examples have the same prompt, there is `prompts` too, their number, and the
@@ -153,11 +159,14 @@ def metric_interval(metrics: Mapping[str, float], name: str, n: int | None) -> E
     if name.removeprefix("eval/") in RATES:
         if not 0 <= value <= 1:
             return None
-        prompts = prompts_of(metrics)
-        if std is None or prompts is None:
-            return wilson_interval(value, n)
-        error = std / math.sqrt(n)
-        return wilson_interval(value, effective_size(value, error, n, prompts))
+        prompts, size = prompts_of(metrics), float(n)
+        if std is not None and prompts is not None:
+            size = effective_size(value, std / math.sqrt(n), n, prompts)
+        if name.endswith(AUC):
+            start = name.removesuffix(AUC)
+            counts = [metrics.get(f"{start}count/{kind}", n) for kind in ("chosen", "rejected")]
+            size = min(size, *counts)
+        return wilson_interval(value, size)
     return mean_interval(value, std, n) if std is not None and n > 1 else None
 
 

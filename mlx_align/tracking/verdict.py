@@ -203,6 +203,7 @@ class _Rate(NamedTuple):
     """A held-out rate that decides a verdict.
 
     Attributes:
+        name: The metric.
         what: The middle of the sentence.
         unit: An example: pair or completion.
         value: The last value.
@@ -210,6 +211,7 @@ class _Rate(NamedTuple):
         baseline_name: The baseline in words.
     """
 
+    name: str
     what: str
     unit: str
     value: float
@@ -218,13 +220,14 @@ class _Rate(NamedTuple):
 
 
 def _rate(record: RunRecord) -> _Rate | None:
-    key = "eval/rewards/accuracies"
+    # KTO's accuracy is a sign against an estimated zero, which may be off for all completions.
+    key = "eval/rewards/auc" if record.command == "kto" else "eval/rewards/accuracies"
     values, margins = record.values(key), record.values("eval/rewards/margins")
     kept = record.kept_evaluation
     if key not in kept or kept["step"] == 0:
         return None
     if record.command == "kto":
-        what, unit = "the reward has the right sign for", "completion"
+        what, unit = "a good one has a higher reward than a bad one in", "completion"
     elif record.command == "reward":
         what, unit = "the reward model ranks the better completion first in", "pair"
     else:
@@ -233,8 +236,8 @@ def _rate(record: RunRecord) -> _Rate | None:
     # model are not, so their baseline is the value before training.
     started = len(values) > 1 and bool(margins) and margins[0] != 0 and record.command == "dpo"
     if started and record.held_out[0]["step"] == 0:
-        return _Rate(what, unit, kept[key], values[0], f"{values[0]:.0%} before training")
-    return _Rate(what, unit, kept[key], 0.5, "50%")
+        return _Rate(key, what, unit, kept[key], values[0], f"{values[0]:.0%} before training")
+    return _Rate(key, what, unit, kept[key], 0.5, "50%")
 
 
 def _rate_verdict(record: RunRecord) -> Verdict | None:
@@ -248,7 +251,7 @@ def _rate_verdict(record: RunRecord) -> Verdict | None:
             "so there is no interval.",
         )
     kept = record.kept_evaluation
-    found = metric_interval(kept, "eval/rewards/accuracies", n) or wilson_interval(rate.value, n)
+    found = metric_interval(kept, rate.name, n) or wilson_interval(rate.value, n)
     prompts = prompts_of(kept)
     kind, ending = _compare(found, rate.baseline, rate.baseline_name, prompts or n)
     examples = counted(n, f"held-out {rate.unit}")

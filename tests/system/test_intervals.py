@@ -1,16 +1,20 @@
 """Intervals of rates and means over examples of which several have the same prompt."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from mlx_align.algorithms.base import held_out_means
+from mlx_align.algorithms.kto import KtoLoss, _clustered_deviations, _influence, evaluate_rows
 from mlx_align.evaluation.statistics import rate_estimate
+from mlx_align.losses.registry import UNPAIRED_LOSSES, resolve_options
 from mlx_align.system.intervals import effective_size, metric_interval, t_score, wilson_interval
 from mlx_align.types import TokenizedGroup
 
 RATE = "rewards/accuracies"
+KTO_LOSS = KtoLoss("kto", UNPAIRED_LOSSES["kto"], resolve_options("kto", {}))
 
 
 def groups(prompts):
@@ -76,13 +80,67 @@ def test_intervals_cover_the_truth_as_often_as_they_say():
 
 
 def test_the_margin_of_rows_in_pairs_has_the_error_of_the_differences():
-    from mlx_align.algorithms.kto import _clustered_deviations
-
     random = np.random.default_rng(1)
     shared = random.normal(size=50)
     own = np.stack([shared + 0.3 + 0.1 * random.normal(size=50), shared], 1).ravel()
-    good = np.tile([True, False], 50)
-    found = _clustered_deviations(good, own, good, 0.5, np.repeat(np.arange(50), 2))
+    good, prompt = np.tile([True, False], 50), np.repeat(np.arange(50), 2)
+    found = _clustered_deviations({"margin": _influence(0.5 * own, good, -1)}, prompt)
     differences = 0.5 * (own[0::2] - own[1::2])
     wanted = differences.std(ddof=1) / math.sqrt(50)
-    assert found["rewards/margins_std"] / math.sqrt(100) == pytest.approx(wanted, rel=1e-9)
+    assert found["margin_std"] / math.sqrt(100) == pytest.approx(wanted, rel=1e-9)
+
+
+def labelled(random, good, bad, rows, spread):
+    """KTO's held-out metrics of prompts with so many good and bad rows each.
+
+    Rewards are normal, of good rows √2 higher: the AUC is Φ(1) = .841. `spread` is the part of
+    their deviation that the rows of a prompt share.
+    """
+    prompts = [p for p in range(rows // (good + bad)) for _ in range(good + bad)]
+    label = np.tile([True] * good + [False] * bad, rows // (good + bad))
+    shared = np.repeat(random.normal(size=rows // (good + bad)), good + bad)
+    own = spread * shared + math.sqrt(1 - spread**2) * random.normal(size=rows)
+    own += math.sqrt(2) * label
+    tokens = [np.array([value]) for value in own]
+    pairs = [(one, np.zeros(1)) for one in tokens]
+    start = [(np.zeros(1), np.zeros(1))] * rows
+    found = [
+        replace(group, completions=group.completions[:1], label=bool(one))
+        for group, one in zip(groups(prompts), label, strict=True)
+    ]
+    return own, label, np.array(prompts), evaluate_rows(pairs, start, found, KTO_LOSS)
+
+
+@pytest.mark.parametrize("spread", [0.0, 0.7])
+def test_the_auc_of_rows_that_share_prompts_has_the_error_over_prompts(spread):
+    random = np.random.default_rng(2)
+    own, label, prompt, found = labelled(random, 2, 1, 240, spread)
+    truth = (own[label][:, None] > own[~label]).mean()
+    assert found["rewards/auc"] == pytest.approx(truth)
+    rows = [np.flatnonzero(prompt == p) for p in range(80)]
+    draws = []
+    for _ in range(2_000):
+        drawn = np.concatenate([rows[p] for p in random.integers(80, size=80)])
+        high, low = own[drawn][label[drawn]], own[drawn][~label[drawn]]
+        draws.append((high[:, None] > low).mean())
+    error = found["rewards/auc_std"] / math.sqrt(240)
+    assert error == pytest.approx(np.std(draws), rel=0.1)
+
+
+@pytest.mark.parametrize(("good", "bad", "spread"), [(2, 1, None), (1, 1, 0.0), (3, 3, 0.7)])
+def test_intervals_of_the_auc_cover_the_truth(good, bad, spread):
+    random, covered, truth = np.random.default_rng(3), 0, 0.8413
+    for _ in range(200):
+        metrics = labelled(random, good, bad, 90, spread or 0.0)[-1]
+        if spread is None:  # as if every row had a prompt of its own
+            metrics = {k: v for k, v in metrics.items() if not k.endswith("_std")}
+        found = metric_interval(metrics, "rewards/auc", 90)
+        covered += found.low <= truth <= found.high
+    assert covered / 200 >= 0.92
+
+
+def test_a_perfect_auc_has_an_interval_of_its_rarer_kind():
+    metrics = {"rewards/auc": 1.0, "count/chosen": 30.0, "count/rejected": 8.0}
+    assert metric_interval(metrics, "rewards/auc", 38) == wilson_interval(1.0, 8)
+    held_out = {f"eval/{name}": value for name, value in metrics.items()}
+    assert metric_interval(held_out, "eval/rewards/auc", 38) == wilson_interval(1.0, 8)

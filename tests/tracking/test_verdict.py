@@ -243,10 +243,15 @@ def test_the_number_of_held_out_examples(tmp_path):
 
 
 def test_unpaired_examples(tmp_path):
-    rows, status = pairs(0.8, 50)
+    rows, status = pairs(0.5, 50)
+    # The sign of the rewards is right for half; all the same, good ones are above bad ones.
+    rows[-1] |= {"eval/rewards/auc": 0.8, "eval/count/chosen": 30.0, "eval/count/rejected": 20.0}
     found = verdict(record(tmp_path / "run", rows, status={**status, "command": "kto"}))
-    assert found.kind == "better"
-    assert found.sentence.startswith("On 50 held-out completions the reward has the right sign for")
+    assert (found.kind, found.estimate) == ("better", wilson_interval(0.8, 20))
+    assert found.sentence == (
+        "On 50 held-out completions a good one has a higher reward than a bad one in 80% (95% "
+        "interval 58% to 92%): better than 50%."
+    )
 
 
 def report(low, high, longer):
