@@ -391,8 +391,8 @@ def _ranks(values: np.ndarray, good: np.ndarray) -> np.ndarray:
 
     def below(ones: np.ndarray, others: np.ndarray) -> np.ndarray:
         ordered = np.sort(others)
-        sides = (np.searchsorted(ordered, ones, side) for side in ("left", "right"))
-        return sum(sides) / (2 * len(others))
+        least, most = (np.searchsorted(ordered, ones, side) for side in ("left", "right"))
+        return (least + most) / (2 * len(others))
 
     found = np.empty(len(values))
     found[good] = below(values[good], values[~good])

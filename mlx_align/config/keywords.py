@@ -412,6 +412,7 @@ class KTOOptions(TypedDict, total=False):
     sample_tokens: int
     report_to: str | Sequence[str] | None
     project_name: str | None
+    target_margin: float | None
     adapter_dtype: Literal["float32", "bfloat16"]
     weight_decay: float
     max_grad_norm: float

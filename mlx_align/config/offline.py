@@ -379,6 +379,17 @@ class LossConfig(TrainConfig):
         change_on_resume=True,
         python_type="str | Path",
     )
+    # Beyond it, a learned preference only moves the policy away from its start: 1,500 easy pairs of
+    # SmolLM2 went 26 nats at a margin of 1.6, and 72 at 4.3 (docs/verified/defaults.md).
+    target_margin: float | None = option(
+        None,
+        "Held-out margin to stop at if 90% are right; 0: never.",
+        EVALUATION,
+        default_text="0.5 without --iters",
+        at_least=0,
+        change_on_resume=True,
+        evidence="defaults.md#1500-pairs",
+    )
 
     def loss_options(self) -> dict[str, Any]:
         """Hyperparameters given, from `loss_option` and its short forms.
@@ -432,18 +443,6 @@ class DPOConfig(LabelOptions, LossConfig):
         default_text="off",
         at_least=0,
         below=1,
-    )
-
-    # Beyond it, a learned preference only moves the policy away from its start: 1,500 easy pairs of
-    # SmolLM2 went 26 nats at a margin of 1.6, and 72 at 4.3 (docs/verified/defaults.md).
-    target_margin: float | None = option(
-        None,
-        "Held-out margin to stop at if 90% are right; 0: never.",
-        EVALUATION,
-        default_text="0.5 without --iters",
-        at_least=0,
-        change_on_resume=True,
-        evidence="defaults.md#1500-pairs",
     )
 
     def __post_init__(self) -> None:

@@ -17,6 +17,7 @@ from mlx_align.config import (
     DPOConfig,
     GRPOConfig,
     KTOConfig,
+    LossConfig,
     OnPolicyConfig,
     PPOConfig,
     RewardConfig,
@@ -120,8 +121,9 @@ def resolve_offline(
     per_update = per_microbatch * accumulation
     if config.iters is None and config.epochs is None:
         chosen["epochs"] = float(min(MAX_PASSES[command], max(1, math.ceil(ROWS_VISITED / rows))))
-    if isinstance(config, DPOConfig) and config.target_margin is None:
-        by_default = "epochs" in chosen and _has_reference(config)
+    if isinstance(config, LossConfig) and config.target_margin is None:
+        held = not isinstance(config, DPOConfig) or _has_reference(config)
+        by_default = "epochs" in chosen and held
         chosen["target_margin"] = TARGET_MARGIN if by_default else 0.0
     epochs: float = chosen.get("epochs", config.epochs or 1.0)
     updates = config.iters or max(1, math.ceil(epochs * rows / per_update))
@@ -146,9 +148,11 @@ def resolve_offline(
             "--learning-rate)"
         )
     if chosen.get("target_margin") and valid:
+        learned = "completions" if isinstance(config, KTOConfig) else "pairs"
+        ranked = "ranked right" if isinstance(config, KTOConfig) else "right"
         lines.append(
-            f"Training ends earlier if the held-out pairs are learned: {TARGET_ACCURACY:.0%} "
-            f"right, and a reward margin above {TARGET_MARGIN:g}. (--target-margin)"
+            f"Training ends earlier if the held-out {learned} are learned: {TARGET_ACCURACY:.0%} "
+            f"{ranked}, and a reward margin above {TARGET_MARGIN:g}. (--target-margin)"
         )
     lines += _held_out_lines(valid)
     return _complete(replace(config, **chosen), layout), lines

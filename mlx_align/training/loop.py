@@ -15,13 +15,13 @@ import mlx.core as mx
 import mlx.optimizers as optim
 
 from mlx_align.algorithms.update import make_schedule
-from mlx_align.config import DPOConfig, OnPolicyConfig, TrainConfig
+from mlx_align.config import LossConfig, OnPolicyConfig, TrainConfig
 from mlx_align.errors import ConfigError, ModelError, TrainingError
 from mlx_align.models.policy import Policy
 from mlx_align.models.weights import AdapterWeights
 from mlx_align.system.formatting import format_duration, format_metrics
 from mlx_align.system.interrupts import Interrupted, defer_signals
-from mlx_align.system.intervals import metric_interval
+from mlx_align.system.intervals import AUC, metric_interval
 from mlx_align.system.memory_limit import MemoryLimit
 from mlx_align.system.progress import Console
 from mlx_align.tracking.diagnostics import Finding, HealthMonitor
@@ -417,18 +417,24 @@ class TrainingLoop:
 
     def _reached_target(self, result: EvaluationResult) -> bool:
         """Whether the preference is learned, as `target_margin` defines it; says so."""
-        target = self._config.target_margin if isinstance(self._config, DPOConfig) else None
+        target = self._config.target_margin if isinstance(self._config, LossConfig) else None
         step, total = self.progress.step, self._trainer.total_steps
         if not target or step == total:
             return False
-        margin = metric_interval(result.metrics, "rewards/margins", result.examples)
-        accuracy = result.metrics.get("rewards/accuracies", 0.0)
-        if margin is None or margin.low <= target or accuracy < TARGET_ACCURACY:
+        metrics = result.metrics
+        margin = metric_interval(metrics, "rewards/margins", result.examples)
+        rate = metrics.get(AUC, metrics.get("rewards/accuracies", 0.0))
+        if margin is None or margin.low <= target or rate < TARGET_ACCURACY:
             return False
+        learned = (
+            f"a good held-out completion ranks above a bad one in {rate:.0%}, and the"
+            if AUC in metrics
+            else f"{rate:.0%} of the held-out pairs are right, and their"
+        )
         self._console.note(
-            f"The preference is learned: {accuracy:.0%} of the held-out pairs are right, and their "
-            f"margin is above {target:g} (95% interval). Ending after {step} of {total} updates; "
-            "--resume with --epochs trains on. (--target-margin)"
+            f"The preference is learned: {learned} margin is above {target:g} (95% interval). "
+            f"Ending after {step} of {total} updates; --resume with --epochs trains on. "
+            "(--target-margin)"
         )
         return True
 

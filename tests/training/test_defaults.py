@@ -226,10 +226,33 @@ def test_the_target_margin_is_for_runs_whose_length_is_a_default():
     assert offline(DPOConfig(), 3_000)[0].target_margin == 0.5
     assert "above 0.5" in offline(DPOConfig(), 3_000)[2][1]
     assert offline(DPOConfig(target_margin=3.0), 3_000)[0].target_margin == 3
+    assert offline(KTOConfig(), 3_000)[0].target_margin == 0.5
     for given in ({"iters": 10}, {"epochs": 1.0}, {"loss": "simpo"}):
         found, _, lines = offline(DPOConfig(**given), 3_000)
         assert found.target_margin == 0
         assert not any("above 0.5" in line for line in lines)
+
+
+def test_a_run_of_kto_ends_when_good_completions_rank_above_bad_ones(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    rows = [
+        {"prompt": f"Say yes {i}.", "completion": " yes" if i % 2 else " no", "label": bool(i % 2)}
+        for i in range(48)
+    ]
+    write_splits("data", train=rows[:36], valid=rows[36:])
+    options = ("--model", TINY_MODEL, "--data", "data", "--samples", 0, "--learning-rate", 1e-2)
+    evaluated = ("--steps-per-eval", 4, "--output", "run")
+    assert mlx_align("kto", *options, *evaluated) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "if the held-out completions are learned: 90% ranked right" in shown
+    ended = summary_of("run")
+    rank = ended["eval"]["rewards/auc"]
+    assert f"a good held-out completion ranks above a bad one in {rank:.0%}, and the" in shown
+    assert rank >= 0.9
+    assert ended["stopped_early"]
+    rows = metric_rows("run", "eval/rewards/margins")
+    low = [metric_interval(row, "eval/rewards/margins", 12).low for row in rows]
+    assert low[-1] > 0.5 >= low[-2]
 
 
 def test_a_run_ends_when_its_preference_is_learned(tmp_path, monkeypatch, capsys):
