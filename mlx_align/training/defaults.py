@@ -148,10 +148,10 @@ def resolve_offline(
             "--learning-rate)"
         )
     if chosen.get("target_margin") and valid:
-        learned = "completions" if isinstance(config, KTOConfig) else "pairs"
+        unit = "completions" if isinstance(config, KTOConfig) else "pairs"
         ranked = "ranked right" if isinstance(config, KTOConfig) else "right"
         lines.append(
-            f"Training ends earlier if the held-out {learned} are learned: {TARGET_ACCURACY:.0%} "
+            f"Training ends earlier if the held-out {unit} are learned: {TARGET_ACCURACY:.0%} "
             f"{ranked}, and a reward margin above {TARGET_MARGIN:g}. (--target-margin)"
         )
     lines += _held_out_lines(valid)

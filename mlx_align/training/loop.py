@@ -426,13 +426,13 @@ class TrainingLoop:
         rate = metrics.get(AUC, metrics.get("rewards/accuracies", 0.0))
         if margin is None or margin.low <= target or rate < TARGET_ACCURACY:
             return False
-        learned = (
+        ranked = (
             f"a good held-out completion ranks above a bad one in {rate:.0%}, and the"
             if AUC in metrics
             else f"{rate:.0%} of the held-out pairs are right, and their"
         )
         self._console.note(
-            f"The preference is learned: {learned} margin is above {target:g} (95% interval). "
+            f"The preference is learned: {ranked} margin is above {target:g} (95% interval). "
             f"Ending after {step} of {total} updates; --resume with --epochs trains on. "
             "(--target-margin)"
         )
