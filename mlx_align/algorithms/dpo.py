@@ -239,17 +239,29 @@ class PreferenceObjective(Objective):
         return pair_logps(token_logps, batch.reference_logps, mask, batch.soft_label, weight)
 
     def _metrics(self, logps: PairLogps) -> dict[str, mx.array]:
-        return pair_metrics(logps, self._pair_loss.beta or 1.0)
+        metrics = logp_metrics(logps)
+        if self._reference is None:
+            # Without the reference's log-probs there are no implicit rewards. β times the policy's
+            # own log-probs, which TRL logs for these losses, are another quantity than the rewards
+            # of held-out pairs, and `logps/*` tell the same.
+            return metrics
+        return {**reward_metrics(logps, self._pair_loss.beta or 1.0), **metrics}
 
 
-def pair_metrics(logps: PairLogps, beta: float) -> dict[str, mx.array]:
-    """Per-pair metrics (B,) under TRL's names; rewards are implicit, β·log-ratio, in nats."""
+def reward_metrics(logps: PairLogps, beta: float) -> dict[str, mx.array]:
+    """Per-pair metrics (B,) of implicit rewards, β·log-ratio, in nats, under TRL's names."""
     chosen, rejected = beta * logps.chosen_logratio, beta * logps.rejected_logratio
     return {
         "rewards/chosen": chosen,
         "rewards/rejected": rejected,
         "rewards/accuracies": (chosen > rejected).astype(mx.float32),
         "rewards/margins": chosen - rejected,
+    }
+
+
+def logp_metrics(logps: PairLogps) -> dict[str, mx.array]:
+    """Per-pair metrics (B,) of the policy's own log-probs, in nats, under TRL's names."""
+    return {
         "logps/chosen": logps.chosen,
         "logps/rejected": logps.rejected,
         "logps/accuracies": (logps.chosen > logps.rejected).astype(mx.float32),
@@ -294,7 +306,7 @@ def evaluate_pairs(
         soft_label=mx.array(np.array(soft, np.float32)),
     )
     values = {"loss": loss(pairs, pairs.chosen_length.mean())}
-    values.update(pair_metrics(pairs, loss.beta or 1.0))
+    values |= reward_metrics(pairs, loss.beta or 1.0) | logp_metrics(pairs)
     return held_out_means(values, groups)
 
 

@@ -86,10 +86,11 @@ class Console:
         """Print metrics before and after training, and a few samples.
 
         Args:
-            summary: The run's summary.json. A reward model's has its own report, shown earlier.
+            summary: The run's summary.json, and its samples. A reward model's has its own report,
+                shown earlier.
         """
         self.note(f"\n{summary['verdict']['sentence']}")
-        if "held_out" in summary:
+        if summary["command"] == "reward":
             return
         before, after = summary["eval_before"], summary["eval"]
         if after:

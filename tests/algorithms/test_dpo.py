@@ -346,3 +346,22 @@ def test_a_non_finite_loss_names_its_rows_and_keeps_the_last_good_checkpoint(
     assert kept.parent.name == "0000002"
     for weight in mx.load(str(kept)).values():
         assert np.isfinite(np.array(weight)).all()
+
+
+def test_without_a_reference_training_has_no_rewards(train_dpo, capsys):
+    """Rewards are relative to a reference, which only held-out pairs have then."""
+    options = ("--loss", "simpo", "--learning-rate", "1e-9", "--iters", 4)
+    code, folder = train_dpo(*options, "--steps-per-report", 1, "--steps-per-eval", 1)
+    assert code == 0
+    rows = metric_rows(folder, "loss")
+    assert len(rows) == 4
+    assert all("logps/accuracies" in row for row in rows)
+    assert not any(key.startswith("rewards/") for row in rows for key in row)
+    held_out = metric_rows(folder, "eval/rewards/margins")
+    assert len(held_out) == 5
+    assert abs(held_out[-1]["eval/rewards/margins"]) < 1e-3
+    # Nothing was learned, so nothing overfits, whatever the log-probs of training pairs are.
+    summary = summary_of(folder)
+    assert "rewards/accuracies" not in [finding["signal"] for finding in summary["findings"]]
+    assert summary["verdict"]["kind"] != "overfitted"
+    assert "overfit" not in capsys.readouterr().out

@@ -1,5 +1,7 @@
 """`mlx-align sft`: what counts, the mean per token, and an adapter that dpo starts from."""
 
+import re
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -101,6 +103,10 @@ def test_a_run_learns_loads_in_stock_mlx_lm_and_starts_dpo(sft, train, loss, cap
     out = capsys.readouterr().out
     assert "Reference" not in out
     assert "KL" not in out
+    # The end has the table and an answer before and after.
+    end = out[out.index("better than the start") :]
+    assert re.search(r"^perplexity +[\d.]+ +[\d.]+ +[\d.]+ to [\d.]+$", end, re.M)
+    assert re.search(r"^  prompt  .*\n  before  .*\n   after  ", end, re.M)
     held_out = metric_rows(folder, "eval/loss")
     assert [row["step"] for row in held_out] == [0, 12]
     assert held_out[-1]["eval/perplexity"] < 0.7 * held_out[0]["eval/perplexity"]

@@ -57,6 +57,7 @@ def test_notes_bars_and_samples_are_escaped(capsys, monkeypatch):
             print("from a library", EVIL)
         sample = {"prompt": EVIL, "before": EVIL, "after": EVIL}
         summary = {
+            "command": "dpo",
             "verdict": {"sentence": EVIL},
             "eval_before": {},
             "eval": {},
