@@ -15,7 +15,14 @@ from statistics import NormalDist
 import numpy as np
 import numpy.typing as npt
 
-from mlx_align.system.intervals import LEVEL, Estimate, effective_size, wilson_interval, z_score
+from mlx_align.system.intervals import (
+    LEVEL,
+    Estimate,
+    effective_size,
+    mean_interval,
+    wilson_interval,
+    z_score,
+)
 
 Floats = npt.NDArray[np.float64]
 Clusters = npt.NDArray[np.int64]
@@ -36,12 +43,14 @@ _MAX_STEP = 2.0
 
 
 def mean_estimate(values: Floats, cluster: Clusters) -> Estimate:
-    """The mean of `values` (n,), with a normal interval over clusters (n,).
+    """The mean of `values` (n,), with a t interval over clusters (n,).
 
     The interval is that of the held-out means of a run (`system.intervals.metric_interval`).
     """
-    mean, half = float(values.mean()), z_score() * (standard_error(values, cluster) or 0.0)
-    return Estimate(mean, mean - half, mean + half)
+    error = standard_error(values, cluster)
+    if error is None:
+        return Estimate(*[float(values.mean())] * 3)
+    return mean_interval(float(values.mean()), error, len(np.unique(cluster)))
 
 
 def ratio_estimate(

@@ -37,9 +37,16 @@ def z_score(level: float = LEVEL) -> float:
 def t_score(freedom: int) -> float:
     """The quantile of Student's t for a two-sided interval of 95%.
 
-    The expansion of Cornish and Fisher in 1 / freedom: within 0.1% from 6 degrees of freedom on, 2%
-    at 3.
+    Exact for 1 and 2 degrees of freedom. From 3 on the expansion of Cornish and Fisher in
+    1 / freedom: within 2% at 3, 0.1% from 6 on.
+
+    Args:
+        freedom: Degrees of freedom, at least 1.
     """
+    if freedom == 1:
+        return math.tan(math.pi * LEVEL / 2)
+    if freedom == 2:
+        return LEVEL * math.sqrt(2 / (1 - LEVEL**2))
     z = z_score()
     coefficients = (
         (z**3 + z) / 4,
@@ -109,7 +116,9 @@ def rate_difference(first: Estimate, second: Estimate) -> Estimate:
 def mean_difference(
     first: float, first_std: float, second: float, second_std: float, n: int
 ) -> Estimate:
-    """The difference of two means of `n` values each, first − second, with a normal interval.
+    """The difference of two means of `n` values each, first − second, with a t interval.
+
+    It has n − 1 degrees of freedom, the fewest that Welch's interval can have.
 
     Args:
         first: First mean.
@@ -118,24 +127,25 @@ def mean_difference(
         second_std: Standard deviation of the second sample.
         n: Size of each sample.
     """
-    value, half = first - second, z_score() * math.hypot(first_std, second_std) / math.sqrt(n)
+    value, error = first - second, math.hypot(first_std, second_std) / math.sqrt(n)
+    half = t_score(max(n - 1, 1)) * error
     return Estimate(value, value - half, value + half)
 
 
-def mean_interval(mean: float, std: float, n: int) -> Estimate:
-    """A mean of `n` independent values, at least 2, with a normal interval.
+def mean_interval(mean: float, error: float, clusters: int) -> Estimate:
+    """A mean with a t interval.
 
     Args:
         mean: The mean.
-        std: Standard deviation of the values.
-        n: Number of values.
+        error: Its standard error.
+        clusters: Number of independent clusters of values, or of values; at least 2.
     """
-    half = z_score() * std / math.sqrt(n)
+    half = t_score(clusters - 1) * error
     return Estimate(mean, mean - half, mean + half)
 
 
 def metric_interval(metrics: Mapping[str, float], name: str, n: int | None) -> Estimate | None:
-    """A held-out metric with its interval: Wilson's for rates, a normal one for means.
+    """A held-out metric with its interval: Wilson's for rates, Student's for means.
 
     The AUC is a rate of all pairs of a good and a bad example, which are not independent. Its
     variance is at most that of a rate of as many trials as there are examples of the rarer kind.
@@ -167,7 +177,10 @@ def metric_interval(metrics: Mapping[str, float], name: str, n: int | None) -> E
             counts = [metrics.get(f"{start}count/{kind}", n) for kind in ("chosen", "rejected")]
             size = min(size, *counts)
         return wilson_interval(value, size)
-    return mean_interval(value, std, n) if std is not None and n > 1 else None
+    clusters = prompts_of(metrics) or n
+    if std is None or clusters < 2:
+        return None
+    return mean_interval(value, std / math.sqrt(n), clusters)
 
 
 def prompts_of(metrics: Mapping[str, float]) -> int | None:
@@ -181,5 +194,4 @@ def kl_interval(kl: Mapping[str, Any]) -> Estimate | None:
     mean, error = kl.get("mean"), kl.get("standard_error")
     if mean is None or error is None or not math.isfinite(error):
         return None
-    half = z_score() * error
-    return Estimate(mean, mean - half, mean + half)
+    return mean_interval(mean, error, int(kl["samples"]))

@@ -186,6 +186,15 @@ class RunPage(Callback):
             self._status["error"] = str(error) if known else f"{type(error).__name__}: {error}"
         self._write()
 
+    @contextmanager
+    def reporting(self) -> Iterator[None]:
+        """Answers and reports after the last step: a run that ends early here is not running."""
+        try:
+            yield
+        except BaseException as error:
+            self.on_train_end(error)
+            raise
+
     def on_run_end(self, summary: Mapping[str, Any]) -> None:
         """Write the last page, with the summary."""
         self._status["state"] = "finished"

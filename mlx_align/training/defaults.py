@@ -7,7 +7,7 @@ config.yaml. A resumed run reads them from there. Measurements: docs/verified/de
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -42,6 +42,7 @@ from mlx_align.losses.registry import (
     resolve_options,
 )
 from mlx_align.models.adapters import AdapterLayout
+from mlx_align.tracking.verdict import MIN_EXAMPLES
 from mlx_align.types import TokenizedGroup
 
 Config = TypeVar("Config", bound=TrainConfig)
@@ -77,8 +78,6 @@ MAX_UPDATES_BETWEEN = 100
 EVALUATION_SHARE, MIN_EVALUATED = 0.1, 100
 # A forward pass costs a third of a training step: its backward pass costs twice as much.
 FORWARD_SHARE = 1 / 3
-# With fewer held-out rows, not even all of them right tells a rate from 50% (Wilson, 95%).
-MIN_INFORMATIVE = 5
 
 
 def resolve_offline(
@@ -143,9 +142,8 @@ def resolve_offline(
             else f"{passes:.2g} passes"
         )
         lines.append(
-            f"Defaults for {rows:,} rows: {updates:,} updates of {about}{per_update:.0f} rows at "
-            f"learning rate {rate:.2g}; {reason}. (--epochs, --grad-accumulation-steps, "
-            "--learning-rate)"
+            f"{_for(chosen)} {rows:,} rows: {updates:,} updates of {about}{per_update:.0f} rows at "
+            f"learning rate {rate:.2g}; {reason}. ({_flags(chosen)})"
         )
     if chosen.get("target_margin") and valid:
         unit = "completions" if isinstance(config, KTOConfig) else "pairs"
@@ -223,12 +221,26 @@ def resolve_on_policy(
         passes = batches * per_batch / prompts
         rate = chosen.get("learning_rate", config.learning_rate)
         lines.append(
-            f"Defaults for {prompts:,} prompts: {batches:,} rollout batches of {per_batch:,} "
-            f"prompts ({passes:.2g} passes) at learning rate {rate:.2g}. "
-            "(--iters, --grad-accumulation-steps, --learning-rate)"
+            f"{_for(chosen)} {prompts:,} prompts: {batches:,} rollout batches of {per_batch:,} "
+            f"prompts ({passes:.2g} passes) at learning rate {rate:.2g}. ({_flags(chosen)})"
         )
     lines += _held_out_lines(valid)
     return _complete(replace(config, **chosen), layout), lines
+
+
+def _chosen_flags(chosen: Mapping[str, Any]) -> list[str]:
+    """The options for length, rows per update and rate that were chosen, because none was given."""
+    names = ("epochs", "iters", "grad_accumulation_steps", "learning_rate")
+    return [f"--{name.replace('_', '-')}" for name in names if name in chosen]
+
+
+def _for(chosen: Mapping[str, Any]) -> str:
+    return "Defaults for" if len(_chosen_flags(chosen)) == 3 else "For"
+
+
+def _flags(chosen: Mapping[str, Any]) -> str:
+    flags = _chosen_flags(chosen)
+    return ("" if len(flags) == 3 else "chosen by default: ") + ", ".join(flags)
 
 
 def _command(config: TrainConfig) -> str:
@@ -294,10 +306,10 @@ def describe_evaluated(evaluated: int, valid: int) -> list[str]:
 
 def _held_out_lines(valid: int) -> list[str]:
     lines = []
-    if 0 < valid < MIN_INFORMATIVE:
+    if 0 < valid < MIN_EXAMPLES:
         lines.append(
             f"! {valid} held-out rows are too few to tell an improvement from chance "
-            f"({MIN_INFORMATIVE} at least)."
+            f"({MIN_EXAMPLES} at least)."
         )
     return lines
 

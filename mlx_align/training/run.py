@@ -208,6 +208,7 @@ def train(
         prompts = job.prompts
         before = answers(policy, policy.start, prompts, config)
         loop.run()
+        stack.enter_context(page.reporting())
         progress = loop.progress
         kept, weights = loop.kept_adapter()
         save_adapter(run, weights, policy.layout, str(folder.path))

@@ -13,6 +13,7 @@ Linux LD_PRELOAD should name libopenblas.
 """
 
 import argparse
+import math
 import re
 from collections.abc import Sequence
 from statistics import mean, stdev
@@ -120,7 +121,7 @@ def row(name: str, moved: str, said: Sequence[str], before: Sequence[str]) -> li
     asked = len(questions())
     lengths = [len(text.split()) for text in said[:asked]]
     changes = [a - len(b.split()) for a, b in zip(lengths, before[:asked], strict=True)]
-    change = mean_interval(mean(changes), stdev(changes), asked)
+    change = mean_interval(mean(changes), stdev(changes) / math.sqrt(asked), asked)
     right = [
         is_right(text, words) for text, words in zip(said[asked:], facts().values(), strict=True)
     ]

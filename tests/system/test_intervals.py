@@ -59,9 +59,11 @@ def test_a_rate_of_all_or_nothing_counts_prompts():
     assert effective_size(0.5, 1e-9, 160, 80) < 160
 
 
-@pytest.mark.parametrize(("freedom", "quantile"), [(3, 3.1824), (7, 2.3646), (30, 2.0423)])
+@pytest.mark.parametrize(
+    ("freedom", "quantile"), [(1, 12.7062), (2, 4.3027), (3, 3.1824), (7, 2.3646), (30, 2.0423)]
+)
 def test_quantiles_of_t(freedom, quantile):
-    assert t_score(freedom) == pytest.approx(quantile, rel=0.02 if freedom < 6 else 1e-3)
+    assert t_score(freedom) == pytest.approx(quantile, rel=0.02 if 2 < freedom < 6 else 1e-3)
 
 
 def test_intervals_cover_the_truth_as_often_as_they_say():
@@ -77,6 +79,17 @@ def test_intervals_cover_the_truth_as_often_as_they_say():
         naive += plain.low <= 2 / 3 <= plain.high
     assert 0.92 <= covered / 400 <= 0.98
     assert naive / 400 < 0.85
+
+
+def test_intervals_of_few_means_cover_the_truth():
+    random = np.random.default_rng(4)
+    covered = 0
+    for _ in range(1_000):
+        values = random.normal(size=4)
+        metrics = {"margins": values.mean(), "margins_std": values.std(ddof=1)}
+        found = metric_interval(metrics, "margins", 4)
+        covered += found.low <= 0 <= found.high
+    assert 0.93 <= covered / 1_000 <= 0.97  # with the normal quantile .85
 
 
 def test_the_margin_of_rows_in_pairs_has_the_error_of_the_differences():

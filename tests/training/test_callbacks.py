@@ -20,6 +20,7 @@ from mlx_align.system.starter import resolve_starter
 from mlx_align.tracking import run_dir
 from mlx_align.tracking.diagnostics import HealthMonitor
 from mlx_align.training import callbacks, offline
+from mlx_align.training import run as run_module
 from mlx_align.training.callbacks import Callback, Callbacks, RunPage, Trackers, check_trackers
 from mlx_align.training.metrics import Progress
 from mlx_align.training.run import make_algorithm, train
@@ -390,3 +391,18 @@ def test_a_callback_can_stop_the_run(tmp_path, monkeypatch):
         ("run", 2),
     ]
     assert Path("run", "checkpoints", "0000002").is_dir()
+
+
+def test_a_run_that_ends_while_it_answers_is_not_running(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def interrupt(policy, weights, prompts, config):
+        if weights is not policy.start:
+            raise Interrupted(signal.SIGTERM)
+        return []
+
+    monkeypatch.setattr(run_module, "answers", interrupt)
+    with pytest.raises(Interrupted):
+        run_with(Recorder())
+    assert status_of(Path("run"))["state"] == "interrupted"
+    assert 'http-equiv="refresh"' not in Path("run", "report.html").read_text()

@@ -22,12 +22,12 @@ from mlx_align.models.adapters import AdapterLayout
 from mlx_align.planning import plan
 from mlx_align.planning.machine import Machine
 from mlx_align.system.intervals import metric_interval, wilson_interval
+from mlx_align.tracking.verdict import MIN_EXAMPLES
 from mlx_align.training.defaults import (
     EVALUATION_SHARE,
     FORWARD_SHARE,
     MAX_BATCH_TOKENS,
     MIN_EVALUATED,
-    MIN_INFORMATIVE,
     MIN_KTO_ROWS,
     describe_evaluated,
     resolve_offline,
@@ -179,9 +179,21 @@ def test_thirty_pairs_hold_out_enough_to_say_something():
         assert held_out >= min(count // 5, 50)
         assert held_out >= 0.05 * count - 1
     assert wilson_interval(1.0, round(30 * default_valid_fraction(30))).low > 0.5
-    assert wilson_interval(1.0, MIN_INFORMATIVE).low > 0.5
-    assert wilson_interval(1.0, 3).low < 0.5
-    assert any("too few to tell" in line for line in offline(DPOConfig(), 10, valid=3)[2])
+    assert wilson_interval(1.0, MIN_EXAMPLES).low > 0.5
+    assert any("too few to tell" in line for line in offline(DPOConfig(), 10, valid=5)[2])
+    assert not any("too few" in line for line in offline(DPOConfig(), 30, valid=6)[2])
+
+
+def test_the_line_on_defaults_names_what_was_not_given():
+    line = offline(DPOConfig(iters=4), 30)[2][0]
+    assert line.startswith("For 30 rows: 4 updates of about 4 rows at learning rate 5e-05;")
+    assert line.endswith("passes. (chosen by default: --grad-accumulation-steps, --learning-rate)")
+    assert offline(DPOConfig(), 30)[2][0].endswith(
+        "(--epochs, --grad-accumulation-steps, --learning-rate)"
+    )
+    prompts = resolve_on_policy(GRPOConfig(learning_rate=1e-5), LORA, 40, 20)[1][0]
+    assert prompts.startswith("For 40 prompts: ")
+    assert prompts.endswith("(chosen by default: --iters, --grad-accumulation-steps)")
 
 
 @pytest.mark.parametrize(("config", "per_batch"), [(GRPOConfig(), 8), (PPOConfig(), 16)])
