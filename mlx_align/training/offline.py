@@ -179,7 +179,11 @@ class OfflineJob:
             ),
             report=algorithm.report,
         )
-        self.prompts = setup.held_out[: config.samples] if algorithm.samples_answers else []
+        prompts: dict[bytes, TokenizedGroup] = {}
+        for group in setup.held_out:
+            prompts.setdefault(group.prompt.tobytes(), group)
+        wanted = config.samples if algorithm.samples_answers else 0
+        self.prompts = list(prompts.values())[:wanted]
         self.next_command = algorithm.next_command(
             setup.folder, run, trained_thinking(config.thinking, setup.facts)
         )

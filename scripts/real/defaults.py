@@ -50,8 +50,8 @@ class Run(NamedTuple):
 
 RUNS = (
     *(Run("dpo", rows) for rows in (30, 300, 1500)),
-    *(Run(command, rows) for command in ("sft", "kto", "reward") for rows in (30, 300)),
-    Run("kto", 1500),
+    *(Run(command, rows) for command in ("sft", "reward") for rows in (30, 300)),
+    *(Run("kto", rows) for rows in (30, 300, 1500)),
     *(Run(command, 30, REWARD) for command in ("ppo", "grpo")),
 )
 
