@@ -626,7 +626,13 @@ class _Planner:
             valid = len(dataset.valid)
             packs = algorithm.packs and can_pack(self.folder)
             config, _ = resolve_offline(
-                config, layout, groups, valid, dataset.valid_fraction, packs=packs
+                config,
+                layout,
+                groups,
+                valid,
+                dataset.valid_fraction,
+                packs=packs,
+                width=self.folder.hidden_size,
             )
         made = make_plan(config, layout, self.folder, groups, self.machine)
         config = replace(config, grad_checkpoint=made.workload.grad_checkpoint)
@@ -671,7 +677,9 @@ class _Planner:
         prompts = None
         if config.data is not None or self.objects.data is not None:
             train, held_out, *_, fraction = read_prompt_splits(config, folder, self.objects.data)
-            config, _ = resolve_on_policy(config, layout, len(train), len(held_out), fraction)
+            config, _ = resolve_on_policy(
+                config, layout, len(train), len(held_out), fraction, width=folder.hidden_size
+            )
             held_out = limit_held_out(held_out, config)
             prompts = [one.tokens for one in train], [one.tokens for one in held_out]
         models = find_reward_models(config, folder)

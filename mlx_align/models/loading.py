@@ -81,6 +81,13 @@ class ModelFolder:
         return int(config.get("vocab_size", self.config.get("vocab_size", 0)))
 
     @property
+    def hidden_size(self) -> int:
+        """Width of the residual stream (of the text part); 0 if it is not in the config."""
+        config = {**self.config, **(self.config.get("text_config") or {})}
+        names = ("hidden_size", "n_embd", "d_model", "dim")
+        return next((int(config[name]) for name in names if config.get(name)), 0)
+
+    @property
     def max_positions(self) -> int | None:
         """The longest sequence that the model was made for, tokens; None if not in its config."""
         config = self.config.get("text_config", self.config)

@@ -107,7 +107,13 @@ def prepare_offline(
     if not resume:
         packs = algorithm.packs and can_pack(folder)
         config, chosen = resolve_offline(
-            config, layout, train, len(valid), dataset.valid_fraction, packs=packs
+            config,
+            layout,
+            train,
+            len(valid),
+            dataset.valid_fraction,
+            packs=packs,
+            width=folder.hidden_size,
         )
         lines += chosen
     held_out = held_out_groups(valid, config)

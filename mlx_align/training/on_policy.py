@@ -141,7 +141,9 @@ def prepare_on_policy(
     chosen: list[str] = []
     val_batches, everyone = config.val_batches, len(valid)
     if not resume:
-        config, chosen = resolve_on_policy(config, layout, len(train), len(valid), fraction)
+        config, chosen = resolve_on_policy(
+            config, layout, len(train), len(valid), fraction, width=folder.hidden_size
+        )
     valid = limit_held_out(valid, config)
     if val_batches is None:
         chosen += describe_evaluated(len(valid), everyone)

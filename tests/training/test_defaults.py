@@ -184,6 +184,20 @@ def test_thirty_pairs_hold_out_enough_to_say_something():
     assert not any("too few" in line for line in offline(DPOConfig(), 30, valid=6)[2])
 
 
+def test_narrow_models_get_higher_rates():
+    def rate(width, config):
+        return resolve_offline(config, LORA, rows(30), 6, width=width)[0].learning_rate
+
+    assert [rate(width, DPOConfig()) for width in (0, 4096, 576, 288, 128, 32)] == [
+        *[5e-5] * 3,
+        *[1e-4, 2.3e-4, 2.5e-4],
+    ]
+    assert rate(288, SFTConfig()) == 4e-4
+    assert rate(128, DPOConfig(learning_rate=1e-6)) == 1e-6
+    found = resolve_on_policy(PPOConfig(), LORA, 30, 6, width=288)[0]
+    assert found.learning_rate == 6e-5
+
+
 def test_the_line_on_defaults_names_what_was_not_given():
     line = offline(DPOConfig(iters=4), 30)[2][0]
     assert line.startswith("For 30 rows: 4 updates of about 4 rows at learning rate 5e-05;")
@@ -219,7 +233,7 @@ def test_a_run_writes_every_choice_and_is_resumed_with_them(tmp_path, monkeypatc
     assert "Defaults for 8 rows: 16 updates of about 4 rows" in capsys.readouterr().out
     written = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
     assert written["epochs"] == 8
-    assert written["learning_rate"] == 5e-5
+    assert written["learning_rate"] == 2.5e-4  # 5 times that of wide models
     assert (written["beta"], written["lora_rank"], written["lora_alpha"]) == (0.1, 16, 32)
     assert written["grad_accumulation_steps"] == 1
     assert "batch_size" not in written
