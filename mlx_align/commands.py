@@ -508,12 +508,14 @@ def fuse(config: FuseConfig) -> FuseReport:
     Raises:
         MlxAlignError: The output folder is not empty, or the adapter does not fit the model.
     """
+    from mlx_align.inference.trained_run import default_output
     from mlx_align.models.fuse import fuse_adapter
     from mlx_align.models.loading import open_model
 
     folder = open_model(resolve_starter(config.model, "model"))
-    output = Path(config.output)
-    return fuse_adapter(folder, Path(config.adapter_path), output, dequantize=config.dequantize)
+    adapter = Path(config.adapter_path)
+    output = default_output(adapter, "fused") if config.output is None else Path(config.output)
+    return fuse_adapter(folder, adapter, output, dequantize=config.dequantize)
 
 
 # --- planning ---

@@ -147,8 +147,7 @@ class RewardModeling(Algorithm):
 
     def next_command(self, folder: ModelFolder, run: Path, thinking: Thinking) -> str:
         """The command that scores completions with the result."""
-        where = f"--model {shlex.quote(folder.name)} --adapter-path {shlex.quote(str(run))}"
-        return f"mlx-align score {where} --data FILE --output scores.jsonl"
+        return f"mlx-align score {shlex.quote(str(run))}"
 
 
 class GroupTotals(NamedTuple):

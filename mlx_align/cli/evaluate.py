@@ -15,7 +15,6 @@ from mlx_align.cli.options import (
     run_argument,
 )
 from mlx_align.config import EvalConfig, make_config
-from mlx_align.config.schema import require
 
 # Prompts of which an answer is printed; --output keeps all.
 SHOWN_ANSWERS = 2
@@ -39,8 +38,7 @@ def evaluate(json: bool, **options: Any) -> None:
     from mlx_align.system.console import Console
 
     console = Console(json)
-    config = make_config(EvalConfig, options_of_run(options), None, "command line")
-    require(config, "model", "adapter_path")
+    config = make_config(EvalConfig, options_of_run(options, needs_run=True), None, "command line")
     found = commands.evaluate(config, console)
     if json:
         echo_json(found.content, indent=2)

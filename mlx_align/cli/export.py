@@ -30,18 +30,22 @@ def export(json: bool, **options: Any) -> None:
     export`; `mlx-align fuse` makes one model of base and adapter.
     """
     from mlx_align.inference.export import export_peft_adapter
+    from mlx_align.inference.trained_run import default_output
     from mlx_align.models.loading import open_model
     from mlx_align.system.console import Console
 
     console = Console(json)
-    config = make_config(AdapterExportConfig, options_of_run(options), None, "command line")
+    config = make_config(
+        AdapterExportConfig, options_of_run(options, needs_run=True), None, "command line"
+    )
     folder = open_model(resolve_starter(config.model, "model"))
-    layers = export_peft_adapter(folder, Path(config.adapter_path), Path(config.output))
+    output = config.output or str(default_output(config.adapter_path, config.format))
+    layers = export_peft_adapter(folder, Path(config.adapter_path), Path(output))
     if json:
-        report = {"output": config.output, "format": config.format, "layers": layers}
+        report = {"output": output, "format": config.format, "layers": layers}
         echo_json(report, indent=2)
         return
     console.note(
-        f"Wrote {layers} adapted layers in PEFT's format to {config.output}.\n"
-        f"Load it: PeftModel.from_pretrained(model, {config.output!r})"
+        f"Wrote {layers} adapted layers in PEFT's format to {output}.\n"
+        f"Load it: PeftModel.from_pretrained(model, {output!r})"
     )

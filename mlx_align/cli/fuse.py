@@ -35,14 +35,14 @@ def fuse(json: bool, **options: Any) -> None:
     from mlx_align.system.console import Console
 
     console = Console(json)
-    config = make_config(FuseConfig, options_of_run(options), None, "command line")
+    config = make_config(FuseConfig, options_of_run(options, needs_run=True), None, "command line")
     report = commands.fuse(config)
     if json:
         echo_json(dataclasses.asdict(report), indent=2)
         return
     what = "layers" if report.fine_tune_type != "full" else "fully trained tensors"
     console.note(
-        f"Fused {len(report.layers)} {what} into {config.output}: "
+        f"Fused {len(report.layers)} {what} into {report.output}: "
         f"{report.bytes_before / 1e6:,.1f} MB before, {report.bytes_after / 1e6:,.1f} MB after."
     )
     finer = [layer for layer in report.layers if layer.lost > MAX_LOST_CHANGE]
@@ -60,5 +60,5 @@ def fuse(json: bool, **options: Any) -> None:
     console.note(
         f"Token log-probs: changed by up to {report.logps_change:.3g} nats by the adapter; fusing "
         f"loses {report.logps_lost:.1%} of that (up to {report.logps_gap:.2g} nats).\n"
-        f"Chat with it: mlx_lm.chat --model {config.output}"
+        f"Chat with it: mlx_lm.chat --model {report.output}"
     )

@@ -20,6 +20,7 @@ from mlx_align.system.json_text import to_json
 # Width of the first column of --help, the same in all sections.
 FLAG_COLUMN = 28
 COLUMNS_FLAG = "--columns"
+ADAPTER_CONFIG = "adapter_config.json"
 # Longest alias in --help, characters; the reference of options has all.
 SHORT_ALIAS = 6
 
@@ -134,29 +135,55 @@ def run_argument(function: Callable[..., Any]) -> Callable[..., Any]:
     return click.argument("run", required=False, type=click.Path())(function)
 
 
-def options_of_run(options: Mapping[str, Any]) -> dict[str, Any]:
+def options_of_run(options: Mapping[str, Any], *, needs_run: bool = False) -> dict[str, Any]:
     """The options that were given; RUN is the `--adapter-path`, and names the base model.
 
+    Args:
+        options: The options of a command with the argument RUN.
+        needs_run: Whether the command can't do with a model alone.
+
     Raises:
-        ConfigError: RUN is not a folder with an adapter, or --adapter-path is given too.
+        ConfigError: There is no run and no model, RUN is not a folder with an adapter, or
+            --adapter-path is given too.
     """
     found = given_options({name: value for name, value in options.items() if name != "run"})
     run = options["run"]
-    if run is None:
-        return found
-    if "adapter_path" in found:
-        raise ConfigError(f"{run} and --adapter-path {found['adapter_path']}: give one of them")
-    file = Path(run).expanduser() / "adapter_config.json"
-    if not file.is_file():
-        raise ConfigError(f"{run}: has no {file.name}; expected the --output folder of a run")
-    found["adapter_path"] = run
-    try:
-        model = json.loads(file.read_text(encoding="utf-8")).get("model")
-    except (OSError, ValueError, AttributeError, RecursionError):
-        model = None  # what reads the adapter says what is wrong with it
-    if isinstance(model, str) and "model" not in found:
+    if run is not None:
+        if "adapter_path" in found:
+            raise ConfigError(f"{run} and --adapter-path {found['adapter_path']}: give one of them")
+        file = Path(run).expanduser() / ADAPTER_CONFIG
+        if not file.is_file():
+            raise ConfigError(f"{run}: has no {file.name}; expected the --output folder of a run")
+        found["adapter_path"] = run
+    if "adapter_path" not in found:
+        if needs_run or "model" not in found:
+            command = click.get_current_context().command_path
+            other = "" if needs_run else ", or --model (a model folder or a hub name)"
+            raise ConfigError(
+                f"give a run (a folder that mlx-align wrote), as in {command} runs/first{other}"
+            )
+    elif "model" not in found:
+        folder = Path(found["adapter_path"]).expanduser()
+        if not folder.is_dir():
+            raise ConfigError(f"--adapter-path {found['adapter_path']}: no such folder")
+        model = _base_model(folder / ADAPTER_CONFIG)
+        if model is None:
+            raise ConfigError(
+                f"--model is missing, and {found['adapter_path']} doesn't name its base model; "
+                "give a model folder or a hub name"
+            )
         found["model"] = model
     return found
+
+
+def _base_model(file: Path) -> str | None:
+    """The base model that an adapter_config.json names, as mlx-lm or PEFT does."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        names = (content.get(name) for name in ("model", "base_model_name_or_path"))
+        return next((name for name in names if isinstance(name, str)), None)
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return None
 
 
 def json_option(help: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:

@@ -20,15 +20,17 @@ from mlx_align.cli.options import (
 from mlx_align.config import ScoreConfig, make_config
 from mlx_align.config.schema import fingerprint_options, flag_of
 from mlx_align.errors import ConfigError, DataError
-from mlx_align.system.row_file import hash_rows, new_file, open_rows
+from mlx_align.system.row_file import hash_rows, new_file, open_rows, unused_file
 from mlx_align.system.starter import resolve_starter
 
 if TYPE_CHECKING:
     from mlx_align.data.formats import ScorableDataset, ScorableRow
+    from mlx_align.evaluation.data import RowsToScore
     from mlx_align.evaluation.reward_model import PairReport, RewardReport
     from mlx_align.inference.implicit_reward import ImplicitReward
     from mlx_align.inference.reward_model import RewardModel
     from mlx_align.inference.scoring import GroupScores
+    from mlx_align.types import Text
 
 # Rows in memory at a time. Rows of similar length are batched, which needs a window this large.
 WINDOW = 64
@@ -46,33 +48,36 @@ POLICY, REFERENCE = "policy_logps", "reference_logps"
 def score(json: bool, **options: Any) -> None:
     """Copy each row to --output with the scores of its completions, in order, as model_scores.
 
-    Rows are pairs, prompts with one completion or a list of them, or conversations, whose last
-    assistant turn is scored. A row that can't be scored gets null, and the reason in
-    model_scores_note. Rows are written as they are scored: an interrupted command keeps them, and
-    --resume continues. For pairs, the summary also says how well the scores agree with the labels.
-    Implicit rewards, beta * log(policy / reference), come with policy_logps and reference_logps.
+    Without --data, scores the rows that the run held out. Rows are pairs, prompts with one
+    completion or a list of them, or conversations, whose last assistant turn is scored. A row that
+    can't be scored gets null, and the reason in model_scores_note. Rows are written as they are
+    scored: an interrupted command keeps them, and --resume continues. For pairs, the summary also
+    says how well the scores agree with the labels. Implicit rewards, beta * log(policy /
+    reference), come with policy_logps and reference_logps.
     """
-    from mlx_align.data.columns import configure_data
-    from mlx_align.data.formats import read_scorable
+    from mlx_align.evaluation.data import trained_on_warning
     from mlx_align.models.row_limits import check_lengths, row_lengths
     from mlx_align.system.console import Console
 
     console = Console(json)
     config = make_config(ScoreConfig, options_of_run(options), None, "command line")
-    file = new_file(config.output, resume=config.resume)
-    data = configure_data(resolve_starter(config.data, "data"), config)
-    source = read_scorable(data, config.split, config.format)
+    file = _output(config)
+    read = _read(config)
+    source = read.dataset
     if any(name in source.rows[0].fields for name in (SCORES, MEMBERS, NOTE, POLICY, REFERENCE)):
         raise DataError(
             f"{source.rows[0].source}: has scores already; score the file it was made from"
         )
-    console.note(f"read as: {source.title} ({len(source.rows):,} rows)")
+    where = f"{read.title}, " if read.title else ""
+    console.note(f"read as: {where}{source.title} ({len(source.rows):,} rows)")
     scorer, description = _load(config)
     console.note("\n".join(filter(None, [scorer.model.check + ".", description])))
     found: list[GroupScores] = []
     lengths: list[int] = []
     unscored = completions = 0
-    inputs = fingerprint_options(config, _hashes(config, scorer, source))
+    prompts: set[Text] = set()
+    hashes = {**_hashes(config, scorer, source), "split": repr(read.split)}
+    inputs = fingerprint_options(config, hashes)
     output = open_rows(
         file, inputs, resume=config.resume, total=len(source.rows), note=console.note
     )
@@ -88,6 +93,8 @@ def score(json: bool, **options: Any) -> None:
                 if is_new:
                     written.write(_output_row(entry, scored))
                 unscored += scored.scores is None
+                if entry.group is not None and scored.scores is not None:
+                    prompts.add(entry.group.prompt)
                 completions += 0 if scored.scores is None else len(scored.scores)
                 if scored.tokens is not None:
                     lengths += row_lengths([scored.tokens])
@@ -98,11 +105,13 @@ def score(json: bool, **options: Any) -> None:
             bar.advance(len(rows))
     for remark in check_lengths(scorer.model.folder, lengths):
         console.note(f"! {remark}")
+    known = len(prompts & read.trained)
     summary: dict[str, Any] = {
         "output": str(file),
         "rows": len(source.rows),
         "completions": completions,
         "unscored": unscored,
+        "trained_prompts": known,
     }
     report, rendered = _report(found, by_reward_model=not description)
     if report is not None:
@@ -110,10 +119,40 @@ def score(json: bool, **options: Any) -> None:
     if json:
         echo_json(summary, indent=2)
         return
+    which = "all" if known == len(prompts) else str(known)
+    remark = f" (trained on: {which} of the prompts)" if known else ""
     if report is not None:
-        console.note(rendered)
+        first, newline, rest = rendered.partition("\n")
+        console.note(f"{first}{remark}{newline}{rest}")
+        remark = ""
+    for warning in trained_on_warning(known, len(prompts)):
+        console.note(f"! {warning}")
     missing = f"; {unscored:,} rows without a score (see {NOTE})" if unscored else ""
-    console.note(f"Wrote {completions:,} scores to {file}{missing}")
+    console.note(f"Wrote {completions:,} scores to {file}{missing}{remark}")
+
+
+def _output(config: ScoreConfig) -> Path:
+    """The file to write: --output, or one in the run folder that doesn't exist yet."""
+    from mlx_align.inference.trained_run import default_output
+
+    output = config.output
+    if output is None:
+        if config.adapter_path is None:
+            raise ConfigError("--output is missing; name a JSONL file to write")
+        output = str(unused_file(default_output(config.adapter_path, "scores.jsonl")))
+    return new_file(output, resume=config.resume)
+
+
+def _read(config: ScoreConfig) -> RowsToScore:
+    """The rows to score."""
+    from mlx_align.evaluation.data import read_rows_to_score
+    from mlx_align.inference.trained_run import read_trained_run
+
+    run = None
+    if config.adapter_path is not None:
+        run = read_trained_run(config.adapter_path, reward_model=True)
+    data = None if config.data is None else resolve_starter(config.data, "data")
+    return read_rows_to_score(run, data, config.split, config.format, config.columns)
 
 
 def _windows(source: ScorableDataset) -> Iterator[list[ScorableRow]]:

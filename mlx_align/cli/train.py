@@ -18,6 +18,8 @@ from mlx_align.cli.options import (
     echo_json,
     given_options,
     json_option,
+    options_of_run,
+    run_argument,
     schema_options,
 )
 from mlx_align.config import TRAINING_CONFIGS, ExportConfig, TrainConfig, make_config
@@ -233,6 +235,7 @@ reward = Group(
 
 
 @reward.command(short_help="Write a reward model that transformers loads.")
+@run_argument
 @config_options(ExportConfig)
 @json_option("Print the report as JSON.")
 def export(json: bool, **options: Any) -> None:
@@ -242,19 +245,23 @@ def export(json: bool, **options: Any) -> None:
     exported as its mean.
     """
     from mlx_align.inference.export import export_reward_model
+    from mlx_align.inference.trained_run import default_output
     from mlx_align.models.loading import open_model
     from mlx_align.system.console import Console
 
     console = Console(json)
-    config = make_config(ExportConfig, given_options(options), None, "command line")
+    config = make_config(
+        ExportConfig, options_of_run(options, needs_run=True), None, "command line"
+    )
     folder = open_model(resolve_starter(config.model, "model"))
-    report = export_reward_model(folder, Path(config.adapter_path), Path(config.output))
+    output = config.output or str(default_output(config.adapter_path, "transformers"))
+    report = export_reward_model(folder, Path(config.adapter_path), Path(output))
     if json:
-        echo_json(asdict(report), indent=2)
+        echo_json({"output": output, **asdict(report)}, indent=2)
         return
     console.note(
-        f"Wrote {report.architecture} to {config.output}; its scores on random tokens differ from "
+        f"Wrote {report.architecture} to {output}; its scores on random tokens differ from "
         f"the run's by at most {report.score_gap:.2g}.\n"
         f"{report.reads_at}\n"
-        f"Load it: AutoModelForSequenceClassification.from_pretrained({config.output!r})"
+        f"Load it: AutoModelForSequenceClassification.from_pretrained({output!r})"
     )

@@ -133,15 +133,22 @@ class ScoreConfig(ScorerConfig):
         help="Run of reward, or of dpo or kto (scores by its implicit reward).",
     )
     logps: bool = option(False, "Score by log-prob in nats under the model or run.", SCORING)
-    data: str = override(TrainConfig, "data", REQUIRED, help="Rows to score.")
-    split: str = option("train", "Split of --data.", MODEL, metavar="NAME")
-    output: str = override(
+    data: str | None = override(
+        TrainConfig, "data", help="Rows to score.", default_text="what the run held out"
+    )
+    split: str | None = option(
+        None,
+        "Split of --data, or of the run's data.",
+        MODEL,
+        metavar="NAME",
+        default_text="train, or what the run held out",
+    )
+    output: str | None = override(
         TrainConfig,
         "output",
-        REQUIRED,
         help="JSONL file to write.",
         metavar="FILE",
-        default_text=None,
+        default_text="scores.jsonl in the run folder",
     )
     resume: bool = option(False, RESUME_HELP, MODEL)
     format: str | None = override(TrainConfig, "format")
@@ -256,7 +263,14 @@ class SampleConfig(Options):
     format: str | None = override(TrainConfig, "format")
     columns: dict[str, Any] = override(TrainConfig, "columns")
     thinking: Literal["auto", "on", "off"] = override(TrainConfig, "thinking")
-    output: str = override(ScoreConfig, "output")
+    output: str = override(
+        TrainConfig,
+        "output",
+        REQUIRED,
+        help="JSONL file to write.",
+        metavar="FILE",
+        default_text=None,
+    )
     resume: bool = option(False, RESUME_HELP, MODEL)
     max_prompt_length: int = option(
         768, "Longest prompt in tokens; drops longer ones.", MODEL, at_least=1

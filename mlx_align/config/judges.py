@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from mlx_align.config.evaluation import EvalConfig, SampleConfig, ScoreConfig
+from mlx_align.config.evaluation import EvalConfig, SampleConfig
 from mlx_align.config.offline import DPOConfig, TrainConfig
 from mlx_align.config.on_policy import OnPolicyConfig
 from mlx_align.config.schema import (
@@ -29,10 +29,10 @@ class JudgeConfig(Options):
     data: str = override(
         TrainConfig, "data", REQUIRED, help="Pairs or lists of answers; their labels are ignored."
     )
-    split: str = override(ScoreConfig, "split")
+    split: str = option("train", "Split of --data.", MODEL, metavar="NAME")
     format: str | None = override(TrainConfig, "format")
     columns: dict[str, Any] = override(TrainConfig, "columns")
-    output: str = override(ScoreConfig, "output")
+    output: str = override(SampleConfig, "output")
     human: str | None = option(
         None,
         "Pairs that people labelled. The judge is measured and calibrated on them first.",
@@ -223,10 +223,10 @@ class SelectConfig(Options):
     data: str = override(
         TrainConfig, "data", REQUIRED, help="Pairs or lists of answers; their labels are ignored."
     )
-    split: str = override(ScoreConfig, "split")
+    split: str = option("train", "Split of --data.", MODEL, metavar="NAME")
     format: str | None = override(TrainConfig, "format")
     columns: dict[str, Any] = override(TrainConfig, "columns")
-    output: str = override(ScoreConfig, "output")
+    output: str = override(SampleConfig, "output")
     by: Literal["random", "disagreement"] = option(
         "random", "Draw pairs, or take those on which reward heads disagree most.", LABELS
     )

@@ -31,7 +31,7 @@ class AdapterExportOptions(TypedDict, total=False):
 
     model: Required[str | Path]
     adapter_path: Required[str | PathLike[str]]
-    output: Required[str | Path]
+    output: str | Path | None
     format: Literal["peft"]
 
 
@@ -213,7 +213,7 @@ class ExportOptions(TypedDict, total=False):
 
     model: Required[str | Path]
     adapter_path: Required[str | PathLike[str]]
-    output: Required[str | Path]
+    output: str | Path | None
 
 
 class FuseOptions(TypedDict, total=False):
@@ -221,7 +221,7 @@ class FuseOptions(TypedDict, total=False):
 
     model: Required[str | Path]
     adapter_path: Required[str | PathLike[str]]
-    output: Required[str | Path]
+    output: str | Path | None
     dequantize: bool
 
 
@@ -700,9 +700,9 @@ class ScoreOptions(TypedDict, total=False):
 
     model: Required[str | Path]
     adapter_path: str | PathLike[str] | None
-    data: Required[Data]
-    split: str
-    output: Required[str | Path]
+    data: Data | None
+    split: str | None
+    output: str | Path | None
     resume: bool
     format: str | None
     columns: Mapping[str, float | str]

@@ -77,8 +77,11 @@ class ExportConfig(Options):
     adapter_path: str = override(
         EvalConfig, "adapter_path", REQUIRED, help="Run of mlx-align reward."
     )
-    output: str = override(
-        TrainConfig, "output", REQUIRED, help="Folder to create.", default_text=None
+    output: str | None = override(
+        TrainConfig,
+        "output",
+        help="Folder to create.",
+        default_text="transformers in the run folder",
     )
 
 
@@ -89,6 +92,7 @@ class AdapterExportConfig(ExportConfig):
     adapter_path: str = override(
         EvalConfig, "adapter_path", REQUIRED, help="Run or adapter folder."
     )
+    output: str | None = override(ExportConfig, "output", default_text="peft in the run folder")
     format: Literal["peft"] = option("peft", "Format to write.", MODEL)
 
 
@@ -99,6 +103,7 @@ class FuseConfig(ExportConfig):
     adapter_path: str = override(
         EvalConfig, "adapter_path", REQUIRED, help="Run or adapter folder."
     )
+    output: str | None = override(ExportConfig, "output", default_text="fused in the run folder")
     dequantize: bool = option(False, "Dequantise the whole model.", MODEL)
 
 

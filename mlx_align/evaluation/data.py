@@ -13,8 +13,10 @@ from mlx_align.data.columns import ConfiguredSource, configure_data
 from mlx_align.data.formats import (
     PREFERENCE_FORMATS,
     ReadReport,
+    ScorableDataset,
     read_preferences,
     read_prompts,
+    read_scorable,
     read_supervised,
     read_unpaired,
 )
@@ -31,6 +33,7 @@ from mlx_align.data.tokenization import try_tokenize_group
 from mlx_align.data.transforms import keep_last_completion, to_pairs
 from mlx_align.errors import ConfigError, DataError, MlxAlignError
 from mlx_align.inference.trained_run import TrainedRun
+from mlx_align.system.formatting import counted
 from mlx_align.types import PromptGroup, Text, TokenizedGroup
 
 
@@ -49,6 +52,23 @@ class HeldOutData:
     prompts: list[PromptGroup]
     title: str
     trained: int = 0
+
+
+@dataclass(frozen=True)
+class RowsToScore:
+    """Rows whose completions are scored.
+
+    Attributes:
+        dataset: The rows.
+        split: The split that was read.
+        title: Source of the rows, for display; empty if it was named by the user.
+        trained: The prompts that the run was trained on.
+    """
+
+    dataset: ScorableDataset
+    split: str
+    title: str
+    trained: frozenset[Text]
 
 
 @dataclass(frozen=True)
@@ -89,12 +109,9 @@ def read_held_out_data(
     if own is None and run.config is not None:
         own = run.config.data
     if data is None and own is None:
-        reason = "has no config.yaml that names its data"
-        if run.config is not None:
-            reason = "was trained on data passed from Python"
-        raise ConfigError(
-            f"--data is missing: {run.folder} {reason}; give a file or folder of pairs or prompts"
-        )
+        raise _missing_data(run, "pairs or prompts")
+    if data is None:
+        _check_no_effect(format, columns or {})
     if own is not None and (data is None or (data == own and format is None and not columns)):
         if split is None:
             return _read_own_data(run, own)
@@ -107,7 +124,7 @@ def read_held_out_data(
     source = ConfiguredSource(open_data(data), columns or {}, run.labels)
     pairs = _pairs(source, split, format)
     prompts = _unique_prompts(pairs or read_prompts(source, split, format)[0])
-    trained = _trained_prompts(run, own)
+    trained = trained_prompts(run, own)
     known = sum(group.prompt in trained for group in prompts)
     title = f"{_name(data)}, {split} split"
     if known:
@@ -115,19 +132,124 @@ def read_held_out_data(
     return HeldOutData(pairs, prompts, title, known)
 
 
-def _trained_prompts(run: TrainedRun, data: Data | None) -> set[Text]:
+def _missing_data(run: TrainedRun, kind: str) -> ConfigError:
+    """The error for a run whose data can't be found."""
+    reason = "has no config.yaml that names its data"
+    if run.config is not None:
+        reason = "was trained on data passed from Python"
+    return ConfigError(f"--data is missing: {run.folder} {reason}; give a file or folder of {kind}")
+
+
+def _check_no_effect(format: str | None, columns: Mapping[str, str]) -> None:
+    """Raise a ConfigError if options of --data were given without it."""
+    for flag, value in (("--format", format), ("--columns", columns)):
+        if value:
+            raise ConfigError(
+                f"{flag}: has no effect without --data, because the run's data is read as in "
+                "training; give --data, or leave it out"
+            )
+
+
+def read_rows_to_score(
+    run: TrainedRun | None,
+    data: Data | None,
+    split: str | None,
+    format: str | None,
+    columns: Mapping[str, str],
+) -> RowsToScore:
+    """Read the rows whose completions are to be scored: those given, or those the run held out.
+
+    Args:
+        run: The run that scores; None for a model.
+        data: The data; None for the run's data.
+        split: The split to read; None for the training split of `data`, or for what the run held
+            out.
+        format: Data format; None to detect it.
+        columns: Columns of the data, as for `columns.ConfiguredSource`.
+
+    Raises:
+        ConfigError: No data is given, and the run's is unknown or has nothing to score.
+        DataError: The data can't be read, or nothing was held out.
+    """
+    config = None if run is None else run.config
+    own = None if config is None else config.data
+    if data is not None:
+        split = split or "train"
+        dataset = read_scorable(ConfiguredSource(open_data(data), columns), split, format)
+        trained = set() if run is None else trained_prompts(run, own)
+        return RowsToScore(dataset, split, "", frozenset(trained))
+    if run is None:
+        raise ConfigError("--data is missing; give a file, folder or hub name of rows to score")
+    if config is None or own is None:
+        raise _missing_data(run, "rows to score")
+    _check_no_effect(format, columns)
+    groups: list[PromptGroup] | None = None
+    part = f"{split} split"
+    if split is None:
+        groups, split, part = _own_held_out(run, own)
+    source = configure_data(own, config, run.labels)
+    try:
+        dataset = read_scorable(source, split, config.format)
+    except (ConfigError, DataError) as error:
+        raise ConfigError(
+            f"--data is missing, and the run's own has no completions to score ({error})"
+        ) from error
+    if groups is None:
+        trained = trained_prompts(run, own)
+    else:
+        trained, dataset = set(), _rows_of(dataset, groups)
+    return RowsToScore(dataset, split, f"{_name(own)}, {part}", frozenset(trained))
+
+
+def _rows_of(dataset: ScorableDataset, groups: Sequence[PromptGroup]) -> ScorableDataset:
+    """The rows that `groups` were made of. A list of completions can be made of several rows."""
+    sources = {group.source for group in groups}
+    prompts = {group.prompt for group in groups if group.prompt}
+    rows = [
+        found.row
+        for found in dataset
+        if found.row.source in sources
+        or (found.group is not None and found.group.prompt in prompts)
+    ]
+    return replace(dataset, rows=rows)
+
+
+def trained_prompts(run: TrainedRun, data: Data | None) -> set[Text]:
     """The prompts that the run was trained on; none if its data can't be read any more."""
     config = run.config
     if config is None or data is None:
         return set()
     try:
         source = configure_data(data, config, run.labels)
-        return {group.prompt for group in read_splits(config, _reader(run), source).train}
+        groups = read_splits(config, _reader(run), source).train
+        return {group.prompt for group in groups if group.prompt}
     except MlxAlignError:
         return set()
 
 
+def trained_on_warning(trained: int, prompts: int) -> tuple[str, ...]:
+    """A warning if `trained` of the `prompts` prompts that were measured are training data."""
+    if not trained:
+        return ()
+    return (
+        f"{trained} of the {counted(prompts, 'prompt')} are in the run's training data: their "
+        "numbers say how well the run fits what it was trained on, not how it does on new prompts",
+    )
+
+
 def _read_own_data(run: TrainedRun, data: Data) -> HeldOutData:
+    groups, split, part = _own_held_out(run, data)
+    held_out = {group.prompt for group in groups}
+    assert run.config is not None
+    source = configure_data(data, run.config, run.labels)
+    # Read again as pairs, because a kto run splits pairs into single completions.
+    pairs = _pairs(source, split, run.config.format)
+    pairs = [group for group in pairs if group.prompt in held_out]
+    return HeldOutData(pairs, _unique_prompts(groups), f"{_name(data)}, {part}")
+
+
+def _own_held_out(run: TrainedRun, data: Data) -> tuple[list[PromptGroup], str, str]:
+    """What the run held out of its data, the split it is in, and a description of it."""
     config = run.config
     assert config is not None
     if config.valid_fraction == 0 and not has_split(data, "valid"):
@@ -138,12 +260,9 @@ def _read_own_data(run: TrainedRun, data: Data) -> HeldOutData:
     source = configure_data(data, config, run.labels)
     needed = prompts_needed(run.command, run.loss)
     groups = read_splits(config, _reader(run), source, min_valid_prompts=needed).valid
-    split = "valid" if has_split(data, "valid") else "train"
-    held_out = {group.prompt for group in groups}
-    # Read again as pairs, because a kto run splits pairs into single completions.
-    pairs = [group for group in _pairs(source, split, config.format) if group.prompt in held_out]
-    part = "valid split" if split == "valid" else "the part that the run held out"
-    return HeldOutData(pairs, _unique_prompts(groups), f"{_name(data)}, {part}")
+    if has_split(data, "valid"):
+        return groups, "valid", "valid split"
+    return groups, "train", "the part that the run held out"
 
 
 def _name(data: Data) -> str:
@@ -155,6 +274,8 @@ def _reader(run: TrainedRun) -> GroupReader:
     """The function with which the run read its data; the split depends on it."""
     if run.command == "dpo":
         return _read_pairs
+    if run.command == "reward":
+        return read_preferences
     if run.command == "kto":
         return read_unpaired
     if run.command == "sft":

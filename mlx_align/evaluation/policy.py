@@ -31,6 +31,7 @@ from mlx_align.evaluation.data import (
     read_held_out_data,
     sample_prompts,
     split_into_segments,
+    trained_on_warning,
 )
 from mlx_align.evaluation.metrics import (
     BestOf,
@@ -244,7 +245,7 @@ def evaluate_policy(
         best_of=best_of_curve(scores[scored]),
         perplexity=measured.perplexity,
         warnings=(
-            *_trained_on(held_out),
+            *trained_on_warning(held_out.trained, len(held_out.prompts)),
             *_warnings(config, run, folder, samples, len(prompts)),
             *longest,
         ),
@@ -593,17 +594,6 @@ def _describe_reference(run: TrainedRun) -> str:
     if run.config is not None and run.config.init_adapter is not None:
         return f"the adapter the run started from, {run.config.init_adapter}"
     return "the base model"
-
-
-def _trained_on(data: HeldOutData) -> tuple[str, ...]:
-    """A warning if the data has prompts that the run was trained on."""
-    if not data.trained:
-        return ()
-    which = f"{data.trained} of the {counted(len(data.prompts), 'prompt')}"
-    return (
-        f"{which} are in the run's training data: their numbers say how well the run fits what it "
-        "was trained on, not how it does on new prompts",
-    )
 
 
 def _warnings(

@@ -117,8 +117,24 @@ class TrainedRun:
         return str(found)
 
 
-def read_trained_run(adapter_path: str | Path) -> TrainedRun:
+def default_output(adapter_path: str | Path, name: str) -> Path:
+    """Where a command writes that was given a run and no --output: NAME in the run folder.
+
+    What is made of a checkpoint has the checkpoint's number in its name.
+    """
+    folder = Path(adapter_path).expanduser()
+    if folder.parent.name != CHECKPOINTS:
+        return folder / name
+    file = folder.parent.parent / name
+    return file.with_name(f"{file.stem}-{folder.name}{file.suffix}")
+
+
+def read_trained_run(adapter_path: str | Path, *, reward_model: bool = False) -> TrainedRun:
     """Read a run folder, one of its checkpoints, or an adapter folder of mlx-lm.
+
+    Args:
+        adapter_path: The folder.
+        reward_model: Whether the run of a reward model is accepted too.
 
     Raises:
         ModelError: There is no adapter, or it is a reward model's.
@@ -127,7 +143,7 @@ def read_trained_run(adapter_path: str | Path) -> TrainedRun:
     folder = Path(adapter_path).expanduser()
     if not folder.is_dir():
         raise ModelError(f"--adapter-path {adapter_path}: no such folder")
-    if has_reward_head(folder):
+    if not reward_model and has_reward_head(folder):
         raise ModelError(
             f"--adapter-path {adapter_path}: this is a reward model, which generates no text; "
             "mlx-align score measures its accuracy on labelled pairs"
@@ -267,6 +283,8 @@ def _command(run: Path, values: dict[str, Any]) -> str:
     except (OSError, ValueError, KeyError, TypeError):
         if "loss_on" in values:
             return "sft"
+        if "members" in values:
+            return "reward"
         if "group_size" in values:
             return "ppo" if "critic" in values else "grpo"
         return "dpo" if "wpo" in values else "kto" if "loss" in values else "run"

@@ -71,6 +71,7 @@ class FuseReport:
     """Result of fusing an adapter.
 
     Attributes:
+        output: The folder of the fused model.
         layers: One entry per adapted layer.
         logps_gap: Largest difference of token log-probs, nats, between the base with the adapter
             and the fused model, on random tokens, with float32 activations.
@@ -82,6 +83,7 @@ class FuseReport:
         fine_tune_type: lora, dora or full.
     """
 
+    output: str
     layers: tuple[FusedLayer, ...]
     logps_gap: float
     logps_change: float
@@ -155,6 +157,7 @@ def fuse_adapter(
     with atomic_folder(output) as partial, wrap_write_errors(output):
         save(partial, str(folder.path), module, folder.tokenizer, config, donate_model=False)
     return FuseReport(
+        output=str(output),
         layers=tuple(layers),
         logps_gap=_max_difference(fused, adapted),
         logps_change=_max_difference(adapted, base),

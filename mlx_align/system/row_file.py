@@ -354,6 +354,15 @@ def hash_rows(rows: Iterable[Any]) -> str:
     return digest.hexdigest()
 
 
+def unused_file(file: Path) -> Path:
+    """`file` if it doesn't exist or isn't complete, else the first free one of NAME-2, NAME-3."""
+    found, number = file, 1
+    while found.exists() and not progress_file(found).exists():
+        number += 1
+        found = file.with_name(f"{file.stem}-{number}{file.suffix}")
+    return found
+
+
 def new_file(output: str, *, resume: bool = False) -> Path:
     """The file that `--output` names, which must not exist, unless the command is resumed.
 

@@ -9,7 +9,7 @@ import pytest
 from helpers.scripts import load_script
 
 from mlx_align import config as configs
-from mlx_align.config import DPOConfig, GRPOConfig, ScoreConfig, keywords
+from mlx_align.config import DPOConfig, GRPOConfig, SampleConfig, ScoreConfig, keywords
 from mlx_align.config.schema import (
     declared_options,
     fixed_options,
@@ -153,9 +153,9 @@ def test_values_are_checked_however_a_config_is_made():
     with pytest.raises(ConfigError, match="group_size=0"):
         dataclasses.replace(GRPOConfig(), group_size=0)
     with pytest.raises(ConfigError, match="data is missing"):
-        make_config(ScoreConfig, {"model": "m"})
+        make_config(SampleConfig, {"model": "m"})
     with pytest.raises(ConfigError, match="--data is missing"):
-        make_config(ScoreConfig, {"model": "m"}, source="command line")
+        make_config(SampleConfig, {"model": "m"}, source="command line")
     assert DPOConfig(output=Path("runs/a")).output == "runs/a"
     with pytest.raises(dataclasses.FrozenInstanceError):
         DPOConfig().seed = 1

@@ -19,9 +19,9 @@ from mlx_align.config import DPOConfig, KTOConfig, SFTConfig
 from mlx_align.config.schema import to_yaml
 from mlx_align.data.tokenization import tokenize_groups
 from mlx_align.evaluation import policy
-from mlx_align.evaluation.data import EvalPrompt, read_held_out_data
+from mlx_align.evaluation.data import EvalPrompt, read_held_out_data, trained_on_warning
 from mlx_align.evaluation.parts import FinishedParts
-from mlx_align.evaluation.policy import _trained_on, completion_text
+from mlx_align.evaluation.policy import completion_text
 from mlx_align.inference.trained_run import read_trained_run
 from mlx_align.models.adapters import AdapterLayout, install_adapters, load_adapter, save_adapter
 from mlx_align.models.generation import Generated
@@ -303,10 +303,10 @@ def test_rows_that_were_trained_on_are_called_that(data, runs):
     trained = read_held_out_data(run, str(data / "train.jsonl"), None)
     assert trained.trained == len(trained.prompts) > 0
     assert trained.title.endswith("(trained on: all of the prompts)")
-    (warning,) = _trained_on(trained)
+    (warning,) = trained_on_warning(trained.trained, len(trained.prompts))
     assert f"{trained.trained} of the {trained.trained} prompts are in the run's" in warning
     held_out = read_held_out_data(run, str(data / "valid.jsonl"), None)
-    assert (held_out.trained, _trained_on(held_out)) == (0, ())
+    assert (held_out.trained, trained_on_warning(0, len(held_out.prompts))) == (0, ())
 
 
 def test_a_text_completion_continues_its_prompt():
@@ -371,8 +371,11 @@ def test_the_policy_is_freed_before_the_reward_model_is_loaded(runs, evaluate, m
 def test_errors_are_one_line(tmp_path, data, runs, refused):
     model = ("--model", TINY_MODEL)
     dpo = (*model, "--adapter-path", runs / "dpo")
-    assert "--model is missing" in refused("--adapter-path", runs / "dpo")
-    assert "--adapter-path is missing" in refused(*model)
+    unnamed = tmp_path / "unnamed"
+    shutil.copytree(runs / "dpo", unnamed)
+    (unnamed / "adapter_config.json").write_text("{}")
+    assert "--model is missing" in refused("--adapter-path", unnamed)
+    assert "give a run (a folder that mlx-align wrote)" in refused(*model)
     assert "no such folder" in refused(*model, "--adapter-path", tmp_path / "nowhere")
     assert "not an adapter folder" in refused(*model, "--adapter-path", data)
     assert "mlx-align score" in refused(*model, "--adapter-path", runs / "rm")
