@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -188,19 +188,31 @@ def _train(
     console.note(f"\nRun folder: {run}\nRun page: {run / PAGE_FILE}\n")
     if activate := activation_command():
         console.note(f"Your shell finds these commands after: {activate}")
-    for what, command in _next_commands(entry, run, summary["talk"]):
+    for what, command in _next_commands(entry, run, summary):
         console.note(f"{what}:\n  {command}")
 
 
-def _next_commands(entry: TrainingCommand, run: Path, mlx_lm: str) -> Iterator[tuple[str, str]]:
+def _next_commands(
+    entry: TrainingCommand, run: Path, summary: Mapping[str, Any]
+) -> Iterator[tuple[str, str]]:
     """What to do with a run, and the commands that do it."""
     folder = shlex.quote(str(run))
     if entry is REWARD:
-        yield "Score completions with it", mlx_lm
+        yield "Score completions with it", summary["talk"]
+        return
+    if summary["verdict"]["kind"] == "broken":
+        from mlx_align.tracking.run_dir import CONFIG_FILE, read_run_record
+
+        rate = read_run_record(run).config.get("learning_rate")
+        yield "Read what it answers now", f"mlx-align chat {folder} --compare"
+        if isinstance(rate, float):
+            file, output = (shlex.quote(str(path)) for path in (run / CONFIG_FILE, f"{run}-again"))
+            options = f"--config {file} --learning-rate {rate / 10:g} --output {output}"
+            yield "Train again at a tenth of the rate", f"mlx-align {entry.name} {options}"
         return
     yield "Ask it, and the model it started from", f"mlx-align chat {folder} --compare"
     yield "Measure the change", f"mlx-align eval {folder}"
-    yield "Use it in stock mlx-lm", mlx_lm
+    yield "Use it in stock mlx-lm", summary["talk"]
     if entry is SFT:
         yield "Train on preferences from here", f"mlx-align dpo … --init-adapter {folder}"
 

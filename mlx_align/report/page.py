@@ -16,7 +16,12 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from mlx_align.report.charts import Chart, embed_json
-from mlx_align.report.panels import comparison_charts, reward_report_charts, run_charts
+from mlx_align.report.panels import (
+    are_comparable,
+    comparison_charts,
+    reward_report_charts,
+    run_charts,
+)
 from mlx_align.report.tables import (
     data_rows,
     metric_rows,
@@ -28,8 +33,8 @@ from mlx_align.report.tables import (
 from mlx_align.system.formatting import format_count, format_date, format_duration, format_value
 from mlx_align.system.intervals import kl_interval, metric_interval
 from mlx_align.tracking.diagnostics import Finding, diagnose
-from mlx_align.tracking.run_dir import RunRecord
-from mlx_align.tracking.verdict import compare_runs, held_out_examples, verdict
+from mlx_align.tracking.run_dir import RunRecord, held_out_examples
+from mlx_align.tracking.verdict import compare_runs, verdict
 
 # Interval at which the page of a running run reloads itself.
 RELOAD_SECONDS = 30
@@ -63,10 +68,6 @@ class Headline:
     unit: str = ""
     show_start: bool = True
 
-
-# Options that set the scale of a loss, and of a reward margin.
-_MARGIN_OPTIONS = ("loss", "beta", "loss_option")
-_LOSS_OPTIONS = (*_MARGIN_OPTIONS, "label_smoothing", "wpo", "ld_alpha")
 
 HEADLINES = (
     Headline("eval/logps/accuracies", "held-out: chosen completion more likely", "share"),
@@ -119,7 +120,7 @@ def render_run(record: RunRecord) -> str:
     state = run_state(record)
     statistics = record.data_statistics
     versions = record.summary.get("versions") or record.status.get("versions") or {}
-    charts = run_charts(record)
+    charts, found = run_charts(record), verdict(record)
     report_charts = reward_report_charts(report)
     return _render(
         "run.html",
@@ -131,7 +132,7 @@ def render_run(record: RunRecord) -> str:
         model=_short_name(record.config.get("model")),
         data=_short_name(record.config.get("data")),
         state=state,
-        verdict=verdict(record),
+        verdict=found,
         details=_details(record),
         cards=_cards(record),
         findings=diagnose(record),
@@ -148,7 +149,7 @@ def render_run(record: RunRecord) -> str:
         example=statistics.get("example") or (),
         options=[(name, option_text(value)) for name, value in record.config.items()],
         versions=list(versions.items()),
-        next_command=record.summary.get("talk"),
+        next_command=None if found.kind == "broken" else record.summary.get("talk"),
     )
 
 
@@ -282,11 +283,16 @@ def run_state(record: RunRecord) -> State:
 
 def _details(record: RunRecord) -> str:
     """A second sentence below the verdict, or ""."""
-    prefers = record.values("eval/logps/accuracies")
-    if len(prefers) > 1:
+    key = "eval/logps/accuracies"
+    values, kept = record.values(key), record.kept_evaluation
+    if len(values) > 1 and key in kept:
+        n, ends = held_out_examples(record), ""
+        if (found := metric_interval(kept, key, n)) is not None and n is not None:
+            low, high = (format_value(end, "share") for end in (found.low, found.high))
+            ends = f" (95% interval {low} to {high}, {format_count(kept, n)})"
         return (
             f"By its own log-probs, the model finds the chosen completion more likely in "
-            f"{prefers[-1]:.1%} of the pairs; before training it was {prefers[0]:.1%}."
+            f"{kept[key]:.1%} of the pairs{ends}; before training it was {values[0]:.1%}."
         )
     kl = record.recent_mean("objective/kl")
     if kl is not None and record.values("reward"):
@@ -345,18 +351,6 @@ def _interval(record: RunRecord, headline: Headline) -> str:
     return f"{low} to {high}, {count}"
 
 
-def _comparable(records: Sequence[RunRecord], key: str) -> bool:
-    """Whether a metric means the same for these runs: losses have scales, and margins a beta."""
-    options: dict[str, tuple[str, ...]] = {"eval/loss": _LOSS_OPTIONS, "loss": _LOSS_OPTIONS}
-    options["eval/rewards/margins"] = _MARGIN_OPTIONS
-    names = options.get(key, ())
-    seen = {
-        (record.command if names else "", *(option_text(record.config.get(n)) for n in names))
-        for record in records
-    }
-    return len(seen) < 2
-
-
 def _results(
     records: Sequence[RunRecord], findings: Sequence[Sequence[Finding]]
 ) -> list[list[str]]:
@@ -365,7 +359,7 @@ def _results(
     rows.append(["updates", *(f"{record.step:,}" for record in records)])
     for headline in HEADLINES:
         values = [_kept_value(record, headline.key) for record in records]
-        if any(value is not None for value in values) and _comparable(records, headline.key):
+        if any(value is not None for value in values) and are_comparable(records, headline.key):
             shown = [
                 f"{format_value(value, headline.unit)} ({ends})"
                 if ends
@@ -375,13 +369,13 @@ def _results(
                 )
             ]
             rows.append([headline.label, *shown])
-    for label, key, inner, unit in (
-        ("KL from the reference, per completion", "kl", "mean", "nats"),
-        ("accuracy on all held-out comparisons", "held_out", "accuracy", "share"),
+    for label, show in (
+        ("KL from the reference, per completion", _kl),
+        ("accuracy on all held-out comparisons", _report_accuracy),
     ):
-        values = [(record.summary.get(key) or {}).get(inner) for record in records]
-        if any(value is not None for value in values):
-            rows.append([label, *(format_value(value, unit) for value in values)])
+        shown = [show(record) for record in records]
+        if any(shown):
+            rows.append([label, *(text or format_value(None) for text in shown)])
     for label, key, unit in (
         ("speed", "tokens_per_second", "tokens/s"),
         ("peak memory", "peak_memory_bytes", "bytes"),
@@ -389,6 +383,28 @@ def _results(
         rows.append([label, *(format_value(record.last(key), unit) for record in records)])
     rows.append(["warnings", *(str(len(found)) for found in findings)])
     return rows
+
+
+def _kl(record: RunRecord) -> str:
+    """The KL from the reference with its interval and number of samples, or ""."""
+    kl = record.summary.get("kl") or {}
+    if kl.get("mean") is None:
+        return ""
+    found, ends = kl_interval(kl), ""
+    if found is not None:
+        ends = f"{format_value(found.low)} to {format_value(found.high)}, "
+    return f"{format_value(kl['mean'], 'nats')} ({ends}n = {kl.get('samples')})"
+
+
+def _report_accuracy(record: RunRecord) -> str:
+    """A reward model's accuracy on all held-out comparisons, with interval and number, or ""."""
+    report = record.summary.get("held_out") or {}
+    if report.get("accuracy") is None:
+        return ""
+    rate, low, high = (
+        format_value(report[key], "share") for key in ("accuracy", "accuracy_low", "accuracy_high")
+    )
+    return f"{rate} ({low} to {high}, n = {report['comparisons']:,})"
 
 
 def _differences(records: Sequence[RunRecord]) -> list[list[str]]:

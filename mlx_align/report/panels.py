@@ -20,6 +20,7 @@ from mlx_align.report.charts import (
     calibration_chart,
     line_chart,
 )
+from mlx_align.report.tables import option_text
 from mlx_align.system.formatting import format_value
 from mlx_align.tracking.diagnostics import (
     MAX_CLIP_RATIO,
@@ -272,14 +273,40 @@ def _legend_entry(line: Line, panel: Panel) -> LegendEntry:
     return LegendEntry(line.colour % COLOURS, line.label, value, line.held_out)
 
 
+# Options that set the scale of a loss, and of a reward.
+_REWARD_OPTIONS = ("loss", "beta", "loss_option")
+_LOSS_OPTIONS = (*_REWARD_OPTIONS, "label_smoothing", "wpo", "ld_alpha")
+_SCALES = {
+    "loss": _LOSS_OPTIONS,
+    **{f"rewards/{name}": _REWARD_OPTIONS for name in ("chosen", "rejected", "margins")},
+}
+
+
+def are_comparable(records: Sequence[RunRecord], key: str) -> bool:
+    """Whether a metric means the same for these runs: losses have scales, and rewards a beta.
+
+    Runs without the metric don't count.
+    """
+    names = _SCALES.get(key.removeprefix("eval/"))
+    if names is None:
+        return True
+    known = [one for one in records if key in one.training_keys or key in one.held_out_keys]
+    return len({(r.command, *(option_text(r.config.get(n)) for n in names)) for r in known}) < 2
+
+
 def comparison_charts(records: Sequence[RunRecord], names: Sequence[str]) -> list[Chart]:
-    """One chart per metric and one colour per run; of held-out data if a run has it."""
+    """One chart per metric and one colour per run; of held-out data if a run has it.
+
+    Metrics that have different scales in these runs are left out, as in the table of results.
+    """
     charts = []
     for panel in PANELS:
         curves = {curve.key: curve for record in records for curve in curves_of(panel, record)}
         for curve in curves.values():
             both = [_lines_of(panel, curve, record, 0) for record in records]
             has_held_out = any(held_out is not None for _, held_out in both)
+            if not are_comparable(records, curve.twin if has_held_out else curve.key):
+                continue
             lines = [
                 line._replace(label=name, colour=colour)
                 for colour, (name, (training, held_out)) in enumerate(zip(names, both, strict=True))

@@ -264,18 +264,18 @@ class _LogProgress:
 
 
 _ROWS = (
-    ("reward", "reward", "{:+.3f}"),
-    ("held-out reward", "held_out", "{:+.3f}"),
+    ("reward", "reward", "{:+z.3f}"),
+    ("held-out reward", "held_out", "{:+z.3f}"),
     ("finished completions", "completions/ended", "{:.0%}"),
     ("tokens per completion", "completions/mean_length", "{:.0f}"),
     ("prefers chosen (by log-prob)", "logps/accuracies", "{:.1%}"),
-    ("log-prob margin, nats", "logps/margins", "{:+.2f}"),
-    ("log-prob of chosen, nats", "logps/chosen", "{:.2f}"),
-    ("log-prob of rejected, nats", "logps/rejected", "{:.2f}"),
+    ("log-prob margin, nats", "logps/margins", "{:+z.2f}"),
+    ("log-prob of chosen, nats", "logps/chosen", "{:z.2f}"),
+    ("log-prob of rejected, nats", "logps/rejected", "{:z.2f}"),
     ("reward accuracy (implicit)", "rewards/accuracies", "{:.1%}"),
-    ("reward margin (implicit)", "rewards/margins", "{:+.3f}"),
+    ("reward margin (implicit)", "rewards/margins", "{:+z.3f}"),
     ("reward AUC, desirable over undesirable", "rewards/auc", "{:.1%}"),
-    ("KL estimate from mismatched pairs, nats", "kl", "{:.2f}"),
+    ("KL estimate from mismatched pairs, nats", "kl", "{:z.2f}"),
     ("perplexity", "perplexity", "{:.3f}"),
     ("loss", "loss", "{:.4f}"),
 )
@@ -304,8 +304,8 @@ def _metric_table(
     if kl is not None:
         label = f"KL from the reference, nats (n = {kl['samples']})"
         found = kl_interval(kl)
-        ends = "" if found is None else _ends(found, "{:.2f}")
-        table.add_row(label, "0.00", f"{kl['mean']:.2f}", ends)
+        ends = "" if found is None else _ends(found, "{:z.2f}")
+        table.add_row(label, "0.00", f"{kl['mean']:z.2f}", ends)
     return table
 
 

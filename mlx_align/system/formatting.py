@@ -91,7 +91,7 @@ def format_metrics(row: Mapping[str, float], examples: int | None = None) -> str
         parts.append(
             f"accuracy {row['rewards/accuracies']:.0%}{ends('rewards/accuracies', '{:.0%}')}"
         )
-        parts.append(f"margin {row['rewards/margins']:+.3f}{ends('rewards/margins', '{:+.3f}')}")
+        parts.append(f"margin {row['rewards/margins']:+z.3f}{ends('rewards/margins', '{:+z.3f}')}")
     if "perplexity" in row:
         parts.append(f"perplexity {row['perplexity']:.3f}{ends('perplexity', '{:.3f}')}")
     if row.get("tokens_per_second"):
@@ -110,12 +110,12 @@ def format_count(metrics: Mapping[str, float], examples: int) -> str:
 
 def _format_rollout_metrics(row: Mapping[str, float], ends: Callable[[str, str], str]) -> list[str]:
     reward = row["reward"]
-    shown = f"reward {reward:+.3f}{ends('reward', '{:+.3f}')}"
+    shown = f"reward {reward:+z.3f}{ends('reward', '{:+z.3f}')}"
     parts = [shown if math.isfinite(reward) else "no rewards"]
     if "held_out" in row:
-        parts.append(f"held-out reward {row['held_out']:+.3f}{ends('held_out', '{:+.3f}')}")
+        parts.append(f"held-out reward {row['held_out']:+z.3f}{ends('held_out', '{:+z.3f}')}")
     if "objective/kl" in row:
-        parts.append(f"KL {row['objective/kl']:.2f}")
+        parts.append(f"KL {row['objective/kl']:z.2f}")
     if "value/explained_variance" in row:
         parts.append(f"critic explains {row['value/explained_variance']:.0%}")
     if "completions/mean_length" in row:

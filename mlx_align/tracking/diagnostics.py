@@ -19,8 +19,9 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, Literal
 
-from mlx_align.system.formatting import format_value
-from mlx_align.tracking.run_dir import RunRecord
+from mlx_align.system.formatting import counted, format_value
+from mlx_align.system.intervals import kl_interval, metric_interval, prompts_of
+from mlx_align.tracking.run_dir import RunRecord, held_out_examples
 
 Level = Literal["warn", "halve", "stop"]
 
@@ -80,6 +81,20 @@ MIN_ROWS_WITHOUT_CHANGE = 5
 # Relative rounding of a loss: that of an unchanged policy is ln 2 to within 2e-7 (float32).
 ROUNDING = 1e-6
 
+# Smallest changes of held-out means that can change an answer. In SmolLM2-135M, 4 updates at 1e-5,
+# after which all answers were as before, moved chosen against rejected completions by 0.04 nats; 16
+# updates of the defaults moved them by 2 nats (docs/verified/defaults.md). There is no smallest
+# number of updates: a few at a high learning rate do move a model.
+MIN_LOGP_CHANGE = 0.1  # nats per completion
+MIN_TOKEN_CHANGE = 0.001  # nats per token: 0.1 nats in 100 tokens
+MIN_SCORE_CHANGE = 0.01  # of a reward margin: 0.25% of a probability
+# Smallest relative change of a perplexity that counts where it has no interval.
+PERPLEXITY_CHANGE = 0.01
+# Of five tosses of a coin, all are the same in 6.3% of cases; of six, in 3.1%.
+MIN_EXAMPLES = 6
+# A rate of "the longer completion is chosen" (or the shorter one) that could explain an accuracy.
+LENGTH_RULE = 0.55
+
 # A finding is shown again once its severity is this many times what it was when last shown.
 WORSE_BY = 2.0
 
@@ -105,6 +120,7 @@ class Finding:
         problem: One sentence on what is wrong.
         advice: One sentence on what to do.
         severity: How far the metric is beyond its threshold, 1 at the threshold.
+        untrained: Whether it means that the run learned nothing.
     """
 
     level: Level
@@ -112,6 +128,7 @@ class Finding:
     problem: str
     advice: str
     severity: float = 1.0
+    untrained: bool = False
 
     @property
     def text(self) -> str:
@@ -250,6 +267,7 @@ def _no_reward(history: History) -> Finding | None:
         "reward",
         "Nothing was learned: no completion got a reward.",
         "Check the reward functions, which returned None every time, or the reward model.",
+        untrained=True,
     )
 
 
@@ -269,6 +287,7 @@ def _equal_rewards(history: History) -> Finding | None:
         "Use harder or easier prompts, a finer reward, or a larger --group-size.",
         # Shown again after the warning about most of the prompts.
         WORSE_BY / MAX_ZERO_STD_SHARE,
+        untrained=True,
     )
 
 
@@ -280,6 +299,7 @@ def _zero_gradient(history: History) -> Finding | None:
         "grad_norm",
         "Nothing was learned: the gradient was zero in every update.",
         "Check the data, the loss and its options.",
+        untrained=True,
     )
 
 
@@ -294,6 +314,7 @@ def _constant_loss(history: History) -> Finding | None:
         "loss",
         f"Nothing was learned: the loss was {value:.6g} in every row.",
         "Raise --learning-rate, and check the data.",
+        untrained=True,
     )
 
 
@@ -697,6 +718,111 @@ def run_checks(history: History) -> list[Finding]:
     return sorted(found, key=lambda finding: -_RANK[finding.level])
 
 
+# Checks of a whole run, which need its answers and its data too
+
+
+def unmoved(record: RunRecord) -> Finding | None:
+    """The policy, or reward model, is what it was before training."""
+    updates = counted(record.step, "update")
+    advice = "Train for more updates, or raise --learning-rate."
+    answers = [(row["before"], row["after"]) for row in record.samples if "before" in row]
+    if answers:
+        perplexity = _held_out_change(record, "eval/perplexity")
+        if any(before != after for before, after in answers) or _kl_shows_change(record):
+            return None
+        if perplexity and abs(perplexity[1] / perplexity[0] - 1) >= PERPLEXITY_CHANGE:
+            return None
+        what = f"all {len(answers)} held-out prompts"
+        if len(answers) <= 2:
+            what = "both held-out prompts" if len(answers) == 2 else "the held-out prompt"
+        kl = record.summary.get("kl")
+        noise = kl_interval(kl) if isinstance(kl, Mapping) else None
+        distance = ""
+        if noise is not None:
+            nats = format_value(noise.value)
+            distance = f", and its KL from the start ({nats} nats) is within its error of 0"
+        problem = f"After {updates} the policy answers {what} as before{distance}."
+        return Finding("warn", "samples", problem, advice, untrained=True)
+    if moved_on_held_out(record) is not False:
+        return None
+    effect = "scores" if record.command == "reward" else "answers"
+    problem = f"After {updates} {_HARDLY_MOVED[record.command]}: too little to change {effect}."
+    return Finding("warn", "samples", problem, advice, untrained=True)
+
+
+def _kl_shows_change(record: RunRecord) -> bool:
+    """Whether the KL from the start, measured on samples, is above 0 by more than its error."""
+    kl = record.summary.get("kl")
+    noise = kl_interval(kl) if isinstance(kl, Mapping) else None
+    return noise is not None and noise.low > 0
+
+
+def moved_on_held_out(record: RunRecord) -> bool | None:
+    """Whether held-out means changed enough to change an answer; None if that isn't known."""
+    if _kl_shows_change(record):
+        return True
+    for limits in _SMALLEST_CHANGES.get(record.command, ()):
+        changes = {key: _held_out_change(record, key) for key in limits}
+        known = {key: abs(one[1] - one[0]) for key, one in changes.items() if one is not None}
+        if known:
+            return any(change >= limits[key] for key, change in known.items())
+    return None
+
+
+_LOGP_CHANGES = dict.fromkeys(("eval/logps/chosen", "eval/logps/rejected"), MIN_LOGP_CHANGE)
+_SCORE_CHANGES = dict.fromkeys(("eval/rewards/margins", "eval/loss"), MIN_SCORE_CHANGE)
+# By training command: held-out metrics and their smallest changes; the second ones for runs without
+# the first. Log-probs come first, because losses and margins have scales.
+_SMALLEST_CHANGES: Mapping[str, Sequence[Mapping[str, float]]] = {
+    "dpo": (_LOGP_CHANGES, _SCORE_CHANGES),
+    "kto": (_LOGP_CHANGES, _SCORE_CHANGES),
+    "sft": ({"eval/loss": MIN_TOKEN_CHANGE},),
+    "reward": (_SCORE_CHANGES,),
+}
+_HARDLY_MOVED = {
+    "dpo": f"log-probs of held-out completions changed by less than {MIN_LOGP_CHANGE} nats",
+    "kto": f"log-probs of held-out completions changed by less than {MIN_LOGP_CHANGE} nats",
+    "sft": f"the held-out loss changed by less than {MIN_TOKEN_CHANGE} nats per token",
+    "reward": f"held-out loss and margin changed by less than {MIN_SCORE_CHANGE}",
+}
+
+
+def _held_out_change(record: RunRecord, key: str) -> tuple[float, float] | None:
+    """A held-out metric before training and of the adapter that was kept."""
+    rows = [row for row in record.held_out if key in row]
+    kept = record.kept_evaluation
+    if not rows or rows[0]["step"] != 0 or key not in kept or kept["step"] == 0:
+        return None
+    return rows[0][key], kept[key]
+
+
+def _length_explains(record: RunRecord) -> Finding | None:
+    """Held-out accuracy is above 50%, but not above that of choosing by length."""
+    statistics, n = record.data_statistics, held_out_examples(record)
+    longer, shorter = statistics.get("chosen_longer"), statistics.get("rejected_longer")
+    if not isinstance(longer, float) or not isinstance(shorter, float):
+        return None
+    which, rate = ("longer", longer) if longer >= shorter else ("shorter", shorter)
+    key = "eval/rewards/auc" if record.command == "kto" else "eval/rewards/accuracies"
+    kept = record.kept_evaluation
+    found = metric_interval(kept, key, n)
+    if record.command not in _PAIRS or found is None or kept["step"] == 0:
+        return None
+    if (prompts_of(kept) or n or 0) < MIN_EXAMPLES:
+        return None
+    if rate <= LENGTH_RULE or found.low <= 0.5 or found.low > rate:
+        return None
+    return Finding(
+        "warn",
+        "chosen_longer",
+        f"Length alone may explain the result, because the {which} completion is chosen in "
+        f"{rate:.0%} of the training pairs.",
+        "Compare answers of equal length: mlx-align eval with --reward-model does. Or add pairs in "
+        f"which the {'shorter' if which == 'longer' else 'longer'} completion is chosen.",
+        rate / LENGTH_RULE,
+    )
+
+
 def diagnose(record: RunRecord) -> list[Finding]:
     """The findings of a run, from its folder; the most serious first.
 
@@ -705,6 +831,12 @@ def diagnose(record: RunRecord) -> list[Finding]:
     """
     history = history_of(record)
     found = run_checks(history)
+    over = record.finished or record.status.get("state") != "running"
+    # While a run trains, that it hasn't moved yet is no problem.
+    if over and not any(finding.untrained for finding in found):
+        found += [finding for finding in (unmoved(record),) if finding is not None]
+    if (length := _length_explains(record)) is not None:
+        found.append(length)
     shown = {finding.signal for finding in found}
     for kept in _recorded(record):
         if kept.signal not in shown:

@@ -338,6 +338,30 @@ class RunRecord:
         return sum(values) / rows if len(values) == rows else None
 
 
+def held_out_examples(record: RunRecord) -> int | None:
+    """Number of held-out examples in each evaluation; None if the files don't tell.
+
+    Runs write it as `eval_examples`. For runs of older versions it follows from the size of the
+    held-out data and from --val-batches.
+    """
+    for source in (record.summary, record.status):
+        count = source.get("eval_examples")
+        if isinstance(count, int) and count > 0:
+            return count
+    kl = record.summary.get("kl")
+    if record.command in ("ppo", "grpo"):
+        return kl.get("samples") if isinstance(kl, Mapping) else None
+    available = record.data_statistics.get("valid_groups")
+    batches, size = record.config.get("val_batches"), record.config.get("batch_size")
+    if not isinstance(available, int) or available < 1:
+        return None
+    if batches == -1:
+        return available
+    if isinstance(batches, int | float) and isinstance(size, int):
+        return max(1, min(available, round(batches * size)))
+    return None
+
+
 def read_run_record(folder: Path) -> RunRecord:
     """Read a run folder.
 

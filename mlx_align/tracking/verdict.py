@@ -12,15 +12,22 @@ from typing import Any, Literal, NamedTuple, cast
 from mlx_align.system.formatting import counted, format_value
 from mlx_align.system.intervals import (
     Estimate,
-    kl_interval,
     mean_difference,
     metric_interval,
     prompts_of,
     rate_difference,
     wilson_interval,
 )
-from mlx_align.tracking.diagnostics import RISING_LOSS, Finding, diagnose
-from mlx_align.tracking.run_dir import RunRecord
+from mlx_align.tracking.diagnostics import (
+    MIN_EXAMPLES,
+    PERPLEXITY_CHANGE,
+    RISING_LOSS,
+    Finding,
+    diagnose,
+    moved_on_held_out,
+    unmoved,
+)
+from mlx_align.tracking.run_dir import RunRecord, held_out_examples
 
 Kind = Literal[
     "better",
@@ -46,12 +53,6 @@ _BREAKAGE = frozenset(
         "text/distinct_2",
     }
 )
-# Of five tosses of a coin, all are the same in 6.3% of cases; of six, in 3.1%.
-MIN_EXAMPLES = 6
-# A rate of "the longer completion is chosen" (or the shorter one) that could explain an accuracy.
-_LENGTH_RULE = 0.55
-# Smallest relative change of a perplexity that counts in runs that have no interval of it.
-_PERPLEXITY_CHANGE = 0.01
 
 
 @dataclass(frozen=True)
@@ -79,16 +80,15 @@ class Verdict:
 
 def verdict(record: RunRecord) -> Verdict:
     """The verdict on one run, from its folder."""
-    report = record.summary.get("held_out")
-    if isinstance(report, Mapping) and report.get("accuracy") is not None:
-        return _reward_model_verdict(report)
-    if record.step == 0:
+    steps = record.step or record.summary.get("steps") or 0
+    if steps == 0:
         return Verdict("not trained", "Not trained yet: no update has been made.")
     skipped = record.last("skipped") or record.summary.get("skipped") or 0
-    if skipped >= record.step and record.command not in ("ppo", "grpo"):
-        return Verdict("not trained", f"Not trained: all {record.step:,} updates were skipped.")
+    if skipped >= steps and record.command not in ("ppo", "grpo"):
+        return Verdict("not trained", f"Not trained: all {steps:,} updates were skipped.")
     found = (
-        _rate_verdict(record)
+        _reward_model_verdict(record)
+        or _rate_verdict(record)
         or _reward_verdict(record)
         or _perplexity_verdict(record)
         or _without_held_out(record)
@@ -96,19 +96,17 @@ def verdict(record: RunRecord) -> Verdict:
     findings = diagnose(record)
     for kind, reason in (
         ("broken", _breakage(findings)),
-        ("not trained", _unchanged(record)),
+        ("not trained", _untrained(record, findings)),
         ("overfitted", _overfitting(record, findings)),
         ("at risk", _risk(record, found, findings)),
     ):
-        first = kind in ("broken", "not trained")
-        if not reason or (found.kind == "unknown" and not first):
+        if not reason or (found.kind == "unknown" and kind in ("overfitted", "at risk")):
             continue
-        # What makes the result meaningless comes first; what qualifies it comes after it.
+        # The problem comes first, so that a good number is read with it.
         result = found.sentence
         if kind == "not trained" and found.kind == "better":
             result = f"{result.rpartition(':')[0]}, by differences too small to change an answer."
-        parts = (reason, result) if first else (result, reason)
-        sentence = reason if found.kind == "unknown" else " ".join(parts)
+        sentence = reason if found.kind == "unknown" else f"{reason} {result}"
         return Verdict(cast(Kind, kind), sentence, found.estimate, found.n)
     return found
 
@@ -116,27 +114,25 @@ def verdict(record: RunRecord) -> Verdict:
 def _breakage(findings: Sequence[Finding]) -> str:
     """Why the policy's text is broken, or ""."""
     broken = [one for one in findings if one.level == "stop" and one.signal in _BREAKAGE]
-    return f"Broken: {broken[0].problem[:1].lower()}{broken[0].problem[1:]}" if broken else ""
+    return f"Broken: {_lower_first(broken[0].problem)}" if broken else ""
 
 
-def _unchanged(record: RunRecord) -> str:
+def _untrained(record: RunRecord, findings: Sequence[Finding]) -> str:
     """How the policy is the same as before training, or ""."""
-    answers = [(row["before"], row["after"]) for row in record.samples if "before" in row]
-    kl = record.summary.get("kl")
-    if not answers or any(before != after for before, after in answers):
+    if any(row["before"] != row["after"] for row in record.samples if "before" in row):
         return ""
-    noise = kl_interval(kl) if isinstance(kl, Mapping) else None
-    if noise is not None and noise.low > 0:
-        return ""
-    distance = ""
-    if noise is not None:
-        nats = format_value(noise.value)
-        distance = f", and its KL from the start ({nats} nats) is within its error of 0"
-    prompts = "the held-out prompt" if len(answers) == 1 else f"all {len(answers)} held-out prompts"
-    return (
-        f"Not trained: after {counted(record.step, 'update')} the policy answers {prompts} as "
-        f"before{distance}. Train for more updates, or raise --learning-rate."
-    )
+    found = next((finding for finding in findings if finding.untrained), None)
+    if found is None:
+        early = unmoved(record)
+        return "" if early is None else f"Not trained yet: {_lower_first(early.problem)}"
+    reason = found.problem
+    if found.signal != "samples":
+        # "Nothing was learned: the loss …". Losses without noise may be equal in every row of a run
+        # that moves.
+        if moved_on_held_out(record):
+            return ""
+        reason = reason.partition(": ")[2]
+    return f"Not trained: {_lower_first(reason)} {found.advice}"
 
 
 def _overfitting(record: RunRecord, findings: Sequence[Finding]) -> str:
@@ -146,14 +142,17 @@ def _overfitting(record: RunRecord, findings: Sequence[Finding]) -> str:
     if past_best and losses:
         lowest = record.kept_evaluation.get("eval/loss", losses[-1])
         past_best = losses[-1] > lowest + (RISING_LOSS - 1) * abs(lowest)
-    if not past_best and not any(finding.signal in _OVERFITTING for finding in findings):
+    shown = [finding for finding in findings if finding.signal in _OVERFITTING]
+    if not past_best and not shown:
         return ""
-    if kept is None or kept >= record.step:
-        return "The model overfits its training data."
-    return (
-        f"It overfits its training data: the result is best after update {kept:,} of "
-        f"{record.step:,}, and that adapter is kept."
-    )
+    if kept is not None and kept < record.step:
+        return (
+            f"Overfitted: the result is best after update {kept:,} of {record.step:,}, and that "
+            "adapter is kept."
+        )
+    if not shown:
+        return "Overfitted: the held-out loss rose."
+    return f"Overfitted: {_lower_first(shown[0].problem.removesuffix(': the model overfits.'))}."
 
 
 def _risk(record: RunRecord, found: Verdict, findings: Sequence[Finding]) -> str:
@@ -161,42 +160,13 @@ def _risk(record: RunRecord, found: Verdict, findings: Sequence[Finding]) -> str
     if found.kind != "better" or record.command not in ("dpo", "kto"):
         return ""
     if any(finding.signal == "logps/chosen" for finding in findings):
-        return "But the log-probs of chosen completions fall: read the answers."
-    statistics = record.data_statistics
-    longer, shorter = statistics.get("chosen_longer"), statistics.get("rejected_longer")
-    if found.estimate is None or not isinstance(longer, float) or not isinstance(shorter, float):
-        return ""
-    which, rate = ("longer", longer) if longer >= shorter else ("shorter", shorter)
-    if rate <= _LENGTH_RULE or found.estimate.low > rate:
-        return ""
-    return (
-        f"But length alone may explain it: the {which} completion is chosen in {rate:.0%} of the "
-        "training pairs."
-    )
+        return "At risk: the log-probs of chosen completions fell; read the answers."
+    length = next((one for one in findings if one.signal == "chosen_longer"), None)
+    return "" if length is None else f"At risk: {_lower_first(length.problem)}"
 
 
-def held_out_examples(record: RunRecord) -> int | None:
-    """Number of held-out examples in each evaluation; None if the files don't tell.
-
-    Runs write it as `eval_examples`. For runs of older versions it follows from the size of the
-    held-out data and from --val-batches.
-    """
-    for source in (record.summary, record.status):
-        count = source.get("eval_examples")
-        if isinstance(count, int) and count > 0:
-            return count
-    kl = record.summary.get("kl")
-    if record.command in ("ppo", "grpo"):
-        return kl.get("samples") if isinstance(kl, Mapping) else None
-    available = record.data_statistics.get("valid_groups")
-    batches, size = record.config.get("val_batches"), record.config.get("batch_size")
-    if not isinstance(available, int) or available < 1:
-        return None
-    if batches == -1:
-        return available
-    if isinstance(batches, int | float) and isinstance(size, int):
-        return max(1, min(available, round(batches * size)))
-    return None
+def _lower_first(sentence: str) -> str:
+    return sentence[:1].lower() + sentence[1:]
 
 
 class _Rate(NamedTuple):
@@ -281,7 +251,11 @@ def _percent(rate: float, n: int) -> str:
     return f"{rate:.0%}" if n < 100 or rate in (0, 1) else f"{rate:.1%}"
 
 
-def _reward_model_verdict(report: Mapping[str, Any]) -> Verdict:
+def _reward_model_verdict(record: RunRecord) -> Verdict | None:
+    """The verdict by a reward model's report on all held-out comparisons."""
+    report = record.summary.get("held_out")
+    if not isinstance(report, Mapping) or report.get("accuracy") is None:
+        return None
     low, high = report["accuracy_low"], report["accuracy_high"]
     found, n = Estimate(report["accuracy"], low, high), int(report["comparisons"])
     kind, ending = _compare(found, 0.5, "50%", n)
@@ -337,7 +311,7 @@ def _perplexity_verdict(record: RunRecord) -> Verdict | None:
     now = record.kept_evaluation.get("eval/perplexity", values[-1])
     change = now / values[0] - 1
     kind: Kind = "better" if change < 0 else "worse"
-    if abs(change) < _PERPLEXITY_CHANGE:
+    if abs(change) < PERPLEXITY_CHANGE:
         kind = "no difference"
     n = held_out_examples(record)
     examples = "held-out examples" if n is None else counted(n, "held-out example")
@@ -378,22 +352,34 @@ def compare_runs(records: Sequence[RunRecord], names: Sequence[str]) -> Verdict:
     """The verdict on several runs: the best one on held-out data, and whether that is significant.
 
     Compares the two best of the largest group of runs that measure the same rate on the same data.
+    Losses without a reference are in another group than those with one: both are measured by the
+    implicit reward, which only the latter are trained on. A run that is broken or not trained, or
+    that has too few examples, is never the better one.
     """
     verdicts = [verdict(record) for record in records]
-    groups: dict[tuple[str, str, str], list[tuple[Verdict, str]]] = {}
+    groups: dict[tuple[str, ...], list[tuple[Verdict, str, int]]] = {}
     for record, name, found in zip(records, names, verdicts, strict=True):
         rate = _rate(record)
         if rate is not None and found.estimate is not None:
-            key = rate.what, rate.unit, str(record.config.get("data"))
-            groups.setdefault(key, []).append((found, name))
-    (what, unit, _), known = max(
-        groups.items(), key=lambda item: len(item[1]), default=(("", "", ""), [])
+            data, free = str(record.config.get("data")), str(_is_reference_free(record))
+            key = rate.what, rate.unit, data, free, str(record.config.get("ld_alpha"))
+            size = prompts_of(record.kept_evaluation) or found.n or 1
+            groups.setdefault(key, []).append((found, name, size))
+    (what, unit, *_), known = max(
+        groups.items(), key=lambda item: len(item[1]), default=(("", ""), [])
     )
     if len(known) < 2:
-        return Verdict(
-            "unknown", "These runs have no held-out rate on the same data in common to compare."
-        )
-    (best, name), (second, other) = sorted(known, key=lambda one: -_value(one[0]))[:2]
+        sentence = "These runs have no held-out rate on the same data in common to compare."
+        if len({key[:3] for key in groups}) < len(groups):
+            sentence = (
+                "These runs are not compared: losses with and without a reference, or with another "
+                "--ld-alpha, are trained on different rewards. mlx-align eval with --reward-model "
+                "compares their answers."
+            )
+        return Verdict("unknown", sentence)
+    (best, name, size), (second, other, other_size) = sorted(
+        known, key=lambda one: -_value(one[0])
+    )[:2]
     assert best.estimate is not None
     assert second.estimate is not None
     difference = rate_difference(best.estimate, second.estimate)
@@ -404,14 +390,23 @@ def compare_runs(records: Sequence[RunRecord], names: Sequence[str]) -> Verdict:
     clear = difference.low > 0
     points = [f"{100 * x:+.0f}".replace("-", "−") for x in (difference.low, difference.high)]
     ending = f"{name} is better" if clear else "they can't be told apart"
-    if clear and best.kind == "broken":
-        ending, clear = f"but {name} is broken", False
+    if min(size, other_size) < MIN_EXAMPLES:
+        ending, clear = "too few to tell which is better", False
+    for one, its_name in ((best, name), (second, other)):
+        if clear and one.kind in ("broken", "not trained"):
+            ending, clear = f"but {its_name} is {one.kind}", False
     sentence = (
         f"On {examples} {what} {best.estimate.value:.0%} ({name}) and "
         f"{second.estimate.value:.0%} ({other}); the difference is "
         f"{100 * difference.value:.0f} points (95% interval {points[0]} to {points[1]}): {ending}."
     )
     return Verdict("better" if clear else "no difference", sentence, difference, n)
+
+
+def _is_reference_free(record: RunRecord) -> bool:
+    """Whether a `dpo` run's loss has no reference: then its training rows have no rewards."""
+    keys = record.training_keys
+    return "logps/chosen" in keys and "rewards/chosen" not in keys
 
 
 def _value(found: Verdict) -> float:

@@ -201,6 +201,7 @@ def test_a_finished_dpo_run_has_all_its_charts(tmp_path):
         "seconds": 90.0,
         "seconds_in_all": 130.0,
         "tokens_per_second": 1000,
+        "eval_examples": 40,
         "kl": {"mean": 1.25, "standard_error": 0.1, "samples": 8},
         "data_facts": {"rows": 12, "groups": 10, "dropped": {"too long": 2}},
         "versions": {"mlx": "0.32.2"},
@@ -217,13 +218,22 @@ def test_a_finished_dpo_run_has_all_its_charts(tmp_path):
         assert part in tags.said
     for part in ("Hi?", "No.", "Yes.", "dropped: too long", "0.32.2", "mlx_lm.chat"):
         assert part in tags.said
-    assert "in 71.2% of the pairs; before training it was 50.0%" in tags.said
+    assert (
+        "in 71.2% of the pairs (95% interval 55.9% to 82.9%, n = 40); before training it was 50.0%."
+    ) in tags.said
     assert "All health checks pass" in tags.said
     assert 'http-equiv="refresh"' not in text
     own = text.replace((ASSETS / "uplot" / "uPlot.iife.min.js").read_text(), "")
     assert "http://" not in own
     assert "https://" not in own
     assert "Copyright (c) 2022 Leon Sorokin" in text
+
+
+@pytest.mark.parametrize("n", [40, 5, None])
+def test_only_a_better_run_is_told_that_all_is_well(tmp_path, n):
+    summary = {"command": "dpo", "steps": 100, "eval_examples": n}
+    said = Tags(render_run(read_run_record(write(tmp_path / "run", dpo_rows(), summary=summary))))
+    assert ("All health checks pass" in said.said) == (n == 40)
 
 
 def test_a_run_that_ended_early_says_after_which_update(tmp_path):
@@ -414,6 +424,28 @@ def test_a_comparison_overlays_and_names_what_differs(tmp_path):
     assert "ppo" not in figure
     assert "Log-probs: rejected, held-out" in text
     assert tags.names.count("figure") == len(tags.charts) > 20
+
+
+def test_a_comparison_leaves_out_what_has_another_scale(tmp_path):
+    def run(name, **config):
+        kl = {"mean": 1.25, "standard_error": 0.1, "samples": 8}
+        summary = {"command": "dpo", "steps": 100, "eval_examples": 40, "kl": kl}
+        return read_run_record(write(tmp_path / name, dpo_rows(), config, summary=summary))
+
+    def titles(*records):
+        text = render_comparison(records, [record.name for record in records])
+        rows = re.findall(r'<th scope="row">([^<]*)', text.partition("Differences in options")[0])
+        return {title for title, _ in embedded(text)}, rows, Tags(text).said
+
+    first = run("first", beta=0.1, loss="sigmoid")
+    charts, rows, said = titles(first, run("same", beta=0.1, loss="sigmoid"))
+    assert {"Loss, held-out", "Margin, held-out", "Accuracy, held-out"} <= charts
+    assert {"held-out: loss", "held-out: reward margin"} <= set(rows)
+    assert "1.25 nats (1.05 to 1.45, n = 8)" in said
+    charts, rows, _ = titles(first, run("other", beta=0.1, loss="ipo"))
+    assert "Accuracy, held-out" in charts
+    assert not {"Loss, held-out", "Margin, held-out"} & charts
+    assert not {"held-out: loss", "held-out: reward margin"} & set(rows)
 
 
 def test_every_panel_is_shown_if_its_metric_is_there(tmp_path):

@@ -10,8 +10,9 @@ from mlx_align.system.intervals import (
     rate_difference,
     wilson_interval,
 )
-from mlx_align.tracking.run_dir import read_run_record
-from mlx_align.tracking.verdict import compare_runs, held_out_examples, verdict
+from mlx_align.tracking.diagnostics import diagnose
+from mlx_align.tracking.run_dir import held_out_examples, read_run_record
+from mlx_align.tracking.verdict import compare_runs, verdict
 
 
 def record(folder, rows=(), config=None, **files):
@@ -85,8 +86,10 @@ def test_overfitting_is_part_of_the_verdict(tmp_path):
     rows, status = pairs(0.6, 250, training=0.99)
     found = verdict(record(tmp_path / "run", rows, status=status))
     assert found.kind == "overfitted"
-    assert found.sentence.endswith(
-        "(95% interval 53.8% to 65.9%): better than 50%. The model overfits its training data."
+    assert found.sentence == (
+        "Overfitted: accuracy is 99% on training pairs and 60% on held-out ones. On 250 held-out "
+        "pairs the policy's reward prefers the chosen completion in 60.0% (95% interval 53.8% to "
+        "65.9%): better than 50%."
     )
 
 
@@ -116,10 +119,10 @@ def test_the_adapter_that_is_kept_decides(tmp_path):
     found = verdict(finished(tmp_path / "run", rows, kept_step=100))
     assert found.estimate.value == 0.8
     assert found.kind == "overfitted"
-    assert found.sentence.endswith(
-        "better than 50%. It overfits its training data: the result is best after update 100 of "
-        "200, and that adapter is kept."
+    assert found.sentence.startswith(
+        "Overfitted: the result is best after update 100 of 200, and that adapter is kept. On 120"
     )
+    assert found.sentence.endswith("better than 50%.")
     # A loss that rose by less than 2% is no overfitting.
     rows[-1]["eval/loss"] = 0.505
     assert verdict(finished(tmp_path / "other", rows, kept_step=100)).kind == "better"
@@ -174,7 +177,10 @@ def test_length_may_explain_an_accuracy(tmp_path, rate, kind):
     facts = {"chosen_longer": rate, "rejected_longer": 1 - rate}
     found = verdict(finished(tmp_path / "run", evaluations(0.6), data_facts=facts))
     assert found.kind == kind
-    assert ("the longer completion is chosen in 79%" in found.sentence) == (kind == "at risk")
+    begins = (
+        "At risk: length alone may explain the result, because the longer completion is chosen "
+    )
+    assert found.sentence.startswith(begins) == (kind == "at risk")
 
 
 def test_a_falling_chosen_logprob_is_a_risk(tmp_path):
@@ -183,8 +189,8 @@ def test_a_falling_chosen_logprob_is_a_risk(tmp_path):
         row.update({"eval/logps/chosen": chosen, "eval/logps/rejected": chosen - 20})
     found = verdict(finished(tmp_path / "run", rows))
     assert found.kind == "at risk"
-    assert found.sentence.endswith(
-        "But the log-probs of chosen completions fall: read the answers."
+    assert found.sentence.startswith(
+        "At risk: the log-probs of chosen completions fell; read the answers. On 120 held-out pairs"
     )
 
 
@@ -367,6 +373,140 @@ def test_comparisons(tmp_path):
     rows, status = rollouts(0.85)
     other = record(tmp_path / "other", rows, status=status)
     assert compare_runs([many[0], other], ["d", "other"]).kind == "unknown"
+
+
+def test_a_comparison_has_no_winner_that_is_not_one(tmp_path):
+    def run(name, accuracy, n=400, chosen=1.0, **config):
+        rows, status = pairs(accuracy, n)
+        start, end = ({"eval/logps/chosen": x, "eval/logps/rejected": -9.0} for x in (0.0, chosen))
+        rows[0] |= start
+        rows[-1] |= end
+        return record(tmp_path / name, rows, config, status=status)
+
+    good, poor = run("good", 0.9), run("poor", 0.5)
+    assert compare_runs([good, poor], ["good", "poor"]).kind == "better"
+    # Too few examples, and a run that did not move.
+    found = compare_runs([run("c", 1.0, 2), run("d", 0.0, 2)], ["c", "d"])
+    assert found.kind == "no difference"
+    assert found.sentence.endswith(": too few to tell which is better.")
+    for other, sentence in (
+        (run("e", 0.99, chosen=0.01), ": but e is not trained."),
+        (run("f", 0.5, chosen=0.01), ": but f is not trained."),
+    ):
+        names = [other.name, "good"]
+        found = compare_runs([other, good], names)
+        assert (found.kind, found.sentence[-23:]) == ("no difference", sentence)
+
+
+def test_losses_with_and_without_a_reference_are_not_compared(tmp_path):
+    def run(name, accuracy, **training):
+        rows, status = pairs(accuracy, 400)
+        for row in rows[1:-1]:
+            del row["rewards/accuracies"]
+            row |= training
+        return record(tmp_path / name, rows, {"loss": name}, status=status)
+
+    with_reference = {"logps/chosen": -9.0, "rewards/chosen": 0.1}
+    simpo = run("simpo", 0.9, **{"logps/chosen": -9.0})
+    runs = [run("sigmoid", 0.5, **with_reference), run("ipo", 0.8, **with_reference), simpo]
+    # All losses with a reference are measured by what they are trained on.
+    assert compare_runs(runs, ["a", "b", "c"]).sentence.endswith(": b is better.")
+    found = compare_runs([runs[0], simpo], ["a", "c"])
+    assert found.kind == "unknown"
+    assert "losses with and without a reference" in found.sentence
+    assert "--reward-model" in found.sentence
+
+
+def moves(by, command="dpo", state="finished", **summary):
+    """A run of two updates whose held-out log-probs moved by this many nats, without answers."""
+    rows, status = pairs(1.0, 25)
+    rows = [rows[0], rows[-1]]
+    for row, moved in zip(rows, (0.0, by), strict=True):
+        row |= {"eval/logps/chosen": -40.0 + moved, "eval/logps/rejected": -40.0 - moved / 2}
+        row |= {"eval/loss": 0.6931 - moved / 100, "eval/perplexity": 9 * 2.718 ** -(moved / 100)}
+        row["eval/rewards/margins"] = moved / 10
+    rows[1]["step"] = 2
+    status |= {"command": command, "step": 2, "state": state}
+    summary = {"command": command, "eval_examples": 25, **summary}
+    return rows, {"status": status} | ({"summary": summary} if state == "finished" else {})
+
+
+@pytest.mark.parametrize("command", ["dpo", "kto", "sft", "reward"])
+@pytest.mark.parametrize("state", ["finished", "interrupted", "running"])
+def test_without_answers_held_out_data_shows_whether_a_run_is_trained(tmp_path, command, state):
+    rows, files = moves(0.05, command, state)
+    run = record(tmp_path / "little", rows, **files)
+    found = verdict(run)
+    assert found.kind == "not trained"
+    listed = [finding.text for finding in diagnose(run) if finding.signal == "samples"]
+    if state == "running":
+        assert found.sentence.startswith("Not trained yet: after 2 updates ")
+        assert not listed
+    else:
+        assert found.sentence.startswith("Not trained: after 2 updates ")
+        assert "Train for more updates, or raise --learning-rate." in found.sentence
+        assert len(listed) == 1
+    rows, files = moves(1.0, command, state)
+    assert verdict(record(tmp_path / "much", rows, **files)).kind != "not trained"
+
+
+def test_a_kl_above_its_error_shows_that_a_run_moved(tmp_path):
+    for kl, kind in (((0.9, 0.2), "better"), ((0.1, 0.2), "not trained")):
+        rows, files = moves(0.05, kl={"mean": kl[0], "standard_error": kl[1], "samples": 8})
+        assert verdict(record(tmp_path / kind, rows, **files)).kind == kind
+
+
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_the_number_of_answers_in_words(tmp_path, n):
+    words = ["the held-out prompt as", "both held-out prompts as", "all 3 held-out prompts as"]
+    found = verdict(finished(tmp_path / "run", evaluations(0.6), samples=SAME[:n]))
+    assert words[n - 1] in found.sentence
+
+
+def test_a_run_with_equal_rewards_is_not_advised_a_higher_rate(tmp_path):
+    row = {"loss": 0.0, "reward": 0.0, "reward_std": 0.0, "frac_reward_zero_std": 1.0}
+    rows = [{"step": step, "grad_norm": 0.0, **row} for step in range(1, 6)]
+    summary = {"command": "grpo", "steps": 5}
+    (tmp_path / "run").mkdir()
+    lines = "".join(json.dumps(sample) + "\n" for sample in SAME)
+    (tmp_path / "run" / "samples.jsonl").write_text(lines)
+    status = {"command": "grpo", "state": "finished", "step": 5}
+    run = record(tmp_path / "run", rows, status=status, summary=summary)
+    found = verdict(run)
+    assert (found.kind, found.sentence) == (
+        "not trained",
+        "Not trained: the completions of every prompt had equal rewards. Use harder or easier "
+        "prompts, a finer reward, or a larger --group-size.",
+    )
+    assert [finding.untrained for finding in diagnose(run)] == [True]
+
+
+def test_a_reward_model_may_be_overfitted_or_not_trained(tmp_path):
+    held_out = report(0.58, 0.69, 0.5)
+    last = {"eval/rewards/margins": 0.9, "eval/loss": 0.5}
+    start = {"step": 0, "eval/rewards/margins": 0.25, "eval/loss": 0.69}
+    rows = [start, {"step": 5, "loss": 0.6, **last}, {"step": 10, "loss": 0.1, **last}]
+    rows[-1]["eval/loss"] = 0.7
+    summary = {**held_out, "kept_step": 5}
+    status = {"command": "reward", "state": "finished"}
+    found = verdict(record(tmp_path / "over", rows, status=status, summary=summary))
+    assert (found.kind, found.n) == ("overfitted", 271)
+    assert found.sentence.startswith("Overfitted: the result is best after update 5 of 10, and")
+    rows = [start, {**start, "step": 10, "eval/loss": 0.689}]
+    found = verdict(record(tmp_path / "not", rows, status=status, summary=held_out))
+    assert found.kind == "not trained"
+    skipped = {**held_out, "skipped": 5}
+    found = verdict(record(tmp_path / "skipped", [], status=status, summary=skipped))
+    assert found.sentence == "Not trained: all 5 updates were skipped."
+
+
+def test_the_length_rule_is_one_of_the_findings(tmp_path):
+    facts = {"chosen_longer": 0.79, "rejected_longer": 0.21}
+    run = finished(tmp_path / "run", evaluations(0.6), data_facts=facts)
+    (found,) = diagnose(run)
+    assert (found.level, found.signal) == ("warn", "chosen_longer")
+    few = finished(tmp_path / "few", evaluations(0.6), data_facts=facts, eval_examples=5)
+    assert diagnose(few) == []
 
 
 def test_intervals_against_closed_forms():
