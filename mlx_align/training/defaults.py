@@ -42,7 +42,7 @@ from mlx_align.losses.registry import (
     resolve_options,
 )
 from mlx_align.models.adapters import AdapterLayout
-from mlx_align.tracking.verdict import MIN_EXAMPLES
+from mlx_align.tracking.diagnostics import MIN_EXAMPLES
 from mlx_align.types import TokenizedGroup
 
 Config = TypeVar("Config", bound=TrainConfig)
