@@ -98,7 +98,10 @@ def check_grpo_options(config: GRPOConfig, rewards: Sequence[RewardSource] = ())
     """
     method = resolve_method(config)
     if config.beta is not None:
-        raise ConfigError(f"--beta {config.beta:g}: only for --loss online_dpo; leave it out")
+        raise ConfigError(
+            f"--beta {config.beta:g}: is the temperature of --loss online_dpo; the KL penalty of "
+            f"--loss {config.loss} is --kl-coef {config.beta:g}"
+        )
     if config.group_size < 2 and method.advantage != "whitened":
         raise ConfigError(
             f"--group-size {config.group_size}: --loss {config.loss} compares the completions of "

@@ -23,8 +23,7 @@ from mlx_align.cli.rerank import rerank
 from mlx_align.cli.score import score
 from mlx_align.cli.selftest import selftest
 from mlx_align.cli.train import dpo, grpo, kto, ppo, reward, sft
-from mlx_align.losses.policy import POLICY_METHODS
-from mlx_align.losses.registry import PAIRWISE_LOSSES
+from mlx_align.config.other_names import LOSS_COMMANDS
 
 SECTIONS = {
     "Train": ("dpo", "kto", "sft", "reward", "ppo", "grpo"),
@@ -35,13 +34,19 @@ SECTIONS = {
 
 # Names that a user may expect to be commands, and the command to use.
 ELSEWHERE = {
-    **{name: f"mlx-align dpo --loss {name}" for name in PAIRWISE_LOSSES},
-    **{name: f"mlx-align grpo --loss {name}" for name in POLICY_METHODS},
-    "online_dpo": "mlx-align grpo --loss online_dpo",
+    **LOSS_COMMANDS,
     "sigmoid": "mlx-align dpo",
     "cdpo": "mlx-align dpo --label-smoothing 0.1",
     "bco": "mlx-align dpo --loss bco_pair",
-    "lora": "mlx-align sft",
+    "lora": "mlx-align sft, or mlx-align dpo for preference pairs",
+    "train": "mlx-align dpo for preference pairs, sft for demonstrations, grpo for rewards",
+    "finetune": "mlx-align sft, or mlx-align dpo for preference pairs",
+    "fine_tune": "mlx-align sft, or mlx-align dpo for preference pairs",
+    "resume": "the command that trained the run, with --resume RUN",
+    "test": "mlx-align eval RUN --split test",
+    "compare": "mlx-align report RUN RUN",
+    "serve": "mlx_lm.server --model MODEL --adapter-path RUN",
+    "server": "mlx_lm.server --model MODEL --adapter-path RUN",
     "rm": "mlx-align reward",
     "reward_model": "mlx-align reward",
     "evaluate": "mlx-align eval",

@@ -12,6 +12,7 @@ from typing import Any
 import click
 from click.shell_completion import CompletionItem
 
+from mlx_align.config.other_names import advice_on
 from mlx_align.config.schema import GROUPS, OTHER, Option, Options, declared_options, flag_of
 from mlx_align.errors import ConfigError
 from mlx_align.system.interrupts import ReaderGone
@@ -244,21 +245,44 @@ class Command(click.Command):
 
         As in `--learning_rate 1e-5` and `--columns prompt=q chosen=a rejected=b`.
         """
-        spread: list[str] = []
-        inside = False
-        for arg in map(_with_hyphens, args):
-            if arg == COLUMNS_FLAG:
-                inside = True
-                continue
-            inside = inside and not arg.startswith("-") and "=" in arg
-            spread += [COLUMNS_FLAG, arg] if inside else [arg]
-        if args and args[-1] == COLUMNS_FLAG:
-            spread.append(COLUMNS_FLAG)
-        return super().parse_args(ctx, spread)
+        try:
+            return super().parse_args(ctx, _spread(args))
+        except click.NoSuchOption as error:
+            ctx.fail(_unknown_option(error.option_name, self.get_params(ctx)))
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write one section per group; options without a group come last."""
         write_groups(self, ctx, formatter, self.shown)
+
+
+def _spread(args: Sequence[str]) -> list[str]:
+    """Arguments with hyphens in the names of options, and one value after each --columns."""
+    spread: list[str] = []
+    inside = False
+    for arg in map(_with_hyphens, args):
+        if arg == COLUMNS_FLAG:
+            inside = True
+            continue
+        inside = inside and not arg.startswith("-") and "=" in arg
+        spread += [COLUMNS_FLAG, arg] if inside else [arg]
+    if args and args[-1] == COLUMNS_FLAG:
+        spread.append(COLUMNS_FLAG)
+    return spread
+
+
+def _unknown_option(flag: str, parameters: Sequence[click.Parameter]) -> str:
+    """The message for an option that a command lacks: what to do, or the nearest by its name."""
+    own: dict[str, str] = {}
+    for parameter in parameters:
+        if isinstance(parameter, click.Option):
+            for spellings in (parameter.opts, parameter.secondary_opts):
+                own |= dict.fromkeys(spellings, next(iter(spellings), ""))
+    known = {one.lstrip("-").replace("-", "_") for one in own.values()}
+    advice = advice_on(flag.lstrip("-").replace("-", "_"), known, flags=True)
+    if advice is not None:
+        return f"No such option: {flag}. {advice[0].upper()}{advice[1:]}"
+    close = dict.fromkeys(own[one] for one in difflib.get_close_matches(flag, own))
+    return f"No such option: {flag}." + (f" Did you mean {' or '.join(close)}?" if close else "")
 
 
 def _with_hyphens(arg: str) -> str:
@@ -289,6 +313,15 @@ class Group(click.Group):
         super().__init__(*args, **settings)
         self._sections = sections or {}
         self.elsewhere = elsewhere or {}
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Accept the spellings that a `Command` does, in a group that trains."""
+        if any(isinstance(parameter, SchemaOption) for parameter in self.params):
+            args = _spread(args)
+        try:
+            return super().parse_args(ctx, args)
+        except click.NoSuchOption as error:
+            ctx.fail(_unknown_option(error.option_name, self.get_params(ctx)))
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run a command.

@@ -67,7 +67,7 @@ class EvalConfig(Options):
         "Longest completion in tokens.",
         SAMPLING,
         at_least=1,
-        aliases=("sample_tokens", "max_tokens"),
+        aliases=("sample_tokens", "max_tokens", "max_new_tokens"),
     )
     max_seq_length: int | None = option(
         None,
@@ -201,7 +201,11 @@ class RerankConfig(ScorerConfig):
     # None, to detect an option that has no effect on given completions.
     n: int | None = option(None, "Completions per prompt.", SAMPLING, default_text="8", at_least=1)
     max_completion_length: int | None = override(
-        EvalConfig, "max_completion_length", None, default_text="256", aliases=("max_tokens",)
+        EvalConfig,
+        "max_completion_length",
+        None,
+        default_text="256",
+        aliases=("max_tokens", "max_new_tokens"),
     )
     temperature: float | None = option(
         None,
@@ -232,7 +236,7 @@ class ChatConfig(Options):
     )
     thinking: Literal["auto", "on", "off"] | None = override(ScorerConfig, "thinking", group=MODEL)
     max_completion_length: int = override(
-        EvalConfig, "max_completion_length", aliases=("max_tokens",)
+        EvalConfig, "max_completion_length", aliases=("max_tokens", "max_new_tokens")
     )
     max_seq_length: int | None = option(
         None,
@@ -293,7 +297,7 @@ class SampleConfig(Options):
         False, "Write the best and the worst completion as a pair, for dpo.", SAMPLING
     )
     max_completion_length: int = override(
-        EvalConfig, "max_completion_length", aliases=("max_tokens",)
+        EvalConfig, "max_completion_length", aliases=("max_tokens", "max_new_tokens")
     )
     temperature: float = option(
         1.0,

@@ -196,7 +196,7 @@ class TrainConfig(Options):
         None,
         "Peak learning rate of AdamW.",
         OPTIMISATION,
-        default_text="1e-4 and less",
+        default_text="5e-5 and less",
         above=0,
         aliases=("lr",),
         evidence="defaults.md",

@@ -112,6 +112,7 @@ class OnPolicyConfig(TrainConfig):
         256,
         help="Longest completion in tokens.",
         group=ROLLOUT,
+        aliases=("max_tokens", "max_new_tokens"),
     )
     max_seq_length: int = override(
         TrainConfig,

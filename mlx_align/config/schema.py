@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import yaml
 
+from mlx_align.config.other_names import LOSS_COMMANDS, advice_on
 from mlx_align.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -503,9 +504,13 @@ def _check_values(
                     f"{origin.prefix(name)}{show(name)} was removed in mlx-align "
                     f"{removed.version}; {removed.instead}"
                 )
-            aliases = (alias for one in declared.values() for alias in one.aliases)
-            close = difflib.get_close_matches(name, [*declared, *aliases], n=1)
-            hint = f"; did you mean {show(close[0])}?" if close else ""
+            advice = advice_on(name, declared, flags=origin.source == "command line")
+            names = {alias: one.name for one in declared.values() for alias in one.aliases}
+            names |= {one: one for one in declared}
+            close = difflib.get_close_matches(name, names, n=1)
+            hint = f"; did you mean {show(names[close[0]])}?" if close else ""
+            if advice is not None:
+                hint = f"; {advice}"
             raise ConfigError(f"{origin.prefix(name)}unknown option {show(name)}{hint}")
     try:
         checked = _validator(config_class).model_validate(dict(given))
@@ -575,6 +580,8 @@ def _describe_problem(declared: Option, error: Any) -> str:
     if kind == "value_error":
         return str(error["ctx"]["error"])
     if kind == "literal_error":
+        if declared.name == "loss" and (command := LOSS_COMMANDS.get(str(error["input"]))):
+            return f"is a loss of another command; use {command}"
         close = difflib.get_close_matches(_format_value(error["input"], str), declared.choices, n=1)
         hint = f"did you mean {close[0]}? " if close else ""
         return f"unknown; {hint}choose from {', '.join(declared.choices)}"

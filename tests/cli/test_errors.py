@@ -124,6 +124,27 @@ def test_names_of_other_libraries(fails, write):
     assert "Use mlx-align dpo --loss orpo" in fails("orpo")
     assert "Use mlx-align grpo --loss online_dpo" in fails("online-dpo")
     assert "Use mlx-align data check" in fails("check")
+    assert "Use mlx-align dpo for preference pairs" in fails("train")
+    kto = ("kto", "--model", TINY_MODEL, "--data", data)
+    assert "another command; use mlx-align dpo --loss sigmoid" in fails(*kto, "--loss", "dpo")
+    assert "--loss ktoo: unknown; did you mean kto? choose" in fails(*kto, "--loss", "ktoo")
+    kl = fails("grpo", "--model", TINY_MODEL, "--data", data, "--reward", "length", "--beta", 0.04)
+    assert "the KL penalty of --loss grpo is --kl-coef 0.04" in kl
+    for option, said in (
+        ("--optim=adam", "--optim. AdamW is the only optimizer; leave it out"),
+        ("--use_peft", "--use-peft. LoRA is the default; leave it out"),
+        ("--adapter-path", "--adapter-path. Use --output for the run folder"),
+        ("--max-tokens", "--max-tokens. Use --sample-tokens for samples"),
+        ("--outptu", "--outptu. Did you mean --output?"),
+    ):
+        assert f"No such option: {said}" in fails(*given, option)
+    assert "--max-completion-length x: expected" in fails("chat", "--model=m", "--max-new-tokens=x")
+    assert "--learning-rate x: expected" in fails("reward", "--learning_rate", "x")
+    assert "--wd. Use --weight-decay" in fails("reward", "--wd", 0.1)
+    assert "No such option: --optim." in fails("score", "--optim", "adam")  # it doesn't train
+    mlx_lm = write("model: m\ntrain: true\n", name="lora.yaml")
+    message = fails("sft", "-c", mlx_lm)
+    assert "lora.yaml:2: unknown option train; the command trains; leave it out" in message
 
 
 @pytest.mark.parametrize("command", ["grpo", "ppo", "data sample --output out.jsonl"])

@@ -38,7 +38,7 @@ def test_help_names_every_command(capsys):
     assert run(["dpo", "--help"]) == 0
     text = capsys.readouterr().out
     assert "--learning-rate" in text
-    assert "1e-4 and less" in text
+    assert "5e-5 and less" in text
 
 
 def test_no_arguments_print_the_help(capsys, help_of):

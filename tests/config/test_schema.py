@@ -10,6 +10,7 @@ from helpers.scripts import load_script
 
 from mlx_align import config as configs
 from mlx_align.config import DPOConfig, GRPOConfig, SampleConfig, ScoreConfig, keywords
+from mlx_align.config.other_names import OTHER_NAMES, advice_on, options_in
 from mlx_align.config.schema import (
     declared_options,
     fixed_options,
@@ -65,6 +66,26 @@ def test_an_alias_names_one_option_of_a_command():
         aliases = [alias for one in declared.values() for alias in one.aliases]
         assert len(aliases) == len(set(aliases)), config_class
         assert not set(aliases) & declared.keys(), config_class
+
+
+@pytest.mark.parametrize("name", OTHER_NAMES)
+def test_advice_on_other_names_names_options_that_exist(name):
+    """And no command has an option of that name where the advice would be shown."""
+    classes = [getattr(configs, one) for one in configs.__all__ if "Config" in one]
+    for advice in OTHER_NAMES[name]:
+        named = [one for one in options_in(advice) if one != "resume"]
+        fitting = [c for c in classes if all(one in declared_options(c) for one in named)]
+        assert fitting, advice
+    for config_class in configs.TRAINING_CONFIGS.values():
+        declared = declared_options(config_class)
+        if name in declared or name in {a for one in declared.values() for a in one.aliases}:
+            continue
+        advice = advice_on(name, declared, flags=False)
+        with pytest.raises(ConfigError) as error:
+            make_config(config_class, {name: 1})
+        assert str(error.value).startswith(f"unknown option {name}")
+        assert advice is None or str(error.value).endswith(f"; {advice}")
+        assert "--" not in str(error.value)
 
 
 def test_written_options_read_back(tmp_path):
