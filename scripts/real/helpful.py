@@ -257,8 +257,8 @@ def page(folder: Path) -> list[str]:
             policy_table(folder, names),
             f"{ANSWERS[1]} held-out prompts were completed by the policy and by the start at "
             f"temperature 1, up to {ANSWERS[-1]} tokens; the judge compared them. Perplexity is of "
-            "40 questions of GSM8K with their solutions, over that of the start. "
-            + " ".join(text for name, text in remarks().items() if name in names),
+            "40 questions of GSM8K with their solutions, over that of the start.",
+            *(text for name, text in remarks().items() if name in names),
         ]
     if all((folder / f"scores-{name}.jsonl").is_file() for name in ("dpo", "reward", "judge")):
         parts += [
