@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from mlx_align.evaluation.metrics import BestOf, Divergence, Perplexity, Preferences, WinRate
 from mlx_align.evaluation.policy import Evaluation
 from mlx_align.evaluation.reward_model import AccuracyBin, PairReport, RewardReport
-from mlx_align.system.intervals import Estimate
+from mlx_align.system.intervals import Estimate, mean_interval
 
 Format = Callable[[float], str]
 
@@ -69,9 +69,12 @@ def _preferences(one: Preferences) -> str:
 
 
 def _divergence(one: Divergence) -> str:
-    error = "" if one.standard_error is None else f" ± {one.standard_error:.3f} (standard error)"
+    ends = ""
+    if one.standard_error is not None:
+        found = mean_interval(one.per_answer, one.standard_error, one.prompts)
+        ends = f" ({found.low:z.2f} to {found.high:z.2f})"
     return (
-        f"KL from the reference: {one.per_answer:.3f}{error} nats per answer, "
+        f"KL from the reference: {one.per_answer:z.2f}{ends} nats per answer, "
         f"{one.per_token:.4f} per token\n"
         f"  how far the policy has moved; {one.answers:,} of its answers to {one.prompts:,} "
         "prompts at temperature 1"

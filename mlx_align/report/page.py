@@ -70,9 +70,11 @@ class Headline:
 
 
 HEADLINES = (
-    Headline("eval/logps/accuracies", "held-out: chosen completion more likely", "share"),
+    Headline("eval/logps/accuracies", "held-out: prefers the chosen (own log-prob)", "share"),
     # Implicit rewards are 0 before training.
-    Headline("eval/rewards/accuracies", "held-out: chosen has the higher reward", "share", False),
+    Headline(
+        "eval/rewards/accuracies", "held-out: prefers the chosen (implicit reward)", "share", False
+    ),
     Headline("eval/rewards/margins", "held-out: reward margin", "", False),
     Headline("eval/perplexity", "held-out: perplexity"),
     Headline("eval/held_out", "held-out: reward that is not trained on"),
@@ -313,7 +315,7 @@ def _cards(record: RunRecord) -> list[Card]:
             notes.append(f"at first {format_value(values[0], headline.unit)}")
         value = _kept_value(record, headline.key)
         note = "; ".join(note for note in notes if note)
-        cards.append(Card(headline.label, format_value(value, headline.unit), note))
+        cards.append(Card(_label(headline, record), format_value(value, headline.unit), note))
     kl = record.summary.get("kl")
     if kl and kl.get("mean") is not None:
         found = kl_interval(kl)
@@ -332,6 +334,12 @@ def _cards(record: RunRecord) -> list[Card]:
     if (memory := record.last("peak_memory_bytes")) is not None:
         cards.append(Card("peak memory", format_value(memory, "bytes")))
     return cards
+
+
+def _label(headline: Headline, record: RunRecord) -> str:
+    """The label of a metric; a reward model's reward is not implicit."""
+    plain = record.command == "reward"
+    return headline.label.replace("(implicit reward)", "(reward)") if plain else headline.label
 
 
 def _kept_value(record: RunRecord, key: str) -> float | None:
@@ -368,7 +376,7 @@ def _results(
                     values, (_interval(record, headline) for record in records), strict=True
                 )
             ]
-            rows.append([headline.label, *shown])
+            rows.append([_label(headline, records[0]), *shown])
     for label, show in (
         ("KL from the reference, per completion", _kl),
         ("accuracy on all held-out comparisons", _report_accuracy),

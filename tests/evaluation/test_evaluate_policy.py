@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import re
 import shutil
 
 import mlx.core as mx
@@ -343,6 +344,8 @@ def test_printed_scorecard(runs, text, capsys):
         "! 6 prompts are few",
     ):
         assert words in shown
+    number = r"-?\d+\.\d\d"
+    assert re.search(rf"KL from the reference: {number} \({number} to {number}\) nats", shown)
     assert max(map(len, shown.splitlines())) < 140
 
 

@@ -441,7 +441,8 @@ def test_a_comparison_leaves_out_what_has_another_scale(tmp_path):
     charts, rows, said = titles(first, run("same", beta=0.1, loss="sigmoid"))
     assert {"Loss, held-out", "Margin, held-out", "Accuracy, held-out"} <= charts
     assert {"held-out: loss", "held-out: reward margin"} <= set(rows)
-    assert "1.25 nats (1.05 to 1.45, n = 8)" in said
+    assert "held-out: prefers the chosen (implicit reward)" in rows
+    assert "1.25 nats (1.01 to 1.49, n = 8)" in said
     charts, rows, _ = titles(first, run("other", beta=0.1, loss="ipo"))
     assert "Accuracy, held-out" in charts
     assert not {"Loss, held-out", "Margin, held-out"} & charts
