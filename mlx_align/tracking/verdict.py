@@ -42,13 +42,14 @@ Kind = Literal[
 
 # Signals of the findings that indicate overfitting.
 _OVERFITTING = frozenset({"rewards/accuracies", "eval/loss"})
+_ENTROPY = "objective/entropy"
 # Signals of the findings that indicate text unlike what the policy began with, at level "stop".
 _BREAKAGE = frozenset(
     {
         "kl",
         "answers",
         "objective/kl",
-        "objective/entropy",
+        _ENTROPY,
         "text/repeated_4grams",
         "text/distinct_2",
     }
@@ -95,7 +96,7 @@ def verdict(record: RunRecord) -> Verdict:
     )
     findings = diagnose(record)
     for kind, reason in (
-        ("broken", _breakage(findings)),
+        ("broken", _breakage(found, findings)),
         ("not trained", _untrained(record, findings)),
         ("overfitted", _overfitting(record, findings)),
         ("at risk", _risk(record, found, findings)),
@@ -111,9 +112,11 @@ def verdict(record: RunRecord) -> Verdict:
     return found
 
 
-def _breakage(findings: Sequence[Finding]) -> str:
+def _breakage(found: Verdict, findings: Sequence[Finding]) -> str:
     """Why the policy's text is broken, or ""."""
-    broken = [one for one in findings if one.level == "stop" and one.signal in _BREAKAGE]
+    # A policy that has found the one right answer is sure of it: its held-out reward tells.
+    signals = _BREAKAGE - {_ENTROPY} if found.kind == "better" else _BREAKAGE
+    broken = [one for one in findings if one.level == "stop" and one.signal in signals]
     return f"Broken: {_lower_first(broken[0].problem)}" if broken else ""
 
 
@@ -157,7 +160,12 @@ def _overfitting(record: RunRecord, findings: Sequence[Finding]) -> str:
 
 def _risk(record: RunRecord, found: Verdict, findings: Sequence[Finding]) -> str:
     """Why a better result may not be a better policy, or ""."""
-    if found.kind != "better" or record.command not in ("dpo", "kto"):
+    if found.kind != "better":
+        return ""
+    sure = next((one for one in findings if one.signal == _ENTROPY), None)
+    if sure is not None:
+        return f"At risk: {_lower_first(sure.problem)}"
+    if record.command not in ("dpo", "kto"):
         return ""
     if any(finding.signal == "logps/chosen" for finding in findings):
         return "At risk: the log-probs of chosen completions fell; read the answers."

@@ -317,6 +317,21 @@ def test_rewards_on_held_out_prompts(tmp_path):
     assert "the mean held-out reward went from 0.200 to −0.300 (change −0.500" in found.sentence
 
 
+@pytest.mark.parametrize(
+    ("reward", "kind", "start"),
+    [(0.85, "at risk", "At risk: entropy is 20% of"), (0.2, "broken", "Broken: entropy is 20% of")],
+)
+def test_a_policy_that_is_sure_is_broken_unless_its_answers_got_better(
+    tmp_path, reward, kind, start
+):
+    rows, status = rollouts(reward)
+    rows = [rows[0], {"step": 1, "reward": 0.2, "objective/entropy": 2.0}, *rows[1:]]
+    rows[-1] |= {"objective/entropy": 0.4}
+    found = verdict(record(tmp_path / "run", rows, status=status))
+    assert found.kind == kind
+    assert found.sentence.startswith(start)
+
+
 def test_perplexity(tmp_path):
     def sft(last):
         rows = [{"step": 0, "eval/perplexity": 10.0}, {"step": 5, "eval/perplexity": last}]
