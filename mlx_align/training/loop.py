@@ -305,7 +305,7 @@ class TrainingLoop:
                     best, stop_now = self._evaluate()
                     stop = stop or stop_now
                 if stop:
-                    self._report(ended=True)
+                    self._report(last=True)
                 self.stopped = stop
                 if pending or best or last or _due(step, self._config.save_every):
                     self._save()
@@ -379,11 +379,11 @@ class TrainingLoop:
             stop = self._act_on(self._health.observe(checked, progress.step)) or stop
         return stop
 
-    def _report(self, *, ended: bool = False) -> dict[str, float] | None:
+    def _report(self, *, last: bool = False) -> dict[str, float] | None:
         """Write and show the metrics since the last report. Returns the row, or None if empty.
 
         Args:
-            ended: Whether the run ends here, so that no time is left.
+            last: Whether the run ends here, so that no time is left.
         """
         row = self._trainer.report(self.progress)
         if row is None:
@@ -392,7 +392,7 @@ class TrainingLoop:
         if progress.skipped:
             row["skipped"] = progress.skipped
         append_metrics(self._run, row)
-        steps = 0 if ended else total - progress.step
+        steps = 0 if last else total - progress.step
         left = format_duration(steps * progress.seconds / progress.step)
         where = f"{self._trainer.step_name} {progress.step}/{total}"
         self._console.note(f"  {where}: {format_metrics(row)}, {left} left")
