@@ -163,6 +163,10 @@ def configure(
         file = shipped_file(starter)
     config = make_config(TRAINING_CONFIGS[command], options, file, source)
     if starter is not None and use_starter:
+        from mlx_align.training.run import make_algorithm
+
+        # A wrong option is an error before all else is printed.
+        make_algorithm(config, loss=None if objects is None else objects.loss)
         console.note(f"No --model and no --data: training the starter.\n\n{_given_options(config)}")
     if data is not None:
         config = replace(config, data=None)

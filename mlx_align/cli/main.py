@@ -158,8 +158,15 @@ def _report_error(message: str) -> int:
 def _print_error(line: str) -> None:
     # Standard error may be closed, or its reader gone.
     try:
+        if sys.stderr.isatty():
+            import shutil
+            import textwrap
+
+            width = shutil.get_terminal_size().columns
+            # Paths and options stay whole, to be copied.
+            line = textwrap.fill(line, width, break_long_words=False, break_on_hyphens=False)
         print(line, file=sys.stderr, flush=True)
-    except (OSError, ValueError):
+    except (AttributeError, OSError, ValueError):
         return
 
 

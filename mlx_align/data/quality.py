@@ -180,6 +180,8 @@ def render_quality(quality: DataQuality) -> str:
             f"{'! ' * told}picking the more formatted one agrees with "
             f"{quality.formatted_right:.0%} ({quality.formatted_differs:.0%} of the pairs differ "
             "in that)"
+            if quality.formatted_differs
+            else "the two completions of a pair never differ in Markdown"
         )
     if len(quality.languages) > 1:
         shown = ", ".join(f"{name} {share:.0%}" for name, share in quality.languages.items())

@@ -162,8 +162,8 @@ def check_data(data: str | os.PathLike[str]) -> None:
     if not name or not os.path.exists(path):
         if path.suffix not in FILE_SUFFIXES and _HUB_NAME.fullmatch(name) and name[0] not in ".-":
             return
-        close = difflib.get_close_matches(path.name, _names_in(path.parent), n=1)
-        hint = f"; did you mean {path.with_name(close[0])}?" if close else ""
+        close = _nearest_name(path)
+        hint = "" if close is None else f"; did you mean {path.with_name(close)}?"
         raise DataError(
             f"--data {name!r}: no such file or folder, and not the name of a hub dataset "
             f"(owner/name){hint}"
@@ -173,6 +173,15 @@ def check_data(data: str | os.PathLike[str]) -> None:
             raise DataError(f"{name}: expected a file ending in {', '.join(FILE_SUFFIXES)}")
     elif not os.path.isdir(path):
         raise DataError(f"{name}: is neither a regular file nor a folder")
+
+
+def _nearest_name(path: Path) -> str | None:
+    """The name in a path's folder that is most like the path's, not counting the suffix."""
+    names = _names_in(path.parent)
+    stems = difflib.get_close_matches(path.stem, {Path(name).stem for name in names}, n=1)
+    found = sorted(name for name in names if stems and Path(name).stem == stems[0])
+    same_kind = [name for name in found if Path(name).suffix == path.suffix]
+    return next(iter(same_kind + found), None)
 
 
 def _names_in(folder: Path) -> list[str]:

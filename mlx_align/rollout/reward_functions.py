@@ -159,10 +159,24 @@ def _parse_spec(text: str) -> RewardSpec:
     function = _FUNCTION.fullmatch(text)
     if function is not None:
         return _parse_function(text, *function.groups())
+    if "," in text and (several := _separate(text)):
+        raise ConfigError(f"--reward {text}: expected one reward; write {several}")
     raise ConfigError(
         f"--reward {text}: expected a built-in reward ({', '.join(BUILTIN_REWARDS)}), with options "
         "as in length(target=200), module:function or file.py:function; =weight may follow"
     )
+
+
+def _separate(text: str) -> str:
+    """Rewards with commas between them as one --reward each; "" if a part can't be one."""
+    parts = []
+    for part in text.split(","):
+        name, *rest = re.split(r"(?=[=(])", part.strip(), maxsplit=1)
+        close = [name] if ":" in name else get_close_matches(name, BUILTIN_REWARDS, n=1)
+        if not close:
+            return ""
+        parts.append("--reward " + "".join([close[0], *rest]))
+    return " ".join(parts)
 
 
 def _parse_builtin(text: str, name: str, written: str | None, weight: str | None) -> RewardSpec:

@@ -154,7 +154,32 @@ def test_a_misspelt_reward_is_found_before_the_model_is_loaded(fails, write, com
     assert "mine.py has no function 'shrot' (it has: short)" in fails(*given, "mine.py:shrot")
     assert "no module 'nowhere'" in fails(*given, "nowhere:short")
     assert "did you mean length?" in fails(*given, "lenght")
+    several = fails(*given, "exact_answer,lenght=0.2")
+    assert "expected one reward; write --reward exact_answer --reward length=0.2" in several
     assert not Path("runs").exists()
+
+
+def test_errors_are_wrapped_on_a_terminal_only(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "40")
+    assert run(["dpo", "--loss", "nothing"]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    assert run(["dpo", "--loss", "nothing"]) == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert " ".join(lines) == line
+    assert max(map(len, lines)) <= 40 < len(line)
+
+
+def test_options_are_checked_before_the_starter_is_described(fails, capsys):
+    assert "use mlx-align kto" in fails("dpo", "--loss", "kto")
+    assert run(["dpo", "--loss", "kto"]) == 1
+    assert capsys.readouterr().out == ""
+
+
+def test_a_file_name_is_suggested_by_its_stem(fails, write):
+    write(*many(), name="pairs.jsonl")
+    assert "did you mean" not in fails("data", "check", "nothere.jsonl")
+    assert "did you mean pairs.jsonl?" in fails("data", "check", "pair.json")
 
 
 def test_a_run_folder_is_not_overwritten(fails, write, tmp_path):

@@ -123,3 +123,6 @@ def test_rules_without_understanding_that_explain_the_labels():
     text = render_quality(quality)
     assert "picking the longer completion agrees with 50% of the labels" in text
     assert "! picking the more formatted one agrees with 100%" in text
+    plain_text = render_quality(check_quality([pair("a?", "Yes it is", "No it is not")]))
+    assert "the two completions of a pair never differ in Markdown" in plain_text
+    assert "formatted one agrees" not in plain_text
