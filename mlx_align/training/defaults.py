@@ -232,7 +232,7 @@ def resolve_on_policy(
             f"{_for(chosen)} {prompts:,} prompts: {batches:,} rollout batches of {per_batch:,} "
             f"prompts ({passes:.2g} passes) at learning rate {rate:.2g}. ({_flags(chosen)})"
         )
-    lines += _held_out_lines(valid)
+    lines += _held_out_lines(valid, "prompts")
     return _complete(replace(config, **chosen), layout), lines
 
 
@@ -304,21 +304,22 @@ def _evaluation(
     return chosen
 
 
-def describe_evaluated(evaluated: int, valid: int) -> list[str]:
+def describe_evaluated(evaluated: int, valid: int, unit: str = "rows") -> list[str]:
     """A line if a default makes evaluations use fewer than all held-out rows."""
     if evaluated == valid:
         return []
     return [
-        f"Evaluations use {evaluated:,} of {valid:,} held-out rows, because all of them would cost "
-        "more than a tenth of the run (--val-batches -1 for all)."
+        f"Evaluations use {evaluated:,} of {valid:,} held-out {unit}, because all of them would "
+        "cost more than a tenth of the run (--val-batches -1 for all)."
     ]
 
 
-def _held_out_lines(valid: int) -> list[str]:
+def _held_out_lines(valid: int, unit: str = "rows") -> list[str]:
     lines = []
     if 0 < valid < MIN_EXAMPLES:
         lines.append(
-            f"! {valid} held-out rows are too few to tell an improvement from chance "
+            f"! {valid} held-out {unit if valid > 1 else unit[:-1]} {'are' if valid > 1 else 'is'} "
+            f"too few to tell an improvement from chance "
             f"({MIN_EXAMPLES} at least)."
         )
     return lines

@@ -218,7 +218,9 @@ def test_few_prompts_get_enough_rollout_batches_and_many_one_pass(config, per_ba
     many, _ = resolve_on_policy(config, LORA, 30_000, 200)
     assert many.iters == math.ceil(30_000 / per_batch)
     assert many.rate < few.rate
-    tiny, _ = resolve_on_policy(config, LORA, 3, 1)
+    tiny, lines = resolve_on_policy(config, LORA, 3, 1)
+    assert lines[-1].startswith("! 1 held-out prompt is too few to tell")
+    assert "of 9 held-out prompts" in describe_evaluated(2, 9, "prompts")[0]
     assert tiny.accumulation == 3
 
 
