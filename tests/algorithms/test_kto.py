@@ -351,7 +351,8 @@ def test_errors_are_one_line(kto, capsys):
 
     assert "no bad answers (label false)" in error(rows=labelled([True] * 12))
     assert "no good answers (label true)" in error(rows=labelled([False] * 12))
-    assert "choose from kto, apo_zero_unpaired" in error("--loss", "dpo")
+    assert "choose from kto, apo_zero_unpaired" in error("--loss", "huber")
+    assert "use mlx-align dpo --loss sigmoid" in error("--loss", "dpo")
     assert "label_smoothing" in error("--loss-option", "label_smoothing=0.1")
     assert "the same hyperparameter twice" in error("--beta", "0.2", "--loss-option", "beta=0.2")
     one_prompt = [{**row, "prompt": "ok?"} for row in labelled([True, False] * 6)]

@@ -174,6 +174,7 @@ def test_errors_are_one_line(sft, capsys):
         return lines[0]
 
     assert "leave it out" in error("--loss-on", "assistant")
-    assert "choose from nll, dft" in error("--loss", "kto")
+    assert "choose from nll, dft" in error("--loss", "huber")
+    assert "use mlx-align kto" in error("--loss", "kto")
     assert "--beta" in error("--beta", "0.1")
     assert "not recognised as supervised data" in error(rows=[{"question_text": "what"}])

@@ -176,7 +176,8 @@ def test_fuse_and_plan_return_what_the_commands_print(run, tiny, pairs, capsys, 
     report = run.fuse("fused")
     arguments = ["--model", tiny, "--adapter-path", "runs/first", "--output", "again", "--json"]
     assert command_line(["fuse", *arguments]) == 0
-    assert json.loads(capsys.readouterr().out) == report
+    assert json.loads(capsys.readouterr().out) == {**report, "output": "again"}
+    assert report["output"] == "fused"
     assert (tmp_path / "fused" / "config.json").is_file()
     planned = ma.plan("kto", model=tiny, data=pairs, batch_size=2)
     file = tmp_path / "pairs.jsonl"

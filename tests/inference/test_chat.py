@@ -133,7 +133,7 @@ def test_control_characters_of_an_answer_are_shown(run, monkeypatch, capsys):
 def test_what_can_not_be_talked_to_is_named(tmp_path, capsys):
     for arguments, said in (
         (("--model", TINY_MODEL, "--compare"), "--compare needs a run"),
-        ((), "--model is missing"),
+        ((), "give a run (a folder that mlx-align wrote), as in mlx-align chat runs/first"),
         ((tmp_path,), "has no adapter_config.json"),
     ):
         assert mlx_align("chat", *arguments) == 1
