@@ -168,6 +168,7 @@ def play(
     child, terminal = pty.fork()
     if child == 0:
         os.chdir(where)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # jobs in the background ignore it
         os.execvpe("bash", ["bash", "--norc", "-c", command], environment)
     fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", HEIGHT, WIDTH, 0, 0))
     waiting, output, since = list(typed), bytearray(), 0
@@ -243,7 +244,7 @@ for row in pairs:
     for name in ("chosen", "rejected"):
         row[name] = [{"role": "assistant", "content": row[name]}]
 
-run = ma.dpo(model="starter", data=pairs, output="runs/python", learning_rate=2.5e-4)
+run = ma.dpo(model="starter", data=pairs, output="runs/python")
 print(run.verdict.kind, run.metrics["eval/rewards/accuracies"])
 print(run.generate("What is the capital of Kenya?"))
 """
@@ -292,18 +293,20 @@ STEPS = (
         before=lambda folder: (folder / "converted.jsonl").unlink(missing_ok=True),
     ),
     Step("A typing error in an option …", f"{TRAIN} --learning-rat 1e-4", code=1),
+    Step("… a name that other programs use …", f"{TRAIN} --optim adamw_torch", code=1),
     Step("… in a value …", f"{TRAIN} --loss simpoo", code=1),
+    Step("… in a number …", f"{TRAIN} --epochs two", code=1),
     Step("… in a path …", "mlx-align dpo --model starter --data pair.jsonl", code=1),
     Step("… in a command …", "mlx-align orpo --data pairs.jsonl", code=1),
     Step("… and a broken line.", "mlx-align data check broken.jsonl", code=1),
     Step(
-        "Now it trains, with all defaults. They are for real models; the starter is tiny and takes "
-        "a far higher learning rate. The verdict says so.",
+        "Now it trains, with all defaults. The verdict comes first; 6 held-out pairs say little, and "
+        "the chosen completions are all shorter.",
         f"{TRAIN} --output runs/first",
     ),
     Step(
-        "So a second run gets the rate of the starter's own recipe. Ctrl-C stops it …",
-        f"{TRAIN} --learning-rate 2.5e-4 --output runs/second",
+        "Would twice the rate do better? Ctrl-C stops it …",
+        f"{TRAIN} --learning-rate 4.6e-4 --output runs/second",
         typed=(("update 10/", CTRL_C),),
         code=130,
     ),
