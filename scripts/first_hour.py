@@ -300,8 +300,8 @@ STEPS = (
     Step("… in a command …", "mlx-align orpo --data pairs.jsonl", code=1),
     Step("… and a broken line.", "mlx-align data check broken.jsonl", code=1),
     Step(
-        "Now it trains, with all defaults. The verdict comes first; 6 held-out pairs say little, and "
-        "the chosen completions are all shorter.",
+        "Now it trains, with all defaults. The verdict comes first; 6 held-out pairs say little, "
+        "and the chosen completions are all shorter.",
         f"{TRAIN} --output runs/first",
     ),
     Step(
