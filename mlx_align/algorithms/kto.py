@@ -24,7 +24,6 @@ from mlx_align.algorithms.base import (
     Objective,
     count_tokens,
     held_out_means,
-    prompt_numbers,
     weighted_metrics,
 )
 from mlx_align.config import KTOConfig
@@ -40,7 +39,6 @@ from mlx_align.data.readers import Data
 from mlx_align.data.statistics import TokenizedDataset
 from mlx_align.data.transforms import MISMATCHED, OWN, add_mismatched
 from mlx_align.errors import ConfigError, DataError
-from mlx_align.evaluation.statistics import standard_error
 from mlx_align.inference.scoring import Scorer
 from mlx_align.losses.hyperparameters import HyperparameterValue
 from mlx_align.losses.masking import masked_sum, weighted_sum
@@ -354,22 +352,13 @@ def evaluate_rows(
         metrics["rewards/auc"] = float(above[good].mean())
         if "prompts" in metrics:
             columns = {
-                "rewards/accuracies": right.astype(np.float64),
+                "rewards/accuracies": right,
                 "rewards/margins": _influence(loss.beta * own, good, -1),
                 "rewards/auc": _influence(above, good, 1),
             }
-            metrics |= _clustered_deviations(columns, prompt_numbers(groups))
+            found = held_out_means(columns, groups)
+            metrics |= {name: one for name, one in found.items() if name.endswith("_std")}
     return metrics
-
-
-def _clustered_deviations(columns: dict[str, np.ndarray], prompt: np.ndarray) -> dict[str, float]:
-    """The deviations of metrics that are means of columns (n,), where rows share prompts.
-
-    As in `held_out_means`: the standard error over prompts times √n.
-    """
-    errors = {name: standard_error(values, prompt) for name, values in columns.items()}
-    root = math.sqrt(len(prompt))
-    return {f"{name}_std": error * root for name, error in errors.items() if error is not None}
 
 
 def _influence(values: np.ndarray, good: np.ndarray, sign: int) -> np.ndarray:

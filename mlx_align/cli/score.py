@@ -55,7 +55,7 @@ def score(json: bool, **options: Any) -> None:
     says how well the scores agree with the labels. Implicit rewards, beta * log(policy /
     reference), come with policy_logps and reference_logps.
     """
-    from mlx_align.evaluation.data import trained_on_warning
+    from mlx_align.evaluation.data import trained_on_remark, trained_on_warning
     from mlx_align.models.row_limits import check_lengths, row_lengths
     from mlx_align.system.console import Console
 
@@ -119,8 +119,7 @@ def score(json: bool, **options: Any) -> None:
     if json:
         echo_json(summary, indent=2)
         return
-    which = "all" if known == len(prompts) else str(known)
-    remark = f" (trained on: {which} of the prompts)" if known else ""
+    remark = trained_on_remark(known, len(prompts))
     if report is not None:
         first, newline, rest = rendered.partition("\n")
         console.note(f"{first}{remark}{newline}{rest}")

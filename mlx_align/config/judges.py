@@ -223,7 +223,7 @@ class SelectConfig(Options):
     data: str = override(
         TrainConfig, "data", REQUIRED, help="Pairs or lists of answers; their labels are ignored."
     )
-    split: str = option("train", "Split of --data.", MODEL, metavar="NAME")
+    split: str = override(JudgeConfig, "split")
     format: str | None = override(TrainConfig, "format")
     columns: dict[str, Any] = override(TrainConfig, "columns")
     output: str = override(SampleConfig, "output")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from mlx_align.config.evaluation import EvalConfig
+from mlx_align.config.evaluation import EvalConfig, SampleConfig
 from mlx_align.config.offline import LabelOptions, LossConfig, TrainConfig
 from mlx_align.config.schema import MODEL, OTHER, REQUIRED, RESUME_HELP, Options, option, override
 
@@ -44,14 +44,7 @@ class ConvertDataConfig(Options):
         multiple=True,
         positional=True,
     )
-    output: str = override(
-        TrainConfig,
-        "output",
-        REQUIRED,
-        help="JSONL file to write.",
-        metavar="FILE",
-        default_text=None,
-    )
+    output: str = override(SampleConfig, "output")
     resume: bool = option(False, RESUME_HELP, MODEL)
     format: str | None = override(TrainConfig, "format")
     columns: dict[str, Any] = override(TrainConfig, "columns")

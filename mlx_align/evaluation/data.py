@@ -126,9 +126,7 @@ def read_held_out_data(
     prompts = _unique_prompts(pairs or read_prompts(source, split, format)[0])
     trained = trained_prompts(run, own)
     known = sum(group.prompt in trained for group in prompts)
-    title = f"{_name(data)}, {split} split"
-    if known:
-        title += f" (trained on: {'all' if known == len(prompts) else known} of the prompts)"
+    title = f"{_name(data)}, {split} split{trained_on_remark(known, len(prompts))}"
     return HeldOutData(pairs, prompts, title, known)
 
 
@@ -225,6 +223,12 @@ def trained_prompts(run: TrainedRun, data: Data | None) -> set[Text]:
         return {group.prompt for group in groups if group.prompt}
     except MlxAlignError:
         return set()
+
+
+def trained_on_remark(trained: int, prompts: int) -> str:
+    """What a line on `prompts` prompts ends with if `trained` of them are training data, or ""."""
+    which = "all" if trained == prompts else str(trained)
+    return f" (trained on: {which} of the prompts)" if trained else ""
 
 
 def trained_on_warning(trained: int, prompts: int) -> tuple[str, ...]:

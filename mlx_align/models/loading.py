@@ -41,6 +41,7 @@ from mlx_align.models.model_config import (
     activation_of,
     block_count,
     check_config,
+    hidden_size,
     length_limits,
     loading_options,
     normalize_config,
@@ -83,9 +84,7 @@ class ModelFolder:
     @property
     def hidden_size(self) -> int:
         """Width of the residual stream (of the text part); 0 if it is not in the config."""
-        config = {**self.config, **(self.config.get("text_config") or {})}
-        names = ("hidden_size", "n_embd", "d_model", "dim")
-        return next((int(config[name]) for name in names if config.get(name)), 0)
+        return hidden_size(self.config)
 
     @property
     def max_positions(self) -> int | None:

@@ -193,6 +193,21 @@ def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
     return text if isinstance(text, Mapping) else config
 
 
+def size_in(config: Mapping[str, Any], *names: str) -> int:
+    """The value of the first of `names` that is a number in `config`, or 0."""
+    for name in names:
+        value = config.get(name)
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            return int(value)
+    return 0
+
+
+def hidden_size(config: Mapping[str, Any]) -> int:
+    """Width of the residual stream (of the text part); 0 if it is not in the configuration."""
+    text = {**config, **(config.get("text_config") or {})}
+    return size_in(text, "hidden_size", "n_embd", "d_model", "dim")
+
+
 def rope_of_layers(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Rotary parameters by kind of layer; the kind "" means all others.
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mlx_align.errors import ModelError
+from mlx_align.models.model_config import hidden_size, size_in
 
 # The limit of the safetensors format; a longer header means a damaged file.
 MAX_HEADER_BYTES = 100_000_000
@@ -160,20 +161,20 @@ def read_model_shape(folder: Path, config: Mapping[str, Any]) -> ModelShape:
         (t for n, t in tensors.items() if re.search(r"(embed_tokens|wte|embeddings?)\.weight$", n)),
         None,
     )
-    blocks = _size(text, "num_hidden_layers", "n_layer", "n_layers") or (
+    blocks = size_in(text, "num_hidden_layers", "n_layer", "n_layers") or (
         1 + max((linear.block for linear in linears), default=0)
     )
-    hidden = _size(text, "hidden_size", "n_embd", "d_model", "dim")
-    vocabulary = _size(text, "vocab_size") or (embedding.shape[0] if embedding else 0)
+    hidden = hidden_size(config)
+    vocabulary = size_in(text, "vocab_size") or (embedding.shape[0] if embedding else 0)
     if not hidden or not vocabulary:
         missing = "vocab_size" if hidden else "hidden_size"
         raise ModelError(f"{folder / 'config.json'}: {missing} is missing")
-    heads = _size(text, "num_attention_heads", "n_head", "n_heads") or 1
-    head = _size(text, "head_dim") or hidden // heads
+    heads = size_in(text, "num_attention_heads", "n_head", "n_heads") or 1
+    head = size_in(text, "head_dim") or hidden // heads
     if "qk_nope_head_dim" in text:  # multi-head latent attention
-        head = _size(text, "qk_nope_head_dim") + _size(text, "qk_rope_head_dim")
+        head = size_in(text, "qk_nope_head_dim") + size_in(text, "qk_rope_head_dim")
     dtype = _activation_dtype(tensors)
-    kv_heads = _size(text, "num_key_value_heads", "num_kv_heads") or heads
+    kv_heads = size_in(text, "num_key_value_heads", "num_kv_heads") or heads
     return ModelShape(
         weights_bytes=sum(t.nbytes for t in tensors.values()),
         blocks=blocks,
@@ -186,21 +187,12 @@ def read_model_shape(folder: Path, config: Mapping[str, Any]) -> ModelShape:
         activation_bytes=min(4, _FLOAT_BYTES[dtype]),
         activation_dtype=dtype,
         quantised=any(name.endswith(".scales") for name in tensors),
-        bits=_size(config.get("quantization") or {}, "bits") or None,
+        bits=size_in(config.get("quantization") or {}, "bits") or None,
         linears=tuple(linears),
         linear_bytes=linear_bytes,
         linear_attention=_linear_attention(text, tensors),
         active_experts=_active_experts(text, linears),
     )
-
-
-def _size(config: Mapping[str, Any], *names: str) -> int:
-    """The value of the first of `names` that is a number in `config`, or 0."""
-    for name in names:
-        value = config.get(name)
-        if isinstance(value, int | float) and not isinstance(value, bool):
-            return int(value)
-    return 0
 
 
 def _linears(
@@ -238,15 +230,15 @@ def _linear_attention(
     blocks = frozenset(
         int(match[1]) for name in tensors if (match := _BLOCK_DECAY.search(name)) is not None
     )
-    values = _size(text, "linear_num_value_heads")
-    value_size = key_size = _size(text, "linear_value_head_dim")
-    keys = _size(text, "linear_num_key_heads")
+    values = size_in(text, "linear_num_value_heads")
+    value_size = key_size = size_in(text, "linear_value_head_dim")
+    keys = size_in(text, "linear_num_key_heads")
     per_key = not values
     if values:
-        key_size = _size(text, "linear_key_head_dim")
+        key_size = size_in(text, "linear_key_head_dim")
     elif isinstance(kimi := text.get("linear_attn_config"), dict):
-        keys = values = _size(kimi, "num_heads")
-        key_size = value_size = _size(kimi, "head_dim")
+        keys = values = size_in(kimi, "num_heads")
+        key_size = value_size = size_in(kimi, "head_dim")
     if not (blocks and values and key_size and value_size):
         return None
     state = values * key_size * value_size
@@ -257,17 +249,17 @@ def _active_experts(text: Mapping[str, Any], linears: list[Linear]) -> int:
     """Routed experts per token."""
     if not any(_EXPERT.search(linear.name) or linear.experts > 1 for linear in linears):
         return 0
-    return _size(text, "num_experts_per_tok", "num_experts_per_token", "top_k_experts")
+    return size_in(text, "num_experts_per_tok", "num_experts_per_token", "top_k_experts")
 
 
 def _intermediate(text: Mapping[str, Any], linears: list[Linear], hidden: int) -> int:
     if active := _active_experts(text, linears):
-        width = _size(text, "moe_intermediate_size", "intermediate_size")
-        shared = _size(text, "shared_expert_intermediate_size") or width * _size(
+        width = size_in(text, "moe_intermediate_size", "intermediate_size")
+        shared = size_in(text, "shared_expert_intermediate_size") or width * size_in(
             text, "n_shared_experts"
         )
         return active * width + shared
-    width = _size(text, "intermediate_size", "n_inner", "ffn_hidden_size", "ffn_dim")
+    width = size_in(text, "intermediate_size", "n_inner", "ffn_hidden_size", "ffn_dim")
     return width or max((linear.outputs for linear in linears), default=4 * hidden)
 
 

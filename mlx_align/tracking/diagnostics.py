@@ -20,7 +20,7 @@ from itertools import pairwise
 from typing import Any, Literal
 
 from mlx_align.system.formatting import counted, format_value
-from mlx_align.system.intervals import kl_interval, metric_interval, prompts_of
+from mlx_align.system.intervals import Estimate, kl_interval, metric_interval, prompts_of
 from mlx_align.tracking.run_dir import RunRecord, held_out_examples
 
 Level = Literal["warn", "halve", "stop"]
@@ -735,11 +735,9 @@ def unmoved(record: RunRecord) -> Finding | None:
         what = f"all {len(answers)} held-out prompts"
         if len(answers) <= 2:
             what = "both held-out prompts" if len(answers) == 2 else "the held-out prompt"
-        kl = record.summary.get("kl")
-        noise = kl_interval(kl) if isinstance(kl, Mapping) else None
-        distance = ""
-        if noise is not None:
-            nats = format_value(noise.value)
+        kl, distance = _kl_from_start(record), ""
+        if kl is not None:
+            nats = format_value(kl.value)
             distance = f", and its KL from the start ({nats} nats) is within its error of 0"
         problem = f"After {updates} the policy answers {what} as before{distance}."
         return Finding("warn", "samples", problem, advice, untrained=True)
@@ -750,11 +748,16 @@ def unmoved(record: RunRecord) -> Finding | None:
     return Finding("warn", "samples", problem, advice, untrained=True)
 
 
-def _kl_shows_change(record: RunRecord) -> bool:
-    """Whether the KL from the start, measured on samples, is above 0 by more than its error."""
+def _kl_from_start(record: RunRecord) -> Estimate | None:
+    """The KL from the start, measured on samples, in nats per completion."""
     kl = record.summary.get("kl")
-    noise = kl_interval(kl) if isinstance(kl, Mapping) else None
-    return noise is not None and noise.low > 0
+    return kl_interval(kl) if isinstance(kl, Mapping) else None
+
+
+def _kl_shows_change(record: RunRecord) -> bool:
+    """Whether the KL from the start is above 0 by more than its error."""
+    kl = _kl_from_start(record)
+    return kl is not None and kl.low > 0
 
 
 def moved_on_held_out(record: RunRecord) -> bool | None:
@@ -803,9 +806,8 @@ def _length_explains(record: RunRecord) -> Finding | None:
     if not isinstance(longer, float) or not isinstance(shorter, float):
         return None
     which, rate = ("longer", longer) if longer >= shorter else ("shorter", shorter)
-    key = "eval/rewards/auc" if record.command == "kto" else "eval/rewards/accuracies"
     kept = record.kept_evaluation
-    found = metric_interval(kept, key, n)
+    found = metric_interval(kept, record.rate_key, n)
     if record.command not in _PAIRS or found is None or kept["step"] == 0:
         return None
     if (prompts_of(kept) or n or 0) < MIN_EXAMPLES:

@@ -23,6 +23,7 @@ import yaml
 
 from mlx_align.errors import ConfigError
 from mlx_align.system.atomic_io import check_can_create, wrap_write_errors, write_text
+from mlx_align.system.intervals import AUC
 from mlx_align.system.json_text import to_json
 from mlx_align.system.regular_files import NOT_UTF8, is_utf8
 
@@ -280,6 +281,12 @@ class RunRecord:
     def command(self) -> str:
         """The training command, or "run" if no file names it."""
         return str(self.summary.get("command") or self.status.get("command") or "run")
+
+    @property
+    def rate_key(self) -> str:
+        """The held-out rate that the run is judged by, if it learns preferences."""
+        # KTO's accuracy is a sign against an estimated zero, which may be off for all completions.
+        return f"eval/{AUC}" if self.command == "kto" else "eval/rewards/accuracies"
 
     @property
     def finished(self) -> bool:

@@ -198,8 +198,7 @@ class _Rate(NamedTuple):
 
 
 def _rate(record: RunRecord) -> _Rate | None:
-    # KTO's accuracy is a sign against an estimated zero, which may be off for all completions.
-    key = "eval/rewards/auc" if record.command == "kto" else "eval/rewards/accuracies"
+    key = record.rate_key
     values, margins = record.values(key), record.values("eval/rewards/margins")
     kept = record.kept_evaluation
     if key not in kept or kept["step"] == 0:

@@ -42,6 +42,7 @@ from mlx_align.losses.registry import (
     resolve_options,
 )
 from mlx_align.models.adapters import AdapterLayout
+from mlx_align.system.formatting import counted
 from mlx_align.tracking.diagnostics import MIN_EXAMPLES
 from mlx_align.types import TokenizedGroup
 
@@ -136,6 +137,7 @@ def resolve_offline(
     chosen |= _evaluation(config, valid, updates, updates * per_update, per_microbatch)
     lines = []
     if {"grad_accumulation_steps", "epochs", "learning_rate"} & chosen.keys():
+        lead, flags = _chosen_by_default(chosen)
         passes = updates * per_update / rows
         rate = chosen.get("learning_rate", config.learning_rate)
         about = "" if config.batch_tokens is None else "about "
@@ -147,15 +149,15 @@ def resolve_offline(
             else f"{passes:.2g} passes"
         )
         lines.append(
-            f"{_for(chosen)} {rows:,} rows: {updates:,} updates of {about}{per_update:.0f} rows at "
-            f"learning rate {rate:.2g}; {reason}. ({_flags(chosen)})"
+            f"{lead} {rows:,} rows: {updates:,} updates of {about}{per_update:.0f} rows at "
+            f"learning rate {rate:.2g}; {reason}. ({flags})"
         )
     if chosen.get("target_margin") and valid:
-        unit = "completions" if isinstance(config, KTOConfig) else "pairs"
-        ranked = "ranked right" if isinstance(config, KTOConfig) else "right"
+        kto = isinstance(config, KTOConfig)
+        unit, right = ("completions", "ranked right") if kto else ("pairs", "right")
         lines.append(
             f"Training ends earlier if the held-out {unit} are learned: {TARGET_ACCURACY:.0%} "
-            f"{ranked}, and a reward margin above {TARGET_MARGIN:g}. (--target-margin)"
+            f"{right}, and a reward margin above {TARGET_MARGIN:g}. (--target-margin)"
         )
     lines += _held_out_lines(valid)
     return _complete(replace(config, **chosen), layout), lines
@@ -226,29 +228,27 @@ def resolve_on_policy(
         chosen["val_batches"] = -1 if valid <= limit else max(1, limit // max(1, size))
     lines = []
     if {"grad_accumulation_steps", "iters", "learning_rate"} & chosen.keys():
+        lead, flags = _chosen_by_default(chosen)
         passes = batches * per_batch / prompts
         rate = chosen.get("learning_rate", config.learning_rate)
         lines.append(
-            f"{_for(chosen)} {prompts:,} prompts: {batches:,} rollout batches of {per_batch:,} "
-            f"prompts ({passes:.2g} passes) at learning rate {rate:.2g}. ({_flags(chosen)})"
+            f"{lead} {prompts:,} prompts: {batches:,} rollout batches of {per_batch:,} "
+            f"prompts ({passes:.2g} passes) at learning rate {rate:.2g}. ({flags})"
         )
-    lines += _held_out_lines(valid, "prompts")
+    lines += _held_out_lines(valid, "prompt")
     return _complete(replace(config, **chosen), layout), lines
 
 
-def _chosen_flags(chosen: Mapping[str, Any]) -> list[str]:
-    """The options for length, rows per update and rate that were chosen, because none was given."""
+def _chosen_by_default(chosen: Mapping[str, Any]) -> tuple[str, str]:
+    """The first words of the line on length, rows per update and rate, and the options to show.
+
+    If some were given, these are the others.
+    """
     names = ("epochs", "iters", "grad_accumulation_steps", "learning_rate")
-    return [f"--{name.replace('_', '-')}" for name in names if name in chosen]
-
-
-def _for(chosen: Mapping[str, Any]) -> str:
-    return "Defaults for" if len(_chosen_flags(chosen)) == 3 else "For"
-
-
-def _flags(chosen: Mapping[str, Any]) -> str:
-    flags = _chosen_flags(chosen)
-    return ("" if len(flags) == 3 else "chosen by default: ") + ", ".join(flags)
+    flags = [f"--{name.replace('_', '-')}" for name in names if name in chosen]
+    if len(flags) == 3:
+        return "Defaults for", ", ".join(flags)
+    return "For", f"chosen by default: {', '.join(flags)}"
 
 
 def _command(config: TrainConfig) -> str:
@@ -304,25 +304,23 @@ def _evaluation(
     return chosen
 
 
-def describe_evaluated(evaluated: int, valid: int, unit: str = "rows") -> list[str]:
+def describe_evaluated(evaluated: int, valid: int, unit: str = "row") -> list[str]:
     """A line if a default makes evaluations use fewer than all held-out rows."""
     if evaluated == valid:
         return []
     return [
-        f"Evaluations use {evaluated:,} of {valid:,} held-out {unit}, because all of them would "
+        f"Evaluations use {evaluated:,} of {valid:,} held-out {unit}s, because all of them would "
         "cost more than a tenth of the run (--val-batches -1 for all)."
     ]
 
 
-def _held_out_lines(valid: int, unit: str = "rows") -> list[str]:
-    lines = []
-    if 0 < valid < MIN_EXAMPLES:
-        lines.append(
-            f"! {valid} held-out {unit if valid > 1 else unit[:-1]} {'are' if valid > 1 else 'is'} "
-            f"too few to tell an improvement from chance "
-            f"({MIN_EXAMPLES} at least)."
-        )
-    return lines
+def _held_out_lines(valid: int, unit: str = "row") -> list[str]:
+    if not 0 < valid < MIN_EXAMPLES:
+        return []
+    return [
+        f"! {counted(valid, f'held-out {unit}')} {'is' if valid == 1 else 'are'} too few to tell "
+        f"an improvement from chance ({MIN_EXAMPLES} at least)."
+    ]
 
 
 def _complete(config: Config, layout: AdapterLayout) -> Config:

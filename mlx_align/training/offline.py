@@ -15,7 +15,13 @@ from typing import Any
 import mlx.optimizers as optim
 import numpy as np
 
-from mlx_align.algorithms.base import Algorithm, CompletionLogps, Objective, TrainedPolicy
+from mlx_align.algorithms.base import (
+    Algorithm,
+    CompletionLogps,
+    Objective,
+    TrainedPolicy,
+    prompt_numbers,
+)
 from mlx_align.algorithms.update import Updater, collate_microbatches, make_optimizer
 from mlx_align.config import TrainConfig
 from mlx_align.data.batching import (
@@ -185,11 +191,9 @@ class OfflineJob:
             ),
             report=algorithm.report,
         )
-        prompts: dict[bytes, TokenizedGroup] = {}
-        for group in setup.held_out:
-            prompts.setdefault(group.prompt.tobytes(), group)
+        _, first = np.unique(prompt_numbers(setup.held_out), return_index=True)
         wanted = config.samples if algorithm.samples_answers else 0
-        self.prompts = list(prompts.values())[:wanted]
+        self.prompts = [setup.held_out[index] for index in first[:wanted]]
         self.next_command = algorithm.next_command(
             setup.folder, run, trained_thinking(config.thinking, setup.facts)
         )

@@ -146,7 +146,7 @@ def prepare_on_policy(
         )
     valid = limit_held_out(valid, config)
     if val_batches is None:
-        chosen += describe_evaluated(len(valid), everyone, "prompts")
+        chosen += describe_evaluated(len(valid), everyone, "prompt")
     parts: dict[str, Sequence[TokenizedGroup]] = {
         "prompts": [prompt.tokens for prompt in train],
         "held-out prompts": [prompt.tokens for prompt in valid],

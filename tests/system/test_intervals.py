@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from mlx_align.algorithms.base import held_out_means
-from mlx_align.algorithms.kto import KtoLoss, _clustered_deviations, _influence, evaluate_rows
+from mlx_align.algorithms.kto import KtoLoss, _influence, evaluate_rows
 from mlx_align.evaluation.statistics import rate_estimate
 from mlx_align.losses.registry import UNPAIRED_LOSSES, resolve_options
 from mlx_align.system.intervals import effective_size, metric_interval, t_score, wilson_interval
@@ -96,8 +96,8 @@ def test_the_margin_of_rows_in_pairs_has_the_error_of_the_differences():
     random = np.random.default_rng(1)
     shared = random.normal(size=50)
     own = np.stack([shared + 0.3 + 0.1 * random.normal(size=50), shared], 1).ravel()
-    good, prompt = np.tile([True, False], 50), np.repeat(np.arange(50), 2)
-    found = _clustered_deviations({"margin": _influence(0.5 * own, good, -1)}, prompt)
+    good, prompts = np.tile([True, False], 50), groups(np.repeat(np.arange(50), 2))
+    found = held_out_means({"margin": _influence(0.5 * own, good, -1)}, prompts)
     differences = 0.5 * (own[0::2] - own[1::2])
     wanted = differences.std(ddof=1) / math.sqrt(50)
     assert found["margin_std"] / math.sqrt(100) == pytest.approx(wanted, rel=1e-9)
