@@ -20,10 +20,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, Self
 import mlx.core as mx
 import mlx.optimizers as optim
 import numpy as np
-import numpy.typing as npt
 
 from mlx_align.config import TrainConfig
-from mlx_align.data.batching import Microbatch
+from mlx_align.data.batching import Microbatch, prompt_numbers
 from mlx_align.data.buckets import BatchLimit
 from mlx_align.data.chat_template import Thinking
 from mlx_align.data.formats import ReadReport
@@ -323,13 +322,6 @@ def held_out_means(
         elif name not in RATES and values.size > 1:
             found[f"{name}_std"] = float(values.std(ddof=1, dtype=np.float64))
     return {**found, "prompts": float(prompts)} if clustered else found
-
-
-def prompt_numbers(groups: Sequence[TokenizedGroup]) -> npt.NDArray[np.int64]:
-    """A number for each group (n,), the same for groups with the same prompt."""
-    numbers: dict[bytes, int] = {}
-    found = [numbers.setdefault(group.prompt.tobytes(), len(numbers)) for group in groups]
-    return np.array(found, np.int64)
 
 
 def weighted_metrics(metrics: Mapping[str, mx.array], weight: mx.array) -> MetricSums:

@@ -301,9 +301,10 @@ class SampleConfig(Options):
     )
     temperature: float = option(
         1.0,
-        "Sampling temperature; 1 samples from the policy itself.",
+        "Sampling temperature; 1 samples from the policy itself, 0 (with -n 1) takes the likeliest "
+        "token.",
         SAMPLING,
-        above=0,
+        at_least=0,
         aliases=("temp",),
     )
     temperatures: tuple[str, ...] | None = option(

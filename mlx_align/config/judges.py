@@ -186,8 +186,6 @@ class ConstitutionConfig(Options):
         SampleConfig,
         "temperature",
         help="Sampling temperature; 1 samples from the model itself.",
-        above=None,
-        at_least=0,
     )
     seed: int = option(0, "Random seed for texts, principles and intervals.", SAMPLING, at_least=0)
     samples: int = option(
@@ -281,7 +279,13 @@ class ImproveConfig(Options):
     )
     answers: int = option(2, "Answers per prompt.", SAMPLING, at_least=2)
     max_completion_length: int = override(SampleConfig, "max_completion_length")
-    temperature: float = override(SampleConfig, "temperature")
+    temperature: float = override(
+        SampleConfig,
+        "temperature",
+        help="Sampling temperature; 1 samples from the policy itself.",
+        above=0,
+        at_least=None,
+    )
     seed: int = override(SampleConfig, "seed")
     labels_by: Literal["judge", "people"] = option(
         "judge",

@@ -334,3 +334,10 @@ def padding_fraction(batches: Sequence[Microbatch], groups: Sequence[TokenizedGr
             group = groups[index]
             real += len(group.prompt) + sum(len(c) for c in group.completions)
     return 1 - real / total
+
+
+def prompt_numbers(groups: Sequence[TokenizedGroup]) -> npt.NDArray[np.int64]:
+    """A number for each group (n,), the same for groups with the same prompt."""
+    numbers: dict[bytes, int] = {}
+    found = [numbers.setdefault(group.prompt.tobytes(), len(numbers)) for group in groups]
+    return np.array(found, np.int64)

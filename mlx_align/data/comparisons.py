@@ -14,7 +14,7 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
-from mlx_align.data.batching import collate_groups
+from mlx_align.data.batching import collate_groups, prompt_numbers
 from mlx_align.data.buckets import AnyShape
 from mlx_align.types import Comparisons, RewardBatch, TokenizedGroup
 
@@ -91,11 +91,9 @@ def pad_completion_lists(groups: Sequence[TokenizedGroup]) -> list[TokenizedGrou
 
 def assign_folds(groups: Sequence[TokenizedGroup], count: int, seed: int) -> npt.NDArray[np.int64]:
     """Assign each group to one of `count` folds; groups with the same prompt share a fold."""
-    prompts = {group.prompt.tobytes(): 0 for group in groups}
-    order = np.random.default_rng((seed, count)).permutation(len(prompts))
-    for position, prompt in enumerate(prompts):
-        prompts[prompt] = int(order[position]) % count
-    return np.array([prompts[group.prompt.tobytes()] for group in groups], np.int64)
+    prompts = prompt_numbers(groups)
+    order = np.random.default_rng((seed, count)).permutation(len(np.unique(prompts)))
+    return order[prompts] % count
 
 
 def ensemble_mask(

@@ -18,7 +18,7 @@ import numpy as np
 
 from mlx_align.config import EvalConfig, TrainConfig
 from mlx_align.config.schema import fingerprint_options
-from mlx_align.data.batching import completion_mask
+from mlx_align.data.batching import completion_mask, prompt_numbers
 from mlx_align.data.buckets import AnyShape, BatchLimit, plan_shapes
 from mlx_align.data.chat_template import ChatTemplate, inspect_chat_template
 from mlx_align.data.readers import DataSource
@@ -493,9 +493,7 @@ def _measure_policy(
     preferred = perplexity = None
     if pairs:
         reference, logratios = roles.compare(pairs, "Held-out pairs")
-        numbers: dict[bytes, int] = {}
-        prompt = [numbers.setdefault(pair.prompt.tobytes(), len(numbers)) for pair in pairs]
-        preferred = preferences(reference, logratios, np.array(prompt), _beta(run))
+        preferred = preferences(reference, logratios, prompt_numbers(pairs), _beta(run))
     samples = roles.sample(config, prompts)
     if documents is not None:
         segments, document = split_into_segments(documents, style, max_length)

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from mlx_align.data.batching import prompt_numbers
 from mlx_align.data.comparisons import GroupComparisons, compare_completions
 from mlx_align.evaluation.statistics import Floats, mean_estimate, rate_estimate, sigmoid
 from mlx_align.inference.scoring import GroupScores
@@ -390,9 +391,8 @@ def collect_comparisons(
     rows: list[tuple[float, float, int, int, int]] = []
     all_scores: list[float] = []
     all_lengths: list[int] = []
-    prompts: dict[bytes, int] = {}
-    for group, pairs, members in zip(groups, compared, scores, strict=True):
-        prompt = prompts.setdefault(group.prompt.tobytes(), len(prompts))
+    numbered = zip(groups, compared, scores, prompt_numbers(groups), strict=True)
+    for group, pairs, members, prompt in numbered:
         score = members.mean(axis=1, dtype=np.float64)
         length = [len(completion) for completion in group.completions]
         all_scores += [float(s) for s, n in zip(score, length, strict=True) if n]

@@ -91,8 +91,13 @@ def _arm(where: str, given: Any, default: Arm) -> Arm:
     if given.get("model") and "adapter_path" not in given:
         values["adapter_path"] = None  # the default's adapter is for the default's model
     arm = Arm(**values)
-    if arm.n < 1 or not 0 < arm.temperature < float("inf"):
-        raise ConfigError(f"{where}: expected n of at least 1 and a temperature above 0")
+    if arm.n < 1 or not 0 <= arm.temperature < float("inf"):
+        raise ConfigError(f"{where}: expected n of at least 1 and a temperature of at least 0")
+    if arm.temperature == 0 and arm.n > 1:
+        raise ConfigError(
+            f"{where}: temperature 0 makes all {arm.n} answers the same; add n: 1, or give a "
+            "temperature above 0"
+        )
     return arm
 
 

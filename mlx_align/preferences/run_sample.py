@@ -228,6 +228,12 @@ def _check_config(config: SampleConfig, rewards: Sequence[RewardSource]) -> None
         )
     if config.pairs and config.keep is not None:
         raise ConfigError(f"--keep {config.keep} has no effect with --pairs; drop one")
+    one_temperature = config.arms is None and config.temperatures is None
+    if config.temperature == 0 and config.n > 1 and one_temperature:
+        raise ConfigError(
+            "--temperature 0 makes all completions the same; add -n 1, or give a temperature above "
+            "0"
+        )
     if config.pairs and config.n < 2:
         raise ConfigError(f"-n {config.n}: --pairs needs at least 2 completions per prompt")
     if config.keep is not None and config.keep > config.n:

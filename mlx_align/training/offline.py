@@ -20,7 +20,6 @@ from mlx_align.algorithms.base import (
     CompletionLogps,
     Objective,
     TrainedPolicy,
-    prompt_numbers,
 )
 from mlx_align.algorithms.update import Updater, collate_microbatches, make_optimizer
 from mlx_align.config import TrainConfig
@@ -30,6 +29,7 @@ from mlx_align.data.batching import (
     groups_per_batch,
     microbatch_stream,
     padding_fraction,
+    prompt_numbers,
 )
 from mlx_align.data.buckets import AnyShape, BatchLimit, batch_limit, plan_shapes
 from mlx_align.data.readers import Data

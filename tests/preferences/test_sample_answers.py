@@ -2,6 +2,7 @@
 
 import json
 
+import mlx_lm
 import pytest
 from helpers.data import read_rows, user, write_rows
 from helpers.paths import STARTER
@@ -112,7 +113,8 @@ def test_an_arm_has_what_the_file_says_and_else_the_options(tmp_path):
         ("- temprature: 1", "unknown key 'temprature'; expected name, model"),
         ("- temperature: hot", "arm 1: temperature is 'hot'; expected a number"),
         ("- n: 0", "n of at least 1"),
-        ("- temperature: -1", "a temperature above 0"),
+        ("- temperature: -1", "a temperature of at least 0"),
+        ("- temperature: 0", "temperature 0 makes all 2 answers the same; add n: 1"),
         ("- name: a\n- name: a", "two arms are named 'a'"),
         ("name: a", "expected a list"),
         ("- a: [", "not YAML"),
@@ -141,6 +143,7 @@ def test_wrong_temperatures(given):
             ("--reward", "length(target=3)", "--temperatures", "1"),
             "--temperatures is for all answers",
         ),
+        (("--temperature", "0"), "--temperature 0 makes all completions the same; add -n 1"),
         (("--arms", "x.yaml", "--temperatures", "1"), "exclude each other"),
         (("--arms", "x.yaml"), "--arms x.yaml: can't be read"),
     ],
@@ -148,6 +151,23 @@ def test_wrong_temperatures(given):
 def test_options_without_effect_are_refused(prompts, tmp_path, capsys, arguments, message):
     assert sample(prompts, tmp_path / "answers.jsonl", *arguments) == 1
     assert message in capsys.readouterr().err
+
+
+def test_at_temperature_0_the_answer_is_the_likeliest(prompts, tmp_path):
+    found = []
+    for seed in ("0", "1"):
+        output = tmp_path / f"{seed}.jsonl"
+        assert sample(prompts, output, "--temperature", "0", "-n", "1", "--seed", seed) == 0
+        found.append([row["completions"] for row in read_rows(output)])
+    model, tokenizer = mlx_lm.load(str(STARTER / "model"))
+    rendered = [
+        tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True)
+        for row in read_rows(prompts)
+    ]
+    likeliest = [
+        [mlx_lm.generate(model, tokenizer, prompt, max_tokens=6).strip()] for prompt in rendered
+    ]
+    assert found == [likeliest, likeliest]
 
 
 def test_the_system_prompt_of_an_arm_replaces_that_of_the_prompt():
