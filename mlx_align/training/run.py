@@ -205,6 +205,7 @@ def train(
             )
             loop.begin(resume=True, changes=changes)
             resumption.record(loop.progress.step, trainer.total_steps)
+        trained_before = loop.progress.seconds  # before it was resumed
         prompts = job.prompts
         before = answers(policy, policy.start, prompts, config)
         loop.run()
@@ -238,7 +239,7 @@ def train(
         **counts,
         "tokens": progress.tokens,
         "seconds": progress.seconds,
-        "seconds_in_all": time.perf_counter() - began,
+        "seconds_in_all": trained_before + time.perf_counter() - began,
         "tokens_per_second": progress.tokens / max(progress.seconds, 1e-9),
         "peak_memory_bytes": last.get("peak_memory_bytes"),
         "trained_parameters": sum(array.size for _, array in tree_flatten(policy.start)),

@@ -29,7 +29,7 @@ from helpers.runs import (
 from mlx_align.algorithms import update
 from mlx_align.models import policy
 from mlx_align.tracking.run_dir import lock_run_dir
-from mlx_align.training import offline
+from mlx_align.training import metrics, offline
 
 SMALL = (
     *("--batch-size", 2, "--grad-accumulation-steps", 2, "--lora-rank", 2, "--samples", 1),
@@ -145,6 +145,21 @@ def test_stopping_between_reports_does_not_change_them(own_pairs, monkeypatch):
     kept = Path("run", "checkpoints", f"{best[0]['step']:07d}")
     # Whether it is the last or not, the best one is an adapter that can be used.
     assert (kept / "adapters.safetensors").is_file()
+
+
+def test_the_time_before_a_resume_counts(own_pairs, monkeypatch):
+    add = metrics.Progress.add
+
+    def slow(self, result):
+        add(self, result._replace(seconds=500.0))
+
+    with monkeypatch.context() as patched:
+        stop_after(patched, 2)
+        patched.setattr(metrics.Progress, "add", slow)
+        assert dpo() == 130
+    assert mlx_align("dpo", "--resume", "run") == 0
+    summary = summary_of("run")
+    assert 1000 < summary["seconds"] < summary["seconds_in_all"] < 1200
 
 
 def test_an_interrupted_reference_pass_continues_with_the_same_batches(own_pairs, monkeypatch):
