@@ -9,12 +9,12 @@ held-out pairs are different ones.
     python scripts/real/helpful.py --only judge,reward,dpo
 
 Finished parts are not repeated, and interrupted ones continue. The page, docs/verified/helpful.md,
-has what is finished. On Linux LD_PRELOAD should name libopenblas.
+has what was measured, here or before. On Linux LD_PRELOAD should name libopenblas.
 """
 
 import argparse
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +24,10 @@ from models import smollm2
 from studies import (
     REAL,
     evaluate,
-    is_finished,
     read_json,
     read_rows,
+    record,
+    recorded,
     run,
     shown,
     shown_kl,
@@ -46,10 +47,22 @@ MAX_TOKENS = 200
 # Prompts completed by policy and start, and the longest completion.
 ANSWERS = ("--samples", 64, "-n", 1, "--max-completion-length", 64)
 # PPO's and GRPO's options: batches of 16 completions.
-ROLLOUTS = "--iters 40 --group-size 4 --grad-accumulation-steps 4 --max-completion-length 128"
+ROLLOUTS = (
+    "--iters 30 --learning-rate 1e-4 --group-size 4 --grad-accumulation-steps 4 "
+    "--max-completion-length 64"
+)
 RERANKED, COMPLETIONS = 32, 16
 COUNTS = (1, 2, 4, 8, 16)
-TITLES = {
+REWARD_MODELS = {
+    "judge": "judge, trained on B",
+    "reward": "reward model, trained on A",
+}
+RANKERS = {
+    "dpo": "implicit reward of the DPO run",
+    "reward": "reward model of A",
+    "judge": "the judge itself (the most there is)",
+}
+POLICIES = {
     "dpo": "DPO",
     "dpo-rate-2e-4": "DPO, learning rate 2e-4",
     "dpo-bfloat16": "DPO, base in bf16",
@@ -92,43 +105,38 @@ def write_data(folder: Path) -> None:
     write_rows(folder / "texts.jsonl", texts)
 
 
-def stages(folder: Path) -> dict[str, Callable[[], Any]]:
-    """What is trained and measured, by name, in this order."""
-    float32, a, b = smollm2(), folder / "data-a", folder / "data-b"
+def stages(folder: Path) -> dict[str, Callable[[], None]]:
+    """What is trained, measured and recorded, by name, in this order."""
+    a, b = folder / "data-a", folder / "data-b"
 
-    def on_a(name: str, command: str, *options: object, model: Path = float32) -> Path:
+    def reward_model(name: str, data: Path) -> None:
+        train(folder / name, "reward", "--model", smollm2(), "--data", data)
+        record("helpful", name, reward_row(name, folder / name))
+
+    def trained(name: str, command: str, *options: object, dtype: str = "float32") -> Path:
+        model = smollm2(dtype, in_float32=dtype != "float32" and not mx.metal.is_available())
         return train(folder / name, command, "--model", model, "--data", a, *options)
 
-    def judged(name: str) -> dict[str, Any]:
+    def policy(name: str, command: str, *options: object, dtype: str = "float32") -> None:
+        trained(name, command, *options, dtype=dtype)
         judge = ("--reward-model", folder / "judge", "--perplexity-data", folder / "texts.jsonl")
-        return evaluate(folder / name, folder / f"eval-{name}", *judge, *ANSWERS)
+        found = evaluate(folder / name, folder / f"eval-{name}", *judge, *ANSWERS)
+        record("helpful", name, policy_row(name, found))
 
-    rate = ("--learning-rate", "2e-4")
-    chosen: dict[str, Callable[[], Any]] = {
-        "judge": lambda: train(folder / "judge", "reward", "--model", float32, "--data", b),
-        "reward": lambda: on_a("reward", "reward"),
-        "dpo": lambda: (on_a("dpo", "dpo"), judged("dpo")),
+    rewarded = ("--reward-model", folder / "reward", *ROLLOUTS.split())
+    return {
+        "judge": lambda: reward_model("judge", b),
+        "reward": lambda: reward_model("reward", a),
+        "dpo": lambda: policy("dpo", "dpo"),
         "rerank": lambda: rerank(folder),
-        "dpo-rate-2e-4": lambda: (on_a("dpo-rate-2e-4", "dpo", *rate), judged("dpo-rate-2e-4")),
-        "sft": lambda: (on_a("sft", "sft"), judged("sft")),
-        "sft-dpo": lambda: (
-            on_a("sft-dpo", "dpo", "--init-adapter", folder / "sft"),
-            judged("sft-dpo"),
-        ),
+        "dpo-rate-2e-4": lambda: policy("dpo-rate-2e-4", "dpo", "--learning-rate", "2e-4"),
+        "sft": lambda: policy("sft", "sft"),
+        "sft-dpo": lambda: policy("sft-dpo", "dpo", "--init-adapter", trained("sft", "sft")),
+        "ppo": lambda: policy("ppo", "ppo", *rewarded),
+        "grpo": lambda: policy("grpo", "grpo", *rewarded),
+        "dpo-bfloat16": lambda: policy("dpo-bfloat16", "dpo", dtype="bfloat16"),
+        "dpo-4-bit": lambda: policy("dpo-4-bit", "dpo", dtype="4-bit"),
     }
-    for name in ("ppo", "grpo"):
-        rewarded = ("--reward-model", folder / "reward", *ROLLOUTS.split())
-        chosen[name] = lambda name=name, rewarded=rewarded: (
-            on_a(name, name, *rewarded),
-            judged(name),
-        )
-    for dtype in ("bfloat16", "4-bit"):
-        name = f"dpo-{dtype}"
-        chosen[name] = lambda name=name, dtype=dtype: (
-            on_a(name, "dpo", model=smollm2(dtype, in_float32=not mx.metal.is_available())),
-            judged(name),
-        )
-    return chosen
 
 
 def rerank(folder: Path) -> None:
@@ -138,10 +146,12 @@ def rerank(folder: Path) -> None:
         asked = ("--data", folder / "prompts.jsonl", "-n", COMPLETIONS)
         cut = ("--max-completion-length", 64, "--output", answers)
         run(["data", "sample", "--model", smollm2(), *asked, *cut])
-    for name in ("dpo", "reward", "judge"):
+    for name in RANKERS:
         scored = folder / f"scores-{name}.jsonl"
         if not scored.is_file():
             run(["score", folder / name, "--data", answers, "--output", scored])
+    for name, cells in reranking_rows(folder).items():
+        record("helpful", name, cells)
 
 
 def best_of(ranking: np.ndarray, judged: np.ndarray, count: int) -> np.ndarray:
@@ -156,42 +166,29 @@ def best_of(ranking: np.ndarray, judged: np.ndarray, count: int) -> np.ndarray:
     return np.array([expected_best(scores, count, values) for scores, values in rows])
 
 
-def reranking_table(folder: Path) -> str:
+def reranking_rows(folder: Path) -> dict[str, list[str]]:
     """The judge's score of the best of n, by what ranked them, in deviations of its scores."""
     scores = {
         name: np.array([row["model_scores"] for row in read_rows(folder / f"scores-{name}.jsonl")])
-        for name in ("dpo", "reward", "judge")
+        for name in RANKERS
     }
     judge = scores["judge"]
     judge = (judge - judge.mean()) / judge.std()
-    prompts, rows = np.arange(len(judge)), []
-    for title, name in (
-        ("implicit reward of the DPO run", "dpo"),
-        ("reward model of A", "reward"),
-        ("the judge itself (the most there is)", "judge"),
-    ):
+    prompts, rows = np.arange(len(judge)), {}
+    for name, title in RANKERS.items():
         first = best_of(scores[name], judge, 1)
         gains = [best_of(scores[name], judge, count) - first for count in COUNTS[1:]]
-        rows.append([title, *(shown(mean_estimate(gain, prompts), "{:+.2f}") for gain in gains)])
-    return table(["ranked by", *(f"best of {count}" for count in COUNTS[1:])], rows)
+        cells = [shown(mean_estimate(gain, prompts), "{:+.2f}") for gain in gains]
+        rows[f"rerank-{name}"] = [title, *cells]
+    return rows
 
 
-def reward_table(folder: Path) -> str:
-    """Accuracy and calibration of the two reward models."""
-    rows = []
-    for title, name in (("judge, trained on B", "judge"), ("reward model, trained on A", "reward")):
-        if not is_finished(folder / name):
-            continue
-        held_out = read_json(folder / name / "summary.json")["held_out"]
-        rows.append([title, *reward_facts(held_out)])
-    titles = ["", "held-out accuracy", "“pick the longer”", "where the shorter is chosen"]
-    return table([*titles, "calibration error"], rows)
-
-
-def reward_facts(held_out: dict[str, Any]) -> list[str]:
-    """Cells of the reward models' table."""
+def reward_row(name: str, run: Path) -> list[str]:
+    """Accuracy and calibration of a reward model."""
+    held_out = read_json(run / "summary.json")["held_out"]
     accuracy = [held_out[f"accuracy{end}"] for end in ("", "_low", "_high")]
     return [
+        REWARD_MODELS[name],
         f"{shown(Estimate(*accuracy))} of {held_out['comparisons']}",
         f"{held_out['longer_accuracy']:.0%}",
         f"{held_out['accuracy_shorter_chosen']:.0%} of {held_out['shorter_chosen']}",
@@ -199,25 +196,18 @@ def reward_facts(held_out: dict[str, Any]) -> list[str]:
     ]
 
 
-def policy_table(folder: Path, names: Sequence[str]) -> str:
-    """What every policy gained and cost, next to the start."""
-    rows = []
-    for name in names:
-        found = read_json(folder / f"eval-{name}" / "evaluation.json")
-        wins, equal = found["wins"], found["wins"]["length_controlled"]
-        rows.append(
-            [
-                TITLES[name],
-                shown(found["preferences"]["reward_accuracy"]),
-                shown(wins["rate"]),
-                "–" if equal is None else shown(equal),
-                shown_kl(found["divergence"]["per_answer"], found["divergence"]["standard_error"]),
-                f"{wins['reference_length']:.0f} → {wins['length']:.0f}",
-                shown(found["perplexity"]["ratio"], "{:.3f}"),
-            ]
-        )
-    titles = ["", "held-out reward accuracy", "judged better than the start", "at equal length"]
-    return table([*titles, "KL, nats per answer", "tokens", "perplexity on other text, ×"], rows)
+def policy_row(name: str, found: dict[str, Any]) -> list[str]:
+    """What a policy gained and cost, next to the start."""
+    wins, equal = found["wins"], found["wins"]["length_controlled"]
+    return [
+        POLICIES[name],
+        shown(found["preferences"]["reward_accuracy"]),
+        shown(wins["rate"]),
+        "–" if equal is None else shown(equal),
+        shown_kl(found["divergence"]["per_answer"], found["divergence"]["standard_error"]),
+        f"{wins['reference_length']:.0f} → {wins['length']:.0f}",
+        shown(found["perplexity"]["ratio"], "{:.3f}"),
+    ]
 
 
 def remarks() -> dict[str, str]:
@@ -236,9 +226,15 @@ def remarks() -> dict[str, str]:
 
 
 def page(folder: Path) -> list[str]:
-    """The parts of the page for what is finished."""
+    """The parts of the page for what was measured."""
     valid = len(read_rows(folder / "data-a" / "valid.jsonl"))
     sizes = {part: len(read_rows(folder / f"data-{part}" / "train.jsonl")) for part in "ab"}
+    rows = recorded("helpful")
+    reward_models = [rows[name] for name in REWARD_MODELS if name in rows]
+    policies = [rows[name] for name in POLICIES if name in rows]
+    rankers = [rows[f"rerank-{name}"] for name in RANKERS if f"rerank-{name}" in rows]
+    reward_titles = ["held-out accuracy", "“pick the longer”", "where the shorter is chosen"]
+    titles = ["held-out reward accuracy", "judged better than the start", "at equal length"]
     parts = [
         "# People's preferences on a real model",
         "SmolLM2-135M-Instruct on Anthropic's HH-RLHF (helpful-base, MIT), conversations of up to "
@@ -248,25 +244,26 @@ def page(folder: Path) -> list[str]:
         "the table names others. 95% intervals, over prompts. `python scripts/real/helpful.py` "
         "measures it again.",
     ]
-    if is_finished(folder / "judge"):
-        parts += ["## Reward models", reward_table(folder)]
-    names = [name for name in TITLES if (folder / f"eval-{name}" / "evaluation.json").is_file()]
-    if names:
+    if reward_models:
+        reward_titles = ["", *reward_titles, "calibration error"]
+        parts += ["## Reward models", table(reward_titles, reward_models)]
+    if policies:
+        titles = ["", *titles, "KL, nats per answer", "tokens", "perplexity on other text, ×"]
         parts += [
             "## Policies",
-            policy_table(folder, names),
+            table(titles, policies),
             f"{ANSWERS[1]} held-out prompts were completed by the policy and by the start at "
             f"temperature 1, up to {ANSWERS[-1]} tokens; the judge compared them. Perplexity is of "
             "40 questions of GSM8K with their solutions, over that of the start.",
-            *(text for name, text in remarks().items() if name in names),
+            *(text for name, text in remarks().items() if name in rows),
         ]
-    if all((folder / f"scores-{name}.jsonl").is_file() for name in ("dpo", "reward", "judge")):
+    if rankers:
         parts += [
             "## Reranking",
             f"{COMPLETIONS} answers of the start to each of {RERANKED} held-out prompts. How much "
             "better the judge finds the best of n than one answer, in standard deviations of its "
             "scores (the mean over all subsets of n):",
-            reranking_table(folder),
+            table(["ranked by", *(f"best of {count}" for count in COUNTS[1:])], rankers),
             "The reward models learned from pairs of different conversations. But both start from "
             "the same model, so they may agree on more than people would.",
         ]

@@ -16,6 +16,7 @@ from mlx_align.system.user_folders import cache_folder
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 REAL = ROOT / "data" / "real"
+MEASURED = Path(__file__).resolve().parent / "measured"
 
 
 def study_folder(name: str) -> Path:
@@ -127,12 +128,51 @@ def table(titles: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     return "\n".join(lines)
 
 
+def record(study: str, name: str, cells: Sequence[str]) -> None:
+    """Keep a row of a study's tables in the repository, with the date and the machine.
+
+    The page is made of such rows. It keeps those whose runs are gone, or were made elsewhere.
+    """
+    rows = _measured(study)
+    if list(cells) != rows.get(name, {}).get("cells"):
+        found = {"cells": list(cells), "date": str(datetime.date.today()), "machine": machine()}
+        text = json.dumps(rows | {name: found}, ensure_ascii=False, indent=1)
+        MEASURED.mkdir(exist_ok=True)
+        write_text(MEASURED / f"{study}.json", text + "\n")
+
+
+def recorded(study: str) -> dict[str, list[str]]:
+    """The rows that `record` kept, by name."""
+    return {name: row["cells"] for name, row in _measured(study).items()}
+
+
+def _measured(study: str) -> dict[str, Any]:
+    file = MEASURED / f"{study}.json"
+    return read_json(file) if file.is_file() else {}
+
+
 def write_page(name: str, *parts: str) -> None:
-    """Write a page of docs/verified: its parts, and when and where they were measured."""
-    made = f"Measured on {datetime.date.today()}: {machine()}. This page is written by the script."
+    """Write a page of docs/verified: its parts, and when and where they were measured.
+
+    The dates are those of the recorded rows, or today if the study records none.
+    """
+    rows = list(_measured(name).values())
+    rows = rows or [{"date": str(datetime.date.today()), "machine": machine()}]
+    places = dict.fromkeys(row["machine"] for row in rows)
+    made = [
+        f"{days([row['date'] for row in rows if row['machine'] == place])}: {place}"
+        for place in places
+    ]
+    last = f"Measured {'; '.join(made)}. This page is written by the script."
     file = ROOT / "docs" / "verified" / f"{name}.md"
-    file.write_text("\n\n".join([*parts, made]) + "\n", encoding="utf-8")
+    file.write_text("\n\n".join([*parts, last]) + "\n", encoding="utf-8")
     print(file)
+
+
+def days(dates: Sequence[str]) -> str:
+    """The first and last of some ISO dates, in words."""
+    first, last = min(dates), max(dates)
+    return f"on {first}" if first == last else f"from {first} to {last}"
 
 
 def machine() -> str:
@@ -144,4 +184,11 @@ def machine() -> str:
     backend = "mlx's CPU backend"
     if "openblas" in os.environ.get("LD_PRELOAD", ""):
         backend += " with OpenBLAS"
-    return f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, {backend}"
+    return f"{platform.system()} {platform.machine()}, {cores()}, {backend}"
+
+
+def cores() -> str:
+    """How many of the machine's cores this process may use, in words."""
+    every = os.cpu_count() or 1
+    mine = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else every
+    return f"{every} cores" if mine == every else f"{mine} of {every} cores"
