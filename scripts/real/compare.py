@@ -16,8 +16,6 @@ bound to (`taskset -c 0` on Linux): a run takes 2 to 15 minutes, all of them som
 
 import argparse
 import json
-import os
-import platform
 import shutil
 import subprocess
 import sys
@@ -37,6 +35,7 @@ from common import Job, Pair
 from comparison_page import OURS, Measured, render
 from environments import PEERS, TRL, Package, python_of
 from models import smollm2
+from studies import computer
 
 from mlx_align.system.user_folders import cache_folder
 
@@ -212,7 +211,7 @@ class Comparison:
         content: dict[str, Any] = {
             "seconds": time.perf_counter() - began,
             "date": date.today().isoformat(),
-            "machine": machine(),
+            "machine": computer(),
         }
         failed = result if isinstance(result, str) else ""
         content |= {"error": failed} if isinstance(result, str) else {"result": asdict(result)}
@@ -308,14 +307,6 @@ class Comparison:
             "tokens": {**means, "pair": sum(means.values()), "longest": longest},
             "environment": self._remark.replace("for all", "for all that use mlx"),
         }
-
-
-def machine() -> str:
-    """The kind of machine, and how many of its cores the runs may use, for the page."""
-    cores: int | str | None = os.cpu_count()
-    if hasattr(os, "sched_getaffinity") and len(os.sched_getaffinity(0)) != cores:
-        cores = f"{len(os.sched_getaffinity(0))} of {cores}"
-    return f"{platform.system()} {platform.machine()}, {cores} cores"
 
 
 def chosen(runs: Sequence[Run], names: str | None) -> list[Run]:

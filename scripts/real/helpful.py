@@ -23,6 +23,7 @@ import numpy as np
 from models import smollm2
 from studies import (
     REAL,
+    add_only,
     evaluate,
     read_json,
     read_rows,
@@ -274,20 +275,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--only", help="comma-separated stages; all by default")
-    parser.add_argument("--folder", type=Path, default=None)
+    folder = study_folder("helpful")
+    known = stages(folder)
+    add_only(parser, known)
     given = parser.parse_args()
-    folder = given.folder or study_folder("helpful")
     if not (folder / "texts.jsonl").is_file():
         write_data(folder)
-    known = stages(folder)
-    names = given.only.split(",") if given.only else list(known)
-    if unknown := set(names) - known.keys():
-        parser.error(f"unknown: {', '.join(sorted(unknown))}; there are {', '.join(known)}")
-    for name in known:
-        if name in names:
-            known[name]()
-            write_page("helpful", *page(folder))
+    for name in given.only:
+        known[name]()
+        write_page("helpful", *page(folder))
 
 
 if __name__ == "__main__":

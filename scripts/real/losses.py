@@ -7,7 +7,7 @@ best setting by a third of the held-out pairs is measured on the others.
 
     python scripts/real/helpful.py --only judge
     python scripts/real/losses.py                # 2 hours of one core
-    python scripts/real/losses.py --losses dpo,ipo
+    python scripts/real/losses.py --only dpo,ipo
 
 Finished runs are not repeated, and interrupted ones continue. Writes docs/verified/when-to-use.md,
 which has what was measured, here or before. On Linux LD_PRELOAD should name libopenblas.
@@ -21,6 +21,7 @@ from typing import NamedTuple
 from helpful import ANSWERS, write_data
 from models import smollm2
 from studies import (
+    add_only,
     evaluate,
     is_finished,
     read_rows,
@@ -176,18 +177,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--losses", default=",".join(METHODS), help="comma-separated")
+    add_only(parser, METHODS)
     given, helpful = parser.parse_args(), study_folder("helpful")
-    names = given.losses.split(",")
-    if unknown := set(names) - METHODS.keys():
-        parser.error(f"unknown: {', '.join(sorted(unknown))}; there are {', '.join(METHODS)}")
     if not is_finished(helpful / "judge"):
         parser.error("the judge is missing: python scripts/real/helpful.py --only judge")
     folder = study_folder("losses")
     if not (helpful / "texts.jsonl").is_file():
         write_data(helpful)
     write_data_of_losses(folder, helpful / "data-a")
-    for name in names:
+    for name in given.only:
         record(STUDY, name, report_row(folder, helpful / "judge", best(folder, name)))
         write_page(STUDY, *page())
 

@@ -1,12 +1,13 @@
 """What the studies share: runs that are not repeated, tables with intervals, and their page."""
 
+import argparse
 import datetime
 import json
 import os
 import platform
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,19 @@ def study_folder(name: str) -> Path:
     folder = cache_folder() / "real" / name
     folder.mkdir(parents=True, exist_ok=True)
     return folder
+
+
+def add_only(parser: argparse.ArgumentParser, known: Collection[str]) -> None:
+    """Add the option --only, which names parts of a study; all of them by default."""
+
+    def names(text: str) -> list[str]:
+        asked = text.split(",")
+        if unknown := set(asked) - set(known):
+            raise argparse.ArgumentTypeError(f"unknown: {', '.join(sorted(unknown))}")
+        return [name for name in known if name in asked]
+
+    told = f"comma-separated: {', '.join(known)}; all by default"
+    parser.add_argument("--only", metavar="NAMES", type=names, default=list(known), help=told)
 
 
 def run(command: Sequence[object]) -> None:
@@ -184,11 +198,12 @@ def machine() -> str:
     backend = "mlx's CPU backend"
     if "openblas" in os.environ.get("LD_PRELOAD", ""):
         backend += " with OpenBLAS"
-    return f"{platform.system()} {platform.machine()}, {cores()}, {backend}"
+    return f"{computer()}, {backend}"
 
 
-def cores() -> str:
-    """How many of the machine's cores this process may use, in words."""
-    every = os.cpu_count() or 1
-    mine = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else every
-    return f"{every} cores" if mine == every else f"{mine} of {every} cores"
+def computer() -> str:
+    """The kind of computer, and how many of its cores this process may use."""
+    cores: int | str | None = os.cpu_count()
+    if hasattr(os, "sched_getaffinity") and len(os.sched_getaffinity(0)) != cores:
+        cores = f"{len(os.sched_getaffinity(0))} of {cores}"
+    return f"{platform.system()} {platform.machine()}, {cores} cores"

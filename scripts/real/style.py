@@ -6,10 +6,10 @@ held-out questions and a set of facts, as it was and after each run: are the ans
 facts still right?
 
     python scripts/real/style.py            # 2 hours on 2 cores, minutes on a Mac
-    python scripts/real/style.py --seeds 3  # every run with 3 seeds
+    python scripts/real/style.py --only sft --seeds 3
 
-Finished runs are not repeated, and interrupted ones continue. Writes docs/verified/style.md. On
-Linux LD_PRELOAD should name libopenblas.
+Finished runs are not repeated, and interrupted ones continue. Writes docs/verified/style.md, which
+has what was measured, here or before. On Linux LD_PRELOAD should name libopenblas.
 """
 
 import argparse
@@ -23,10 +23,13 @@ from models import smollm2
 from studies import (
     REAL,
     ROOT,
+    add_only,
     answers,
     one_line,
     read_json,
     read_rows,
+    record,
+    recorded,
     shown,
     shown_kl,
     study_folder,
@@ -38,6 +41,7 @@ from studies import (
 from mlx_align.system.intervals import mean_interval, wilson_interval
 
 MAX_TOKENS = 96
+SHOWN = (0, 1, 2, -3, -2, -1)  # places of questions whose answers are on the page
 
 
 class Arm(NamedTuple):
@@ -130,16 +134,43 @@ def row(name: str, moved: str, said: Sequence[str], before: Sequence[str]) -> li
     return [name, f"{mean(lengths):.0f}", changed, shown(share), moved]
 
 
+def page() -> list[str]:
+    """The parts of the page for what was measured."""
+    rows = recorded("style")
+    names = [name for arm in ARMS for name in rows if re.fullmatch(rf"{arm}-\d+", name)]
+    asked = [[*questions(), *facts()][place] for place in SHOWN]
+    said = [rows[f"said-{name}"] for name in ("start", *names) if f"said-{name}" in rows]
+    titles = ["", f"words, n = {len(questions())}", "change", f"facts right, n = {len(facts())}"]
+    return [
+        "# A style, and what it costs",
+        "SmolLM2-135M-Instruct is to answer in one sentence: 100 pairs of the model's own answers "
+        "(`data/real/brevity`), the first sentence of each preferred to all of it. It answers "
+        f"{len(questions())} held-out questions and {len(facts())} questions of fact at "
+        f"temperature 0.01, in up to {MAX_TOKENS} tokens. A fact is right if the answer names it. "
+        "95% intervals, over questions. `python scripts/real/style.py` measures it again.",
+        table([*titles, "KL, nats per answer"], [rows[name] for name in ("start", *names)]),
+        FINDINGS,
+        "Some answers: before, and after each in the order of the table (seed 0):",
+        "\n".join(
+            f"- {question}\n" + "\n".join(f"    - {texts[at]}" for texts in said)
+            for at, question in enumerate(asked)
+        ),
+    ]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    add_only(parser, ARMS)
     parser.add_argument("--seeds", type=int, default=1)
     given, folder = parser.parse_args(), study_folder("style")
     asked = [*questions(), *facts()]
     before = answers(smollm2(), None, folder, asked, MAX_TOKENS)
-    rows, examples = [row("SmolLM2-135M-Instruct", "–", before, before)], [before]
-    for name, arm in ARMS.items():
+    record("style", "start", row("SmolLM2-135M-Instruct", "–", before, before))
+    record("style", "said-start", [one_line(before[place]) for place in SHOWN])
+    for name in given.only:
+        arm = ARMS[name]
         for seed in range(given.seeds):
             output = folder / f"{name}-{seed}"
             data = ("--model", smollm2(), "--data", REAL / "brevity", "--seed", seed)
@@ -147,26 +178,10 @@ def main() -> None:
             said = answers(smollm2(), output, folder, asked, MAX_TOKENS)
             kl = read_json(output / "summary.json").get("kl")
             moved = shown_kl(kl["mean"], kl["standard_error"]) if kl else "–"
-            rows.append(row(f"{arm.title}, seed {seed}", moved, said, before))
+            record("style", output.name, row(f"{arm.title}, seed {seed}", moved, said, before))
             if not seed:
-                examples.append(said)
-    titles = ["", f"words, n = {len(questions())}", "change"]
-    write_page(
-        "style",
-        "# A style, and what it costs",
-        "SmolLM2-135M-Instruct is to answer in one sentence: 100 pairs of the model's own answers "
-        "(`data/real/brevity`), the first sentence of each preferred to all of it. It answers "
-        f"{len(questions())} held-out questions and {len(facts())} questions of fact at "
-        f"temperature 0.01, in up to {MAX_TOKENS} tokens. A fact is right if the answer names it. "
-        "95% intervals, over questions. `python scripts/real/style.py` measures it again.",
-        table([*titles, f"facts right, n = {len(facts())}", "KL, nats per answer"], rows),
-        FINDINGS,
-        "Some answers: before, and after each in the order of the table (seed 0):",
-        "\n".join(
-            f"- {asked[place]}\n" + "\n".join(f"    - {one_line(one[place])}" for one in examples)
-            for place in (0, 1, 2, -3, -2, -1)
-        ),
-    )
+                record("style", f"said-{output.name}", [one_line(said[place]) for place in SHOWN])
+            write_page("style", *page())
 
 
 if __name__ == "__main__":

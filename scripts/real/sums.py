@@ -3,11 +3,11 @@
 The model answers some questions like "What is 3 + 8? Answer with the number only." right at
 temperature 1, but most wrong. 60 of 315 sums and differences are held out.
 
-    python scripts/real/sums.py            # GRPO with 3 seeds, PPO with one: 90 minutes on 2 cores
-    python scripts/real/sums.py --seeds 1
+    python scripts/real/sums.py            # GRPO with 3 seeds, PPO with one: 3 hours of one core
+    python scripts/real/sums.py --only grpo-0
 
-Finished runs are not repeated, and interrupted ones continue. Writes docs/verified/sums.md. On
-Linux LD_PRELOAD should name libopenblas.
+Finished runs are not repeated, and interrupted ones continue. Writes docs/verified/sums.md, which
+has what was measured, here or before. On Linux LD_PRELOAD should name libopenblas.
 """
 
 import argparse
@@ -15,13 +15,17 @@ import random
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean
+from typing import NamedTuple
 
 from models import smollm2
 from studies import (
+    add_only,
     answers,
     one_line,
     read_json,
     read_rows,
+    record,
+    recorded,
     shown,
     shown_kl,
     study_folder,
@@ -39,6 +43,23 @@ LARGEST_SUMMAND, LARGEST, HELD_OUT = 12, 20, 60
 TOKENS = 16
 GRPO_OPTIONS = ("--iters", 30)
 BATCHES = 5  # rollout batches that are averaged
+
+
+class Arm(NamedTuple):
+    """A way to train: its name in the table, the command and its options."""
+
+    title: str
+    command: str
+    options: tuple[object, ...]
+
+
+ARMS = {
+    **{
+        f"grpo-{seed}": Arm(f"GRPO, seed {seed}", "grpo", (*GRPO_OPTIONS, "--seed", seed))
+        for seed in (0, 1, 2)
+    },
+    "ppo": Arm("PPO, all defaults", "ppo", ()),
+}
 
 
 def write_data(folder: Path) -> Path:
@@ -83,8 +104,8 @@ def right_share(said: Sequence[str], results: Sequence[str]) -> Estimate:
     return wilson_interval(mean(map(bool, found)), len(found))
 
 
-def learned(run: Path) -> str:
-    """What changed in the completions that were trained on, first and last batches, as a table."""
+def training_rows(run: Path) -> list[list[str]]:
+    """What changed in the completions that were trained on: first and last batches."""
     samples = [one for one in read_rows(run / "samples.jsonl") if "step" in one]
     last = max(one["step"] for one in samples)
     rows = []
@@ -98,61 +119,66 @@ def learned(run: Path) -> str:
         shares = [mean(one["reward"] for one in part) for part in (found, plus, minus, ended)]
         shares.append(len(ended) / len(found))
         rows.append([f"{first} to {first + BATCHES - 1}", *(f"{share:.0%}" for share in shares)])
-    titles = ["rollout batches", "right", "of sums", "of differences", "of ended answers"]
-    return table([*titles, "ended"], rows)
+    return rows
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--seeds", type=int, default=3)
-    folder, given = study_folder("sums"), parser.parse_args()
-    data, rows = write_data(folder), []
-    held_out = read_rows(data / "valid.jsonl")
-    asked = [one["prompt"][-1]["content"] for one in held_out]
-    results = [one["answer"] for one in held_out]
-    reward = ("--reward", "exact_answer", "--max-completion-length", TOKENS)
-    where = ("--model", smollm2(), "--data", data)
-    before = right_share(answers(smollm2(), None, folder, asked, TOKENS), results)
-    for title, command, name, options in (
-        *(
-            (f"GRPO, seed {seed}", "grpo", f"seed-{seed}", (*GRPO_OPTIONS, "--seed", seed))
-            for seed in range(given.seeds)
-        ),
-        ("PPO, all defaults", "ppo", "ppo", ()),
-    ):
-        trained = train(folder / name, command, *where, *reward, *options)
-        after = right_share(answers(smollm2(), trained, folder, asked, TOKENS), results)
-        rows.append(row(title, trained, (before, after)))
-    titles = [
-        "",
-        "rollout batches × completions",
-        "right, before",
-        "right, after",
-        "change",
-        "at temperature 0",
-    ]
-    told = [one for one in read_rows(folder / "seed-0" / "samples.jsonl") if "before" in one]
-    examples = "\n".join(
-        f"- {one['messages'][-1]['content']} “{one_line(one['before'])}” → "
-        f"“{one_line(one['after'])}”"
+def examples(run: Path) -> list[str]:
+    """Answers to held-out questions, before and after."""
+    told = [one for one in read_rows(run / "samples.jsonl") if "before" in one]
+    return [
+        f"{one['messages'][-1]['content']} “{one_line(one['before'])}” → “{one_line(one['after'])}”"
         for one in told
-    )
-    write_page(
-        "sums",
+    ]
+
+
+def page() -> list[str]:
+    """The parts of the page for what was measured."""
+    rows = recorded("sums")
+    titles = ["", "rollout batches × completions", "right, before", "right, after", "change"]
+    titles += ["at temperature 0", "KL, nats per answer", "minutes"]
+    parts = [
         "# GRPO and PPO with a reward that can be checked",
         f"SmolLM2-135M-Instruct, questions such as “{QUESTION.format(3, '+', 8)}”, the "
         f"built-in reward `exact_answer`, up to {TOKENS} tokens; GRPO with "
         f"{' '.join(map(str, GRPO_OPTIONS))}, all else by default. "
         f"{HELD_OUT} of 315 are held out, one answer to each at temperature 1. 95% intervals. "
         "`python scripts/real/sums.py` measures it again.",
-        table([*titles, "KL, nats per answer", "minutes"], rows),
-        "The answers that GRPO was trained on (seed 0):",
-        learned(folder / "seed-0"),
-        "Answers to held-out questions at temperature 0, before and after GRPO (seed 0):",
-        examples,
+        table(titles, [rows[name] for name in ARMS if name in rows]),
+    ]
+    if "examples" in rows:
+        shares = ["rollout batches", "right", "of sums", "of differences", "of ended answers"]
+        parts += [
+            "The answers that GRPO was trained on (seed 0):",
+            table([*shares, "ended"], [rows["first-batches"], rows["last-batches"]]),
+            "Answers to held-out questions at temperature 0, before and after GRPO (seed 0):",
+            "\n".join(f"- {line}" for line in rows["examples"]),
+        ]
+    return parts
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    add_only(parser, ARMS)
+    given, folder = parser.parse_args(), study_folder("sums")
+    data = write_data(folder)
+    held_out = read_rows(data / "valid.jsonl")
+    asked = [one["prompt"][-1]["content"] for one in held_out]
+    results = [one["answer"] for one in held_out]
+    reward = ("--reward", "exact_answer", "--max-completion-length", TOKENS)
+    where = ("--model", smollm2(), "--data", data)
+    before = right_share(answers(smollm2(), None, folder, asked, TOKENS), results)
+    for name in given.only:
+        arm = ARMS[name]
+        trained = train(folder / name, arm.command, *where, *reward, *arm.options)
+        after = right_share(answers(smollm2(), trained, folder, asked, TOKENS), results)
+        record("sums", name, row(arm.title, trained, (before, after)))
+        if name == "grpo-0":
+            for part, cells in zip(("first", "last"), training_rows(trained), strict=True):
+                record("sums", f"{part}-batches", cells)
+            record("sums", "examples", examples(trained))
+        write_page("sums", *page())
 
 
 if __name__ == "__main__":

@@ -1,7 +1,9 @@
 """`scripts/real/`: a model folder out of a GGUF file, and pairs made of real conversations."""
 
+import datetime
 import json
 from itertools import combinations
+from types import SimpleNamespace
 
 import mlx.core as mx
 import numpy as np
@@ -159,3 +161,49 @@ def test_pages_show_intervals(tmp_path, monkeypatch):
     studies.write_page("one", "# One", studies.table(["a", "b"], [["x", cell]]))
     text = (tmp_path / "docs" / "verified" / "one.md").read_text()
     assert "| a | b |\n|---|---:|\n| x | 50% (25% to 75%) |" in text
+
+
+def test_rows_of_other_machines_and_days_stay_on_the_page(tmp_path, monkeypatch):
+    studies = load_script("real/studies")
+    monkeypatch.setattr(studies, "ROOT", tmp_path)
+    monkeypatch.setattr(studies, "MEASURED", tmp_path / "measured")
+    (tmp_path / "docs" / "verified").mkdir(parents=True)
+    for day, place, cells in (
+        (1, "a Mac", ["DPO", "65%"]),
+        (2, "Linux", ["SFT", "49%"]),
+        (3, "a Mac", ["KTO", "62%"]),
+        (4, "Linux", ["DPO", "65%"]),  # the same again: nothing was measured
+    ):
+        monkeypatch.setattr(studies, "machine", lambda place=place: place)
+        today = datetime.date(2026, 11, day)
+        clock = SimpleNamespace(date=SimpleNamespace(today=lambda today=today: today))
+        monkeypatch.setattr(studies, "datetime", clock)
+        studies.record("study", cells[0].lower(), cells)
+    assert studies.recorded("study")["kto"] == ["KTO", "62%"]
+    studies.write_page("study", "# Title", studies.table(["", "right"], [["DPO", "65%"]]))
+    assert (tmp_path / "docs" / "verified" / "study.md").read_text().splitlines() == [
+        "# Title",
+        "",
+        "|  | right |",
+        "|---|---:|",
+        "| DPO | 65% |",
+        "",
+        "Measured from 2026-11-01 to 2026-11-03: a Mac; on 2026-11-02: Linux. "
+        "This page is written by the script.",
+    ]
+
+
+def test_a_higher_rate_is_better_unless_it_ranks_clearly_worse(monkeypatch, tmp_path):
+    losses = load_script("real/losses")
+    found = {("2e-4", "0.1"): 0.6, ("5e-4", "0.1"): 0.56, ("5e-5", "0.1"): 0.5}
+    found |= {("5e-4", "0.03"): 0.56, ("2e-4", "0.03"): 0.61, ("5e-5", "0.03"): 0.7}
+
+    def accuracy(folder, setting):
+        return losses.Accuracy.of(found[setting.rate, setting.beta], 63)
+
+    monkeypatch.setattr(losses, "accuracy", accuracy)
+    assert losses.best(tmp_path, "dpo") == ("dpo", "5e-4", "0.1")  # 4% less is within 6%
+    found["5e-4", "0.1"] = 0.5
+    assert losses.best(tmp_path, "dpo") == ("dpo", "2e-4", "0.03")
+    found["5e-5", "0.1"] = 0.8
+    assert losses.best(tmp_path, "dpo") == ("dpo", "5e-5", "0.1")
