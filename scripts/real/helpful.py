@@ -49,8 +49,8 @@ MAX_TOKENS = 200
 ANSWERS = ("--samples", 64, "-n", 1, "--max-completion-length", 64)
 # PPO's and GRPO's options: batches of 16 completions.
 ROLLOUTS = (
-    "--iters 30 --learning-rate 1e-4 --group-size 4 --grad-accumulation-steps 4 "
-    "--max-completion-length 64"
+    "--iters 20 --learning-rate 5e-4 --group-size 4 --grad-accumulation-steps 4 "
+    "--max-completion-length 64 --steps-per-eval 0"
 )
 RERANKED, COMPLETIONS = 32, 16
 COUNTS = (1, 2, 4, 8, 16)
@@ -180,8 +180,13 @@ def reranking_rows(folder: Path) -> dict[str, list[str]]:
         first = best_of(scores[name], judge, 1)
         gains = [best_of(scores[name], judge, count) - first for count in COUNTS[1:]]
         cells = [shown(mean_estimate(gain, prompts), "{:+.2f}") for gain in gains]
-        rows[f"rerank-{name}"] = [title, *cells]
+        rows[f"rerank-{name}"] = [title, *cells, judge_accuracy()]
     return rows
+
+
+def judge_accuracy() -> str:
+    """The held-out accuracy of the judge; a row keeps that of the judge that it was made with."""
+    return recorded("helpful")["judge"][1]
 
 
 def reward_row(name: str, run: Path) -> list[str]:
@@ -208,6 +213,7 @@ def policy_row(name: str, found: dict[str, Any]) -> list[str]:
         shown_kl(found["divergence"]["per_answer"], found["divergence"]["standard_error"]),
         f"{wins['reference_length']:.0f} → {wins['length']:.0f}",
         shown(found["perplexity"]["ratio"], "{:.3f}"),
+        judge_accuracy(),
     ]
 
 
@@ -234,6 +240,7 @@ def page(folder: Path) -> list[str]:
     reward_models = [rows[name] for name in REWARD_MODELS if name in rows]
     policies = [rows[name] for name in POLICIES if name in rows]
     rankers = [rows[f"rerank-{name}"] for name in RANKERS if f"rerank-{name}" in rows]
+    earlier = [row for row in (*policies, *rankers) if row[-1] != judge_accuracy()]
     reward_titles = ["held-out accuracy", "“pick the longer”", "where the shorter is chosen"]
     titles = ["held-out reward accuracy", "judged better than the start", "at equal length"]
     parts = [
@@ -252,7 +259,7 @@ def page(folder: Path) -> list[str]:
         titles = ["", *titles, "KL, nats per answer", "tokens", "perplexity on other text, ×"]
         parts += [
             "## Policies",
-            table(titles, policies),
+            table(titles, [row[:-1] for row in policies]),
             f"{ANSWERS[1]} held-out prompts were completed by the policy and by the start at "
             f"temperature 1, up to {ANSWERS[-1]} tokens; the judge compared them. Perplexity is of "
             "40 questions of GSM8K with their solutions, over that of the start.",
@@ -264,10 +271,18 @@ def page(folder: Path) -> list[str]:
             f"{COMPLETIONS} answers of the start to each of {RERANKED} held-out prompts. How much "
             "better the judge finds the best of n than one answer, in standard deviations of its "
             "scores (the mean over all subsets of n):",
-            table(["ranked by", *(f"best of {count}" for count in COUNTS[1:])], rankers),
+            table(
+                ["ranked by", *(f"best of {count}" for count in COUNTS[1:])],
+                [row[:-1] for row in rankers],
+            ),
             "The reward models learned from pairs of different conversations. But both start from "
             "the same model, so they may agree on more than people would.",
         ]
+    if earlier:
+        parts.append(
+            f"Made with an earlier run of the judge ({earlier[0][-1]}): "
+            f"{'; '.join(row[0] for row in earlier)}."
+        )
     return parts
 
 
