@@ -124,7 +124,10 @@ def stages(folder: Path) -> dict[str, Callable[[], None]]:
         found = evaluate(folder / name, folder / f"eval-{name}", *judge, *ANSWERS)
         record("helpful", name, policy_row(name, found))
 
-    rewarded = ("--reward-model", folder / "reward", *ROLLOUTS.split())
+    def on_policy(name: str) -> None:
+        policy(name, name, "--reward-model", folder / "reward", *ROLLOUTS.split())
+        record("helpful", f"{name}-reward", rewarded_row(name, folder / name))
+
     return {
         "judge": lambda: reward_model("judge", b),
         "reward": lambda: reward_model("reward", a),
@@ -133,8 +136,8 @@ def stages(folder: Path) -> dict[str, Callable[[], None]]:
         "dpo-rate-2e-4": lambda: policy("dpo-rate-2e-4", "dpo", "--learning-rate", "2e-4"),
         "sft": lambda: policy("sft", "sft"),
         "sft-dpo": lambda: policy("sft-dpo", "dpo", "--init-adapter", trained("sft", "sft")),
-        "ppo": lambda: policy("ppo", "ppo", *rewarded),
-        "grpo": lambda: policy("grpo", "grpo", *rewarded),
+        "ppo": lambda: on_policy("ppo"),
+        "grpo": lambda: on_policy("grpo"),
         "dpo-bfloat16": lambda: policy("dpo-bfloat16", "dpo", dtype="bfloat16"),
         "dpo-4-bit": lambda: policy("dpo-4-bit", "dpo", dtype="4-bit"),
     }
@@ -217,11 +220,24 @@ def policy_row(name: str, found: dict[str, Any]) -> list[str]:
     ]
 
 
+def rewarded_row(name: str, run: Path) -> list[str]:
+    """What PPO or GRPO did to the reward that it was trained on."""
+    summary = read_json(run / "summary.json")
+    before, after = (summary[when]["reward"] for when in ("eval_before", "eval"))
+    change = summary["verdict"]["estimate"]
+    return [
+        f"{POLICIES[name]}, {summary['completions']} completions",
+        f"{before:+.2f}",
+        f"{after:+.2f}",
+        shown(change, "{:+.2f}"),
+        f"{summary['seconds'] / 60:.0f}",
+    ]
+
+
 def remarks() -> dict[str, str]:
     """What the table of policies needs to be understood, by the row that needs it."""
     found = {
         "sft-dpo": "The start of the DPO that follows SFT is the SFT run.",
-        "grpo": f"PPO and GRPO ran with `{ROLLOUTS}`.",
     }
     if not mx.metal.is_available():
         found["dpo-4-bit"] = (
@@ -240,6 +256,7 @@ def page(folder: Path) -> list[str]:
     reward_models = [rows[name] for name in REWARD_MODELS if name in rows]
     policies = [rows[name] for name in POLICIES if name in rows]
     rankers = [rows[f"rerank-{name}"] for name in RANKERS if f"rerank-{name}" in rows]
+    rewarded = [rows[f"{name}-reward"] for name in POLICIES if f"{name}-reward" in rows]
     earlier = [row for row in (*policies, *rankers) if row[-1] != judge_accuracy()]
     reward_titles = ["held-out accuracy", "“pick the longer”", "where the shorter is chosen"]
     titles = ["held-out reward accuracy", "judged better than the start", "at equal length"]
@@ -264,6 +281,12 @@ def page(folder: Path) -> list[str]:
             f"temperature 1, up to {ANSWERS[-1]} tokens; the judge compared them. Perplexity is of "
             "40 questions of GSM8K with their solutions, over that of the start.",
             *(text for name, text in remarks().items() if name in rows),
+        ]
+    if rewarded:
+        parts += [
+            f"PPO and GRPO ran with `{ROLLOUTS}`. What they did to the score that they were "
+            "trained on, on 100 held-out prompts:",
+            table(["", "before", "after", "change", "minutes of training"], rewarded),
         ]
     if rankers:
         parts += [
