@@ -52,6 +52,8 @@ ROLLOUTS = (
     "--iters 20 --learning-rate 5e-4 --group-size 4 --grad-accumulation-steps 4 "
     "--max-completion-length 64 --steps-per-eval 0"
 )
+# PPO's: the policy would wait for the critic in half of the batches.
+CRITIC = "--critic-warmup 3 --critic-learning-rate 3e-4"
 RERANKED, COMPLETIONS = 32, 16
 COUNTS = (1, 2, 4, 8, 16)
 REWARD_MODELS = {
@@ -124,8 +126,8 @@ def stages(folder: Path) -> dict[str, Callable[[], None]]:
         found = evaluate(folder / name, folder / f"eval-{name}", *judge, *ANSWERS)
         record("helpful", name, policy_row(name, found))
 
-    def on_policy(name: str) -> None:
-        policy(name, name, "--reward-model", folder / "reward", *ROLLOUTS.split())
+    def on_policy(name: str, *options: object) -> None:
+        policy(name, name, "--reward-model", folder / "reward", *ROLLOUTS.split(), *options)
         record("helpful", f"{name}-reward", rewarded_row(name, folder / name))
 
     return {
@@ -136,7 +138,7 @@ def stages(folder: Path) -> dict[str, Callable[[], None]]:
         "dpo-rate-2e-4": lambda: policy("dpo-rate-2e-4", "dpo", "--learning-rate", "2e-4"),
         "sft": lambda: policy("sft", "sft"),
         "sft-dpo": lambda: policy("sft-dpo", "dpo", "--init-adapter", trained("sft", "sft")),
-        "ppo": lambda: on_policy("ppo"),
+        "ppo": lambda: on_policy("ppo", *CRITIC.split()),
         "grpo": lambda: on_policy("grpo"),
         "dpo-bfloat16": lambda: policy("dpo-bfloat16", "dpo", dtype="bfloat16"),
         "dpo-4-bit": lambda: policy("dpo-4-bit", "dpo", dtype="4-bit"),
@@ -236,9 +238,7 @@ def rewarded_row(name: str, run: Path) -> list[str]:
 
 def remarks() -> dict[str, str]:
     """What the table of policies needs to be understood, by the row that needs it."""
-    found = {
-        "sft-dpo": "The start of the DPO that follows SFT is the SFT run.",
-    }
+    found = {"sft-dpo": "The start of the DPO that follows SFT is the SFT run."}
     if not mx.metal.is_available():
         found["dpo-4-bit"] = (
             "The weights of bases in bf16 and 4 bits are rounded to them, but computed with in "
@@ -284,8 +284,8 @@ def page(folder: Path) -> list[str]:
         ]
     if rewarded:
         parts += [
-            f"PPO and GRPO ran with `{ROLLOUTS}`. What they did to the score that they were "
-            "trained on, on 100 held-out prompts:",
+            f"The runs on a reward had `{ROLLOUTS}`{f', PPO `{CRITIC}`' if 'ppo' in rows else ''}. "
+            "What they did to the score that they were trained on, on 100 held-out prompts:",
             table(["", "before", "after", "change", "minutes of training"], rewarded),
         ]
     if rankers:
