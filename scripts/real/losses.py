@@ -48,9 +48,9 @@ FINDINGS = (
     "them more likely by 13 nats and answers as short as they are, drifts furthest, and ranks "
     "pairs no better than chance. So `sigmoid` is the default of `dpo`, and `orpo` is for data "
     "whose chosen answers are what the model should write.",
-    "The rate of 5e-4, the highest of the sweep, is ten times the default. It moves the model by 4 to "
-    "11 nats per answer in one pass, and DPO ranks pairs no better than with the defaults, at 0.2 "
-    "nats, on twice the pairs ([preferences](helpful.md)). So the default stays low.",
+    "The rate of 5e-4, the highest of the sweep, is ten times the default. It moves the model by 4 "
+    "to 11 nats per answer in one pass, and DPO ranks pairs no better than with the defaults, at "
+    "0.2 nats, on twice the pairs ([preferences](helpful.md)). So the default stays low.",
 )
 
 
