@@ -76,6 +76,14 @@ POLICIES = {
     "grpo": "GRPO, reward model of A",
 }
 
+FINDINGS = (
+    "DPO ranks 61% to 65% of the held-out pairs right, and no worse for a base that SFT trained. "
+    "None of these policies is surely judged better than its start: with 64 prompts an interval is "
+    "11 points wide to either side. At 0.2 nats, answers hardly change at all. SFT makes them as "
+    "short as the chosen ones. GRPO drifted by 4.6 nats, and didn't surely raise its own reward: "
+    "320 completions are a twelfth of what it samples by default."
+)
+
 
 def write_data(folder: Path) -> None:
     """Write the parts A and B of the training pairs, each with the held-out pairs."""
@@ -280,6 +288,7 @@ def page(folder: Path) -> list[str]:
             f"{ANSWERS[1]} held-out prompts were completed by the policy and by the start at "
             f"temperature 1, up to {ANSWERS[-1]} tokens; the judge compared them. Perplexity is of "
             "40 questions of GSM8K with their solutions, over that of the start.",
+            FINDINGS,
             *(text for name, text in remarks().items() if name in rows),
         ]
     if rewarded:
