@@ -125,7 +125,7 @@ def stages(folder: Path) -> dict[str, Callable[[], None]]:
         record("helpful", name, reward_row(name, folder / name))
 
     def trained(name: str, command: str, *options: object, dtype: str = "float32") -> Path:
-        model = smollm2(dtype, in_float32=dtype != "float32" and not mx.metal.is_available())
+        model = smollm2(dtype, in_float32=not mx.metal.is_available())
         return train(folder / name, command, "--model", model, "--data", a, *options)
 
     def policy(name: str, command: str, *options: object, dtype: str = "float32") -> None:
@@ -265,9 +265,8 @@ def page(folder: Path) -> list[str]:
     policies = [rows[name] for name in POLICIES if name in rows]
     rankers = [rows[f"rerank-{name}"] for name in RANKERS if f"rerank-{name}" in rows]
     rewarded = [rows[f"{name}-reward"] for name in POLICIES if f"{name}-reward" in rows]
-    earlier = [row for row in (*policies, *rankers) if row[-1] != judge_accuracy()]
-    reward_titles = ["held-out accuracy", "“pick the longer”", "where the shorter is chosen"]
-    titles = ["held-out reward accuracy", "judged better than the start", "at equal length"]
+    reward_titles = ["", "held-out accuracy", "“pick the longer”", "where the shorter is chosen"]
+    titles = ["", "held-out reward accuracy", "judged better than the start", "at equal length"]
     parts = [
         "# People's preferences on a real model",
         "SmolLM2-135M-Instruct on Anthropic's HH-RLHF (helpful-base, MIT), conversations of up to "
@@ -278,10 +277,10 @@ def page(folder: Path) -> list[str]:
         "measures it again.",
     ]
     if reward_models:
-        reward_titles = ["", *reward_titles, "calibration error"]
+        reward_titles += ["calibration error"]
         parts += ["## Reward models", table(reward_titles, reward_models)]
     if policies:
-        titles = ["", *titles, "KL, nats per answer", "tokens", "perplexity on other text, ×"]
+        titles += ["KL, nats per answer", "tokens", "perplexity on other text, ×"]
         parts += [
             "## Policies",
             table(titles, [row[:-1] for row in policies]),
@@ -310,11 +309,14 @@ def page(folder: Path) -> list[str]:
             "The reward models learned from pairs of different conversations. But both start from "
             "the same model, so they may agree on more than people would.",
         ]
-    if earlier:
-        parts.append(
-            f"Made with an earlier run of the judge ({earlier[0][-1]}): "
-            f"{'; '.join(row[0] for row in earlier)}."
-        )
+    made_with: dict[str, list[str]] = {}
+    for title, *_, judge in (*policies, *rankers):
+        made_with.setdefault(judge, []).append(title)
+    parts += [
+        f"Made with an earlier run of the judge ({judge}): {'; '.join(made)}."
+        for judge, made in made_with.items()
+        if judge != judge_accuracy()
+    ]
     return parts
 
 

@@ -15,6 +15,7 @@ which has what was measured, here or before. On Linux LD_PRELOAD should name lib
 
 import argparse
 import math
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -39,7 +40,7 @@ from studies import (
 
 STUDY = "when-to-use"
 PAIRS = 180
-LOW, MIDDLE, HIGH = RATES = ("5e-5", "2e-4", "5e-4")
+RATES = ("5e-5", "2e-4", "5e-4")  # low, middle, high
 
 FINDINGS = (
     "The intervals overlap: 180 pairs don't show which loss is the best. What they cost differs "
@@ -114,6 +115,7 @@ def write_data_of_losses(folder: Path, source: Path) -> None:
     write_rows(folder / "report.jsonl", [row for at, row in enumerate(valid) if at % 3])
 
 
+@cache
 def accuracy(folder: Path, setting: Setting) -> Accuracy:
     """Train a setting, and measure it on the part that chooses."""
     method = METHODS[setting.method]

@@ -33,7 +33,8 @@ def add_only(parser: argparse.ArgumentParser, known: Collection[str]) -> None:
     def names(text: str) -> list[str]:
         asked = text.split(",")
         if unknown := set(asked) - set(known):
-            raise argparse.ArgumentTypeError(f"unknown: {', '.join(sorted(unknown))}")
+            there = f"there are {', '.join(known)}"
+            raise argparse.ArgumentTypeError(f"unknown: {', '.join(sorted(unknown))}; {there}")
         return [name for name in known if name in asked]
 
     told = f"comma-separated: {', '.join(known)}; all by default"
