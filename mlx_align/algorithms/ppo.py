@@ -266,7 +266,7 @@ class PPO:
             Metrics of the policy and of the critic, and the first update's mean |ratio − 1|.
         """
         batch = targets.batch
-        with_policy = step >= self._config.critic_warmup
+        with_policy = step >= self._config.critic_batches
         policy, critic, first_deviation = UpdateMetrics(), UpdateMetrics(), None
         with_signal = prompts_with_signal(batch.loss_mask, batch.completions.group_size)
         update = self._update_jointly if self._shared else self._update_separately

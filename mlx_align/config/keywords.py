@@ -503,7 +503,7 @@ class PPOOptions(TypedDict, total=False):
     gae_lambda: float
     critic: Literal["own", "shared"]
     critic_learning_rate: float
-    critic_warmup: int
+    critic_warmup: int | None
     value_coef: float
     steps_per_report: int
     steps_per_eval: int

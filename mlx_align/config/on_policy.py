@@ -241,8 +241,12 @@ class PPOConfig(OnPolicyConfig):
     critic_learning_rate: float = option(
         3e-5, "Learning rate of the critic's adapter.", CRITIC, above=0
     )
-    critic_warmup: int = option(
-        10, "Rollout batches that train only the critic.", CRITIC, at_least=0
+    critic_warmup: int | None = option(
+        None,
+        "First rollout batches, which train only the critic.",
+        CRITIC,
+        default_text="10, a sixth of short runs",
+        at_least=0,
     )
     value_coef: float = option(
         0.1,
@@ -278,6 +282,12 @@ class PPOConfig(OnPolicyConfig):
     def accumulation(self) -> int:
         """Microbatches per update; 16 if it was neither given nor chosen yet."""
         return self.grad_accumulation_steps or 16
+
+    @property
+    def critic_batches(self) -> int:
+        """Rollout batches that train only the critic, once their number was given or chosen."""
+        assert self.critic_warmup is not None
+        return self.critic_warmup
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -61,6 +61,8 @@ MAX_BATCH_TOKENS, PACKING_LOSS = 768, 0.1
 MIN_KTO_ROWS = 8
 # Rollout batches of an on-policy run at least, and passes over few prompts at most.
 MIN_ROLLOUT_BATCHES, MAX_PROMPT_PASSES = 60, 20
+# PPO's first rollout batches train only the critic: this many, or this share of a shorter run.
+CRITIC_BATCHES, CRITIC_SHARE = 10, 1 / 6
 # Peak learning rates for LoRA. Preference and policy methods move further from the reference the
 # longer they train, so that their rate falls with the square root of the updates beyond
 # FULL_RATE_UPDATES. Losses without a reference have nothing that holds them.
@@ -218,6 +220,7 @@ def resolve_on_policy(
     if config.learning_rate is None:
         peak = PPO_RATE if isinstance(config, PPOConfig) else GRPO_RATE
         chosen["learning_rate"] = _rate(peak, layout, width, batches)
+    chosen |= _critic_warmup(config, batches)
     # A rollout batch samples and trains on group_size completions of each prompt, an evaluation
     # samples one.
     trained = batches * per_batch * config.group_size
@@ -235,8 +238,18 @@ def resolve_on_policy(
             f"{lead} {prompts:,} prompts: {batches:,} rollout batches of {per_batch:,} "
             f"prompts ({passes:.2g} passes) at learning rate {rate:.2g}. ({flags})"
         )
+    if chosen.get("critic_warmup"):
+        first = chosen["critic_warmup"]
+        only = f"{first} rollout batches train" if first > 1 else "rollout batch trains"
+        lines.append(f"The first {only} only the critic. (--critic-warmup)")
     lines += _held_out_lines(valid, "prompt")
     return _complete(replace(config, **chosen), layout), lines
+
+
+def _critic_warmup(config: OnPolicyConfig, batches: int) -> dict[str, Any]:
+    if not isinstance(config, PPOConfig) or config.critic_warmup is not None:
+        return {}
+    return {"critic_warmup": min(CRITIC_BATCHES, int(CRITIC_SHARE * batches))}
 
 
 def _chosen_by_default(chosen: Mapping[str, Any]) -> tuple[str, str]:

@@ -224,6 +224,25 @@ def test_few_prompts_get_enough_rollout_batches_and_many_one_pass(config, per_ba
     assert tiny.accumulation == 3
 
 
+@pytest.mark.parametrize(
+    ("batches", "first", "line"),
+    [
+        (4, 0, None),
+        (6, 1, "The first rollout batch trains only the critic. (--critic-warmup)"),
+        (20, 3, "The first 3 rollout batches train only the critic. (--critic-warmup)"),
+        (60, 10, "The first 10 rollout batches train only the critic. (--critic-warmup)"),
+        (500, 10, "The first 10 rollout batches train only the critic. (--critic-warmup)"),
+    ],
+)
+def test_the_critic_of_a_short_run_trains_alone_for_a_sixth_of_it(batches, first, line):
+    found, lines = resolve_on_policy(PPOConfig(iters=batches), LORA, 100, 50)
+    assert found.critic_batches == first
+    assert [one for one in lines if "only the critic" in one] == ([line] if line else [])
+    given, lines = resolve_on_policy(PPOConfig(iters=batches, critic_warmup=2), LORA, 100, 50)
+    assert given.critic_batches == 2
+    assert not any("only the critic" in one for one in lines)
+
+
 def test_a_run_writes_every_choice_and_is_resumed_with_them(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     write_rows(
