@@ -49,7 +49,7 @@ FINDINGS = (
     "were. It is the default of `dpo`.\n"
     "- **KTO** ranks them as well without knowing which two answers belong together, and makes "
     "chosen ones more likely by 3 nats. It is for answers that were rated one by one; a pass over "
-    "pairs takes twice the time of DPO's.\n"
+    "pairs takes more than twice the time of DPO's.\n"
     "- **ORPO** trains on the chosen answers too: it makes them more likely by 13 nats and answers "
     "as short as they are, drifts furthest, and ranks pairs no better than chance. It is for data "
     "whose chosen answers are what the model should write.\n"
