@@ -266,7 +266,7 @@ class OnPolicyAlgorithm(Protocol):
     weights: dict[str, AdapterWeights]
     optimizers: dict[str, optim.Optimizer]
 
-    def prepare(self) -> str:
+    def prepare(self, console: Console) -> str:
         """Called before the first rollout batch of a new run; returns a line to show, or ""."""
 
     def update(self, batch: RolloutBatch, step: int, learning_rate: float) -> UpdateResult:

@@ -37,6 +37,7 @@ from mlx_align.rollout.advantages import (
 )
 from mlx_align.rollout.collector import RolloutBatch, RolloutCollector
 from mlx_align.rollout.reward_functions import RewardSource, parse_rewards
+from mlx_align.system.progress import Console
 
 # Values of --kl -> values of `PolicyMethod.kl`.
 KL_PLACES = {"k1": "k1_reward", "k2": "k2", "k3": "k3"}
@@ -177,7 +178,7 @@ class GRPO:
             skip=config.on_non_finite == "skip",
         )
 
-    def prepare(self) -> str:
+    def prepare(self, console: Console) -> str:
         """Nothing to do before the first rollout batch."""
         return ""
 

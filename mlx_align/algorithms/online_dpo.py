@@ -19,6 +19,7 @@ from mlx_align.losses.registry import combine, parse_losses
 from mlx_align.models.weights import AdapterWeights
 from mlx_align.rollout.advantages import zero_variance_share
 from mlx_align.rollout.collector import RolloutBatch, RolloutCollector
+from mlx_align.system.progress import Console
 from mlx_align.types import Logps, TokenizedGroup
 
 # The default of Guo et al. 2024, and of DPO.
@@ -86,7 +87,7 @@ class OnlineDPO:
             skip=config.on_non_finite == "skip",
         )
 
-    def prepare(self) -> str:
+    def prepare(self, console: Console) -> str:
         """Nothing to do before the first rollout batch."""
         return ""
 

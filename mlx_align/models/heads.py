@@ -189,20 +189,20 @@ def add_value_head(backbone: Backbone) -> None:
 
 
 def value_head_weights(
-    width: int, reward: mx.array | None, mean: float, scale: float
+    width: int, reward: mx.array | None, slope: float = 1.0, intercept: float = 0.0
 ) -> dict[str, mx.array]:
-    """Initial weights of a value head: zeros, or such that it predicts a reward model's reward.
+    """Initial weights of a value head: zeros, or a linear function of a reward model's score.
 
     Args:
         width: D.
         reward: Weight (members, D) of a reward model's head, whose score is the members' mean.
-        mean: The mean that rewards subtract from scores.
-        scale: The scale that they divide the difference by.
+        slope: The value gained per score.
+        intercept: The value at a score of 0.
     """
     if reward is None:
         return {"weight": mx.zeros((1, width)), "bias": mx.zeros((1,))}
-    weight = reward.astype(mx.float32).mean(axis=0, keepdims=True) / scale
-    return {"weight": weight, "bias": mx.array([-mean / scale])}
+    weight = reward.astype(mx.float32).mean(axis=0, keepdims=True) * slope
+    return {"weight": weight, "bias": mx.array([intercept])}
 
 
 def token_values(

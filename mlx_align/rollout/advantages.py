@@ -99,6 +99,14 @@ def gae(
     return advantages, np.where(real, advantages + value, 0.0)
 
 
+def fit_line(x: Floats, y: Floats) -> tuple[float, float]:
+    """Slope and intercept of the least-squares line through points (n,); slope 0 for equal x."""
+    x, y = x.astype(np.float64), y.astype(np.float64)
+    spread = np.square(x - x.mean()).sum()
+    slope = float(((x - x.mean()) * y).sum() / spread) if spread > 0 else 0.0
+    return slope, float(y.mean() - slope * x.mean())
+
+
 def returns_to_go(rewards: npt.ArrayLike, mask: npt.ArrayLike, gamma: float = 1.0) -> Floats:
     """Σ_(s ≥ t) γ^(s−t)·r_s per token (N, C): REINFORCE++'s advantage before whitening.
 

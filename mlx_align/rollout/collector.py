@@ -321,15 +321,17 @@ class RolloutCollector:
         (logps,) = evaluate_tokens(self._logprobs, weights, completions, self.shapes)
         return logps
 
-    def reference_rewards(self, completions: int) -> npt.NDArray[np.float64]:
-        """Rewards of at least this many completions sampled from the reference."""
+    def reference_rollouts(
+        self, completions: int
+    ) -> Iterator[tuple[Completions, npt.NDArray[np.float64]]]:
+        """At least this many completions sampled from the reference, in parts, with rewards."""
         size, per_batch = self.config.group_size, self.prompts_per_batch
         wanted = -(-completions // size)
-        stream, found = self.stream(0), []
+        stream = self.stream(0)
         for part in range(-(-wanted // per_batch)):
             prompts = list(islice(stream, min(per_batch, wanted - part * per_batch)))
-            found.append(self.rewards(self.sample(self.policy.start, prompts, (0, part))).total)
-        return np.concatenate(found)
+            sampled = self.sample(self.policy.start, prompts, (0, part))
+            yield sampled, self.rewards(sampled).total
 
     @cached_property
     def _logprobs(self) -> Callable[..., Any]:

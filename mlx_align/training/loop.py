@@ -106,7 +106,7 @@ class Trainer(Protocol):
     def start_is_best(self) -> bool:
         """Whether no held-out result is better than that of the start."""
 
-    def prepare(self) -> str:
+    def prepare(self, console: Console) -> str:
         """Called before the first step of a new run; returns a line to show, or ""."""
 
     def step(
@@ -199,7 +199,7 @@ class TrainingLoop:
         trainer, changes = self._trainer, changes or Changes()
         baseline = None
         if resume and has_checkpoint(self._run):
-            if changes.rewards and (line := trainer.prepare()):
+            if changes.rewards and (line := trainer.prepare(self._console)):
                 self._console.note(line)
             if changes.held_out:
                 # Before the checkpoint is restored, the weights are those of the start.
@@ -226,7 +226,7 @@ class TrainingLoop:
             return
         if resume:
             self._console.note("No checkpoint yet: starting from the beginning.")
-        if line := trainer.prepare():
+        if line := trainer.prepare(self._console):
             self._console.note(line)
         self._evaluate()
 

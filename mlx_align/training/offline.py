@@ -342,7 +342,7 @@ class OfflineTrainer:
         """False: the loss at the start is not compared."""
         return False
 
-    def prepare(self) -> str:
+    def prepare(self, console: Console) -> str:
         """Nothing to do before the first update."""
         return ""
 

@@ -20,6 +20,7 @@ from mlx_align.rollout.collector import RolloutBatch, RolloutCollector
 from mlx_align.rollout.reward_functions import as_data
 from mlx_align.rollout.rewards import Rewards
 from mlx_align.rollout.sampler import Prompt
+from mlx_align.system.progress import Console
 from mlx_align.tracking.diagnostics import text_metrics
 from mlx_align.tracking.run_dir import append_samples
 from mlx_align.training.evaluation import EvaluationResult, mean_and_error
@@ -83,9 +84,9 @@ class OnPolicyTrainer:
         """Whether the held-out reward has never been higher than at the start."""
         return self.evaluation.start_is_best
 
-    def prepare(self) -> str:
+    def prepare(self, console: Console) -> str:
         """Run the algorithm's preparation."""
-        return self.algorithm.prepare()
+        return self.algorithm.prepare(console)
 
     def step(
         self,

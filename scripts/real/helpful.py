@@ -52,8 +52,7 @@ ROLLOUTS = (
     "--iters 20 --learning-rate 5e-4 --group-size 4 --grad-accumulation-steps 4 "
     "--max-completion-length 64 --steps-per-eval 0"
 )
-# PPO's: the policy would wait for the critic in half of the batches.
-CRITIC = "--critic-warmup 3 --critic-learning-rate 3e-4"
+CRITIC = "--critic-learning-rate 3e-4"  # PPO's
 RERANKED, COMPLETIONS = 32, 16
 COUNTS = (1, 2, 4, 8, 16)
 REWARD_MODELS = {

@@ -21,6 +21,7 @@ from helpers.runs import (
 from mlx.utils import tree_flatten
 from mlx_lm import load as mlx_lm_load
 
+from mlx_align.algorithms.ppo import PPO
 from mlx_align.algorithms.update import Updater
 from mlx_align.errors import TrainingError
 from mlx_align.inference.reward_model import RewardModel
@@ -41,7 +42,7 @@ SMALL = {
     "--sample-tokens": 4,
     "--lora-rank": 4,
 }
-PPO = {"--reward-rollouts": 16, "--critic-warmup": 1}
+PPO_OPTIONS = {"--reward-rollouts": 16, "--critic-warmup": 1}
 
 
 @pytest.fixture(scope="session")
@@ -89,7 +90,12 @@ def train(train, data):
     """Runs `mlx-align ppo` or `grpo` on the data; the exit code and the run folder."""
 
     def call(command, options=None, *, reward="letters", **where):
-        given = {**SMALL, "--iters": 2, **(PPO if command == "ppo" else {}), **(options or {})}
+        given = {
+            **SMALL,
+            "--iters": 2,
+            **(PPO_OPTIONS if command == "ppo" else {}),
+            **(options or {}),
+        }
         arguments = []
         for name in [] if reward is None else reward.split(","):
             arguments += ["--reward", f"{data / 'rewards.py'}:{name}"]
@@ -209,6 +215,44 @@ def test_reward_adapter_scores_like_the_standalone_reward_model(train, collector
                 same += 1
                 assert scored.scores[k] == pytest.approx(ours[b * size + k], abs=1e-5)
     assert same
+
+
+def test_critic_starts_as_the_reward_model_scaled_to_the_returns(train, reward_run, monkeypatch):
+    """Least squares of the returns on the scores that prefixes have on their own."""
+    seen = []
+    prepare = PPO.prepare
+
+    def keep(ppo, console):
+        line = prepare(ppo, console)
+        seen.append(
+            (ppo, {name: np.array(w) for name, w in ppo.weights["critic"]["value_head"].items()})
+        )
+        return line
+
+    monkeypatch.setattr(PPO, "prepare", keep)
+    given = {"--reward-model": reward_run, "--reward-clip": 1.0, "--iters": 1}
+    assert train("ppo", given, reward=None)[0] == 0
+    ((ppo, head),) = seen
+    alone = RewardModel.load(str(TINY_MODEL), reward_run)
+    rollouts = list(ppo._collector.reference_rollouts(16))
+    rewards = np.concatenate([totals for _, totals in rollouts])
+    scores, returns = [], []
+    for completions, totals in rollouts:
+        standard = np.clip((totals - rewards.mean()) / rewards.std(ddof=1), -1, 1)
+        standard -= ~completions.finished
+        size = completions.group_size
+        for b, group in enumerate(completions.groups):
+            for k, ids in enumerate(group.completions):
+                whole = np.concatenate([group.prompt[-1:], ids[:-1]])
+                prefixes = tuple(whole[:end] for end in range(1, len(whole) + 1))
+                part = replace(group, prompt=group.prompt[:-1], completions=prefixes)
+                scores += alone.score_tokens([part])[0][:, 0].tolist()
+                returns += [standard[b * size + k]] * len(prefixes)
+    slope, intercept = np.polyfit(scores, returns, 1)
+    reward_head = mx.load(str(reward_run / "reward_head.safetensors"))["reward_head.weight"]
+    np.testing.assert_allclose(head["weight"], slope * np.array(reward_head), rtol=1e-3)
+    np.testing.assert_allclose(head["bias"], [intercept], rtol=1e-3)
+    assert abs(slope * np.std(rewards, ddof=1) - 1) > 0.1  # what it was before the fit
 
 
 def test_reward_model_on_another_base_is_a_second_model(train, tiny_models, reward_run, capsys):

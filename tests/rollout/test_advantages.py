@@ -11,6 +11,7 @@ from mlx_align.rollout.advantages import (
     GROUP_ADVANTAGES,
     WHITENED_OVER_TOKENS,
     AdaptiveKL,
+    fit_line,
     gae,
     leave_one_out,
     normalize_then_sum,
@@ -206,3 +207,11 @@ def test_adaptive_kl():
     assert control.next(0.2, 0.0, 256) == pytest.approx(0.2 * (1 - 0.2 * 0.0256))
     assert control.next(0.2, 6.0, 256) == 0.2
     assert control.next(1e-3, 0.0, 256) == 1e-3
+
+
+def test_fit_line_is_least_squares():
+    random = np.random.default_rng(0)
+    x = random.normal(size=50).astype(np.float32)
+    y = 3 * x + random.normal(size=50)
+    np.testing.assert_allclose(fit_line(x, y), np.polyfit(x, y, 1), rtol=1e-5)
+    assert fit_line(np.ones(3), np.array([1.0, 2.0, 6.0])) == (0.0, 3.0)

@@ -76,7 +76,7 @@ def processes(monkeypatch):
 
 # A function, the number of its call, what happens before that call, and the last checkpoint then.
 MOMENTS = {
-    "the reference's rewards": (RolloutCollector, "reference_rewards", 1, signal.SIGTERM, None),
+    "the reference's rewards": (RolloutCollector, "reference_rollouts", 1, signal.SIGTERM, None),
     "answers before": (run_module, "answers", 1, signal.SIGHUP, None),
     "an evaluation": (RolloutEvaluation, "evaluate", 2, signal.SIGTERM, "0000002"),
     "twice in an evaluation": (RolloutEvaluation, "evaluate", 2, interrupt_twice, "0000001"),
