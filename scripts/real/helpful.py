@@ -79,8 +79,16 @@ FINDINGS = (
     "DPO ranks 61% to 65% of the held-out pairs right, and no worse for a base that SFT trained. "
     "None of these policies is surely judged better than its start: with 64 prompts an interval is "
     "11 points wide to either side. At 0.2 nats, answers hardly change at all. SFT makes them as "
-    "short as the chosen ones. GRPO drifted by 4.6 nats, and didn't surely raise its own reward: "
-    "320 completions are a twelfth of what it samples by default."
+    "short as the chosen ones. GRPO and PPO drifted by 5 nats, and didn't surely raise their own "
+    "reward: 320 completions are a twelfth of what they sample by default."
+)
+PPO_FINDINGS = (
+    "PPO also pays one deviation of the reward for an answer that is cut off, and that is what it "
+    "learned: 92% of its answers to held-out prompts end, of the start's 30%. Its critic starts as "
+    "the reward model, scaled to the returns of completions of the reference. Without the scaling "
+    "it explained −311% of the variance of the returns in the first batch and −78% in the last, "
+    "and the same run learned neither: 22% of the answers ended, and the reward changed by +0.05 "
+    "(-0.10 to +0.20). With it, it explained −2% and 11%."
 )
 
 
@@ -294,6 +302,7 @@ def page(folder: Path) -> list[str]:
             f"The runs on a reward had `{ROLLOUTS}`{f', PPO `{CRITIC}`' if 'ppo' in rows else ''}. "
             "What they did to the score that they were trained on, on 100 held-out prompts:",
             table(["", "before", "after", "change", "minutes of training"], rewarded),
+            *([PPO_FINDINGS] if "ppo" in rows else []),
         ]
     if rankers:
         parts += [
