@@ -87,8 +87,8 @@ PPO_FINDINGS = (
     "learned: 92% of its answers to held-out prompts end, of the start's 30%. Its critic starts as "
     "the reward model, scaled to the returns of completions of the reference. Without the scaling "
     "it explained −311% of the variance of the returns in the first batch and −78% in the last, "
-    "and the same run learned neither: 22% of the answers ended, and the reward changed by +0.05 "
-    "(-0.10 to +0.20). With it, it explained −2% and 11%."
+    "and the same run didn't learn to end them (22%): the reward changed by +0.05 (-0.10 to "
+    "+0.20). With it, it explained −2% and 11%."
 )
 
 
