@@ -5,7 +5,7 @@ labels wrong. Then best of 1 to 256 samples by the proxy, and PPO against it wit
 are measured by the gold reward on held-out prompts, as functions of the KL from the start. Curves
 are those of Gao et al. 2022, "Scaling Laws for Reward Model Overoptimization".
 
-    python scripts/real/overoptimization.py            # 3 seeds: about an hour on a core
+    python scripts/real/overoptimization.py            # 3 seeds: 15 minutes of one core
     python scripts/real/overoptimization.py --seeds 1
 
 A finished run is not repeated, and an interrupted one continues. Writes

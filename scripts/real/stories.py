@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from stories_pages import DOCS, when_and_where
+from stories_pages import DOCS, SEEDS, when_and_where
 from story_rule import rule
 from studies import write_rows
 
@@ -277,7 +277,7 @@ def run_study(
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, default=SEEDS)
     parser.add_argument("--folder", type=Path, default=cache_folder() / "real" / "stories")
     parser.add_argument("--docs", type=Path, default=DOCS, help="Folder of the pages to write.")
     given = parser.parse_args()

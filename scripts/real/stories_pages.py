@@ -12,6 +12,7 @@ import numpy as np
 
 DOCS = Path(__file__).resolve().parent.parent.parent / "docs"
 WIDTH = 125  # characters of a line of a page
+SEEDS = 3  # of a study
 SHOWN = (1, 2, 4, 16, 64, 256)
 LEAST_KL = 0.05  # nats; below, the estimate of KL may be negative
 MEASURED = """
@@ -92,9 +93,10 @@ def what_is_measured(results: dict[str, Any]) -> str:
 
 
 def repeated_by(name: str, results: dict[str, Any]) -> str:
+    given = "" if results["seeds"] == SEEDS else f" --seeds {results['seeds']}"
+    more = f"; without `--seeds` it has {SEEDS}" if given else ""
     return (
-        f"`python scripts/real/{name}.py --seeds {results['seeds']}` repeats the study and writes "
-        f"this page; without `--seeds` it has three. "
+        f"`python scripts/real/{name}.py{given}` repeats the study and writes this page{more}. "
         f"{results['date']}, {results['machine']}, mlx's CPU backend with OpenBLAS."
     )
 
