@@ -77,18 +77,20 @@ POLICIES = {
 
 FINDINGS = (
     "DPO ranks 61% to 65% of the held-out pairs right, for bases in float32, bf16 and 4 bits, and "
-    "for one that SFT trained. None of these policies is surely judged better than its start: with 64 prompts an interval is "
-    "11 points wide to either side. At 0.2 to 0.4 nats, answers hardly change at all. SFT makes them as "
-    "short as the chosen ones. GRPO and PPO drifted by 5 nats, and didn't surely raise their own "
-    "reward: 320 completions are a twelfth of what they sample by default."
+    "for one that SFT trained. None of these policies is surely judged better than its start: with "
+    "64 prompts an interval is 11 points wide to either side. At 0.2 to 0.4 nats, answers hardly "
+    "change at all. SFT makes them as short as the chosen ones. GRPO and PPO drifted by 5 nats, "
+    "and didn't surely raise their own reward: 320 completions are a twelfth of what they sample "
+    "by default."
 )
 PPO_FINDINGS = (
-    "PPO also pays one deviation of the reward for an answer that is cut off, and that is what it "
-    "learned: 92% of its answers to held-out prompts end, of the start's 30%. Its critic starts as "
-    "the reward model, scaled to the returns of completions of the reference. Without the scaling "
-    "it explained −311% of the variance of the returns in the first batch and −78% in the last, "
-    "and the same run didn't learn to end them (22%): the reward changed by +0.05 (-0.10 to "
-    "+0.20). With it, it explained −2% and 11%."
+    "PPO takes one deviation off the reward of an answer that is cut off (`--missing-eos-penalty`),"
+    " and that is what the policy learned: 92% of its answers to held-out prompts end, of the "
+    "start's 30%. Its critic starts as the reward model, scaled to the returns of completions of "
+    "the reference. Without the scaling it explained −311% of the variance of the returns in the "
+    "first batch and −78% in the last, and the policy of the same run didn't learn to end its "
+    "answers (22%); its reward changed by +0.05 (-0.10 to +0.20). With it, it explained −2% and "
+    "11%."
 )
 
 
