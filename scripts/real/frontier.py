@@ -5,7 +5,7 @@ PPO at four KL coefficients, and picks the best of up to 256 samples. All are me
 reward and the KL from the start, on held-out prompts. The drawing is that of Rafailov et al. 2023,
 "Direct Preference Optimization", figure 2.
 
-    python scripts/real/frontier.py            # 3 seeds: 20 minutes of one core
+    python scripts/real/frontier.py            # 3 seeds: 15 minutes of one core
     python scripts/real/frontier.py --seeds 1
 
 A finished run is not repeated, and an interrupted one continues. Writes docs/verified/frontier.md
