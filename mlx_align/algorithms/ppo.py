@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 import numpy as np
-import numpy.typing as npt
 
 from mlx_align.algorithms.base import Loss, MetricSums, UpdateResult
 from mlx_align.algorithms.policy_gradient import (
@@ -158,10 +157,11 @@ class PPO:
         model, grad_checkpoint = self._collector.policy.model, bool(self._config.grad_checkpoint)
         return PtxObjective(loss, model, grad_checkpoint=grad_checkpoint).loss
 
-    def _initial_critic(self, slope: float = 1.0, intercept: float = 0.0) -> AdapterWeights:
+    def _initial_critic(self) -> AdapterWeights:
         """The initial critic: the reward model if that is an adapter, else a head of zeros.
 
-        With the reward model, the value of an unfinished completion is slope · score + intercept.
+        With the reward model, the value of an unfinished completion is its score, until `prepare`
+        scales it.
         """
         collector = self._collector
         width, reward = hidden_width(collector.policy.model.backbone), collector.reward_adapter
@@ -170,7 +170,7 @@ class PPO:
             start = {} if self._shared else collector.policy.start
             return {**start, VALUE_HEAD: head}
         adapter = {name: part for name, part in reward.items() if name != REWARD_HEAD}
-        head = value_head_weights(width, reward[REWARD_HEAD]["weight"], slope, intercept)
+        head = value_head_weights(width, reward[REWARD_HEAD]["weight"])
         return {**adapter, VALUE_HEAD: head}
 
     def prepare(self, console: Console) -> str:
@@ -198,8 +198,9 @@ class PPO:
             return line + "all equal, so rewards are not standardised."
         self._reward_mean, self._reward_std = float(given.mean()), float(given.std(ddof=1))
         if not self._shared and self._collector.reward_adapter is not None:
-            self.weights["critic"] = self._initial_critic(*self._fitted_values(rollouts))
-            self.optimizers["critic"].init(self.weights["critic"])
+            slope, intercept = self._fitted_values(rollouts)
+            head = self.weights["critic"][VALUE_HEAD]
+            head["weight"], head["bias"] = slope * head["weight"], slope * head["bias"] + intercept
         return (
             f"{line}mean {self._reward_mean:+.3f}, deviation {self._reward_std:.3f}; rewards are "
             "standardised by these."
@@ -282,7 +283,7 @@ class PPO:
         skipped = critic.skipped if self._shared else [*critic.skipped, *policy.skipped]
         return UpdateResult(metrics, first_deviation, skipped)
 
-    def _scores(self, rewards: Array, finished: npt.NDArray[np.bool_]) -> Array:
+    def _scores(self, rewards: Array, finished: Array) -> Array:
         """(N,) rewards of completions: standardised, clipped, minus the EOS penalty."""
         config = self._config
         scores = (rewards - self._reward_mean) / self._reward_std

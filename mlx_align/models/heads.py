@@ -188,21 +188,18 @@ def add_value_head(backbone: Backbone) -> None:
     backbone.model[VALUE_HEAD] = head
 
 
-def value_head_weights(
-    width: int, reward: mx.array | None, slope: float = 1.0, intercept: float = 0.0
-) -> dict[str, mx.array]:
-    """Initial weights of a value head: zeros, or a linear function of a reward model's score.
+def value_head_weights(width: int, reward: mx.array | None) -> dict[str, mx.array]:
+    """Initial weights of a value head: zeros, or such that it predicts a reward model's score.
 
     Args:
         width: D.
         reward: Weight (members, D) of a reward model's head, whose score is the members' mean.
-        slope: The value gained per score.
-        intercept: The value at a score of 0.
     """
     if reward is None:
-        return {"weight": mx.zeros((1, width)), "bias": mx.zeros((1,))}
-    weight = reward.astype(mx.float32).mean(axis=0, keepdims=True) * slope
-    return {"weight": weight, "bias": mx.array([intercept])}
+        weight = mx.zeros((1, width))
+    else:
+        weight = reward.astype(mx.float32).mean(axis=0, keepdims=True)
+    return {"weight": weight, "bias": mx.zeros((1,))}
 
 
 def token_values(
